@@ -1,0 +1,1 @@
+"""A site: records in, one private adapter update out. Imports only itself and common."""

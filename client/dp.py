@@ -1,0 +1,150 @@
+"""One private gradient: per-record gradients, clipped by Opacus, noised by a cryptographic stream.
+
+Guarantee of `private_gradient`: for two data sets that differ in one record, the sums of clipped
+gradients differ by at most clip_norm in L2 norm over all trained tensors together, and independent
+N(0, (noise_multiplier * clip_norm)^2) is added to every coordinate: the Gaussian mechanism. With
+the sample drawn by Poisson sampling at the public rate, one call is one step of
+client/accounting.py. The divisor is a public constant; no part of the result depends on how many
+records there are or were drawn other than through that noised sum. Assumption: each entry of
+`losses` is a function of its own record only (common/tasks/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from silotune.client.noise import NoiseSource
+
+
+class CryptoNoiseOptimizer(DPOptimizer):
+    """Opacus' DPOptimizer with the noise from `NoiseSource`, added in float64."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        source: NoiseSource,
+        noise_multiplier: float,
+        clip_norm: float,
+        divisor: float,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        if not noise_multiplier > 0:
+            raise ValueError("a private step needs a positive noise multiplier")
+        self.source = source
+        self.divisor = divisor
+
+    def begin(self) -> None:
+        """Start a logical batch. A batch that stays empty has the sum zero, and still gets noise."""
+        self.zero_grad(set_to_none=True)
+        for p in self.params:
+            p.summed_grad = torch.zeros_like(p)
+
+    def add_noise(self) -> None:
+        """The noised sum over the public divisor, into each `.grad`."""
+        std = self.noise_multiplier * self.max_grad_norm
+        for p in self.params:
+            noise = torch.from_numpy(self.source.normal(tuple(p.shape)))
+            total = p.summed_grad.double() + std * noise.to(p.device)
+            p.grad = (total / self.divisor).to(p.dtype)
+            p.summed_grad = None
+
+
+@contextmanager
+def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """Within, each Linear multiplies every one of n examples by its own (stride-0) view of its
+    weight, so the gradient with respect to the view [n, ...] is the per-example gradients.
+
+    Yields parameter -> view, the leaves to differentiate. Inputs are [n, in] or [n, T, in].
+    """
+    views: dict[nn.Parameter, Tensor] = {}
+    linears = list(linears)
+
+    def view(parameter: nn.Parameter) -> Tensor:
+        views[parameter] = parameter.detach()[None].expand(n, *parameter.shape).requires_grad_()
+        return views[parameter]
+
+    def forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        weight = view(linear.weight)
+        bias = None if linear.bias is None else view(linear.bias)
+
+        def forward(x: Tensor) -> Tensor:
+            rows = x[:, None, :] if x.dim() == 2 else x
+            out = torch.matmul(rows, weight.transpose(1, 2))
+            if bias is not None:
+                out = out + bias[:, None, :]
+            return out[:, 0, :] if x.dim() == 2 else out
+
+        return forward
+
+    try:
+        for linear in linears:
+            linear.forward = forward_of(linear)  # type: ignore[method-assign]
+        yield views
+    finally:
+        for linear in linears:
+            linear.__dict__.pop("forward", None)
+
+
+def private_gradient(
+    linears: Iterable[nn.Linear],
+    optimizer: CryptoNoiseOptimizer,
+    micro_batches: Iterable[Tensor],
+    losses: Callable[[Tensor], Tensor],
+) -> None:
+    """Leave the noised, divided sum of clipped per-record gradients in each parameter's `.grad`.
+
+    linears: the modules that hold exactly the optimizer's parameters.
+    micro_batches: index tensors [n]; together one Poisson sample; may be empty.
+    losses: index tensor -> [n] losses, each a function of its own record only.
+    Raises ValueError if the modules' parameters are not the optimizer's.
+    """
+    linears = list(linears)
+    held = {p for linear in linears for p in linear.parameters()}
+    if held != set(optimizer.params):
+        raise ValueError("the modules must hold exactly the parameters that are trained")
+    optimizer.begin()
+    for index in micro_batches:
+        if not len(index):
+            continue
+        for parameter, gradient in per_example_gradients(linears, index, losses).items():
+            parameter.grad_sample = gradient.to(parameter.dtype)  # type: ignore[attr-defined]
+        optimizer.clip_and_accumulate()
+        for parameter in held:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+    optimizer.add_noise()
+
+
+def per_example_gradients(
+    linears: Iterable[nn.Linear], index: Tensor, losses: Callable[[Tensor], Tensor]
+) -> Mapping[nn.Parameter, Tensor]:
+    """parameter -> [n, *shape], row i the gradient of the loss of record index[i] alone."""
+    with expanded(linears, len(index)) as views:
+        gradients = torch.autograd.grad(losses(index).sum(), list(views.values()))
+    return dict(zip(views, gradients, strict=True))
+
+
+def plain_gradient(
+    parameters: Iterable[nn.Parameter],
+    micro_batches: Iterable[Tensor],
+    losses: Callable[[Tensor], Tensor],
+    divisor: float,
+) -> None:
+    """The same sum without clipping and noise: NO privacy, for the arms that show its price."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for index in micro_batches:
+        if len(index):
+            (losses(index).sum() / divisor).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,55 @@
+"""Adapters as named float32 arrays, and the check every set of arrays passes at each side.
+
+Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the encoder
+`m.lora_A` [r, in] and `m.lora_B` [out, r]. L labels, F features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from silotune.common.errors import ProtocolError
+from silotune.common.messages import Arrays
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: a.shape for name, a in arrays.items()}
+
+
+def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
+    """Which tensors a phase changes, in sorted order: A is frozen, so B and the head."""
+    return sorted(
+        name
+        for name in arrays
+        if name.startswith("head.") or (trains == "head+adapter" and name.endswith(".lora_B"))
+    )
+
+
+def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
+    """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32 and finite."""
+    if set(arrays) != set(shapes):
+        missing, extra = set(shapes) - set(arrays), set(arrays) - set(shapes)
+        raise ProtocolError(
+            f"{what} has {len(missing)} tensors missing and {len(extra)} unknown.", code="E502"
+        )
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape != tuple(shape):
+            raise ProtocolError(
+                f"{what}: '{name}' has shape {array.shape}, the contract says {tuple(shape)}.",
+                code="E502",
+            )
+        if array.dtype != np.float32:
+            raise ProtocolError(f"{what}: '{name}' is {array.dtype}, not float32.", code="E502")
+        if not np.isfinite(array).all():
+            raise ProtocolError(f"{what}: '{name}' has values that are not finite.", code="E502")
+
+
+def orthonormal(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """[rows, columns] with orthonormal rows (rows <= columns): the frozen A, drawn publicly."""
+    q, _ = np.linalg.qr(rng.standard_normal((columns, rows)))
+    return np.ascontiguousarray(q.T, dtype=np.float32)

@@ -1,0 +1,407 @@
+"""The contract: the one TOML file a federation runs on. Public, frozen, hashed.
+
+Nothing in a contract is computed from private records: bin edges, labels, sampling rates and
+divisors are public constants that the sites agree on before any of them looks at its data.
+Unknown keys fail, and every error names file, line, key, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from silotune.common.errors import ContractError, UsageError, did_you_mean
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Label(Frozen):
+    """One public class: its name and the raw values in the label column that mean it."""
+
+    name: Name
+    values: tuple[str, ...] = Field(min_length=1)
+
+
+class Task(Frozen):
+    kind: Literal["classification"] = "classification"
+    label_column: str
+    labels: tuple[Label, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [label.name for label in self.labels]
+        values = [value for label in self.labels for value in label.values]
+        for what, found in (("name", names), ("value", values)):
+            twice = sorted({x for x in found if found.count(x) > 1})
+            if twice:
+                raise ValueError(f"label {what} {twice[0]!r} stands twice")
+        return self
+
+
+class NumberColumn(Frozen):
+    """A number told in words by public bin edges.
+
+    A value v gets words[i] where i is the number of edges that are <= v; so len(words) must be
+    len(edges) + 1. Values below `lowest` count as missing (a cholesterol of 0, say).
+    """
+
+    kind: Literal["number"] = "number"
+    name: str
+    phrase: str
+    edges: tuple[float, ...] = Field(min_length=1)
+    words: tuple[str, ...]
+    lowest: float | None = None
+
+    @model_validator(mode="after")
+    def _shape(self) -> Self:
+        if len(self.words) != len(self.edges) + 1:
+            raise ValueError(
+                f"column {self.name!r} has {len(self.edges)} edges and therefore needs "
+                f"{len(self.edges) + 1} words, got {len(self.words)}"
+            )
+        if any(b <= a for a, b in pairwise(self.edges)):
+            raise ValueError(f"the edges of column {self.name!r} must increase")
+        return self
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return self.words
+
+
+class CategoryColumn(Frozen):
+    """A category: raw value -> the words that stand for it."""
+
+    kind: Literal["category"] = "category"
+    name: str
+    phrase: str
+    values: dict[str, str] = Field(min_length=2)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple(self.values.values())
+
+
+Column = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
+
+
+class TableInput(Frozen):
+    """Rows of a table. `missing` is the word for an absent value; "" leaves the column out."""
+
+    kind: Literal["table"] = "table"
+    columns: tuple[Column, ...] = Field(min_length=1)
+    missing: str = "unknown"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [column.name for column in self.columns]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"column {name!r} stands twice")
+        return self
+
+
+class TextInput(Frozen):
+    """Free text in one column."""
+
+    kind: Literal["text"] = "text"
+    column: str
+
+
+class Standardise(Frozen):
+    """A public linear map after pooling: centre and whiten by synthetic or listed public text.
+
+    For a table the text is `records` rows drawn uniformly from the schema's own choices; for
+    free text it is `sentences`. Neither has anything to do with a record, so it is free of charge.
+    """
+
+    seed: int = 0
+    records: Count = 400
+    shrinkage: Rate = 0.2
+    whiten: bool = True
+    norm: Positive = 2.0
+    sentences: tuple[str, ...] = ()
+
+
+class EncoderModel(Frozen):
+    """A BERT-type encoder, mean-pooled, with a linear head."""
+
+    kind: Literal["encoder"] = "encoder"
+    name: Name
+    sha256: Sha256
+    max_tokens: Annotated[int, Field(ge=8, le=512, strict=True)]
+    normalise: bool = True
+    standardise: Standardise | None = None
+
+
+class OneHotModel(Frozen):
+    """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline."""
+
+    kind: Literal["one-hot"] = "one-hot"
+
+
+Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]
+
+
+class Lora(Frozen):
+    """LoRA on the top `layers` layers, A orthonormal and frozen (FFA-LoRA, arXiv 2403.12313)."""
+
+    rank: Count = 8
+    alpha: Positive = 32.0
+    layers: Count = 2
+    targets: tuple[str, ...] = Field(min_length=1)
+    seed: int = 0
+
+
+class Privacy(Frozen):
+    """The guarantee every site gives, whatever the server and the other sites do.
+
+    (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
+    `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
+    noise, divided by the public constant `expected_records` times the sampling rate. mode "none" trains without clipping or
+    noise, for comparison; a site refuses it unless its owner allows it.
+    """
+
+    mode: Literal["dp", "none"] = "dp"
+    unit: Literal["record"] = "record"
+    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=0.01)] = 1e-4
+    clip_norm: Positive = 1.0
+    expected_records: Positive
+
+
+class Phase(Frozen):
+    """Consecutive rounds that train the same tensors.
+
+    Each round a site does `local_steps` steps; each takes every record with probability
+    `sampling_rate`. `budget` is this phase's share of the privacy budget (client/accounting.py).
+    A phase ends at the mean of its later iterates (`aggregation.average_from`); the next starts
+    there, at rest.
+    """
+
+    trains: Literal["head", "head+adapter"]
+    rounds: Count
+    sampling_rate: Rate
+    local_steps: Count = 1
+    budget: Rate = 1.0
+    head_rate: Positive
+    adapter_rate: Positive | None = None
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        if (self.trains == "head+adapter") != (self.adapter_rate is not None):
+            raise ValueError("adapter_rate goes with trains = \"head+adapter\", and only with it")
+        return self
+
+
+class Aggregation(Frozen):
+    """Mean of the sites' updates with public weights, then the server's heavy ball.
+
+    A phase's result is the mean of its iterates from the fraction `average_from` on. Both act on
+    noised sums only, so they cost no privacy (post-processing).
+    """
+
+    method: Literal["ffa"] = "ffa"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    average_from: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class Site(Frozen):
+    name: Name
+    weight: Positive = 1.0
+
+
+class Contract(Frozen):
+    format: Literal[1]
+    name: Name
+    task: Task
+    input: Annotated[TableInput | TextInput, Field(discriminator="kind")]
+    model: Model
+    adapter: Lora | None = None
+    privacy: Privacy
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    aggregation: Aggregation = Aggregation()
+    quorum: Count
+    deadline_seconds: Positive = 600.0
+    sites: tuple[Site, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError("sites: a name stands twice in the roster")
+        if self.quorum > len(names):
+            raise ValueError(f"quorum is {self.quorum}, but the roster has {len(names)} sites")
+        with_adapter = [phase.trains == "head+adapter" for phase in self.phases]
+        if any(with_adapter) != (self.adapter is not None):
+            raise ValueError("an [adapter] and a phase that trains \"head+adapter\" go together")
+        if with_adapter != sorted(with_adapter):
+            raise ValueError(
+                "phases that train only the head must come first: they use the frozen features"
+            )
+        if abs(sum(phase.budget for phase in self.phases) - 1) > 1e-9:
+            raise ValueError("the phases' budget shares must add up to 1")
+        if isinstance(self.model, OneHotModel):
+            if self.adapter is not None:
+                raise ValueError("the one-hot model has no layers for an [adapter]")
+            if not isinstance(self.input, TableInput):
+                raise ValueError("the one-hot model needs input.kind = \"table\"")
+        elif self.model.standardise and isinstance(self.input, TextInput):
+            if not self.model.standardise.sentences:
+                raise ValueError("model.standardise needs public sentences for free text")
+        return self
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form: JSON, keys sorted, defaults written out."""
+        data = self.model_dump(mode="json")
+        return hashlib.sha256(
+            json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        ).hexdigest()
+
+    @property
+    def rounds(self) -> int:
+        return sum(phase.rounds for phase in self.phases)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(label.name for label in self.task.labels)
+
+    def phase_of(self, round_number: int) -> Phase:
+        """The phase of a 1-based round; ValueError outside the plan."""
+        if round_number >= 1:
+            last = 0
+            for phase in self.phases:
+                last += phase.rounds
+                if round_number <= last:
+                    return phase
+        raise ValueError(f"round {round_number} is not in the plan of {self.rounds} rounds")
+
+    def place_in_phase(self, round_number: int) -> int:
+        """The 1-based place of a round within its phase."""
+        for phase in self.phases:
+            if round_number <= phase.rounds:
+                return round_number
+            round_number -= phase.rounds
+        raise ValueError(f"the plan has {self.rounds} rounds")
+
+    def weights(self) -> dict[str, float]:
+        return {site.name: site.weight for site in self.sites}
+
+    def changed(self, **sections: Any) -> Contract:
+        """A validated copy with top-level sections replaced (dicts are merged into a section)."""
+        data = self.model_dump(mode="json")
+        for key, value in sections.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) else value
+        return Contract.model_validate(data)
+
+
+def load(path: Path) -> Contract:
+    """Read and validate a contract; ContractError lists every problem with its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"Contract {path} cannot be read: {error.strerror}.", code="E102") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"Contract {path} is not UTF-8 text.", code="E102") from None
+    return parse(text, path.name)
+
+
+def parse(text: str, source: str = "contract") -> Contract:
+    """Validate contract text; `source` names it in errors."""
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{source} is not valid TOML: {error}.", code="E102") from None
+    try:
+        return Contract.model_validate(data)
+    except ValidationError as error:
+        lines = _key_lines(text)
+        raise ContractError([_sentence(e, source, lines) for e in error.errors()]) from None
+
+
+def _sentence(error: Any, source: str, lines: dict[tuple[str | int, ...], int]) -> str:
+    # Discriminated unions put the chosen tag into the path; it is no key of the file.
+    tags = ("number", "category", "table", "text", "encoder", "one-hot")
+    loc = tuple(
+        part
+        for i, part in enumerate(error["loc"])
+        if not (part in tags and i > 0 and error["loc"][i - 1] in ("input", "model"))
+        and not (part in ("number", "category") and i > 0 and isinstance(error["loc"][i - 1], int))
+    )
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+    where = f"{source}:{line}" if line else source
+    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(loc[:-1])
+        return (
+            f"Unknown key '{key}' ({where}).{did_you_mean(str(loc[-1]), known)}"
+            + (f" Allowed: {', '.join(sorted(known))}." if known else "")
+        )
+    if error["type"] == "missing":
+        return f"Key '{key}' is missing ({where})."
+    if error["type"] == "value_error":
+        return f"{error['msg'].removeprefix('Value error, ')} ({where})."
+    if error["type"] in ("int_type", "int_parsing", "int_from_float"):
+        return f"'{key}' must be a whole number, got {error['input']!r} ({where})."
+    message = error["msg"][0].lower() + error["msg"][1:]
+    value = error["input"]
+    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"'{key}': {message}{got} ({where})."
+
+
+def _keys_at(loc: tuple[str | int, ...]) -> set[str]:
+    """The keys allowed at a path of the contract (the union of the alternatives)."""
+    models: list[type[BaseModel]] = [Contract]
+    for part in loc:
+        if isinstance(part, str):
+            models = [
+                found
+                for model in models
+                if part in model.model_fields
+                for found in _models_in(model.model_fields[part].annotation)
+            ]
+    return {key for model in models for key in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _key_lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line of each key and table, for messages; inline tables point at the line they start."""
+    lines: dict[tuple[str | int, ...], int] = {}
+    table: tuple[str | int, ...] = ()
+    counts: dict[tuple[str | int, ...], int] = {}
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip()
+        if line.startswith("[["):
+            path = tuple(p.strip().strip('"') for p in line.strip("[]").split("]")[0].split("."))
+            counts[path] = counts.get(path, -1) + 1
+            table = (*path, counts[path])
+        elif line.startswith("["):
+            table = tuple(p.strip().strip('"') for p in line[1:].split("]")[0].split("."))
+        elif "=" in line and not line.startswith("#"):
+            key = line.split("=", 1)[0].strip().strip('"')
+            lines[(*table, *key.split("."))] = number
+            continue
+        else:
+            continue
+        lines.setdefault(table, number)
+    return lines

@@ -1,0 +1,113 @@
+"""Every error a person or another process can meet, with a code that `silotune explain` knows.
+
+SilotuneError
+├── UsageError        E1xx  the command line, a file or a configuration is wrong   exit 2
+│   └── ContractError       … in a contract: every problem at once, with its line
+├── RefusalError      E2xx  a site or its ledger says no; nothing ran, nothing was spent
+├── DataError         E3xx  records or model files are missing, damaged or off the schema
+├── PeerError         E4xx  another process cannot be reached or did not answer
+├── ProtocolError     E5xx  a message or an update is not what the contract allows
+└── RunError          E6xx  a run could not go on
+
+A message never holds the value of a record. What only the owner of the records may see stands
+in `DataError.local`, which the command line prints on the owner's terminal and nothing logs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+CODES: dict[str, str] = {
+    "E101": "The command line names something that does not exist. The message lists what does.",
+    "E102": "A configuration file is missing or is not TOML. Check the path and the syntax.",
+    "E103": "A contract has keys or values that are not allowed. Every problem is listed with "
+    "its line; nothing was run.",
+    "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
+    "with the site's: `silotune contract show FILE` prints the hash of each.",
+    "E202": "The request is not in the contract's plan: a round that does not exist, or one that "
+    "was already answered. The site answers each round once; the same bytes get the same reply.",
+    "E203": "The contract asks for training without differential privacy. A site agrees to that "
+    "only when its owner sets allow_without_dp.",
+    "E210": "The plan would spend more of the privacy budget than is left. Fewer rounds, more "
+    "noise or a smaller sampling rate fit; only the owner of the records can raise the limit.",
+    "E301": "A data file does not exist or cannot be read.",
+    "E302": "A column the contract names is not in the data, or a value lies outside the public "
+    "schema. The schema is public and fixed, so the data or the contract must change.",
+    "E303": "A label lies outside the contract's public label set. Map it in the contract "
+    "(task.labels) or remove those rows.",
+    "E304": "A site has no rows. It cannot take part; take it out of the roster or fix its data.",
+    "E305": "A downloaded or installed file does not have the SHA-256 the contract or recipe "
+    "names. Do not use it. Delete it and fetch it again, or ask who changed it.",
+    "E306": "A download failed. With a network: `silotune data fetch` tries again. Without one: "
+    "copy the cache folder from a machine that has it.",
+    "E401": "The worker of this site does not answer on its socket. Start it with "
+    "`silotune site start`.",
+    "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "
+    "released; what was computed stays counted.",
+    "E501": "A message could not be read: it is not in Silotune's format.",
+    "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
+    "E503": "A message belongs to another contract, run, round or site than the one expected.",
+    "E500": "An unexpected failure inside a site. The incident id finds the details in that "
+    "site's own log; they are not sent anywhere.",
+    "E601": "The run directory already holds a run, or is not a run.",
+}
+
+
+class SilotuneError(Exception):
+    """Base of all errors. `code` is stable and explained by CODES; the message is one sentence."""
+
+    default_code: ClassVar[str] = "E500"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code or self.default_code
+
+
+class UsageError(SilotuneError):
+    default_code = "E101"
+    exit_code = 2
+
+
+class ContractError(UsageError):
+    """All problems of one contract. `problems` are sentences with file, key, value and mend."""
+
+    default_code = "E103"
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RefusalError(SilotuneError):
+    default_code = "E202"
+
+
+class DataError(SilotuneError):
+    """`local` may hold a record's value: it is shown to the records' owner, never logged or sent."""
+
+    default_code = "E301"
+
+    def __init__(self, message: str, *, code: str | None = None, local: str = "") -> None:
+        super().__init__(message, code=code)
+        self.local = local
+
+
+class PeerError(SilotuneError):
+    default_code = "E401"
+
+
+class ProtocolError(SilotuneError):
+    default_code = "E501"
+
+
+class RunError(SilotuneError):
+    default_code = "E601"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the nearest of `known`, or ''."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,111 @@
+"""Labelled rows: a table is read, checked against the public schema and turned into choices.
+
+Sites read their records with it, the operator its public test rows.
+
+Errors name file, column and row numbers. A record's value appears only in `DataError.local`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from silotune.common import schema
+from silotune.common.contract import Contract, TableInput
+from silotune.common.errors import DataError, did_you_mean
+
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Records:
+    """inputs: N texts, or N tuples of choices (common/schema.py). labels: [N] class indices."""
+
+    inputs: list[str] | list[tuple[schema.Choice, ...]]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read(path: Path, contract: Contract) -> Records:
+    """Read a CSV file by the contract's schema; DataError with every problem found."""
+    table = _table(path)
+    source = path.name
+    spec = contract.input
+    columns = (
+        [column.name for column in spec.columns]
+        if isinstance(spec, TableInput)
+        else [spec.column]
+    )
+    absent = [c for c in [*columns, contract.task.label_column] if c not in table.columns]
+    if absent:
+        has = ", ".join(map(str, table.columns[:20]))
+        raise DataError(
+            " ".join(
+                f"Column '{c}' is not in {source}.{did_you_mean(c, table.columns)}" for c in absent
+            )
+            + f" It has: {has}. The contract '{contract.name}' names its columns in [input] and "
+            "[task]. Stopped before training; ε spent: 0.",
+            code="E302",
+        )
+    if not len(table):
+        raise DataError(
+            f"Data file {source} has no rows; a site without records cannot take part. "
+            "Take it out of the contract's sites, or fill the file.",
+            code="E304",
+        )
+    problems: list[tuple[str, str, str]] = []
+    classes = {v: i for i, label in enumerate(contract.task.labels) for v in label.values}
+    labels = np.zeros(len(table), dtype=np.int64)
+    for i, raw in enumerate(table[contract.task.label_column]):
+        if raw.strip() in classes:
+            labels[i] = classes[raw.strip()]
+        else:
+            allowed = ", ".join(classes)
+            problems.append((f"row {i + 2}: column '{contract.task.label_column}' is not one of "
+                             f"the contract's labels ({allowed})", raw, "E303"))
+    inputs: list[str] | list[tuple[schema.Choice, ...]]
+    if isinstance(spec, TableInput):
+        inputs = []
+        for i, row in enumerate(table[columns].itertuples(index=False, name=None)):
+            try:
+                inputs.append(schema.choices_of(spec, dict(zip(columns, row, strict=True))))
+            except schema.OutsideSchemaError as error:
+                problems.append((f"row {i + 2}: {error}", error.value, "E302"))
+    else:
+        inputs = list(table[spec.column])
+    if problems:
+        shown = problems[:SHOWN_PROBLEMS]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise DataError(
+            f"{source} does not fit the contract '{contract.name}': "
+            + "; ".join(text for text, _, _ in shown)
+            + more
+            + ". Correct those rows, or agree on another contract. ε spent: 0.",
+            code=problems[0][2],
+            local="; ".join(f"{text.split(':')[0]} has {value!r}" for text, value, _ in shown),
+        )
+    return Records(inputs, labels)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        others = sorted(p.name for p in path.parent.glob("*.csv"))[:5] if path.parent.is_dir() else []
+        hint = f" CSV files in that folder: {', '.join(others)}." if others else ""
+        raise DataError(f"Data file {path} does not exist.{hint}")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except pd.errors.EmptyDataError:
+        raise DataError(
+            f"Data file {path.name} is empty: it has no header.", code="E304"
+        ) from None
+    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        # The parser's own text may quote a line of the file.
+        raise DataError(
+            f"Data file {path.name} cannot be read as UTF-8 CSV ({type(error).__name__})."
+        ) from None

@@ -1,0 +1,1 @@
+"""The operator: rounds, adapters and reports. Imports only itself and common."""

@@ -1,0 +1,56 @@
+"""Aggregation: pure functions on named float32 arrays.
+
+Everything here acts on what the sites have already made private, so it costs no privacy
+(post-processing). All of it needs only the weighted sum of the updates, never a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from silotune.common.messages import Arrays
+
+
+def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:
+    """sum_i w_i u_i / sum_i w_i over the sites in `updates`; weights are the contract's.
+
+    FFA-LoRA (arXiv 2403.12313): with A frozen and equal at every site, the mean of the B_i gives
+    mean(B_i A) = mean(B_i) A exactly. float64 inside; sites in sorted order, so that the result
+    does not depend on who answered first.
+    """
+    sites = sorted(updates)
+    total = sum(weights[site] for site in sites)
+    return {
+        name: (
+            sum(weights[site] * updates[site][name].astype(np.float64) for site in sites) / total
+        ).astype(np.float32)
+        for name in updates[sites[0]]
+    }
+
+
+def heavy_ball(
+    adapter: Arrays, velocity: Arrays, change: Arrays, momentum: float
+) -> tuple[Arrays, Arrays]:
+    """v <- momentum v + change; x <- x + v (Polyak 1964). Tensors not in `change` stay.
+
+    Returns the next adapter and velocity.
+    """
+    next_velocity = {
+        name: momentum * velocity.get(name, np.zeros_like(step)) + step
+        for name, step in change.items()
+    }
+    next_adapter = {
+        name: (array + next_velocity[name]).astype(np.float32) if name in change else array
+        for name, array in adapter.items()
+    }
+    return next_adapter, next_velocity
+
+
+def running_mean(mean: Arrays, count: int, latest: Arrays) -> Arrays:
+    """The mean of count + 1 iterates from the mean of the first `count`."""
+    return {
+        name: (mean[name] + (latest[name] - mean[name]) / (count + 1)).astype(np.float32)
+        for name in latest
+    } if count else dict(latest)

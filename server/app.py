@@ -1,0 +1,27 @@
+"""The Flower ServerApp of a deployment: builds the run its run config names, and carries it out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from silotune.common import contract as contracts
+from silotune.common.model import build
+from silotune.server.registry import Registry
+from silotune.server.rounds import Run
+from silotune.server.strategy import SilotuneStrategy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder)."""
+    config = {key: str(value) for key, value in context.run_config.items()}
+    contract = contracts.load(Path(config["contract"]))
+    model = build(contract, Path(config["model"]) if config["model"] else None)
+    registry = Registry.create(Path(config["runs"]) / config["run"], contract)
+    run = Run(contract, registry, config["run"], model.initial_arrays())
+    SilotuneStrategy(run).start(grid)

@@ -1,0 +1,180 @@
+"""The operator's side of a run, without a network: what to ask, what to accept, what to commit.
+
+server/strategy.py carries these bytes over Flower; a single-site baseline calls the worker
+directly. Both go through the same checks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from silotune.common import adapter, messages
+from silotune.common.contract import Contract, Phase
+from silotune.common.errors import ProtocolError, RunError
+from silotune.common.messages import Arrays, Describe, Description, Message, Refusal, Train, Update
+from silotune.server import aggregate
+from silotune.server.registry import Registry
+
+Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What a committed round was: sites that count, those that failed and why, cost and metrics."""
+
+    round: int
+    sites: tuple[str, ...]
+    failed: Mapping[str, str]
+    epsilon: Mapping[str, float | None]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class Run:
+    """State of one run. Call `describe`/`identify` once, then `request`, `accept`, `finish` a round.
+
+    evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
+    evaluate_every: rounds between evaluations (the last is always one).
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        registry: Registry,
+        run_id: str,
+        initial: Arrays,
+        *,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int = 1,
+        on_round: Callable[[RoundFacts], None] | None = None,
+    ) -> None:
+        self.contract, self.registry, self.run_id = contract, registry, run_id
+        self.adapter = initial
+        self.velocity: Arrays = {}
+        self.mean: Arrays = {}
+        self.averaged = 0
+        self.number = 1
+        self._shapes = adapter.shapes_of(initial)
+        self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
+        self._open: dict[str, Arrays] = {}
+        self._failed: dict[str, str] = {}
+        self._epsilon: dict[str, float | None] = {}
+        self._bytes = [0, 0]
+        self._began = time.perf_counter()
+        registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
+
+    @property
+    def done(self) -> bool:
+        return self.number > self.contract.rounds
+
+    def describe(self) -> bytes:
+        return messages.pack(Message(Describe(contract=self.contract.hash)))
+
+    def identify(self, wire: bytes) -> str:
+        """The site that sent a Description; ProtocolError if it is not one of this contract."""
+        header = self._checked(messages.unpack(wire)).header
+        if not isinstance(header, Description):
+            raise ProtocolError("The reply is no description.", code="E503")
+        return header.site
+
+    def request(self) -> bytes:
+        """The bytes every site gets this round. The clock of the round starts."""
+        self._open, self._failed, self._epsilon = {}, {}, {}
+        self._bytes = [0, 0]
+        self._began = time.perf_counter()
+        header = Train(contract=self.contract.hash, run=self.run_id, round=self.number)
+        return messages.pack(Message(header, self.adapter))
+
+    def accept(self, site: str, sent: int, wire: bytes) -> None:
+        """Take one site's reply, or note why it does not count. Never raises for a bad reply.
+
+        sent: bytes that went down to the site.
+        """
+        self._bytes[1] += sent
+        self._bytes[0] += len(wire)
+        try:
+            message = self._checked(messages.unpack(wire))
+            update = message.header
+            if not isinstance(update, Update):
+                raise ProtocolError("The reply is no update.", code="E503")
+            expected = (site, self.run_id, self.number, 1)
+            if (update.site, update.run, update.round, update.attempt) != expected:
+                raise ProtocolError("The update is for another site or round.", code="E503")
+            if site in self._open:
+                raise ProtocolError("The site answered twice.", code="E503")
+            names = adapter.trained_names(self._shapes, self.phase.trains)
+            adapter.check(message.arrays, {n: self._shapes[n] for n in names}, "The update")
+        except ProtocolError as error:
+            self.fail(site, error.code)
+        else:
+            self._open[site] = message.arrays
+            self._epsilon[site] = update.epsilon
+
+    def fail(self, site: str, code: str) -> None:
+        """Note that a site does not count this round, with the code of the reason."""
+        if site not in self._open:
+            self._failed[site] = code
+        self.registry.event("rejected", round=self.number, site=site, code=code)
+
+    @property
+    def phase(self) -> Phase:
+        return self.contract.phase_of(self.number)
+
+    def finish(self) -> RoundFacts:
+        """Aggregate, step, commit. RunError below the quorum: nothing is committed then."""
+        if len(self._open) < self.contract.quorum:
+            reasons = ", ".join(f"{s}: {c}" for s, c in sorted(self._failed.items())) or "no reply"
+            self.registry.event("stopped", round=self.number, failed=self._failed)
+            raise RunError(
+                f"Run stopped at round {self.number}: {len(self._open)} of "
+                f"{len(self.contract.sites)} sites counted ({reasons}), the quorum is "
+                f"{self.contract.quorum}. No adapter released; ε counted for what was computed.",
+                code="E402",
+            )
+        change = aggregate.weighted_mean(self._open, self.contract.weights())
+        self.adapter, self.velocity = aggregate.heavy_ball(
+            self.adapter, self.velocity, change, self.contract.aggregation.momentum
+        )
+        place = self.contract.place_in_phase(self.number)
+        if place > self.phase.rounds * self.contract.aggregation.average_from:
+            self.mean = aggregate.running_mean(self.mean, self.averaged, self.adapter)
+            self.averaged += 1
+        final = self.number == self.contract.rounds
+        metrics: Mapping[str, float | None] = {}
+        if self._evaluate and (final or self.number % self._every == 0):
+            metrics = self._evaluate(self.released(), self.phase.trains == "head+adapter")
+        facts = RoundFacts(
+            self.number, tuple(sorted(self._open)), dict(self._failed), dict(self._epsilon),
+            self._bytes[0], self._bytes[1], time.perf_counter() - self._began, metrics,
+        )
+        state = {f"velocity/{n}": a for n, a in self.velocity.items()}
+        state |= {f"mean/{n}": a for n, a in self.mean.items()}
+        self.registry.commit(self.number, self.adapter, state, vars(facts))
+        self.registry.event("committed", round=self.number, sites=facts.sites)
+        if final:
+            self.registry.release(self.released())
+        if place == self.phase.rounds:
+            self.adapter, self.velocity, self.mean, self.averaged = self.released(), {}, {}, 0
+        self.number += 1
+        if self._on_round:
+            self._on_round(facts)
+        return facts
+
+    def released(self) -> Arrays:
+        """What the phase has come to: the mean of its later iterates, once there is one."""
+        return self.mean if self.averaged else self.adapter
+
+    def _checked(self, message: Message) -> Message:
+        header = message.header
+        if header.contract != self.contract.hash:
+            raise ProtocolError("The message is for another contract.", code="E503")
+        if isinstance(header, Refusal):
+            raise ProtocolError(
+                f"{header.site} refuses ({header.code}, incident {header.incident}).",
+                code=header.code,
+            )
+        return message

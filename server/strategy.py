@@ -1,0 +1,148 @@
+"""The Flower Strategy: carries the bytes of server/rounds.py to the sites and back.
+
+What Flower's own loop lacks and this one has: a wait for the roster that ends, a quorum, errors
+mapped to site names, replies that are validated, rounds that are committed. No weight, count or
+metric of a client's claim is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from silotune.common.errors import PeerError, SilotuneError
+from silotune.server.rounds import Run
+
+log = logging.getLogger(__name__)
+
+RECORD, WIRE = "silotune", "wire"
+
+
+class SilotuneStrategy(Strategy):
+    """Sums of private updates, round by round, until the contract's plan is done."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.nodes: dict[int, str] = {}
+        self._sent = 0
+        self._asked: dict[str, int] = {}
+
+    def summary(self) -> None:
+        """Log what will run."""
+        contract = self.run.contract
+        log.info(
+            "contract %s (%s…), %d rounds, quorum %d of %d",
+            contract.name, contract.hash[:12], contract.rounds, contract.quorum,
+            len(contract.sites),
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message a node, all with the same bytes."""
+        wire = self.run.request()
+        self._sent = len(wire)
+        return [self._message(wire, node) for node in self.nodes]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Give every reply to the run, then commit the round. RunError below the quorum."""
+        silent = dict(self.nodes)
+        for reply in replies:
+            # An error's own source is the SuperLink; only the request it answers names the node.
+            site = silent.pop(self._node_of(reply), None)
+            if site is None:
+                continue
+            if reply.has_error():
+                self.run.fail(site, "E500")
+            else:
+                self.run.accept(site, self._sent, _wire(reply))
+        for site in silent.values():
+            self.run.fail(site, "E402")
+        self.run.finish()
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: what is measured at a site would cost privacy; the operator uses public rows."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        return None
+
+    def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
+        """Find the roster, then run every round of the contract. Raises RunError, PeerError."""
+        self.summary()
+        self.nodes = self._find_sites(grid)
+        while not self.run.done:
+            requests = self.configure_train(
+                self.run.number, ArrayRecord(), ConfigRecord(), grid
+            )
+            self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
+        return Result()
+
+    def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:
+        replies = grid.send_and_receive(requests, timeout=self.run.contract.deadline_seconds)
+        # Flower gives a message its id when it sends it.
+        self._asked = {m.metadata.message_id: m.metadata.dst_node_id for m in requests}
+        return replies
+
+    def _node_of(self, reply: Message) -> int:
+        return self._asked.get(reply.metadata.reply_to_message_id, -1)
+
+    def _message(self, wire: bytes, node: int) -> Message:
+        content = RecordDict({RECORD: ConfigRecord({WIRE: wire})})
+        return Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+
+    def _find_sites(self, grid: Grid) -> dict[int, str]:
+        """Ask new nodes who they are until the whole roster is there or the deadline has passed.
+
+        PeerError when fewer than the quorum showed up.
+        """
+        roster = set(self.run.contract.weights())
+        end = time.monotonic() + self.run.contract.deadline_seconds
+        found: dict[int, str] = {}
+        asked: set[int] = set()
+        while set(found.values()) != roster and time.monotonic() < end:
+            new = set(grid.get_node_ids()) - asked
+            if not new:
+                time.sleep(0.2)
+                continue
+            asked |= new
+            for reply in self._exchange(grid, [self._message(self.run.describe(), n) for n in new]):
+                if reply.has_error():
+                    continue
+                try:
+                    site = self.run.identify(_wire(reply))
+                except SilotuneError as error:
+                    log.warning("a node does not take part: %s", error)
+                    continue
+                if site in roster and site not in found.values():
+                    found[self._node_of(reply)] = site
+        if len(found) < self.run.contract.quorum:
+            absent = ", ".join(sorted(roster - set(found.values())))
+            raise PeerError(
+                f"{len(found)} of {len(roster)} sites answered, the quorum is "
+                f"{self.run.contract.quorum}. No answer from: {absent}.",
+                code="E402",
+            )
+        return found
+
+
+def _wire(reply: Message) -> bytes:
+    """The bytes in a reply, b'' when they are not where they belong (rejected as unreadable)."""
+    try:
+        wire = reply.content[RECORD][WIRE]
+    except (KeyError, TypeError):
+        return b""
+    return wire if isinstance(wire, bytes) else b""
