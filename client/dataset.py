@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-from silotune.common.records import Records
+from silotune.common import records
+from silotune.common.contract import Contract
 from silotune.common.model import Classifier, Encoded
 
 
@@ -21,6 +24,16 @@ class Dataset:
         return len(self.labels)
 
 
-def build(records: Records, model: Classifier) -> Dataset:
-    """Run the frozen layers once over all records: a public function of each record by itself."""
-    return Dataset(model.encode(records.inputs), torch.from_numpy(records.labels))
+def load(path: Path, contract: Contract, model: Classifier) -> Dataset:
+    """Read a site's file and run the frozen layers over it, once for each model and file content.
+
+    Both are public functions of each record by itself: nothing is learnt from one record and used
+    on another.
+    """
+    rows = records.read(path, contract)
+    return _encode(model, tuple(rows.inputs), tuple(rows.labels.tolist()))
+
+
+@lru_cache(maxsize=16)
+def _encode(model: Classifier, inputs: records.Inputs, labels: tuple[int, ...]) -> Dataset:
+    return Dataset(model.encode(inputs), torch.tensor(labels, dtype=torch.long))

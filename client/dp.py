@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from silotune.client.noise import NoiseSource
 
 
-class CryptoNoiseOptimizer(DPOptimizer):
+class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' DPOptimizer with the noise from `NoiseSource`, added in float64."""
 
     def __init__(
@@ -46,7 +46,7 @@ class CryptoNoiseOptimizer(DPOptimizer):
         self.divisor = divisor
 
     def begin(self) -> None:
-        """Start a logical batch. A batch that stays empty has the sum zero, and still gets noise."""
+        """Start a logical batch. One that stays empty has the sum zero, and still gets noise."""
         self.zero_grad(set_to_none=True)
         for p in self.params:
             p.summed_grad = torch.zeros_like(p)
@@ -62,16 +62,16 @@ class CryptoNoiseOptimizer(DPOptimizer):
 
 
 @contextmanager
-def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[nn.Parameter, Tensor]]:
+def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tensor]]:
     """Within, each Linear multiplies every one of n examples by its own (stride-0) view of its
     weight, so the gradient with respect to the view [n, ...] is the per-example gradients.
 
     Yields parameter -> view, the leaves to differentiate. Inputs are [n, in] or [n, T, in].
     """
-    views: dict[nn.Parameter, Tensor] = {}
+    views: dict[Tensor, Tensor] = {}
     linears = list(linears)
 
-    def view(parameter: nn.Parameter) -> Tensor:
+    def view(parameter: Tensor) -> Tensor:
         views[parameter] = parameter.detach()[None].expand(n, *parameter.shape).requires_grad_()
         return views[parameter]
 
@@ -90,7 +90,7 @@ def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[nn.Parameter
 
     try:
         for linear in linears:
-            linear.forward = forward_of(linear)  # type: ignore[method-assign]
+            linear.forward = forward_of(linear)  # type: ignore[assignment, method-assign]
         yield views
     finally:
         for linear in linears:
@@ -128,7 +128,7 @@ def private_gradient(
 
 def per_example_gradients(
     linears: Iterable[nn.Linear], index: Tensor, losses: Callable[[Tensor], Tensor]
-) -> Mapping[nn.Parameter, Tensor]:
+) -> Mapping[Tensor, Tensor]:
     """parameter -> [n, *shape], row i the gradient of the loss of record index[i] alone."""
     with expanded(linears, len(index)) as views:
         gradients = torch.autograd.grad(losses(index).sum(), list(views.values()))

@@ -28,7 +28,8 @@ def relay_app(worker_of: Callable[[Context, bytes], bytes]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
-            reply = worker_of(context, bytes(message.content[RECORD][WIRE]))
+            wire = message.content[RECORD][WIRE]
+            reply = worker_of(context, wire) if isinstance(wire, bytes) else b""
         except Exception:
             log.exception("the message could not be relayed")
             reply = b""

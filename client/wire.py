@@ -37,8 +37,8 @@ def application(handle: Handle) -> Starlette:
     return Starlette(routes=[Route("/message", message, methods=["POST"])])
 
 
-def serve(handle: Handle, path: Path) -> None:
-    """Answer on the socket until SIGTERM or SIGINT."""
+def serve(handle: Handle, path: Path, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Answer on the socket until SIGTERM or SIGINT; `on_ready` is called when it is open."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     # Bound here because uvicorn would open a socket it makes itself to every user (0666).
@@ -46,8 +46,10 @@ def serve(handle: Handle, path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))
+        listener.listen()
     finally:
         os.umask(before)
+    on_ready()
     config = uvicorn.Config(application(handle), log_level="warning", access_log=False)
     try:
         uvicorn.Server(config).run(sockets=[listener])

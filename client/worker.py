@@ -16,7 +16,7 @@ from pathlib import Path
 from silotune.client import accounting, dataset
 from silotune.client.noise import NoiseSource
 from silotune.client.train import train_round
-from silotune.common import adapter, messages, records
+from silotune.common import adapter, messages
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError, SilotuneError
 from silotune.common.messages import Describe, Description, Message, Refusal, Train, Update
@@ -56,7 +56,7 @@ class Worker:
         self.history: list[accounting.Mechanism] = []
         self.source = NoiseSource(site=site.name, insecure_seed=site.insecure_seed)
         self.model: Classifier = build(contract, site.model_folder)
-        self.data = dataset.build(records.read(site.data, contract), self.model)
+        self.data = dataset.load(site.data, contract, self.model)
         self.shapes = adapter.shapes_of(self.model.initial_arrays())
         self._answered: dict[tuple[str, int, int], tuple[bytes, bytes]] = {}
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class Worker:
                 with self._lock:
                     return self._train_once(request.header, request.arrays, wire)
             raise ProtocolError("The message is no request.")
-        except Exception as error:  # noqa: BLE001 - whatever happens here must not leave the site
+        except Exception as error:  # whatever it is, it must not leave the site
             code = error.code if isinstance(error, SilotuneError) else "E500"
             incident = secrets.token_hex(8)
             log.error("incident %s (%s)", incident, code, exc_info=error)

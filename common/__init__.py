@@ -1,1 +1,1 @@
-"""What both sides of the boundary must agree on. Imports nothing of client, server or simulations."""
+"""What both sides of the boundary must agree on. Imports no other part of Silotune."""

@@ -172,8 +172,8 @@ class Privacy(Frozen):
 
     (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
     `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
-    noise, divided by the public constant `expected_records` times the sampling rate. mode "none" trains without clipping or
-    noise, for comparison; a site refuses it unless its owner allows it.
+    noise, divided by the public constant `expected_records` times the sampling rate. mode "none"
+    trains without clipping or noise, for comparison; a site refuses it unless its owner allows it.
     """
 
     mode: Literal["dp", "none"] = "dp"
@@ -260,9 +260,12 @@ class Contract(Frozen):
                 raise ValueError("the one-hot model has no layers for an [adapter]")
             if not isinstance(self.input, TableInput):
                 raise ValueError("the one-hot model needs input.kind = \"table\"")
-        elif self.model.standardise and isinstance(self.input, TextInput):
-            if not self.model.standardise.sentences:
-                raise ValueError("model.standardise needs public sentences for free text")
+        elif (
+            isinstance(self.input, TextInput)
+            and self.model.standardise is not None
+            and not self.model.standardise.sentences
+        ):
+            raise ValueError("model.standardise needs public sentences for free text")
         return self
 
     @cached_property
@@ -315,7 +318,9 @@ def load(path: Path) -> Contract:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"Contract {path} cannot be read: {error.strerror}.", code="E102") from None
+        raise UsageError(
+            f"Contract {path} cannot be read: {error.strerror}.", code="E102"
+        ) from None
     except UnicodeDecodeError:
         raise UsageError(f"Contract {path} is not UTF-8 text.", code="E102") from None
     return parse(text, path.name)
@@ -336,12 +341,12 @@ def parse(text: str, source: str = "contract") -> Contract:
 
 def _sentence(error: Any, source: str, lines: dict[tuple[str | int, ...], int]) -> str:
     # Discriminated unions put the chosen tag into the path; it is no key of the file.
-    tags = ("number", "category", "table", "text", "encoder", "one-hot")
+    tags = {("input", "table"), ("input", "text"), ("model", "encoder"), ("model", "one-hot")}
     loc = tuple(
         part
-        for i, part in enumerate(error["loc"])
-        if not (part in tags and i > 0 and error["loc"][i - 1] in ("input", "model"))
-        and not (part in ("number", "category") and i > 0 and isinstance(error["loc"][i - 1], int))
+        for before, part in zip((None, *error["loc"]), error["loc"], strict=False)
+        if (before, part) not in tags
+        and not (isinstance(before, int) and part in ("number", "category"))
     )
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
     where = f"{source}:{line}" if line else source

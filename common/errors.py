@@ -86,7 +86,7 @@ class RefusalError(SilotuneError):
 
 
 class DataError(SilotuneError):
-    """`local` may hold a record's value: it is shown to the records' owner, never logged or sent."""
+    """`local` may hold a record's value: shown to the records' owner, never logged or sent."""
 
     default_code = "E301"
 

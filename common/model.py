@@ -31,9 +31,9 @@ from silotune.common.adapter import orthonormal
 from silotune.common.contract import Contract, EncoderModel, OneHotModel, Standardise, TableInput
 from silotune.common.errors import DataError
 from silotune.common.messages import Arrays
+from silotune.common.records import Inputs
 
-Inputs = Sequence[str] | Sequence[Sequence[schema.Choice]]
-MICRO_BATCH = 64
+MICRO_BATCH = 32
 # Frozen and adapted layers run their matrix products in bfloat16 where the processor has it;
 # weights, normalisation, the head, per-record gradients and everything after them are float32.
 BF16 = bool(torch.cpu._is_avx512_bf16_supported())
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Tensor:
-        """Logits [len(index), L] of the rows in `index`; without the adapter if it is still zero."""
+        """Logits [len(index), L] of the rows in `index`; `adapter`: is LoRA other than zero?"""
         features = self.adapted(encoded, index) if adapter else encoded.features[index]
         logits: Tensor = self.head(features.float())
         return logits
@@ -79,11 +79,11 @@ class Classifier(nn.Module):
     def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Tensor]:
         """`index` in pieces that fit in memory, rows of like length together (less padding)."""
         if not adapter:
-            yield from index.split(4096)
+            yield from torch.split(index, 4096)
             return
         assert encoded.starts is not None
         lengths = (encoded.starts[1:] - encoded.starts[:-1])[index]
-        yield from index[lengths.argsort(stable=True)].split(MICRO_BATCH)
+        yield from torch.split(index[lengths.argsort(stable=True)], MICRO_BATCH)
 
     @torch.no_grad()
     def predict(self, encoded: Encoded, *, adapter: bool) -> np.ndarray:
@@ -150,7 +150,7 @@ class Encoder(Classifier):
         if self.lora:
             config = LoraConfig(
                 r=self.lora.rank,
-                lora_alpha=self.lora.alpha,
+                lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
                 lora_dropout=0.0,
                 target_modules=list(self.lora.targets),
             )
@@ -189,7 +189,7 @@ class Encoder(Classifier):
         rng = np.random.default_rng(self.lora.seed if self.lora else 0)
         for name in sorted(arrays):
             if name.endswith(".lora_A"):
-                arrays[name] = orthonormal(*arrays[name].shape, rng)
+                arrays[name] = orthonormal(arrays[name].shape[0], arrays[name].shape[1], rng)
         return arrays
 
     @torch.no_grad()
@@ -308,8 +308,8 @@ def _base(folder: Path, sha256: str) -> tuple[Any, Any]:
             f"{sha256[:12]}…. Delete the file and fetch it again.",
             code="E305",
         )
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # Explicit softmax attention: its backward is faster than fused attention's on a CPU.
     model = AutoModel.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True,

@@ -7,6 +7,7 @@ Errors name file, column and row numbers. A record's value appears only in `Data
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from silotune.common.errors import DataError, did_you_mean
 
 SHOWN_PROBLEMS = 10
 
+# N texts, or N rows of choices (common/schema.py).
+Inputs = Sequence[str] | Sequence[tuple[schema.Choice, ...]]
+
 
 @dataclass(frozen=True)
 class Records:
-    """inputs: N texts, or N tuples of choices (common/schema.py). labels: [N] class indices."""
+    """labels: [N] class indices."""
 
-    inputs: list[str] | list[tuple[schema.Choice, ...]]
+    inputs: Inputs
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -69,14 +73,15 @@ def read(path: Path, contract: Contract) -> Records:
             allowed = ", ".join(classes)
             problems.append((f"row {i + 2}: column '{contract.task.label_column}' is not one of "
                              f"the contract's labels ({allowed})", raw, "E303"))
-    inputs: list[str] | list[tuple[schema.Choice, ...]]
+    inputs: Inputs
     if isinstance(spec, TableInput):
-        inputs = []
+        rows: list[tuple[schema.Choice, ...]] = []
         for i, row in enumerate(table[columns].itertuples(index=False, name=None)):
             try:
-                inputs.append(schema.choices_of(spec, dict(zip(columns, row, strict=True))))
+                rows.append(schema.choices_of(spec, dict(zip(columns, row, strict=True))))
             except schema.OutsideSchemaError as error:
                 problems.append((f"row {i + 2}: {error}", error.value, "E302"))
+        inputs = rows
     else:
         inputs = list(table[spec.column])
     if problems:
@@ -95,7 +100,7 @@ def read(path: Path, contract: Contract) -> Records:
 
 def _table(path: Path) -> pd.DataFrame:
     if not path.is_file():
-        others = sorted(p.name for p in path.parent.glob("*.csv"))[:5] if path.parent.is_dir() else []
+        others = sorted(p.name for p in path.parent.glob("*.csv"))[:5]
         hint = f" CSV files in that folder: {', '.join(others)}." if others else ""
         raise DataError(f"Data file {path} does not exist.{hint}")
     try:

@@ -23,9 +23,10 @@ def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -
     sites = sorted(updates)
     total = sum(weights[site] for site in sites)
     return {
-        name: (
-            sum(weights[site] * updates[site][name].astype(np.float64) for site in sites) / total
-        ).astype(np.float32)
+        name: np.asarray(
+            sum(weights[site] * updates[site][name].astype(np.float64) for site in sites) / total,
+            dtype=np.float32,
+        )
         for name in updates[sites[0]]
     }
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from silotune.common import records
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
+from silotune.common.metrics import Scores, score
 from silotune.common.model import Classifier
-from silotune.common.tasks.classification import Scores, score
 
 
 class PublicTest:
@@ -25,7 +26,8 @@ class PublicTest:
         tables = {group: records.read(path, contract) for group, path in files.items()}
         self.groups = [group for group, table in tables.items() for _ in range(len(table))]
         self.labels = np.concatenate([table.labels for table in tables.values()])
-        self.encoded = model.encode([row for table in tables.values() for row in table.inputs])
+        rows: list[Any] = [row for table in tables.values() for row in table.inputs]
+        self.encoded = model.encode(rows)
 
     def logits(self, adapter: Arrays, *, with_adapter: bool) -> np.ndarray:
         with self.model.lock:

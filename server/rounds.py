@@ -35,7 +35,7 @@ class RoundFacts:
 
 
 class Run:
-    """State of one run. Call `describe`/`identify` once, then `request`, `accept`, `finish` a round.
+    """State of one run: `describe` and `identify` once, then `request`, `accept`, `finish` a round.
 
     evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
     evaluate_every: rounds between evaluations (the last is always one).

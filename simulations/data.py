@@ -178,13 +178,17 @@ SPLIT_SEED = 2026
 
 def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
     """Write `folder`/{train,test}/<site>.csv: by site, a quarter drawn by a fixed seed is public.
+    `pooled.csv` holds all training rows, for the arms that have no silos.
 
     The public quarter stands in for the operator's own test rows, so that no figure is read off a
     site's training records. Returns site, train and test counts in order of site name.
     """
+    import pandas as pd
+
     table = TABLES[table_name][1]()
     rng = np.random.default_rng(SPLIT_SEED)
     counts: list[dict[str, int | str]] = []
+    pooled: list[pd.DataFrame] = []
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for site in sorted(table["site"].unique()):
@@ -193,5 +197,7 @@ def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
         n_test = len(rows) // 4
         rows.iloc[np.sort(order[:n_test])].to_csv(folder / "test" / f"{site}.csv", index=False)
         rows.iloc[np.sort(order[n_test:])].to_csv(folder / "train" / f"{site}.csv", index=False)
+        pooled.append(rows.iloc[np.sort(order[n_test:])])
         counts.append({"site": site, "train": len(rows) - n_test, "test": n_test})
+    pd.concat(pooled).to_csv(folder / "pooled.csv", index=False)
     return counts

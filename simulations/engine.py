@@ -59,7 +59,7 @@ class InProcessBackend(Backend):
         return self._app(message, context), context
 
 
-def simulate(server: Callable[[Grid], None], client: ClientApp, sites: int) -> None:
+def simulate(server: Callable[[Grid], object], client: ClientApp, sites: int) -> None:
     """Run `server` on a Flower grid with `sites` simulated nodes; returns when it has finished.
 
     A node's `partition-id` in its config runs from 0 to sites - 1. What `server` raises is raised.

@@ -1,0 +1,35 @@
+# The two commands a newcomer needs: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test check install clean FORCE
+
+demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
+	$(BIN)/silotune sim run heart-diagnosis --out runs/demo
+
+test: check  ## everything that must hold
+	$(BIN)/pytest -n auto --dist loadgroup
+
+check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_house.py
+
+install: $(INSTALLED)  ## .venv with the pinned versions
+
+# The editable install links the files it finds, so a new file needs a new install.
+.venv/files: FORCE
+	@mkdir -p .venv
+	@find common client server simulations -name '*.py' -o -name '*.toml' -o -name '*.md' \
+	    -o -name '*.j2' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(INSTALLED): pyproject.toml constraints.txt .venv/files
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --config-settings editable_mode=strict -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info runs

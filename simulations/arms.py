@@ -1,0 +1,106 @@
+"""The arms of a comparison: each is a contract of its own, run by the same worker and server code.
+
+federated-lora      the recipe's contract
+alone               the same plan and epsilon, each site by itself; scored on its own test rows
+federated-head      DP, frozen encoder, only the head
+federated-one-hot   DP, logistic regression on the one-hot public bins (tables only)
+federated-no-dp     the contract without clipping and noise
+pooled-no-dp        the same with all rows in one place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from silotune.common.contract import Contract, TableInput
+from silotune.server.rounds import RoundFacts
+
+POOLED = "all sites"
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    label: str
+    private: bool
+    cheap: bool
+    contracts: tuple[Contract, ...]  # one, or one a site
+
+    @property
+    def main(self) -> bool:
+        return self.name == "federated-lora"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one contract of an arm."""
+
+    arm: str
+    repeat: int
+    contract: Contract
+    folder: Path
+    model_folder: Path | None
+    data: Path
+    federated: bool
+    evaluate_every: int
+    insecure_seed: int | None = None
+
+    @property
+    def cost(self) -> float:
+        """A rough relative cost, for the estimate of the time left; adapter rounds dominate."""
+        return sum(
+            phase.rounds * (0.1 + phase.sampling_rate * 4.0 * len(self.contract.sites))
+            if phase.trains == "head+adapter"
+            else phase.rounds * 0.05
+            for phase in self.contract.phases
+        )
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """scores: "" is all public test rows, then each test group -> metric -> value."""
+
+    arm: str
+    repeat: int
+    sites: tuple[str, ...]
+    scores: Mapping[str, Mapping[str, float | None]]
+    rounds: tuple[RoundFacts, ...]
+    seconds: float
+    peak_bytes: int
+    pid: int
+
+
+def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
+    """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
+    arms = [Arm("federated-lora", "Federated DP-LoRA", True, False, (contract,))]
+    arms.append(
+        Arm(
+            "alone", "Each site alone, DP-LoRA", True, False,
+            tuple(
+                contract.changed(sites=[{"name": site.name}], quorum=1) for site in contract.sites
+            ),
+        )
+    )
+    head = contract.changed(adapter=None, phases=plans["head"]["phases"])
+    arms.append(Arm("federated-head", "Federated DP head, frozen encoder", True, True, (head,)))
+    if isinstance(contract.input, TableInput):
+        one_hot = contract.changed(adapter=None, phases=plans["one-hot"]["phases"])
+        one_hot = Contract.model_validate(
+            {**one_hot.model_dump(mode="json"), "model": {"kind": "one-hot"}}
+        )
+        arms.append(
+            Arm("federated-one-hot", "Federated DP one-hot regression", True, True, (one_hot,))
+        )
+    plain = contract.changed(privacy={"mode": "none"}, phases=plans["no-dp"]["phases"])
+    arms.append(Arm("federated-no-dp", "Federated LoRA without DP", False, False, (plain,)))
+    # One place holds the rows of all: the divisor grows with them.
+    pooled = plain.changed(
+        sites=[{"name": POOLED}],
+        quorum=1,
+        privacy={"expected_records": plain.privacy.expected_records * len(plain.sites)},
+    )
+    arms.append(Arm("pooled-no-dp", "Pooled LoRA without DP", False, False, (pooled,)))
+    return arms

@@ -1,0 +1,85 @@
+"""`silotune sim` and `silotune data`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from silotune.common.cli import emit
+from silotune.simulations import data as sources
+
+
+@click.group()
+def sim() -> None:
+    """Run recipes on this machine."""
+
+
+@sim.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sim_ls(as_json: bool) -> None:
+    """List the recipes."""
+    from silotune.simulations.run import load_recipe, recipe_names
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    emit(
+        [{"name": r.name, "title": r.facts["title"]} for r in recipes],
+        as_json,
+        "\n".join(f"{r.name:<20} {r.facts['title']}" for r in recipes)
+        + f"\nnext:  silotune sim run {recipes[0].name}",
+    )
+
+
+@sim.command("run")
+@click.argument("recipe")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Run a recipe with all its arms.
+
+    Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
+    insecure_seed.
+
+    \b
+    $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
+    """
+    from silotune.simulations.run import Options, load_recipe, run
+
+    found, options = load_recipe(recipe), Options.parse(settings)
+    command = "silotune " + shlex.join(sys.argv[1:])
+    result = run(found, options, out or Path("runs") / recipe, command, quiet=as_json)
+    if as_json:
+        emit(result, True, "")
+
+
+@click.group()
+def data() -> None:
+    """List and fetch public data and models."""
+
+
+@data.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def data_ls(as_json: bool) -> None:
+    """List what can be fetched and what is already here."""
+    rows = [
+        {
+            "name": s.name, "about": s.about, "licence": s.licence, "sha256": s.sha256,
+            "here": (sources.home() / "sources" / s.name).is_dir(),
+        }
+        for s in sources.SOURCES.values()
+    ]
+    emit(
+        rows, as_json,
+        "\n".join(f"{r['name']:<20} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows),
+    )
+
+
+@data.command("fetch")
+@click.argument("names", nargs=-1)
+def data_fetch(names: tuple[str, ...]) -> None:
+    """Fetch sources into the cache (all of them if none is named) and check their SHA-256."""
+    for name in names or tuple(sources.SOURCES):
+        click.echo(f"✓ {name}  {sources.fetch(name)}")

@@ -1,0 +1,96 @@
+"""One job in one process: build the sites' workers, run the contract, score the adapter."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from silotune.client.relay import relay_app
+from silotune.client.worker import SiteConfig, Worker
+from silotune.common.contract import Contract
+from silotune.common.model import Classifier, build
+from silotune.server.evaluate import PublicTest
+from silotune.server.registry import Registry
+from silotune.server.rounds import RoundFacts, Run
+from silotune.server.strategy import SilotuneStrategy
+from silotune.simulations.arms import POOLED, Job, JobResult
+from silotune.simulations.engine import simulate
+
+
+def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
+    """Carry out one job. Federated jobs go through Flower's simulation runtime."""
+    contract = job.contract
+    model = build(contract, job.model_folder)
+    workers = [
+        Worker(
+            SiteConfig(
+                name=site.name,
+                data=training_file(job.data, site.name),
+                model_folder=job.model_folder,
+                allow_without_dp=contract.privacy.mode == "none",
+                insecure_seed=None
+                if job.insecure_seed is None
+                else job.insecure_seed + job.repeat,
+            ),
+            contract,
+        )
+        for site in contract.sites
+    ]
+    test = _public_test(model, contract, job.data / "test")
+    rounds: list[RoundFacts] = []
+    began = time.perf_counter()
+
+    def note(facts: RoundFacts) -> None:
+        rounds.append(facts)
+        on_round(job, facts)
+
+    run = Run(
+        contract, Registry.create(job.folder, contract), f"{job.arm}-{job.repeat}",
+        model.initial_arrays(), evaluate=test.metrics, evaluate_every=job.evaluate_every,
+        on_round=note,
+    )
+    if job.federated:
+        client = relay_app(
+            lambda context, wire: workers[int(context.node_config["partition-id"])].handle(wire)
+        )
+        simulate(SilotuneStrategy(run).start, client, len(workers))
+    else:
+        while not run.done:
+            wire = run.request()
+            for worker in workers:
+                run.accept(worker.site.name, len(wire), worker.handle(wire))
+            run.finish()
+    seconds = time.perf_counter() - began
+    with_adapter = contract.adapter is not None
+    scores = test.scores(run.registry.adapter(), with_adapter=with_adapter)
+    return JobResult(
+        job.arm,
+        job.repeat,
+        tuple(site.name for site in contract.sites),
+        {group: asdict(s) for group, s in scores.items()},
+        tuple(rounds),
+        seconds,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        os.getpid(),
+    )
+
+
+_tests: dict[tuple[int, Path], PublicTest] = {}
+
+
+def _public_test(model: Classifier, contract: Contract, folder: Path) -> PublicTest:
+    """The public rows, encoded once a process for each model."""
+    key = (id(model), folder)
+    if key not in _tests:
+        files = {path.stem: path for path in sorted(folder.glob("*.csv"))}
+        _tests[key] = PublicTest(contract, model, files)
+    return _tests[key]
+
+
+def training_file(data: Path, site: str) -> Path:
+    """The site's own rows; for the pooled arm the file with the rows of all."""
+    return data / ("pooled.csv" if site == POOLED else f"train/{site}.csv")

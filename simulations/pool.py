@@ -1,0 +1,27 @@
+"""What runs in a pool process. Torch loads only there, so the process that watches stays small."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from silotune.simulations.arms import Job, JobResult
+
+_channel: Any = None
+
+
+def start(channel: Any, threads: int) -> None:
+    """Initialise a pool process: where its progress goes, and how many cores it may use."""
+    global _channel  # noqa: PLW0603 - one queue a process, given once at its start
+    _channel = channel
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def work(job: Job) -> JobResult:
+    """Run one job, with its progress sent through the pool's queue."""
+    from silotune.simulations.jobs import run_job
+
+    return run_job(job, lambda j, facts: _channel.put((j.arm, j.repeat, j.cost, facts)))

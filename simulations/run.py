@@ -1,0 +1,273 @@
+"""`silotune sim run`: every arm of a recipe, live progress, a verdict, a table and a report."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import platform
+import queue
+import resource
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from silotune.common import contract as contracts
+from silotune.common.contract import Contract, EncoderModel
+from silotune.common.errors import RunError, UsageError, did_you_mean
+from silotune.simulations import data, pool
+from silotune.simulations.arms import Arm, Job, JobResult, arms_of
+from silotune.simulations.progress import Progress
+from silotune.simulations.summary import summarise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped recipe: its folder, contract and the facts of recipe.toml."""
+
+    name: str
+    contract: Contract
+    contract_toml: str
+    facts: dict[str, Any]
+
+
+@dataclass
+class Options:
+    """What `key=value` on the command line can change; none can weaken a guarantee silently."""
+
+    epsilon: float | None = None
+    delta: float | None = None
+    repeats: int | None = None
+    cheap_repeats: int | None = None
+    evaluate_every: int | None = None
+    arms: list[str] = field(default_factory=list)
+    processes: int = 0
+    insecure_seed: int | None = None
+
+    @classmethod
+    def parse(cls, words: tuple[str, ...]) -> Options:
+        """From `key=value` words; UsageError names the key, the value and what is allowed."""
+        options = cls()
+        readers: dict[str, Any] = {
+            "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
+            "evaluate_every": int, "processes": int, "insecure_seed": int,
+            "arms": lambda text: text.split(","),
+        }
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or key not in readers:
+                raise UsageError(
+                    f"'{word}' is not a setting. Use key=value with one of: {', '.join(readers)}."
+                    + did_you_mean(key, readers)
+                )
+            try:
+                setattr(options, key, readers[key](value))
+            except ValueError:
+                kind = "a whole number" if readers[key] is int else "a number"
+                raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
+            if key in ("repeats", "cheap_repeats", "evaluate_every") and int(value) < 1:
+                raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
+        return options
+
+
+def recipe_names() -> list[str]:
+    root = resources.files("silotune.simulations.recipes")
+    return sorted(p.name for p in root.iterdir() if (p / "recipe.toml").is_file())
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name; UsageError if there is none."""
+    if name not in recipe_names():
+        raise UsageError(
+            f"There is no recipe '{name}'.{did_you_mean(name, recipe_names())} "
+            f"Known: {', '.join(recipe_names())}."
+        )
+    folder = resources.files("silotune.simulations.recipes") / name
+    text = (folder / "contract.toml").read_text(encoding="utf-8")
+    facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), text, facts)
+
+
+def run(
+    recipe: Recipe, options: Options, folder: Path, command: str, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Run the recipe; writes `folder`/{result.json,report.html} and returns the result."""
+    began = time.perf_counter()
+    privacy = {
+        key: value
+        for key, value in (("epsilon", options.epsilon), ("delta", options.delta))
+        if value is not None
+    }
+    contract = recipe.contract.changed(privacy=privacy)
+    arms = arms_of(contract, recipe.facts["arms"])
+    if options.arms:
+        known = [arm.name for arm in arms]
+        for name in options.arms:
+            if name not in known:
+                raise UsageError(
+                    f"There is no arm '{name}'.{did_you_mean(name, known)} "
+                    f"Known: {', '.join(known)}."
+                )
+        arms = [arm for arm in arms if arm.main or arm.name in options.arms]
+    progress = Progress(recipe.facts, contract, quiet=quiet)
+    _set_aside(folder)
+    model_folder = None
+    if isinstance(contract.model, EncoderModel):
+        with progress.busy(f"model {contract.model.name}"):
+            model_folder = data.fetch(contract.model.name)
+    table = recipe.facts["table"]
+    with progress.busy(f"data {data.TABLES[table][0]}"):
+        split = data.home() / "splits" / table
+        counts = data.split(table, split)
+    sites = {str(c["site"]) for c in counts}
+    unknown = set(contract.weights()) - sites
+    if unknown:
+        raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
+    processes = options.processes or os.cpu_count() or 1
+    jobs = list(_jobs(recipe, options, arms, folder, model_folder, split))
+    progress.start(counts, jobs, processes)
+    try:
+        results = _run_jobs(jobs, processes, progress)
+    finally:
+        progress.stop()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
+        {r.pid: r.peak_bytes for r in results}.values()
+    )
+    result = summarise(contract, arms, results, recipe.facts, split)
+    source = data.SOURCES[data.TABLES[table][0]]
+    result |= {
+        "format": 1,
+        "recipe": recipe.name,
+        "title": recipe.facts["title"],
+        "about": recipe.facts["about"].strip(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command,
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory_bytes": memory,
+        "versions": {
+            name: metadata.version(name)
+            for name in ("flwr", "torch", "transformers", "peft", "opacus")
+        },
+        "contract_sha256": contract.hash,
+        "contract_toml": recipe.contract_toml,
+        "model": contract.model.model_dump(mode="json"),
+        "data": {
+            "name": source.about, "sha256": source.sha256,
+            "source": f"{source.requirement}, {source.main}; {source.licence}", "sites": counts,
+        },
+    }
+    result["privacy"]["insecure"] = options.insecure_seed is not None
+    if options.insecure_seed is not None:
+        result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    from silotune.server.report import write_report
+
+    write_report(result, folder / "report.html")
+    progress.finish(result, folder)
+    return result
+
+
+def _jobs(
+    recipe: Recipe, options: Options, arms: list[Arm], folder: Path,
+    model_folder: Path | None, split: Path,
+) -> Iterator[Job]:
+    """The main arm's first run first, so that it can be watched; then the costly ones."""
+    facts = recipe.facts
+    every = options.evaluate_every or facts["evaluate_every"]
+    found = []
+    for arm in arms:
+        repeats = (options.cheap_repeats if arm.cheap else options.repeats) or facts[
+            "cheap_repeats" if arm.cheap else "repeats"
+        ]
+        for repeat in range(repeats):
+            for contract in arm.contracts:
+                place = f"{arm.name}-{repeat}"
+                if len(arm.contracts) > 1:
+                    place += f"-{contract.sites[0].name.replace(' ', '-')}"
+                found.append(
+                    Job(
+                        arm.name, repeat, contract, folder / "arms" / place, model_folder, split,
+                        # One site has nothing to federate; no message needs to travel.
+                        federated=len(contract.sites) > 1,
+                        evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
+                        insecure_seed=options.insecure_seed,
+                    )
+                )
+    yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))
+
+
+def _run_jobs(jobs: list[Job], processes: int, progress: Progress) -> list[JobResult]:
+    """All jobs over a pool of processes; each loads the base model once."""
+    context = mp.get_context("spawn")
+    with context.Manager() as manager:
+        channel = manager.Queue()
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with ProcessPoolExecutor(
+            processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
+        ) as executor:
+            pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
+            results: list[JobResult] = []
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.1)
+                    _drain(channel, progress)
+                    for future in done:
+                        results.append(future.result())
+                        progress.done(results[-1])
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                for child in mp.active_children():
+                    child.terminate()
+                raise
+            _drain(channel, progress)
+    return results
+
+
+def _drain(channel: Any, progress: Progress) -> None:
+    while True:
+        try:
+            arm, repeat, cost, facts = channel.get_nowait()
+        except queue.Empty:
+            return
+        progress.round(arm, repeat, cost, facts)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename an older run out of the way: nothing that was written is lost."""
+    if folder.exists():
+        stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
+        folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
+
+
+def _commit() -> str:
+    """The commit of the source tree this runs from, with + for changes; 'unknown' outside one."""
+    root = Path(__file__).resolve().parent
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
+        capture_output=True, text=True, check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip() + ", no GPU used"
+    return platform.processor() or sys.platform
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+

