@@ -149,9 +149,13 @@ class EncoderModel(Frozen):
 
 
 class OneHotModel(Frozen):
-    """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline."""
+    """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline.
+
+    Each row is scaled to the L2 norm `norm`, so that the clip norm fits any number of columns.
+    """
 
     kind: Literal["one-hot"] = "one-hot"
+    norm: Positive = 2.0
 
 
 Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]

@@ -33,10 +33,11 @@ from silotune.common.errors import DataError
 from silotune.common.messages import Arrays
 from silotune.common.records import Inputs
 
-MICRO_BATCH = 32
+MICRO_BATCH = 16
 # Frozen and adapted layers run their matrix products in bfloat16 where the processor has it;
 # weights, normalisation, the head, per-record gradients and everything after them are float32.
 BF16 = bool(torch.cpu._is_avx512_bf16_supported())
+KEPT = torch.bfloat16 if BF16 else torch.float32  # how the frozen outputs are kept
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,14 @@ class Classifier(nn.Module):
 class OneHot(Classifier):
     """Logistic regression on the one-hot public bins."""
 
-    def __init__(self, table: TableInput, n_labels: int) -> None:
+    def __init__(self, spec: OneHotModel, table: TableInput, n_labels: int) -> None:
         super().__init__(sum(len(c.choices) + 1 for c in table.columns), n_labels)
         self.table = table
+        self.scale = spec.norm / len(table.columns) ** 0.5
 
     def encode(self, inputs: Inputs) -> Encoded:
-        return Encoded(torch.from_numpy(schema.to_one_hot(self.table, inputs)))  # type: ignore[arg-type]
+        rows = schema.to_one_hot(self.table, inputs)  # type: ignore[arg-type]
+        return Encoded(torch.from_numpy(rows) * self.scale)
 
 
 class Encoder(Classifier):
@@ -203,7 +206,7 @@ class Encoder(Classifier):
             hidden, mask = self._lower([texts[i] for i in rows])
             if self.lora:
                 for row, states, keep in zip(rows, hidden, mask, strict=True):
-                    pieces[row] = states[keep].clone()
+                    pieces[row] = states[keep].to(KEPT)
             features[rows] = self._pooled(
                 hidden, mask, self._shared[0].encoder.layer[self.first_adapted :]
             )
@@ -212,14 +215,14 @@ class Encoder(Classifier):
         lengths = torch.tensor([len(p) for p in pieces if p is not None])
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         kept = [p for p in pieces if p is not None]
-        hidden = torch.cat(kept) if kept else torch.zeros(0, self.mean.shape[0])
+        hidden = torch.cat(kept)
         return Encoded(features, hidden, starts)
 
     def adapted(self, encoded: Encoded, index: Tensor) -> Tensor:
         assert encoded.hidden is not None
         assert encoded.starts is not None
         rows = [encoded.hidden[encoded.starts[i] : encoded.starts[i + 1]] for i in index.tolist()]
-        hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(hidden.shape[1])[None, :] < lengths[:, None]
         return self._pooled(hidden, mask, self.top)
@@ -331,7 +334,7 @@ def build(contract: Contract, folder: Path | None) -> Classifier:
     if key not in _built:
         if isinstance(contract.model, OneHotModel):
             assert isinstance(contract.input, TableInput)
-            _built[key] = OneHot(contract.input, len(contract.label_names))
+            _built[key] = OneHot(contract.model, contract.input, len(contract.label_names))
         elif folder is None:
             raise DataError(f"The folder of model '{contract.model.name}' is not set.")
         else:

@@ -2,6 +2,7 @@
 
 federated-lora      the recipe's contract
 alone               the same plan and epsilon, each site by itself; scored on its own test rows
+alone-tuned         the same with learning rates chosen for a site alone
 federated-head      DP, frozen encoder, only the head
 federated-one-hot   DP, logistic regression on the one-hot public bins (tables only)
 federated-no-dp     the contract without clipping and noise
@@ -76,14 +77,15 @@ class JobResult:
 def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
     arms = [Arm("federated-lora", "Federated DP-LoRA", True, False, (contract,))]
-    arms.append(
-        Arm(
-            "alone", "Each site alone, DP-LoRA", True, False,
-            tuple(
-                contract.changed(sites=[{"name": site.name}], quorum=1) for site in contract.sites
-            ),
-        )
-    )
+    for name, label, plan in (
+        ("alone", "Each site alone, DP-LoRA, same plan", contract),
+        (
+            "alone-tuned", "Each site alone, DP-LoRA, own rates",
+            contract.changed(phases=plans["alone-tuned"]["phases"]),
+        ),
+    ):
+        alone = tuple(plan.changed(sites=[{"name": s.name}], quorum=1) for s in contract.sites)
+        arms.append(Arm(name, label, True, False, alone))
     head = contract.changed(adapter=None, phases=plans["head"]["phases"])
     arms.append(Arm("federated-head", "Federated DP head, frozen encoder", True, True, (head,)))
     if isinstance(contract.input, TableInput):

@@ -35,7 +35,6 @@ class Recipe:
 
     name: str
     contract: Contract
-    contract_toml: str
     facts: dict[str, Any]
 
 
@@ -93,7 +92,7 @@ def load_recipe(name: str) -> Recipe:
     folder = resources.files("silotune.simulations.recipes") / name
     text = (folder / "contract.toml").read_text(encoding="utf-8")
     facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), text, facts)
+    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts)
 
 
 def run(
@@ -159,7 +158,9 @@ def run(
             for name in ("flwr", "torch", "transformers", "peft", "opacus")
         },
         "contract_sha256": contract.hash,
-        "contract_toml": recipe.contract_toml,
+        "contract_json": json.dumps(
+            contract.model_dump(mode="json"), indent=1, ensure_ascii=False
+        ),
         "model": contract.model.model_dump(mode="json"),
         "data": {
             "name": source.about, "sha256": source.sha256,

@@ -10,12 +10,13 @@ from silotune.common.metrics import METRICS
 from silotune.simulations.arms import JobResult
 
 OTHERS = {
-    "alone": "sites alone",
+    "alone-tuned": "sites alone",
     "federated-head": "DP head",
     "federated-one-hot": "DP one-hot regression",
     "federated-no-dp": "without DP",
     "pooled-no-dp": "pooled without DP",
 }
+SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with rates of its own"}
 BASELINES = {
     "federated-head": "the DP head on the frozen encoder",
     "federated-one-hot": "the DP one-hot regression",
@@ -28,8 +29,8 @@ def verdict(
 ) -> dict[str, Any]:
     """rows: the arms of result.json. Returns word, lines and warnings.
 
-    word: "useless" if the metric is not above always answering the majority class; "weak" if the
-    sites alone do as well or the model knows one class only; else "usable".
+    word: "useless" if the metric is not above always answering the majority class; "weak" if a
+    site alone does as well on everybody's rows, or the model knows one class only; else "usable".
     """
     by_name = {row["name"]: row for row in rows}
     means = {name: row["metrics"][metric]["mean"] for name, row in by_name.items()}
@@ -41,16 +42,24 @@ def verdict(
     parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
     lines, warnings = [" · ".join(parts)], []
 
-    gain = None
-    if "alone" in by_name:
-        ours, alone = (by_name[n]["sites_mean"]["mean"] for n in ("federated-lora", "alone"))
-        gain = ours - alone
+    alone = {arm: by_name[arm] for arm in ("alone", "alone-tuned") if arm in by_name}
+    if alone:
+        own = {arm: row["sites_mean"]["mean"] for arm, row in {**alone, main["name"]: main}.items()}
         lines.append(
-            f"On its own test rows a site gets {name} {ours:.3f} from the federation and "
-            f"{alone:.3f} alone at the same ε ({gain:+.3f} on average)."
+            f"On its own test rows a site gets {name} {own[main['name']]:.3f} from the federation; "
+            + ", ".join(f"{own[a]:.3f} {SHORT[a]}" for a in alone)
+            + ". On everybody's: "
+            + f"{here:.3f}; "
+            + ", ".join(f"{means[a]:.3f} {SHORT[a]}" for a in alone)
+            + "."
         )
-        if gain <= 0:
-            warnings.append("Federating does not help: the sites alone do as well.")
+        best = max(alone, key=lambda arm: own[arm])
+        noise = max(row["sites_mean"]["sd"] for row in (main, alone[best]))
+        if own[main["name"]] <= own[best] + noise:
+            warnings.append(
+                f"On their own rows sites gain nothing that exceeds the spread over "
+                f"{SHORT[best]}: {own[main['name']] - own[best]:+.3f} ±{noise:.3f}."
+            )
     if "federated-no-dp" in means:
         lines.append(f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}.")
     lines += [
@@ -78,7 +87,7 @@ def verdict(
             "(RDP), for one run of this plan and the adapter it releases. The other arms and "
             "repeats compare on public data; on real records each would cost as much again."
         )
-    weak = bool(one_class) or (gain is not None and gain <= 0)
+    weak = bool(one_class) or any(here <= means[arm] for arm in alone)
     return {
         "word": "useless" if useless else "weak" if weak else "usable",
         "lines": lines,

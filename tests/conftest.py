@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from silotune.common.contract import Contract, parse
 from silotune.common.errors import SilotuneError
 from silotune.simulations import data
+
+# Each pytest-xdist process has one core to itself; more threads would only wait for each other.
+torch.set_num_threads(1)
 
 TABLE_CONTRACT = """
 format = 1

@@ -12,7 +12,8 @@ import matplotlib
 import pytest
 
 from silotune.common.errors import DataError
-from silotune.server.report import duration, number, render, size, small, write_report
+from silotune.server.report import render, write_report
+from silotune.server.words import duration, number, size, small
 
 SITES = ("Cleveland", "Long Beach")
 HOSTILE = "<script src=\"http://evil/x.js\">'\"&{{7*7}}$\\frac{_病院</script>"
@@ -40,7 +41,7 @@ def result() -> dict[str, Any]:
         "created": "2026-11-21T23:59:00Z", "command": "make demo", "commit": "abc1234",
         "machine": "2 cores", "seconds": 201.3, "peak_memory_bytes": 2_100_000_000,
         "versions": {"torch": "2.13.0"}, "contract_sha256": "9f" * 32,
-        "contract_toml": "format = 1\n", "model": {"name": "mini", "sha256": "53" * 32},
+        "contract_json": "format = 1\n", "model": {"name": "mini", "sha256": "53" * 32},
         "data": {
             "name": "UCI", "sha256": "77" * 32, "source": "https://example.org/data",
             "sites": [{"site": site, "train": 2280, "test": 76} for site in SITES],
@@ -151,7 +152,7 @@ def test_hostile_text_stays_text(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("place", ["title", "about", "recipe", "created", "command", "commit",
-                                   "machine", "contract_sha256", "contract_toml"])
+                                   "machine", "contract_sha256", "contract_json"])
 def test_each_text_of_the_run_is_shown_and_escaped(result: dict[str, Any], place: str) -> None:
     result[place] = "<i>&x"
     page = render(result)

@@ -1,0 +1,379 @@
+"""Flower's messages in, the run's rounds out: who is who, who is missing, and when to stop."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from silotune.common import messages
+from silotune.common.contract import Contract
+from silotune.common.errors import PeerError, RunError
+from silotune.common.messages import Description, Refusal, Train, Update
+from silotune.server.registry import Registry
+from silotune.server.rounds import Run
+
+with warnings.catch_warnings():
+    # Flower imports typer, which imports what click 8.4 deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+    from flwr.common.constant import SUPERLINK_NODE_ID
+    from flwr.serverapp import Grid
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from silotune.server import strategy as module
+    from silotune.server.strategy import SilotuneStrategy
+
+SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
+# What a node makes of request bytes: reply bytes, a whole record, a Flower error, or silence.
+Node = Callable[[bytes], bytes | RecordDict | Error | None]
+
+
+class Clock:
+    """Time that passes only in `sleep`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeGrid:
+    """Nodes in memory. `joins` says after how many looks at the node list a node is there;
+    `also` are replies that answer no request."""
+
+    def __init__(self, nodes: dict[int, Node], joins: dict[int, int] | None = None) -> None:
+        self.nodes, self.joins = nodes, joins or {}
+        self.looks = 0
+        self.received: list[tuple[int, bytes]] = []
+        self.timeouts: list[float | None] = []
+        self.also: list[Message] = []
+        self.backwards = False
+        self._ids = count(1)
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        return [node for node in self.nodes if self.joins.get(node, 0) < self.looks]
+
+    def send_and_receive(
+        self, requests: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        self.timeouts.append(timeout)
+        replies = list(self.also)
+        for request in requests:
+            request.metadata.__dict__["_message_id"] = f"m{next(self._ids)}"
+            wire = cast(bytes, request.content["silotune"]["wire"])
+            node = request.metadata.dst_node_id
+            self.received.append((node, wire))
+            made = self.nodes[node](wire)
+            if isinstance(made, bytes):
+                made = RecordDict({"silotune": ConfigRecord({"wire": made})})
+            if made is not None:
+                reply = Message(made, reply_to=request)
+                if isinstance(made, Error):
+                    # The SuperLink makes errors, so they come in its name.
+                    reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+                replies.append(reply)
+        return replies[::-1] if self.backwards else replies
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
+    return found
+
+
+@pytest.fixture
+def start(tmp_path: Path, table_contract: Contract) -> Callable[..., SilotuneStrategy]:
+    """start(**changes) -> a strategy on a fresh run of the contract with these changes."""
+
+    def new(**changes: Any) -> SilotuneStrategy:
+        contract = table_contract.changed(deadline_seconds=5.0, **changes)
+        registry = Registry.create(tmp_path / "run", contract)
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+        return SilotuneStrategy(Run(contract, registry, "run-1", zeros))
+
+    return new
+
+
+def site(name: str, value: float = 1.0, **changes: Any) -> Node:
+    """An honest site whose update is `value` everywhere; `changes` replaces header fields."""
+
+    def answer(wire: bytes) -> bytes:
+        request = messages.unpack(wire)
+        fields: dict[str, Any] = {"contract": request.header.contract, "site": name}
+        if not isinstance(request.header, Train):
+            return messages.pack(messages.Message(Description(**fields)))
+        fields |= {"run": request.header.run, "round": request.header.round, "attempt": 1,
+                   "epsilon": 1.0}
+        arrays = {n: np.full(a.shape, value, np.float32) for n, a in request.arrays.items()}
+        return messages.pack(messages.Message(Update(**(fields | changes)), arrays))
+
+    return answer
+
+
+def only_describes(name: str, then: bytes | RecordDict | Error | None) -> Node:
+    """A site that is there, and answers every training request with `then`."""
+    honest = site(name)
+
+    def answer(wire: bytes) -> bytes | RecordDict | Error | None:
+        training = isinstance(messages.unpack(wire).header, Train)
+        return then if training else honest(wire)
+
+    return answer
+
+
+def always(reply: bytes | RecordDict | Error | None) -> Node:
+    return lambda wire: reply
+
+
+def run_on(strategy: SilotuneStrategy, grid: FakeGrid) -> SilotuneStrategy:
+    strategy.start(cast(Grid, grid))
+    return strategy
+
+
+def committed(strategy: SilotuneStrategy) -> list[list[str]]:
+    return [facts["sites"] for facts in strategy.run.registry.rounds()]
+
+
+Begin = Callable[..., SilotuneStrategy]
+
+
+def test_all_rounds_of_the_contract(start: Begin) -> None:
+    grid = FakeGrid({11: site("north", 1.0), 22: site("south", 3.0)})
+    strategy = run_on(start(aggregation={"momentum": 0.0, "average_from": 0.9}), grid)
+    assert strategy.run.done
+    assert strategy.nodes == {11: "north", 22: "south"}
+    assert committed(strategy) == [["north", "south"]] * 3
+    np.testing.assert_array_equal(strategy.run.registry.adapter()["head.bias"], [6.0, 6.0])
+    # One description and three rounds, each with a deadline.
+    assert grid.timeouts == [5.0] * 4
+
+
+def test_bytes_pass_unchanged_both_ways(start: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, bytes]] = []
+    asked: list[bytes] = []
+    taken: list[tuple[str, int, bytes]] = []
+
+    def spying(name: str) -> Node:
+        honest = site(name)
+
+        def answer(wire: bytes) -> bytes | RecordDict | Error | None:
+            reply = honest(wire)
+            if isinstance(messages.unpack(wire).header, Train):
+                assert isinstance(reply, bytes)
+                sent.append((name, reply))
+            return reply
+
+        return answer
+
+    grid = FakeGrid({11: spying("north"), 22: spying("south")})
+    strategy = start()
+    request, accept = strategy.run.request, strategy.run.accept
+
+    def spy_request() -> bytes:
+        asked.append(request())
+        return asked[-1]
+
+    def spy_accept(name: str, size: int, wire: bytes) -> None:
+        taken.append((name, size, wire))
+        accept(name, size, wire)
+
+    monkeypatch.setattr(strategy.run, "request", spy_request)
+    monkeypatch.setattr(strategy.run, "accept", spy_accept)
+    run_on(strategy, grid)
+    assert [wire for _, wire in grid.received[2:]] == [wire for wire in asked for _ in range(2)]
+    assert [(name, wire) for name, _, wire in taken] == sent
+    assert {size for _, size, _ in taken} == {len(wire) for wire in asked}
+
+
+def test_the_order_of_replies_changes_no_bit(start: Begin, tmp_path: Path) -> None:
+    first = run_on(start(), FakeGrid({11: site("north", 0.1), 22: site("south", 0.7)}))
+    released = (first.run.registry.folder / "adapter.safetensors").read_bytes()
+    (tmp_path / "run").rename(tmp_path / "first")
+    grid = FakeGrid({22: site("south", 0.7), 11: site("north", 0.1)})
+    grid.backwards = True
+    second = run_on(start(), grid)
+    assert (second.run.registry.folder / "adapter.safetensors").read_bytes() == released
+
+
+BAD: dict[str, tuple[bytes | RecordDict | Error | None, str]] = {
+    "error": (Error(code=0, reason="Traceback: age=63"), "E500"),
+    "silence": (None, "E402"),
+    "empty": (b"", "E501"),
+    "no record": (RecordDict({}), "E501"),
+    "another record": (RecordDict({"other": ConfigRecord({"wire": b"x"})}), "E501"),
+    "another key": (RecordDict({"silotune": ConfigRecord({"loss": 0.5})}), "E501"),
+    "text": (RecordDict({"silotune": ConfigRecord({"wire": "text"})}), "E501"),
+    "arrays": (RecordDict({"silotune": ArrayRecord()}), "E501"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_site_that_fails_is_noted_by_name(start: Begin, case: str) -> None:
+    reply, code = BAD[case]
+    grid = FakeGrid({11: only_describes("north", reply), 22: site("south")})
+    strategy = run_on(start(quorum=1), grid)
+    assert committed(strategy) == [["south"]] * 3
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{"north": code}] * 3
+    told = (strategy.run.registry.folder / "events.jsonl").read_text()
+    assert "age=63" not in told
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_below_the_quorum_the_run_stops(start: Begin, case: str) -> None:
+    reply, code = BAD[case]
+    strategy = start()
+    with pytest.raises(RunError, match=f"1 of 2 sites counted .north: {code}") as caught:
+        run_on(strategy, FakeGrid({11: only_describes("north", reply), 22: site("south")}))
+    assert caught.value.code == "E402"
+    assert committed(strategy) == []
+    assert not (strategy.run.registry.folder / "adapter.safetensors").exists()
+
+
+def test_a_site_speaks_for_itself_only(start: Begin) -> None:
+    """The node that said it is north sends an update in south's name."""
+    grid = FakeGrid({11: site("north", 9.0, site="south"), 22: site("south")})
+    strategy = run_on(start(quorum=1), grid)
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{"north": "E503"}] * 3
+    assert committed(strategy) == [["south"]] * 3
+
+
+def test_replies_from_nowhere_are_ignored(start: Begin) -> None:
+    strategy = start()
+    request = Message(RecordDict({}), 99, "train")
+    request.metadata.__dict__["_message_id"] = "never sent"
+    stray = [
+        Message(RecordDict({"silotune": ConfigRecord({"wire": b"x"})}), reply_to=request),
+        Message(Error(code=3, reason="node unavailable"), reply_to=request),
+    ]
+    grid = FakeGrid({11: site("north"), 22: site("south")})
+    grid.also = stray
+    run_on(strategy, grid)
+    assert committed(strategy) == [["north", "south"]] * 3
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{}] * 3
+
+
+def test_a_reply_that_comes_twice_counts_once(start: Begin) -> None:
+    class Doubling(FakeGrid):
+        def send_and_receive(self, *args: Any, **more: Any) -> list[Message]:
+            return [reply for reply in super().send_and_receive(*args, **more) for _ in range(2)]
+
+    strategy = run_on(start(), Doubling({11: site("north", 1.0), 22: site("south", 3.0)}))
+    assert committed(strategy) == [["north", "south"]] * 3
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{}] * 3
+
+
+def test_a_late_reply_does_not_count_for_the_next_round(start: Begin) -> None:
+    class Late(FakeGrid):
+        held: Message | None = None
+
+        def send_and_receive(self, *args: Any, **more: Any) -> list[Message]:
+            replies = super().send_and_receive(*args, **more)
+            if len(self.timeouts) == 2:
+                self.held = replies.pop(0)
+            elif self.held is not None:
+                replies[0], self.held = self.held, None
+            return replies
+
+    strategy = run_on(start(quorum=1), Late({11: site("north"), 22: site("south")}))
+    assert committed(strategy) == [["south"], ["south"], ["north", "south"]]
+
+
+# The roster
+
+
+def test_nodes_outside_the_roster_take_no_part(start: Begin) -> None:
+    grid = FakeGrid({
+        5: site("west"), 6: always(b"hello"), 7: always(None), 8: always(Error(code=0)),
+        9: always(RecordDict({})), 11: site("north"), 22: site("south"),
+    })
+    strategy = run_on(start(), grid)
+    assert strategy.nodes == {11: "north", 22: "south"}
+    assert {node for node, _ in grid.received[7:]} == {11, 22}
+
+
+def test_a_site_that_refuses_takes_no_part(
+    start: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing: Node = lambda wire: messages.pack(  # noqa: E731
+        messages.Message(
+            Refusal(contract=messages.unpack(wire).header.contract, site="north", code="E201",
+                    incident="ab" * 8)
+        )
+    )
+    strategy = start(quorum=1)
+    with caplog.at_level(logging.WARNING):
+        run_on(strategy, FakeGrid({11: refusing, 22: site("south")}))
+    assert strategy.nodes == {22: "south"}
+    assert "E201" in caplog.text
+
+
+def test_two_nodes_of_one_name_are_one_site(start: Begin) -> None:
+    grid = FakeGrid({11: site("north", 1.0), 12: site("north", 9.0), 22: site("south", 1.0)})
+    strategy = run_on(start(aggregation={"momentum": 0.0, "average_from": 0.9}), grid)
+    assert sorted(strategy.nodes.values()) == ["north", "south"]
+    np.testing.assert_array_equal(strategy.run.registry.adapter()["head.bias"], [3.0, 3.0])
+
+
+def test_two_nodes_of_one_name_are_no_quorum(start: Begin, clock: Clock) -> None:
+    strategy = start()
+    with pytest.raises(PeerError) as caught:
+        run_on(strategy, FakeGrid({11: site("north"), 12: site("north")}))
+    assert caught.value.code == "E402"
+    assert str(caught.value) == (
+        "1 of 2 sites answered, the quorum is 2. No answer from: south."
+    )
+    assert 5.0 <= clock.now < 6.0
+
+
+def test_the_wait_for_nobody_ends(start: Begin, clock: Clock) -> None:
+    strategy = start()
+    with pytest.raises(PeerError, match=r"No answer from: north, south"):
+        run_on(strategy, FakeGrid({}))
+    assert 5.0 <= clock.now < 6.0
+    assert committed(strategy) == []
+
+
+def test_a_site_that_comes_later_is_waited_for(start: Begin, clock: Clock) -> None:
+    grid = FakeGrid({11: site("north"), 22: site("south")}, joins={22: 5})
+    strategy = run_on(start(quorum=1), grid)
+    assert committed(strategy) == [["north", "south"]] * 3
+    assert clock.now < 5.0
+    # Nodes that have said who they are are not asked again.
+    assert [node for node, _ in grid.received[:2]] == [11, 22]
+
+
+def test_a_quorum_goes_on_after_the_deadline(start: Begin, clock: Clock) -> None:
+    strategy = run_on(start(quorum=1), FakeGrid({22: site("south")}))
+    assert committed(strategy) == [["south"]] * 3
+    assert 5.0 <= clock.now < 6.0
+
+
+def test_a_site_that_was_not_ready_is_asked_again(start: Begin) -> None:
+    """Its node is up before its worker is: an empty reply or an error, then a description."""
+    tries = count()
+    honest = site("north")
+    slow: Node = lambda wire: b"" if next(tries) == 0 else honest(wire)  # noqa: E731
+    strategy = run_on(start(), FakeGrid({11: slow, 22: site("south")}))
+    assert committed(strategy) == [["north", "south"]] * 3
+
+
+def test_sites_are_not_asked_to_evaluate(start: Begin) -> None:
+    strategy = start()
+    grid = cast(Grid, FakeGrid({}))
+    assert list(strategy.configure_evaluate(1, ArrayRecord(), ConfigRecord(), grid)) == []
+    assert strategy.aggregate_evaluate(1, []) is None
