@@ -331,11 +331,12 @@ def load(path: Path) -> Contract:
 
 
 def parse(text: str, source: str = "contract") -> Contract:
-    """Validate contract text; `source` names it in errors."""
+    """Validate contract text, TOML or (when `source` ends in .json) the canonical JSON of a run."""
+    kind = "JSON" if source.endswith(".json") else "TOML"
     try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{source} is not valid TOML: {error}.", code="E102") from None
+        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{source} is not valid {kind}: {error}.", code="E102") from None
     try:
         return Contract.model_validate(data)
     except ValidationError as error:

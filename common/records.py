@@ -19,7 +19,7 @@ from silotune.common import schema
 from silotune.common.contract import Contract, TableInput
 from silotune.common.errors import DataError, did_you_mean
 
-SHOWN_PROBLEMS = 10
+SHOWN_ROWS = 10
 
 # N texts, or N rows of choices (common/schema.py).
 Inputs = Sequence[str] | Sequence[tuple[schema.Choice, ...]]
@@ -63,16 +63,19 @@ def read(path: Path, contract: Contract) -> Records:
             "Take it out of the contract's sites, or fill the file.",
             code="E304",
         )
-    problems: list[tuple[str, str, str]] = []
+    problems = _Problems()
     classes = {v: i for i, label in enumerate(contract.task.labels) for v in label.values}
     labels = np.zeros(len(table), dtype=np.int64)
     for i, raw in enumerate(table[contract.task.label_column]):
         if raw.strip() in classes:
             labels[i] = classes[raw.strip()]
         else:
-            allowed = ", ".join(classes)
-            problems.append((f"row {i + 2}: column '{contract.task.label_column}' is not one of "
-                             f"the contract's labels ({allowed})", raw, "E303"))
+            problems.add(
+                "E303",
+                f"column '{contract.task.label_column}' is not one of the contract's labels "
+                f"({', '.join(classes)})",
+                i, raw,
+            )
     inputs: Inputs
     if isinstance(spec, TableInput):
         rows: list[tuple[schema.Choice, ...]] = []
@@ -80,22 +83,41 @@ def read(path: Path, contract: Contract) -> Records:
             try:
                 rows.append(schema.choices_of(spec, dict(zip(columns, row, strict=True))))
             except schema.OutsideSchemaError as error:
-                problems.append((f"row {i + 2}: {error}", error.value, "E302"))
+                problems.add("E302", str(error), i, error.value)
         inputs = rows
     else:
         inputs = list(table[spec.column])
-    if problems:
-        shown = problems[:SHOWN_PROBLEMS]
-        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise DataError(
-            f"{source} does not fit the contract '{contract.name}': "
-            + "; ".join(text for text, _, _ in shown)
-            + more
-            + ". Correct those rows, or agree on another contract. ε spent: 0.",
-            code=problems[0][2],
-            local="; ".join(f"{text.split(':')[0]} has {value!r}" for text, value, _ in shown),
-        )
+    problems.raise_if_any(f"{source} does not fit the contract '{contract.name}'")
     return Records(inputs, labels)
+
+
+class _Problems:
+    """What is wrong with which rows; values are kept apart from what may be logged."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+
+    def add(self, code: str, what: str, index: int, value: str) -> None:
+        # The header is line 1 of the file.
+        self.found.setdefault((code, what), []).append((index + 2, value))
+
+    def raise_if_any(self, what: str) -> None:
+        """DataError with every kind of problem and its first rows."""
+        if not self.found:
+            return
+        parts, local = [], []
+        for (_, text), places in self.found.items():
+            shown = places[:SHOWN_ROWS]
+            more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+            rows = ", ".join(str(row) for row, _ in shown)
+            parts.append(f"{text}: row{'s' if len(places) > 1 else ''} {rows}{more}")
+            local += [f"row {row} has {value!r}" for row, value in shown]
+        raise DataError(
+            f"{what}: {'; '.join(parts)}. Correct those rows, or agree on another contract. "
+            "ε spent: 0.",
+            code=next(iter(self.found))[0],
+            local="; ".join(local),
+        )
 
 
 def _table(path: Path) -> pd.DataFrame:

@@ -166,7 +166,10 @@ def _airlines() -> pd.DataFrame:
     )
     first = table["text"].str.lower().str.extract(f"@({'|'.join(names)})")[0]
     table = table.assign(site=first.map(names))[first.notna()]
-    return table.drop_duplicates("text")[["site", "text", "sentiment"]]
+    table = table.drop_duplicates("text")
+    # Some tweets hold a bare carriage return, which no CSV writer quotes.
+    text = table["text"].str.replace(r"\s+", " ", regex=True)
+    return table.assign(text=text)[["site", "text", "sentiment"]]
 
 
 TABLES: dict[str, tuple[str, Callable[[], pd.DataFrame]]] = {

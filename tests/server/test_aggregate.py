@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -46,12 +47,27 @@ def test_weighted_mean(seed: int, w: list[float]) -> None:
 @FUZZ
 @given(seeds, weights)
 def test_the_order_of_replies_changes_no_bit(seed: int, w: list[float]) -> None:
+    """Magnitudes from 1e-20 to 1e20, so that float64 too rounds differently in another order."""
     rng = np.random.default_rng(seed)
     names = [f"s{i}" for i in range(len(w))]
-    updates, weight = {n: draw(rng) for n in names}, dict(zip(names, w, strict=True))
+    updates = {
+        n: {k: a * np.float32(10) ** rng.integers(-20, 20, a.shape) for k, a in draw(rng).items()}
+        for n in names
+    }
+    weight = dict(zip(names, w, strict=True))
     shuffled = {names[i]: updates[names[i]] for i in rng.permutation(len(names))}
     backwards = dict(reversed(weight.items()))
     assert same(weighted_mean(shuffled, backwards), weighted_mean(updates, weight))
+
+
+def test_sums_that_cancel_do_not_depend_on_the_order() -> None:
+    values = {"a": 2.0**60, "b": 1.0, "c": -(2.0**60)}
+    updates = {site: {"x": np.array([v], np.float32)} for site, v in values.items()}
+    found = {
+        weighted_mean({s: updates[s] for s in order}, dict.fromkeys(values, 1.0))["x"].tobytes()
+        for order in permutations(values)
+    }
+    assert len(found) == 1
 
 
 def test_sites_that_did_not_answer_have_no_weight() -> None:
