@@ -51,15 +51,14 @@ def serve(handle: Handle, path: Path, on_ready: Callable[[], None] = lambda: Non
         os.umask(before)
     on_ready()
     config = uvicorn.Config(application(handle), log_level="warning", access_log=False)
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        path.unlink(missing_ok=True)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def ask(path: Path, wire: bytes, timeout: float) -> bytes:
     """Send one message to the worker behind `path`; PeerError if it does not answer."""
     try:
+        if not path.is_socket():
+            raise httpx.ConnectError("there is no socket")
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=timeout) as client:
             response = client.post("http://worker/message", content=wire)
             response.raise_for_status()

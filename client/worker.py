@@ -102,7 +102,8 @@ class Worker:
             phase = self.contract.phase_of(request.round)
         except ValueError as error:
             raise RefusalError(str(error)) from None
-        adapter.check(arrays, self.shapes, "The server's adapter")
+        needed = adapter.needed_names(self.shapes, phase.trains)
+        adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
         private = self.contract.privacy.mode == "dp"
         # Charged before anything is computed: a failure from here on does not give it back.

@@ -29,6 +29,11 @@ def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
     )
 
 
+def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:
+    """Which tensors a site needs for a phase: the head alone while the adapter is still zero."""
+    return sorted(n for n in arrays if n.startswith("head.") or trains == "head+adapter")
+
+
 def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
     """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32 and finite."""
     if set(arrays) != set(shapes):

@@ -108,8 +108,9 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def load(self, arrays: Arrays) -> None:
-        for name, parameter in self.named_tensors().items():
-            parameter.copy_(torch.from_numpy(arrays[name]))
+        tensors = self.named_tensors()
+        for name, array in arrays.items():
+            tensors[name].copy_(torch.from_numpy(array))
 
     @torch.no_grad()
     def arrays(self, names: Sequence[str]) -> Arrays:

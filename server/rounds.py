@@ -87,7 +87,8 @@ class Run:
         self._bytes = [0, 0]
         self._began = time.perf_counter()
         header = Train(contract=self.contract.hash, run=self.run_id, round=self.number)
-        return messages.pack(Message(header, self.adapter))
+        needed = adapter.needed_names(self.adapter, self.phase.trains)
+        return messages.pack(Message(header, {name: self.adapter[name] for name in needed}))
 
     def accept(self, site: str, sent: int, wire: bytes) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.

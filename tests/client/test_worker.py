@@ -1,0 +1,233 @@
+"""The worker: a closed set of requests, one charge a round, and nothing else leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from silotune.client import worker as workers
+from silotune.client.accounting import epsilon
+from silotune.client.worker import SiteConfig, Worker
+from silotune.common import messages
+from silotune.common.contract import Contract
+from silotune.common.errors import CODES, DataError, RefusalError
+from silotune.common.messages import Describe, Description, Message, Refusal, Train, Update
+
+Rows = Callable[..., Path]
+
+
+@pytest.fixture
+def worker(table_contract: Contract, write_rows: Rows, tmp_path: Path) -> Worker:
+    return Worker(SiteConfig("north", write_rows(tmp_path / "rows.csv", 80), None), table_contract)
+
+
+def ask(worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r",
+        **arrays: np.ndarray) -> Message:
+    return messages.unpack(worker.handle(train(worker, round_number, attempt, run, **arrays)))
+
+
+def train(worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r",
+          **arrays: np.ndarray) -> bytes:
+    header = Train(contract=worker.contract.hash, run=run, round=round_number, attempt=attempt)
+    adapter = worker.model.initial_arrays() | {k.replace("__", "."): v for k, v in arrays.items()}
+    return messages.pack(Message(header, adapter))
+
+
+def refused(reply: Message) -> str:
+    assert isinstance(reply.header, Refusal)
+    assert not reply.arrays
+    return reply.header.code
+
+
+def test_describe_says_who_and_nothing_more(worker: Worker) -> None:
+    wire = messages.pack(Message(Describe(contract=worker.contract.hash)))
+    header = messages.unpack(worker.handle(wire)).header
+    assert isinstance(header, Description)
+    assert set(header.model_dump()) == {"kind", "contract", "site"}
+
+
+def test_the_whole_plan_spends_exactly_its_budget(worker: Worker) -> None:
+    spent = []
+    for number in (1, 2, 3):
+        header = ask(worker, number).header
+        assert isinstance(header, Update)
+        spent.append(header.epsilon)
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(worker.contract.privacy.epsilon, rel=1e-4)
+    assert spent[-1] == pytest.approx(epsilon(worker.history, worker.contract.privacy.delta))
+
+
+def test_the_same_bytes_cost_nothing_again(worker: Worker) -> None:
+    wire = train(worker)
+    assert worker.handle(wire) == worker.handle(wire)
+    assert len(worker.history) == 1
+
+
+def test_a_round_asked_again_with_other_bytes_is_refused(worker: Worker) -> None:
+    ask(worker)
+    assert refused(ask(worker, head__bias=np.ones(2, np.float32))) == "E202"
+    assert len(worker.history) == 1
+
+
+def test_another_attempt_is_charged_and_has_fresh_noise(worker: Worker) -> None:
+    first, second = ask(worker, 1, 1), ask(worker, 1, 2)
+    assert len(worker.history) == 2
+    assert not np.array_equal(first.arrays["head.weight"], second.arrays["head.weight"])
+
+
+def test_neither_attempts_nor_other_runs_get_past_the_budget(worker: Worker) -> None:
+    codes = [ask(worker, 1, 1 + i // 2, run=f"r{i % 2}").header for i in range(10)]
+    granted = [h for h in codes if isinstance(h, Update)]
+    assert len(granted) == worker.contract.rounds
+    assert {h.code for h in codes if isinstance(h, Refusal)} == {"E210"}
+    assert epsilon(worker.history, worker.contract.privacy.delta) <= (
+        worker.contract.privacy.epsilon * (1 + 1e-9)
+    )
+
+
+def test_it_is_charged_before_anything_is_computed(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        assert len(worker.history) == 1
+        raise MemoryError("the record 4711 broke it")
+
+    monkeypatch.setattr(workers, "train_round", fails)
+    assert refused(ask(worker)) == "E500"
+    assert len(worker.history) == 1
+
+
+@pytest.mark.parametrize("number", [4, 1_000_000])
+def test_a_round_outside_the_plan_is_refused(worker: Worker, number: int) -> None:
+    assert refused(ask(worker, number)) == "E202"
+    assert not worker.history
+
+
+def test_another_contract_is_refused(worker: Worker) -> None:
+    wire = messages.pack(Message(Train(contract="0" * 64, run="r", round=1)))
+    assert refused(messages.unpack(worker.handle(wire))) == "E201"
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [np.array([np.nan, 0], np.float32), np.array([np.inf, 0], np.float32),
+     np.zeros(3, np.float32), np.zeros((1, 2), np.float32)],
+)
+def test_a_server_adapter_that_does_not_fit_is_refused(worker: Worker, bias: np.ndarray) -> None:
+    assert refused(ask(worker, head__bias=bias)) == "E502"
+    assert refused(ask(worker, extra=np.zeros(1, np.float32))) == "E502"
+    assert not worker.history
+
+
+def test_what_is_no_request_is_refused(worker: Worker) -> None:
+    reply = worker.handle(train(worker))
+    for wire in (b"", b"hello", reply, train(worker)[:-1]):
+        assert refused(messages.unpack(worker.handle(wire))) in CODES
+
+
+def test_the_text_of_a_failure_stays_in_the_sites_log(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("Jane Doe, 1961")
+
+    monkeypatch.setattr(workers, "train_round", fails)
+    with caplog.at_level(logging.ERROR):
+        wire = worker.handle(train(worker))
+    assert b"Jane" not in wire
+    header = messages.unpack(wire).header
+    assert isinstance(header, Refusal)
+    assert header.incident in caplog.text
+    assert "Jane Doe" in caplog.text
+
+
+def test_only_the_trained_tensors_leave(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = workers.train_round
+    monkeypatch.setattr(
+        workers, "train_round",
+        lambda *a: {**original(*a), "records": np.ones((80, 2), np.float32)},
+    )
+    assert refused(ask(worker)) == "E502"
+
+
+def test_a_nan_update_does_not_leave(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = workers.train_round
+    monkeypatch.setattr(
+        workers, "train_round", lambda *a: {k: v * np.nan for k, v in original(*a).items()}
+    )
+    assert refused(ask(worker)) == "E502"
+
+
+def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
+    monkeypatch.setattr(
+        "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
+    )
+    contract = table_contract.changed(
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
+    )
+    once = write_rows(tmp_path / "once.csv", 60)
+    header, *rows = once.read_text().splitlines()
+    twice = tmp_path / "twice.csv"
+    twice.write_text("\n".join([header, *rows, *rows]) + "\n")
+    small, big = (
+        ask(Worker(SiteConfig("north", path, None), contract)).arrays["head.weight"]
+        for path in (once, twice)
+    )
+    np.testing.assert_allclose(big, 2 * small, rtol=1e-5)
+
+
+def test_an_empty_sample_answers_with_noise(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    contract = table_contract.changed(
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-9, "head_rate": 0.5}]
+    )
+    site = SiteConfig("north", write_rows(tmp_path / "rows.csv", 5), None)
+    update = ask(Worker(site, contract)).arrays
+    assert all((a != 0).all() for a in update.values())
+
+
+def test_without_dp_only_where_the_owner_allows_it(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    contract = table_contract.changed(privacy={"mode": "none"})
+    path = write_rows(tmp_path / "rows.csv", 20)
+    with pytest.raises(RefusalError, match="allow_without_dp") as refusal:
+        Worker(SiteConfig("north", path, None), contract)
+    assert refusal.value.code == "E203"
+    header = ask(Worker(SiteConfig("north", path, None, allow_without_dp=True), contract)).header
+    assert isinstance(header, Update)
+    assert header.epsilon is None
+
+
+def test_a_site_outside_the_roster_does_not_start(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusalError, match="'east' is not in the contract's sites"):
+        Worker(SiteConfig("east", write_rows(tmp_path / "rows.csv", 5), None), table_contract)
+
+
+def test_a_site_without_rows_does_not_start(table_contract: Contract, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("age,smoker,outcome\n")
+    with pytest.raises(DataError, match="has no rows") as error:
+        Worker(SiteConfig("north", path, None), table_contract)
+    assert error.value.code == "E304"
+
+
+def test_two_workers_with_one_seed_share_no_noise(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.csv", 40)
+    a, b = (
+        ask(Worker(SiteConfig(s, path, None, insecure_seed=3), table_contract)).arrays
+        for s in ("north", "south")
+    )
+    assert not np.isin(a["head.weight"], b["head.weight"]).any()

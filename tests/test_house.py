@@ -1,0 +1,88 @@
+"""The house: which room may import which, what the wheel holds, what the README shows."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {
+    "common": {"common"},
+    "client": {"client", "common"},
+    "server": {"server", "common"},
+    "simulations": {"simulations", "client", "server", "common"},
+}
+MAY_IMPORT_FLWR = {
+    "server/app.py", "server/strategy.py", "client/relay.py", "simulations/engine.py"
+}
+
+
+def modules() -> list[str]:
+    return sorted(
+        str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*.py")
+    )
+
+
+def imports(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_in_the_allowed_direction(module: str) -> None:
+    allowed = ROOMS[module.split("/")[0]]
+    names = imports(module)
+    rooms = {name.split(".")[1] for name in names if name.startswith("silotune.")}
+    assert rooms <= allowed, f"{module} imports {rooms - allowed}"
+    tops = {name.split(".")[0] for name in names}
+    if module not in MAY_IMPORT_FLWR:
+        assert "flwr" not in tops, f"{module} imports flwr"
+    if not module.startswith("client/"):
+        assert "opacus" not in tops, f"{module} imports opacus"
+    assert not tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+def test_no_file_has_grown_two_nouns() -> None:
+    long = {m: n for m in modules() if (n := (ROOT / m).read_text().count("\n")) > 400}
+    assert not long
+
+
+def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+         "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True, capture_output=True,
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        inside = {name.removeprefix("silotune/") for name in wheel.namelist()}
+    files = {
+        str(path.relative_to(ROOT))
+        for room in ROOMS
+        for pattern in ("*.py", "*.toml", "*.md", "*.j2", "py.typed")
+        for path in (ROOT / room).rglob(pattern)
+    }
+    assert files <= inside, f"not in the wheel: {sorted(files - inside)}"
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
+    found = {
+        "silotune." + ".".join(path.parent.relative_to(ROOT).parts)
+        for room in ROOMS
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert listed == found
