@@ -1,12 +1,14 @@
 # The two commands a newcomer needs: `make demo` and `make test`.
 PYTHON ?= python3
+SETTINGS ?=
+OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .PHONY: demo test check install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
-	$(BIN)/silotune sim run heart-diagnosis --out runs/demo
+	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
 
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup

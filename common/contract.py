@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from silotune.common.errors import ContractError, UsageError, did_you_mean
+from silotune.common.errors import UsageError
+from silotune.common.problems import contract_error, key_lines
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -310,11 +311,18 @@ class Contract(Frozen):
         return {site.name: site.weight for site in self.sites}
 
     def changed(self, **sections: Any) -> Contract:
-        """A validated copy with top-level sections replaced (dicts are merged into a section)."""
+        """A validated copy with top-level sections replaced (dicts are merged into a section).
+
+        ContractError when the result is no valid contract.
+        """
         data = self.model_dump(mode="json")
         for key, value in sections.items():
-            data[key] = {**data[key], **value} if isinstance(value, dict) else value
-        return Contract.model_validate(data)
+            merge = isinstance(value, dict) and isinstance(data.get(key), dict)
+            data[key] = {**data[key], **value} if merge else value
+        try:
+            return Contract.model_validate(data)
+        except ValidationError as error:
+            raise contract_error(error, f"{self.name} as changed", Contract) from None
 
 
 def load(path: Path) -> Contract:
@@ -340,78 +348,4 @@ def parse(text: str, source: str = "contract") -> Contract:
     try:
         return Contract.model_validate(data)
     except ValidationError as error:
-        lines = _key_lines(text)
-        raise ContractError([_sentence(e, source, lines) for e in error.errors()]) from None
-
-
-def _sentence(error: Any, source: str, lines: dict[tuple[str | int, ...], int]) -> str:
-    # Discriminated unions put the chosen tag into the path; it is no key of the file.
-    tags = {("input", "table"), ("input", "text"), ("model", "encoder"), ("model", "one-hot")}
-    loc = tuple(
-        part
-        for before, part in zip((None, *error["loc"]), error["loc"], strict=False)
-        if (before, part) not in tags
-        and not (isinstance(before, int) and part in ("number", "category"))
-    )
-    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
-    where = f"{source}:{line}" if line else source
-    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
-        return (
-            f"Unknown key '{key}' ({where}).{did_you_mean(str(loc[-1]), known)}"
-            + (f" Allowed: {', '.join(sorted(known))}." if known else "")
-        )
-    if error["type"] == "missing":
-        return f"Key '{key}' is missing ({where})."
-    if error["type"] == "value_error":
-        return f"{error['msg'].removeprefix('Value error, ')} ({where})."
-    if error["type"] in ("int_type", "int_parsing", "int_from_float"):
-        return f"'{key}' must be a whole number, got {error['input']!r} ({where})."
-    message = error["msg"][0].lower() + error["msg"][1:]
-    value = error["input"]
-    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return f"'{key}': {message}{got} ({where})."
-
-
-def _keys_at(loc: tuple[str | int, ...]) -> set[str]:
-    """The keys allowed at a path of the contract (the union of the alternatives)."""
-    models: list[type[BaseModel]] = [Contract]
-    for part in loc:
-        if isinstance(part, str):
-            models = [
-                found
-                for model in models
-                if part in model.model_fields
-                for found in _models_in(model.model_fields[part].annotation)
-            ]
-    return {key for model in models for key in model.model_fields}
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
-
-
-def _key_lines(text: str) -> dict[tuple[str | int, ...], int]:
-    """The line of each key and table, for messages; inline tables point at the line they start."""
-    lines: dict[tuple[str | int, ...], int] = {}
-    table: tuple[str | int, ...] = ()
-    counts: dict[tuple[str | int, ...], int] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip()
-        if line.startswith("[["):
-            path = tuple(p.strip().strip('"') for p in line.strip("[]").split("]")[0].split("."))
-            counts[path] = counts.get(path, -1) + 1
-            table = (*path, counts[path])
-        elif line.startswith("["):
-            table = tuple(p.strip().strip('"') for p in line[1:].split("]")[0].split("."))
-        elif "=" in line and not line.startswith("#"):
-            key = line.split("=", 1)[0].strip().strip('"')
-            lines[(*table, *key.split("."))] = number
-            continue
-        else:
-            continue
-        lines.setdefault(table, number)
-    return lines
+        raise contract_error(error, source, Contract, key_lines(text)) from None

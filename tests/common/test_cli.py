@@ -191,8 +191,8 @@ def test_an_unknown_command_has_a_likeness(run: Callable[..., Ran]) -> None:
 
 
 def test_explain(run: Callable[..., Ran]) -> None:
-    for code, text in CODES.items():
-        assert run("explain", code) == (0, f"{code}  {text}\n", "")
+    for known, text in CODES.items():
+        assert run("explain", known) == (0, f"{known}  {text}\n", "")
     assert run("explain", "e302")[1].startswith("E302  ")
     code, out, _ = run("explain", "E302", "--json")
     assert (code, json.loads(out)) == (0, {"code": "E302", "text": CODES["E302"]})

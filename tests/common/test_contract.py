@@ -558,9 +558,9 @@ def test_a_contract_is_frozen() -> None:
     contract = parse(TEXT)
     before = contract.hash
     with pytest.raises(ValidationError):
-        contract.quorum = 1  # type: ignore[misc]
+        contract.quorum = 1
     with pytest.raises(ValidationError):
-        contract.privacy.epsilon = 100.0  # type: ignore[misc]
+        contract.privacy.epsilon = 100.0
     with pytest.raises(TypeError):
         contract.input.columns[1].values["maybe"] = "maybe"  # type: ignore[union-attr]
     assert contract.hash == before

@@ -111,7 +111,8 @@ def test_heavy_ball(seed: int, momentum: float, steps: int) -> None:
     rng = np.random.default_rng(seed)
     start = draw(rng)
     changes = [draw(rng) for _ in range(steps)]
-    adapter, velocity = start, {}
+    adapter: Arrays = start
+    velocity: Arrays = {}
     for change in changes:
         adapter, velocity = heavy_ball(adapter, velocity, change, momentum)
     for name, array in adapter.items():

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.messages import Arrays
+from silotune.server import registry as module
 from silotune.server.registry import Registry
 
 ADAPTER: Arrays = {
@@ -74,8 +76,6 @@ def test_the_contract_is_utf8_wherever_it_runs(tmp_path: Path, table_contract: C
 
 
 def test_a_committed_round(registry: Registry) -> None:
-    from safetensors.numpy import load_file
-
     commit(registry, 1)
     folder = registry.folder / "rounds" / "0001"
     assert names(folder) == ["adapter.safetensors", "round.json", "state.safetensors"]
@@ -110,12 +110,9 @@ def test_a_crash_leaves_no_round(
         elif where == "round.json":
             patch.setattr(Path, "write_text", crash)
         else:
-            from silotune.server import registry as module
-
-            real = module.save_file
             patch.setattr(
                 module, "save_file",
-                lambda arrays, path: crash() if "state" in path.name else real(arrays, path),
+                lambda arrays, path: crash() if "state" in path.name else save_file(arrays, path),
             )
         with pytest.raises(OSError, match="power cut"):
             commit(registry, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
@@ -11,24 +10,19 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.common import messages
 from silotune.common.contract import Contract
 from silotune.common.errors import PeerError, RunError
 from silotune.common.messages import Description, Refusal, Train, Update
+from silotune.server import strategy as module
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
-
-with warnings.catch_warnings():
-    # Flower imports typer, which imports what click 8.4 deprecates.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-    from flwr.common.constant import SUPERLINK_NODE_ID
-    from flwr.serverapp import Grid
-    from flwr.supercore.task_identity import TaskIdentity
-
-    from silotune.server import strategy as module
-    from silotune.server.strategy import SilotuneStrategy
+from silotune.server.strategy import SilotuneStrategy
 
 SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
 # What a node makes of request bytes: reply bytes, a whole record, a Flower error, or silence.
