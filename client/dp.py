@@ -118,7 +118,7 @@ def private_gradient(
     for index in micro_batches:
         if not len(index):
             continue
-        for parameter, gradient in per_example_gradients(linears, index, losses).items():
+        for parameter, gradient in finite_gradients(linears, index, losses).items():
             parameter.grad_sample = gradient.to(parameter.dtype)  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
         for parameter in held:
@@ -133,6 +133,24 @@ def per_example_gradients(
     with expanded(linears, len(index)) as views:
         gradients = torch.autograd.grad(losses(index).sum(), list(views.values()))
     return dict(zip(views, gradients, strict=True))
+
+
+def finite_gradients(
+    linears: Iterable[nn.Linear], index: Tensor, losses: Callable[[Tensor], Tensor]
+) -> Mapping[Tensor, Tensor]:
+    """`per_example_gradients`, with zero for a record whose gradient is not finite.
+
+    A server can send weights under which certain records overflow. If one NaN spoilt the sum, the
+    site's failure would tell, without any noise, that such a record was there. A record of which
+    nothing is counted moves the sum by less than the clip norm, so the guarantee stands.
+    """
+    gradients = per_example_gradients(linears, index, losses)
+    # The norm as Opacus will compute it: finite entries can still overflow when squared.
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+    keep = torch.isfinite(norms)
+    return {
+        p: torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, 0.0) for p, g in gradients.items()
+    }
 
 
 def plain_gradient(

@@ -15,16 +15,30 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from silotune.common.errors import UsageError
-from silotune.common.problems import contract_error, key_lines
+from silotune.common.problems import MISFITS, contract_error, key_lines
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Rate = Annotated[float, Field(gt=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _pairs(values: Any) -> Any:
+    """A TOML table as ordered pairs: the order numbers the choices, so it must not be lost."""
+    return tuple(values.items()) if isinstance(values, dict) else values
 
 
 class Frozen(BaseModel):
@@ -64,9 +78,9 @@ class NumberColumn(Frozen):
     kind: Literal["number"] = "number"
     name: str
     phrase: str
-    edges: tuple[float, ...] = Field(min_length=1)
+    edges: tuple[Number, ...] = Field(min_length=1)
     words: tuple[str, ...]
-    lowest: float | None = None
+    lowest: Number | None = None
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
@@ -85,16 +99,20 @@ class NumberColumn(Frozen):
 
 
 class CategoryColumn(Frozen):
-    """A category: raw value -> the words that stand for it."""
+    """A category: raw value -> the words that stand for it, in an order that the hash covers."""
 
     kind: Literal["category"] = "category"
     name: str
     phrase: str
-    values: dict[str, str] = Field(min_length=2)
+    values: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)] = Field(min_length=2)
+
+    @property
+    def raw_values(self) -> tuple[str, ...]:
+        return tuple(raw for raw, _ in self.values)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return tuple(self.values.values())
+        return tuple(words for _, words in self.values)
 
 
 Column = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
@@ -183,8 +201,8 @@ class Privacy(Frozen):
 
     mode: Literal["dp", "none"] = "dp"
     unit: Literal["record"] = "record"
-    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 8.0
-    delta: Annotated[float, Field(gt=0, lt=0.01)] = 1e-4
+    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=0.01, strict=True)] = 1e-4
     clip_norm: Positive = 1.0
     expected_records: Positive
 
@@ -221,8 +239,8 @@ class Aggregation(Frozen):
     """
 
     method: Literal["ffa"] = "ffa"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    average_from: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
+    average_from: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
 
 
 class Site(Frozen):
@@ -246,32 +264,54 @@ class Contract(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        """What must fit together; every misfit is reported, under the key to look at."""
+        wrong: list[tuple[str, str]] = []
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
-            raise ValueError("sites: a name stands twice in the roster")
+            wrong.append(("sites", "a name stands twice in the roster"))
         if self.quorum > len(names):
-            raise ValueError(f"quorum is {self.quorum}, but the roster has {len(names)} sites")
+            wrong.append(
+                ("quorum", f"quorum is {self.quorum}, but the roster has {len(names)} sites")
+            )
         with_adapter = [phase.trains == "head+adapter" for phase in self.phases]
-        if any(with_adapter) != (self.adapter is not None):
-            raise ValueError("an [adapter] and a phase that trains \"head+adapter\" go together")
+        one_hot = isinstance(self.model, OneHotModel)
+        if one_hot and self.adapter is not None:
+            wrong.append(("adapter", "the one-hot model has no layers for an [adapter]"))
+        elif any(with_adapter) != (self.adapter is not None):
+            wrong.append(
+                ("adapter" if self.adapter else "phases",
+                 "an [adapter] and a phase that trains \"head+adapter\" go together")
+            )
         if with_adapter != sorted(with_adapter):
-            raise ValueError(
-                "phases that train only the head must come first: they use the frozen features"
+            wrong.append(
+                ("phases",
+                 "phases that train only the head must come first: they use the frozen features")
             )
         if abs(sum(phase.budget for phase in self.phases) - 1) > 1e-9:
-            raise ValueError("the phases' budget shares must add up to 1")
-        if isinstance(self.model, OneHotModel):
-            if self.adapter is not None:
-                raise ValueError("the one-hot model has no layers for an [adapter]")
-            if not isinstance(self.input, TableInput):
-                raise ValueError("the one-hot model needs input.kind = \"table\"")
-        elif (
+            wrong.append(("phases", "the phases' budget shares must add up to 1"))
+        if one_hot and isinstance(self.input, TextInput):
+            wrong.append(("input", "the one-hot model needs input.kind = \"table\""))
+        if (
             isinstance(self.input, TextInput)
+            and isinstance(self.model, EncoderModel)
             and self.model.standardise is not None
             and not self.model.standardise.sentences
         ):
-            raise ValueError("model.standardise needs public sentences for free text")
+            wrong.append(("model", "model.standardise needs public sentences for free text"))
+        if self.task.label_column in self.columns:
+            wrong.append(
+                ("task", f"the label column '{self.task.label_column}' is also an input")
+            )
+        if wrong:
+            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The input columns of the records."""
+        if isinstance(self.input, TextInput):
+            return (self.input.column,)
+        return tuple(column.name for column in self.input.columns)
 
     @cached_property
     def hash(self) -> str:
@@ -344,7 +384,8 @@ def parse(text: str, source: str = "contract") -> Contract:
     try:
         data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{source} is not valid {kind}: {error}.", code="E102") from None
+        why = str(error).splitlines()[0] if str(error) else "nested too deeply"
+        raise UsageError(f"{source} is not valid {kind}: {why}.", code="E102") from None
     try:
         return Contract.model_validate(data)
     except ValidationError as error:

@@ -39,9 +39,13 @@ def show(file: Path, as_json: bool) -> None:
         f"  rounds   {found.rounds}; quorum {found.quorum} of {len(found.sites)}",
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  labels   {', '.join(found.label_names)}",
-        "  leaves a site: "
+        "  leaves a site: updates of "
         + ", ".join(dict.fromkeys(p.trains for p in found.phases))
-        + " updates, clipped and noised; the ε spent; nothing else",
+        + (
+            ", clipped and noised; the ε spent; nothing else"
+            if p.mode == "dp"
+            else ", AS TRAINED: they can give records away"
+        ),
     ]
     data = json.loads(found.model_dump_json()) | {"sha256": found.hash}
     emit(data, as_json, "\n".join(text))

@@ -32,7 +32,7 @@ MAX_WIRE = 256 << 20
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
-SiteName = Annotated[str, Field(min_length=1, max_length=64)]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 Round = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -100,7 +100,7 @@ def pack(message: Message) -> bytes:
     header = json.dumps(
         message.header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
     )
-    arrays = {name: np.ascontiguousarray(a, dtype="<f4") for name, a in message.arrays.items()}
+    arrays = {n: np.asarray(a, dtype="<f4", order="C") for n, a in message.arrays.items()}
     return save_tensors(arrays, metadata={"silotune": header})
 
 
@@ -124,4 +124,10 @@ def unpack(wire: bytes) -> Message:
         raise ProtocolError("A message is not in Silotune's format.") from None
     if isinstance(header, Refusal) and header.code not in CODES:
         raise ProtocolError("A refusal has an unknown code.")
-    return Message(header, arrays)
+    if arrays and not isinstance(header, Train | Update):
+        raise ProtocolError(f"A {header.kind} has no arrays.")
+    message = Message(header, arrays)
+    if pack(message) != wire:
+        # One message has one form: no second key, padding or order in which something could hide.
+        raise ProtocolError("A message is not in its canonical form.")
+    return message

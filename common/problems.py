@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -10,57 +11,117 @@ from silotune.common.errors import ContractError, did_you_mean
 
 Lines = dict[tuple[str | int, ...], int]
 
+MISFITS = "misfits"  # the error type of settings that are valid alone but not together
+KINDS = ("table", "text", "number", "category", "encoder", "one-hot")
+WORDS = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "model_attributes_type": "must be a table",
+    "string_type": "must be text",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "finite_number": "must be a finite number",
+}
+
 
 def contract_error(
     error: ValidationError, source: str, root: type[BaseModel], lines: Lines | None = None
 ) -> ContractError:
     """All problems of one validation; `lines` (key_lines) adds the line of each key."""
-    return ContractError([_sentence(e, source, lines or {}, root) for e in error.errors()])
+    errors = error.errors()
+    deep = [e["loc"] for e in errors]
+    sentences: list[str] = []
+    for e in errors:
+        loc = e["loc"]
+        if e["type"] == "too_short" and any(d[: len(loc)] == loc and d != loc for d in deep):
+            continue  # only short because its bad elements, told by themselves, fell out
+        if e["type"] == MISFITS:
+            sentences += [
+                f"{what} ({_where((*loc, key), source, lines or {})})."
+                for key, what in e["ctx"]["wrong"]
+            ]
+        else:
+            sentences.append(_sentence(e, source, lines or {}, root))
+    return ContractError(sentences)
 
 
-def _sentence(
-    error: Any, source: str, lines: Lines, root: type[BaseModel]
-) -> str:
-    # Discriminated unions put the chosen tag into the path; it is no key of the file.
-    tags = {("input", "table"), ("input", "text"), ("model", "encoder"), ("model", "one-hot")}
+def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:
+    # Pydantic puts a union's chosen kind into the path; it is no key of the file.
+    raw = error["loc"]
     loc = tuple(
         part
-        for before, part in zip((None, *error["loc"]), error["loc"], strict=False)
-        if (before, part) not in tags
-        and not (isinstance(before, int) and part in ("number", "category"))
+        for before, part in zip((None, *raw), raw, strict=False)
+        if not (part in KINDS and (before in ("input", "model") or isinstance(before, int)))
     )
-    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
-    where = f"{source}:{line}" if line else source
+    where = _where(loc, source, lines)
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(root, loc[:-1])
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _keys_at(root, raw[:-1])
         return (
             f"Unknown key '{key}' ({where}).{did_you_mean(str(loc[-1]), known)}"
-            + (f" Allowed: {', '.join(sorted(known))}." if known else "")
+            f" Allowed: {', '.join(sorted(known))}."
         )
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"Key '{key}' is missing ({where})."
-    if error["type"] == "value_error":
+    if kind == "union_tag_not_found":
+        return f"Key '{key}.kind' is missing ({where})."
+    if kind == "value_error":
         return f"{error['msg'].removeprefix('Value error, ')} ({where})."
-    if error["type"] in ("int_type", "int_parsing", "int_from_float"):
-        return f"'{key}' must be a whole number, got {error['input']!r} ({where})."
-    message = error["msg"][0].lower() + error["msg"][1:]
-    value = error["input"]
-    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return f"'{key}': {message}{got} ({where})."
+    if kind == "union_tag_invalid":
+        key, got = f"{key}.kind", f", got '{context['tag']}'"
+        message = f"must be one of {context['expected_tags']}"
+    else:
+        got = _got(error["input"])
+        message = WORDS.get(kind) or error["msg"].replace("Input should be", "must be")
+        if kind == "string_pattern_mismatch":
+            message = (
+                "must be 64 hexadecimal digits"
+                if "{64}" in context["pattern"]
+                else "must be a plain name of letters, digits, space, '.', '_' or '-'"
+            )
+        if kind == "too_short":
+            message = f"needs at least {context['min_length']}, has {context['actual_length']}"
+    return f"'{key}' {message}{got} ({where})."
+
+
+def _where(loc: tuple[str | int, ...], source: str, lines: Lines) -> str:
+    """file:line of a key, or of the nearest table around it."""
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+    return f"{source}:{line}" if line else source
+
+
+def _got(value: Any) -> str:
+    """The bad value, shortened; a whole table or list is not repeated."""
+    if not isinstance(value, str | int | float | bool):
+        return ""
+    if isinstance(value, str | bool):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        try:
+            text = repr(value)
+        except ValueError:  # more digits than Python converts
+            return ", got a number with thousands of digits"
+    return f", got {text if len(text) <= 60 else text[:57] + '…'}"
 
 
 def _keys_at(root: type[BaseModel], loc: tuple[str | int, ...]) -> set[str]:
-    """The keys allowed at a path (the union of the alternatives)."""
+    """The keys allowed at a path; where there are alternatives, those of the chosen kind."""
     models = [root]
     for part in loc:
-        if isinstance(part, str):
-            models = [
-                found
-                for model in models
-                if part in model.model_fields
-                for found in _models_in(model.model_fields[part].annotation)
-            ]
+        if not isinstance(part, str):
+            continue
+        chosen = [
+            m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part
+        ]
+        models = chosen or [
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[part].annotation)
+        ]
     return {key for model in models for key in model.model_fields}
 
 
@@ -80,6 +141,7 @@ def key_lines(text: str) -> Lines:
         if line.startswith("[["):
             path = tuple(p.strip().strip('"') for p in line.strip("[]").split("]")[0].split("."))
             counts[path] = counts.get(path, -1) + 1
+            lines.setdefault(path, number)
             table = (*path, counts[path])
         elif line.startswith("["):
             table = tuple(p.strip().strip('"') for p in line[1:].split("]")[0].split("."))

@@ -7,16 +7,17 @@ Errors name file, column and row numbers. A record's value appears only in `Data
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from silotune.common import schema
-from silotune.common.contract import Contract, TableInput
+from silotune.common.contract import Contract, TextInput
 from silotune.common.errors import DataError, did_you_mean
 
 SHOWN_ROWS = 10
@@ -38,57 +39,55 @@ class Records:
 
 def read(path: Path, contract: Contract) -> Records:
     """Read a CSV file by the contract's schema; DataError with every problem found."""
-    table = _table(path)
+    header, rows = _table(path)
     source = path.name
-    spec = contract.input
-    columns = (
-        [column.name for column in spec.columns]
-        if isinstance(spec, TableInput)
-        else [spec.column]
-    )
-    absent = [c for c in [*columns, contract.task.label_column] if c not in table.columns]
+    spec, label = contract.input, contract.task.label_column
+    absent = [c for c in [*contract.columns, label] if c not in header]
     if absent:
-        has = ", ".join(map(str, table.columns[:20]))
         raise DataError(
-            " ".join(
-                f"Column '{c}' is not in {source}.{did_you_mean(c, table.columns)}" for c in absent
-            )
-            + f" It has: {has}. The contract '{contract.name}' names its columns in [input] and "
-            "[task]. Stopped before training; ε spent: 0.",
+            " ".join(f"Column '{c}' is not in {source}." for c in absent)
+            + f" The contract '{contract.name}' names its columns in [input] and [task]. "
+            "Stopped before training; ε spent: 0.",
             code="E302",
+            # A file without a header has a record there.
+            local=f"it has: {', '.join(header[:20])}."
+            + "".join(did_you_mean(c, header) for c in absent),
         )
-    if not len(table):
+    twice = [c for c in [*contract.columns, label] if header.count(c) > 1]
+    if twice:
+        raise DataError(f"Column '{twice[0]}' stands twice in the header of {source}.", code="E302")
+    if not rows:
         raise DataError(
             f"Data file {source} has no rows; a site without records cannot take part. "
             "Take it out of the contract's sites, or fill the file.",
             code="E304",
         )
     problems = _Problems()
-    classes = {v: i for i, label in enumerate(contract.task.labels) for v in label.values}
-    labels = np.zeros(len(table), dtype=np.int64)
-    for i, raw in enumerate(table[contract.task.label_column]):
-        if raw.strip() in classes:
-            labels[i] = classes[raw.strip()]
-        else:
-            problems.add(
-                "E303",
-                f"column '{contract.task.label_column}' is not one of the contract's labels "
-                f"({', '.join(classes)})",
-                i, raw,
-            )
-    inputs: Inputs
-    if isinstance(spec, TableInput):
-        rows: list[tuple[schema.Choice, ...]] = []
-        for i, row in enumerate(table[columns].itertuples(index=False, name=None)):
+    classes = {v: i for i, found in enumerate(contract.task.labels) for v in found.values}
+    labels: list[int] = []
+    inputs: list[Any] = []
+    for line, cells in rows:
+        if len(cells) != len(header):
+            problems.add("E302", f"{len(header)} fields are expected", line, ",".join(cells))
+            continue
+        row = dict(zip(header, cells, strict=True))
+        labels.append(classes.get(row[label].strip(), -1))
+        if labels[-1] < 0:
+            allowed = ", ".join(classes)
+            what = f"column '{label}' is not one of the contract's labels ({allowed})"
+            problems.add("E303", what, line, row[label])
+        if isinstance(spec, TextInput):
+            inputs.append(row[spec.column])
+            continue
+        choices: list[schema.Choice] = []
+        for column in spec.columns:
             try:
-                rows.append(schema.choices_of(spec, dict(zip(columns, row, strict=True))))
+                choices.append(schema.choice_of(column, row[column.name]))
             except schema.OutsideSchemaError as error:
-                problems.add("E302", str(error), i, error.value)
-        inputs = rows
-    else:
-        inputs = list(table[spec.column])
+                problems.add("E302", str(error), line, error.value)
+        inputs.append(tuple(choices))
     problems.raise_if_any(f"{source} does not fit the contract '{contract.name}'")
-    return Records(inputs, labels)
+    return Records(inputs, np.array(labels, dtype=np.int64))
 
 
 class _Problems:
@@ -97,9 +96,8 @@ class _Problems:
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
-    def add(self, code: str, what: str, index: int, value: str) -> None:
-        # The header is line 1 of the file.
-        self.found.setdefault((code, what), []).append((index + 2, value))
+    def add(self, code: str, what: str, line: int, value: str) -> None:
+        self.found.setdefault((code, what), []).append((line, value))
 
     def raise_if_any(self, what: str) -> None:
         """DataError with every kind of problem and its first rows."""
@@ -120,19 +118,26 @@ class _Problems:
         )
 
 
-def _table(path: Path) -> pd.DataFrame:
+def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and each row with the line it starts on; blank lines are passed over."""
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.csv"))[:5]
         hint = f" CSV files in that folder: {', '.join(others)}." if others else ""
-        raise DataError(f"Data file {path} does not exist.{hint}")
+        what = "is no file" if path.exists() else "does not exist"
+        raise DataError(f"Data file {path} {what}.{hint}")
+    rows: list[tuple[int, list[str]]] = []
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except pd.errors.EmptyDataError:
-        raise DataError(
-            f"Data file {path.name} is empty: it has no header.", code="E304"
-        ) from None
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader, line = csv.reader(file, strict=True), 1
+            for cells in reader:
+                if cells:
+                    rows.append((line, cells))
+                line = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
         # The parser's own text may quote a line of the file.
         raise DataError(
             f"Data file {path.name} cannot be read as UTF-8 CSV ({type(error).__name__})."
         ) from None
+    if not rows:
+        raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
+    return rows[0][1], rows[1:]

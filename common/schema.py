@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,9 @@ def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
         return None
     if isinstance(column, CategoryColumn):
         try:
-            return list(column.values).index(raw)
+            return column.raw_values.index(raw)
         except ValueError:
-            allowed = ", ".join(column.values)
+            allowed = ", ".join(column.raw_values)
             raise OutsideSchemaError(column.name, f"{allowed} or nothing", raw) from None
     try:
         number = float(raw)
@@ -44,10 +44,6 @@ def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
     if math.isnan(number) or (column.lowest is not None and number < column.lowest):
         return None
     return bisect_right(column.edges, number)
-
-
-def choices_of(table: TableInput, row: Mapping[str, str]) -> tuple[Choice, ...]:
-    return tuple(choice_of(column, row[column.name]) for column in table.columns)
 
 
 def to_text(table: TableInput, choices: Sequence[Choice]) -> str:
@@ -67,7 +63,7 @@ def to_one_hot(table: TableInput, rows: Sequence[Sequence[Choice]]) -> NDArray[n
     starts = np.concatenate([[0], np.cumsum(widths)])
     out = np.zeros((len(rows), int(starts[-1])), dtype=np.float32)
     for i, row in enumerate(rows):
-        for start, width, choice in zip(starts, widths, row, strict=False):
+        for start, width, choice in zip(starts[:-1], widths, row, strict=True):
             out[i, start + (width - 1 if choice is None else choice)] = 1.0
     return out
 

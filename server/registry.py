@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from silotune.common.contract import Contract
@@ -31,7 +32,8 @@ class Registry:
             raise RunError(f"{folder} already holds a run. Name another folder, or remove it.")
         (folder / "rounds").mkdir(parents=True, exist_ok=True)
         (folder / "contract.json").write_text(
-            json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False)
+            json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False),
+            encoding="utf-8",
         )
         return cls(folder)
 
@@ -47,10 +49,10 @@ class Registry:
         half = rounds / f".{number:04d}.tmp"
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        save_file(adapter, half / "adapter.safetensors")
-        save_file(state, half / "state.safetensors")
-        (half / "round.json").write_text(json.dumps(facts, indent=1))
-        for path in half.iterdir():
+        _save(adapter, half / "adapter.safetensors")
+        _save(state, half / "state.safetensors")
+        (half / "round.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        for path in (*half.iterdir(), half):
             _sync(path)
         half.rename(rounds / f"{number:04d}")
         _sync(rounds)
@@ -59,7 +61,7 @@ class Registry:
         """Write the run's final adapter."""
         path = self.folder / "adapter.safetensors"
         half = path.with_suffix(".tmp")
-        save_file(adapter, half)
+        _save(adapter, half)
         _sync(half)
         half.rename(path)
         return path
@@ -74,9 +76,14 @@ class Registry:
     def rounds(self) -> list[dict[str, Any]]:
         """The facts of each committed round, in order."""
         return [
-            json.loads((folder / "round.json").read_text())
-            for folder in sorted((self.folder / "rounds").glob("[0-9]*"))
+            json.loads((folder / "round.json").read_text(encoding="utf-8"))
+            for folder in sorted((self.folder / "rounds").glob("[0-9]*"), key=lambda f: int(f.name))
         ]
+
+
+def _save(arrays: Arrays, path: Path) -> None:
+    # safetensors writes the memory as it lies: a transposed view would come back garbled.
+    save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path)
 
 
 def _sync(path: Path) -> None:

@@ -102,6 +102,8 @@ class Run:
             update = message.header
             if not isinstance(update, Update):
                 raise ProtocolError("The reply is no update.", code="E503")
+            if site not in self.contract.weights():
+                raise ProtocolError("The site is not in the roster.", code="E503")
             expected = (site, self.run_id, self.number, 1)
             if (update.site, update.run, update.round, update.attempt) != expected:
                 raise ProtocolError("The update is for another site or round.", code="E503")
@@ -109,11 +111,13 @@ class Run:
                 raise ProtocolError("The site answered twice.", code="E503")
             names = adapter.trained_names(self._shapes, self.phase.trains)
             adapter.check(message.arrays, {n: self._shapes[n] for n in names}, "The update")
+            self._check_epsilon(update.epsilon)
         except ProtocolError as error:
             self.fail(site, error.code)
         else:
             self._open[site] = message.arrays
             self._epsilon[site] = update.epsilon
+            self._failed.pop(site, None)
 
     def fail(self, site: str, code: str) -> None:
         """Note that a site does not count this round, with the code of the reason."""
@@ -137,9 +141,17 @@ class Run:
                 code="E402",
             )
         change = aggregate.weighted_mean(self._open, self.contract.weights())
-        self.adapter, self.velocity = aggregate.heavy_ball(
+        next_adapter, velocity = aggregate.heavy_ball(
             self.adapter, self.velocity, change, self.contract.aggregation.momentum
         )
+        try:
+            adapter.check(next_adapter, self._shapes, "The aggregate")
+            adapter.check(velocity, adapter.shapes_of(change), "The momentum")
+        except ProtocolError as error:
+            raise RunError(
+                f"Run stopped at round {self.number}: {error} No adapter released.", code="E502"
+            ) from None
+        self.adapter, self.velocity = next_adapter, velocity
         place = self.contract.place_in_phase(self.number)
         if place > self.phase.rounds * self.contract.aggregation.average_from:
             self.mean = aggregate.running_mean(self.mean, self.averaged, self.adapter)
@@ -168,6 +180,17 @@ class Run:
     def released(self) -> Arrays:
         """What the phase has come to: the mean of its later iterates, once there is one."""
         return self.mean if self.averaged else self.adapter
+
+    def _check_epsilon(self, epsilon: float | None) -> None:
+        """A site reports what it spent: within the contract's budget, or nothing without DP."""
+        p = self.contract.privacy
+        fits = epsilon is None if p.mode == "none" else (
+            epsilon is not None and epsilon <= p.epsilon * (1 + 1e-9)
+        )
+        if not fits:
+            raise ProtocolError(
+                "The update reports an ε that the contract does not allow.", code="E502"
+            )
 
     def _checked(self, message: Message) -> Message:
         header = message.header

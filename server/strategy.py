@@ -22,6 +22,7 @@ from silotune.server.rounds import Run
 log = logging.getLogger(__name__)
 
 RECORD, WIRE = "silotune", "wire"
+WAIT_SECONDS = 0.2  # between two looks at which nodes are there
 
 
 class SilotuneStrategy(Strategy):
@@ -112,23 +113,25 @@ class SilotuneStrategy(Strategy):
         roster = set(self.run.contract.weights())
         end = time.monotonic() + self.run.contract.deadline_seconds
         found: dict[int, str] = {}
-        asked: set[int] = set()
+        strangers: set[int] = set()
         while set(found.values()) != roster and time.monotonic() < end:
-            new = set(grid.get_node_ids()) - asked
+            new = set(grid.get_node_ids()) - set(found) - strangers
             if not new:
-                time.sleep(0.2)
+                time.sleep(WAIT_SECONDS)
                 continue
-            asked |= new
             for reply in self._exchange(grid, [self._message(self.run.describe(), n) for n in new]):
-                if reply.has_error():
-                    continue
+                node = self._node_of(reply)
                 try:
-                    site = self.run.identify(_wire(reply))
+                    site = "" if reply.has_error() else self.run.identify(_wire(reply))
                 except SilotuneError as error:
-                    log.warning("a node does not take part: %s", error)
-                    continue
+                    log.warning("a node does not take part yet: %s", error)
+                    continue  # its worker may still be starting: it is asked again
                 if site in roster and site not in found.values():
-                    found[self._node_of(reply)] = site
+                    found[node] = site
+                elif site:
+                    strangers.add(node)
+            if set(found.values()) != roster:
+                time.sleep(WAIT_SECONDS)
         if len(found) < self.run.contract.quorum:
             absent = ", ".join(sorted(roster - set(found.values())))
             raise PeerError(

@@ -147,6 +147,20 @@ def an_empty_batch_is_only_noise() -> None:
     assert bool((noisy != 0).all())
 
 
+def a_record_that_overflows_cannot_spoil_the_sum() -> None:
+    """A server's weights may make one record's loss NaN; that must not show without noise."""
+    toy = Toy()
+    index = torch.arange(len(toy.x))
+    toy.x[7] = torch.tensor([3e38, -3e38, 3e38, -3e38, 3e38])
+    toy.first.weight.data[0] = 3e38
+    bad = next(iter(per_example_gradients([toy.second], index[7:8], toy.losses).values()))
+    assert not bool(torch.isfinite(bad).all())
+    whole = toy.gradient([index])
+    without = toy.gradient([torch.cat([index[:7], index[8:]])])
+    assert bool(torch.isfinite(whole).all())
+    assert float((whole - without).norm()) <= CLIP * (1 + 1e-5)
+
+
 def no_noise_repeats_between_steps() -> None:
     toy = Toy()
     source = NoiseSource(site="a", insecure_seed=6)
@@ -158,7 +172,8 @@ PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         clipped_sum_is_right, sensitivity_is_the_clip_norm, noise_has_the_right_scale,
-        an_empty_batch_is_only_noise, no_noise_repeats_between_steps,
+        an_empty_batch_is_only_noise, a_record_that_overflows_cannot_spoil_the_sum,
+        no_noise_repeats_between_steps,
     )
 }
 
@@ -239,6 +254,12 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @contextmanager
+def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    patch.setattr(dp, "finite_gradients", dp.per_example_gradients)
+    yield
+
+
+@contextmanager
 def shared_seed(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(
         NoiseSource, "normal", lambda self, shape: np.random.default_rng(0).normal(size=shape)
@@ -252,6 +273,7 @@ MUTATIONS = {
     half_the_noise: "noise_has_the_right_scale",
     noise_once_per_micro_batch_divisor: "noise_has_the_right_scale",
     batch_mean_loss: "clipped_sum_is_right",
+    not_finite_gradients_kept: "a_record_that_overflows_cannot_spoil_the_sum",
     fake_record_on_an_empty_batch: "an_empty_batch_is_only_noise",
     shared_seed: "no_noise_repeats_between_steps",
 }

@@ -183,6 +183,20 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     np.testing.assert_allclose(big, 2 * small, rtol=1e-5)
 
 
+def test_a_servers_huge_weights_do_not_tell_who_is_there(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    """Weights under which one kind of record overflows: the reply must be an update either way."""
+    contract = table_contract.changed(
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
+    )
+    path = write_rows(tmp_path / "rows.csv", 40)
+    weight = np.zeros((2, 6), np.float32)
+    weight[0, 1] = weight[0, 3] = 2.3e38
+    reply = ask(Worker(SiteConfig("north", path, None), contract), head__weight=weight)
+    assert isinstance(reply.header, Update)
+
+
 def test_an_empty_sample_answers_with_noise(
     table_contract: Contract, write_rows: Rows, tmp_path: Path
 ) -> None:

@@ -144,10 +144,10 @@ BAD = {
         ["Unknown key 'sites.2.wieght'", "Did you mean 'weight'?"],
     ),
     "whole number": ("quorum = 2", 'quorum = "abc"', "quorum",
-                     ["'quorum' must be a whole number", "'abc'"]),
+                     ["'quorum' must be a whole number", '"abc"']),
     "half a site": ("quorum = 2", "quorum = 1.5", "quorum",
                     ["'quorum' must be a whole number", "1.5"]),
-    "quorum true": ("quorum = 2", "quorum = true", "quorum", ["must be a whole number", "True"]),
+    "quorum true": ("quorum = 2", "quorum = true", "quorum", ["must be a whole number", "true"]),
     "no quorum": ("quorum = 2", "quorum = 0", "quorum", ["'quorum'", "greater", "1", "got 0"]),
     "missing section": ("quorum = 2\n", "", None, ["Key 'quorum' is missing"]),
     "missing key": ("expected_records = 50\n", "", "[privacy]",
@@ -158,7 +158,7 @@ BAD = {
     "epsilon nan": ("epsilon = 8.0", "epsilon = nan", "epsilon", ["'privacy.epsilon'", "nan"]),
     "epsilon inf": ("epsilon = 8.0", "epsilon = inf", "epsilon", ["'privacy.epsilon'", "inf"]),
     "epsilon huge": ("epsilon = 8.0", "epsilon = 101", "epsilon", ["less than or equal to 100"]),
-    "epsilon text": ("epsilon = 8.0", 'epsilon = "eight"', "epsilon", ["number", "'eight'"]),
+    "epsilon text": ("epsilon = 8.0", 'epsilon = "eight"', "epsilon", ["number", '"eight"']),
     "delta zero": ("delta = 1e-4", "delta = 0", "delta",
                    ["'privacy.delta'", "greater than 0", "got 0"]),
     "delta negative": ("delta = 1e-4", "delta = -1e-5", "delta", ["greater than 0", "-1e-05"]),
@@ -167,7 +167,7 @@ BAD = {
     "delta one": ("delta = 1e-4", "delta = 1.0", "delta", ["less than 0.01", "1.0"]),
     "clip inf": ("clip_norm = 1.0", "clip_norm = inf", "clip_norm", ["finite", "inf"]),
     "mode": ("[privacy]", '[privacy]\nmode = "dpp"', "mode =",
-             ["'privacy.mode'", "'dp' or 'none'", "'dpp'"]),
+             ["'privacy.mode'", "'dp' or 'none'", '"dpp"']),
     "edges and words": (
         "edges = [50]", "edges = [40, 50]", "[[input.columns]]",
         ["column 'age' has 2 edges", "needs 3 words", "got 2"],
@@ -187,8 +187,8 @@ BAD = {
     "two columns, one name": ('name = "smoker"', 'name = "age"', "[input]",
                               ["column 'age' stands twice"]),
     "model": ('kind = "one-hot"', 'kind = "onehot"', "[model]",
-              ["'model'", "'onehot'", "'encoder'", "'one-hot'"]),
-    "site name": ('name = "south"', 'name = "../south"', 'name = "../south"', ["'../south'"]),
+              ["'model.kind'", "'onehot'", "'encoder'", "'one-hot'"]),
+    "site name": ('name = "south"', 'name = "../south"', 'name = "../south"', ['"../south"']),
     "date": ("quorum = 2", "quorum = 2024-01-01", "quorum", ["must be a whole number"]),
 }
 
@@ -208,7 +208,7 @@ def test_one_sentence_for_one_problem(case: str) -> None:
 
 PHASES = {
     "rounds": ("rounds = 3", 'rounds = "abc"',
-               ["'phases.1.rounds' must be a whole number", "'abc'"], "rounds ="),
+               ["'phases.1.rounds' must be a whole number", '"abc"'], "rounds ="),
     "rate above one": ("sampling_rate = 0.5", "sampling_rate = 1.5",
                        ["'phases.1.sampling_rate'", "1.5"], "sampling_rate"),
     "rate nan": ("sampling_rate = 0.5", "sampling_rate = nan", ["'phases.1.sampling_rate'"],
@@ -221,7 +221,7 @@ PHASES = {
                 ["Unknown key 'phases.1.bugdet'", "Did you mean 'budget'?"], "bugdet"),
     "adapter_rate": ("head_rate = 0.5", "head_rate = 0.5\nadapter_rate = 0.1",
                      ["adapter_rate goes with"], "[[phases]]"),
-    "trains": ('trains = "head"', 'trains = "body"', ["'head' or 'head+adapter'", "'body'"],
+    "trains": ('trains = "head"', 'trains = "body"', ["'head' or 'head+adapter'", '"body"'],
                "trains"),
 }
 

@@ -98,10 +98,6 @@ def test_any_text_is_a_choice_or_refused(text: str, column: NumberColumn | Categ
     assert choice is None or 0 <= choice < len(column.choices)
 
 
-def test_choices_of_takes_the_columns_in_their_order() -> None:
-    row = {"extra": "x", "pain": "none", "age": "45"}
-    assert schema.choices_of(TABLE, row) == (1, 1)
-
 
 def test_text_names_each_column_once() -> None:
     assert schema.to_text(TABLE, (2, 0)) == "age: c. chest pain: typical."
