@@ -52,12 +52,14 @@ class Job:
     @property
     def cost(self) -> float:
         """A rough relative cost, for the estimate of the time left; adapter rounds dominate."""
-        return sum(
-            phase.rounds * (0.1 + phase.sampling_rate * 4.0 * len(self.contract.sites))
-            if phase.trains == "head+adapter"
-            else phase.rounds * 0.05
-            for phase in self.contract.phases
-        )
+        return sum(self.cost_of(r) for r in range(1, self.contract.rounds + 1))
+
+    def cost_of(self, round_number: int) -> float:
+        """The same for one round."""
+        phase = self.contract.phase_of(round_number)
+        if phase.trains == "head":
+            return 0.15
+        return 0.3 + 1.5 * phase.sampling_rate * len(self.contract.sites)
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,23 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
     arms = [Arm("federated-lora", "Federated DP-LoRA", True, False, (contract,))]
     for name, label, plan in (
-        ("alone", "Each site alone, DP-LoRA, same plan", contract),
+        ("alone", "Alone, DP-LoRA, same plan", contract),
         (
-            "alone-tuned", "Each site alone, DP-LoRA, own rates",
+            "alone-tuned", "Alone, DP-LoRA, own rates",
             contract.changed(phases=plans["alone-tuned"]["phases"]),
         ),
     ):
         alone = tuple(plan.changed(sites=[{"name": s.name}], quorum=1) for s in contract.sites)
         arms.append(Arm(name, label, True, False, alone))
     head = contract.changed(adapter=None, phases=plans["head"]["phases"])
-    arms.append(Arm("federated-head", "Federated DP head, frozen encoder", True, True, (head,)))
+    arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
     if isinstance(contract.input, TableInput):
         one_hot = contract.changed(adapter=None, phases=plans["one-hot"]["phases"])
         one_hot = Contract.model_validate(
             {**one_hot.model_dump(mode="json"), "model": {"kind": "one-hot"}}
         )
         arms.append(
-            Arm("federated-one-hot", "Federated DP one-hot regression", True, True, (one_hot,))
+            Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
         )
     plain = contract.changed(privacy={"mode": "none"}, phases=plans["no-dp"]["phases"])
     arms.append(Arm("federated-no-dp", "Federated LoRA without DP", False, False, (plain,)))

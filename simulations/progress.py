@@ -80,7 +80,9 @@ class Progress:
 
     def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None:
         """One committed round of any run; those of the main run become lines."""
-        self._cost_done += cost / self.contract.rounds
+        if not self._cost_done:
+            self._began = time.monotonic()  # loading models is over; the rate counts from here
+        self._cost_done += cost
         if (arm, repeat) == self._main:
             self.console.print(self._line(facts))
         self._refresh()

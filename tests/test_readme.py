@@ -1,0 +1,52 @@
+"""What the README shows is true: its commands run, its files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```\n(.*?)```", README, re.S)
+    for line in block.splitlines() if line.startswith("silotune ")
+]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 6
+    assert {"make demo", "make test"} <= set(README.splitlines())
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("system")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
+    # Paths in the README start at the repository; what a command writes goes elsewhere.
+    (tmp_path / "simulations").symlink_to(ROOT / "simulations")
+    words = shlex.split(command)
+    done = subprocess.run(
+        [Path(sys.executable).parent / words[0], *words[1:]], cwd=tmp_path,
+        capture_output=True, text=True, check=False, timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert done.stdout.strip()
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    house = README.split("## The house")[1].split("```")[1]
+    room = ""
+    for line in house.splitlines():
+        if not line.startswith(" ") and "/" in line:
+            room = line.split("/")[0]
+        for name in re.findall(r"\b([a-z_]+\.py)\b", line):
+            assert (ROOT / room / name).is_file(), f"{room}/{name}"
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README)
