@@ -100,13 +100,14 @@ def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tens
 def private_gradient(
     linears: Iterable[nn.Linear],
     optimizer: CryptoNoiseOptimizer,
-    micro_batches: Iterable[Tensor],
+    micro_batches: Iterable[tuple[Tensor, int]],
     losses: Callable[[Tensor], Tensor],
 ) -> None:
     """Leave the noised, divided sum of clipped per-record gradients in each parameter's `.grad`.
 
     linears: the modules that hold exactly the optimizer's parameters.
-    micro_batches: index tensors [n]; together one Poisson sample; may be empty.
+    micro_batches: row numbers and how many of the first of them count (common/model.py, Block);
+    together one Poisson sample; may be empty.
     losses: index tensor -> [n] losses, each a function of its own record only.
     Raises ValueError if the modules' parameters are not the optimizer's.
     """
@@ -115,11 +116,11 @@ def private_gradient(
     if held != set(optimizer.params):
         raise ValueError("the modules must hold exactly the parameters that are trained")
     optimizer.begin()
-    for index in micro_batches:
-        if not len(index):
+    for index, n in micro_batches:
+        if not n:
             continue
         for parameter, gradient in finite_gradients(linears, index, losses).items():
-            parameter.grad_sample = gradient.to(parameter.dtype)  # type: ignore[attr-defined]
+            parameter.grad_sample = gradient[:n].to(parameter.dtype)  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
         for parameter in held:
             parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -155,7 +156,7 @@ def finite_gradients(
 
 def plain_gradient(
     parameters: Iterable[nn.Parameter],
-    micro_batches: Iterable[Tensor],
+    micro_batches: Iterable[tuple[Tensor, int]],
     losses: Callable[[Tensor], Tensor],
     divisor: float,
 ) -> None:
@@ -163,6 +164,6 @@ def plain_gradient(
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    for index in micro_batches:
-        if len(index):
-            (losses(index).sum() / divisor).backward()  # type: ignore[no-untyped-call]
+    for index, n in micro_batches:
+        if n:
+            (losses(index)[:n].sum() / divisor).backward()  # type: ignore[no-untyped-call]

@@ -84,9 +84,10 @@ def emit(data: Any, as_json: bool, text: str) -> None:
 
 def main() -> None:
     """The entry point: turns errors into one sentence and an exit code."""
-    debug = "--debug" in sys.argv
+    args = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(args) < len(sys.argv) - 1  # wherever it stands
     try:
-        silotune.main(standalone_mode=False)
+        silotune.main(args, standalone_mode=False)
     except SilotuneError as error:
         if debug:
             raise

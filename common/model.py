@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +33,31 @@ from silotune.common.errors import DataError
 from silotune.common.messages import Arrays
 from silotune.common.records import Inputs
 
+# A record's outputs must not depend, by as much as a rounding, on which other records are there:
+# otherwise leaving one out would move the gradients of all. So each row is padded to a multiple of
+# BUCKET tokens by its own length, and every batch of a bucket has exactly MICRO_BATCH rows.
 MICRO_BATCH = 16
+BUCKET = 16
 # Frozen and adapted layers run their matrix products in bfloat16 where the processor has it;
 # weights, normalisation, the head, per-record gradients and everything after them are float32.
 BF16 = bool(torch.cpu._is_avx512_bf16_supported())
 KEPT = torch.bfloat16 if BF16 else torch.float32  # how the frozen outputs are kept
+
+
+class Block(NamedTuple):
+    """Row numbers [MICRO_BATCH] of which the first n count; the rest only fill the batch."""
+
+    rows: Tensor
+    n: int
+
+
+def blocks_of(index: Tensor, lengths: Tensor) -> Iterator[Block]:
+    """`index` in blocks of rows of one bucket; `lengths` [len(index)] are the rows' tokens."""
+    buckets = -(-lengths // BUCKET)
+    for bucket in sorted(set(buckets.tolist())):
+        for part in torch.split(index[buckets == bucket], MICRO_BATCH):
+            fill = part[:1].expand(MICRO_BATCH - len(part))
+            yield Block(torch.cat([part, fill]), len(part))
 
 
 @dataclass(frozen=True)
@@ -77,21 +97,20 @@ class Classifier(nn.Module):
     def adapted(self, encoded: Encoded, index: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Tensor]:
-        """`index` in pieces that fit in memory, rows of like length together (less padding)."""
+    def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Block]:
+        """`index` in blocks that fit in memory."""
         if not adapter:
-            yield from torch.split(index, 4096)
+            yield from (Block(part, len(part)) for part in torch.split(index, 4096))
             return
         assert encoded.starts is not None
-        lengths = (encoded.starts[1:] - encoded.starts[:-1])[index]
-        yield from torch.split(index[lengths.argsort(stable=True)], MICRO_BATCH)
+        yield from blocks_of(index, (encoded.starts[1:] - encoded.starts[:-1])[index])
 
     @torch.no_grad()
     def predict(self, encoded: Encoded, *, adapter: bool) -> np.ndarray:
         """Logits [N, L] for all rows."""
         out = np.zeros((len(encoded), self.head.out_features), dtype=np.float32)
-        for part in self.micro_batches(encoded, torch.arange(len(encoded)), adapter=adapter):
-            out[part.numpy()] = self(encoded, part, adapter=adapter).numpy()
+        for index, n in self.micro_batches(encoded, torch.arange(len(encoded)), adapter=adapter):
+            out[index[:n].numpy()] = self(encoded, index, adapter=adapter)[:n].numpy()
         return out
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
@@ -198,34 +217,34 @@ class Encoder(Classifier):
 
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Encoded:
-        texts = [self._text(row) for row in inputs]
-        features = torch.zeros(len(texts), self.mean.shape[0])
-        pieces: list[Tensor | None] = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at in range(0, len(order), MICRO_BATCH):
-            rows = order[at : at + MICRO_BATCH]
-            hidden, mask = self._lower([texts[i] for i in rows])
-            if self.lora:
-                for row, states, keep in zip(rows, hidden, mask, strict=True):
-                    pieces[row] = states[keep].to(KEPT)
-            features[rows] = self._pooled(
-                hidden, mask, self._shared[0].encoder.layer[self.first_adapted :]
-            )
-        if not self.lora:
-            return Encoded(features)
-        lengths = torch.tensor([len(p) for p in pieces if p is not None])
+        if not len(inputs):
+            raise ValueError("there are no rows to encode")
+        rows = self.tokenizer(
+            [self._text(row) for row in inputs], truncation=True, max_length=self.spec.max_tokens
+        )["input_ids"]
+        lengths = torch.tensor([len(row) for row in rows])
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        kept = [p for p in pieces if p is not None]
-        hidden = torch.cat(kept)
-        return Encoded(features, hidden, starts)
+        features = torch.zeros(len(rows), self.mean.shape[0])
+        kept = torch.zeros(int(starts[-1]) if self.lora else 0, self.mean.shape[0], dtype=KEPT)
+        upper = self._shared[0].encoder.layer[self.first_adapted :]
+        for index, n in blocks_of(torch.arange(len(rows)), lengths):
+            hidden, mask = self._lower([rows[i] for i in index.tolist()])
+            features[index[:n]] = self._pooled(hidden, mask, upper)[:n]
+            if self.lora:
+                for i, states in zip(index[:n].tolist(), hidden, strict=False):
+                    kept[starts[i] : starts[i + 1]] = states[: int(lengths[i])].to(KEPT)
+        return Encoded(features, kept, starts) if self.lora else Encoded(features)
 
     def adapted(self, encoded: Encoded, index: Tensor) -> Tensor:
         assert encoded.hidden is not None
         assert encoded.starts is not None
         rows = [encoded.hidden[encoded.starts[i] : encoded.starts[i + 1]] for i in index.tolist()]
-        hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
         lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(hidden.shape[1])[None, :] < lengths[:, None]
+        width = -(-int(lengths.max()) // BUCKET) * BUCKET
+        hidden = torch.zeros(len(rows), width, self.mean.shape[0])
+        for place, row in zip(hidden, rows, strict=True):
+            place[: len(row)] = row
+        mask = torch.arange(width)[None, :] < lengths[:, None]
         return self._pooled(hidden, mask, self.top)
 
     def _text(self, row: str | Sequence[schema.Choice]) -> str:
@@ -234,17 +253,16 @@ class Encoder(Classifier):
         assert self.table is not None
         return schema.to_text(self.table, row)
 
-    def _lower(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """The frozen layers: hidden states [n, T, H] and mask [n, T] (bool)."""
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.spec.max_tokens,
-            return_tensors="pt",
-        )
+    def _lower(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids of one bucket through the frozen layers: [n, T, H], and mask [n, T] (bool)."""
+        width = -(-max(map(len, rows)) // BUCKET) * BUCKET
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
         base = self._shared[0]
-        mask = tokens["attention_mask"].bool()
-        hidden = base.embeddings(
-            input_ids=tokens["input_ids"], token_type_ids=tokens.get("token_type_ids")
-        )
+        hidden = base.embeddings(input_ids=ids)
         return self._through(base.encoder.layer[: self.first_adapted], hidden, mask), mask
 
     def _through(self, layers: Iterable[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:

@@ -24,4 +24,6 @@ def work(job: Job) -> JobResult:
     """Run one job, with its progress sent through the pool's queue."""
     from silotune.simulations.jobs import run_job
 
-    return run_job(job, lambda j, facts: _channel.put((j.arm, j.repeat, j.cost_of(facts.round), facts)))
+    return run_job(
+        job, lambda j, facts: _channel.put((j.arm, j.repeat, j.cost_of(facts.round), facts))
+    )

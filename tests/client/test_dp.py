@@ -50,7 +50,7 @@ class Toy:
             torch.optim.SGD(self.parameters, lr=1.0), source=source or Silent(site="a"),
             noise_multiplier=sigma, clip_norm=CLIP, divisor=divisor,
         )
-        private_gradient(self.linears, optimizer, batches, self.losses)
+        private_gradient(self.linears, optimizer, [(b, len(b)) for b in batches], self.losses)
         return flat(p.grad for p in self.parameters)
 
     def by_hand(self, index: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
     original = dp.private_gradient
 
     def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
-        original(linears, optimizer, list(batches) or [torch.zeros(1, dtype=torch.long)], losses)
+        fake = [(torch.zeros(1, dtype=torch.long), 1)]
+        original(linears, optimizer, list(batches) or fake, losses)
 
     patch.setitem(globals(), "private_gradient", broken)
     yield
