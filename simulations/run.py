@@ -211,27 +211,26 @@ def _jobs(
 def _run_jobs(jobs: list[Job], processes: int, progress: Progress) -> list[JobResult]:
     """All jobs over a pool of processes; each loads the base model once."""
     context = mp.get_context("spawn")
-    with context.Manager() as manager:
-        channel = manager.Queue()
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        with ProcessPoolExecutor(
-            processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
-        ) as executor:
-            pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
-            results: list[JobResult] = []
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.1)
-                    _drain(channel, progress)
-                    for future in done:
-                        results.append(future.result())
-                        progress.done(results[-1])
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                for child in mp.active_children():
-                    child.terminate()
-                raise
-            _drain(channel, progress)
+    channel = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    results: list[JobResult] = []
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
+    ) as executor:
+        pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.1)
+                _drain(channel, progress)
+                for future in done:
+                    results.append(future.result())
+                    progress.done(results[-1])
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for child in mp.active_children():
+                child.terminate()
+            raise
+    _drain(channel, progress)
     return results
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from silotune.client.accounting import epsilon, plan
@@ -91,6 +92,30 @@ def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
     _set_aside(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
     assert len(list(tmp_path.glob("demo-*/result.json"))) == 1
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("system")
+def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).parent / "silotune"), "sim", "run", "heart-diagnosis", "repeats=1",
+        "arms=federated-one-hot", "--out", str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("  1/30"):
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        assert process.stdout is not None
+        process.stdout.close()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.download
