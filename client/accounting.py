@@ -19,8 +19,10 @@ from opacus.accountants.analysis import rdp
 from opacus.accountants.rdp import RDPAccountant
 
 from silotune.common.contract import Contract
+from silotune.common.errors import UsageError
 
 ALPHAS = RDPAccountant.DEFAULT_ALPHAS
+MOST_NOISE = 1e4  # a plan that needs more noise than this has no use
 
 
 class Mechanism(NamedTuple):
@@ -32,16 +34,49 @@ class Mechanism(NamedTuple):
 
 
 def epsilon(history: Sequence[Mechanism], delta: float) -> float:
-    """Epsilon of everything in `history` together; 0 if it is empty, inf without noise."""
+    """Epsilon of everything in `history` together; 0 if it is empty, inf without noise.
+
+    The best of all orders: valid for a history that was fixed beforehand, as a plan is. What stops
+    a server that chooses as it goes is `epsilon_at`.
+    """
     if not history:
         return 0.0
     if any(m.noise_multiplier <= 0 for m in history):
         return math.inf
-    total = sum(_rdp_of_step(m.noise_multiplier, m.sampling_rate) * m.steps for m in history)
+    return _convert(ALPHAS, _rdp(history), delta)[0]
+
+
+def epsilon_at(order: float, history: Sequence[Mechanism], delta: float) -> float:
+    """Epsilon of `history` by one Rényi order that was fixed before it began.
+
+    As a stopping rule this is a Rényi filter (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem
+    4.5; Lécuyer 2021): it holds also when the server picks each step after seeing the last.
+    Taking the best order of an adaptive history does not have that proof.
+    """
+    if not history:
+        return 0.0
+    return _convert([order], _rdp(history)[[ALPHAS.index(order)]], delta)[0]
+
+
+def best_order(history: Sequence[Mechanism], delta: float) -> float:
+    """The order at which `history` costs least."""
+    return _convert(ALPHAS, _rdp(history), delta)[1]
+
+
+def _rdp(history: Sequence[Mechanism]) -> NDArray[np.float64]:
+    steps = [_rdp_of_step(m.noise_multiplier, m.sampling_rate) * m.steps for m in history]
+    return np.asarray(sum(steps))
+
+
+def _convert(
+    orders: Sequence[float], total: NDArray[np.float64], delta: float
+) -> tuple[float, float]:
+    """(epsilon, order) by the best of `orders`."""
     with warnings.catch_warnings():
         # At the end of the list of orders the bound holds all the same; it is only less tight.
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        return float(rdp.get_privacy_spent(orders=ALPHAS, rdp=total, delta=delta)[0])
+        found, order = rdp.get_privacy_spent(orders=list(orders), rdp=total, delta=delta)
+    return float(found), float(order)
 
 
 @lru_cache(maxsize=1024)
@@ -77,10 +112,19 @@ def plan(contract: Contract) -> list[Mechanism]:
         return [m._replace(noise_multiplier=0.0) for m in at(1.0)]
     target, delta = contract.privacy.epsilon, contract.privacy.delta
     high = 1.0
-    while epsilon(at(high), delta) > target:
-        high *= 2
-    while epsilon(at(high / 2), delta) <= target:
-        high /= 2
+    try:
+        while epsilon(at(high), delta) > target:
+            high *= 2
+            if min(m.noise_multiplier for m in at(high)) > MOST_NOISE:
+                raise ValueError("the bound has a floor above the target")
+        while epsilon(at(high / 2), delta) <= target:
+            high /= 2
+    except ValueError:  # a step's RDP too small to compute, or orders too few for the target
+        raise UsageError(
+            f"privacy.epsilon = {target:g} with delta = {delta:g} needs more noise than the "
+            "accountant can account for. Raise epsilon, or plan fewer steps.",
+            code="E103",
+        ) from None
     low = high / 2
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)

@@ -5,9 +5,9 @@ same noise. Each stream here has its own 256-bit key from the operating system. 
 indistinguishable from uniform bits as long as ChaCha20 (RFC 8439) is a pseudo-random function.
 
 Known limit: a Gaussian in double precision has gaps that can tell neighbouring sums apart in
-theory (Mironov 2012, doi:10.1145/2382196.2382264). The noise is drawn in float64 and each sum is
-rounded to float32 after the noise is added, which hides the low 29 bits; a discrete mechanism is
-not used.
+theory (Mironov 2012, doi:10.1145/2382196.2382264). The noise is drawn and added in float64 and the
+sum then rounded to float32: most of the gaps vanish in the rounding, but not for sums near zero,
+where float32 is finer. A discrete mechanism, which would close this, is not used.
 """
 
 from __future__ import annotations

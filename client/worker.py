@@ -53,6 +53,9 @@ class Worker:
             )
         self.site, self.contract = site, contract
         self.plan = accounting.plan(contract)
+        private = contract.privacy.mode == "dp"
+        # Fixed before the first request, so that the stop below holds for an adaptive server.
+        self.order = accounting.best_order(self.plan, contract.privacy.delta) if private else 0.0
         self.history: list[accounting.Mechanism] = []
         self.source = NoiseSource(site=site.name, insecure_seed=site.insecure_seed)
         self.model: Classifier = build(contract, site.model_folder)
@@ -105,17 +108,9 @@ class Worker:
         needed = adapter.needed_names(self.shapes, phase.trains)
         adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
-        private = self.contract.privacy.mode == "dp"
         # Charged before anything is computed: a failure from here on does not give it back.
         charged = [*self.history, mechanism]
-        delta = self.contract.privacy.delta
-        spent = accounting.epsilon(charged, delta) if private else None
-        if spent is not None and spent > self.contract.privacy.epsilon * (1 + 1e-9):
-            raise RefusalError(
-                f"Round {request.round} would bring ε to {spent:.2f} of "
-                f"{self.contract.privacy.epsilon:.2f} at δ = {delta:g}.",
-                code="E210",
-            )
+        spent = self._within_budget(charged) if self.contract.privacy.mode == "dp" else None
         self.history = charged
         change = train_round(
             self.contract, phase, mechanism, self.model, self.data, arrays, self.source
@@ -135,6 +130,18 @@ class Worker:
         )
         self._answered[key] = (digest, reply)
         return reply
+
+    def _within_budget(self, charged: list[accounting.Mechanism]) -> float:
+        """Epsilon of `charged`; RefusalError E210 when the filter says that it is too much."""
+        p = self.contract.privacy
+        bound = accounting.epsilon_at(self.order, charged, p.delta)
+        if bound > p.epsilon * (1 + 1e-9):
+            raise RefusalError(
+                f"One more round would bring ε to {bound:.2f} of {p.epsilon:.2f} at "
+                f"δ = {p.delta:g}.",
+                code="E210",
+            )
+        return min(accounting.epsilon(charged, p.delta), p.epsilon)
 
     def _reply(self, message: Message) -> bytes:
         """The one way out: arrays leave only in an Update, with the contract's names and shapes."""

@@ -34,8 +34,13 @@ def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:
     return sorted(n for n in arrays if n.startswith("head.") or trains == "head+adapter")
 
 
+LARGEST = 1e6  # of any entry; weights that train are below 100
+
+
 def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
-    """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32 and finite."""
+    """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32, and no entry
+    is beyond LARGEST or not finite. (That stops overflow, not poisoning by plausible values.)
+    """
     if set(arrays) != set(shapes):
         missing, extra = set(shapes) - set(arrays), set(arrays) - set(shapes)
         raise ProtocolError(
@@ -52,6 +57,10 @@ def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
             raise ProtocolError(f"{what}: '{name}' is {array.dtype}, not float32.", code="E502")
         if not np.isfinite(array).all():
             raise ProtocolError(f"{what}: '{name}' has values that are not finite.", code="E502")
+        if array.size and np.abs(array).max() > LARGEST:
+            raise ProtocolError(
+                f"{what}: '{name}' has values beyond {LARGEST:g}.", code="E502"
+            )
 
 
 def orthonormal(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:

@@ -58,7 +58,7 @@ def summarise(
             ],
         },
         "metric": {"name": metric, "label": METRICS[metric], "higher_is_better": True},
-        "verdict": verdict(rows, results, metric, contract),
+        "verdict": verdict(rows, results, metric, contract, _class_counts(contract, split)),
         "arms": rows,
         "curve": [
             {
@@ -128,12 +128,22 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
     return values
 
 
-def _majority(contract: Contract, split: Path, metric: str) -> dict[str, Any]:
-    """Always answering the class that most public test rows have."""
-    labels = {
+def _labels(contract: Contract, split: Path) -> dict[str, np.ndarray]:
+    """The classes of the public test rows of each site."""
+    return {
         site.name: records.read(split / "test" / f"{site.name}.csv", contract).labels
         for site in contract.sites
     }
+
+
+def _class_counts(contract: Contract, split: Path) -> list[int]:
+    everything = np.concatenate(list(_labels(contract, split).values()))
+    return [int(n) for n in np.bincount(everything, minlength=len(contract.label_names))]
+
+
+def _majority(contract: Contract, split: Path, metric: str) -> dict[str, Any]:
+    """Always answering the class that most public test rows have."""
+    labels = _labels(contract, split)
     everything = np.concatenate(list(labels.values()))
     shares = np.bincount(everything, minlength=len(contract.label_names)) / len(everything)
     # Logits of the class shares, the same for every row: AUC 0.5, the best constant log loss.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ BASELINES = {
 
 def verdict(
     rows: Sequence[Mapping[str, Any]], results: Sequence[JobResult], metric: str,
-    contract: Contract,
+    contract: Contract, counts: Sequence[int],
 ) -> dict[str, Any]:
-    """rows: the arms of result.json. Returns word, lines and warnings.
+    """rows: the arms of result.json; counts: public rows of each class. Word, lines and warnings.
 
     word: "useless" if the metric is not above always answering the majority class; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
@@ -40,13 +41,20 @@ def verdict(
     plus_minus = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
     parts = [f"{name} {here:.3f}{plus_minus}", f"always-majority {means['majority']:.3f}"]
     parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
+    error = standard_error(metric, here, sum(counts) - counts[0], counts[0])
     lines, warnings = [" · ".join(parts)], []
+    lines.append(
+        f"± is the spread over runs. {sum(counts):,} public rows leave a standard error of "
+        f"{error:.3f} on each figure besides."
+    )
 
     alone = {arm: by_name[arm] for arm in ("alone", "alone-tuned") if arm in by_name}
     if alone:
+        defined = sum(cell is not None for cell in main["sites"].values())
         own = {arm: row["sites_mean"]["mean"] for arm, row in {**alone, main["name"]: main}.items()}
         lines.append(
-            f"On its own test rows a site gets {name} {own[main['name']]:.3f} from the federation; "
+            f"On the public rows like its own a site gets {name} {own[main['name']]:.3f} from the "
+            f"federation (mean of {defined} of {len(contract.sites)} sites whose rows define it); "
             + ", ".join(f"{own[a]:.3f} {SHORT[a]}" for a in alone)
             + ". On everybody's: "
             + f"{here:.3f}; "
@@ -61,9 +69,15 @@ def verdict(
                 f"{SHORT[best]}: {own[main['name']] - own[best]:+.3f} ±{noise:.3f}."
             )
     if "federated-no-dp" in means:
-        lines.append(f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}.")
+        losses = [by_name[a]["metrics"]["loss"]["mean"] for a in (main["name"], "federated-no-dp")]
+        lines.append(
+            f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}, and a log loss "
+            f"of {losses[0]:.2f} against {losses[1]:.2f}: the noise makes it overconfident."
+            if losses[0] > losses[1]
+            else f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}."
+        )
     lines += [
-        _against(words, here - means[arm], main, by_name[arm], metric)
+        _against(words, here - means[arm], main, by_name[arm], metric, error)
         for arm, words in BASELINES.items()
         if arm in means
     ]
@@ -85,7 +99,8 @@ def verdict(
         lines.append(
             f"ε {max(spent):.2f} of {p.epsilon:.2f} per {p.unit} at each site, δ {p.delta:g} "
             "(RDP), for one run of this plan and the adapter it releases. The other arms and "
-            "repeats compare on public data; on real records each would cost as much again."
+            "repeats compare on public data; on real records each would cost as much again, and "
+            "so would choosing the learning rates."
         )
     weak = bool(one_class) or any(here <= means[arm] for arm in alone)
     return {
@@ -96,9 +111,25 @@ def verdict(
 
 
 def _against(
-    words: str, gain: float, main: Mapping[str, Any], other: Mapping[str, Any], metric: str
+    words: str, gain: float, main: Mapping[str, Any], other: Mapping[str, Any], metric: str,
+    error: float,
 ) -> str:
-    """LoRA against a baseline; a lead within one standard deviation is no lead."""
-    noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"])
+    """LoRA against a baseline. A lead must exceed the spread over runs and the standard error of
+    the public rows (which is cautious: both arms are judged on the same rows)."""
+    noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"], error)
     won = "beats" if gain > noise else "does not beat"
-    return f"LoRA {won} {words} on this data: {gain:+.3f}."
+    return f"LoRA {won} {words} on this data: {gain:+.3f} (noticeable from {noise:.3f} on)."
+
+
+def standard_error(metric: str, value: float, positives: int, negatives: int) -> float:
+    """The error of a metric that comes from having only these public rows.
+
+    AUC: Hanley and McNeil 1982 (doi:10.1148/radiology.143.1.7063747). Others: binomial.
+    """
+    n, m = positives, negatives
+    if metric != "auc":
+        return math.sqrt(value * (1 - value) / (n + m))
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    return math.sqrt(
+        (value * (1 - value) + (n - 1) * (q1 - value**2) + (m - 1) * (q2 - value**2)) / (n * m)
+    )

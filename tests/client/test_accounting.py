@@ -19,11 +19,14 @@ from silotune.client.accounting import (
     ALPHAS,
     Mechanism,
     _rdp_of_step,
+    best_order,
     epsilon,
+    epsilon_at,
     mechanism_of,
     plan,
 )
 from silotune.common.contract import Contract
+from silotune.common.errors import UsageError
 
 
 def _event(m: Mechanism) -> dp_accounting.DpEvent:
@@ -128,6 +131,19 @@ def test_a_plan_spends_its_budget_and_no_more(table_contract: Contract, target: 
     contract = table_contract.changed(privacy={"epsilon": target})
     spent = epsilon(plan(contract), contract.privacy.delta)
     assert target * (1 - 1e-4) <= spent <= target
+
+
+def test_the_plans_own_order_costs_what_the_plan_costs(table_contract: Contract) -> None:
+    mechanisms, delta = plan(table_contract), table_contract.privacy.delta
+    order = best_order(mechanisms, delta)
+    assert epsilon_at(order, mechanisms, delta) == pytest.approx(epsilon(mechanisms, delta))
+    for other in ALPHAS:
+        assert epsilon_at(other, mechanisms, delta) >= epsilon(mechanisms, delta) - 1e-12
+
+
+def test_an_epsilon_too_small_to_account_for_is_a_usage_error(table_contract: Contract) -> None:
+    with pytest.raises(UsageError, match=r"privacy\.epsilon = 0\.01"):
+        plan(table_contract.changed(privacy={"epsilon": 0.01}))
 
 
 def test_budget_shares_are_zcdp_shares_without_sampling(table_contract: Contract) -> None:

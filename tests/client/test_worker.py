@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from silotune.client import worker as workers
-from silotune.client.accounting import epsilon
+from silotune.client.accounting import epsilon, epsilon_at
 from silotune.client.worker import SiteConfig, Worker
 from silotune.common import messages
 from silotune.common.contract import Contract
@@ -186,15 +186,42 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
 def test_a_servers_huge_weights_do_not_tell_who_is_there(
     table_contract: Contract, write_rows: Rows, tmp_path: Path
 ) -> None:
-    """Weights under which one kind of record overflows: the reply must be an update either way."""
-    contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
-    )
-    path = write_rows(tmp_path / "rows.csv", 40)
+    """Weights under which one kind of record overflows are refused whoever is there; the largest
+    that are not refused bring an update, whoever is there."""
+    everybody = write_rows(tmp_path / "rows.csv", 40)
+    header, *rows = everybody.read_text().splitlines()
+    others = tmp_path / "others.csv"
+    others.write_text("\n".join([header, *(r for r in rows if ",yes," not in r)]) + "\n")
     weight = np.zeros((2, 6), np.float32)
-    weight[0, 1] = weight[0, 3] = 2.3e38
-    reply = ask(Worker(SiteConfig("north", path, None), contract), head__weight=weight)
-    assert isinstance(reply.header, Update)
+    for size, kind in ((2.3e38, Refusal), (1e6, Update)):
+        weight[0, 1] = weight[0, 3] = size
+        for path in (everybody, others):
+            worker = Worker(SiteConfig("north", path, None), table_contract)
+            assert isinstance(ask(worker, head__weight=weight).header, kind)
+            assert len(worker.history) == (kind is Update)
+
+
+def test_an_adaptive_server_stays_within_a_fixed_order(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path
+) -> None:
+    """Rounds of two phases in any mixture: the filter's order bounds whatever was granted."""
+    phase = {"trains": "head", "head_rate": 0.1}
+    contract = table_contract.changed(
+        phases=[
+            {**phase, "rounds": 6, "sampling_rate": 1.0, "budget": 0.7},
+            {**phase, "rounds": 4, "sampling_rate": 0.1, "budget": 0.3},
+        ]
+    )
+    path = write_rows(tmp_path / "rows.csv", 20)
+    rng = np.random.default_rng(0)
+    for trial in range(8):
+        worker = Worker(SiteConfig("north", path, None), contract)
+        share = rng.random()
+        for attempt in range(1, 60):
+            ask(worker, 1 if rng.random() < share else 7, attempt, run=f"r{trial}")
+        p = contract.privacy
+        assert epsilon_at(worker.order, worker.history, p.delta) <= p.epsilon * (1 + 1e-9)
+        assert len(worker.history) < 59
 
 
 def test_an_empty_sample_answers_with_noise(

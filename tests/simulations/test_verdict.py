@@ -1,0 +1,76 @@
+"""The verdict: no lead without a margin, and what must not be missed is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from silotune.common.contract import Contract
+from silotune.server.rounds import RoundFacts
+from silotune.simulations.arms import JobResult
+from silotune.simulations.verdict import standard_error, verdict
+
+
+def row(name: str, auc: float, *, sd: float = 0.002, own: float = 0.8) -> dict[str, Any]:
+    cell = {"mean": auc, "sd": sd, "values": [auc]}
+    return {
+        "name": name, "repeats": 3,
+        "metrics": {"auc": cell, "loss": {"mean": 0.5, "sd": 0.0, "values": [0.5]}},
+        "sites_mean": {"mean": own, "sd": 0.01}, "sites": {"north": cell, "south": None},
+    }
+
+
+def job(classes: int = 2, failed: dict[str, str] | None = None) -> JobResult:
+    facts = RoundFacts(1, ("north",), failed or {}, {"north": 7.9}, 1, 1, 0.1)
+    scores = {"": {"predicted_classes": classes}}
+    return JobResult("federated-lora", 0, ("north",), scores, (facts,), 1.0, 1, 1)
+
+
+def words(rows: list[dict[str, Any]], contract: Contract, **kind: Any) -> dict[str, Any]:
+    return verdict(rows, [job(**kind)], "auc", contract, [107, 122])
+
+
+def test_a_lead_within_the_error_of_the_rows_is_no_lead(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.91), row("federated-head", 0.90)]
+    text = " ".join(words(rows, table_contract)["lines"])
+    assert "LoRA does not beat the DP head" in text
+    rows[2] = row("federated-head", 0.80)
+    assert "LoRA beats the DP head" in " ".join(words(rows, table_contract)["lines"])
+
+
+def test_the_verdict_words(table_contract: Contract) -> None:
+    majority = row("majority", 0.5)
+    assert words([majority, row("federated-lora", 0.505)], table_contract)["word"] == "useless"
+    both = [majority, row("federated-lora", 0.8), row("alone", 0.82)]
+    assert words(both, table_contract)["word"] == "weak"
+    one = words([majority, row("federated-lora", 0.8)], table_contract, classes=1)
+    assert one["word"] == "weak"
+    assert "only one class" in one["warnings"][0]
+    assert words([majority, row("federated-lora", 0.8)], table_contract)["word"] == "usable"
+
+
+def test_no_gain_on_own_rows_and_lost_sites_are_warnings(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.9, own=0.80), row("alone", 0.8, own=0.81)]
+    found = words(rows, table_contract, failed={"south": "E501"})
+    assert any("gain nothing" in w for w in found["warnings"])
+    assert any("without: south" in w for w in found["warnings"])
+    assert "1 of 2 sites" in " ".join(found["lines"])
+
+
+def test_an_epsilon_is_never_without_delta_unit_and_accountant(table_contract: Contract) -> None:
+    found = words([row("majority", 0.5), row("federated-lora", 0.8)], table_contract)
+    for line in found["lines"]:
+        if "ε" in line:
+            assert all(word in line for word in ("δ", "per record", "RDP"))
+
+
+@pytest.mark.parametrize("shift", [0.8, 1.8])
+def test_the_standard_error_is_that_of_resampled_rows(shift: float) -> None:
+    rng = np.random.default_rng(0)
+    y = np.array([0] * 107 + [1] * 122)
+    aucs = [roc_auc_score(y, rng.normal(shift * y)) for _ in range(400)]
+    expected = standard_error("auc", float(np.mean(aucs)), 122, 107)
+    assert np.std(aucs) == pytest.approx(expected, rel=0.15)
