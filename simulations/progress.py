@@ -137,8 +137,8 @@ class Progress:
         )
 
     def _left(self) -> str:
-        if self._cost_done <= 0:
-            return ""
+        if self._cost_done < 0.02 * self._cost_all:
+            return ""  # too early for a rate
         seconds = (time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1)
         minutes, rest = divmod(round(max(0.0, seconds)), 60)
         return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
