@@ -14,10 +14,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from silotune.client.wire import ask
+from silotune.common.messages import RECORD, WIRE
 
 log = logging.getLogger(__name__)
 
-RECORD, WIRE = "silotune", "wire"
 ASK_TIMEOUT = 3600.0
 
 

@@ -24,15 +24,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from silotune.common.contract import Name, Sha256
 from silotune.common.errors import CODES, ProtocolError
 
 Arrays = dict[str, NDArray[np.float32]]
 MAX_HEADER = 1 << 20
 MAX_WIRE = 256 << 20
+RECORD, WIRE = "silotune", "wire"  # where in a Flower message the bytes lie
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 Round = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -40,7 +40,7 @@ Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class _Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    contract: Hash
+    contract: Sha256
 
 
 class Describe(_Header):
@@ -60,7 +60,7 @@ class Train(_Header):
 
 class Description(_Header):
     kind: Literal["description"] = "description"
-    site: SiteName
+    site: Name
 
 
 class Update(_Header):
@@ -71,7 +71,7 @@ class Update(_Header):
     """
 
     kind: Literal["update"] = "update"
-    site: SiteName
+    site: Name
     run: RunId
     round: Round
     attempt: Round
@@ -80,7 +80,7 @@ class Update(_Header):
 
 class Refusal(_Header):
     kind: Literal["refusal"] = "refusal"
-    site: SiteName
+    site: Name
     code: Annotated[str, Field(pattern=r"^E\d{3}$")]
     incident: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 

@@ -17,11 +17,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, SilotuneError
+from silotune.common.messages import RECORD, WIRE
 from silotune.server.rounds import Run
 
 log = logging.getLogger(__name__)
 
-RECORD, WIRE = "silotune", "wire"
 WAIT_SECONDS = 0.2  # between two looks at which nodes are there
 
 

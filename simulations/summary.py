@@ -37,7 +37,11 @@ def summarise(
     """The parts of result.json that come from the runs."""
     metric = facts["metric"]
     sites = [site.name for site in contract.sites]
-    rows = [_majority(contract, split, metric)]
+    labels = {  # the classes of the public test rows of each site
+        site: records.read(split / "test" / f"{site}.csv", contract).labels for site in sites
+    }
+    counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(contract.label_names))
+    rows = [_majority(labels, counts, metric)]
     rows += [
         _arm_row(arm, [r for r in results if r.arm == arm.name], sites, metric, contract)
         for arm in arms
@@ -58,7 +62,7 @@ def summarise(
             ],
         },
         "metric": {"name": metric, "label": METRICS[metric], "higher_is_better": True},
-        "verdict": verdict(rows, results, metric, contract, _class_counts(contract, split)),
+        "verdict": verdict(rows, results, metric, contract, counts.tolist()),
         "arms": rows,
         "curve": [
             {
@@ -128,24 +132,12 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
     return values
 
 
-def _labels(contract: Contract, split: Path) -> dict[str, np.ndarray]:
-    """The classes of the public test rows of each site."""
-    return {
-        site.name: records.read(split / "test" / f"{site.name}.csv", contract).labels
-        for site in contract.sites
-    }
-
-
-def _class_counts(contract: Contract, split: Path) -> list[int]:
-    everything = np.concatenate(list(_labels(contract, split).values()))
-    return [int(n) for n in np.bincount(everything, minlength=len(contract.label_names))]
-
-
-def _majority(contract: Contract, split: Path, metric: str) -> dict[str, Any]:
+def _majority(
+    labels: dict[str, np.ndarray], counts: np.ndarray, metric: str
+) -> dict[str, Any]:
     """Always answering the class that most public test rows have."""
-    labels = _labels(contract, split)
     everything = np.concatenate(list(labels.values()))
-    shares = np.bincount(everything, minlength=len(contract.label_names)) / len(everything)
+    shares = counts / len(everything)
     # Logits of the class shares, the same for every row: AUC 0.5, the best constant log loss.
     row = np.log(np.maximum(shares, 1e-9)).astype(np.float32)
 
