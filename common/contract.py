@@ -9,136 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from silotune.common.errors import UsageError
-from silotune.common.problems import MISFITS, contract_error, key_lines
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
-Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-Rate = Annotated[float, Field(gt=0, le=1, strict=True)]
-Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _pairs(values: Any) -> Any:
-    """A TOML table as ordered pairs: the order numbers the choices, so it must not be lost."""
-    return tuple(values.items()) if isinstance(values, dict) else values
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Label(Frozen):
-    """One public class: its name and the raw values in the label column that mean it."""
-
-    name: Name
-    values: tuple[str, ...] = Field(min_length=1)
-
-
-class Task(Frozen):
-    kind: Literal["classification"] = "classification"
-    label_column: str
-    labels: tuple[Label, ...] = Field(min_length=2)
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        names = [label.name for label in self.labels]
-        values = [value for label in self.labels for value in label.values]
-        for what, found in (("name", names), ("value", values)):
-            twice = sorted({x for x in found if found.count(x) > 1})
-            if twice:
-                raise ValueError(f"label {what} {twice[0]!r} stands twice")
-        return self
-
-
-class NumberColumn(Frozen):
-    """A number told in words by public bin edges.
-
-    A value v gets words[i] where i is the number of edges that are <= v; so len(words) must be
-    len(edges) + 1. Values below `lowest` count as missing (a cholesterol of 0, say).
-    """
-
-    kind: Literal["number"] = "number"
-    name: str
-    phrase: str
-    edges: tuple[Number, ...] = Field(min_length=1)
-    words: tuple[str, ...]
-    lowest: Number | None = None
-
-    @model_validator(mode="after")
-    def _shape(self) -> Self:
-        if len(self.words) != len(self.edges) + 1:
-            raise ValueError(
-                f"column {self.name!r} has {len(self.edges)} edges and therefore needs "
-                f"{len(self.edges) + 1} words, got {len(self.words)}"
-            )
-        if any(b <= a for a, b in pairwise(self.edges)):
-            raise ValueError(f"the edges of column {self.name!r} must increase")
-        return self
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return self.words
-
-
-class CategoryColumn(Frozen):
-    """A category: raw value -> the words that stand for it, in an order that the hash covers."""
-
-    kind: Literal["category"] = "category"
-    name: str
-    phrase: str
-    values: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)] = Field(min_length=2)
-
-    @property
-    def raw_values(self) -> tuple[str, ...]:
-        return tuple(raw for raw, _ in self.values)
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return tuple(words for _, words in self.values)
-
-
-Column = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
-
-
-class TableInput(Frozen):
-    """Rows of a table. `missing` is the word for an absent value; "" leaves the column out."""
-
-    kind: Literal["table"] = "table"
-    columns: tuple[Column, ...] = Field(min_length=1)
-    missing: str = "unknown"
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        names = [column.name for column in self.columns]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"column {name!r} stands twice")
-        return self
-
-
-class TextInput(Frozen):
-    """Free text in one column."""
-
-    kind: Literal["text"] = "text"
-    column: str
+from silotune.common import fields
+from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Positive, Rate, Sha256
+from silotune.common.inputs import TableInput, Task, TextInput
+from silotune.common.problems import MISFITS, contract_error
 
 
 class Standardise(Frozen):
@@ -177,6 +58,7 @@ class OneHotModel(Frozen):
     norm: Positive = 2.0
 
 
+Metric = Literal["loss", "accuracy"]
 Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]
 
 
@@ -201,8 +83,8 @@ class Privacy(Frozen):
 
     mode: Literal["dp", "none"] = "dp"
     unit: Literal["record"] = "record"
-    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 8.0
-    delta: Annotated[float, Field(gt=0, lt=0.01, strict=True)] = 1e-4
+    epsilon: Epsilon = 8.0
+    delta: Delta = 1e-4
     clip_norm: Positive = 1.0
     expected_records: Positive
 
@@ -243,9 +125,25 @@ class Aggregation(Frozen):
     average_from: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
 
 
+class Released(Frozen):
+    """A figure of a round's training that leaves a site with the update: bounded, noised, paid for.
+
+    Each sampled record adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it
+    was classified rightly. `share` is the part of each step's privacy budget that goes into it
+    (client/train.py). What leaves is the noised sum over the public expected batch.
+    """
+
+    metric: Metric
+    share: Annotated[float, Field(gt=0, le=0.5, strict=True)]
+    bound: Positive = 1.0
+
+
 class Site(Frozen):
+    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts."""
+
     name: Name
     weight: Positive = 1.0
+    public_key: Sha256 | None = None
 
 
 class Contract(Frozen):
@@ -257,6 +155,7 @@ class Contract(Frozen):
     adapter: Lora | None = None
     privacy: Privacy
     phases: tuple[Phase, ...] = Field(min_length=1)
+    releases: tuple[Released, ...] = ()
     aggregation: Aggregation = Aggregation()
     quorum: Count
     deadline_seconds: Positive = 600.0
@@ -273,6 +172,11 @@ class Contract(Frozen):
             wrong.append(
                 ("quorum", f"quorum is {self.quorum}, but the roster has {len(names)} sites")
             )
+        metrics = [released.metric for released in self.releases]
+        if len(set(metrics)) != len(metrics):
+            wrong.append(("releases", "a metric stands twice"))
+        if self.released_share > 0.5:
+            wrong.append(("releases", "the shares add up to more than half of the budget"))
         with_adapter = [phase.trains == "head+adapter" for phase in self.phases]
         one_hot = isinstance(self.model, OneHotModel)
         if one_hot and self.adapter is not None:
@@ -312,6 +216,11 @@ class Contract(Frozen):
         if isinstance(self.input, TextInput):
             return (self.input.column,)
         return tuple(column.name for column in self.input.columns)
+
+    @property
+    def released_share(self) -> float:
+        """The part of each step's privacy budget that goes into released metrics."""
+        return sum(released.share for released in self.releases)
 
     @cached_property
     def hash(self) -> str:
@@ -367,26 +276,9 @@ class Contract(Frozen):
 
 def load(path: Path) -> Contract:
     """Read and validate a contract; ContractError lists every problem with its line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"Contract {path} cannot be read: {error.strerror}.", code="E102"
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"Contract {path} is not UTF-8 text.", code="E102") from None
-    return parse(text, path.name)
+    return parse(fields.read_text(path, "Contract"), path.name)
 
 
 def parse(text: str, source: str = "contract") -> Contract:
     """Validate contract text, TOML or (when `source` ends in .json) the canonical JSON of a run."""
-    kind = "JSON" if source.endswith(".json") else "TOML"
-    try:
-        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise UsageError(f"{source} is not valid {kind}: {why}.", code="E102") from None
-    try:
-        return Contract.model_validate(data)
-    except ValidationError as error:
-        raise contract_error(error, source, Contract, key_lines(text)) from None
+    return fields.parse(text, source, Contract)

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from silotune.common.contract import Name, Sha256
 from silotune.common.errors import CODES, ProtocolError
+from silotune.common.fields import Name, Sha256
 
 Arrays = dict[str, NDArray[np.float32]]
 MAX_HEADER = 1 << 20

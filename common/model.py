@@ -28,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from silotune.common import schema
 from silotune.common.adapter import orthonormal
-from silotune.common.contract import Contract, EncoderModel, OneHotModel, Standardise, TableInput
+from silotune.common.contract import Contract, EncoderModel, OneHotModel, Standardise
 from silotune.common.errors import DataError
+from silotune.common.inputs import TableInput
 from silotune.common.messages import Arrays
 from silotune.common.records import Inputs
 

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.common import schema
-from silotune.common.contract import Contract, TextInput
+from silotune.common.contract import Contract
 from silotune.common.errors import DataError, did_you_mean
+from silotune.common.inputs import TextInput
 
 SHOWN_ROWS = 10
 

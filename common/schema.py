@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.contract import CategoryColumn, NumberColumn, TableInput
+from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput
 
 Choice = int | None  # the index of a column's choice; None when the value is missing
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from silotune.common.contract import Contract, TableInput
+from silotune.common.contract import Contract
+from silotune.common.inputs import TableInput
 from silotune.server.rounds import RoundFacts
 
 POOLED = "all sites"

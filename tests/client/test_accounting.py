@@ -22,8 +22,10 @@ from silotune.client.accounting import (
     best_order,
     epsilon,
     epsilon_at,
+    filling_order,
     mechanism_of,
     plan,
+    tight_epsilon,
 )
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
@@ -56,7 +58,6 @@ def _histories(n: int) -> list[list[Mechanism]]:
 @pytest.mark.parametrize("q", [0.01, 0.25])
 def test_each_orders_rdp_equals_its_integral(q: float, sigma: float) -> None:
     # Mironov, Talwar, Zhang 2019, section 3.3: E over N(0, s^2) of ((1-q) + q e^((2x-1)/2s^2))^a.
-    found = _rdp_of_step(sigma, q)
     for order in (1.1, 1.9, 3.3, 8.1, 12, 32):
 
         def f(x: float, a: float = order) -> float:
@@ -64,7 +65,7 @@ def test_each_orders_rdp_equals_its_integral(q: float, sigma: float) -> None:
             return math.exp(float(norm.logpdf(x, scale=sigma)) + a * float(ratio))
 
         value = quad(f, -40, 90, points=[0, order / 2, order], limit=2000, epsabs=0)[0]
-        assert found[ALPHAS.index(order)] == pytest.approx(
+        assert _rdp_of_step(sigma, q, order) == pytest.approx(
             math.log(value) / (order - 1), rel=1e-6
         )
 
@@ -88,12 +89,10 @@ def test_epsilon_equals_the_oracles_rdp_at_whole_orders(
 ) -> None:
     orders = list(range(2, 64))
     monkeypatch.setattr(accounting, "ALPHAS", orders)
-    _rdp_of_step.cache_clear()
     oracle = RdpAccountant(orders=orders)
     for m in history:
         oracle.compose(_event(m))
     assert epsilon(history, 1e-4) == pytest.approx(oracle.get_epsilon(1e-4), rel=1e-9)
-    _rdp_of_step.cache_clear()
 
 
 @pytest.mark.parametrize("history", _histories(4))
@@ -113,6 +112,35 @@ def test_one_gaussian_step_is_above_the_exact_value() -> None:
         -0.5 / sigma - eps * sigma
     )
     assert exact <= 1e-4
+
+
+@pytest.mark.parametrize("history", _histories(4))
+def test_the_tight_epsilon_lies_between_the_oracles_pld_and_the_rdp(
+    history: list[Mechanism],
+) -> None:
+    oracle = PLDAccountant()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for m in history:
+            oracle.compose(_event(m))
+        assert oracle.get_epsilon(1e-4) - 0.01 <= tight_epsilon(history, 1e-4)
+    assert tight_epsilon(history, 1e-4) <= epsilon(history, 1e-4)
+
+
+@pytest.mark.parametrize("history", _histories(10))
+def test_the_bisection_finds_the_best_of_all_orders(history: list[Mechanism]) -> None:
+    assert epsilon(history, 1e-4) == min(epsilon_at(a, history, 1e-4) for a in ALPHAS)
+
+
+def test_the_filling_order_allows_the_most_repeats() -> None:
+    plan_ = [Mechanism(3.0, 0.5, 10)]
+
+    def repeats(order: float) -> int:
+        return next(n for n in range(1, 500) if epsilon_at(order, plan_ * n, 1e-4) > 12) - 1
+
+    best = filling_order(plan_, 12, 1e-4)
+    assert repeats(best) == max(repeats(a) for a in ALPHAS if a < 20)
+    assert repeats(best) >= repeats(best_order(plan_, 1e-4))
 
 
 def test_splitting_a_history_changes_nothing() -> None:

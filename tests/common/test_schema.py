@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.common import schema
-from silotune.common.contract import CategoryColumn, NumberColumn, TableInput
+from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput
 from silotune.common.schema import OutsideSchemaError, choice_of
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)

@@ -1,0 +1,57 @@
+"""What every configuration file is made of: frozen models, bounded values, and how one is read.
+
+Unknown keys fail. Every problem of a file is told at once, with file, line, key, value and what is
+allowed (common/problems.py).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from silotune.common.errors import UsageError
+from silotune.common.problems import contract_error, key_lines
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Rate = Annotated[float, Field(gt=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Epsilon = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)]
+Delta = Annotated[float, Field(gt=0, lt=0.01, strict=True)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_text(path: Path, what: str) -> str:
+    """A configuration file's text; UsageError E102 if there is none. `what` names it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{what} {path} cannot be read: {error.strerror}.", code="E102") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} {path} is not UTF-8 text.", code="E102") from None
+
+
+def parse(text: str, source: str, model: type[Model]) -> Model:
+    """Validate TOML, or JSON when `source` ends in .json; ContractError lists every problem."""
+    kind = "JSON" if source.endswith(".json") else "TOML"
+    try:
+        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0] if str(error) else "nested too deeply"
+        raise UsageError(f"{source} is not valid {kind}: {why}.", code="E102") from None
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise contract_error(error, source, model, key_lines(text)) from None
