@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -148,7 +148,20 @@ def plan(contract: Contract) -> list[Mechanism]:
 
     if contract.privacy.mode == "none":
         return [m._replace(noise_multiplier=0.0) for m in at(1.0)]
-    target, delta = contract.privacy.epsilon, contract.privacy.delta
+    return at(_smallest(at, contract.privacy.epsilon, contract.privacy.delta))
+
+
+def noise_for(epsilon_: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The smallest noise multiplier by which `steps` steps cost at most (epsilon, delta)."""
+
+    def at(s: float) -> list[Mechanism]:
+        return [Mechanism(s, sampling_rate, steps)]
+
+    return _smallest(at, epsilon_, delta)
+
+
+def _smallest(at: Callable[[float], list[Mechanism]], target: float, delta: float) -> float:
+    """The smallest s, to 1e-6, with epsilon(at(s)) <= target; more s must mean more noise."""
     high = 1.0
     try:
         while epsilon(at(high), delta) > target:
@@ -167,7 +180,7 @@ def plan(contract: Contract) -> list[Mechanism]:
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if epsilon(at(middle), delta) > target else (low, middle)
-    return at(high)
+    return high
 
 
 def mechanism_of(

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import logging.handlers
+import os
+import socket as sockets
+import sys
+from dataclasses import asdict, replace
+from importlib import resources
 from pathlib import Path
 
 import click
 
 from silotune.common import contract as contracts
+from silotune.common.cli import emit
+from silotune.common.errors import UsageError
+
+CONFIG = click.option(
+    "--config", default="site.toml", type=click.Path(path_type=Path), help="The site's policy."
+)
+CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
+LOG_BYTES, LOGS = 10 << 20, 5
 
 
 @click.group()
@@ -15,22 +32,216 @@ def site() -> None:
 
 
 @site.command()
-@click.argument("contract", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="This site's name in the contract.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="The records, CSV.")
-@click.option("--model", type=click.Path(path_type=Path), help="Folder of the base model.")
-@click.option("--socket", required=True, type=click.Path(path_type=Path),
-              help="Unix socket on which the relay asks.")
-def worker(contract: Path, name: str, data: Path, model: Path | None, socket: Path) -> None:
-    """Start this site's worker: it reads the records, and answers the relay until it is stopped.
+@click.option("--data", default="records.csv", help="The records, CSV.")
+@click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where to make it.")
+@JSON
+def init(name: str, data: str, folder: Path, as_json: bool) -> None:
+    """Make a site: its keys, an empty ledger, and a commented policy to edit.
 
     \b
-    $ silotune site worker heart.toml --name Cleveland --data notes.csv \\
-        --model models/all-MiniLM-L6-v2 --socket run/worker.sock
-    Cleveland is ready on run/worker.sock
+    $ silotune site init --name hospital-a --folder hospital-a
+    ✓ keys made in hospital-a/keys (0600); they stay here
+    ✓ policy  hospital-a/site.toml
+    public key  5c0e…  (for the operator's contract: [[sites]] public_key)
+    next:   edit hospital-a/site.toml, then: silotune site sign --config hospital-a/site.toml
     """
-    from silotune.client.wire import serve
-    from silotune.client.worker import SiteConfig, Worker
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from jinja2 import Environment, StrictUndefined
+    from pydantic import TypeAdapter, ValidationError
 
-    found = Worker(SiteConfig(name=name, data=data, model_folder=model), contracts.load(contract))
-    serve(found.handle, socket, lambda: click.echo(f"{name} is ready on {socket}"))
+    from silotune.client.keys import Keys, make_private_folder, write_durably
+    from silotune.client.ledger import Ledger
+    from silotune.client.site import Site
+    from silotune.common.fields import Name
+
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise UsageError(
+            f"'{name}' cannot be a site's name: use letters, digits, space, '.', '_' or '-'."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Site(folder / "site.toml")
+    if made.config.exists():
+        raise UsageError(f"{made.config} is there already. Choose another folder.")
+    keys = Keys.create(made.keys)
+    Ledger.create(made.state, keys, name)
+    make_private_folder(made.relay)
+    node = ec.generate_private_key(ec.SECP384R1())  # the kind of key Flower's SuperNode takes
+    write_durably(made.relay / "node.key", node.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    ))
+    write_durably(made.relay / "node.pub", node.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    ) + b"\n")
+    template = (resources.files("silotune.client") / "site.toml.j2").read_text(encoding="utf-8")
+    text = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False  # noqa: S701
+    ).from_string(template).render(name=name, data=data.replace("\\", "\\\\").replace('"', '\\"'))
+    write_durably(made.config, text.encode())
+    facts = {"name": name, "config": str(made.config), "public_key": keys.public}
+    emit(facts, as_json, "\n".join([
+        f"✓ keys made in {folder / 'keys'} (0600); they stay here",
+        f"✓ policy  {made.config}",
+        f"public key  {keys.public}  (for the operator's contract: [[sites]] public_key)",
+        f"next:   edit {made.config}, then: silotune site sign --config {made.config}",
+    ]))
+
+
+@site.command()
+@CONFIG
+@click.option("--key", type=click.Path(path_type=Path), help="The owner's key, wherever it is.")
+@JSON
+def sign(config: Path, key: Path | None, as_json: bool) -> None:
+    """Sign the policy as its owner; from now on the worker follows this version and no earlier one.
+
+    \b
+    $ silotune site sign
+    ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8 and δ = 0.0001 per record, 1 contract
+    """
+    from silotune.client import policy as policies
+    from silotune.client.keys import Keys
+    from silotune.client.ledger import Ledger
+    from silotune.client.site import Site
+
+    found = Site(config)
+    policy = policies.load(config)
+    ledger = Ledger.open(found.state, Keys.load(found.keys))
+    signed = policies.sign(
+        config, key or found.keys / "owner.key", ledger.policy.serial if ledger.policy else 0
+    )
+    limit, permitted = policy.limit, len(policy.permits.contracts)
+    emit(
+        {"serial": signed.serial, "policy": signed.policy, **asdict(limit)}, as_json,
+        f"✓ {config} is policy number {signed.serial} of {policy.name}: ε ≤ {limit.epsilon:g} and "
+        f"δ = {limit.delta:g} per record, {permitted} contract{'s' * (permitted != 1)}\n"
+        f"next:   silotune site check CONTRACT --config {config}",
+    )
+
+
+@site.command()
+@CONTRACT
+@CONFIG
+@JSON
+def check(contract: Path, config: Path, as_json: bool) -> None:
+    """Prove that this site can take part in a contract. Nothing is sent, nothing is spent.
+
+    \b
+    $ silotune site check heart.toml
+      Check            Result                                          How to fix
+    ✓ ledger           12 entries, chain, MACs and head verified
+    ✗ data access      notes.csv is open to other users (mode 644).    chmod 600 notes.csv
+    Not ready: 1 problem, 0 warnings. Nothing was sent, nothing was spent.
+    """
+    _stop_unless(_preflight(config, contract, as_json=as_json, local=True))
+    if not as_json:
+        click.echo(f"next:   silotune site start {contract} --config {config}")
+
+
+@site.command()
+@CONTRACT
+@CONFIG
+@click.option("--worker-user", help="Who may read the records: a user of this machine.")
+@click.option("--relay-user", help="Who runs Flower's SuperNode, and may not.")
+@click.option("--one-user", is_flag=True, help="Run both as this user: NOT for private records.")
+def start(
+    contract: Path, config: Path, worker_user: str | None, relay_user: str | None, one_user: bool
+) -> None:
+    """Check, then run the worker and the relay until they are stopped.
+
+    \b
+    $ silotune site start heart.toml --worker-user silotune --relay-user silotune-relay
+    worker is ready on run/worker.sock
+    relay is connecting to server.example.org:8000
+    """
+    from silotune.client import policy as policies
+    from silotune.client.site import Site
+    from silotune.client.supervisor import Supervisor, Users
+
+    users = Users.parse(worker_user, relay_user, one_user=one_user)
+    server = policies.load(config).server
+    if server is None:
+        raise UsageError(f"{config} has no [server]: address and ca say where to connect.")
+    if users.worker is None:  # with two users only the worker's may read what is checked
+        _stop_unless(_preflight(config, contract))
+    site_, file = Site(config.resolve()), contract.resolve()
+    sys.exit(Supervisor(site_, file, server, users, click.echo).run())
+
+
+@site.command()
+@CONTRACT
+@CONFIG
+@click.option("--socket", type=click.Path(path_type=Path), help="Open this Unix socket.")
+@click.option("--fd", type=int, help="Answer on this open socket (systemd: 3).")
+@click.option("--ready-fd", type=int, hidden=True)
+def worker(
+    contract: Path, config: Path, socket: Path | None, fd: int | None, ready_fd: int | None
+) -> None:
+    """Check, then answer the relay until stopped. `site start` and systemd run this.
+
+    \b
+    $ silotune site worker heart.toml --config hospital-a/site.toml --socket run/worker.sock
+    hospital-a is ready
+    """
+    from silotune.client import wire
+    from silotune.client.site import Site
+
+    os.umask(0o077)
+    if (socket is None) == (fd is None):
+        raise UsageError("Give one of --socket and --fd.")
+    _stop_unless(_preflight(config, contract))
+    from silotune.client.worker import Worker  # torch: not before the cheap checks
+
+    found = Site(config)
+    policy, ledger, _ = found.open()
+    handler = logging.handlers.RotatingFileHandler(
+        found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger("silotune").addHandler(handler)
+    answering = Worker(policy, contracts.load(contract), ledger)
+    listener = wire.listen(socket) if socket is not None else sockets.socket(fileno=fd)
+
+    def say() -> None:
+        click.echo(f"{policy.name} is ready")
+        if ready_fd is not None:
+            os.write(ready_fd, wire.READY)
+            os.close(ready_fd)
+
+    wire.serve(answering.handle, listener, say)
+
+
+def _preflight(
+    config: Path, contract: Path, *, as_json: bool = False, local: bool = False
+) -> bool:
+    """Print the table; True when there is no problem. local: also what no log may hold."""
+    from silotune.client.preflight import check as rows_of
+    from silotune.client.site import Site
+
+    rows = rows_of(Site(config), contract)
+    problems = sum(row.state == "problem" for row in rows)
+    warnings = sum(row.state == "warning" for row in rows)
+    wide = max(len(row.name) for row in rows)
+    lines = [f"  {'Check':<{wide}}  Result"]
+    for row in rows:
+        lines.append(f"{SIGNS[row.state]} {row.name:<{wide}}  {row.result}")
+        if row.local and local:
+            lines.append(f"  {'':<{wide}}  on your screen only: {row.local}")
+        if row.fix and row.state != "ok":
+            lines.append(f"  {'':<{wide}}  → {row.fix}")
+    lines.append(
+        f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
+        f"{warnings} warning{'s' * (warnings != 1)}. Nothing was sent, nothing was spent."
+    )
+    shown = [row if local else replace(row, local="") for row in rows]
+    data = {"ready": not problems, "checks": [asdict(row) for row in shown]}
+    emit(data, as_json, "\n".join(lines))
+    return not problems
+
+
+def _stop_unless(ready: bool) -> None:
+    if not ready:
+        sys.exit(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -24,13 +23,13 @@ class Dataset:
         return len(self.labels)
 
 
-def load(path: Path, contract: Contract, model: Classifier) -> Dataset:
-    """Read a site's file and run the frozen layers over it, once for each model and file content.
+def load(table: records.Table, contract: Contract, model: Classifier) -> Dataset:
+    """Check a site's table and run the frozen layers over it, once for each model and content.
 
     Both are public functions of each record by itself: nothing is learnt from one record and used
     on another.
     """
-    rows = records.read(path, contract)
+    rows = records.parse(table, contract)
     return _encode(model, tuple(rows.inputs), tuple(rows.labels.tolist()))
 
 

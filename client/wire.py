@@ -1,7 +1,10 @@
 """The worker's Unix socket: HTTP by uvicorn on one side, httpx on the other.
 
-One request, POST /message, with the bytes of common/messages.py both ways. The socket is in a
-folder of mode 0700 and has mode 0600. `ask` imports neither torch nor the record code.
+One request, POST /message, with the bytes of common/messages.py both ways; anything else is 404 or
+405. Who may connect is the file system's to say: the socket has mode 0600 and is the relay user's,
+but its folder is not, so no other socket can be put in its place. A supervisor or systemd opens it
+and hands it to the worker, which runs as another user. `ask` imports neither torch nor the record
+code.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from silotune.common.errors import PeerError
+from silotune.common.errors import PeerError, UsageError
 from silotune.common.messages import MAX_WIRE
 
 Handle = Callable[[bytes], bytes]
+LONGEST_PATH = 107
+READY = b"1"  # what a worker writes to its supervisor's pipe when it answers
 
 
 def application(handle: Handle) -> Starlette:
@@ -37,18 +42,36 @@ def application(handle: Handle) -> Starlette:
     return Starlette(routes=[Route("/message", message, methods=["POST"])])
 
 
-def serve(handle: Handle, path: Path, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Answer on the socket until SIGTERM or SIGINT; `on_ready` is called when it is open."""
+def listen(path: Path, user: int | None = None) -> socket.socket:
+    """Open the socket for `user` alone (by default, this process's).
+
+    With another user the folder can be passed through (0711), but neither listed nor written.
+    """
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise UsageError(
+            f"The socket's path {path} is longer than the {LONGEST_PATH} bytes that Unix allows. "
+            "Choose a shorter folder."
+        )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.chmod(0o700 if user is None else 0o711)
     path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Bound here because uvicorn would open a socket it makes itself to every user (0666).
     before = os.umask(0o177)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))
-        listener.listen()
     finally:
         os.umask(before)
+    if user is not None:
+        os.chown(path, user, -1, follow_symlinks=False)
+    listener.listen()
+    return listener
+
+
+def serve(
+    handle: Handle, listener: socket.socket, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Answer on the socket until SIGTERM or SIGINT; `on_ready` is called just before."""
     on_ready()
     config = uvicorn.Config(application(handle), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])

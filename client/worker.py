@@ -2,105 +2,83 @@
 
 `handle` takes and gives bytes (common/messages.py). It never raises: what goes wrong inside
 leaves the site as a code and a random incident id, and is told in the site's own log only.
+
+A round in order: the request is checked, the ledger is charged, the round is computed, the reply's
+bytes are made durable, the ledger notes their release, they leave. A crash anywhere before the last
+step leaves the charge standing and nothing outside.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import secrets
 import threading
-from dataclasses import dataclass
-from pathlib import Path
 
-from silotune.client import accounting, dataset
+from silotune.client import accounting, budget, dataset, lineage, release
+from silotune.client.accounting import Mechanism
+from silotune.client.budget import Budget
+from silotune.client.entries import Charged
+from silotune.client.ledger import Ledger
 from silotune.client.noise import NoiseSource
+from silotune.client.policy import Policy
 from silotune.client.train import train_round
-from silotune.common import adapter, messages
+from silotune.common import adapter, messages, records
 from silotune.common.contract import Contract
-from silotune.common.errors import ProtocolError, RefusalError, SilotuneError
-from silotune.common.messages import Describe, Description, Message, Refusal, Train, Update
+from silotune.common.errors import ProtocolError, RefusalError
+from silotune.common.messages import Describe, Message, Train
 from silotune.common.model import Classifier, build
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SiteConfig:
-    """What the owner of the records decides. Nothing a server sends can change it."""
-
-    name: str
-    data: Path
-    model_folder: Path | None
-    allow_without_dp: bool = False
-    insecure_seed: int | None = None  # simulations and tests only
 
 
 class Worker:
-    """One site, one contract. The model, the encoded records and the spent budget stay in it."""
+    """One site, one contract. Records, model and ledger are read once and stay in it.
 
-    def __init__(self, site: SiteConfig, contract: Contract) -> None:
-        if site.name not in contract.weights():
-            raise RefusalError(
-                f"'{site.name}' is not in the contract's sites: {', '.join(contract.weights())}.",
-                code="E201",
-            )
-        if contract.privacy.mode == "none" and not site.allow_without_dp:
-            raise RefusalError(
-                f"The contract '{contract.name}' trains without differential privacy and "
-                f"{site.name} does not allow that (allow_without_dp = false).",
-                code="E203",
-            )
-        self.site, self.contract = site, contract
+    insecure_seed: for simulations and tests only (client/noise.py).
+    """
+
+    def __init__(
+        self, policy: Policy, contract: Contract, ledger: Ledger, *,
+        insecure_seed: int | None = None,
+    ) -> None:
+        for refusal in policy.refusals(contract):
+            raise refusal
+        self.policy, self.contract, self.ledger = policy, contract, ledger
         self.plan = accounting.plan(contract)
-        private = contract.privacy.mode == "dp"
-        # Fixed before the first request, so that the stop below holds for an adaptive server.
-        self.order = accounting.best_order(self.plan, contract.privacy.delta) if private else 0.0
-        self.history: list[accounting.Mechanism] = []
-        self.source = NoiseSource(site=site.name, insecure_seed=site.insecure_seed)
-        self.model: Classifier = build(contract, site.model_folder)
-        self.data = dataset.load(site.data, contract, self.model)
+        # Fixed before the first request, so that the stops below hold for an adaptive server.
+        self.run_order = accounting.best_order(self.plan, contract.privacy.delta)
+        self.order = budget.order_of(self.plan, policy.limit)
+        self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
+        table = records.table(policy.data.file)  # once: what is fingerprinted is what is trained on
+        self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
+        policy.check_records(self.lineage)
+        self.model: Classifier = build(contract, policy.model.folder)
+        self.data = dataset.load(table, contract, self.model)
+        self.source_name = table.source
+        self.budget = Budget(ledger, self.lineage)
+        if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
+            self._check_budget(self.plan, "This contract's plan")
         self.shapes = adapter.shapes_of(self.model.initial_arrays())
-        self._answered: dict[tuple[str, int, int], tuple[bytes, bytes]] = {}
         self._lock = threading.Lock()
 
     def handle(self, wire: bytes) -> bytes:
-        """Answer one request. The same bytes get the same bytes back, at no further cost."""
+        """Answer one request. The same request gets the same bytes back, at no further cost."""
         try:
             request = messages.unpack(wire)
             if request.header.contract != self.contract.hash:
                 raise RefusalError("The request is for another contract.", code="E201")
             if isinstance(request.header, Describe):
-                return self._reply(
-                    Message(Description(contract=self.contract.hash, site=self.site.name))
-                )
+                return release.description(self.contract, self.policy.name)
             if isinstance(request.header, Train):
                 with self._lock:
-                    return self._train_once(request.header, request.arrays, wire)
+                    return self._train_once(request.header, request.arrays)
             raise ProtocolError("The message is no request.")
         except Exception as error:  # whatever it is, it must not leave the site
-            code = error.code if isinstance(error, SilotuneError) else "E500"
-            incident = secrets.token_hex(8)
-            log.error("incident %s (%s)", incident, code, exc_info=error)
-            return messages.pack(
-                Message(
-                    Refusal(
-                        contract=self.contract.hash,
-                        site=self.site.name,
-                        code=code,
-                        incident=incident,
-                    )
-                )
-            )
+            return release.refusal(self.contract, self.policy.name, error)
 
-    def _train_once(self, request: Train, arrays: messages.Arrays, wire: bytes) -> bytes:
-        key = (request.run, request.round, request.attempt)
-        digest = hashlib.sha256(wire).digest()
-        if key in self._answered:
-            known, reply = self._answered[key]
-            if known != digest:
-                raise RefusalError(f"Round {request.round} was already asked with other bytes.")
-            return reply
+    def _train_once(self, request: Train, arrays: messages.Arrays) -> bytes:
+        if request.receipt is not None:
+            self.ledger.check_receipt(request.receipt)
+        # A receipt changes from one sending to the next; what is asked does not.
+        asked = Message(request.model_copy(update={"receipt": None}), arrays)
+        digest = hashlib.sha256(messages.pack(asked)).hexdigest()
         try:
             phase = self.contract.phase_of(request.round)
         except ValueError as error:
@@ -108,49 +86,83 @@ class Worker:
         needed = adapter.needed_names(self.shapes, phase.trains)
         adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
-        # Charged before anything is computed: a failure from here on does not give it back.
-        charged = [*self.history, mechanism]
-        spent = self._within_budget(charged) if self.contract.privacy.mode == "dp" else None
-        self.history = charged
-        change = train_round(
+        charge, known = self._charge(request, digest, mechanism)
+        if known is not None:
+            return known
+        change, metrics = train_round(
             self.contract, phase, mechanism, self.model, self.data, arrays, self.source
         )
-        reply = self._reply(
-            Message(
-                Update(
-                    contract=self.contract.hash,
-                    site=self.site.name,
-                    run=request.run,
-                    round=request.round,
-                    attempt=request.attempt,
-                    epsilon=spent,
-                ),
-                change,
-            )
+        reply = release.update(
+            self.contract, self.policy.name, charge, change, metrics, self.shapes,
+            epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
         )
-        self._answered[key] = (digest, reply)
+        self.ledger.release(charge, reply)
         return reply
 
-    def _within_budget(self, charged: list[accounting.Mechanism]) -> float:
-        """Epsilon of `charged`; RefusalError E210 when the filter says that it is too much."""
-        p = self.contract.privacy
-        bound = accounting.epsilon_at(self.order, charged, p.delta)
-        if bound > p.epsilon * (1 + 1e-9):
-            raise RefusalError(
-                f"One more round would bring ε to {bound:.2f} of {p.epsilon:.2f} at "
-                f"δ = {p.delta:g}.",
-                code="E210",
-            )
-        return min(accounting.epsilon(charged, p.delta), p.epsilon)
+    def _charge(
+        self, request: Train, digest: str, mechanism: Mechanism
+    ) -> tuple[Charged, bytes | None]:
+        """The charge for a request, and the reply if it had one before. Raises RefusalError.
 
-    def _reply(self, message: Message) -> bytes:
-        """The one way out: arrays leave only in an Update, with the contract's names and shapes."""
-        header = message.header
-        shapes: adapter.Shapes = {}
-        if isinstance(header, Update):
-            names = adapter.trained_names(
-                self.shapes, self.contract.phase_of(header.round).trains
+        In one transaction: what is spent is read, checked and written with nobody in between.
+        """
+        with self.ledger.writing():
+            key = (self.contract.hash, request.run, request.round, request.attempt)
+            charge = self.ledger.charges.get(key)
+            if charge is not None:
+                if charge.request != digest:
+                    raise RefusalError(
+                        f"Round {request.round} was already asked with other bytes."
+                    )
+                released = self.ledger.releases.get(charge.sequence)
+                if released is None:
+                    raise RefusalError(
+                        f"Entry {charge.sequence} was charged and its reply lost before it left. "
+                        "The charge stands; another attempt is a new charge.", code="E204",
+                    )
+                return charge, self.ledger.reply(released)
+            self._check_run(request, mechanism)
+            self.ledger.register(self.lineage, self.source_name)
+            return self.ledger.append(
+                Charged, lineage=self.lineage.id, unit=self.contract.privacy.unit,
+                contract=self.contract.hash, run=request.run, round=request.round,
+                attempt=request.attempt, request=digest, order=self.order,
+                noise_multiplier=mechanism.noise_multiplier,
+                sampling_rate=mechanism.sampling_rate, steps=mechanism.steps,
+            ), None
+
+    def _check_run(self, request: Train, mechanism: Mechanism) -> None:
+        """RefusalError E210 unless the round fits the contract's ε for this run and, with all that
+        was ever charged, the policy's for these records; a run's first, unless its whole plan does.
+        """
+        p = self.contract.privacy
+        if p.mode == "none":
+            return
+        so_far = self._run_history(request.run)
+        bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], p.delta)
+        if not bound <= p.epsilon * (1 + 1e-9):
+            raise RefusalError(
+                f"One more round would bring this run's ε to {bound:.2f} of {p.epsilon:.2f} at "
+                f"δ = {p.delta:g}.", code="E210",
             )
-            shapes = {name: self.shapes[name] for name in names}
-        adapter.check(message.arrays, shapes, "The reply")
-        return messages.pack(message)
+        if so_far:
+            self._check_budget([mechanism], "This round")
+        else:
+            self._check_budget(self.plan, "This run's plan")
+
+    def _check_budget(self, more: list[Mechanism], what: str) -> None:
+        if self.contract.privacy.mode == "dp":
+            self.budget.check(more, self.order, self.policy.limit, what)
+
+    def _run_history(self, run: str) -> list[Mechanism]:
+        return [
+            budget.mechanism_of(charge) for charge in self.ledger.charges.values()
+            if (charge.contract, charge.run) == (self.contract.hash, run)
+        ]
+
+    def _run_epsilon(self, run: str) -> float | None:
+        """What this run has spent of the contract's ε: a function of its requests alone."""
+        p = self.contract.privacy
+        if p.mode == "none":
+            return None
+        return min(accounting.epsilon(self._run_history(run), p.delta), p.epsilon)

@@ -30,8 +30,22 @@ CODES: dict[str, str] = {
     "was already answered. The site answers each round once; the same bytes get the same reply.",
     "E203": "The contract asks for training without differential privacy. A site agrees to that "
     "only when its owner sets allow_without_dp.",
+    "E204": "A round was charged, but its reply was lost in a crash before it could leave. The "
+    "charge stands. The server asks again with the next attempt: a new charge with fresh noise.",
+    "E205": "The site's policy (site.toml, [permits]) is narrower than the contract: clip norm, "
+    "delta, task, model or number of sites. The contract must fit the policy, never the reverse.",
+    "E206": "The contract wants a metric released that the site's policy does not permit.",
+    "E207": "Worker and relay would run as one user, so code that arrives with a Flower app could "
+    "read the records. Use the systemd units, start as root with two users, or say --one-user.",
     "E210": "The plan would spend more of the privacy budget than is left. Fewer rounds, more "
     "noise or a smaller sampling rate fit; only the owner of the records can raise the limit.",
+    "E211": "The site's ledger lacks an entry it once gave a receipt for: it was rolled back, "
+    "copied or replaced, and shows too little as spent. Restore the newest state/ and keys/head.",
+    "E212": "The privacy ledger is missing, shortened, edited or damaged. Nothing is computed with "
+    "it. Restore the newest state/ and keys/head; `silotune privacy verify` checks them.",
+    "E213": "The policy (site.toml) is not the one its owner signed last. `silotune site sign` "
+    "signs a policy; each signature has a higher number, and an older one counts no more.",
+    "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
     "E301": "A data file does not exist or cannot be read.",
     "E302": "A column the contract names is not in the data, or a value lies outside the public "
     "schema. The schema is public and fixed, so the data or the contract must change.",
@@ -42,6 +56,8 @@ CODES: dict[str, str] = {
     "names. Do not use it. Delete it and fetch it again, or ask who changed it.",
     "E306": "A download failed. With a network: `silotune data fetch` tries again. Without one: "
     "copy the cache folder from a machine that has it.",
+    "E307": "Rows of the data file are the same record more than once. The guarantee is for one "
+    "record, so copies would weaken it. Name data.key, remove copies, or keep them knowingly.",
     "E401": "The worker of this site does not answer on its socket. Start it with "
     "`silotune site start`.",
     "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "

@@ -7,7 +7,8 @@ Requests (server -> site):  Describe, Train
 Replies  (site -> server):  Description, Update, Refusal
 
 A reply carries no text of the site's making: a Refusal is a code of `errors.CODES` and a random
-incident id. A loss, a count or a name of a record has no field to travel in.
+incident id. A count or a name of a record has no field to travel in, and a loss only as one of the
+contract's releases.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from silotune.common.contract import Metric
 from silotune.common.errors import CODES, ProtocolError
-from silotune.common.fields import Name, Sha256
+from silotune.common.fields import Frozen, Name, Number, Sha256
 
 Arrays = dict[str, NDArray[np.float32]]
 MAX_HEADER = 1 << 20
@@ -34,13 +36,28 @@ RECORD, WIRE = "silotune", "wire"  # where in a Flower message the bytes lie
 
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 Round = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
-Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Header(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Header(Frozen):
     contract: Sha256
+
+
+class Receipt(Frozen):
+    """Where a site's ledger stood: the number of its last entry and that entry's MAC, signed.
+
+    The site gives one with each update, the server hands back the last it has: a site whose ledger
+    was rolled back sees it. `signature` is Ed25519 over `statement`.
+    """
+
+    sequence: Annotated[int, Field(ge=1, strict=True)]
+    head: Sha256
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+    @staticmethod
+    def statement(site: str, sequence: int, head: str) -> bytes:
+        """What is signed: one line, so no two receipts have the same bytes."""
+        return f"silotune receipt 1\n{site}\n{sequence}\n{head}".encode()
 
 
 class Describe(_Header):
@@ -56,6 +73,7 @@ class Train(_Header):
     run: RunId
     round: Round
     attempt: Round = 1
+    receipt: Receipt | None = None
 
 
 class Description(_Header):
@@ -68,6 +86,7 @@ class Update(_Header):
 
     `epsilon` is what this run has spent of the contract's budget at this site so far: a function
     of the public plan and the round alone. None when the contract trains without privacy.
+    `metrics` are the contract's releases, bounded, noised and part of that epsilon.
     """
 
     kind: Literal["update"] = "update"
@@ -75,7 +94,9 @@ class Update(_Header):
     run: RunId
     round: Round
     attempt: Round
-    epsilon: Epsilon | None
+    epsilon: Spent | None
+    metrics: dict[Metric, Number]
+    receipt: Receipt
 
 
 class Refusal(_Header):

@@ -313,10 +313,21 @@ class Encoder(Classifier):
 
 @lru_cache(maxsize=4)
 def _base(folder: Path, sha256: str) -> tuple[Any, Any]:
-    """The base model and tokenizer, read once per process and shared by everything in it.
+    """The base model and tokenizer, read once per process and shared by everything in it."""
+    check_weights(folder, sha256)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Explicit softmax attention: its backward is faster than fused attention's on a CPU.
+    model = AutoModel.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True,
+        add_pooling_layer=False,
+    )
+    model.requires_grad_(False).eval()
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    Raises DataError when the weights are not the ones the contract names.
-    """
+
+def check_weights(folder: Path, sha256: str) -> None:
+    """DataError when the folder's weights are not the ones the contract names."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise DataError(
@@ -331,15 +342,6 @@ def _base(folder: Path, sha256: str) -> tuple[Any, Any]:
             f"{sha256[:12]}…. Delete the file and fetch it again.",
             code="E305",
         )
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # Explicit softmax attention: its backward is faster than fused attention's on a CPU.
-    model = AutoModel.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True,
-        add_pooling_layer=False,
-    )
-    model.requires_grad_(False).eval()
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 _built: dict[str, Classifier] = {}

@@ -38,10 +38,23 @@ class Records:
         return len(self.labels)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A file as it stands: the header, and each row's cells with the line it starts on."""
+
+    source: str
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+
+
 def read(path: Path, contract: Contract) -> Records:
     """Read a CSV file by the contract's schema; DataError with every problem found."""
-    header, rows = _table(path)
-    source = path.name
+    return parse(table(path), contract)
+
+
+def parse(table: Table, contract: Contract) -> Records:
+    """Check a table by the contract's schema; DataError with every problem found."""
+    source, header, rows = table.source, table.header, table.rows
     spec, label = contract.input, contract.task.label_column
     absent = [c for c in [*contract.columns, label] if c not in header]
     if absent:
@@ -119,8 +132,8 @@ class _Problems:
         )
 
 
-def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and each row with the line it starts on; blank lines are passed over."""
+def table(path: Path) -> Table:
+    """Read a CSV file, blank lines passed over. DataError if there is none or it has no header."""
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.csv"))[:5]
         hint = f" CSV files in that folder: {', '.join(others)}." if others else ""
@@ -141,4 +154,4 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         ) from None
     if not rows:
         raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
-    return rows[0][1], rows[1:]
+    return Table(path.name, rows[0][1], rows[1:])

@@ -22,6 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     config = {key: str(value) for key, value in context.run_config.items()}
     contract = contracts.load(Path(config["contract"]))
     model = build(contract, Path(config["model"]) if config["model"] else None)
-    registry = Registry.create(Path(config["runs"]) / config["run"], contract)
+    runs = Path(config["runs"])
+    registry = Registry.create(runs / config["run"], contract, runs / ".receipts")
     run = Run(contract, registry, config["run"], model.initial_arrays())
     SilotuneStrategy(run).start(grid)

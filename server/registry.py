@@ -13,21 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.messages import Arrays
+from silotune.common.messages import Arrays, Receipt
 
 
 class Registry:
-    """The folder of one run; `create` refuses a folder that already holds one."""
+    """The folder of one run; `create` refuses a folder that already holds one.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    receipts: where the sites' last receipts are kept; one folder for all runs of an operator lets
+    a later run see that a site's ledger went back.
+    """
+
+    def __init__(self, folder: Path, receipts: Path | None = None) -> None:
+        self.folder, self._receipts = folder, receipts or folder / "receipts"
 
     @classmethod
-    def create(cls, folder: Path, contract: Contract) -> Registry:
+    def create(
+        cls, folder: Path, contract: Contract, receipts: Path | None = None
+    ) -> Registry:
         if (folder / "contract.json").exists():
             raise RunError(f"{folder} already holds a run. Name another folder, or remove it.")
         (folder / "rounds").mkdir(parents=True, exist_ok=True)
@@ -35,7 +42,7 @@ class Registry:
             json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False),
             encoding="utf-8",
         )
-        return cls(folder)
+        return cls(folder, receipts)
 
     def event(self, what: str, **facts: Any) -> None:
         """Append one event. Facts hold names, numbers and codes; no site has sent anything else."""
@@ -72,6 +79,26 @@ class Registry:
         if not path.is_file():
             raise RunError(f"{self.folder} has no released adapter: the run did not finish.")
         return dict(load_file(path))
+
+    def receipt(self, site: str) -> Receipt | None:
+        """The last receipt of a site's ledger; RunError if the file is damaged."""
+        path = self._receipts / f"{site}.json"
+        try:
+            return Receipt.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            raise RunError(
+                f"{path} is damaged. It shows where the ledger of {site} stood; restore it from a "
+                "backup, or delete it if there is none."
+            ) from None
+
+    def keep_receipt(self, site: str, receipt: Receipt) -> None:
+        self._receipts.mkdir(parents=True, exist_ok=True)
+        half = self._receipts / f".{site}.tmp"
+        half.write_text(receipt.model_dump_json(), encoding="utf-8")
+        _sync(half)
+        half.rename(self._receipts / f"{site}.json")
 
     def rounds(self) -> list[dict[str, Any]]:
         """The facts of each committed round, in order."""

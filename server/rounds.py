@@ -11,9 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from silotune.common import adapter, messages
-from silotune.common.contract import Contract, Phase
+from silotune.common.contract import Contract, Metric, Phase
 from silotune.common.errors import ProtocolError, RunError
-from silotune.common.messages import Arrays, Describe, Description, Message, Refusal, Train, Update
+from silotune.common.messages import (
+    Arrays,
+    Describe,
+    Description,
+    Message,
+    Receipt,
+    Refusal,
+    Train,
+    Update,
+)
+from silotune.common.signing import verifies
 from silotune.server import aggregate
 from silotune.server.registry import Registry
 
@@ -32,10 +42,11 @@ class RoundFacts:
     bytes_down: int
     seconds: float
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)  # site -> metrics
 
 
 class Run:
-    """State of one run: `describe` and `identify` once, then `request`, `accept`, `finish` a round.
+    """One run: `describe`, `identify`; then `begin`, `request`, `accept` and `finish` each round.
 
     evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
     evaluate_every: rounds between evaluations (the last is always one).
@@ -63,6 +74,7 @@ class Run:
         self._open: dict[str, Arrays] = {}
         self._failed: dict[str, str] = {}
         self._epsilon: dict[str, float | None] = {}
+        self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._bytes = [0, 0]
         self._began = time.perf_counter()
         registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
@@ -81,12 +93,18 @@ class Run:
             raise ProtocolError("The reply is no description.", code="E503")
         return header.site
 
-    def request(self) -> bytes:
-        """The bytes every site gets this round. The clock of the round starts."""
-        self._open, self._failed, self._epsilon = {}, {}, {}
+    def begin(self) -> None:
+        """Open the round: its clock starts, no site has answered."""
+        self._open, self._failed, self._epsilon, self._metrics = {}, {}, {}, {}
         self._bytes = [0, 0]
         self._began = time.perf_counter()
-        header = Train(contract=self.contract.hash, run=self.run_id, round=self.number)
+
+    def request(self, site: str) -> bytes:
+        """The bytes a site gets this round: the same for all, but for its own last receipt."""
+        header = Train(
+            contract=self.contract.hash, run=self.run_id, round=self.number,
+            receipt=self.registry.receipt(site),
+        )
         needed = adapter.needed_names(self.adapter, self.phase.trains)
         return messages.pack(Message(header, {name: self.adapter[name] for name in needed}))
 
@@ -112,11 +130,14 @@ class Run:
             names = adapter.trained_names(self._shapes, self.phase.trains)
             adapter.check(message.arrays, {n: self._shapes[n] for n in names}, "The update")
             self._check_epsilon(update.epsilon)
+            self._check_metrics(update.metrics)
+            self._take_receipt(site, update.receipt)
         except ProtocolError as error:
             self.fail(site, error.code)
         else:
             self._open[site] = message.arrays
             self._epsilon[site] = update.epsilon
+            self._metrics[site] = update.metrics
             self._failed.pop(site, None)
 
     def fail(self, site: str, code: str) -> None:
@@ -163,6 +184,7 @@ class Run:
         facts = RoundFacts(
             self.number, tuple(sorted(self._open)), dict(self._failed), dict(self._epsilon),
             self._bytes[0], self._bytes[1], time.perf_counter() - self._began, metrics,
+            dict(self._metrics),
         )
         state = {f"velocity/{n}": a for n, a in self.velocity.items()}
         state |= {f"mean/{n}": a for n, a in self.mean.items()}
@@ -191,6 +213,27 @@ class Run:
             raise ProtocolError(
                 "The update reports an ε that the contract does not allow.", code="E502"
             )
+
+    def _check_metrics(self, metrics: Mapping[Metric, float]) -> None:
+        if set(metrics) != {released.metric for released in self.contract.releases}:
+            raise ProtocolError(
+                "The update's metrics are not those the contract releases.", code="E502"
+            )
+
+    def _take_receipt(self, site: str, receipt: Receipt) -> None:
+        """Keep a site's receipt. ProtocolError if its ledger has gone back, or the roster has a
+        key for the site and the signature is not by it.
+        """
+        public = next(s.public_key for s in self.contract.sites if s.name == site)
+        if public is not None and not verifies(
+            public, receipt.signature,
+            Receipt.statement(site, receipt.sequence, receipt.head),
+        ):
+            raise ProtocolError("The receipt is not signed by the site's roster key.", code="E503")
+        last = self.registry.receipt(site)
+        if last is not None and receipt != last and receipt.sequence <= last.sequence:
+            raise ProtocolError("The site's ledger stands before its last receipt.", code="E211")
+        self.registry.keep_receipt(site, receipt)
 
     def _checked(self, message: Message) -> Message:
         header = message.header

@@ -31,7 +31,7 @@ class SilotuneStrategy(Strategy):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.nodes: dict[int, str] = {}
-        self._sent = 0
+        self._sent: dict[str, int] = {}
         self._asked: dict[str, int] = {}
 
     def summary(self) -> None:
@@ -46,10 +46,11 @@ class SilotuneStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a node, all with the same bytes."""
-        wire = self.run.request()
-        self._sent = len(wire)
-        return [self._message(wire, node) for node in self.nodes]
+        """One message a node: the adapter, and the node's own last receipt."""
+        self.run.begin()
+        wires = {node: self.run.request(site) for node, site in self.nodes.items()}
+        self._sent = {self.nodes[node]: len(wire) for node, wire in wires.items()}
+        return [self._message(wire, node) for node, wire in wires.items()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -64,7 +65,7 @@ class SilotuneStrategy(Strategy):
             if reply.has_error():
                 self.run.fail(site, "E500")
             else:
-                self.run.accept(site, self._sent, _wire(reply))
+                self.run.accept(site, self._sent[site], _wire(reply))
         for site in silent.values():
             self.run.fail(site, "E402")
         self.run.finish()

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
-from silotune.client.worker import SiteConfig, Worker
+from silotune.client.worker import Worker
 from silotune.common.contract import Contract
 from silotune.common.model import Classifier, build
 from silotune.server.evaluate import PublicTest
@@ -27,21 +29,16 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     """Carry out one job. Federated jobs go through Flower's simulation runtime."""
     contract = job.contract
     model = build(contract, job.model_folder)
-    workers = [
-        Worker(
-            SiteConfig(
-                name=site.name,
-                data=training_file(job.data, site.name),
-                model_folder=job.model_folder,
-                allow_without_dp=contract.privacy.mode == "none",
-                insecure_seed=None
-                if job.insecure_seed is None
-                else job.insecure_seed + job.repeat,
+    seed = None if job.insecure_seed is None else job.insecure_seed + job.repeat
+    workers = {
+        site.name: Worker(
+            permitting(
+                contract, site.name, training_file(job.data, site.name), job.model_folder
             ),
-            contract,
+            contract, Ledger.in_memory(site.name), insecure_seed=seed,
         )
         for site in contract.sites
-    ]
+    }
     test = _public_test(model, contract, job.data / "test")
     rounds: list[RoundFacts] = []
     began = time.perf_counter()
@@ -57,15 +54,17 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         on_round=note,
     )
     if job.federated:
+        nodes = list(workers.values())
         client = relay_app(
-            lambda context, wire: workers[int(context.node_config["partition-id"])].handle(wire)
+            lambda context, wire: nodes[int(context.node_config["partition-id"])].handle(wire)
         )
         simulate(SilotuneStrategy(run).start, client, len(workers))
     else:
         while not run.done:
-            wire = run.request()
-            for worker in workers:
-                run.accept(worker.site.name, len(wire), worker.handle(wire))
+            run.begin()
+            for site, worker in workers.items():
+                wire = run.request(site)
+                run.accept(site, len(wire), worker.handle(wire))
             run.finish()
     seconds = time.perf_counter() - began
     with_adapter = contract.adapter is not None

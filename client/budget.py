@@ -1,0 +1,136 @@
+"""What a set of records has spent, and whether one more step fits: the ledger's arithmetic.
+
+Unit: one record; adjacency: add or remove one. For a record r let H(r) be the charges of the ledger
+whose lineage holds r (client/lineage.py), in order. Each is a sequence of Poisson-subsampled
+Gaussian mechanisms with noise for that unit. The order a(r) by which r is accounted is named in
+the first charge of H(r), before anything on r was released. `check` lets a charge pass only if for
+every record of the data set the Rényi sum of H(r) and the charge, converted at a(r), is within
+the limit. So all replies ever made of r together are (epsilon, delta)-DP for r, also when servers
+choose each request after seeing every reply (Rényi filter and individual accounting: Feldman and
+Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
+
+What this does not cover: the yes or no itself. It is a function of public requests and of which
+records were used before; an owner who brings data that overlaps with older data lets a server
+see that much less is left. The owner learns it first: `silotune site check`, and a worker does
+not start on a contract whose whole plan does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from silotune.client import accounting
+from silotune.client.accounting import Mechanism
+from silotune.client.entries import Charged
+from silotune.client.ledger import Ledger
+from silotune.client.lineage import Lineage, shared
+from silotune.common.errors import RefusalError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that all charges together may cost a record, for ever."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass
+class Past:
+    """The charges that a group of records has in common: H(r), and a(r) unless it is empty."""
+
+    order: float | None = None
+    history: list[Mechanism] = field(default_factory=list)
+
+    def epsilon(self, delta: float, more: Sequence[Mechanism] = (), order: float = 2.0) -> float:
+        """Epsilon of the past and `more`; `order` counts only where there is no past."""
+        return accounting.epsilon_at(self.order or order, [*self.history, *more], delta)
+
+
+class Budget:
+    """The pasts of one file's records. Reads the ledger anew each time; keeps what overlaps."""
+
+    def __init__(self, ledger: Ledger, lineage: Lineage) -> None:
+        self.ledger, self.lineage = ledger, lineage
+        self._overlap: dict[str, np.ndarray] = {}
+
+    def pasts(self) -> list[Past]:
+        """One for each group of records with equal charges; an empty one for records without."""
+        charges = list(self.ledger.charges.values())
+        groups = self._groups(dict.fromkeys(charge.lineage for charge in charges))
+        pasts = [Past() for _ in groups]
+        for charge in charges:
+            for group, past in zip(groups, pasts, strict=True):
+                if charge.lineage in group:
+                    past.order = past.order or charge.order
+                    past.history.append(mechanism_of(charge))
+        return pasts
+
+    def _groups(self, charged: dict[str, None]) -> list[frozenset[str]]:
+        """The sets of charged lineages that some record here is in."""
+        known = self.ledger.lineages()
+        for name in charged:
+            if name not in self._overlap:
+                found = shared(self.lineage, self.ledger.lineage(known[name]))
+                self._overlap[name] = found
+        names = [name for name in charged if self._overlap[name].any()]
+        if not names:
+            return [frozenset()]
+        patterns = np.unique(np.stack([self._overlap[n] for n in names], axis=1), axis=0)
+        return [frozenset(n for n, on in zip(names, row, strict=True) if on) for row in patterns]
+
+    def spent(self, delta: float) -> float:
+        """Epsilon of the record that has spent most, at its own order."""
+        return max(past.epsilon(delta) for past in self.pasts())
+
+    def tight(self, delta: float) -> float:
+        """The same by PRV composition, for reports."""
+        return max(accounting.tight_epsilon(past.history, delta) for past in self.pasts())
+
+    def together(self, more: Sequence[Mechanism], order: float, delta: float) -> float:
+        """Epsilon after `more`, of the record that will have spent most."""
+        return max(past.epsilon(delta, more, order) for past in self.pasts())
+
+    def check(self, more: Sequence[Mechanism], order: float, limit: Limit, what: str) -> None:
+        """RefusalError E210 unless `more` fits; `what` names it in the sentence."""
+        after = self.together(more, order, limit.delta)
+        if not after <= limit.epsilon * (1 + 1e-9):
+            raise RefusalError(
+                f"{what} exceeds the lifetime budget of these records: spent before "
+                f"{self.spent(limit.delta):.2f} · together {after:.2f} (RDP, δ = "
+                f"{limit.delta:g}) · limit {limit.epsilon:.2f}.",
+                code="E210",
+            )
+
+    def longest_that_fits(
+        self, plan: Sequence[Mechanism], order: float, limit: Limit
+    ) -> list[Mechanism]:
+        """The longest beginning of `plan`, in steps, that fits; may be empty."""
+        kept: list[Mechanism] = []
+        for mechanism in plan:
+            low, high = 0, mechanism.steps
+            while low < high:
+                middle = (low + high + 1) // 2
+                trial = [*kept, mechanism._replace(steps=middle)]
+                fits = self.together(trial, order, limit.delta) <= limit.epsilon * (1 + 1e-9)
+                low, high = (middle, high) if fits else (low, middle - 1)
+            if low:
+                kept.append(mechanism._replace(steps=low))
+            if low < mechanism.steps:
+                break
+        return kept
+
+
+def mechanism_of(charge: Charged) -> Mechanism:
+    return Mechanism(charge.noise_multiplier, charge.sampling_rate, charge.steps)
+
+
+def order_of(plan: Sequence[Mechanism], limit: Limit) -> float:
+    """The order for records without a past: the one that lets this plan be repeated most often."""
+    if any(m.noise_multiplier <= 0 for m in plan) or math.isinf(limit.epsilon):
+        return 2.0
+    return accounting.filling_order(plan, limit.epsilon, limit.delta)

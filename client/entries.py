@@ -1,0 +1,148 @@
+"""What a ledger's entries are, and how each follows on the one before.
+
+An entry's bytes are its JSON (`body`) and its MAC. The chain: each names the SHA-256 of the body
+and MAC of the one before. Fields may be added with a default: the bytes that were written are what
+is verified, so entries of older versions stay valid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from silotune.common.errors import RefusalError
+from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number, Rate, Sha256
+from silotune.common.messages import Receipt, Round, RunId
+from silotune.common.signing import verifies
+
+FIRST = "0" * 64  # what stands before the first entry
+
+
+class EntryBase(Frozen):
+    sequence: Annotated[int, Field(ge=1, strict=True)]
+    previous: Sha256
+    at: Number
+
+
+class Opened(EntryBase):
+    """The first entry: whose ledger this is."""
+
+    state: Literal["OPENED"] = "OPENED"
+    site: Name
+    public: Sha256
+    owner: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+class Adopted(EntryBase):
+    """A policy the owner signed: from here on these limits hold."""
+
+    state: Literal["POLICY"] = "POLICY"
+    serial: Annotated[int, Field(ge=1, strict=True)]
+    policy: Sha256
+    unit: Literal["record"]
+    epsilon: Epsilon
+    delta: Delta
+
+
+class Registered(EntryBase):
+    """Records that are about to be charged for the first time. `source` is for people."""
+
+    state: Literal["RECORDS"] = "RECORDS"
+    lineage: Sha256
+    basis: str
+    source: str
+    rows: Annotated[int, Field(ge=0, strict=True)]
+
+
+class Charged(EntryBase):
+    """`steps` steps of a mechanism on the records of `lineage`; stands whatever happens next.
+
+    order: the Rényi order by which records are accounted whose first charge this is
+    (client/budget.py). request: SHA-256 of what was asked. noise_multiplier 0: without DP.
+    """
+
+    state: Literal["CHARGED"] = "CHARGED"
+    lineage: Sha256
+    unit: Literal["record"]
+    contract: Sha256
+    run: RunId
+    round: Round
+    attempt: Round
+    request: Sha256
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+    sampling_rate: Rate
+    steps: Count
+    order: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)]
+
+    @property
+    def key(self) -> RequestKey:
+        return self.contract, self.run, self.round, self.attempt
+
+
+class Released(EntryBase):
+    """The reply to the charge with number `charge` was durable, and may have left."""
+
+    state: Literal["RELEASED"] = "RELEASED"
+    charge: Annotated[int, Field(ge=1, strict=True)]
+    reply: Sha256
+
+
+Entry = Opened | Adopted | Registered | Charged | Released
+RequestKey = tuple[str, str, int, int]  # contract, run, round, attempt
+_READ: TypeAdapter[Any] = TypeAdapter(Annotated[Entry, Field(discriminator="state")])
+
+
+def damaged(why: str) -> RefusalError:
+    return RefusalError(
+        f"The ledger cannot be trusted: {why}. Nothing is computed. Restore the newest state/ and "
+        "keys/head of this site together; a ledger cannot be begun anew on records it knew.",
+        code="E212",
+    )
+
+
+def digest(body: str, mac: bytes) -> str:
+    return hashlib.sha256(body.encode() + mac).hexdigest()
+
+
+def chained(body: str, before: int, previous: str) -> Entry:
+    """The entry in `body` if it is number before + 1 and follows on `previous`."""
+    try:
+        entry: Entry = _READ.validate_json(body, strict=True)
+    except ValidationError:
+        raise damaged(f"entry {before + 1} is not in a ledger's form") from None
+    if entry.sequence != before + 1 or entry.previous != previous:
+        raise damaged(f"entry {before + 1} does not follow on the one before")
+    return entry
+
+
+def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry]:
+    """The entries of an export whose chain holds and ends in a receipt signed by its site.
+
+    public: the site's key (hexadecimal) as the auditor knows it; without it the key in the file
+    is believed. RefusalError E212 otherwise. The MACs need the site's secret: `Ledger.open`.
+    """
+    try:
+        first, *rows = [json.loads(line) for line in lines]
+        key = str(public or first["public"])
+        receipt = Receipt.model_validate(rows.pop())
+        entries: list[Entry] = []
+        previous, mac = FIRST, b""
+        for row in rows:
+            entries.append(chained(row["body"], len(entries), previous))
+            mac = bytes.fromhex(row["mac"])
+            previous = digest(row["body"], mac)
+        opened = entries[0]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise damaged("the export is not in a ledger's form") from None
+    if not isinstance(opened, Opened) or opened.public != key:
+        raise damaged("the export is of another site's key")
+    statement = Receipt.statement(opened.site, len(entries), mac.hex())
+    if (receipt.sequence, receipt.head) != (len(entries), mac.hex()) or not verifies(
+        key, receipt.signature, statement
+    ):
+        raise damaged("the export's last entry is not the one its receipt signs")
+    return entries

@@ -1,0 +1,138 @@
+"""A site's keys. Made at the site, 0600 in a folder of 0700; none of them ever leaves it.
+
+secret.key   32 random bytes; HKDF makes the ledger's MAC key and the fingerprints' key of it
+site.key     Ed25519: signs the receipts a server keeps of the ledger
+owner.key    Ed25519: signs the policy; belongs on the owner's stick once site.toml is signed
+owner.pub    what the worker checks the policy's signature with
+head         number and MAC of the ledger's last entry: a ledger behind it was rolled back
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from silotune.common.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the worker holds. `folder` is None for keys that live in memory (simulations)."""
+
+    secret: bytes
+    signing: Ed25519PrivateKey
+    owner: bytes
+    folder: Path | None = None
+
+    @classmethod
+    def in_memory(cls) -> Keys:
+        return cls(secrets.token_bytes(32), Ed25519PrivateKey.generate(), b"")
+
+    @classmethod
+    def create(cls, folder: Path) -> Keys:
+        """Make the site's keys; UsageError if the folder already has any."""
+        make_private_folder(folder)
+        if any((folder / name).exists() for name in ("secret.key", "site.key", "owner.key")):
+            raise UsageError(
+                f"{folder} already holds keys. With other keys the ledger beside them could not "
+                "be read: choose another folder, or keep these.", code="E214",
+            )
+        owner = Ed25519PrivateKey.generate()
+        for name, data in (
+            ("secret.key", secrets.token_bytes(32)),
+            ("site.key", Ed25519PrivateKey.generate().private_bytes_raw()),
+            ("owner.key", owner.private_bytes_raw()),
+            ("owner.pub", owner.public_key().public_bytes_raw()),
+        ):
+            write_durably(folder / name, data)
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Keys:
+        """Read the site's keys; UsageError E214 if one is missing, damaged or open to others."""
+        secret, signing, owner = (
+            _read_key(folder / name) for name in ("secret.key", "site.key", "owner.pub")
+        )
+        return cls(secret, Ed25519PrivateKey.from_private_bytes(signing), owner, folder)
+
+    @property
+    def public(self) -> str:
+        """The site's public signing key, hexadecimal: it stands in the contract's roster."""
+        return self.signing.public_key().public_bytes_raw().hex()
+
+    def derive(self, purpose: str) -> bytes:
+        """A key of 32 bytes for one purpose (RFC 5869)."""
+        info = f"silotune {purpose} 1".encode()
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self.secret)
+
+    def read_head(self) -> tuple[int, bytes]:
+        """(number, MAC) of the last entry this site knows of; UsageError if it is not there."""
+        assert self.folder is not None
+        path = self.folder / "head"
+        try:
+            number, mac = path.read_text(encoding="ascii").split()
+            return int(number), bytes.fromhex(mac)
+        except (OSError, ValueError):
+            raise UsageError(
+                f"{path} is missing or damaged: without it nobody can tell whether the ledger was "
+                "rolled back. Restore it from the site's backup, together with the ledger.",
+                code="E212",
+            ) from None
+
+    def write_head(self, number: int, mac: bytes) -> None:
+        if self.folder is not None:
+            write_durably(self.folder / "head", f"{number} {mac.hex()}\n".encode())
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"Key {path} cannot be read: {error.strerror}. `silotune site init` makes the keys of "
+            "a new site.", code="E214",
+        ) from None
+    if mode & 0o077:
+        raise UsageError(
+            f"Key {path} is open to other users (mode {mode & 0o777:o}). Close it with "
+            f"chmod 600 {path}, and make new keys if somebody may have read it.", code="E214",
+        )
+    if len(data) != 32:
+        raise UsageError(f"Key {path} has {len(data)} bytes, not 32.", code="E214")
+    return data
+
+
+def sign(key_file: Path, statement: bytes) -> bytes:
+    """An Ed25519 signature by the key in a file."""
+    return Ed25519PrivateKey.from_private_bytes(_read_key(key_file)).sign(statement)
+
+
+def make_private_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file (0600) so that after a crash it is the old one or the new one, whole."""
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        half.rename(path)
+    finally:
+        half.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,321 @@
+"""The privacy ledger: what a site's records have spent, for ever, on disk before it is spent.
+
+Guarantees, each with a test in tests/client/test_ledger.py and tests/system/test_kills.py:
+- An entry that `writing` has committed survives a crash of process or machine (SQLite, WAL,
+  synchronous = FULL), and no two processes write at once (a file lock and BEGIN IMMEDIATE).
+- Nothing that was written can be changed, taken out, put in or reordered without the key: each
+  entry carries the SHA-256 of the one before and an HMAC-SHA256 over itself. Every entry is
+  verified when it is read; a ledger that does not verify is refused as a whole (fail closed).
+- A missing or shortened ledger is refused: the number and MAC of the last entry are also kept
+  beside the keys (`keys/head`), and by servers as signed receipts (`check_receipt`). Assumption: a
+  thief of budget cannot put back ledger, keys and every server's receipts all at once.
+
+The clock is written down for people to read; nothing is computed from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from silotune.client.entries import (
+    FIRST,
+    Adopted,
+    Charged,
+    Entry,
+    Opened,
+    Registered,
+    Released,
+    RequestKey,
+    chained,
+    damaged,
+    digest,
+)
+from silotune.client.keys import Keys, make_private_folder, write_durably
+from silotune.client.lineage import Lineage
+from silotune.common.errors import RefusalError
+from silotune.common.messages import Receipt
+from silotune.common.signing import verifies
+
+FILE = "ledger.sqlite"
+AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Registered, Charged, Released)
+
+class Ledger:
+    """The entries of one site, verified, in order. Use `create` once, then `open`."""
+
+    def __init__(self, database: sqlite3.Connection, keys: Keys, folder: Path | None) -> None:
+        self._database, self._keys, self._folder = database, keys, folder
+        self._mac_key = keys.derive("ledger mac")
+        self._lock = threading.RLock()
+        self._macs: list[bytes] = []
+        self._digests = [FIRST]  # one more than entries
+        self._replies: dict[str, bytes] = {}  # in memory only, when there is no folder
+        self.entries: list[Entry] = []
+        self.charges: dict[RequestKey, Charged] = {}
+        self.releases: dict[int, Released] = {}
+
+    @classmethod
+    def create(cls, folder: Path, keys: Keys, site: str) -> Self:
+        """A new ledger; RefusalError if the folder has one or the keys belong to another."""
+        make_private_folder(folder)
+        path = folder / FILE
+        if path.exists() or (keys.folder is not None and (keys.folder / "head").exists()):
+            raise RefusalError(f"{folder} or its keys already belong to a ledger.", code="E212")
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        make_private_folder(folder / "replies")
+        return cls(_connect(path), keys, folder)._begin(site)
+
+    @classmethod
+    def in_memory(cls, site: str) -> Self:
+        """A ledger that ends with the process: for simulations on public data."""
+        database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        return cls(database, Keys.in_memory(), None)._begin(site)
+
+    def _begin(self, site: str) -> Self:
+        self._database.executescript(
+            "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, "
+            "mac BLOB NOT NULL) STRICT;"
+            "CREATE TABLE lineages (id TEXT PRIMARY KEY, fingerprints BLOB NOT NULL) STRICT;"
+        )
+        with self.writing():
+            self.append(Opened, site=site, public=self._keys.public, owner=self._keys.owner.hex())
+        return self
+
+    @classmethod
+    def open(cls, folder: Path, keys: Keys) -> Self:
+        """Read and verify the whole ledger; RefusalError E212 if it is not whole."""
+        ledger = cls(_connect(folder / FILE), keys, folder)
+        with ledger._locked():
+            try:
+                ledger._catch_up()
+                ledger._check_head()
+                ledger._check_lineages()
+            except sqlite3.Error as error:
+                raise damaged(str(error)) from None
+        return ledger
+
+    @property
+    def fingerprint_key(self) -> bytes:
+        return self._keys.derive("fingerprints")
+
+    @property
+    def site(self) -> str:
+        first = self.entries[0]
+        assert isinstance(first, Opened)
+        return first.site
+
+    @property
+    def policy(self) -> Adopted | None:
+        """The policy adopted last."""
+        adopted = (entry for entry in reversed(self.entries) if isinstance(entry, Adopted))
+        return next(adopted, None)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """All or nothing: what is appended within is durable when this ends, or never was.
+
+        Entries of other processes are there when it begins, and none comes between.
+        """
+        with self._lock, self._locked():
+            before = len(self.entries)
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._catch_up()
+                before = len(self.entries)
+                yield
+                self._database.execute("COMMIT")
+            except BaseException as error:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                self._forget_after(before)
+                if isinstance(error, sqlite3.Error):
+                    raise damaged(str(error)) from None
+                raise
+            self._keys.write_head(len(self._macs), self._macs[-1])
+
+    def append(self, kind: type[AnyEntry], **facts: Any) -> AnyEntry:
+        """Write one entry, within `writing`; returns it. ValidationError if a fact is not valid."""
+        assert self._database.in_transaction
+        entry = kind(
+            sequence=len(self.entries) + 1, previous=self._digests[-1], at=round(time.time(), 3),
+            **facts,
+        )
+        body = entry.model_dump_json()
+        mac = self._mac(body)
+        self._database.execute("INSERT INTO entries VALUES (?, ?, ?)", (entry.sequence, body, mac))
+        self._remember(entry, body, mac)
+        return entry
+
+    def register(self, lineage: Lineage, source: str) -> None:
+        """Keep the fingerprints of records that are new here, within `writing`."""
+        known = self._database.execute("SELECT 1 FROM lineages WHERE id = ?", (lineage.id,))
+        if known.fetchone() is None:
+            self._database.execute(
+                "INSERT INTO lineages VALUES (?, ?)", (lineage.id, lineage.fingerprints.tobytes())
+            )
+            self.append(
+                Registered, lineage=lineage.id, basis=lineage.basis, source=source,
+                rows=lineage.rows,
+            )
+
+    def lineages(self) -> dict[str, Registered]:
+        return {entry.lineage: entry for entry in self.entries if isinstance(entry, Registered)}
+
+    def lineage(self, entry: Registered) -> Lineage:
+        """The records of a Registered entry; RefusalError E212 if the file does not have them."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT fingerprints FROM lineages WHERE id = ?", (entry.lineage,)
+            ).fetchone()
+        found = Lineage.of_bytes(entry.basis, row[0], entry.rows) if row else None
+        if found is None or found.id != entry.lineage:
+            raise damaged(f"the fingerprints of entry {entry.sequence} are not those it names")
+        return found
+
+    def release(self, charge: Charged, wire: bytes) -> None:
+        """Make a reply durable, then say that it may leave. Only then may it."""
+        name = hashlib.sha256(wire).hexdigest()
+        if self._folder is None:
+            self._replies[name] = wire
+        else:
+            write_durably(self._folder / "replies" / name, wire)
+        with self.writing():
+            if charge.sequence in self.releases:
+                raise RefusalError("This charge has its reply already.", code="E204")
+            self.append(Released, charge=charge.sequence, reply=name)
+
+    def reply(self, released: Released) -> bytes:
+        """The bytes that were released; RefusalError E204 if they are not there any more."""
+        if self._folder is None:
+            return self._replies[released.reply]
+        try:
+            wire = (self._folder / "replies" / released.reply).read_bytes()
+        except OSError:
+            wire = b""
+        if hashlib.sha256(wire).hexdigest() != released.reply:
+            raise RefusalError(
+                f"The reply of entry {released.sequence} is not on disk any more.", code="E204"
+            )
+        return wire
+
+    def receipt(self) -> Receipt:
+        """Where this ledger stands now, signed, for a server to keep."""
+        with self._lock:
+            sequence, head = len(self.entries), self._macs[-1].hex()
+        signed = self._keys.signing.sign(Receipt.statement(self.site, sequence, head))
+        return Receipt(sequence=sequence, head=head, signature=signed.hex())
+
+    def check_receipt(self, receipt: Receipt) -> None:
+        """RefusalError E211 unless this site signed it and this ledger has the entry it names."""
+        statement = Receipt.statement(self.site, receipt.sequence, receipt.head)
+        signed = verifies(self._keys.public, receipt.signature, statement)
+        with self._lock:
+            macs = self._macs[receipt.sequence - 1 : receipt.sequence]
+        if not signed or macs != [bytes.fromhex(receipt.head)]:
+            raise RefusalError(
+                f"The server holds a receipt for entry {receipt.sequence} that this ledger "
+                f"({len(self._macs)} entries) did not give: it was rolled back, copied or "
+                "replaced. Restore the newest ledger and head; what it lacks cannot be spent anew.",
+                code="E211",
+            )
+
+    def export(self) -> Iterator[str]:
+        """The entries as lines of JSON, the last one a receipt: `verify_export` reads them."""
+        yield json.dumps({"silotune": "ledger 1", "public": self._keys.public})
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT body, mac FROM entries WHERE sequence <= ? ORDER BY sequence",
+                (len(self.entries),),
+            ).fetchall()
+            receipt = self.receipt()
+        for body, mac in rows:
+            yield json.dumps({"body": body, "mac": mac.hex()})
+        yield receipt.model_dump_json()
+
+    def _catch_up(self) -> None:
+        """Verify and take up what other processes wrote; fail closed if what was read is gone."""
+        known = len(self._macs)
+        rows = self._database.execute(
+            "SELECT sequence, body, mac FROM entries WHERE sequence >= ? ORDER BY sequence",
+            (max(known, 1),),
+        ).fetchall()
+        if known:
+            if not rows or rows[0][0] != known or rows[0][2] != self._macs[-1]:
+                raise damaged(f"entry {known} is gone")
+            rows = rows[1:]
+        for sequence, body, mac in rows:
+            if not hmac.compare_digest(self._mac(body), mac):
+                raise damaged(f"entry {sequence} does not carry this site's MAC")
+            self._remember(chained(body, len(self.entries), self._digests[-1]), body, mac)
+
+    def _check_head(self) -> None:
+        number, mac = self._keys.read_head()
+        if self._macs[number - 1 : number] != [mac]:
+            raise damaged(f"it ends before entry {number}, or is not the ledger of these keys")
+        first = self.entries[0]
+        if (
+            not isinstance(first, Opened)
+            or first.owner != self._keys.owner.hex()
+            or first.public != self._keys.public
+        ):
+            raise damaged("it was opened by another owner or with other keys")
+
+    def _check_lineages(self) -> None:
+        for entry in self.lineages().values():
+            self.lineage(entry)
+
+    def _remember(self, entry: Entry, body: str, mac: bytes) -> None:
+        self.entries.append(entry)
+        self._macs.append(mac)
+        self._digests.append(digest(body, mac))
+        if isinstance(entry, Charged):
+            self.charges[entry.key] = entry
+        elif isinstance(entry, Released):
+            self.releases[entry.charge] = entry
+
+    def _forget_after(self, number: int) -> None:
+        for entry in self.entries[number:]:
+            if isinstance(entry, Charged):
+                self.charges.pop(entry.key, None)
+            elif isinstance(entry, Released):
+                self.releases.pop(entry.charge, None)
+        del self.entries[number:], self._macs[number:], self._digests[number + 1 :]
+
+    def _mac(self, body: str) -> bytes:
+        return hmac.digest(self._mac_key, body.encode(), "sha256")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Between processes; the kernel frees it when its holder dies."""
+        if self._folder is None:
+            yield
+            return
+        descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(
+            f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False,
+            timeout=30,
+        )
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise damaged(f"{path} cannot be opened ({error})") from None
+    return database

@@ -1,0 +1,285 @@
+"""`silotune site check`: can this site take part in this contract? Each row is proved by doing it.
+
+Every problem is found at once; nothing is sent and nothing is spent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from silotune.client import accounting, budget, lineage
+from silotune.client import policy as policies
+from silotune.client.budget import Budget, Limit
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.lineage import Lineage
+from silotune.client.policy import Policy
+from silotune.client.site import Site
+from silotune.common import contract as contracts
+from silotune.common import records
+from silotune.common.contract import Contract, EncoderModel
+from silotune.common.errors import DataError, RefusalError, SilotuneError
+
+T = TypeVar("T")
+LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. local: what only the owner may see, for the screen."""
+
+    name: str
+    state: Literal["ok", "warning", "problem"]
+    result: str
+    fix: str = ""
+    code: str = ""
+    local: str = ""
+
+
+class _Table:
+    """The rows so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[Check] = []
+
+    def attempt(self, name: str, fix: str, step: Callable[[], tuple[T, str]]) -> T | None:
+        """Do a step: it returns its value and what to say, or raises what is wrong."""
+        try:
+            value, result = step()
+        except SilotuneError as error:
+            local = error.local if isinstance(error, DataError) else ""
+            self.rows += [
+                Check(name, "problem", line, fix, error.code, local)
+                for line in str(error).splitlines()
+            ]
+            return None
+        self.rows.append(Check(name, "ok", result))
+        return value
+
+
+def check(site: Site, contract_file: Path) -> list[Check]:
+    """All rows, in the order in which a person would mend them."""
+    table = _Table()
+    contract = table.attempt("contract", "correct it, or ask the operator",
+                             lambda: _contract(contract_file))
+    keys = table.attempt("keys", "silotune site init", lambda: _keys(site))
+    policy = table.attempt("policy", "correct site.toml", lambda: _policy(site))
+    ledger = table.attempt("ledger", "restore it", lambda: _ledger(site, keys)) if keys else None
+    if ledger and keys:
+        table.rows.append(_clock(ledger))
+        if policy:
+            table.attempt("signature", "silotune site sign", lambda: _signature(site, ledger, keys))
+    table.rows.append(_disk(site))
+    if policy and contract:
+        table.rows += _permission(policy, contract)
+        table.rows.append(_roster(policy, contract, keys))
+        if isinstance(contract.model, EncoderModel):
+            table.attempt("model", "silotune data fetch, or set model.folder",
+                          lambda: _model(policy, contract))
+    if policy:
+        _check_records(table, policy, contract, ledger)
+    if contract:
+        table.rows.append(Check("leaves the site", "ok", leaves(contract)))
+    return table.rows
+
+
+def _check_records(
+    table: _Table, policy: Policy, contract: Contract | None, ledger: Ledger | None
+) -> None:
+    file = policy.data.file
+    table.attempt("data access", f"chmod 600 {file}", lambda: _access(file))
+    found = table.attempt("data", "data.file in site.toml", lambda: _data(file))
+    if found is None:
+        return
+    if contract:
+        table.attempt("columns", "correct the rows, or agree on another contract",
+                      lambda: _columns(found, contract))
+    secret = ledger.fingerprint_key if ledger else bytes(32)
+    records_ = table.attempt("record key", "data.key in site.toml",
+                             lambda: _lineage(found, policy, secret))
+    if records_ is None:
+        return
+    if not policy.data.key:
+        table.rows[-1] = Check(
+            "record key", "warning", "none: a row that is corrected counts as a new record",
+            "data.key = [\"patient_id\"]",
+        )
+    table.attempt("records", "data.repeated, data.key or permits.min_records in site.toml",
+                  lambda: _records(policy, records_))
+    if contract and ledger:
+        table.rows.append(_budget(ledger, records_, policy.limit, contract))
+
+
+def _contract(file: Path) -> tuple[Contract, str]:
+    contract = contracts.load(file)
+    return contract, f"{contract.name} {contract.hash[:12]}…"
+
+
+def _keys(site: Site) -> tuple[Keys, str]:
+    keys = Keys.load(site.keys)
+    return keys, f"this user's alone; public key {keys.public[:12]}…"
+
+
+def _policy(site: Site) -> tuple[Policy, str]:
+    policy = policies.load(site.config)
+    return policy, f"{policy.name}: ε ≤ {policy.limit.epsilon:g} per record, for ever"
+
+
+def _ledger(site: Site, keys: Keys) -> tuple[Ledger, str]:
+    ledger = Ledger.open(site.state, keys)
+    return ledger, f"{len(ledger.entries)} entries, chain, MACs and head verified"
+
+
+def _signature(site: Site, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
+    policy = policies.adopt(site.config, ledger, keys.owner)
+    assert ledger.policy is not None
+    return policy, f"the owner's, number {ledger.policy.serial}"
+
+
+def leaves(contract: Contract) -> str:
+    """What leaves a site under a contract, in words."""
+    trained = " and ".join(dict.fromkeys(p.trains for p in contract.phases))
+    metrics = ", ".join(released.metric for released in contract.releases)
+    return (
+        f"updates of {trained}, "
+        + ("clipped and noised" if contract.privacy.mode == "dp" else "AS TRAINED, without noise")
+        + (f"; {metrics}, noised and paid for" if metrics else "")
+        + "; the ε spent; nothing else"
+    )
+
+
+def _permission(policy: Policy, contract: Contract) -> list[Check]:
+    refusals = policy.refusals(contract)
+    if not refusals:
+        return [Check("permission", "ok", "the policy permits this contract")]
+    return [
+        Check("permission", "problem", str(refusal), "[permits] in site.toml, then sign it",
+              refusal.code)
+        for refusal in refusals
+    ]
+
+
+def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
+    entry = next((site for site in contract.sites if site.name == policy.name), None)
+    if entry is None:
+        return Check("roster", "problem", f"'{policy.name}' is not in it",
+                     "the operator adds the site to the contract", "E201")
+    if entry.public_key is None:
+        return Check("roster", "warning", "this site is in it, without a key",
+                     f"public_key = \"{keys.public}\"" if keys else "")
+    if keys is not None and entry.public_key != keys.public:
+        return Check("roster", "problem", f"the key {entry.public_key[:12]}… is not this site's",
+                     f"public_key = \"{keys.public}\"", "E201")
+    return Check("roster", "ok", f"{policy.name}, key {entry.public_key[:12]}…")
+
+
+def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
+    from silotune.common.model import check_weights
+
+    assert isinstance(contract.model, EncoderModel)
+    if policy.model.folder is None:
+        raise DataError(f"The contract needs the model '{contract.model.name}'; model.folder is "
+                        "not set.", code="E305")
+    check_weights(policy.model.folder, contract.model.sha256)
+    return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
+
+
+def _access(file: Path) -> tuple[None, str]:
+    if not file.is_file():
+        raise DataError(f"{file} is not there.")
+    mode = file.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise DataError(f"{file.name} is open to other users (mode {mode:o}).")
+    return None, f"mode {mode:o}: this user alone"
+
+
+def _data(file: Path) -> tuple[records.Table, str]:
+    found = records.table(file)
+    return found, f"{file.name}, {len(found.rows):,} rows"
+
+
+def _columns(found: records.Table, contract: Contract) -> tuple[None, str]:
+    records.parse(found, contract)
+    return None, f"{len(contract.columns)} and the label fit the schema"
+
+
+def _lineage(found: records.Table, policy: Policy, secret: bytes) -> tuple[Lineage, str]:
+    return lineage.of_table(found, policy.data.key, secret), ", ".join(policy.data.key)
+
+
+def _records(policy: Policy, found: Lineage) -> tuple[None, str]:
+    policy.check_records(found)
+    repeated = f", {found.repeated} of them repeated" if found.repeated else ""
+    return None, f"{found.rows:,}{repeated}"
+
+
+def _budget(ledger: Ledger, found: Lineage, limit: Limit, contract: Contract) -> Check:
+    if contract.privacy.mode == "none":
+        return Check("privacy budget", "warning", "the contract trains WITHOUT privacy: afterwards "
+                     "nothing is left of any budget for these records")
+    purse = Budget(ledger, found)
+    plan = accounting.plan(contract)
+    order = budget.order_of(plan, limit)
+    spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
+    text = (f"this plan {accounting.epsilon(plan, limit.delta):.2f} · spent before {spent:.2f} · "
+            f"together {together:.2f} (RDP, δ = {limit.delta:g}) · limit {limit.epsilon:.2f}")
+    try:
+        purse.check(plan, order, limit, "this plan")
+    except RefusalError as error:
+        return Check("privacy budget", "problem", text,
+                     _alternatives(purse, plan, order, limit, contract), error.code)
+    return Check("privacy budget", "ok", text)
+
+
+def _alternatives(
+    purse: Budget, plan: list[accounting.Mechanism], order: float, limit: Limit, contract: Contract
+) -> str:
+    """What would fit instead: fewer rounds at this noise, or more noise over these rounds."""
+    kept = purse.longest_that_fits(plan, order, limit)
+    rounds = sum(
+        mechanism.steps // phase.local_steps
+        for mechanism, phase in zip(kept, contract.phases, strict=False)
+    )
+    if not rounds:
+        return "nothing fits: this site cannot take part with these records"
+
+    def louder(factor: float) -> list[accounting.Mechanism]:
+        return [m._replace(noise_multiplier=m.noise_multiplier * factor) for m in plan]
+
+    low, high = 1.0, 2.0
+    while high < accounting.MOST_NOISE and (
+        purse.together(louder(high), order, limit.delta) > limit.epsilon
+    ):
+        low, high = high, high * 2
+    while high / low > 1.001:
+        middle = (low * high) ** 0.5
+        fits = purse.together(louder(middle), order, limit.delta) <= limit.epsilon
+        low, high = (low, middle) if fits else (middle, high)
+    smaller = accounting.epsilon(louder(high), contract.privacy.delta)
+    return (
+        f"would fit: {rounds} of {contract.rounds} rounds at this noise, or all of them with "
+        f"privacy.epsilon = {int(smaller * 100) / 100:.2f}"
+    )
+
+
+def _clock(ledger: Ledger) -> Check:
+    last = ledger.entries[-1].at
+    if time.time() < last:
+        return Check("clock", "warning", "it stands before the ledger's last entry; accounting "
+                     "does not use it", "set the machine's clock")
+    return Check("clock", "ok", "after the ledger's last entry")
+
+
+def _disk(site: Site) -> Check:
+    folder = site.state if site.state.is_dir() else site.folder
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_DISK or not os.access(folder, os.W_OK):
+        return Check("disk", "problem", f"{free >> 20} MB free for {folder}, or not writable",
+                     f"free at least {LEAST_DISK >> 20} MB")
+    return Check("disk", "ok", f"{free >> 30} GB free")

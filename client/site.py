@@ -1,0 +1,44 @@
+"""A site's folder: site.toml and what stands beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from silotune.client import policy as policies
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.policy import Policy
+
+
+@dataclass(frozen=True)
+class Site:
+    """keys/ and state/ are the worker's alone, relay/ is the relay's, run/ holds the socket."""
+
+    config: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.config.resolve().parent
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def relay(self) -> Path:
+        return self.folder / "relay"
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "run" / "worker.sock"
+
+    def open(self) -> tuple[Policy, Ledger, Keys]:
+        """The signed policy and the verified ledger. Raises SilotuneError if either is not."""
+        keys = Keys.load(self.keys)
+        ledger = Ledger.open(self.state, keys)
+        return policies.adopt(self.config, ledger, keys.owner), ledger, keys

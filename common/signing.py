@@ -1,0 +1,16 @@
+"""Ed25519 (RFC 8032) signatures, with keys and signatures in hexadecimal."""
+
+from __future__ import annotations
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+def verifies(public: str, signature: str, statement: bytes) -> bool:
+    """Whether `signature` (64 bytes) is that of `statement` by the key `public` (32 bytes)."""
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        key.verify(bytes.fromhex(signature), statement)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
