@@ -62,7 +62,9 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
         raise UsageError(
             f"'{name}' cannot be a site's name: use letters, digits, space, '.', '_' or '-'."
         ) from None
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        folder.chmod(0o711)  # the relay's user passes through to the socket, and lists nothing
     made = Site(folder / "site.toml")
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")

@@ -93,7 +93,8 @@ def _check_records(
     table: _Table, policy: Policy, contract: Contract | None, ledger: Ledger | None
 ) -> None:
     file = policy.data.file
-    table.attempt("data access", f"chmod 600 {file}", lambda: _access(file))
+    if file.is_file():
+        table.attempt("data access", f"chmod 600 {file}", lambda: _access(file))
     found = table.attempt("data", "data.file in site.toml", lambda: _data(file))
     if found is None:
         return
@@ -191,8 +192,6 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
 
 
 def _access(file: Path) -> tuple[None, str]:
-    if not file.is_file():
-        raise DataError(f"{file} is not there.")
     mode = file.stat().st_mode & 0o777
     if mode & 0o077:
         raise DataError(f"{file.name} is open to other users (mode {mode:o}).")

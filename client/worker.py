@@ -48,9 +48,9 @@ class Worker:
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         table = records.table(policy.data.file)  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
-        policy.check_records(self.lineage)
         self.model: Classifier = build(contract, policy.model.folder)
         self.data = dataset.load(table, contract, self.model)
+        policy.check_records(self.lineage)
         self.source_name = table.source
         self.budget = Budget(ledger, self.lineage)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):

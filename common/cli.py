@@ -20,6 +20,7 @@ NOUNS = {
     "contract": ("silotune.common.contract_cli", "show or validate a contract"),
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),
+    "privacy": ("silotune.client.privacy_cli", "see what is spent, plan a budget"),
     "site": ("silotune.client.cli", "run a site"),
 }
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
 from silotune.common.contract import Contract, parse
 from silotune.common.errors import SilotuneError
 from silotune.simulations import data
@@ -76,6 +79,23 @@ def write_rows() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make_worker() -> Callable[..., Worker]:
+    """make_worker(contract, path, name="north", model=None, seed=None): with a ledger in memory,
+    and a policy that permits the contract and its budget once."""
+
+    def make(
+        contract: Contract, path: Path, name: str = "north", model: Path | None = None,
+        seed: int | None = None, ledger: Ledger | None = None,
+    ) -> Worker:
+        policy = permitting(contract, name, path, model)
+        return Worker(
+            policy, contract, ledger or Ledger.in_memory(name), insecure_seed=seed
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

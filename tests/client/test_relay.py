@@ -70,8 +70,8 @@ def test_the_socket_carries_bytes_and_is_the_owners_alone(tmp_path: Path) -> Non
     code = """
     import sys
     from pathlib import Path
-    from silotune.client.wire import serve
-    serve(lambda wire: wire[::-1], Path(sys.argv[1]), lambda: print("ready", flush=True))
+    from silotune.client.wire import listen, serve
+    serve(lambda wire: wire[::-1], listen(Path(sys.argv[1])), lambda: print("ready", flush=True))
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(path)], stdout=subprocess.PIPE, text=True

@@ -10,19 +10,29 @@ import numpy as np
 import pytest
 
 from silotune.client import worker as workers
-from silotune.client.accounting import epsilon, epsilon_at
-from silotune.client.worker import SiteConfig, Worker
+from silotune.client.accounting import Mechanism, epsilon, epsilon_at
+from silotune.client.budget import mechanism_of
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
 from silotune.common import messages
 from silotune.common.contract import Contract
 from silotune.common.errors import CODES, DataError, RefusalError
 from silotune.common.messages import Describe, Description, Message, Refusal, Train, Update
 
 Rows = Callable[..., Path]
+MakeWorker = Callable[..., Worker]
+
+
+def history(worker: Worker) -> list[Mechanism]:
+    return [mechanism_of(charge) for charge in worker.ledger.charges.values()]
 
 
 @pytest.fixture
-def worker(table_contract: Contract, write_rows: Rows, tmp_path: Path) -> Worker:
-    return Worker(SiteConfig("north", write_rows(tmp_path / "rows.csv", 80), None), table_contract)
+def worker(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+) -> Worker:
+    return make_worker(table_contract, write_rows(tmp_path / "rows.csv", 80), "north")
 
 
 def ask(worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r",
@@ -58,24 +68,24 @@ def test_the_whole_plan_spends_exactly_its_budget(worker: Worker) -> None:
         spent.append(header.epsilon)
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(worker.contract.privacy.epsilon, rel=1e-4)
-    assert spent[-1] == pytest.approx(epsilon(worker.history, worker.contract.privacy.delta))
+    assert spent[-1] == pytest.approx(epsilon(history(worker), worker.contract.privacy.delta))
 
 
 def test_the_same_bytes_cost_nothing_again(worker: Worker) -> None:
     wire = train(worker)
     assert worker.handle(wire) == worker.handle(wire)
-    assert len(worker.history) == 1
+    assert len(history(worker)) == 1
 
 
 def test_a_round_asked_again_with_other_bytes_is_refused(worker: Worker) -> None:
     ask(worker)
     assert refused(ask(worker, head__bias=np.ones(2, np.float32))) == "E202"
-    assert len(worker.history) == 1
+    assert len(history(worker)) == 1
 
 
 def test_another_attempt_is_charged_and_has_fresh_noise(worker: Worker) -> None:
     first, second = ask(worker, 1, 1), ask(worker, 1, 2)
-    assert len(worker.history) == 2
+    assert len(history(worker)) == 2
     assert not np.array_equal(first.arrays["head.weight"], second.arrays["head.weight"])
 
 
@@ -84,7 +94,7 @@ def test_neither_attempts_nor_other_runs_get_past_the_budget(worker: Worker) -> 
     granted = [h for h in codes if isinstance(h, Update)]
     assert len(granted) == worker.contract.rounds
     assert {h.code for h in codes if isinstance(h, Refusal)} == {"E210"}
-    assert epsilon(worker.history, worker.contract.privacy.delta) <= (
+    assert epsilon(history(worker), worker.contract.privacy.delta) <= (
         worker.contract.privacy.epsilon * (1 + 1e-9)
     )
 
@@ -93,18 +103,18 @@ def test_it_is_charged_before_anything_is_computed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
-        assert len(worker.history) == 1
+        assert len(history(worker)) == 1
         raise MemoryError("the record 4711 broke it")
 
     monkeypatch.setattr(workers, "train_round", fails)
     assert refused(ask(worker)) == "E500"
-    assert len(worker.history) == 1
+    assert len(history(worker)) == 1
 
 
 @pytest.mark.parametrize("number", [4, 1_000_000])
 def test_a_round_outside_the_plan_is_refused(worker: Worker, number: int) -> None:
     assert refused(ask(worker, number)) == "E202"
-    assert not worker.history
+    assert not history(worker)
 
 
 def test_another_contract_is_refused(worker: Worker) -> None:
@@ -120,7 +130,7 @@ def test_another_contract_is_refused(worker: Worker) -> None:
 def test_a_server_adapter_that_does_not_fit_is_refused(worker: Worker, bias: np.ndarray) -> None:
     assert refused(ask(worker, head__bias=bias)) == "E502"
     assert refused(ask(worker, extra=np.zeros(1, np.float32))) == "E502"
-    assert not worker.history
+    assert not history(worker)
 
 
 def test_what_is_no_request_is_refused(worker: Worker) -> None:
@@ -149,7 +159,7 @@ def test_only_the_trained_tensors_leave(worker: Worker, monkeypatch: pytest.Monk
     original = workers.train_round
     monkeypatch.setattr(
         workers, "train_round",
-        lambda *a: {**original(*a), "records": np.ones((80, 2), np.float32)},
+        lambda *a: ({**original(*a)[0], "records": np.ones((80, 2), np.float32)}, {}),
     )
     assert refused(ask(worker)) == "E502"
 
@@ -157,13 +167,14 @@ def test_only_the_trained_tensors_leave(worker: Worker, monkeypatch: pytest.Monk
 def test_a_nan_update_does_not_leave(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     original = workers.train_round
     monkeypatch.setattr(
-        workers, "train_round", lambda *a: {k: v * np.nan for k, v in original(*a).items()}
+        workers, "train_round", lambda *a: ({k: v * np.nan for k, v in original(*a)[0].items()}, {})
     )
     assert refused(ask(worker)) == "E502"
 
 
 def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_worker: MakeWorker,
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
     monkeypatch.setattr(
@@ -177,14 +188,14 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     twice = tmp_path / "twice.csv"
     twice.write_text("\n".join([header, *rows, *rows]) + "\n")
     small, big = (
-        ask(Worker(SiteConfig("north", path, None), contract)).arrays["head.weight"]
+        ask(make_worker(contract, path, "north")).arrays["head.weight"]
         for path in (once, twice)
     )
     np.testing.assert_allclose(big, 2 * small, rtol=1e-5)
 
 
 def test_a_servers_huge_weights_do_not_tell_who_is_there(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     """Weights under which one kind of record overflows are refused whoever is there; the largest
     that are not refused bring an update, whoever is there."""
@@ -196,13 +207,13 @@ def test_a_servers_huge_weights_do_not_tell_who_is_there(
     for size, kind in ((2.3e38, Refusal), (1e6, Update)):
         weight[0, 1] = weight[0, 3] = size
         for path in (everybody, others):
-            worker = Worker(SiteConfig("north", path, None), table_contract)
+            worker = make_worker(table_contract, path, "north")
             assert isinstance(ask(worker, head__weight=weight).header, kind)
-            assert len(worker.history) == (kind is Update)
+            assert len(history(worker)) == (kind is Update)
 
 
 def test_an_adaptive_server_stays_within_a_fixed_order(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     """Rounds of two phases in any mixture: the filter's order bounds whatever was granted."""
     phase = {"trains": "head", "head_rate": 0.1}
@@ -215,60 +226,65 @@ def test_an_adaptive_server_stays_within_a_fixed_order(
     path = write_rows(tmp_path / "rows.csv", 20)
     rng = np.random.default_rng(0)
     for trial in range(8):
-        worker = Worker(SiteConfig("north", path, None), contract)
+        worker = make_worker(contract, path, "north")
         share = rng.random()
         for attempt in range(1, 60):
             ask(worker, 1 if rng.random() < share else 7, attempt, run=f"r{trial}")
         p = contract.privacy
-        assert epsilon_at(worker.order, worker.history, p.delta) <= p.epsilon * (1 + 1e-9)
-        assert len(worker.history) < 59
+        assert epsilon_at(worker.run_order, history(worker), p.delta) <= p.epsilon * (1 + 1e-9)
+        assert len(history(worker)) < 59
 
 
 def test_an_empty_sample_answers_with_noise(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-9, "head_rate": 0.5}]
     )
-    site = SiteConfig("north", write_rows(tmp_path / "rows.csv", 5), None)
-    update = ask(Worker(site, contract)).arrays
+    update = ask(make_worker(contract, write_rows(tmp_path / "rows.csv", 5))).arrays
     assert all((a != 0).all() for a in update.values())
 
 
 def test_without_dp_only_where_the_owner_allows_it(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     contract = table_contract.changed(privacy={"mode": "none"})
     path = write_rows(tmp_path / "rows.csv", 20)
+    allowing = permitting(contract, "north", path, None)
+    policy = allowing.model_copy(
+        update={"permits": allowing.permits.model_copy(update={"allow_without_dp": False})}
+    )
     with pytest.raises(RefusalError, match="allow_without_dp") as refusal:
-        Worker(SiteConfig("north", path, None), contract)
+        Worker(policy, contract, Ledger.in_memory("north"))
     assert refusal.value.code == "E203"
-    header = ask(Worker(SiteConfig("north", path, None, allow_without_dp=True), contract)).header
+    header = ask(make_worker(contract, path)).header
     assert isinstance(header, Update)
     assert header.epsilon is None
 
 
 def test_a_site_outside_the_roster_does_not_start(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     with pytest.raises(RefusalError, match="'east' is not in the contract's sites"):
-        Worker(SiteConfig("east", write_rows(tmp_path / "rows.csv", 5), None), table_contract)
+        make_worker(table_contract, write_rows(tmp_path / "rows.csv", 5), "east")
 
 
-def test_a_site_without_rows_does_not_start(table_contract: Contract, tmp_path: Path) -> None:
+def test_a_site_without_rows_does_not_start(
+    table_contract: Contract, tmp_path: Path, make_worker: MakeWorker
+) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("age,smoker,outcome\n")
     with pytest.raises(DataError, match="has no rows") as error:
-        Worker(SiteConfig("north", path, None), table_contract)
+        make_worker(table_contract, path, "north")
     assert error.value.code == "E304"
 
 
 def test_two_workers_with_one_seed_share_no_noise(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     path = write_rows(tmp_path / "rows.csv", 40)
     a, b = (
-        ask(Worker(SiteConfig(s, path, None, insecure_seed=3), table_contract)).arrays
+        ask(make_worker(table_contract, path, s, seed=3)).arrays
         for s in ("north", "south")
     )
     assert not np.isin(a["head.weight"], b["head.weight"]).any()

@@ -22,6 +22,7 @@ from silotune.common.messages import (
     Describe,
     Description,
     Message,
+    Receipt,
     Refusal,
     Train,
     Update,
@@ -33,7 +34,8 @@ FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None
 HASH = "0123456789abcdef" * 4
 UPDATE: dict[str, Any] = {
     "kind": "update", "contract": HASH, "site": "north", "run": "run-1", "round": 2, "attempt": 1,
-    "epsilon": 1.5,
+    "epsilon": 1.5, "metrics": {},
+    "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128},
 }
 REFUSAL: dict[str, Any] = {
     "kind": "refusal", "contract": HASH, "site": "north", "code": "E210", "incident": "ab" * 8,
@@ -79,12 +81,20 @@ sites = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}\Z")
 runs = st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,63}\Z")
 rounds = st.integers(1, 1_000_000)
 epsilons = st.none() | st.floats(0, 1e308)
+receipts = st.builds(
+    Receipt, sequence=st.integers(1, 1 << 62), head=hashes,
+    signature=st.text("0123456789abcdef", min_size=128, max_size=128),
+)
+metrics = st.dictionaries(
+    st.sampled_from(["loss", "accuracy"]), st.floats(allow_nan=False, allow_infinity=False)
+)
 headers = st.one_of(
     st.builds(Describe, contract=hashes),
-    st.builds(Train, contract=hashes, run=runs, round=rounds, attempt=rounds),
+    st.builds(Train, contract=hashes, run=runs, round=rounds, attempt=rounds,
+              receipt=st.none() | receipts),
     st.builds(Description, contract=hashes, site=sites),
     st.builds(Update, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
-              epsilon=epsilons),
+              epsilon=epsilons, metrics=metrics, receipt=receipts),
     st.builds(Refusal, contract=hashes, site=sites, code=st.sampled_from(sorted(CODES)),
               incident=st.text("0123456789abcdef", min_size=16, max_size=16)),
 )

@@ -50,7 +50,8 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
     """A site's reply to the open round; `changes` replaces header fields."""
     fields: dict[str, Any] = {
         "contract": run.contract.hash, "site": site, "run": run.run_id, "round": run.number,
-        "attempt": 1, "epsilon": 1.0,
+        "attempt": 1, "epsilon": 1.0, "metrics": {},
+        "receipt": {"sequence": run.number, "head": "0" * 64, "signature": "0" * 128},
     }
     body = filled(arrays) if isinstance(arrays, float) else arrays
     return messages.pack(Message(Update(**(fields | changes)), body))
@@ -58,7 +59,7 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
 
 def play(run: Run, **replies: Arrays | float) -> RoundFacts:
     """One round with these updates."""
-    run.request()
+    run.begin()
     for site, arrays in replies.items():
         run.accept(site, 10, update(run, site, arrays))
     return run.finish()
@@ -81,10 +82,10 @@ def test_requests_carry_the_adapter_and_nothing_else(start: Start) -> None:
     run = start()
     described = messages.unpack(run.describe())
     assert (described.header, described.arrays) == (Describe(contract=run.contract.hash), {})
-    asked = messages.unpack(run.request())
+    asked = messages.unpack(run.request("north"))
     assert asked.header == Train(contract=run.contract.hash, run="run-1", round=1)
     assert {n: a.shape for n, a in asked.arrays.items()} == SHAPES
-    assert run.request() == run.request()
+    assert run.request("north") == run.request("south")
 
 
 def test_identify(start: Start) -> None:
@@ -161,7 +162,7 @@ BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
     "attempt 2": (lambda run, site: update(run, site, attempt=2), "E503"),
     "another site": (lambda run, site: update(run, "south"), "E503"),
     "a stranger": (lambda run, site: update(run, "west"), "E503"),
-    "the request": (lambda run, site: run.request(), "E503"),
+    "the request": (lambda run, site: run.request("north"), "E503"),
     "a description": (
         lambda run, site: messages.pack(
             Message(Description(contract=run.contract.hash, site=site))), "E503"),
@@ -178,7 +179,7 @@ BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
 def test_a_bad_reply_does_not_count(start: Start, table_contract: Contract, case: str) -> None:
     make, code = BAD[case]
     run = start(table_contract.changed(quorum=1))
-    run.request()
+    run.begin()
     run.accept("north", 10, make(run, "north"))
     run.accept("south", 10, update(run, "south", 2.0))
     facts = run.finish()
@@ -194,7 +195,7 @@ def test_a_bad_reply_does_not_count(start: Start, table_contract: Contract, case
 def test_below_the_quorum_nothing_is_committed(start: Start, case: str) -> None:
     make, code = BAD[case]
     run = start()
-    run.request()
+    run.begin()
     run.accept("north", 10, make(run, "north"))
     run.accept("south", 10, update(run, "south"))
     with pytest.raises(RunError) as caught:
@@ -211,7 +212,7 @@ def test_below_the_quorum_nothing_is_committed(start: Start, case: str) -> None:
 
 def test_silence_is_no_reply(start: Start) -> None:
     run = start()
-    run.request()
+    run.begin()
     with pytest.raises(RunError, match=r"0 of 2 sites counted \(no reply\)"):
         run.finish()
 
@@ -220,7 +221,7 @@ def test_failing_in_the_last_round_releases_nothing(start: Start) -> None:
     run = start()
     for _ in range(2):
         play(run, north=1.0, south=1.0)
-    run.request()
+    run.begin()
     run.fail("south", "E402")
     run.accept("north", 10, update(run, "north"))
     with pytest.raises(RunError, match="round 3"):
@@ -232,7 +233,7 @@ def test_failing_in_the_last_round_releases_nothing(start: Start) -> None:
 
 def test_an_answer_counts_once(start: Start, table_contract: Contract) -> None:
     run = start(table_contract.changed(quorum=1))
-    run.request()
+    run.begin()
     run.accept("north", 10, update(run, "north", 1.0))
     run.accept("north", 10, update(run, "north", 5.0))
     facts = run.finish()
@@ -243,7 +244,7 @@ def test_an_answer_counts_once(start: Start, table_contract: Contract) -> None:
 
 def test_answering_twice_is_no_quorum(start: Start) -> None:
     run = start()
-    run.request()
+    run.begin()
     for _ in range(2):
         run.accept("north", 10, update(run, "north"))
     with pytest.raises(RunError, match="1 of 2"):
@@ -252,12 +253,12 @@ def test_answering_twice_is_no_quorum(start: Start) -> None:
 
 def test_yesterdays_update_is_not_todays(start: Start) -> None:
     run = start()
-    run.request()
+    run.begin()
     old = update(run, "north")
     run.accept("north", 10, old)
     run.accept("south", 10, update(run, "south"))
     run.finish()
-    run.request()
+    run.begin()
     run.accept("north", 10, old)
     run.accept("south", 10, update(run, "south"))
     with pytest.raises(RunError, match="north: E503"):
@@ -267,7 +268,7 @@ def test_yesterdays_update_is_not_todays(start: Start) -> None:
 def test_a_site_outside_the_roster_does_not_count(start: Start) -> None:
     """Its own name is right and its bytes are in order: it is still nobody's site."""
     run = start()
-    run.request()
+    run.begin()
     run.accept("west", 10, update(run, "west"))
     run.accept("north", 10, update(run, "north"))
     with pytest.raises(RunError) as caught:
@@ -278,7 +279,7 @@ def test_a_site_outside_the_roster_does_not_count(start: Start) -> None:
 
 def test_a_site_counts_or_failed_but_not_both(start: Start) -> None:
     run = start()
-    run.request()
+    run.begin()
     run.accept("north", 10, b"")
     run.accept("north", 10, update(run, "north"))
     run.accept("south", 10, update(run, "south"))
@@ -310,7 +311,7 @@ def test_updates_that_overflow_together_are_not_committed(
 def test_a_reported_epsilon_is_one_the_contract_allows(start: Start, epsilon: float | None) -> None:
     """In a private run every site states what it spent, and never more than the contract's 8."""
     run = start()
-    run.request()
+    run.begin()
     run.accept("north", 10, update(run, "north", epsilon=epsilon))
     run.accept("south", 10, update(run, "south", epsilon=8.0))
     with pytest.raises(RunError, match="north: E50"):
@@ -405,13 +406,13 @@ def test_each_phase_trains_its_own_tensors(start: Start) -> None:
 
     head = ("head.bias", "head.weight")
     for trains in (head, (*head, "q.lora_B")):
-        run.request()
+        run.begin()
         for wrong in (head[:1], shapes, (*head, "q.lora_A"), (*head, "q.lora_B")):
             if set(wrong) != set(trains):
                 run.accept(site, 10, update(run, site, change(*wrong)))
         with pytest.raises(RunError, match="E502"):
             run.finish()
-        run.request()
+        run.begin()
         run.accept(site, 10, update(run, site, change(*trains)))
         run.finish()
         changed = {n for n in shapes if run.adapter[n].tobytes() != first[n].tobytes()}
@@ -444,7 +445,8 @@ def test_metrics_are_taken_when_due(start: Start, table_contract: Contract) -> N
 
 def test_facts_of_a_round(start: Start, table_contract: Contract) -> None:
     run = start(table_contract.changed(quorum=1))
-    asked = run.request()
+    run.begin()
+    asked = run.request("north")
     reply = update(run, "north")
     run.accept("north", len(asked), reply)
     run.accept("south", len(asked), b"???")
@@ -461,7 +463,7 @@ def test_facts_of_a_round(start: Start, table_contract: Contract) -> None:
 def test_events_tell_the_whole_run(start: Start) -> None:
     run = start()
     play(run, north=1.0, south=1.0)
-    run.request()
+    run.begin()
     run.accept("north", 10, refusal(run, "north"))
     with pytest.raises(RunError):
         run.finish()

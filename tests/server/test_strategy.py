@@ -112,7 +112,9 @@ def site(name: str, value: float = 1.0, **changes: Any) -> Node:
         if not isinstance(request.header, Train):
             return messages.pack(messages.Message(Description(**fields)))
         fields |= {"run": request.header.run, "round": request.header.round, "attempt": 1,
-                   "epsilon": 1.0}
+                   "epsilon": 1.0, "metrics": {},
+                   "receipt": {"sequence": request.header.round, "head": "0" * 64,
+                               "signature": "0" * 128}}
         arrays = {n: np.full(a.shape, value, np.float32) for n, a in request.arrays.items()}
         return messages.pack(messages.Message(Update(**(fields | changes)), arrays))
 
@@ -178,8 +180,8 @@ def test_bytes_pass_unchanged_both_ways(start: Begin, monkeypatch: pytest.Monkey
     strategy = start()
     request, accept = strategy.run.request, strategy.run.accept
 
-    def spy_request() -> bytes:
-        asked.append(request())
+    def spy_request(name: str) -> bytes:
+        asked.append(request(name))
         return asked[-1]
 
     def spy_accept(name: str, size: int, wire: bytes) -> None:
@@ -189,7 +191,7 @@ def test_bytes_pass_unchanged_both_ways(start: Begin, monkeypatch: pytest.Monkey
     monkeypatch.setattr(strategy.run, "request", spy_request)
     monkeypatch.setattr(strategy.run, "accept", spy_accept)
     run_on(strategy, grid)
-    assert [wire for _, wire in grid.received[2:]] == [wire for wire in asked for _ in range(2)]
+    assert [wire for _, wire in grid.received[2:]] == asked
     assert [(name, wire) for name, _, wire in taken] == sent
     assert {size for _, size, _ in taken} == {len(wire) for wire in asked}
 

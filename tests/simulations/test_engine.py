@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from flwr.app import Context
 
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
-from silotune.client.worker import SiteConfig, Worker
+from silotune.client.worker import Worker
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.model import build
@@ -32,9 +34,8 @@ def new_run(contract: Contract, folder: Path) -> Run:
 def new_workers(contract: Contract, write_rows: Rows, folder: Path) -> list[Worker]:
     return [
         Worker(
-            SiteConfig(s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None,
-                       insecure_seed=5),
-            contract,
+            permitting(contract, s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None),
+            contract, Ledger.in_memory(s.name), insecure_seed=5,
         )
         for i, s in enumerate(contract.sites)
     ]
@@ -50,9 +51,10 @@ def test_flower_gives_what_direct_calls_give(
     direct = new_run(table_contract, tmp_path / "direct")
     workers = new_workers(table_contract, write_rows, tmp_path)
     while not direct.done:
-        wire = direct.request()
+        direct.begin()
         for worker in workers:
-            direct.accept(worker.site.name, len(wire), worker.handle(wire))
+            wire = direct.request(worker.policy.name)
+            direct.accept(worker.policy.name, len(wire), worker.handle(wire))
         direct.finish()
 
     carried: list[int] = []
@@ -78,7 +80,7 @@ def test_a_site_that_fails_is_named_and_the_quorum_decides(
 
         def ask(context: Context, wire: bytes) -> bytes:
             worker = workers[node_of(context)]
-            if worker.site.name == "south" and worker.history:
+            if worker.policy.name == "south" and worker.ledger.charges:
                 raise ConnectionError("the worker of south is gone")
             return worker.handle(wire)
 

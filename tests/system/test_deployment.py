@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client.worker import SiteConfig, Worker
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
 from silotune.common.contract import Contract
 from silotune.common.model import build
 from silotune.server.fab import write_app
@@ -34,14 +36,17 @@ SEED = 7
 WORKER = f"""
 import sys, torch
 from pathlib import Path
-from silotune.client.wire import serve
-from silotune.client.worker import SiteConfig, Worker
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.wire import listen, serve
+from silotune.client.worker import Worker
 from silotune.common.contract import load
 torch.set_num_threads(1)
-contract, name, data, model, path = sys.argv[1:]
-site = SiteConfig(name, Path(data), Path(model), allow_without_dp=True, insecure_seed={SEED})
-worker = Worker(site, load(Path(contract)))
-serve(worker.handle, Path(path), lambda: print("ready", flush=True))
+file, name, data, model, path = sys.argv[1:]
+contract = load(Path(file))
+policy = permitting(contract, name, Path(data), Path(model))
+worker = Worker(policy, contract, Ledger.in_memory(name), insecure_seed={SEED})
+serve(worker.handle, listen(Path(path)))
 """
 
 
@@ -112,7 +117,8 @@ def make_certificate(folder: Path) -> None:
 def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: Path) -> Run:
     workers = [
         Worker(
-            SiteConfig(s, files[s], model, allow_without_dp=True, insecure_seed=SEED), contract
+            permitting(contract, s, files[s], model), contract, Ledger.in_memory(s),
+            insecure_seed=SEED,
         )
         for s in SITES
     ]
@@ -121,9 +127,10 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
         build(contract, model).initial_arrays(),
     )
     while not run.done:
-        wire = run.request()
+        run.begin()
         for worker in workers:
-            run.accept(worker.site.name, len(wire), worker.handle(wire))
+            wire = run.request(worker.policy.name)
+            run.accept(worker.policy.name, len(wire), worker.handle(wire))
         run.finish()
     return run
 

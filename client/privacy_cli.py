@@ -1,0 +1,218 @@
+"""`silotune privacy`: what has been spent, what a plan would cost, and whether the ledger holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from silotune.client.cli import CONFIG, JSON
+from silotune.common.cli import emit
+from silotune.common.errors import UsageError
+
+
+@click.group()
+def privacy() -> None:
+    """Look at the privacy ledger, or plan a budget."""
+
+
+@privacy.command()
+@CONFIG
+@JSON
+def spent(config: Path, as_json: bool) -> None:
+    """What the site's records have spent, for each file that was ever charged.
+
+    \b
+    $ silotune privacy spent
+    hospital-a · limit ε 8.00 per record for ever, δ = 0.0001, add or remove one
+    Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  left
+    notes.csv  2026-11-22  6,000     1      18           4.90     4.41  3.10
+    """
+    from silotune.client.budget import Budget
+    from silotune.client.site import Site
+
+    policy, ledger, _ = Site(config).open()
+    limit = policy.limit
+    rows: list[dict[str, Any]] = []
+    for entry in ledger.lineages().values():
+        purse = Budget(ledger, ledger.lineage(entry))
+        charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
+        epsilon = purse.spent(limit.delta)
+        rows.append({
+            "records": entry.source, "lineage": entry.lineage, "first_used": entry.at,
+            "rows": entry.rows, "runs": len({(c.contract, c.run) for c in charges}),
+            "rounds": len(charges),
+            "not_released": sum(c.sequence not in ledger.releases for c in charges),
+            "epsilon_rdp": _finite(epsilon), "epsilon_prv": _finite(purse.tight(limit.delta)),
+            "left": _finite(max(0.0, limit.epsilon - epsilon)),
+        })
+    facts = {
+        "site": policy.name, "unit": "record", "adjacency": "add or remove one",
+        "limit": limit.epsilon, "delta": limit.delta, "lineages": rows,
+    }
+    head = (f"{policy.name} · limit ε {limit.epsilon:.2f} per record for ever, δ = {limit.delta:g},"
+            " add or remove one")
+    if not rows:
+        emit(facts, as_json, f"{head}\nNothing was ever charged.")
+        return
+    titles = ("Records", "first used", "rows", "runs", "rounds", "ε spent (RDP)", "ε (PRV)", "left")
+    cells: list[tuple[str, ...]] = [
+        (r["records"], _day(r["first_used"]), f"{r['rows']:,}", str(r["runs"]), str(r["rounds"]),
+         _two(r["epsilon_rdp"]), _two(r["epsilon_prv"]), _two(r["left"]))
+        for r in rows
+    ]
+    notes = ["A file's ε is that of the record in it that has spent most, over every file."]
+    lost = sum(r["not_released"] for r in rows)
+    if lost:
+        notes.append(f"{lost} charged rounds never left (a crash or a failure); they count.")
+    emit(facts, as_json, "\n".join([head, *_table(titles, cells), *notes]))
+
+
+@privacy.command()
+@click.option("--contract", type=click.Path(path_type=Path), help="Plan of this contract.")
+@click.option("--epsilon", type=float, help="Target: prints the noise it needs.")
+@click.option("--noise-multiplier", type=float, help="Noise: prints the epsilon it costs.")
+@click.option("--delta", type=float, default=1e-4, show_default=True)
+@click.option("--sampling-rate", type=float, default=1.0, show_default=True)
+@click.option("--steps", type=int, default=1, show_default=True)
+@JSON
+def plan(
+    contract: Path | None, epsilon: float | None, noise_multiplier: float | None, delta: float,
+    sampling_rate: float, steps: int, as_json: bool,
+) -> None:
+    """The noise a target epsilon needs, or the epsilon that a noise costs.
+
+    \b
+    $ silotune privacy plan --epsilon 8 --delta 1e-4 --sampling-rate 0.25 --steps 30
+    30 steps, sampling rate 0.25, noise multiplier 1.0377
+      ε 8.00 (RDP) · 7.41 (PRV) at δ = 0.0001 per record, add or remove one
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from silotune.client import accounting
+    from silotune.client.accounting import Mechanism
+    from silotune.common import contract as contracts
+    from silotune.common import fields
+
+    for name, value, kind in (
+        ("--epsilon", epsilon, fields.Epsilon), ("--delta", delta, fields.Delta),
+        ("--noise-multiplier", noise_multiplier, fields.Positive),
+        ("--sampling-rate", sampling_rate, fields.Rate), ("--steps", steps, fields.Count),
+    ):
+        try:
+            if value is not None:
+                TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            what = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise UsageError(f"{name} {what}, got {value}.") from None
+    if contract is not None:
+        found = contracts.load(contract)
+        if found.privacy.mode == "none":
+            raise UsageError(f"{contract} trains without differential privacy: ε is infinite.")
+        delta, mechanisms = found.privacy.delta, accounting.plan(found)
+    elif (epsilon is None) == (noise_multiplier is None):
+        raise UsageError("Give --contract, or one of --epsilon and --noise-multiplier.")
+    else:
+        sigma = noise_multiplier or accounting.noise_for(
+            epsilon or 0.0, delta, sampling_rate, steps
+        )
+        mechanisms = [Mechanism(sigma, sampling_rate, steps)]
+    rdp, prv = accounting.epsilon(mechanisms, delta), accounting.tight_epsilon(mechanisms, delta)
+    facts = {
+        "unit": "record", "adjacency": "add or remove one", "delta": delta, "epsilon_rdp": rdp,
+        "epsilon_prv": prv, "mechanisms": [m._asdict() for m in mechanisms],
+    }
+    emit(facts, as_json, "\n".join([
+        *(f"{m.steps} steps, sampling rate {m.sampling_rate:g}, noise multiplier "
+          f"{m.noise_multiplier:.4f}" for m in mechanisms),
+        f"  ε {rdp:.2f} (RDP) · {prv:.2f} (PRV) at δ = {delta:g} per record, add or remove one",
+    ]))
+
+
+@privacy.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@CONFIG
+@click.option("--public-key", help="The site's key, as the auditor knows it (with FILE).")
+@JSON
+def verify(file: Path | None, config: Path, public_key: str | None, as_json: bool) -> None:
+    """Walk the chain: of the site's ledger, or offline of an export in FILE.
+
+    \b
+    $ silotune privacy verify
+    ✓ 124 entries: chain, MACs, head and fingerprints hold · 60 charges, 59 released
+    """
+    from silotune.client.entries import Charged, Released, verify_export
+    from silotune.client.keys import Keys
+    from silotune.client.ledger import Ledger
+    from silotune.client.site import Site
+    from silotune.common import fields
+
+    if file is not None:
+        lines = fields.read_text(file, "Export").splitlines()
+        entries = verify_export(lines, public_key)
+        what = "chain and signed receipt hold"
+        if public_key is None:
+            what += " by the key the file names; compare it: --public-key"
+    else:
+        site = Site(config)
+        entries = Ledger.open(site.state, Keys.load(site.keys)).entries
+        what = "chain, MACs, head and fingerprints hold"
+    charges = sum(isinstance(entry, Charged) for entry in entries)
+    released = sum(isinstance(entry, Released) for entry in entries)
+    emit(
+        {"valid": True, "entries": len(entries), "charges": charges, "released": released},
+        as_json,
+        f"✓ {len(entries)} entries: {what} · {charges} charges, {released} released",
+    )
+
+
+@privacy.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@CONFIG
+def export(file: Path, config: Path) -> None:
+    """Write the ledger's entries for an auditor. It holds no record and no fingerprint.
+
+    \b
+    $ silotune privacy export ledger.jsonl
+    ✓ 124 entries in ledger.jsonl
+    next:   silotune privacy verify ledger.jsonl --public-key 5c0e…
+    """
+    from silotune.client.keys import Keys, write_durably
+    from silotune.client.ledger import Ledger
+    from silotune.client.site import Site
+
+    site = Site(config)
+    keys = Keys.load(site.keys)
+    lines = list(Ledger.open(site.state, keys).export())
+    write_durably(file, ("\n".join(lines) + "\n").encode())
+    click.echo(f"✓ {len(lines) - 2} entries in {file}")
+    click.echo(f"next:   silotune privacy verify {file} --public-key {keys.public}")
+
+
+def _finite(value: float) -> float | None:
+    """None for infinity, which JSON does not have."""
+    return None if math.isinf(value) else value
+
+
+def _two(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.2f}"
+
+
+def _day(at: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(at, UTC).date().isoformat()
+
+
+def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Text lines; the first two columns to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [titles, *rows]
+    ]
