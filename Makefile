@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check install clean FORCE
+.PHONY: demo test check bench-ledger install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -18,13 +18,16 @@ check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_house.py
 
+bench-ledger: $(INSTALLED)  ## what a charge costs; writes simulations/benchmarks/results/ledger.json
+	$(BIN)/python -m silotune.simulations.benchmarks.ledger
+
 install: $(INSTALLED)  ## .venv with the pinned versions
 
 # The editable install links the files it finds, so a new file needs a new install.
 .venv/files: FORCE
 	@mkdir -p .venv
 	@find common client server simulations -name '*.py' -o -name '*.toml' -o -name '*.md' \
-	    -o -name '*.j2' | sort > $@.new
+	    -o -name '*.j2' -o -path '*/deploy/*' | sort > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(INSTALLED): pyproject.toml constraints.txt .venv/files

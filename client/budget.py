@@ -56,32 +56,35 @@ class Budget:
 
     def __init__(self, ledger: Ledger, lineage: Lineage) -> None:
         self.ledger, self.lineage = ledger, lineage
-        self._overlap: dict[str, np.ndarray] = {}
+        self._charged: list[str] = []
+        self._groups: list[frozenset[str]] = [frozenset()]
 
     def pasts(self) -> list[Past]:
         """One for each group of records with equal charges; an empty one for records without."""
         charges = list(self.ledger.charges.values())
-        groups = self._groups(dict.fromkeys(charge.lineage for charge in charges))
-        pasts = [Past() for _ in groups]
+        charged = list(dict.fromkeys(charge.lineage for charge in charges))
+        if charged != self._charged:
+            self._charged, self._groups = charged, self._grouped(charged)
+        pasts = [Past() for _ in self._groups]
         for charge in charges:
-            for group, past in zip(groups, pasts, strict=True):
+            for group, past in zip(self._groups, pasts, strict=True):
                 if charge.lineage in group:
                     past.order = past.order or charge.order
                     past.history.append(mechanism_of(charge))
         return pasts
 
-    def _groups(self, charged: dict[str, None]) -> list[frozenset[str]]:
+    def _grouped(self, charged: list[str]) -> list[frozenset[str]]:
         """The sets of charged lineages that some record here is in."""
-        known = self.ledger.lineages()
-        for name in charged:
-            if name not in self._overlap:
-                found = shared(self.lineage, self.ledger.lineage(known[name]))
-                self._overlap[name] = found
-        names = [name for name in charged if self._overlap[name].any()]
-        if not names:
+        if not len(self.lineage.fingerprints):
             return [frozenset()]
-        patterns = np.unique(np.stack([self._overlap[n] for n in names], axis=1), axis=0)
-        return [frozenset(n for n, on in zip(names, row, strict=True) if on) for row in patterns]
+        known = self.ledger.lineages()
+        groups = [frozenset[str]()]
+        number = np.zeros(len(self.lineage.fingerprints), dtype=np.int64)  # of each record's group
+        for name in charged:
+            overlap = shared(self.lineage, self.ledger.lineage(known[name]))
+            found, number = np.unique(2 * number + overlap, return_inverse=True)
+            groups = [groups[n // 2] | ({name} if n % 2 else frozenset()) for n in found]
+        return groups
 
     def spent(self, delta: float) -> float:
         """Epsilon of the record that has spent most, at its own order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import resource
 import socket as sockets
 import sys
 from dataclasses import asdict, replace
@@ -192,6 +193,7 @@ def worker(
     from silotune.client.site import Site
 
     os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     if (socket is None) == (fd is None):
         raise UsageError("Give one of --socket and --fd.")
     _stop_unless(_preflight(config, contract))

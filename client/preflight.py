@@ -85,7 +85,7 @@ def check(site: Site, contract_file: Path) -> list[Check]:
     if policy:
         _check_records(table, policy, contract, ledger)
     if contract:
-        table.rows.append(Check("leaves the site", "ok", leaves(contract)))
+        table.rows.append(Check("leaves the site", "ok", contract.leaves))
     return table.rows
 
 
@@ -141,18 +141,6 @@ def _signature(site: Site, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
     policy = policies.adopt(site.config, ledger, keys.owner)
     assert ledger.policy is not None
     return policy, f"the owner's, number {ledger.policy.serial}"
-
-
-def leaves(contract: Contract) -> str:
-    """What leaves a site under a contract, in words."""
-    trained = " and ".join(dict.fromkeys(p.trains for p in contract.phases))
-    metrics = ", ".join(released.metric for released in contract.releases)
-    return (
-        f"updates of {trained}, "
-        + ("clipped and noised" if contract.privacy.mode == "dp" else "AS TRAINED, without noise")
-        + (f"; {metrics}, noised and paid for" if metrics else "")
-        + "; the ε spent; nothing else"
-    )
 
 
 def _permission(policy: Policy, contract: Contract) -> list[Check]:

@@ -218,6 +218,19 @@ class Contract(Frozen):
         return tuple(column.name for column in self.input.columns)
 
     @property
+    def leaves(self) -> str:
+        """What leaves a site under this contract, in words."""
+        trained = " and ".join(dict.fromkeys(phase.trains for phase in self.phases))
+        if self.privacy.mode == "none":
+            return f"updates of {trained}, AS TRAINED: they can give records away"
+        metrics = ", ".join(released.metric for released in self.releases)
+        return (
+            f"updates of {trained}, clipped and noised; "
+            + (f"{metrics}, bounded, noised and paid for; " if metrics else "")
+            + "the ε spent; a receipt of the ledger; nothing else"
+        )
+
+    @property
     def released_share(self) -> float:
         """The part of each step's privacy budget that goes into released metrics."""
         return sum(released.share for released in self.releases)

@@ -39,13 +39,7 @@ def show(file: Path, as_json: bool) -> None:
         f"  rounds   {found.rounds}; quorum {found.quorum} of {len(found.sites)}",
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  labels   {', '.join(found.label_names)}",
-        "  leaves a site: updates of "
-        + ", ".join(dict.fromkeys(p.trains for p in found.phases))
-        + (
-            ", clipped and noised; the ε spent; nothing else"
-            if p.mode == "dp"
-            else ", AS TRAINED: they can give records away"
-        ),
+        f"  leaves a site: {found.leaves}",
     ]
     data = json.loads(found.model_dump_json()) | {"sha256": found.hash}
     emit(data, as_json, "\n".join(text))
