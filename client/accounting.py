@@ -82,6 +82,18 @@ def filling_order(plan: Sequence[Mechanism], epsilon: float, delta: float) -> fl
     return float(max(ALPHAS, key=repeats))
 
 
+def room(order: float, history: Sequence[Mechanism], epsilon_: float, delta: float) -> float:
+    """Epsilon of the largest further plan that fits with `history` within (epsilon_, delta).
+
+    Taken for a Gaussian mechanism without sampling, whose RDP at order a is a rho; sampled plans of
+    the same epsilon cost about as much at the orders that matter here.
+    """
+    if any(m.noise_multiplier <= 0 for m in history):
+        return 0.0
+    rho = (epsilon_ - _floor(order, delta) - _rdp_at(order, history)) / order
+    return epsilon([Mechanism(math.sqrt(0.5 / rho), 1.0, 1)], delta) if rho > 1e-9 else 0.0
+
+
 def tight_epsilon(history: Sequence[Mechanism], delta: float) -> float:
     """Epsilon by numerical composition of privacy loss variables (Gopi, Lee, Wutschitz 2021,
     arXiv 2106.02848; Opacus' PRV accountant, its upper bound): for reports, never for stopping.

@@ -90,6 +90,15 @@ class Budget:
         """Epsilon of the record that has spent most, at its own order."""
         return max(past.epsilon(delta) for past in self.pasts())
 
+    def room(self, limit: Limit) -> float:
+        """About the epsilon of the largest further plan that fits: more than limit - spent, as
+        epsilons add up to more than they compose to."""
+        return min(
+            accounting.room(past.order, past.history, limit.epsilon, limit.delta)
+            if past.order else limit.epsilon
+            for past in self.pasts()
+        )
+
     def tight(self, delta: float) -> float:
         """The same by PRV composition, for reports."""
         return max(accounting.tight_epsilon(past.history, delta) for past in self.pasts())

@@ -27,8 +27,8 @@ def spent(config: Path, as_json: bool) -> None:
     \b
     $ silotune privacy spent
     hospital-a · limit ε 8.00 per record for ever, δ = 0.0001, add or remove one
-    Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  left
-    notes.csv  2026-11-22  6,000     1      18           4.90     4.41  3.10
+    Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  room for a plan of
+    notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
     """
     from silotune.client.budget import Budget
     from silotune.client.site import Site
@@ -46,7 +46,7 @@ def spent(config: Path, as_json: bool) -> None:
             "rounds": len(charges),
             "not_released": sum(c.sequence not in ledger.releases for c in charges),
             "epsilon_rdp": _finite(epsilon), "epsilon_prv": _finite(purse.tight(limit.delta)),
-            "left": _finite(max(0.0, limit.epsilon - epsilon)),
+            "room": purse.room(limit),
         })
     facts = {
         "site": policy.name, "unit": "record", "adjacency": "add or remove one",
@@ -57,13 +57,17 @@ def spent(config: Path, as_json: bool) -> None:
     if not rows:
         emit(facts, as_json, f"{head}\nNothing was ever charged.")
         return
-    titles = ("Records", "first used", "rows", "runs", "rounds", "ε spent (RDP)", "ε (PRV)", "left")
+    titles = ("Records", "first used", "rows", "runs", "rounds", "ε spent (RDP)", "ε (PRV)",
+              "room for a plan of")
     cells: list[tuple[str, ...]] = [
         (r["records"], _day(r["first_used"]), f"{r['rows']:,}", str(r["runs"]), str(r["rounds"]),
-         _two(r["epsilon_rdp"]), _two(r["epsilon_prv"]), _two(r["left"]))
+         _two(r["epsilon_rdp"]), _two(r["epsilon_prv"]), _two(r["room"]))
         for r in rows
     ]
-    notes = ["A file's ε is that of the record in it that has spent most, over every file."]
+    notes = [
+        "A file's ε is that of the record in it that has spent most, over every file; RDP at the "
+        "order fixed before the first charge is what the limit counts, PRV is tighter."
+    ]
     lost = sum(r["not_released"] for r in rows)
     if lost:
         notes.append(f"{lost} charged rounds never left (a crash or a failure); they count.")
@@ -172,7 +176,8 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
 @click.argument("file", type=click.Path(path_type=Path))
 @CONFIG
 def export(file: Path, config: Path) -> None:
-    """Write the ledger's entries for an auditor. It holds no record and no fingerprint.
+    """Write the ledger's entries for an auditor: names of files and numbers of rows, but no record
+    and no fingerprint.
 
     \b
     $ silotune privacy export ledger.jsonl

@@ -35,9 +35,10 @@ def description(contract: Contract, site: str) -> bytes:
 
 def refusal(contract: Contract, site: str, error: Exception) -> bytes:
     """A code and an incident id; what happened stands in the site's own log under that id."""
-    code = error.code if isinstance(error, SilotuneError) and error.code in CODES else "E500"
+    known = isinstance(error, SilotuneError) and error.code in CODES
+    code = error.code if isinstance(error, SilotuneError) and known else "E500"
     incident = secrets.token_hex(8)
-    log.error("incident %s (%s)", incident, code, exc_info=error)
+    log.error("incident %s (%s): %s", incident, code, error, exc_info=None if known else error)
     header = Refusal(contract=contract.hash, site=site, code=code, incident=incident)
     return _pack(Message(header), {})
 

@@ -1,0 +1,244 @@
+"""`silotune site` and `silotune privacy`, from an empty folder to a verified ledger."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from silotune.client.site import Site
+from silotune.client.worker import Worker
+from silotune.common import messages
+from silotune.common.cli import silotune
+from silotune.common.contract import Contract
+from silotune.common.errors import SilotuneError
+from silotune.common.messages import Message, Train, Update
+
+Rows = Callable[..., Path]
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str | Path, code: int = 0) -> Result:
+        result = CliRunner().invoke(silotune, [str(word) for word in words])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result
+
+    return call
+
+
+@pytest.fixture
+def site(run: Run, table_contract: Contract, write_rows: Rows, tmp_path: Path) -> Site:
+    """A site in folder `north` that is ready for contract.json."""
+    (tmp_path / "contract.json").write_text(table_contract.model_dump_json())
+    run("site", "init", "--name", "north", "--folder", "north", "--data", "rows.csv")
+    write_rows(tmp_path / "north" / "rows.csv", 120).chmod(0o600)
+    found = Site(tmp_path / "north" / "site.toml")
+    edit(found, "contracts = []", f'contracts = ["{table_contract.hash}"]')
+    edit(found, 'repeated = "refuse"', 'repeated = "keep"')
+    run("site", "sign", "--config", found.config)
+    return found
+
+
+def edit(site: Site, old: str, new: str) -> None:
+    text = site.config.read_text()
+    assert old in text
+    site.config.write_text(text.replace(old, new))
+
+
+def checks(run: Run, site: Site, code: int = 0) -> dict[str, dict[str, Any]]:
+    result = run("site", "check", "contract.json", "--config", site.config, "--json", code=code)
+    return {row["name"]: row for row in json.loads(result.output)["checks"]}
+
+
+def train(site: Site, contract: Contract, rounds: int) -> None:
+    policy, ledger, _ = site.open()
+    worker = Worker(policy, contract, ledger)
+    for number in range(1, rounds + 1):
+        header = Train(contract=contract.hash, run="r", round=number)
+        wire = worker.handle(messages.pack(Message(header, worker.model.initial_arrays())))
+        assert isinstance(messages.unpack(wire).header, Update)
+
+
+def test_what_init_makes_is_its_users_alone(site: Site) -> None:
+    for path in (site.keys, site.state, site.relay, site.state / "replies"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        for file in path.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
+    assert stat.S_IMODE(site.folder.stat().st_mode) == 0o711
+
+
+def test_init_does_not_touch_a_site_that_is_there(run: Run, site: Site) -> None:
+    before = site.config.read_text()
+    run("site", "init", "--name", "north", "--folder", "north", code=1)
+    site.config.unlink()
+    result = run("site", "init", "--name", "north", "--folder", "north", code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert result.exception.code == "E214"
+    assert "hospital" not in before
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a\nb", "x" * 65, '"'])
+def test_init_refuses_a_bad_name(run: Run, name: str) -> None:
+    result = run("site", "init", "--name", name, code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert result.exception.exit_code == 2
+
+
+def test_a_file_name_with_quotes_stays_one(run: Run, tmp_path: Path) -> None:
+    run("site", "init", "--name", "x", "--folder", "x", "--data", 'a"b\\c.csv')
+    from silotune.client import policy
+
+    assert policy.load(tmp_path / "x" / "site.toml").data.file == tmp_path / "x" / 'a"b\\c.csv'
+
+
+def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: Site) -> None:
+    result = run("site", "check", "contract.json", "--config", site.config)
+    assert "Ready: 0 problems" in result.output
+    assert "next:" in result.output
+    assert {row["state"] for row in checks(run, site).values()} <= {"ok", "warning"}
+    assert not site.open()[1].charges
+
+
+BROKEN: dict[str, tuple[Callable[[Site], object], str, str]] = {
+    "an unsigned change": (lambda s: edit(s, "epsilon = 8.0", "epsilon = 9.0"), "signature",
+                           "E213"),
+    "a contract not permitted": (lambda s: edit(s, "contracts = [", "models = [] #"), "permission",
+                                 "E201"),
+    "a loose clip norm": (lambda s: edit(s, "max_clip_norm = 1.0", "max_clip_norm = 0.5"),
+                          "permission", "E205"),
+    "data open to others": (lambda s: (s.folder / "rows.csv").chmod(0o644), "data access", "E301"),
+    "no data": (lambda s: (s.folder / "rows.csv").unlink(), "data", "E301"),
+    "an unknown column": (lambda s: edit(s, "key = []", 'key = ["agee"]'), "record key", "E302"),
+    "rows that repeat": (lambda s: edit(s, '"keep"', '"refuse"'), "records", "E307"),
+    "too few rows": (lambda s: edit(s, "min_records = 100", "min_records = 121"), "records",
+                     "E304"),
+    "a small budget": (lambda s: edit(s, "epsilon = 8.0", "epsilon = 4.0"), "privacy budget",
+                       "E210"),
+    "an open key": (lambda s: (s.keys / "secret.key").chmod(0o640), "keys", "E214"),
+    "no ledger": (lambda s: (s.state / "ledger.sqlite").unlink(), "ledger", "E212"),
+    "a typing error": (lambda s: edit(s, "min_sites = 2", "min_sits = 2"), "policy", "E103"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_check_finds(run: Run, site: Site, what: str) -> None:
+    harm, row, code = BROKEN[what]
+    if what == "a contract not permitted":
+        edit(site, "models = []", "")
+    harm(site)
+    found = checks(run, site, code=1)
+    assert (found[row]["state"], found[row]["code"]) == ("problem", code)
+
+
+def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
+    (site.folder / "rows.csv").chmod(0o644)
+    edit(site, "max_clip_norm = 1.0", "max_clip_norm = 0.5")
+    edit(site, '"keep"', '"refuse"')
+    found = checks(run, site, code=1)
+    assert {name for name, row in found.items() if row["state"] == "problem"} == {
+        "signature", "permission", "data access", "records"
+    }
+
+
+def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract) -> None:
+    edit(site, "epsilon = 8.0", "epsilon = 6.0")
+    fix = checks(run, site, code=1)["privacy budget"]["fix"]
+    epsilon = float(fix.split("privacy.epsilon = ")[1])
+    smaller = table_contract.changed(privacy={"epsilon": epsilon})
+    Path("contract.json").write_text(smaller.model_dump_json())
+    assert checks(run, site, code=1)["privacy budget"]["state"] == "ok"
+    larger = table_contract.changed(privacy={"epsilon": epsilon + 0.05})
+    Path("contract.json").write_text(larger.model_dump_json())
+    assert checks(run, site, code=1)["privacy budget"]["state"] == "problem"
+
+
+def test_spent_shows_what_the_ledger_holds(
+    run: Run, site: Site, table_contract: Contract
+) -> None:
+    train(site, table_contract, 2)
+    found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
+    (row,) = found["lineages"]
+    assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (2, 1, 120, 0)
+    assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < found["limit"]
+    # Epsilons add up to more than they compose to, so there is more room than the difference.
+    assert found["limit"] - row["epsilon_rdp"] < row["room"] < found["limit"]
+    assert "rows.csv" in run("privacy", "spent", "--config", site.config).output
+
+
+def test_the_room_is_what_still_fits(run: Run, site: Site, table_contract: Contract) -> None:
+    train(site, table_contract, 2)
+    spent = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
+    room = spent["lineages"][0]["room"]
+    for epsilon, state in ((room * 0.97, "ok"), (room * 1.03, "problem")):
+        other = table_contract.changed(
+            name="other", privacy={"epsilon": epsilon},
+            phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}],
+        )
+        Path("contract.json").write_text(other.model_dump_json())
+        assert checks(run, site, code=1)["privacy budget"]["state"] == state
+
+
+def test_an_export_verifies_without_the_site(
+    run: Run, site: Site, table_contract: Contract, tmp_path: Path
+) -> None:
+    train(site, table_contract, 1)
+    file = tmp_path / "ledger.jsonl"
+    result = run("privacy", "export", file, "--config", site.config)
+    key = result.output.split("--public-key ")[1].strip()
+    for words in ((), ("--public-key", key)):
+        found = json.loads(run("privacy", "verify", file, *words, "--json").output)
+        assert (found["valid"], found["charges"], found["released"]) == (True, 1, 1)
+    assert b"smoker" not in file.read_bytes()
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:-2], lines[-1]]))
+    result = run("privacy", "verify", file, code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert result.exception.code == "E212"
+
+
+def test_verify_walks_the_sites_own_ledger(run: Run, site: Site, table_contract: Contract) -> None:
+    train(site, table_contract, 1)
+    found = json.loads(run("privacy", "verify", "--config", site.config, "--json").output)
+    assert (found["charges"], found["released"]) == (1, 1)
+
+
+def test_plan_and_its_reverse_agree(run: Run) -> None:
+    words = ("--delta", "1e-5", "--sampling-rate", "0.1", "--steps", "50", "--json")
+    found = json.loads(run("privacy", "plan", "--epsilon", "3", *words).output)
+    sigma = found["mechanisms"][0]["noise_multiplier"]
+    back = json.loads(run("privacy", "plan", "--noise-multiplier", str(sigma), *words).output)
+    assert back["epsilon_rdp"] == pytest.approx(3, rel=1e-4)
+    assert back["epsilon_prv"] < back["epsilon_rdp"]
+
+
+def test_plan_of_a_contract(run: Run, site: Site, table_contract: Contract) -> None:
+    found = json.loads(run("privacy", "plan", "--contract", "contract.json", "--json").output)
+    assert found["epsilon_rdp"] == pytest.approx(table_contract.privacy.epsilon, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--epsilon", "nan"), ("--epsilon", "-1"), ("--epsilon", "8", "--delta", "0"),
+     ("--epsilon", "8", "--sampling-rate", "2"), ("--epsilon", "8", "--steps", "0"), (),
+     ("--epsilon", "1", "--noise-multiplier", "1"), ("--noise-multiplier", "inf")],
+)
+def test_plan_refuses_what_is_no_plan(run: Run, words: tuple[str, ...]) -> None:
+    result = run("privacy", "plan", *words, code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert result.exception.exit_code == 2
+
+
+@pytest.mark.parametrize("words", [("start", "c.toml"), ("worker", "c.toml")])
+def test_a_site_does_not_start_half(run: Run, site: Site, words: tuple[str, ...]) -> None:
+    result = run("site", *words, "--config", site.config, code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert result.exception.code in ("E207", "E101")
