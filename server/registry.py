@@ -80,25 +80,25 @@ class Registry:
             raise RunError(f"{self.folder} has no released adapter: the run did not finish.")
         return dict(load_file(path))
 
-    def receipt(self, site: str) -> Receipt | None:
+    def receipt(self, whose: str) -> Receipt | None:
         """The last receipt of a site's ledger; RunError if the file is damaged."""
-        path = self._receipts / f"{site}.json"
+        path = self._receipts / f"{whose}.json"
         try:
             return Receipt.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError:
             raise RunError(
-                f"{path} is damaged. It shows where the ledger of {site} stood; restore it from a "
+                f"{path} is damaged. It shows where a site's ledger stood; restore it from a "
                 "backup, or delete it if there is none."
             ) from None
 
-    def keep_receipt(self, site: str, receipt: Receipt) -> None:
+    def keep_receipt(self, whose: str, receipt: Receipt) -> None:
         self._receipts.mkdir(parents=True, exist_ok=True)
-        half = self._receipts / f".{site}.tmp"
+        half = self._receipts / f".{whose}.tmp"
         half.write_text(receipt.model_dump_json(), encoding="utf-8")
         _sync(half)
-        half.rename(self._receipts / f"{site}.json")
+        half.rename(self._receipts / f"{whose}.json")
 
     def rounds(self) -> list[dict[str, Any]]:
         """The facts of each committed round, in order."""

@@ -103,7 +103,7 @@ class Run:
         """The bytes a site gets this round: the same for all, but for its own last receipt."""
         header = Train(
             contract=self.contract.hash, run=self.run_id, round=self.number,
-            receipt=self.registry.receipt(site),
+            receipt=self.registry.receipt(self._whose(site)),
         )
         needed = adapter.needed_names(self.adapter, self.phase.trains)
         return messages.pack(Message(header, {name: self.adapter[name] for name in needed}))
@@ -224,16 +224,24 @@ class Run:
         """Keep a site's receipt. ProtocolError if its ledger has gone back, or the roster has a
         key for the site and the signature is not by it.
         """
-        public = next(s.public_key for s in self.contract.sites if s.name == site)
+        public = self._public_key(site)
         if public is not None and not verifies(
             public, receipt.signature,
             Receipt.statement(site, receipt.sequence, receipt.head),
         ):
             raise ProtocolError("The receipt is not signed by the site's roster key.", code="E503")
-        last = self.registry.receipt(site)
+        last = self.registry.receipt(self._whose(site))
         if last is not None and receipt != last and receipt.sequence <= last.sequence:
             raise ProtocolError("The site's ledger stands before its last receipt.", code="E211")
-        self.registry.keep_receipt(site, receipt)
+        self.registry.keep_receipt(self._whose(site), receipt)
+
+    def _public_key(self, site: str) -> str | None:
+        return next(s.public_key for s in self.contract.sites if s.name == site)
+
+    def _whose(self, site: str) -> str:
+        """A name for the site's ledger over all runs: another federation may have a site of the
+        same name, so without a key a receipt is good for this contract only."""
+        return self._public_key(site) or f"{self.contract.hash}-{site}"
 
     def _checked(self, message: Message) -> Message:
         header = message.header

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 
@@ -480,3 +481,87 @@ def test_a_finished_run_has_no_further_round(start: Start) -> None:
     with pytest.raises(ValueError, match="round 4 is not in the plan"):
         play(run, north=1.0, south=1.0)
     assert on_disk(run) == [1, 2, 3]
+
+
+# Receipts
+
+
+def receipt(number: int, head: str = "0" * 64, **more: str) -> dict[str, Any]:
+    return {"sequence": number, "head": head, "signature": "0" * 128} | more
+
+
+def test_each_site_gets_its_own_last_receipt_back(start: Start) -> None:
+    run = start()
+    play(run, north=1.0, south=1.0)
+    run.begin()
+    run.accept("north", 1, update(run, "north", receipt=receipt(7)))
+    asked = {site: messages.unpack(run.request(site)).header for site in ("north", "south")}
+    assert (asked["north"].receipt.sequence, asked["south"].receipt.sequence) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [(receipt(5), None), (receipt(6, "1" * 64), None), (receipt(4, "1" * 64), "E211"),
+     (receipt(5, "1" * 64), "E211")],
+)
+def test_a_ledger_that_went_back_does_not_count(
+    start: Start, second: dict[str, Any], code: str | None
+) -> None:
+    """The same receipt is a resend; a lower number, or another entry at the same, is a rollback."""
+    run = start()
+    run.begin()
+    run.accept("north", 1, update(run, "north", receipt=receipt(5)))
+    run.begin()
+    run.accept("north", 1, update(run, "north", receipt=second))
+    assert [e["code"] for e in events(run, "rejected")] == ([code] if code else [])
+
+
+def test_a_receipt_is_checked_with_the_rosters_key(start: Start, table_contract: Contract) -> None:
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    contract = table_contract.changed(
+        sites=[{"name": "north", "public_key": public}, {"name": "south"}]
+    )
+    run = start(contract)
+    run.begin()
+    statement = messages.Receipt.statement("north", 3, "0" * 64)
+    for signature, counts in (("0" * 128, False), (key.sign(statement).hex(), True)):
+        run.accept("north", 1, update(run, "north", receipt=receipt(3, signature=signature)))
+        assert (run.registry.receipt(public) is not None) is counts
+    assert [e["code"] for e in events(run, "rejected")] == ["E503"]
+    run.accept("south", 1, update(run, "south"))
+    assert run.finish().sites == ("north", "south")
+
+
+def test_receipts_outlive_a_run_and_tell_sites_of_one_name_apart(
+    table_contract: Contract, tmp_path: Path
+) -> None:
+    def begin(number: int, contract: Contract) -> Run:
+        registry = Registry.create(tmp_path / f"run-{number}", contract, tmp_path / ".receipts")
+        run = Run(contract, registry, "run-1", filled(0))
+        run.begin()
+        return run
+
+    first = begin(1, table_contract)
+    first.accept("north", 1, update(first, "north", receipt=receipt(9)))
+    for number, contract, known in (
+        (2, table_contract, 9), (3, table_contract.changed(name="other"), None),
+    ):
+        asked = messages.unpack(begin(number, contract).request("north")).header
+        assert (asked.receipt and asked.receipt.sequence) == known
+
+
+def test_released_metrics_are_those_of_the_contract(
+    start: Start, table_contract: Contract
+) -> None:
+    contract = table_contract.changed(releases=[{"metric": "loss", "share": 0.1}])
+    for metrics, counts in (
+        ({"loss": 0.5}, True), ({}, False), ({"loss": 0.5, "accuracy": 1.0}, False),
+    ):
+        run = start(contract.changed(quorum=1))
+        run.begin()
+        run.accept("north", 1, update(run, "north", metrics=metrics))
+        assert (not events(run, "rejected")) is counts
+        if counts:
+            run.finish()
+            assert run.registry.rounds()[0]["released"] == {"north": {"loss": 0.5}}
