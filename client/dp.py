@@ -1,4 +1,4 @@
-"""One private gradient: per-record gradients, clipped by Opacus, noised by a cryptographic stream.
+"""One private gradient: per-record gradients, clipped and summed, noised by a cryptographic stream.
 
 Guarantee of `private_gradient`: for two data sets that differ in one record, the sums of clipped
 gradients differ by at most clip_norm in L2 norm over all trained tensors together, and independent
@@ -7,10 +7,19 @@ the sample drawn by Poisson sampling at the public rate, one call is one step of
 client/accounting.py. The divisor is a public constant; no part of the result depends on how many
 records there are or were drawn other than through that noised sum. Assumption: each entry of
 `losses` is a function of its own record only (common/tasks/).
+
+Floating point. A sum of floats depends on its order, so that one record can move it by more than
+its own norm (Casacuberta, Shoemate, Vadhan and Wagaman 2022, arXiv 2207.10635). Here each clipped
+gradient is rounded to whole units of 2^-30 of the clip norm, which is made smaller by what rounding
+can add, and whole numbers add up exactly in float64 (up to 2^22 records). The gaps between the
+numbers a float can hold tell neighbouring noised sums apart (Mironov 2012,
+doi:10.1145/2382196.2382264): client/noise.py makes them far smaller than what the result shows, as
+the noised sum is rounded to 2^-10 of the noise's standard deviation (post-processing).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,9 +29,12 @@ from torch import Tensor, nn
 
 from silotune.client.noise import NoiseSource
 
+UNIT = -30  # binary logarithm of the unit of a sum, over the clip norm
+GRAIN = -10  # the same of the grain of a noised sum, over the noise's standard deviation
+
 
 class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' DPOptimizer with the noise from `NoiseSource`, added in float64."""
+    """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64."""
 
     def __init__(
         self,
@@ -49,15 +61,35 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
         """Start a logical batch. One that stays empty has the sum zero, and still gets noise."""
         self.zero_grad(set_to_none=True)
         for p in self.params:
-            p.summed_grad = torch.zeros_like(p)
+            p.summed_grad = torch.zeros_like(p, dtype=torch.float64)
+
+    def clip_and_accumulate(self) -> None:
+        """Add each record's gradient, its norm over all tensors at most the clip norm, as whole
+        numbers of units to `.summed_grad`."""
+        unit = self.unit
+        most = self.max_grad_norm - unit * math.sqrt(sum(p.numel() for p in self.params)) / 2
+        gradients = [p.grad_sample.flatten(1) for p in self.params]
+        norms = torch.stack(
+            [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in gradients]
+        ).norm(dim=0)
+        factors = (most / norms).clamp(max=1.0) / unit
+        for p, gradient in zip(self.params, gradients, strict=True):
+            rounded = (gradient.double() * factors[:, None]).round_()
+            p.summed_grad += rounded.sum(dim=0).view_as(p)
+
+    @property
+    def unit(self) -> float:
+        """A power of two, so that multiplying by it is exact."""
+        return math.ldexp(1.0, math.frexp(self.max_grad_norm)[1] - 1 + UNIT)
 
     def add_noise(self) -> None:
         """The noised sum over the public divisor, into each `.grad`."""
         std = self.noise_multiplier * self.max_grad_norm
+        grain = math.ldexp(1.0, math.frexp(std)[1] - 1 + GRAIN)
         for p in self.params:
             noise = torch.from_numpy(self.source.normal(tuple(p.shape)))
-            total = p.summed_grad.double() + std * noise.to(p.device)
-            p.grad = (total / self.divisor).to(p.dtype)
+            total = p.summed_grad * self.unit + std * noise.to(p.device)
+            p.grad = ((total / grain).round_() * (grain / self.divisor)).to(p.dtype)
             p.summed_grad = None
 
 
@@ -146,7 +178,7 @@ def finite_gradients(
     nothing is counted moves the sum by less than the clip norm, so the guarantee stands.
     """
     gradients = per_example_gradients(linears, index, losses)
-    # The norm as Opacus will compute it: finite entries can still overflow when squared.
+    # The norm in float32: finite entries can still overflow when squared.
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
     keep = torch.isfinite(norms)
     return {

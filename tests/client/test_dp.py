@@ -44,8 +44,8 @@ class Toy:
         return per_example_loss(self.second(torch.tanh(self.first(self.x[index]))), self.y[index])
 
     def gradient(self, batches: list[Tensor], source: NoiseSource | None = None,
-                 sigma: float = 1.0, divisor: float = 1.0) -> Tensor:
-        """The flat private gradient."""
+                 sigma: float = 1e-6, divisor: float = 1.0) -> Tensor:
+        """The flat private gradient; its grain is 2^-10 sigma, so sigma is small by default."""
         optimizer = CryptoNoiseOptimizer(
             torch.optim.SGD(self.parameters, lr=1.0), source=source or Silent(site="a"),
             noise_multiplier=sigma, clip_norm=CLIP, divisor=divisor,
@@ -127,6 +127,27 @@ def sensitivity_is_the_clip_norm() -> None:
             assert float((whole - without).norm()) <= CLIP * (1 + 1e-5)
 
 
+def the_sum_is_exact() -> None:
+    """No order and no split of the same records changes a bit of their sum."""
+    toy = Toy(n=300)
+    index = torch.arange(len(toy.x))
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
+    optimizer = CryptoNoiseOptimizer(
+        torch.optim.SGD(toy.parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-6,
+        clip_norm=CLIP, divisor=1.0,
+    )
+    sums = []
+    gradients = per_example_gradients(toy.linears, index, toy.losses)
+    for batches in ([index], [order], list(order.split(17))):
+        optimizer.begin()
+        for batch in batches:
+            for p in toy.parameters:
+                p.grad_sample = gradients[p][batch]  # type: ignore[attr-defined]
+            optimizer.clip_and_accumulate()
+        sums.append(flat(p.summed_grad for p in toy.parameters))  # type: ignore[attr-defined]
+    assert all(bool((found == sums[0]).all()) for found in sums[1:])
+
+
 def noise_has_the_right_scale() -> None:
     toy = Toy()
     source = NoiseSource(site="a", insecure_seed=5)
@@ -171,8 +192,8 @@ def no_noise_repeats_between_steps() -> None:
 PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        clipped_sum_is_right, sensitivity_is_the_clip_norm, noise_has_the_right_scale,
-        an_empty_batch_is_only_noise, a_record_that_overflows_cannot_spoil_the_sum,
+        clipped_sum_is_right, sensitivity_is_the_clip_norm, the_sum_is_exact,
+        noise_has_the_right_scale, an_empty_batch_is_only_noise, a_record_that_overflows_cannot_spoil_the_sum,
         no_noise_repeats_between_steps,
     )
 }
@@ -205,7 +226,19 @@ def clip_each_tensor_by_itself(patch: pytest.MonkeyPatch) -> Iterator[None]:
         for p in self.params:
             norms = p.grad_sample.flatten(1).norm(dim=1)
             factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample)
+            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) / self.unit
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    yield
+
+
+@contextmanager
+def a_sum_of_floats(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        flat_ = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
+        factor = (self.max_grad_norm / (flat_.norm(dim=1) + 1e-6)).clamp(max=1.0)
+        for p in self.params:
+            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) / self.unit
 
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
     yield
@@ -271,6 +304,7 @@ def shared_seed(patch: pytest.MonkeyPatch) -> Iterator[None]:
 MUTATIONS = {
     no_clipping: "sensitivity_is_the_clip_norm",
     clip_each_tensor_by_itself: "sensitivity_is_the_clip_norm",
+    a_sum_of_floats: "the_sum_is_exact",
     half_the_noise: "noise_has_the_right_scale",
     noise_once_per_micro_batch_divisor: "noise_has_the_right_scale",
     batch_mean_loss: "clipped_sum_is_right",

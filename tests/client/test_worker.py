@@ -177,6 +177,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     make_worker: MakeWorker,
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
+    monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
     monkeypatch.setattr(
         "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
     )
