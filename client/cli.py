@@ -64,8 +64,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
             f"'{name}' cannot be a site's name: use letters, digits, space, '.', '_' or '-'."
         ) from None
     if not folder.exists():
-        folder.mkdir(parents=True)
-        folder.chmod(0o711)  # the relay's user passes through to the socket, and lists nothing
+        make_private_folder(folder)
     made = Site(folder / "site.toml")
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")
@@ -157,7 +156,7 @@ def start(
 
     \b
     $ silotune site start heart.toml --worker-user silotune --relay-user silotune-relay
-    worker is ready on run/worker.sock
+    worker is ready on /run/silotune-x1/worker.sock
     relay is connecting to server.example.org:8000
     """
     from silotune.client import policy as policies
@@ -189,9 +188,11 @@ def worker(
     $ silotune site worker heart.toml --config hospital-a/site.toml --socket run/worker.sock
     hospital-a is ready
     """
-    from silotune.client import wire
+    from silotune.client import children, wire
     from silotune.client.site import Site
 
+    if ready_fd is not None:
+        children.end_with_parent()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     if (socket is None) == (fd is None):
@@ -205,7 +206,9 @@ def worker(
         found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.getLogger("silotune").addHandler(handler)
+    own = logging.getLogger("silotune")
+    own.addHandler(handler)
+    own.propagate = False  # Opacus gives the root logger a handler that writes to stderr
     answering = Worker(policy, contracts.load(contract), ledger)
     listener = wire.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 

@@ -13,7 +13,7 @@ from silotune.client.policy import Policy
 
 @dataclass(frozen=True)
 class Site:
-    """keys/ and state/ are the worker's alone, relay/ is the relay's, run/ holds the socket."""
+    """keys/ and state/ are the worker's alone; relay/ holds the node key that the relay gets."""
 
     config: Path
 
@@ -32,10 +32,6 @@ class Site:
     @property
     def relay(self) -> Path:
         return self.folder / "relay"
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "run" / "worker.sock"
 
     def open(self) -> tuple[Policy, Ledger, Keys]:
         """The signed policy and the verified ledger. Raises SilotuneError if either is not."""

@@ -1,9 +1,15 @@
 """`silotune site start`: one command that keeps a site's two processes, as two users.
 
 The worker may read records, keys and ledger; the relay (Flower's SuperNode, which runs code that
-arrives with Flower apps) may reach the worker's socket and its own folder. The socket is opened
-here and handed to the worker. If the worker ends, all ends; a relay that ends is started again,
-later each time, because the server refuses a node that comes back within a minute.
+arrives with Flower apps) may reach the worker's socket and a folder of its own. If the worker ends,
+all ends; a relay that ends is started again, later each time, because the server refuses a node
+that comes back within a minute.
+
+As root this process trusts neither of the two users. The socket and the relay's folder lie in a
+folder that root makes anew for each start, so neither user can put something else in their place;
+what root reads from the site's folder for the relay (its key, the CA) must be a plain file of the
+worker's user; each process gets a list of environment variables, and pipes instead of root's
+terminal; and what a Flower app leaves running is found and ended.
 """
 
 from __future__ import annotations
@@ -11,23 +17,35 @@ from __future__ import annotations
 import os
 import pwd
 import select
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.client import wire
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from silotune.client import children, wire
+from silotune.client.keys import write_durably
 from silotune.client.policy import Server
 from silotune.client.site import Site
 from silotune.common.errors import PeerError, RefusalError, UsageError
 
 READY_SECONDS = 600.0
-STOP_SECONDS = 20.0
 LONGEST_PAUSE = 60.0
+LAST_WORDS_SECONDS = 5.0
+BIN = Path(sys.executable).parent
+LARGEST_FILE = 1 << 20
+HIGHEST_USER = 2**32 - 2  # 2^32 - 1 means "do not change it"
+PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
@@ -60,9 +78,12 @@ class Users:
 
 def _id(user: str) -> int:
     try:
-        return int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+        found = int(user) if user.isascii() and user.isdigit() else pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise UsageError(f"There is no user '{user}' on this machine.") from None
+        found = -1
+    if not 0 <= found <= HIGHEST_USER:
+        raise UsageError(f"There is no user '{user}' on this machine.")
+    return found
 
 
 class Supervisor:
@@ -75,28 +96,42 @@ class Supervisor:
         self.site, self.contract, self.server, self.users, self.say = (
             site, contract, server, users, say
         )
+        self.folder = Path()
         self._stopping = False
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._voices: list[threading.Thread] = []
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        children.adopt_orphans()
+        base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else None
+        self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=base))
         try:
+            self._make_relay_folder()
             worker = self._start_worker()
-            self.say(f"worker is ready on {self.site.socket}")
-            return self._watch(worker)
+            if worker is not None:
+                self.say(f"worker is ready on {self.folder / 'worker.sock'}")
+                return self._watch(worker)
+            self.say("stopped")
+            return 0
         finally:
-            self._end_all()
+            children.end_all()
+            for voice in self._voices:
+                voice.join(LAST_WORDS_SECONDS)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
 
     def _watch(self, worker: subprocess.Popen[bytes]) -> int:
         relay, began, pause = self._start_relay(), time.monotonic(), 1.0
         self.say(f"relay is connecting to {self.server.address}")
         while not self._stopping:
             if worker.poll() is not None:
-                self.say(f"the worker ended with {worker.returncode}; its log says why")
+                self.say(f"the worker ended with {worker.returncode}; state/worker.log says why")
                 return 1
             if relay.poll() is not None:
-                self._running.remove(relay)
+                children.end_all(but=worker.pid)  # what its apps have left running
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
                 self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s")
@@ -110,18 +145,35 @@ class Supervisor:
         self.say("stopped")
         return 0
 
-    def _stop(self, *_: object) -> None:
-        self._stopping = True
+    def _make_relay_folder(self) -> None:
+        """The relay's home for this start: its node key, the CA's certificates, Flower's files."""
+        home = self.folder / "relay"
+        home.mkdir(mode=0o700)
+        owner = os.geteuid() if self.users.worker is None else self.users.worker
+        write_durably(home / "node.key", _read(self.site.relay / "node.key", owner))
+        write_durably(home / "ca.crt", _certificates(self.server.ca))
+        (home / "flwr").mkdir(mode=0o700)
+        if self.users.relay is not None:
+            self.folder.chmod(0o711)
+            for path in (home / "node.key", home / "ca.crt", home / "flwr", home):
+                os.chown(path, self.users.relay, _group(self.users.relay), follow_symlinks=False)
 
-    def _start_worker(self) -> subprocess.Popen[bytes]:
-        """The worker, once it says that it is ready. PeerError if it ends before."""
+    def _start_worker(self) -> subprocess.Popen[bytes] | None:
+        """The worker, once it says that it is ready; None if told to stop before.
+
+        PeerError if it ends before.
+        """
         readable, writable = os.pipe()
-        with wire.listen(self.site.socket, self.users.relay) as listener:
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
+            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(self.site.state), "LANG": "C.UTF-8",
+            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        }
+        with wire.listen(self.folder / "worker.sock", self.users.relay) as listener:
             worker = self._start(
-                [Path(sys.executable).parent / "silotune", "site", "worker", self.contract,
-                 "--config", self.site.config, "--fd", str(listener.fileno()),
-                 "--ready-fd", str(writable)],
-                self.users.worker, dict(os.environ), (listener.fileno(), writable),
+                "worker",
+                [BIN / "silotune", "site", "worker", self.contract, "--config", self.site.config,
+                 "--fd", str(listener.fileno()), "--ready-fd", str(writable)],
+                self.users.worker, environment, (listener.fileno(), writable),
             )
         os.close(writable)
         with os.fdopen(readable, "rb") as pipe:
@@ -129,58 +181,68 @@ class Supervisor:
             while not self._stopping and time.monotonic() < end:
                 if select.select([pipe], [], [], 0.2)[0]:
                     break
+            if self._stopping:
+                return None
             # Closed without a word: it ended.
-            if self._stopping or time.monotonic() > end or pipe.read(1) != wire.READY:
+            if time.monotonic() > end or pipe.read(1) != wire.READY:
                 raise PeerError("The worker did not start; the lines above say why.")
         return worker
 
     def _start_relay(self) -> subprocess.Popen[bytes]:
-        relay = self.site.relay
-        key = relay / "node.key"
-        if self.users.relay is not None:
-            for path in (relay, key):
-                if path.lstat().st_uid != self.users.relay:
-                    os.chown(path, self.users.relay, -1, follow_symlinks=False)
-        # Nothing of this process's environment: what arrives with a Flower app can read it.
+        home = self.folder / "relay"
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(relay),
-            "USER": "silotune-relay", "LANG": "C.UTF-8", "FLWR_HOME": str(relay / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(home), "USER": "silotune-relay",
+            "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
         return self._start(
-            [Path(sys.executable).parent / "flower-supernode",
-             "--root-certificates", self.server.ca, "--superlink", self.server.address,
-             "--auth-supernode-private-key", key, "--port", str(_free_port()),
-             "--node-config", f'socket="{self.site.socket}"'],
+            "relay",
+            [BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
+             "--superlink", self.server.address,
+             "--auth-supernode-private-key", home / "node.key", "--port", str(_free_port()),
+             "--node-config", f'socket="{self.folder / "worker.sock"}"'],
             self.users.relay, environment,
         )
 
     def _start(
-        self, command: list[str | Path], user: int | None, environment: dict[str, str],
-        fds: tuple[int, ...] = (),
+        self, name: str, command: list[str | Path], user: int | None,
+        environment: dict[str, str], fds: tuple[int, ...] = (),
     ) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [str(word) for word in command], env=environment, pass_fds=fds,
-            stdin=subprocess.DEVNULL, cwd="/", umask=0o077, start_new_session=True,
-            user=user, group=None if user is None else _group(user),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
+            umask=0o077, start_new_session=True, user=user,
+            group=None if user is None else _group(user),
             extra_groups=None if user is None else [],
         )
-        self._running.append(process)
+        self._voices = [voice for voice in self._voices if voice.is_alive()]
+        self._voices.append(
+            children.repeat_lines(process, lambda line: self.say(f"{name}: {line}"))
+        )
         return process
 
-    def _end_all(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self._running:
-                try:
-                    os.killpg(process.pid, number)
-                except ProcessLookupError:
-                    continue
-            end = time.monotonic() + STOP_SECONDS
-            for process in self._running:
-                try:
-                    process.wait(max(0.0, end - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    continue
+
+def _read(path: Path, owner: int | None = None) -> bytes:
+    """A plain file, of `owner` if given; UsageError otherwise. Root must not be led to others."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or (
+                owner is not None and (facts.st_uid, facts.st_nlink) != (owner, 1)
+            ):
+                raise UsageError(f"{path} must be a plain file that belongs to the worker's user.")
+            return file.read(LARGEST_FILE)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _certificates(path: Path) -> bytes:
+    """The certificates in a PEM file and nothing else of it: the relay gets to read them."""
+    try:
+        found = x509.load_pem_x509_certificates(_read(path))
+    except ValueError:
+        raise UsageError(f"{path} (server.ca in site.toml) holds no PEM certificate.") from None
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in found)
 
 
 def _group(user: int) -> int:

@@ -9,6 +9,7 @@ code.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -30,14 +31,25 @@ LONGEST_PATH = 107
 READY = b"1"  # what a worker writes to its supervisor's pipe when it answers
 
 
+AT_ONCE = 2  # requests whose bodies are held in memory
+BODY_SECONDS = 60.0
+
+
 def application(handle: Handle) -> Starlette:
+    turns = asyncio.Semaphore(AT_ONCE)
+
     async def message(request: Request) -> Response:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_WIRE:
-                return Response(status_code=413)
-        return Response(await run_in_threadpool(handle, bytes(body)))
+        async with turns:
+            body = bytearray()
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for part in request.stream():
+                        body += part
+                        if len(body) > MAX_WIRE:
+                            return Response(status_code=413)
+            except (ClientDisconnect, TimeoutError):
+                return Response(status_code=408)
+            return Response(await run_in_threadpool(handle, bytes(body)))
 
     return Starlette(routes=[Route("/message", message, methods=["POST"])])
 

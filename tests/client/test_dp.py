@@ -193,7 +193,8 @@ PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         clipped_sum_is_right, sensitivity_is_the_clip_norm, the_sum_is_exact,
-        noise_has_the_right_scale, an_empty_batch_is_only_noise, a_record_that_overflows_cannot_spoil_the_sum,
+        noise_has_the_right_scale, an_empty_batch_is_only_noise,
+        a_record_that_overflows_cannot_spoil_the_sum,
         no_noise_repeats_between_steps,
     )
 }

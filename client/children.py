@@ -1,0 +1,93 @@
+"""A supervisor's child processes: what they say, and that none of them is left (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+STOP_SECONDS = 20.0
+LONGEST_LINE = 2000
+LINES_A_SECOND = 100  # of one process; more are left out
+
+
+def adopt_orphans() -> None:
+    """From here on, a descendant whose parent has ended becomes this process's own child."""
+    _prctl(SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent() -> None:
+    """From here on, this process gets SIGTERM when the one that started it ends."""
+    _prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def end_all(but: int = 0) -> None:
+    """End every descendant except `but`: asked first, after a while killed, until none is left."""
+    end = time.monotonic() + STOP_SECONDS
+    asked: set[int] = set()
+    while pids := descendants() - {but}:
+        late = time.monotonic() > end
+        for pid in pids if late else pids - asked:
+            try:
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+        asked |= pids
+        time.sleep(0.05)
+
+
+def descendants() -> set[int]:
+    """The live processes below this one."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # "pid (name) state parent …"; the name may hold anything.
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if state not in "ZX":  # ended; only its parent still has its exit code
+                parents[int(entry.name)] = int(parent)
+    found, new = set[int](), {os.getpid()}
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def repeat_lines(
+    process: subprocess.Popen[bytes], say: Callable[[str], None]
+) -> threading.Thread:
+    """Pass a process's output on, a line at a time, without control characters and not endlessly:
+    what it writes may be meant for the terminal that shows it. The thread ends with the output.
+    """
+    assert process.stdout is not None
+    stream = process.stdout
+
+    def repeat() -> None:
+        second, lines = 0, 0
+        with stream:
+            while line := stream.readline(LONGEST_LINE):
+                if int(time.monotonic()) != second:
+                    second, lines = int(time.monotonic()), 0
+                lines += 1
+                text = line.decode(errors="replace")
+                text = "".join(c for c in text if c.isprintable()).strip()
+                if text and lines <= LINES_A_SECOND:
+                    say(text)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,385 @@
+"""The ledger's arithmetic against an oracle, record by record, over files that overlap."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from silotune.client import accounting
+from silotune.client.accounting import Mechanism
+from silotune.client.budget import Budget, Limit, Past, mechanism_of, order_of
+from silotune.client.entries import Charged
+from silotune.client.ledger import Ledger
+from silotune.client.lineage import Lineage
+from silotune.common.errors import RefusalError
+
+DELTA = 1e-5
+RUNS = 60
+
+
+def event(m: Mechanism) -> dp_accounting.DpEvent:
+    sampled = dp_accounting.PoissonSampledDpEvent(
+        m.sampling_rate, dp_accounting.GaussianDpEvent(m.noise_multiplier)
+    )
+    return dp_accounting.SelfComposedDpEvent(sampled, m.steps)
+
+
+def oracle(history: Sequence[Mechanism], orders: Sequence[float], delta: float) -> float:
+    accountant = RdpAccountant(list(orders))
+    for m in history:
+        accountant.compose(event(m))
+    return float(accountant.get_epsilon(delta))
+
+
+def tight_oracle(history: Sequence[Mechanism], delta: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    for m in history:
+        accountant.compose(event(m))
+    return float(accountant.get_epsilon(delta))
+
+
+def lineage_of(numbers: Sequence[int], basis: str = "basis") -> Lineage:
+    found = b"".join(int(number).to_bytes(16, "big") for number in sorted(numbers))
+    return Lineage.of_bytes(basis, found, len(numbers))
+
+
+def charge(
+    ledger: Ledger, records: Lineage, m: Mechanism, order: float = 8.0, **facts: Any
+) -> None:
+    with ledger.writing():
+        ledger.register(records, "rows.csv")
+        ledger.append(
+            Charged, **{
+                "lineage": records.id, "unit": "record", "contract": "1" * 64, "run": "r",
+                "round": 1, "attempt": len(ledger.charges) + 1, "request": "2" * 64,
+                "noise_multiplier": m.noise_multiplier, "sampling_rate": m.sampling_rate,
+                "steps": m.steps, "order": order, **facts,
+            },
+        )
+
+
+def mechanism(rng: np.random.Generator) -> Mechanism:
+    return Mechanism(
+        float(rng.uniform(0.8, 8)), float(rng.choice([0.01, 0.1, 0.25, 0.5, 1.0])),
+        int(rng.integers(1, 30)),
+    )
+
+
+History = tuple[float | None, tuple[Mechanism, ...]]
+
+
+def expected(
+    charges: Sequence[tuple[frozenset[int], Mechanism, float]], record: int
+) -> History:
+    """A record's history told one by one: what it took part in, at the order of the first."""
+    own = [(m, order) for records, m, order in charges if record in records]
+    return (own[0][1] if own else None), tuple(m for m, _ in own)
+
+
+def run_of(seed: int) -> tuple[Ledger, list[tuple[frozenset[int], Mechanism, float]]]:
+    """Random charges on overlapping sets of 12 records, at random whole orders."""
+    rng = np.random.default_rng(seed)
+    ledger = Ledger.in_memory("north")
+    files = [
+        frozenset(rng.choice(12, size=rng.integers(1, 9), replace=False).tolist())
+        for _ in range(rng.integers(2, 5))
+    ]
+    charges = []
+    for _ in range(rng.integers(1, 9)):
+        records = files[rng.integers(len(files))]
+        charges.append((records, mechanism(rng), float(rng.integers(2, 41))))
+        charge(ledger, lineage_of(sorted(records)), *charges[-1][1:])
+    return ledger, charges
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_every_records_epsilon_is_the_oracles(seed: int) -> None:
+    ledger, charges = run_of(seed)
+    rng = np.random.default_rng(1000 + seed)
+    for _ in range(3):
+        asked = sorted(rng.choice(15, size=rng.integers(1, 12), replace=False).tolist())
+        budget = Budget(ledger, lineage_of(asked))
+        wanted = {expected(charges, record) for record in asked}
+        pasts = budget.pasts()
+        assert {(past.order, tuple(past.history)) for past in pasts} == wanted
+        assert len(pasts) == len(wanted)
+        worst = 0.0
+        for past in pasts:
+            if not past.history:
+                assert past.epsilon(DELTA) == 0
+                continue
+            assert past.order is not None
+            right = oracle(past.history, [past.order], DELTA)
+            assert past.epsilon(DELTA) == pytest.approx(right, abs=1e-6, rel=1e-6)
+            worst = max(worst, right)
+        assert budget.spent(DELTA) == pytest.approx(worst, abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(0, RUNS, 5))
+def test_spent_lies_above_the_tight_epsilon(seed: int) -> None:
+    ledger, charges = run_of(seed)
+    for records in {records for records, _, _ in charges}:
+        spent = Budget(ledger, lineage_of(sorted(records))).spent(DELTA)
+        for record in records:
+            assert spent >= tight_oracle(expected(charges, record)[1], DELTA) - 1e-3
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_epsilon_over_whole_orders_is_the_oracles(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = [float(order) for order in range(2, 64)]
+    monkeypatch.setattr(accounting, "ALPHAS", orders)
+    rng = np.random.default_rng(seed)
+    history = [mechanism(rng) for _ in range(rng.integers(1, 5))]
+    for delta in (1e-3, 1e-5, 1e-9):
+        assert accounting.epsilon(history, delta) == pytest.approx(
+            oracle(history, orders, delta), abs=1e-6, rel=1e-6
+        )
+
+
+# Who inherits what
+
+
+A, B = Mechanism(2.0, 0.25, 10), Mechanism(3.0, 0.5, 4)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """Records 0 to 9 were charged A at order 5, then 5 to 14 B at order 9."""
+    found = Ledger.in_memory("north")
+    charge(found, lineage_of(range(10)), A, 5.0)
+    charge(found, lineage_of(range(5, 15)), B, 9.0)
+    return found
+
+
+def pasts(ledger: Ledger, numbers: Sequence[int], basis: str = "basis") -> list[Past]:
+    return Budget(ledger, lineage_of(numbers, basis)).pasts()
+
+
+def test_a_subset_inherits_exactly_what_it_took_part_in(ledger: Ledger) -> None:
+    assert pasts(ledger, range(3)) == [Past(5.0, [A])]
+    assert pasts(ledger, range(12, 14)) == [Past(9.0, [B])]
+
+
+def test_a_record_in_both_files_is_accounted_at_its_first_charges_order(ledger: Ledger) -> None:
+    assert pasts(ledger, [7]) == [Past(5.0, [A, B])]
+
+
+def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
+    found = pasts(ledger, [4, 5, 14, 20])
+    assert len(found) == 4
+    for past in (Past(), Past(5.0, [A]), Past(9.0, [B]), Past(5.0, [A, B])):
+        assert past in found
+    assert Budget(ledger, lineage_of([4, 5, 14, 20])).spent(DELTA) == Past(5.0, [A, B]).epsilon(
+        DELTA
+    )
+
+
+def test_fresh_records_have_spent_nothing(ledger: Ledger) -> None:
+    assert pasts(ledger, range(20, 30)) == [Past()]
+    assert Budget(ledger, lineage_of(range(20, 30))).spent(DELTA) == 0
+
+
+def test_a_fresh_record_in_the_file_frees_nobody(ledger: Ledger) -> None:
+    assert Budget(ledger, lineage_of([7, *range(20, 90)])).spent(DELTA) == Budget(
+        ledger, lineage_of([7])
+    ).spent(DELTA)
+
+
+def test_records_of_another_basis_inherit_all(ledger: Ledger) -> None:
+    assert pasts(ledger, [50, 51], "another") == [Past(5.0, [A, B])]
+
+
+def test_no_records_have_spent_nothing(ledger: Ledger) -> None:
+    assert pasts(ledger, []) == [Past()]
+
+
+def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
+    budget = Budget(ledger, lineage_of([2, 20]))
+    before = budget.spent(DELTA)
+    charge(ledger, lineage_of([2]), B)
+    assert Past(5.0, [A, B]) in budget.pasts()
+    charge(ledger, lineage_of([20, 21]), B, 4.0)
+    assert Past(4.0, [B]) in budget.pasts()
+    assert budget.spent(DELTA) > before
+
+
+def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
+    budget, fresh = Budget(ledger, lineage_of([2])), lineage_of([2, 99])
+
+    def fails() -> None:
+        with ledger.writing():
+            ledger.register(fresh, "rows.csv")
+            ledger.append(
+                Charged, lineage=fresh.id, unit="record", contract="1" * 64, run="x", round=1,
+                attempt=1, request="2" * 64, noise_multiplier=1.0, sampling_rate=1.0, steps=1,
+                order=3.0,
+            )
+            assert len(budget.pasts()[0].history) == 2
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert budget.pasts() == [Past(5.0, [A])]
+
+
+def test_any_mix_of_mechanisms_composes(ledger: Ledger) -> None:
+    """Charges of another contract, run or time count as any other."""
+    charge(ledger, lineage_of(range(10)), Mechanism(0.9, 0.01, 500), contract="9" * 64, run="x")
+    (past,) = pasts(ledger, [0])
+    assert past.history == [A, Mechanism(0.9, 0.01, 500)]
+    assert past.epsilon(DELTA) == pytest.approx(oracle(past.history, [5.0], DELTA), abs=1e-6)
+
+
+def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
+    charge(ledger, lineage_of([3]), Mechanism(0.0, 1.0, 1))
+    for numbers in ([3], [1, 2, 3], [3, 77]):
+        budget = Budget(ledger, lineage_of(numbers))
+        assert budget.spent(DELTA) == budget.tight(DELTA) == math.inf
+        assert budget.room(Limit(100.0, DELTA)) == 0
+        with pytest.raises(RefusalError):
+            budget.check([Mechanism(1e4, 0.001, 1)], 5.0, Limit(100.0, DELTA), "it")
+        assert not budget.longest_that_fits([A], 5.0, Limit(100.0, DELTA))
+    assert math.isfinite(Budget(ledger, lineage_of([1, 2])).spent(DELTA))
+
+
+# What fits
+
+
+def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
+    for numbers, order in (([7], 30.0), ([3, 12], 2.0), ([20], 11.0)):
+        budget = Budget(ledger, lineage_of(numbers))
+        after = budget.together([A, B], order, DELTA)
+        right = max(
+            oracle([*past.history, A, B], [past.order or order], DELTA)
+            for past in budget.pasts()
+        )
+        assert after == pytest.approx(right, abs=1e-6, rel=1e-6)
+        budget.check([A, B], order, Limit(after, DELTA), "it")
+        with pytest.raises(RefusalError, match=r"^It exceeds the lifetime budget") as refusal:
+            budget.check([A, B], order, Limit(after * (1 - 1e-6), DELTA), "It")
+        assert refusal.value.code == "E210"
+
+
+def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(ledger: Ledger) -> None:
+    old, new = Budget(ledger, lineage_of([7])), Budget(ledger, lineage_of([20]))
+    assert old.together([A], 2.0, DELTA) == old.together([A], 40.0, DELTA)
+    assert new.together([A], 2.0, DELTA) != new.together([A], 40.0, DELTA)
+
+
+@pytest.mark.parametrize("broken", [math.nan, 0.0, -1.0])
+def test_nothing_fits_a_limit_that_is_no_number_or_nothing(ledger: Ledger, broken: float) -> None:
+    for numbers in ([7], [20]):
+        with pytest.raises(RefusalError):
+            Budget(ledger, lineage_of(numbers)).check([A], 5.0, Limit(broken, DELTA), "it")
+
+
+@pytest.mark.xfail(strict=True, reason="bug: max(0.0, nan) is 0.0")
+def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "_rdp_of_step", lambda *_: math.nan)
+    with pytest.raises((RefusalError, ValueError)):
+        Budget(ledger, lineage_of([7])).check([A], 5.0, Limit(8.0, DELTA), "it")
+
+
+@pytest.mark.xfail(strict=True, reason="bug: max(0.0, nan) is 0.0")
+def test_a_delta_that_is_no_number_lets_nothing_pass(ledger: Ledger) -> None:
+    with pytest.raises((RefusalError, ValueError)):
+        Budget(ledger, lineage_of([7])).check([A], 5.0, Limit(8.0, math.nan), "it")
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_longest_that_fits_is_the_longest(seed: int) -> None:
+    ledger, _ = run_of(seed)
+    rng = np.random.default_rng(seed)
+    budget = Budget(ledger, lineage_of(rng.choice(15, size=5, replace=False).tolist()))
+    plan = [mechanism(rng) for _ in range(rng.integers(1, 4))]
+    order = float(rng.integers(2, 41))
+    before, whole = budget.spent(DELTA), budget.together(plan, order, DELTA)
+    for share in (0.0, 0.3, 0.8, 1.5):
+        limit = Limit(max(before + share * (whole - before), 1e-3), DELTA)
+        kept = budget.longest_that_fits(plan, order, limit)
+        if kept:
+            budget.check(kept, order, limit, "it")
+        assert [m._replace(steps=0) for m in kept] == [
+            m._replace(steps=0) for m in plan[: len(kept)]
+        ]
+        steps = sum(m.steps for m in kept)
+        if steps < sum(m.steps for m in plan):
+            longer = beginning(plan, steps + 1)
+            with pytest.raises(RefusalError):
+                budget.check(longer, order, limit, "it")
+        assert kept == beginning(plan, steps)
+
+
+def beginning(plan: Sequence[Mechanism], steps: int) -> list[Mechanism]:
+    """The first `steps` steps of a plan."""
+    kept = []
+    for m in plan:
+        taken = min(m.steps, steps)
+        if taken:
+            kept.append(m._replace(steps=taken))
+        steps -= taken
+    return kept
+
+
+def test_the_order_for_new_records_lets_a_plan_be_repeated_most_often() -> None:
+    limit = Limit(8.0, DELTA)
+    order = order_of([A, B], limit)
+
+    def repeats(at: float) -> int:
+        budget = Budget(Ledger.in_memory("north"), lineage_of([1]))
+        return len(budget.longest_that_fits([A, B] * 200, at, limit))
+
+    assert repeats(order) == max(repeats(float(at)) for at in accounting.ALPHAS)
+
+
+def test_a_plan_without_noise_has_an_order_too() -> None:
+    assert order_of([Mechanism(0.0, 1.0, 1)], Limit(8.0, DELTA)) > 1
+    assert order_of([A], Limit(math.inf, DELTA)) > 1
+
+
+def test_a_charge_is_its_mechanism(ledger: Ledger) -> None:
+    assert [mechanism_of(found) for found in ledger.charges.values()] == [A, B]
+
+
+@pytest.mark.xfail(strict=True, reason="weakness: charges are kept by request, the last one wins")
+def test_two_charges_for_one_request_would_both_count(ledger: Ledger) -> None:
+    """The worker never writes a second; were one ever written, neither may be forgotten."""
+    charge(ledger, lineage_of([3]), B, attempt=1)
+    assert Budget(ledger, lineage_of([3])).pasts() == [Past(5.0, [A, B])]
+
+
+def test_ten_thousand_charges_compose_fast() -> None:
+    """The aim is a second; the bound leaves room for a busy machine."""
+    rng = np.random.default_rng(0)
+    mechanisms = [mechanism(rng) for _ in range(20)]
+    files = [lineage_of(range(k, k + 6)) for k in range(3)]
+    ledger = Ledger.in_memory("north")
+    with ledger.writing():
+        for records in files:
+            ledger.register(records, "rows.csv")
+        for i in range(10_000):
+            m = mechanisms[i % 20]
+            ledger.append(
+                Charged, lineage=files[i % 3].id, unit="record", contract="1" * 64, run="r",
+                round=1, attempt=i + 1, request="2" * 64, order=8.0,
+                noise_multiplier=m.noise_multiplier, sampling_rate=m.sampling_rate, steps=m.steps,
+            )
+    budget = Budget(ledger, lineage_of(range(9)))
+    began = time.perf_counter()
+    spent = budget.spent(DELTA)
+    taken = time.perf_counter() - began
+    print(f"10,000 charges compose in {taken:.3f} s")
+    assert spent > 0
+    assert taken < 3

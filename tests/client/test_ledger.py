@@ -1,0 +1,955 @@
+"""The ledger on disk: whatever is changed, taken away or put back, it does not open."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+from pydantic import Field, TypeAdapter, ValidationError
+
+from silotune.client import entries, keys
+from silotune.client.entries import (
+    FIRST,
+    Charged,
+    Opened,
+    Registered,
+    Released,
+    digest,
+    verify_export,
+)
+from silotune.client.keys import Keys
+from silotune.client.ledger import FILE, Ledger
+from silotune.client.lineage import Lineage
+from silotune.common.errors import RefusalError, UsageError
+from silotune.common.messages import Receipt
+
+FACTS: dict[str, Any] = {
+    "unit": "record", "contract": "1" * 64, "run": "r", "round": 1, "request": "2" * 64,
+    "order": 3.5, "noise_multiplier": 1.25, "sampling_rate": 0.5, "steps": 3,
+}
+HASH = "ab" * 32
+
+
+def lineage_of(*numbers: int) -> Lineage:
+    found = b"".join(number.to_bytes(16, "big") for number in sorted(numbers))
+    return Lineage.of_bytes("basis", found, len(numbers))
+
+
+def charge(ledger: Ledger, attempt: int, records: Lineage, **facts: Any) -> Charged:
+    with ledger.writing():
+        ledger.register(records, "rows.csv")
+        return ledger.append(
+            Charged, lineage=records.id, attempt=attempt, **{**FACTS, **facts}
+        )
+
+
+@dataclasses.dataclass
+class Home:
+    """A site's folder with keys and a ledger in it."""
+
+    folder: Path
+
+    @classmethod
+    def begin(cls, folder: Path, charges: int = 3) -> Home:
+        """Opened, two sets of records, `charges` charges of which the first was released."""
+        home = cls(folder)
+        ledger = Ledger.create(home.state, Keys.create(home.keys), "north")
+        for i in range(charges):
+            paid = charge(ledger, i + 1, lineage_of(*range(5 - i % 2)))
+            if i == 0:
+                ledger.release(paid, b"the reply")
+        close(ledger)
+        return home
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def file(self) -> Path:
+        return self.state / FILE
+
+    def open(self) -> Ledger:
+        return Ledger.open(self.state, Keys.load(self.keys))
+
+    @contextlib.contextmanager
+    def tampering(self) -> Iterator[sqlite3.Connection]:
+        """The database as somebody with a text book and no key writes to it."""
+        database = sqlite3.connect(self.file, isolation_level=None)
+        try:
+            database.execute("PRAGMA synchronous = OFF")
+            yield database
+        finally:
+            database.close()
+
+    def rows(self) -> list[tuple[int, str, bytes]]:
+        with self.tampering() as database:
+            return database.execute("SELECT * FROM entries ORDER BY sequence").fetchall()
+
+    def refuses(self) -> bool:
+        """Whether opening is refused with E212; anything but that or success is an error."""
+        try:
+            close(self.open())
+        except RefusalError as refusal:
+            if refusal.code != "E212":
+                raise
+            return True
+        return False
+
+
+def close(ledger: Ledger) -> None:
+    ledger._database.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home.begin(tmp_path / "site")
+
+
+def put(database: sqlite3.Connection, sequence: int, body: bytes, mac: bytes) -> None:
+    database.execute(
+        "UPDATE entries SET body = CAST(? AS TEXT), mac = ? WHERE sequence = ?",
+        (body, mac, sequence),
+    )
+
+
+# What a ledger is
+
+
+def test_a_ledger_opens_with_the_entries_it_was_left_with(home: Home) -> None:
+    ledger = home.open()
+    kinds = [type(entry) for entry in ledger.entries]
+    assert kinds == [Opened, Registered, Charged, Released, Registered, Charged, Charged]
+    assert [entry.sequence for entry in ledger.entries] == list(range(1, 8))
+    assert ledger.site == "north"
+    assert ledger.policy is None
+    assert set(ledger.charges) == {("1" * 64, "r", 1, attempt) for attempt in (1, 2, 3)}
+    assert ledger.reply(ledger.releases[3]) == b"the reply"
+    assert ledger.lineage(next(iter(ledger.lineages().values()))).id == lineage_of(*range(5)).id
+
+
+def test_each_entry_names_the_digest_of_the_one_before(home: Home) -> None:
+    previous = FIRST
+    for (_, body, mac), entry in zip(home.rows(), home.open().entries, strict=True):
+        assert entry.previous == previous
+        previous = digest(body, mac)
+
+
+def test_a_ledger_in_memory_leaves_nothing_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger.in_memory("north")
+    paid = charge(ledger, 1, lineage_of(1, 2))
+    ledger.release(paid, b"reply")
+    assert ledger.reply(ledger.releases[paid.sequence]) == b"reply"
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_are_registered_once(home: Home) -> None:
+    ledger = home.open()
+    with ledger.writing():
+        ledger.register(lineage_of(*range(5)), "renamed.csv")
+    assert len(ledger.entries) == 7
+
+
+def test_a_second_ledger_is_not_made_beside_the_first(home: Home, tmp_path: Path) -> None:
+    held = Keys.load(home.keys)
+    for folder in (home.state, tmp_path / "elsewhere"):
+        with pytest.raises(RefusalError, match="already belong to a ledger") as refusal:
+            Ledger.create(folder, held, "north")
+        assert refusal.value.code == "E212"
+    home.file.unlink()
+    with pytest.raises(RefusalError, match="already belong"):
+        Ledger.create(home.state, held, "north")
+
+
+def test_a_charge_has_one_reply(home: Home) -> None:
+    ledger = home.open()
+    before = len(ledger.entries)
+    with pytest.raises(RefusalError, match="has its reply already") as refusal:
+        ledger.release(ledger.charges["1" * 64, "r", 1, 1], b"another reply")
+    assert refusal.value.code == "E204"
+    assert len(ledger.entries) == before
+
+
+@pytest.mark.parametrize("how", ["edited", "removed"])
+def test_a_reply_that_is_not_the_one_released_does_not_leave(home: Home, how: str) -> None:
+    ledger = home.open()
+    released = ledger.releases[3]
+    file = home.state / "replies" / released.reply
+    file.unlink()
+    if how == "edited":
+        file.write_bytes(b"the reply!")
+    with pytest.raises(RefusalError, match="not on disk any more") as refusal:
+        ledger.reply(released)
+    assert refusal.value.code == "E204"
+
+
+# Edits
+
+
+def test_no_byte_of_any_body_or_mac_can_be_changed(home: Home) -> None:
+    """Every byte of the first charge and of every MAC, and some of every other body."""
+    rng = np.random.default_rng(0)
+    rows = home.rows()
+    with home.tampering() as database:
+        for sequence, body, mac in rows:
+            data = body.encode()
+            places = range(len(data)) if sequence == 3 else rng.integers(len(data), size=25)
+            for place in places:
+                changed = bytearray(data)
+                changed[place] ^= 1 << int(rng.integers(8))
+                put(database, sequence, bytes(changed), mac)
+                assert home.refuses(), (sequence, changed)
+            for place in range(32):
+                flipped = bytearray(mac)
+                flipped[place] ^= 1 << int(rng.integers(8))
+                put(database, sequence, data, bytes(flipped))
+                assert home.refuses(), (sequence, flipped)
+            put(database, sequence, data, mac)
+            assert not home.refuses()
+
+
+def test_no_field_of_any_entry_can_be_changed(home: Home) -> None:
+    other: dict[type, Callable[[Any], Any]] = {
+        str: lambda v: ("0" if v[0] != "0" else "1") + v[1:], int: lambda v: v + 1,
+        float: lambda v: v / 2,
+    }
+    rows = home.rows()
+    with home.tampering() as database:
+        for sequence, body, mac in rows:
+            fields = json.loads(body)
+            changed = [{**fields, k: other[type(v)](v)} for k, v in fields.items()]
+            changed += [{k: v for k, v in fields.items() if k != name} for name in fields]
+            changed += [{**fields, "more": 1}]
+            for content in changed:
+                put(database, sequence, json.dumps(content).encode(), mac)
+                assert home.refuses(), content
+            put(database, sequence, json.dumps(fields, indent=1).encode(), mac)
+            assert home.refuses()
+            put(database, sequence, body.encode(), mac)
+            assert not home.refuses()
+
+
+def test_no_entry_can_be_taken_out(home: Home) -> None:
+    for sequence, body, mac in home.rows():
+        with home.tampering() as database:
+            database.execute("DELETE FROM entries WHERE sequence = ?", (sequence,))
+            assert home.refuses()
+            # Nor when the others close up the gap.
+            database.execute("UPDATE entries SET sequence = -sequence WHERE sequence > ?",
+                             (sequence,))
+            database.execute("UPDATE entries SET sequence = -sequence - 1 WHERE sequence < 0")
+            assert home.refuses()
+            database.execute("UPDATE entries SET sequence = -sequence - 1 WHERE sequence >= ?",
+                             (sequence,))
+            database.execute("UPDATE entries SET sequence = -sequence WHERE sequence < 0")
+            database.execute("INSERT INTO entries VALUES (?, ?, ?)", (sequence, body, mac))
+        assert not home.refuses()
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 7])
+def test_the_last_entries_cannot_be_cut_off(home: Home, last: int) -> None:
+    with home.tampering() as database:
+        database.execute("DELETE FROM entries WHERE sequence > ?", (7 - last,))
+    assert home.refuses()
+
+
+@pytest.mark.parametrize(("one", "other"), [(6, 7), (3, 6), (2, 5), (1, 7)])
+def test_entries_cannot_change_places(home: Home, one: int, other: int) -> None:
+    rows = {sequence: (body, mac) for sequence, body, mac in home.rows()}
+    with home.tampering() as database:
+        put(database, one, rows[other][0].encode(), rows[other][1])
+        put(database, other, rows[one][0].encode(), rows[one][1])
+    assert home.refuses()
+
+
+@pytest.mark.parametrize("sequence", [-1, 0, 8, 9])
+@pytest.mark.parametrize("of", [3, 7])
+def test_a_copy_of_an_entry_cannot_be_put_in(home: Home, sequence: int, of: int) -> None:
+    _, body, mac = home.rows()[of - 1]
+    with home.tampering() as database:
+        database.execute("INSERT INTO entries VALUES (?, ?, ?)", (sequence, body, mac))
+    # Before the first place nothing is read, so nothing is put in there either.
+    assert home.refuses() == (sequence > 0)
+    if sequence <= 0:
+        assert len(home.open().entries) == 7
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the column `sequence` is not compared")
+def test_the_number_of_an_entrys_row_cannot_be_changed(home: Home) -> None:
+    with home.tampering() as database:
+        database.execute("UPDATE entries SET sequence = 50 WHERE sequence = 7")
+    assert home.refuses()
+
+
+def test_an_entry_of_another_site_cannot_be_put_in(home: Home, tmp_path: Path) -> None:
+    _, body, mac = Home.begin(tmp_path / "other").rows()[6]
+    with home.tampering() as database:
+        put(database, 7, body.encode(), mac)
+    assert home.refuses()
+
+
+@pytest.mark.parametrize("change", [
+    "UPDATE lineages SET fingerprints = zeroblob(length(fingerprints))",
+    "UPDATE lineages SET fingerprints = zeroblob(0)",
+    "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 16)",
+    "UPDATE lineages SET id = substr(id, 2) || 'x'",
+    "DELETE FROM lineages",
+    "DELETE FROM lineages WHERE rowid = 2",
+    "DROP TABLE lineages",
+    "DROP TABLE entries",
+    "DELETE FROM entries",
+    "ALTER TABLE entries RENAME COLUMN mac TO mic",
+    pytest.param(
+        "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 15)",
+        marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="bug: not E212"),
+    ),
+])
+def test_neither_fingerprints_nor_tables_can_be_changed(home: Home, change: str) -> None:
+    with home.tampering() as database:
+        database.execute(change)
+    assert home.refuses()
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: a MAC of another type is no E212")
+def test_a_table_that_takes_any_type_is_refused(home: Home) -> None:
+    with home.tampering() as database:
+        database.executescript(
+            "CREATE TABLE loose AS SELECT * FROM entries; DROP TABLE entries;"
+            "ALTER TABLE loose RENAME TO entries; UPDATE entries SET mac = 'text';"
+        )
+    assert home.refuses()
+
+
+def test_no_flipped_bit_of_the_file_gives_other_entries(home: Home, tmp_path: Path) -> None:
+    """A disk's fault anywhere in the file: the ledger opens as it was, or not at all."""
+    close(home.open())
+    good, right = home.file.read_bytes(), home.open()
+    close(right)
+    rng = np.random.default_rng(1)
+    opened = 0
+    for _ in range(400):
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        for path in home.state.glob(f"{FILE}*"):
+            path.unlink()
+        home.file.write_bytes(bad)
+        try:
+            ledger = home.open()
+        except (RefusalError, UnicodeDecodeError, TypeError, AttributeError):
+            continue  # that not each is an E212 is told by the test below
+        assert ledger.entries == right.entries
+        close(ledger)
+        opened += 1
+    assert 0 < opened < 400
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="bug: not E212")
+def test_a_damaged_schema_is_refused_with_a_code(home: Home) -> None:
+    close(home.open())
+    data = home.file.read_bytes()
+    home.file.write_bytes(data.replace(b"CREATE TABLE entries", b"CREATE TABL\xc5 entries"))
+    assert home.refuses()
+
+
+# What is missing or put back
+
+
+def test_a_deleted_ledger_is_refused(home: Home) -> None:
+    home.file.unlink()
+    assert home.refuses()
+    assert not home.file.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", bytes(4096)])
+def test_another_file_in_its_place_is_refused(home: Home, content: bytes) -> None:
+    home.file.write_bytes(content)
+    assert home.refuses()
+
+
+def test_the_log_holds_the_last_entries_and_cannot_be_left_out(home: Home, tmp_path: Path) -> None:
+    ledger = home.open()
+    charge(ledger, 9, lineage_of(1))
+    assert (home.state / f"{FILE}-wal").stat().st_size > 0
+    whole, without = tmp_path / "whole", tmp_path / "without"
+    for copy in (whole, without):
+        shutil.copytree(home.folder, copy)
+    close(ledger)
+    (without / "state" / f"{FILE}-wal").unlink()
+    assert Home(without).refuses()
+    assert len(Home(whole).open().entries) == 9
+
+
+@pytest.mark.parametrize("later", [1, 3])
+def test_an_older_copy_put_back_is_refused(home: Home, tmp_path: Path, later: int) -> None:
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(home.file, copy)
+    ledger = home.open()
+    for i in range(later):
+        charge(ledger, 10 + i, lineage_of(1))
+    close(ledger)
+    shutil.copy(copy, home.file)
+    assert home.refuses()
+
+
+def test_an_older_copy_put_in_place_of_an_open_ledger_is_refused(
+    home: Home, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(home.file, copy)
+    ledger = home.open()
+    charge(ledger, 10, lineage_of(1))
+    for path in home.state.glob(f"{FILE}*"):
+        path.unlink()
+    copy.rename(home.file)
+    assert home.refuses()
+    close(ledger)
+
+
+HEADS: dict[str, Callable[[int, str], str | None]] = {
+    "missing": lambda n, mac: None,
+    "empty": lambda n, mac: "",
+    "no number": lambda n, mac: f"x {mac}\n",
+    "no MAC": lambda n, mac: f"{n}\n",
+    "no hexadecimal": lambda n, mac: f"{n} {mac[:-1]}g\n",
+    "a number ahead": lambda n, mac: f"{n + 1} {mac}\n",
+    "a number behind": lambda n, mac: f"{n - 1} {mac}\n",
+    "zero": lambda n, mac: f"0 {mac}\n",
+    "minus": lambda n, mac: f"-1 {mac}\n",
+    "another MAC": lambda n, mac: f"{n} {'0' * 64}\n",
+    "a shorter MAC": lambda n, mac: f"{n} {mac[:-2]}\n",
+    "words": lambda n, mac: f"{n} {mac} é\n",
+}
+
+
+@pytest.mark.parametrize("how", HEADS)
+def test_a_head_that_is_not_the_ledgers_is_refused(home: Home, how: str) -> None:
+    head = home.keys / "head"
+    number, mac = head.read_text().split()
+    content = HEADS[how](int(number), mac)
+    head.unlink()
+    if content is not None:
+        head.write_text(content)
+    with pytest.raises((RefusalError, UsageError)) as refusal:
+        home.open()
+    assert refusal.value.code == "E212"
+
+
+def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = home.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(Keys, "write_head", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(OSError, match="power cut"):
+            charge(ledger, 9, lineage_of(1))
+    close(ledger)
+    again = home.open()
+    assert len(again.entries) == 9  # what was committed stands
+    with again.writing():
+        pass
+    assert Keys.load(home.keys).read_head()[0] == 9
+
+
+def test_the_keys_of_another_site_do_not_open_it(home: Home, tmp_path: Path) -> None:
+    other = Home.begin(tmp_path / "other")
+    with pytest.raises(RefusalError) as refusal:
+        Ledger.open(home.state, Keys.load(other.keys))
+    assert refusal.value.code == "E212"
+
+
+@pytest.mark.parametrize("name", ["secret.key", "site.key", "owner.pub"])
+def test_one_exchanged_key_does_not_open_it(home: Home, tmp_path: Path, name: str) -> None:
+    other = Home.begin(tmp_path / "other", charges=0)
+    shutil.copy(other.keys / name, home.keys / name)
+    assert home.refuses()
+
+
+@pytest.mark.parametrize("name", ["secret.key", "site.key", "owner.pub"])
+@pytest.mark.parametrize("how", ["missing", "short", "open", "folder"])
+def test_a_key_that_is_missing_damaged_or_open_to_others_is_refused(
+    home: Home, name: str, how: str
+) -> None:
+    path = home.keys / name
+    if how == "short":
+        path.write_bytes(bytes(31))
+    elif how == "open":
+        path.chmod(0o640)
+    else:
+        path.unlink()
+        if how == "folder":
+            path.mkdir(mode=0o700)
+    with pytest.raises(UsageError) as error:
+        home.open()
+    assert error.value.code == "E214"
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_keys_are_made_once(home: Home) -> None:
+    before = {path.name: path.read_bytes() for path in home.keys.iterdir()}
+    with pytest.raises(UsageError, match="already holds keys"):
+        Keys.create(home.keys)
+    assert {path.name: path.read_bytes() for path in home.keys.iterdir()} == before
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_only_the_site_itself_can_read_what_is_made(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        home = Home.begin(tmp_path / "site")
+        ledger = home.open()
+        charge(ledger, 9, lineage_of(1))  # so that the log is there
+    finally:
+        os.umask(before)
+    found = [home.keys, home.state, *home.keys.rglob("*"), *home.state.rglob("*")]
+    names = {path.name for path in found}
+    assert {FILE, f"{FILE}-wal", "lock", "head", "secret.key", "site.key", "owner.key"} <= names
+    for path in found:
+        wanted = 0o700 if path.is_dir() else 0o600
+        assert path.stat().st_mode & 0o777 == wanted, path
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the path is not quoted in SQLite's URI")
+@pytest.mark.parametrize("name", ["site#1", "site?1", "site%41"])
+def test_a_folder_of_any_name_holds_its_ledger(tmp_path: Path, name: str) -> None:
+    home = Home.begin(tmp_path / name)
+    assert home.file.stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+# Writing
+
+
+def test_a_failure_in_writing_leaves_nothing(home: Home) -> None:
+    ledger = home.open()
+    before = (list(ledger.entries), dict(ledger.charges), dict(ledger.releases), home.rows())
+
+    def fails() -> None:
+        with ledger.writing():
+            ledger.register(lineage_of(7, 8), "new.csv")
+            paid = ledger.append(Charged, lineage=HASH, attempt=9, **FACTS)
+            ledger.append(Released, charge=paid.sequence, reply=HASH)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert (ledger.entries, ledger.charges, ledger.releases, home.rows()) == before
+    with home.tampering() as database:
+        assert database.execute("SELECT count(*) FROM lineages").fetchone() == (2,)
+    assert charge(ledger, 4, lineage_of(7, 8)).sequence == 9
+    close(ledger)
+    assert not home.refuses()
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("noise_multiplier", math.nan), ("noise_multiplier", -1.0), ("noise_multiplier", math.inf),
+    ("sampling_rate", math.nan), ("sampling_rate", 0.0), ("sampling_rate", 1.5),
+    ("sampling_rate", -0.5), ("steps", 0), ("steps", -3), ("steps", 1.5), ("steps", 10**9),
+    ("steps", True), ("order", math.nan), ("order", 1.0), ("order", -2.0), ("order", math.inf),
+    ("unit", "patient"), ("round", 0), ("request", "x"), ("lineage", "../x"), ("run", "A B"),
+    ("noise_multiplier", "1.0"),
+])
+def test_a_charge_that_means_nothing_is_not_written(
+    home: Home, field: str, value: object
+) -> None:
+    ledger = home.open()
+    with pytest.raises(ValidationError), ledger.writing():
+        ledger.append(Charged, **{"attempt": 9, "lineage": HASH, **FACTS, field: value})
+    assert len(ledger.entries) == len(home.rows()) == 7
+    close(ledger)
+    assert not home.refuses()
+
+
+def test_nothing_is_appended_outside_of_writing(home: Home) -> None:
+    with pytest.raises(AssertionError):
+        home.open().append(Charged, lineage=HASH, attempt=9, **FACTS)
+    assert len(home.rows()) == 7
+
+
+def test_writing_sees_what_another_process_wrote(home: Home) -> None:
+    one, other = home.open(), home.open()
+    charge(one, 9, lineage_of(1))
+    assert len(other.entries) == 7
+    with other.writing():
+        assert other.entries == one.entries
+        assert other.charges.keys() == one.charges.keys()
+    assert other.receipt() == one.receipt()
+
+
+def test_an_open_ledger_stops_when_its_last_entry_is_gone_or_another(home: Home) -> None:
+    for change in ("DELETE FROM entries WHERE sequence = 7",
+                   "UPDATE entries SET mac = zeroblob(32) WHERE sequence = 7"):
+        ledger, row = home.open(), home.rows()[6]
+        with home.tampering() as database:
+            database.execute(change)
+            with pytest.raises(RefusalError, match="entry 7 is gone"):
+                charge(ledger, 9, lineage_of(1))
+            database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", row)
+        close(ledger)
+    assert not home.refuses()
+
+
+def test_an_open_ledger_stops_at_an_entry_without_the_sites_mac(home: Home) -> None:
+    ledger = home.open()
+    forged = ledger.entries[6].model_copy(update={"sequence": 8}).model_dump_json()
+    with home.tampering() as database:
+        database.execute("INSERT INTO entries VALUES (8, ?, ?)", (forged, bytes(32)))
+    with pytest.raises(RefusalError, match="entry 8 does not carry this site's MAC"):
+        charge(ledger, 9, lineage_of(1))
+    assert len(ledger.entries) == 7
+
+
+def test_a_trigger_that_swallows_entries_is_noticed(home: Home) -> None:
+    """Somebody who can write to the file but has no key lets each new charge vanish."""
+    with home.tampering() as database:
+        database.execute("CREATE TRIGGER t AFTER INSERT ON entries BEGIN "
+                         "DELETE FROM entries WHERE sequence = NEW.sequence; END")
+    ledger = home.open()
+    paid = charge(ledger, 9, lineage_of(*range(5)))
+    with pytest.raises(RefusalError) as refusal:
+        ledger.release(paid, b"must not leave")
+    assert refusal.value.code == "E212"
+    close(ledger)
+    assert home.refuses()
+
+
+APPENDING = """
+import sys
+from pathlib import Path
+from silotune.client.entries import Charged
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+
+folder, run, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
+print("ready", flush=True)
+sys.stdin.readline()
+for attempt in range(1, times + 1):
+    with ledger.writing():
+        ledger.append(
+            Charged, lineage="ab" * 32, unit="record", contract="1" * 64, run=run, round=1,
+            attempt=attempt, request="2" * 64, order=3.0, noise_multiplier=1.0,
+            sampling_rate=0.5, steps=1,
+        )
+    print(attempt, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def appending(home: Home, run: str, times: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that appends `times` charges once a line is written to it."""
+    command = [sys.executable, "-c", APPENDING, str(home.folder), run, str(times)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def go(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("go\n")
+    child.stdin.flush()
+
+
+def test_two_processes_write_one_chain_and_lose_nothing(home: Home) -> None:
+    with appending(home, "a", 40) as one, appending(home, "b", 40) as other:
+        go(one)
+        go(other)
+        assert one.wait(60) == other.wait(60) == 0
+    ledger = home.open()
+    assert len(ledger.entries) == 87
+    for run in "ab":
+        found = [e for e in ledger.entries if isinstance(e, Charged) and e.run == run]
+        assert [entry.attempt for entry in found] == list(range(1, 41))
+
+
+def test_two_threads_with_a_ledger_each_write_one_chain(home: Home) -> None:
+    def append(run: str) -> None:
+        ledger = home.open()
+        start.wait()
+        for attempt in range(1, 26):
+            charge(ledger, attempt, lineage_of(*range(5)), run=run)
+
+    start = threading.Barrier(2)
+    threads = [threading.Thread(target=append, args=(run,)) for run in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(home.open().entries) == 57
+
+
+def test_what_was_committed_survives_a_kill_and_a_killed_writer_blocks_nobody(
+    home: Home,
+) -> None:
+    with appending(home, "a", 100_000) as child:
+        go(child)
+        assert child.stdout is not None
+        for wanted in range(1, 21):
+            assert int(child.stdout.readline()) == wanted
+        child.kill()
+        child.wait()
+    assert (home.state / f"{FILE}-wal").exists()
+    shutil.copytree(home.folder, without := home.folder.with_name("without"))
+    ledger = home.open()
+    found = [entry.attempt for entry in ledger.charges.values() if entry.run == "a"]
+    assert len(found) >= 20
+    assert found == list(range(1, len(found) + 1))
+    charge(ledger, 1, lineage_of(1))
+    (without / "state" / f"{FILE}-wal").unlink()
+    assert Home(without).refuses()
+
+
+# Receipts
+
+
+def test_a_receipt_of_any_entry_is_known_again(home: Home) -> None:
+    ledger = home.open()
+    receipts = [ledger.receipt()]
+    for attempt in range(4, 7):
+        charge(ledger, attempt, lineage_of(*range(5)))
+        receipts.append(ledger.receipt())
+    assert [receipt.sequence for receipt in receipts] == [7, 8, 9, 10]
+    for receipt in receipts:
+        home.open().check_receipt(receipt)
+        ledger.check_receipt(receipt)
+
+
+def forged(ledger: Ledger, **changes: Any) -> Receipt:
+    """A receipt with other content, rightly signed."""
+    wanted = ledger.receipt().model_copy(update=changes)
+    statement = Receipt.statement(ledger.site, wanted.sequence, wanted.head)
+    signature = ledger._keys.signing.sign(statement).hex()
+    return wanted.model_copy(update={"signature": signature})
+
+
+def test_a_receipt_this_ledger_did_not_give_is_refused(home: Home, tmp_path: Path) -> None:
+    ledger = home.open()
+    right = ledger.receipt()
+    flipped = f"{int(right.signature[:2], 16) ^ 1:02x}" + right.signature[2:]
+    wrong = {
+        "forged signature": right.model_copy(update={"signature": flipped}),
+        "no signature": right.model_copy(update={"signature": "0" * 128}),
+        "number only": right.model_copy(update={"sequence": 6}),
+        "signed, other head": forged(ledger, head="0" * 64),
+        "signed, other number": forged(ledger, sequence=6),
+        "signed, beyond the end": forged(ledger, sequence=8),
+        "signed, far beyond": forged(ledger, sequence=10**18),
+        "another site's": Home.begin(tmp_path / "other").open().receipt(),
+    }
+    ledger.check_receipt(forged(ledger))
+    for what, receipt in wrong.items():
+        with pytest.raises(RefusalError, match="rolled back, copied or") as refusal:
+            ledger.check_receipt(receipt)
+        assert refusal.value.code == "E211", what
+
+
+def test_a_rolled_back_ledger_with_its_head_is_told_by_a_receipt(
+    home: Home, tmp_path: Path
+) -> None:
+    shutil.copytree(home.folder, copy := tmp_path / "copy")
+    ledger = home.open()
+    charge(ledger, 9, lineage_of(*range(5)))
+    receipt = ledger.receipt()
+    close(ledger)
+    shutil.rmtree(home.folder)
+    copy.rename(home.folder)
+    back = home.open()
+    with pytest.raises(RefusalError) as refusal:
+        back.check_receipt(receipt)
+    assert refusal.value.code == "E211"
+    # Spending again up to the same number does not make it the same ledger.
+    charge(back, 10, lineage_of(*range(5)))
+    with pytest.raises(RefusalError):
+        back.check_receipt(receipt)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: check_receipt does not read what others wrote")
+def test_a_receipt_that_another_process_gave_is_known(home: Home) -> None:
+    one, other = home.open(), home.open()
+    charge(one, 9, lineage_of(*range(5)))
+    other.check_receipt(one.receipt())
+
+
+# Exports
+
+
+@pytest.fixture
+def exported(home: Home) -> tuple[list[str], str]:
+    return list(home.open().export()), Keys.load(home.keys).public
+
+
+def test_an_export_verifies(home: Home, exported: tuple[list[str], str]) -> None:
+    lines, public = exported
+    assert verify_export(lines, public) == verify_export(lines) == home.open().entries
+
+
+@pytest.mark.parametrize("public", ["0" * 64, "x", "00" * 31])
+def test_an_export_is_of_the_key_the_auditor_knows(
+    exported: tuple[list[str], str], public: str
+) -> None:
+    with pytest.raises(RefusalError) as refusal:
+        verify_export(exported[0], public)
+    assert refusal.value.code == "E212"
+
+
+def exports_refused(lines: list[str], public: str) -> bool:
+    try:
+        verify_export(lines, public)
+    except RefusalError as refusal:
+        if refusal.code != "E212":
+            raise
+        return True
+    return False
+
+
+def test_no_line_of_an_export_can_be_taken_out_doubled_or_moved(
+    exported: tuple[list[str], str]
+) -> None:
+    lines, public = exported
+    for i in range(len(lines)):
+        assert exports_refused(lines[:i] + lines[i + 1 :], public)
+        assert exports_refused([*lines[: i + 1], *lines[i:]], public)
+        assert exports_refused([*lines[:i], "", *lines[i:]], public)
+        if i:
+            assert exports_refused([*lines[:i], "[1, 2]", *lines[i + 1 :]], public)
+        for k in range(i):
+            moved = list(lines)
+            moved[i], moved[k] = lines[k], lines[i]
+            assert exports_refused(moved, public)
+    for wrong in ([], lines[:1], [lines[0], lines[-1]], ["{}", "{}"]):
+        assert exports_refused(wrong, public)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the first line is not looked at")
+@pytest.mark.parametrize("first", ['{"silotune": "ledger 2"}', "[1, 2]"])
+def test_the_first_line_of_an_export_says_what_it_is(
+    exported: tuple[list[str], str], first: str
+) -> None:
+    lines, public = exported
+    assert exports_refused([first, *lines[1:]], public)
+
+
+def test_no_field_of_an_exported_entry_but_the_last_can_be_changed(
+    exported: tuple[list[str], str]
+) -> None:
+    lines, public = exported
+    for i in range(1, len(lines) - 2):
+        row = json.loads(lines[i])
+        body = json.loads(row["body"])
+        changed = [{**row, "mac": "00" * 32}]
+        for name, value in body.items():
+            other = value + 1 if isinstance(value, int | float) else HASH
+            changed.append({**row, "body": json.dumps({**body, name: other})})
+        for content in changed:
+            edited = [*lines[:i], json.dumps(content), *lines[i + 1 :]]
+            assert exports_refused(edited, public), content
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the receipt signs the last MAC, not the last body")
+def test_no_field_of_the_last_exported_entry_can_be_changed(
+    exported: tuple[list[str], str]
+) -> None:
+    lines, public = exported
+    row = json.loads(lines[-2])
+    row["body"] = json.dumps({**json.loads(row["body"]), "steps": 1, "noise_multiplier": 99.0})
+    assert exports_refused([*lines[:-2], json.dumps(row), lines[-1]], public)
+
+
+def test_the_receipt_of_an_export_cannot_be_changed(exported: tuple[list[str], str]) -> None:
+    lines, public = exported
+    right = json.loads(lines[-1])
+    for name, value in (("sequence", 6), ("head", "0" * 64), ("signature", "0" * 128)):
+        assert exports_refused([*lines[:-1], json.dumps({**right, name: value})], public)
+
+
+def test_the_key_an_export_names_is_the_one_it_was_opened_with(
+    exported: tuple[list[str], str], tmp_path: Path
+) -> None:
+    """Somebody signs the last entry with a key of their own and names that in the first line."""
+    lines, _ = exported
+    own = Keys.create(tmp_path / "own")
+    receipt = json.loads(lines[-1])
+    statement = Receipt.statement("north", receipt["sequence"], receipt["head"])
+    receipt["signature"] = own.signing.sign(statement).hex()
+    first = json.dumps({**json.loads(lines[0]), "public": own.public})
+    edited = [first, *lines[1:-1], json.dumps(receipt)]
+    assert exports_refused(edited, own.public)
+    with pytest.raises(RefusalError):
+        verify_export(edited)
+
+
+# Later versions
+
+
+class ChargedLater(Charged):
+    """What a later version may make of it."""
+
+    group: str = "none"
+
+
+def test_entries_written_today_stay_readable_when_a_field_is_added(
+    home: Home, monkeypatch: pytest.MonkeyPatch, exported: tuple[list[str], str]
+) -> None:
+    later = Opened | entries.Adopted | Registered | ChargedLater | Released
+    monkeypatch.setattr(
+        entries, "_READ", TypeAdapter(Annotated[later, Field(discriminator="state")])
+    )
+    ledger = home.open()
+    assert [entry.group for entry in ledger.entries if isinstance(entry, ChargedLater)] == (
+        ["none"] * 3
+    )
+    charge(ledger, 9, lineage_of(1))
+    close(ledger)
+    assert len(home.open().entries) == 9
+    assert len(verify_export(*exported)) == 7
+
+
+def test_a_field_this_version_does_not_know_is_refused(home: Home) -> None:
+    """Not passed over: what it means might be that more was spent."""
+    ledger = home.open()
+    with ledger.writing():
+        ledger.append(ChargedLater, lineage=HASH, attempt=9, group="g", **FACTS)
+    close(ledger)
+    assert home.refuses()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "head"
+    keys.write_durably(path, b"old")
+
+    def fails(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("silotune.client.keys.os.fsync", fails)
+    with pytest.raises(OSError, match="no space"):
+        keys.write_durably(path, b"newer")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
