@@ -56,7 +56,8 @@ def epsilon_at(order: float, history: Sequence[Mechanism], delta: float) -> floa
         return 0.0
     if any(m.noise_multiplier <= 0 for m in history):
         return math.inf
-    return max(0.0, _floor(order, delta) + _rdp_at(order, history))
+    value = _floor(order, delta) + _rdp_at(order, history)
+    return math.inf if math.isnan(value) else max(0.0, value)
 
 
 def best_order(history: Sequence[Mechanism], delta: float) -> float:
@@ -182,7 +183,7 @@ def _smallest(at: Callable[[float], list[Mechanism]], target: float, delta: floa
                 raise ValueError("the bound has a floor above the target")
         while epsilon(at(high / 2), delta) <= target:
             high /= 2
-    except ValueError:  # a step's RDP too small to compute, or orders too few for the target
+    except (ValueError, ArithmeticError):  # a step's RDP too small, or orders too few
         raise UsageError(
             f"privacy.epsilon = {target:g} with delta = {delta:g} needs more noise than the "
             "accountant can account for. Raise epsilon, or plan fewer steps.",

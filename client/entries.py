@@ -19,6 +19,7 @@ from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number, 
 from silotune.common.messages import Receipt, Round, RunId
 from silotune.common.signing import verifies
 
+EXPORT = "ledger 1"
 FIRST = "0" * 64  # what stands before the first entry
 
 
@@ -48,25 +49,20 @@ class Adopted(EntryBase):
     delta: Delta
 
 
-class Registered(EntryBase):
-    """Records that are about to be charged for the first time. `source` is for people."""
-
-    state: Literal["RECORDS"] = "RECORDS"
-    lineage: Sha256
-    basis: str
-    source: str
-    rows: Annotated[int, Field(ge=0, strict=True)]
-
-
 class Charged(EntryBase):
     """`steps` steps of a mechanism on the records of `lineage`; stands whatever happens next.
 
-    order: the Rényi order by which records are accounted whose first charge this is
-    (client/budget.py). request: SHA-256 of what was asked. noise_multiplier 0: without DP.
+    basis, rows: of the lineage; source: the file's name, for people. They stand in every charge and
+    not in an entry of their own when the records are new, so that the number of entries, which a
+    receipt shows, depends on requests alone. order: the Rényi order by which records are accounted
+    whose first charge this is (client/budget.py). request: SHA-256 of what was asked. noise_multiplier 0: without DP.
     """
 
     state: Literal["CHARGED"] = "CHARGED"
     lineage: Sha256
+    basis: str
+    source: str
+    rows: Annotated[int, Field(ge=0, strict=True)]
     unit: Literal["record"]
     contract: Sha256
     run: RunId
@@ -91,7 +87,7 @@ class Released(EntryBase):
     reply: Sha256
 
 
-Entry = Opened | Adopted | Registered | Charged | Released
+Entry = Opened | Adopted | Charged | Released
 RequestKey = tuple[str, str, int, int]  # contract, run, round, attempt
 _READ: TypeAdapter[Any] = TypeAdapter(Annotated[Entry, Field(discriminator="state")])
 
@@ -128,20 +124,21 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
     try:
         first, *rows = [json.loads(line) for line in lines]
         key = str(public or first["public"])
+        if first != {"silotune": EXPORT, "public": key}:
+            raise ValueError("another form, or another key")
         receipt = Receipt.model_validate(rows.pop())
         entries: list[Entry] = []
-        previous, mac = FIRST, b""
+        previous = FIRST
         for row in rows:
             entries.append(chained(row["body"], len(entries), previous))
-            mac = bytes.fromhex(row["mac"])
-            previous = digest(row["body"], mac)
+            previous = digest(row["body"], bytes.fromhex(row["mac"]))
         opened = entries[0]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise damaged("the export is not in a ledger's form") from None
     if not isinstance(opened, Opened) or opened.public != key:
         raise damaged("the export is of another site's key")
-    statement = Receipt.statement(opened.site, len(entries), mac.hex())
-    if (receipt.sequence, receipt.head) != (len(entries), mac.hex()) or not verifies(
+    statement = Receipt.statement(opened.site, len(entries), previous)
+    if (receipt.sequence, receipt.head) != (len(entries), previous) or not verifies(
         key, receipt.signature, statement
     ):
         raise damaged("the export's last entry is not the one its receipt signs")

@@ -4,7 +4,7 @@ secret.key   32 random bytes; HKDF makes the ledger's MAC key and the fingerprin
 site.key     Ed25519: signs the receipts a server keeps of the ledger
 owner.key    Ed25519: signs the policy; belongs on the owner's stick once site.toml is signed
 owner.pub    what the worker checks the policy's signature with
-head         number and MAC of the ledger's last entry: a ledger behind it was rolled back
+head         number and digest of the ledger's last entry: a ledger behind it was rolled back
 """
 
 from __future__ import annotations
@@ -71,13 +71,15 @@ class Keys:
         info = f"silotune {purpose} 1".encode()
         return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self.secret)
 
-    def read_head(self) -> tuple[int, bytes]:
-        """(number, MAC) of the last entry this site knows of; UsageError if it is not there."""
+    def read_head(self) -> tuple[int, str]:
+        """(number, digest) of the last entry this site knows of; UsageError if it is not there."""
         assert self.folder is not None
         path = self.folder / "head"
         try:
-            number, mac = path.read_text(encoding="ascii").split()
-            return int(number), bytes.fromhex(mac)
+            number, head = path.read_text(encoding="ascii").split()
+            if int(number) < 1 or len(bytes.fromhex(head)) != 32:
+                raise ValueError("no entry has that")
+            return int(number), head
         except (OSError, ValueError):
             raise UsageError(
                 f"{path} is missing or damaged: without it nobody can tell whether the ledger was "
@@ -85,9 +87,9 @@ class Keys:
                 code="E212",
             ) from None
 
-    def write_head(self, number: int, mac: bytes) -> None:
+    def write_head(self, number: int, head: str) -> None:
         if self.folder is not None:
-            write_durably(self.folder / "head", f"{number} {mac.hex()}\n".encode())
+            write_durably(self.folder / "head", f"{number} {head}\n".encode())
 
 
 def _read_key(path: Path) -> bytes:

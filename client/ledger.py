@@ -6,7 +6,7 @@ Guarantees, each with a test in tests/client/test_ledger.py and tests/system/tes
 - Nothing that was written can be changed, taken out, put in or reordered without the key: each
   entry carries the SHA-256 of the one before and an HMAC-SHA256 over itself. Every entry is
   verified when it is read; a ledger that does not verify is refused as a whole (fail closed).
-- A missing or shortened ledger is refused: the number and MAC of the last entry are also kept
+- A missing or shortened ledger is refused: the number and digest of the last entry are also kept
   beside the keys (`keys/head`), and by servers as signed receipts (`check_receipt`). Assumption: a
   thief of budget cannot put back ledger, keys and every server's receipts all at once.
 
@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from silotune.client.entries import (
+    EXPORT,
     FIRST,
     Adopted,
     Charged,
     Entry,
     Opened,
-    Registered,
     Released,
     RequestKey,
     chained,
@@ -42,13 +42,13 @@ from silotune.client.entries import (
     digest,
 )
 from silotune.client.keys import Keys, make_private_folder, write_durably
-from silotune.client.lineage import Lineage
+from silotune.client.lineage import SIZE, Lineage
 from silotune.common.errors import RefusalError
 from silotune.common.messages import Receipt
 from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"
-AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Registered, Charged, Released)
+AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released)
 
 class Ledger:
     """The entries of one site, verified, in order. Use `create` once, then `open`."""
@@ -100,13 +100,18 @@ class Ledger:
                 ledger._catch_up()
                 ledger._check_head()
                 ledger._check_lineages()
-            except sqlite3.Error as error:
-                raise damaged(str(error)) from None
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise damaged(type(error).__name__) from None
         return ledger
 
     @property
     def fingerprint_key(self) -> bytes:
         return self._keys.derive("fingerprints")
+
+    @property
+    def public(self) -> str | None:
+        """The site's public key; None for keys that end with the process."""
+        return self._keys.public if self._folder is not None else None
 
     @property
     def site(self) -> str:
@@ -126,7 +131,7 @@ class Ledger:
 
         Entries of other processes are there when it begins, and none comes between.
         """
-        with self._lock, self._locked():
+        with self._lock, self._alone(), self._locked():
             before = len(self.entries)
             try:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -138,14 +143,18 @@ class Ledger:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 self._forget_after(before)
-                if isinstance(error, sqlite3.Error):
-                    raise damaged(str(error)) from None
+                if isinstance(error, sqlite3.Error | UnicodeDecodeError):
+                    raise damaged(type(error).__name__) from None
                 raise
-            self._keys.write_head(len(self._macs), self._macs[-1])
+            self._keys.write_head(len(self.entries), self._digests[-1])
 
     def append(self, kind: type[AnyEntry], **facts: Any) -> AnyEntry:
         """Write one entry, within `writing`; returns it. ValidationError if a fact is not valid."""
         assert self._database.in_transaction
+        if kind is Charged and (
+            facts["contract"], facts["run"], facts["round"], facts["attempt"]
+        ) in self.charges:
+            raise RefusalError("This request was charged already.")
         entry = kind(
             sequence=len(self.entries) + 1, previous=self._digests[-1], at=round(time.time(), 3),
             **facts,
@@ -156,31 +165,34 @@ class Ledger:
         self._remember(entry, body, mac)
         return entry
 
-    def register(self, lineage: Lineage, source: str) -> None:
-        """Keep the fingerprints of records that are new here, within `writing`."""
-        known = self._database.execute("SELECT 1 FROM lineages WHERE id = ?", (lineage.id,))
-        if known.fetchone() is None:
-            self._database.execute(
-                "INSERT INTO lineages VALUES (?, ?)", (lineage.id, lineage.fingerprints.tobytes())
-            )
-            self.append(
-                Registered, lineage=lineage.id, basis=lineage.basis, source=source,
-                rows=lineage.rows,
-            )
+    def charge(self, lineage: Lineage, **facts: Any) -> Charged:
+        """Append a charge on the records of `lineage`, within `writing`, and keep their
+        fingerprints. RefusalError if the request was charged before."""
+        self._database.execute(
+            "INSERT OR IGNORE INTO lineages VALUES (?, ?)",
+            (lineage.id, lineage.fingerprints.tobytes()),
+        )
+        facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
+        return self.append(Charged, **facts)
 
-    def lineages(self) -> dict[str, Registered]:
-        return {entry.lineage: entry for entry in self.entries if isinstance(entry, Registered)}
+    def lineages(self) -> dict[str, Charged]:
+        """Each set of records that was ever charged, by its first charge."""
+        found: dict[str, Charged] = {}
+        for charge in self.charges.values():
+            found.setdefault(charge.lineage, charge)
+        return found
 
-    def lineage(self, entry: Registered) -> Lineage:
-        """The records of a Registered entry; RefusalError E212 if the file does not have them."""
+    def lineage(self, charge: Charged) -> Lineage:
+        """The records of a charge; RefusalError E212 if the file does not have them."""
         with self._lock:
             row = self._database.execute(
-                "SELECT fingerprints FROM lineages WHERE id = ?", (entry.lineage,)
+                "SELECT fingerprints FROM lineages WHERE id = ?", (charge.lineage,)
             ).fetchone()
-        found = Lineage.of_bytes(entry.basis, row[0], entry.rows) if row else None
-        if found is None or found.id != entry.lineage:
-            raise damaged(f"the fingerprints of entry {entry.sequence} are not those it names")
-        return found
+        if row and isinstance(row[0], bytes) and len(row[0]) % SIZE == 0:
+            found = Lineage.of_bytes(charge.basis, row[0], charge.rows)
+            if found.id == charge.lineage:
+                return found
+        raise damaged(f"the fingerprints of entry {charge.sequence} are not those it names")
 
     def release(self, charge: Charged, wire: bytes) -> None:
         """Make a reply durable, then say that it may leave. Only then may it."""
@@ -211,7 +223,7 @@ class Ledger:
     def receipt(self) -> Receipt:
         """Where this ledger stands now, signed, for a server to keep."""
         with self._lock:
-            sequence, head = len(self.entries), self._macs[-1].hex()
+            sequence, head = len(self.entries), self._digests[-1]
         signed = self._keys.signing.sign(Receipt.statement(self.site, sequence, head))
         return Receipt(sequence=sequence, head=head, signature=signed.hex())
 
@@ -220,18 +232,21 @@ class Ledger:
         statement = Receipt.statement(self.site, receipt.sequence, receipt.head)
         signed = verifies(self._keys.public, receipt.signature, statement)
         with self._lock:
-            macs = self._macs[receipt.sequence - 1 : receipt.sequence]
-        if not signed or macs != [bytes.fromhex(receipt.head)]:
+            if receipt.sequence > len(self.entries):
+                with self.writing():  # another process may have given it
+                    pass
+            digests = self._digests[receipt.sequence : receipt.sequence + 1]
+        if not signed or digests != [receipt.head]:
             raise RefusalError(
                 f"The server holds a receipt for entry {receipt.sequence} that this ledger "
-                f"({len(self._macs)} entries) did not give: it was rolled back, copied or "
+                f"({len(self.entries)} entries) did not give: it was rolled back, copied or "
                 "replaced. Restore the newest ledger and head; what it lacks cannot be spent anew.",
                 code="E211",
             )
 
     def export(self) -> Iterator[str]:
         """The entries as lines of JSON, the last one a receipt: `verify_export` reads them."""
-        yield json.dumps({"silotune": "ledger 1", "public": self._keys.public})
+        yield json.dumps({"silotune": EXPORT, "public": self._keys.public})
         with self._lock:
             rows = self._database.execute(
                 "SELECT body, mac FROM entries WHERE sequence <= ? ORDER BY sequence",
@@ -253,14 +268,16 @@ class Ledger:
             if not rows or rows[0][0] != known or rows[0][2] != self._macs[-1]:
                 raise damaged(f"entry {known} is gone")
             rows = rows[1:]
-        for sequence, body, mac in rows:
+        for number, (sequence, body, mac) in enumerate(rows, known + 1):
+            if sequence != number or not isinstance(body, str) or not isinstance(mac, bytes):
+                raise damaged(f"entry {number} is not in its place")
             if not hmac.compare_digest(self._mac(body), mac):
-                raise damaged(f"entry {sequence} does not carry this site's MAC")
+                raise damaged(f"entry {number} does not carry this site's MAC")
             self._remember(chained(body, len(self.entries), self._digests[-1]), body, mac)
 
     def _check_head(self) -> None:
-        number, mac = self._keys.read_head()
-        if self._macs[number - 1 : number] != [mac]:
+        number, head = self._keys.read_head()
+        if self._digests[number : number + 1] != [head]:
             raise damaged(f"it ends before entry {number}, or is not the ledger of these keys")
         first = self.entries[0]
         if (
@@ -295,6 +312,12 @@ class Ledger:
         return hmac.digest(self._mac_key, body.encode(), "sha256")
 
     @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._database.in_transaction:  # the file lock would wait for itself
+            raise RuntimeError("the ledger is being written by this thread already")
+        yield
+
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Between processes; the kernel frees it when its holder dies."""
         if self._folder is None:
@@ -311,8 +334,8 @@ class Ledger:
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(
-            f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False,
-            timeout=30,
+            path.resolve().as_uri() + "?mode=rw", uri=True, isolation_level=None,
+            check_same_thread=False, timeout=30,
         )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")

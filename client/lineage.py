@@ -5,8 +5,9 @@ encoding, quoting and the ways to write a number do not change it. Two files ove
 share fingerprints, and the overlap inherits every charge that either took part in.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
-alone: a corrected or relabelled row stays the same record. Without, it is every column of the file;
-then a changed cell makes a new record, which is why the owner should name a key. Fingerprints of
+alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
+but those that only number the rows (whole numbers, each once: another export numbers anew); then a
+changed cell makes a new record, which is why the owner should name a key. Fingerprints of
 different bases cannot be compared: all their records count as the same ones (fail closed).
 
 The fingerprint is BLAKE2b with the site's own key, 128 bits: without the key it cannot be tried on
@@ -20,7 +21,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -70,20 +71,36 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
             local=f"it has: {', '.join(table.header[:20])}."
             + did_you_mean(absent[0], table.header),
         )
-    chosen = sorted({canonical(column) for column in key} or set(names))
+    twice = [column for column in key if names.count(canonical(column)) > 1]
+    if twice:
+        raise DataError(
+            f"Key column '{twice[0]}' stands twice in {table.source}.", code="E302"
+        )
+    if key:
+        chosen = sorted({canonical(column) for column in key})
+    else:
+        numbering = {i for i in range(len(names)) if _only_numbers(table, i)}
+        chosen = sorted({n for i, n in enumerate(names) if i not in numbering} or set(names))
     # A name that stands twice takes part with each of its columns, in a fixed order.
     places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
-    basis = hashlib.blake2b(json.dumps([bool(key), chosen]).encode(), digest_size=SIZE).hexdigest()
-    found = bytearray()
+    columns = [[column, len(found)] for column, found in zip(chosen, places, strict=True)]
+    basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
+    prints = bytearray()
     for _, cells in table.rows:
         # A row with too few cells is refused when it is read by the contract's schema.
         row = [
-            sorted(_value(cells[i]) if i < len(cells) else "" for i in columns)
-            for columns in places
+            sorted(_value(cells[i]) if i < len(cells) else "" for i in found) for found in places
         ]
         content = json.dumps(row, ensure_ascii=False).encode()
-        found += hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
-    return Lineage(basis, np.unique(_array(bytes(found))), len(table.rows))
+        prints += hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
+    return Lineage(basis, np.unique(_array(bytes(prints))), len(table.rows))
+
+
+def _only_numbers(table: Table, column: int) -> bool:
+    """Whether a column gives each row a whole number of its own."""
+    cells = [cells[column].strip() if column < len(cells) else "" for _, cells in table.rows]
+    whole = all(cell.isascii() and cell.removesuffix(".0").isdigit() for cell in cells)
+    return whole and len(set(cells)) == len(cells) > 1
 
 
 def shared(records: Lineage, others: Lineage) -> NDArray[np.bool_]:
@@ -107,7 +124,7 @@ def _value(cell: str) -> str:
     """A cell without its ways of writing: 5, '5.0 ' and 5e0 are one value, so are É and É."""
     text = canonical(cell)
     try:
-        number = Decimal(text).normalize()
+        number = Decimal(text).normalize(Context(prec=max(28, len(text))))
     except ArithmeticError:  # no number, or one with an exponent beyond all measure
         return text
     return str(abs(number) if number.is_zero() else number)

@@ -21,7 +21,7 @@ from silotune.client.lineage import Lineage
 from silotune.common import fields
 from silotune.common.contract import Contract, EncoderModel, Metric
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Positive, Sha256
+from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
 from silotune.common.signing import verifies
 
 
@@ -62,7 +62,7 @@ class Permits(Frozen):
     min_records: Count = 100
     min_sites: Count = 2
     min_quorum: Count = 2
-    allow_without_dp: bool = False
+    allow_without_dp: Flag = False
 
 
 class Server(Frozen):

@@ -40,7 +40,11 @@ class Worker:
     ) -> None:
         for refusal in policy.refusals(contract):
             raise refusal
+        key = next(site.public_key for site in contract.sites if site.name == policy.name)
+        if None not in (key, ledger.public) and key != ledger.public:
+            raise RefusalError("The contract names another key for this site.", code="E201")
         self.policy, self.contract, self.ledger = policy, contract, ledger
+        self.adopted = ledger.policy
         self.plan = accounting.plan(contract)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accounting.best_order(self.plan, contract.privacy.delta)
@@ -121,10 +125,14 @@ class Worker:
                         "The charge stands; another attempt is a new charge.", code="E204",
                     )
                 return charge, self.ledger.reply(released)
+            if self.ledger.policy != self.adopted:
+                raise RefusalError(
+                    "The owner has signed another policy since this worker started. Start it "
+                    "again.", code="E213",
+                )
             self._check_run(request, mechanism)
-            self.ledger.register(self.lineage, self.source_name)
-            return self.ledger.append(
-                Charged, lineage=self.lineage.id, unit=self.contract.privacy.unit,
+            return self.ledger.charge(
+                self.lineage, source=self.source_name, unit=self.contract.privacy.unit,
                 contract=self.contract.hash, run=request.run, round=request.round,
                 attempt=request.attempt, request=digest, order=self.order,
                 noise_multiplier=mechanism.noise_multiplier,

@@ -17,7 +17,18 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common import fields
-from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Positive, Rate, Sha256
+from silotune.common.fields import (
+    Count,
+    Delta,
+    Epsilon,
+    Flag,
+    Frozen,
+    Name,
+    Positive,
+    Rate,
+    SamplingRate,
+    Sha256,
+)
 from silotune.common.inputs import TableInput, Task, TextInput
 from silotune.common.problems import MISFITS, contract_error
 
@@ -32,7 +43,7 @@ class Standardise(Frozen):
     seed: int = 0
     records: Count = 400
     shrinkage: Rate = 0.2
-    whiten: bool = True
+    whiten: Flag = True
     norm: Positive = 2.0
     sentences: tuple[str, ...] = ()
 
@@ -44,7 +55,7 @@ class EncoderModel(Frozen):
     name: Name
     sha256: Sha256
     max_tokens: Annotated[int, Field(ge=8, le=512, strict=True)]
-    normalise: bool = True
+    normalise: Flag = True
     standardise: Standardise | None = None
 
 
@@ -100,7 +111,7 @@ class Phase(Frozen):
 
     trains: Literal["head", "head+adapter"]
     rounds: Count
-    sampling_rate: Rate
+    sampling_rate: SamplingRate
     local_steps: Count = 1
     budget: Rate = 1.0
     head_rate: Positive

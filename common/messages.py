@@ -44,7 +44,8 @@ class _Header(Frozen):
 
 
 class Receipt(Frozen):
-    """Where a site's ledger stood: the number of its last entry and that entry's MAC, signed.
+    """Where a site's ledger stood: the number of its last entry and its digest, which covers the
+    entry, its MAC and through the chain all before it; signed.
 
     The site gives one with each update, the server hands back the last it has: a site whose ledger
     was rolled back sees it. `signature` is Ed25519 over `statement`.

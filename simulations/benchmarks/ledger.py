@@ -35,10 +35,9 @@ RECORDS = 10_000
 def charges(ledger: Ledger, records: Lineage, first: int, last: int, kinds: int) -> Charged:
     """Rounds `first` to `last` in one transaction, by `kinds` mechanisms in turn; the last one."""
     with ledger.writing():
-        ledger.register(records, "bench.csv")
         for number in range(first, last + 1):
-            entry = ledger.append(
-                Charged, lineage=records.id, unit="record", contract="0" * 64, run="bench",
+            entry = ledger.charge(
+                records, source="bench.csv", unit="record", contract="0" * 64, run="bench",
                 round=number, attempt=1, request="0" * 64,
                 noise_multiplier=20.0 + (number % kinds) / kinds, sampling_rate=0.25, steps=1,
                 order=3.7,
