@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 
-from silotune.client import accounting, budget, dataset, lineage, release
+from silotune.client import accounting, budget, dataset, lineage, release, selftest
 from silotune.client.accounting import Mechanism
 from silotune.client.budget import Budget
 from silotune.client.entries import Charged
@@ -55,6 +55,8 @@ class Worker:
         self.model: Classifier = build(contract, policy.model.folder)
         self.data = dataset.load(table, contract, self.model)
         policy.check_records(self.lineage)
+        if contract.privacy.mode == "dp":
+            selftest.check(contract, self.model)
         self.source_name = table.source
         self.budget = Budget(ledger, self.lineage)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):

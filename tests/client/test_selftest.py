@@ -1,0 +1,112 @@
+"""The start-up self-test passes what is right, and refuses each way a step can be wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from torch import Tensor
+
+from silotune.client import dp, selftest
+from silotune.client.dp import CryptoNoiseOptimizer
+from silotune.client.worker import Worker
+from silotune.common.contract import Contract
+from silotune.common.errors import RefusalError
+from silotune.common.model import build
+from silotune.common.tasks import classification
+
+
+@pytest.fixture(autouse=True)
+def _nothing_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_passed", WeakKeyDictionary())
+
+
+def test_it_passes_a_table(table_contract: Contract) -> None:
+    selftest.check(table_contract, build(table_contract, None))
+
+
+def test_it_passes_lora_in_under_two_seconds(
+    lora_contract: Contract, encoder_folder: Path
+) -> None:
+    model = build(lora_contract, encoder_folder)
+    selftest.check(lora_contract, model)
+    selftest._passed.clear()
+    began = time.process_time()
+    selftest.check(lora_contract, model)
+    assert time.process_time() - began < 2
+
+
+def no_clipping(patch: pytest.MonkeyPatch) -> None:
+    original = CryptoNoiseOptimizer.__init__
+
+    def broken(self: CryptoNoiseOptimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.max_grad_norm *= 1e3
+
+    patch.setattr(CryptoNoiseOptimizer, "__init__", broken)
+
+
+def half_the_clip_norm(patch: pytest.MonkeyPatch) -> None:
+    original = CryptoNoiseOptimizer.__init__
+
+    def broken(self: CryptoNoiseOptimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.max_grad_norm /= 2
+
+    patch.setattr(CryptoNoiseOptimizer, "__init__", broken)
+
+
+def batch_mean_loss(patch: pytest.MonkeyPatch) -> None:
+    original = classification.per_example_loss
+    patch.setattr(
+        classification, "per_example_loss",
+        lambda logits, labels: original(logits, labels) / len(labels),
+    )
+
+
+def examples_that_mix(patch: pytest.MonkeyPatch) -> None:
+    original = classification.per_example_loss
+
+    def broken(logits: Tensor, labels: Tensor) -> Tensor:
+        return original(logits - logits.mean(dim=0), labels)
+
+    patch.setattr(classification, "per_example_loss", broken)
+
+
+def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
+    original = dp.private_gradient
+
+    def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
+        more = [(torch.cat([index, index[:1]]), n + 1) for index, n in batches]
+        original(linears, optimizer, more, losses)
+
+    patch.setattr(selftest, "private_gradient", broken)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix, a_padding_row_counted],
+    ids=lambda m: m.__name__,
+)
+def test_a_broken_step_is_refused(
+    table_contract: Contract, monkeypatch: pytest.MonkeyPatch,
+    mutation: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    mutation(monkeypatch)
+    with pytest.raises(RefusalError) as refusal:
+        selftest.check(table_contract, build(table_contract, None))
+    assert refusal.value.code == "E208"
+
+
+def test_a_worker_does_not_start_with_a_broken_engine(
+    table_contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    write_rows: Callable[..., Path], make_worker: Callable[..., Worker],
+) -> None:
+    no_clipping(monkeypatch)
+    with pytest.raises(RefusalError, match="self-test"):
+        make_worker(table_contract, write_rows(tmp_path / "rows.csv", 50))
