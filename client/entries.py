@@ -130,11 +130,13 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
         receipt = Receipt.model_validate(rows.pop())
         entries: list[Entry] = []
         previous = FIRST
-        for row in rows:
-            entries.append(chained(row["body"], len(entries), previous))
-            previous = digest(row["body"], bytes.fromhex(row["mac"]))
+        for body, mac in ((row.pop("body"), row.pop("mac")) for row in rows if row):
+            entries.append(chained(body, len(entries), previous))
+            previous = digest(body, bytes.fromhex(mac))
+        if any(rows):
+            raise ValueError("something stands beside an entry")
         opened = entries[0]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise damaged("the export is not in a ledger's form") from None
     if not isinstance(opened, Opened) or opened.public != key:
         raise damaged("the export is of another site's key")

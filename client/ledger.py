@@ -168,6 +168,7 @@ class Ledger:
     def charge(self, lineage: Lineage, **facts: Any) -> Charged:
         """Append a charge on the records of `lineage`, within `writing`, and keep their
         fingerprints. RefusalError if the request was charged before."""
+        assert self._database.in_transaction
         self._database.execute(
             "INSERT OR IGNORE INTO lineages VALUES (?, ?)",
             (lineage.id, lineage.fingerprints.tobytes()),
@@ -339,6 +340,6 @@ def _connect(path: Path) -> sqlite3.Connection:
         )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as error:
-        raise damaged(f"{path} cannot be opened ({error})") from None
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise damaged(f"{path} cannot be opened ({type(error).__name__})") from None
     return database

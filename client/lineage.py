@@ -76,14 +76,14 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
         raise DataError(
             f"Key column '{twice[0]}' stands twice in {table.source}.", code="E302"
         )
-    if key:
-        chosen = sorted({canonical(column) for column in key})
-    else:
-        numbering = {i for i in range(len(names)) if _only_numbers(table, i)}
-        chosen = sorted({n for i, n in enumerate(names) if i not in numbering} or set(names))
+    used = list(range(len(names)))
+    if not key:
+        used = [i for i in used if not _only_numbers(table, i)] or used
+    wanted = {canonical(column) for column in key}
+    chosen = sorted(wanted or {names[i] for i in used})
     # A name that stands twice takes part with each of its columns, in a fixed order.
-    places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
-    columns = [[column, len(found)] for column, found in zip(chosen, places, strict=True)]
+    places = [[i for i in used if names[i] == column] for column in chosen]
+    columns = [[column, names.count(column)] for column in chosen]
     basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
     prints = bytearray()
     for _, cells in table.rows:
@@ -98,9 +98,16 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
 
 def _only_numbers(table: Table, column: int) -> bool:
     """Whether a column gives each row a whole number of its own."""
-    cells = [cells[column].strip() if column < len(cells) else "" for _, cells in table.rows]
-    whole = all(cell.isascii() and cell.removesuffix(".0").isdigit() for cell in cells)
-    return whole and len(set(cells)) == len(cells) > 1
+    cells = [_value(cells[column]) if column < len(cells) else "" for _, cells in table.rows]
+    return len(set(cells)) == len(cells) > 1 and all(map(_is_whole, cells))
+
+
+def _is_whole(value: str) -> bool:
+    try:
+        number = Decimal(value)
+    except ArithmeticError:
+        return False
+    return number.is_finite() and number == number.to_integral_value()
 
 
 def shared(records: Lineage, others: Lineage) -> NDArray[np.bool_]:

@@ -73,7 +73,7 @@ def test_what_init_makes_is_its_users_alone(site: Site) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         for file in path.iterdir():
             assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
-    assert stat.S_IMODE(site.folder.stat().st_mode) == 0o711
+    assert stat.S_IMODE(site.folder.stat().st_mode) == 0o700
 
 
 def test_init_does_not_touch_a_site_that_is_there(run: Run, site: Site) -> None:

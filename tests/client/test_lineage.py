@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_an_overlap_is_found_and_nothing_more() -> None:
 
 
 def test_new_rows_share_nothing() -> None:
-    assert not shared(made(), made([["q", "1", "x"], ["p1", "5", "rue"]])).any()
+    assert not shared(made(), made([["q", "1.5", "x"], ["p1", "5", "rue"]])).any()
 
 
 def test_with_key_columns_a_corrected_row_is_the_same_record() -> None:
@@ -162,17 +163,123 @@ def test_a_key_of_every_column_is_not_the_basis_without_key() -> None:
     assert made(key=HEADER).basis != made().basis
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the basis forgets how often a name stands")
+@pytest.mark.parametrize("cell", ["{}", "x{}", "p1", ""])
+def test_a_second_column_of_one_name_does_not_make_the_records_new(cell: str) -> None:
+    wider = made(
+        [[*row, cell.format(i)] for i, row in enumerate(ROWS)], [*HEADER, " PATIENT"]
+    )
+    assert wider.basis != made().basis
+    assert shared(wider, made()).all()
+    assert shared(made(), wider).all()
+
+
+def test_the_order_of_two_columns_of_one_name_does_not_count() -> None:
+    header, rows = [*HEADER, "Patient"], [[*row, f"x{i}"] for i, row in enumerate(ROWS)]
+    turned = made([row[::-1] for row in rows], header[::-1])
+    assert turned.id == made(rows, header).id
+
+
+@pytest.mark.parametrize("other", ["patient", " PATIENT"])
+def test_a_key_column_that_stands_twice_is_refused(other: str) -> None:
+    """Which of the two names the patient, nobody can tell."""
+    rows = [[*row, f"x{i}"] for i, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match=r"Key column 'patient' stands twice in made.csv") as error:
+        made(rows, [*HEADER, other], key=["patient"])
+    assert error.value.code == "E302"
+    made(rows, [*HEADER, other], key=["note"])  # beside the key it changes nothing
+
+
 @pytest.mark.parametrize("key", [(), ("patient",)])
-def test_a_second_column_of_one_name_does_not_make_the_records_new(key: Sequence[str]) -> None:
-    wider = made([[*row, str(i)] for i, row in enumerate(ROWS)], [*HEADER, " PATIENT"], key=key)
-    assert shared(wider, made(key=key)).all()
+@pytest.mark.parametrize("digits", [28, 30, 300])
+def test_long_numbers_that_differ_stay_different(key: Sequence[str], digits: int) -> None:
+    whole = "1" * digits
+    for first, second in (
+        (whole + ".1", whole + ".2"), (whole + "1.5", whole + "2.5"),
+        (f"0.{whole}1", f"0.{whole}2"), (f"1.{whole}1e9", f"1.{whole}2e9"),
+    ):
+        found = made([[first, "", ""], [second, "", ""]], key=key)
+        assert (found.rows, found.repeated) == (2, 0)
+        one, again = (made([[c, "", ""]], key=key) for c in (first, f" +0{first.upper()}"))
+        assert one.id == again.id
+    assert made([[whole + "1", "", ""], [whole + "2", "", ""]], key=["patient"]).repeated == 0
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Decimal.normalize rounds to 28 digits")
-def test_long_numbers_that_differ_stay_different() -> None:
-    first, second = "1" * 30 + "1", "1" * 30 + "2"
-    assert made([[first, "", ""], [second, "", ""]]).repeated == 0
+# Columns that only number the rows
+
+
+def with_index(
+    numbers: Sequence[object], place: int = 0, name: str = "nr", **given: Any
+) -> Lineage:
+    """ROWS with another column at `place`."""
+    rows = [[*row[:place], str(n), *row[place:]] for row, n in zip(ROWS, numbers, strict=True)]
+    return made(rows, [*HEADER[:place], name, *HEADER[place:]], **given)
+
+
+@pytest.mark.parametrize("name", ["nr", "", "Unnamed: 0"])
+@pytest.mark.parametrize("place", [0, 2, 3])
+@pytest.mark.parametrize("numbers", [
+    range(3), range(1, 4), range(100, 103), (7, 3, 5), ("0.0", "1.0", "2.0"), (10**40, 5, 0),
+    ("001", "002", "003"), (" 4", "5 ", "6"),
+])
+def test_a_column_that_only_numbers_the_rows_is_left_out(
+    numbers: Sequence[object], place: int, name: str
+) -> None:
+    """Added, numbered anew or dropped: the records are the same ones."""
+    found = with_index(numbers, place, name)
+    assert found.id == made().id
+    assert shared(found, made()).all()
+
+
+def test_a_numbered_subset_of_the_records_is_found() -> None:
+    rows = [[str(i), *row] for i, row in enumerate(ROWS)]
+    some = made([["7", *ROWS[2]], ["8", *ROWS[0]]], ["nr", *HEADER])
+    assert shared(some, made(rows, ["nr", *HEADER])).all()
+    assert int(shared(made(rows, ["nr", *HEADER]), some).sum()) == 2
+
+
+@pytest.mark.parametrize("numbers", [
+    (-1, 0, 1), ("1", "2", "3.00"), ("1", "2", "3e0"), ("1", "2", "+3"), ("1", "2", "３"),
+])
+def test_numbering_in_any_spelling_is_left_out(numbers: Sequence[object]) -> None:
+    assert with_index(numbers).id == made().id
+
+
+@pytest.mark.parametrize("numbers", [
+    (1, 1, 2), (1, 2, ""), (1, 2, "x3"), (1.5, 2, 3),
+])
+def test_a_column_that_does_more_than_number_takes_part(numbers: Sequence[object]) -> None:
+    """Other bases: not one record is taken for a new one."""
+    found = with_index(numbers)
+    assert found.basis != made().basis
+    for one, other in ((found, made()), (made(), found), (found, with_index(range(3)))):
+        assert shared(one, other).all()
+
+
+def test_records_that_differ_only_in_their_number_are_one() -> None:
+    found = made([["1", "a", "b"], ["2", "a", "b"], ["3", "a", "c"]])
+    assert (found.rows, found.repeated) == (3, 1)
+
+
+def test_a_column_that_numbers_the_rows_can_be_the_key() -> None:
+    one, other = with_index(range(3), key=["nr"]), with_index(range(1, 4), key=["nr"])
+    assert one.repeated == 0
+    assert int(shared(other, one).sum()) == 2
+
+
+def test_one_row_is_told_by_all_its_columns() -> None:
+    """Of a single row nobody can tell what numbers it: then more counts as the same, not less."""
+    one = made([["1", *ROWS[0]]], ["nr", *HEADER])
+    assert one.id != made([ROWS[0]]).id
+    assert shared(one, made()).all()
+    assert shared(one, with_index(range(3))).all()
+
+
+def test_where_every_column_numbers_the_rows_all_of_them_count() -> None:
+    rows = [["1", "11", "21"], ["2", "12", "22"]]
+    assert made(rows).repeated == 0
+    assert made(rows).id == made(rows[::-1]).id
+    assert not shared(made([["3", "13", "23"], ["4", "14", "24"]]), made(rows)).any()
+    assert shared(made([*rows, ["2", "12", "22"]]), made(rows)).all()
 
 
 def test_a_row_that_lacks_cells_is_the_row_with_empty_ones() -> None:
@@ -272,3 +379,11 @@ def test_any_changed_record_changes_the_id(
     assert (one.id == other.id) == (before == after)
     assert len(other.fingerprints) == len(after)
     assert int(shared(other, one).sum()) == len(before & after)
+
+
+def test_a_numbering_named_like_another_column_gives_no_new_records() -> None:
+    """Numbered this way or that way the records are the same, and none is new to the plain file."""
+    name = HEADER[0].upper()
+    first, second = (with_index(n, 3, name) for n in (range(3), (9, 7, 8)))
+    assert first.id == second.id
+    assert shared(made(), first).all()

@@ -38,7 +38,8 @@ def change() -> Arrays:
 
 def charged(contract: Contract, /, **facts: Any) -> Charged:
     return Charged(**{
-        "sequence": 3, "previous": "0" * 64, "at": 0.0, "lineage": "1" * 64, "unit": "record",
+        "sequence": 3, "previous": "0" * 64, "at": 0.0, "lineage": "1" * 64,
+        "basis": "basis", "source": "rows.csv", "rows": 80, "unit": "record",
         "contract": contract.hash, "run": "r", "round": 2, "attempt": 4, "request": "2" * 64,
         "noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1, "order": 3.0, **facts,
     })

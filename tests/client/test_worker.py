@@ -240,7 +240,7 @@ def test_an_empty_sample_answers_with_noise(
     table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-9, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-6, "head_rate": 0.5}]
     )
     update = ask(make_worker(contract, write_rows(tmp_path / "rows.csv", 5))).arrays
     assert all((a != 0).all() for a in update.values())

@@ -213,6 +213,8 @@ PHASES = {
                        ["'phases.1.sampling_rate'", "1.5"], "sampling_rate"),
     "rate nan": ("sampling_rate = 0.5", "sampling_rate = nan", ["'phases.1.sampling_rate'"],
                  "sampling_rate"),
+    "rate too small": ("sampling_rate = 0.5", "sampling_rate = 9.9e-7",
+                       ["'phases.1.sampling_rate'", "0.000001"], "sampling_rate"),
     "rate zero": ("sampling_rate = 0.5", "sampling_rate = 0", ["'phases.1.sampling_rate'"],
                   "sampling_rate"),
     "budget nan": ("head_rate = 0.5", "head_rate = 0.5\nbudget = nan", ["'phases.1.budget'"],

@@ -73,10 +73,10 @@ def _at_head(kind: type, deed: Callable[[], object]) -> None:
 
     write_head = Keys.write_head
 
-    def writing(self: Keys, number: int, mac: bytes) -> None:
+    def writing(self: Keys, number: int, head: str) -> None:
         if isinstance(last[0], kind):
             deed()
-        write_head(self, number, mac)
+        write_head(self, number, head)
 
     Ledger._remember = noting  # type: ignore[method-assign]
     Keys.write_head = writing  # type: ignore[method-assign]
