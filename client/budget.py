@@ -2,9 +2,9 @@
 
 Unit: one record; adjacency: add or remove one. For a record r let H(r) be the charges of the ledger
 whose lineage holds r (client/lineage.py), in order. Each is a sequence of Poisson-subsampled
-Gaussian mechanisms with noise for that unit. The order a(r) by which r is accounted is named in
-the first charge of H(r), before anything on r was released. `check` lets a charge pass only if for
-every record of the data set the Rényi sum of H(r) and the charge, converted at a(r), is within
+Gaussian mechanisms with noise for that unit. The order a by which all records are accounted is
+named in the ledger's first charge, before anything was released. `check` passes a charge only if
+for every record of the data set the Rényi sum of H(r) and the charge, converted at a, is within
 the limit. So all replies ever made of r together are (epsilon, delta)-DP for r, also when servers
 choose each request after seeing every reply (Rényi filter and individual accounting: Feldman and
 Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
@@ -17,7 +17,6 @@ not start on a contract whose whole plan does not fit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,7 +40,7 @@ class Limit:
 
 @dataclass
 class Past:
-    """The charges that a group of records has in common: H(r), and a(r) unless it is empty."""
+    """The charges that a group of records has in common: H(r), and its order unless it is empty."""
 
     order: float | None = None
     history: list[Mechanism] = field(default_factory=list)
@@ -142,7 +141,7 @@ def mechanism_of(charge: Charged) -> Mechanism:
 
 
 def order_of(plan: Sequence[Mechanism], limit: Limit) -> float:
-    """The order for records without a past: the one that lets this plan be repeated most often."""
-    if any(m.noise_multiplier <= 0 for m in plan) or math.isinf(limit.epsilon):
-        return 2.0
+    """The order for a ledger without charges: the one by which this plan fits most often."""
+    if any(m.noise_multiplier <= 0 for m in plan):
+        return 4.0
     return accounting.filling_order(plan, limit.epsilon, limit.delta)

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER, SET_NO_NEW_PRIVS = 1, 36, 38  # linux/prctl.h
+QUIET = 5  # looks in a row at which nobody is there: one that forks can hide from a single one
+MOST_PROCESSES = 1024  # of a relay's user, threads counted
 STOP_SECONDS = 20.0
 LONGEST_LINE = 2000
 LINES_A_SECOND = 100  # of one process; more are left out
@@ -20,6 +22,20 @@ LINES_A_SECOND = 100  # of one process; more are left out
 def adopt_orphans() -> None:
     """From here on, a descendant whose parent has ended becomes this process's own child."""
     _prctl(SET_CHILD_SUBREAPER, 1)
+
+
+def no_new_privileges() -> None:
+    """From here on, no program that this process or a descendant starts gains rights by its file
+    (setuid, setgid, capabilities)."""
+    _prctl(SET_NO_NEW_PRIVS, 1)
+
+
+def end_user(user: int) -> None:
+    """Kill every process of a user at once: one that forks cannot slip through (root only)."""
+    subprocess.run(
+        ["/bin/sh", "-c", "kill -KILL -1"], user=user, extra_groups=[], check=False,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def end_with_parent() -> None:
@@ -37,7 +53,10 @@ def end_all(but: int = 0) -> None:
     """End every descendant except `but`: asked first, after a while killed, until none is left."""
     end = time.monotonic() + STOP_SECONDS
     asked: set[int] = set()
-    while pids := descendants() - {but}:
+    quiet = 0
+    while quiet < QUIET:
+        pids = descendants() - {but}
+        quiet = 0 if pids else quiet + 1
         late = time.monotonic() > end
         for pid in pids if late else pids - asked:
             try:
@@ -45,7 +64,20 @@ def end_all(but: int = 0) -> None:
             except ProcessLookupError:
                 continue
         asked |= pids
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def reap(but: set[int]) -> None:
+    """Take note of adopted orphans that have ended; not of the children `but`, whose exit codes
+    are asked for elsewhere."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in but:
+            try:
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) == os.getpid():
+                    os.waitpid(int(entry.name), os.WNOHANG)
+            except (OSError, ChildProcessError):
+                continue
 
 
 def descendants() -> set[int]:

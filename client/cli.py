@@ -110,16 +110,18 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
     from silotune.client.site import Site
 
     found = Site(config)
-    policy = policies.load(config)
-    ledger = Ledger.open(found.state, Keys.load(found.keys))
+    keys = Keys.load(found.keys)
+    ledger = Ledger.open(found.state, keys)
     signed = policies.sign(
         config, key or found.keys / "owner.key", ledger.policy.serial if ledger.policy else 0
     )
+    policy = policies.adopt(config, ledger, keys.owner)  # or an earlier one could still come first
     limit, permitted = policy.limit, len(policy.permits.contracts)
     emit(
         {"serial": signed.serial, "policy": signed.policy, **asdict(limit)}, as_json,
         f"✓ {config} is policy number {signed.serial} of {policy.name}: ε ≤ {limit.epsilon:g} and "
         f"δ = {limit.delta:g} per record, {permitted} contract{'s' * (permitted != 1)}\n"
+        "A worker that is running follows it when it is started again.\n"
         f"next:   silotune site check CONTRACT --config {config}",
     )
 
@@ -140,14 +142,18 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     """
     _stop_unless(_preflight(config, contract, as_json=as_json, local=True))
     if not as_json:
-        click.echo(f"next:   silotune site start {contract} --config {config}")
+        click.echo(
+            f"next:   silotune site start {contract} --config {config} (as root) "
+            "--worker-user … --relay-user …"
+        )
 
 
 @site.command()
 @CONTRACT
 @CONFIG
 @click.option("--worker-user", help="Who may read the records: a user of this machine.")
-@click.option("--relay-user", help="Who runs Flower's SuperNode, and may not.")
+@click.option("--relay-user", help="Who runs Flower's SuperNode, and may not: "
+              "a user of its own, whose processes all end with the site.")
 @click.option("--one-user", is_flag=True, help="Run both as this user: NOT for private records.")
 def start(
     contract: Path, config: Path, worker_user: str | None, relay_user: str | None, one_user: bool
@@ -191,12 +197,12 @@ def worker(
     from silotune.client import children, wire
     from silotune.client.site import Site
 
+    if (socket is None) == (fd is None):
+        raise UsageError("Give one of --socket and --fd.")
     if ready_fd is not None:
         children.end_with_parent()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
-    if (socket is None) == (fd is None):
-        raise UsageError("Give one of --socket and --fd.")
     _stop_unless(_preflight(config, contract))
     from silotune.client.worker import Worker  # torch: not before the cheap checks
 

@@ -29,8 +29,20 @@ from torch import Tensor, nn
 
 from silotune.client.noise import NoiseSource
 
-UNIT = -30  # binary logarithm of the unit of a sum, over the clip norm
+UNIT = -30  # binary logarithm of the unit of a sum, over what one record can add
 GRAIN = -10  # the same of the grain of a noised sum, over the noise's standard deviation
+
+
+def power_of_two(value: float, exponent: int) -> float:
+    """The power of two at or below `value` times 2^exponent: multiplying by it is exact."""
+    return math.ldexp(1.0, math.frexp(value)[1] - 1 + exponent)
+
+
+def noised(total: Tensor, std: float, source: NoiseSource) -> Tensor:
+    """An exact sum (float64) plus N(0, std^2) for each entry, rounded to the grain."""
+    grain = power_of_two(std, GRAIN)
+    noise = torch.from_numpy(source.normal(tuple(total.shape)))
+    return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
 
 class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -66,7 +78,7 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
     def clip_and_accumulate(self) -> None:
         """Add each record's gradient, its norm over all tensors at most the clip norm, as whole
         numbers of units to `.summed_grad`."""
-        unit = self.unit
+        unit = power_of_two(self.max_grad_norm, UNIT)
         most = self.max_grad_norm - unit * math.sqrt(sum(p.numel() for p in self.params)) / 2
         gradients = [p.grad_sample.flatten(1) for p in self.params]
         norms = torch.stack(
@@ -77,19 +89,14 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
             rounded = (gradient.double() * factors[:, None]).round_()
             p.summed_grad += rounded.sum(dim=0).view_as(p)
 
-    @property
-    def unit(self) -> float:
-        """A power of two, so that multiplying by it is exact."""
-        return math.ldexp(1.0, math.frexp(self.max_grad_norm)[1] - 1 + UNIT)
-
     def add_noise(self) -> None:
         """The noised sum over the public divisor, into each `.grad`."""
-        std = self.noise_multiplier * self.max_grad_norm
-        grain = math.ldexp(1.0, math.frexp(std)[1] - 1 + GRAIN)
+        unit = power_of_two(self.max_grad_norm, UNIT)
         for p in self.params:
-            noise = torch.from_numpy(self.source.normal(tuple(p.shape)))
-            total = p.summed_grad * self.unit + std * noise.to(p.device)
-            p.grad = ((total / grain).round_() * (grain / self.divisor)).to(p.dtype)
+            total = noised(
+                p.summed_grad * unit, self.noise_multiplier * self.max_grad_norm, self.source
+            )
+            p.grad = (total / self.divisor).to(p.dtype)
             p.summed_grad = None
 
 

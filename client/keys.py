@@ -56,6 +56,14 @@ class Keys:
     @classmethod
     def load(cls, folder: Path) -> Keys:
         """Read the site's keys; UsageError E214 if one is missing, damaged or open to others."""
+        if folder.is_dir() and folder.stat().st_uid != os.geteuid():
+            # Files that another user, root too, writes here would be closed to the site's own.
+            owner_id = folder.stat().st_uid
+            raise UsageError(
+                f"{folder} belongs to the user {owner_id}, who alone may use it: "
+                f"setpriv --reuid={owner_id} --regid={owner_id} --clear-groups silotune …",
+                code="E214",
+            )
         secret, signing, owner = (
             _read_key(folder / name) for name in ("secret.key", "site.key", "owner.pub")
         )
@@ -123,8 +131,8 @@ def make_private_folder(folder: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a file (0600) so that after a crash it is the old one or the new one, whole."""
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    half = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -59,6 +59,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._macs: list[bytes] = []
         self._digests = [FIRST]  # one more than entries
+        self._head = 0  # the entry that keys/head was seen to name
         self._replies: dict[str, bytes] = {}  # in memory only, when there is no folder
         self.entries: list[Entry] = []
         self.charges: dict[RequestKey, Charged] = {}
@@ -120,6 +121,11 @@ class Ledger:
         return first.site
 
     @property
+    def order(self) -> float | None:
+        """The Rényi order of every account here: fixed by the first charge of all."""
+        return next((charge.order for charge in self.charges.values()), None)
+
+    @property
     def policy(self) -> Adopted | None:
         """The policy adopted last."""
         adopted = (entry for entry in reversed(self.entries) if isinstance(entry, Adopted))
@@ -146,7 +152,9 @@ class Ledger:
                 if isinstance(error, sqlite3.Error | UnicodeDecodeError):
                     raise damaged(type(error).__name__) from None
                 raise
-            self._keys.write_head(len(self.entries), self._digests[-1])
+            if len(self.entries) > self._head:
+                self._keys.write_head(len(self.entries), self._digests[-1])
+                self._head = len(self.entries)
 
     def append(self, kind: type[AnyEntry], **facts: Any) -> AnyEntry:
         """Write one entry, within `writing`; returns it. ValidationError if a fact is not valid."""
@@ -229,15 +237,19 @@ class Ledger:
         return Receipt(sequence=sequence, head=head, signature=signed.hex())
 
     def check_receipt(self, receipt: Receipt) -> None:
-        """RefusalError E211 unless this site signed it and this ledger has the entry it names."""
+        """RefusalError unless this site signed it (E503) and has the entry it names (E211)."""
         statement = Receipt.statement(self.site, receipt.sequence, receipt.head)
-        signed = verifies(self._keys.public, receipt.signature, statement)
+        if not verifies(self._keys.public, receipt.signature, statement):
+            raise RefusalError(
+                "The server showed a receipt that this site's key did not sign. The ledger is not "
+                "in question: ask the operator, or tell why the site has new keys.", code="E503",
+            )
         with self._lock:
             if receipt.sequence > len(self.entries):
                 with self.writing():  # another process may have given it
                     pass
             digests = self._digests[receipt.sequence : receipt.sequence + 1]
-        if not signed or digests != [receipt.head]:
+        if digests != [receipt.head]:
             raise RefusalError(
                 f"The server holds a receipt for entry {receipt.sequence} that this ledger "
                 f"({len(self.entries)} entries) did not give: it was rolled back, copied or "
@@ -278,6 +290,7 @@ class Ledger:
 
     def _check_head(self) -> None:
         number, head = self._keys.read_head()
+        self._head = number
         if self._digests[number : number + 1] != [head]:
             raise damaged(f"it ends before entry {number}, or is not the ledger of these keys")
         first = self.entries[0]

@@ -76,14 +76,15 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
         raise DataError(
             f"Key column '{twice[0]}' stands twice in {table.source}.", code="E302"
         )
-    used = list(range(len(names)))
-    if not key:
-        used = [i for i in used if not _only_numbers(table, i)] or used
     wanted = {canonical(column) for column in key}
-    chosen = sorted(wanted or {names[i] for i in used})
+    if not wanted:
+        # By name: of two columns of one name it could be this one today and that one tomorrow.
+        numbering = {name for i, name in enumerate(names) if _only_numbers(table, i)}
+        wanted = set(names) - numbering or set(names)
+    chosen = sorted(wanted)
     # A name that stands twice takes part with each of its columns, in a fixed order.
-    places = [[i for i in used if names[i] == column] for column in chosen]
-    columns = [[column, names.count(column)] for column in chosen]
+    places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
+    columns = [[column, len(found)] for column, found in zip(chosen, places, strict=True)]
     basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
     prints = bytearray()
     for _, cells in table.rows:
@@ -123,13 +124,16 @@ def _array(data: bytes) -> Fingerprints:
 
 def canonical(name: str) -> str:
     """A column's name without its ways of writing."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    text = "".join(c for c in name if unicodedata.category(c) != "Cf")  # unseen: a zero-width space
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @lru_cache(maxsize=1 << 16)
 def _value(cell: str) -> str:
     """A cell without its ways of writing: 5, '5.0 ' and 5e0 are one value, so are É and É."""
     text = canonical(cell)
+    if text.lstrip("+-") == "nan":
+        return ""  # a missing number, as the schema reads it
     try:
         number = Decimal(text).normalize(Context(prec=max(28, len(text))))
     except ArithmeticError:  # no number, or one with an exponent beyond all measure

@@ -93,8 +93,7 @@ def _check_records(
     table: _Table, policy: Policy, contract: Contract | None, ledger: Ledger | None
 ) -> None:
     file = policy.data.file
-    if file.is_file():
-        table.attempt("data access", f"chmod 600 {file}", lambda: _access(file))
+    table.attempt("data access", f"chown and chmod 600 {file}", lambda: _access(file))
     found = table.attempt("data", "data.file in site.toml", lambda: _data(file))
     if found is None:
         return
@@ -180,7 +179,13 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
 
 
 def _access(file: Path) -> tuple[None, str]:
-    mode = file.stat().st_mode & 0o777
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise DataError(f"{file} cannot be reached: {error.strerror}.") from None
+    mode = facts.st_mode & 0o777
+    if facts.st_uid != os.geteuid():
+        raise DataError(f"{file.name} belongs to another user ({facts.st_uid}).")
     if mode & 0o077:
         raise DataError(f"{file.name} is open to other users (mode {mode:o}).")
     return None, f"mode {mode:o}: this user alone"
@@ -212,7 +217,7 @@ def _budget(ledger: Ledger, found: Lineage, limit: Limit, contract: Contract) ->
                      "nothing is left of any budget for these records")
     purse = Budget(ledger, found)
     plan = accounting.plan(contract)
-    order = budget.order_of(plan, limit)
+    order = ledger.order or budget.order_of(plan, limit)
     spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
     text = (f"this plan {accounting.epsilon(plan, limit.delta):.2f} · spent before {spent:.2f} · "
             f"together {together:.2f} (RDP, δ = {limit.delta:g}) · limit {limit.epsilon:.2f}")

@@ -9,13 +9,16 @@ As root this process trusts neither of the two users. The socket and the relay's
 folder that root makes anew for each start, so neither user can put something else in their place;
 what root reads from the site's folder for the relay (its key, the CA) must be a plain file of the
 worker's user; each process gets a list of environment variables, and pipes instead of root's
-terminal; and what a Flower app leaves running is found and ended.
+terminal; no program they start gains rights by its file; and what a Flower app leaves running ends
+with all other processes of the relay's user, which therefore must be a user of its own.
 """
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
+import resource
 import select
 import shutil
 import signal
@@ -104,6 +107,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         children.adopt_orphans()
+        children.no_new_privileges()
         base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else None
         self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=base))
         try:
@@ -115,6 +119,7 @@ class Supervisor:
             self.say("stopped")
             return 0
         finally:
+            self._end_relays_user()
             children.end_all()
             for voice in self._voices:
                 voice.join(LAST_WORDS_SECONDS)
@@ -128,10 +133,12 @@ class Supervisor:
         self.say(f"relay is connecting to {self.server.address}")
         while not self._stopping:
             if worker.poll() is not None:
-                self.say(f"the worker ended with {worker.returncode}; state/worker.log says why")
+                self.say(f"the worker ended with {worker.returncode}; see the lines above, "
+                         "state/worker.log, and dmesg if memory ran out")
                 return 1
             if relay.poll() is not None:
-                children.end_all(but=worker.pid)  # what its apps have left running
+                self._end_relays_user()  # what its apps have left running
+                children.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
                 self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s")
@@ -141,9 +148,14 @@ class Supervisor:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if not self._stopping and worker.poll() is None:
                     relay, began = self._start_relay(), time.monotonic()
+            children.reap(but={worker.pid, relay.pid})
             time.sleep(0.1)
         self.say("stopped")
         return 0
+
+    def _end_relays_user(self) -> None:
+        if self.users.relay is not None:
+            children.end_user(self.users.relay)
 
     def _make_relay_folder(self) -> None:
         """The relay's home for this start: its node key, the CA's certificates, Flower's files."""
@@ -183,8 +195,9 @@ class Supervisor:
                     break
             if self._stopping:
                 return None
-            # Closed without a word: it ended.
-            if time.monotonic() > end or pipe.read(1) != wire.READY:
+            if time.monotonic() > end:
+                raise PeerError(f"The worker was not ready in {READY_SECONDS:.0f} s.")
+            if pipe.read(1) != wire.READY:  # closed without a word: it ended
                 raise PeerError("The worker did not start; the lines above say why.")
         return worker
 
@@ -195,7 +208,7 @@ class Supervisor:
             "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
-        return self._start(
+        relay = self._start(
             "relay",
             [BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
              "--superlink", self.server.address,
@@ -203,6 +216,10 @@ class Supervisor:
              "--node-config", f'socket="{self.folder / "worker.sock"}"'],
             self.users.relay, environment,
         )
+        if self.users.relay is not None:
+            most = (children.MOST_PROCESSES, children.MOST_PROCESSES)
+            resource.prlimit(relay.pid, resource.RLIMIT_NPROC, most)
+        return relay
 
     def _start(
         self, name: str, command: list[str | Path], user: int | None,
@@ -246,11 +263,16 @@ def _certificates(path: Path) -> bytes:
 
 
 def _group(user: int) -> int:
-    """The user's own group; for a number that no name has, the same number."""
+    """The user's own group; for a number that nobody has, the same number if no group has it."""
     try:
         return pwd.getpwuid(user).pw_gid
     except KeyError:
+        pass
+    try:
+        name = grp.getgrgid(user).gr_name
+    except KeyError:
         return user
+    raise UsageError(f"User {user} has no name on this machine, and group {user} is '{name}'.")
 
 
 def _free_port() -> int:

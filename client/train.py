@@ -17,7 +17,14 @@ import torch
 
 from silotune.client.accounting import Mechanism
 from silotune.client.dataset import Dataset
-from silotune.client.dp import CryptoNoiseOptimizer, plain_gradient, private_gradient
+from silotune.client.dp import (
+    UNIT,
+    CryptoNoiseOptimizer,
+    noised,
+    plain_gradient,
+    power_of_two,
+    private_gradient,
+)
 from silotune.client.noise import NoiseSource
 from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract, Metric, Phase
@@ -97,14 +104,16 @@ def noisy_total(
 ) -> float:
     """Sum of the values, each clipped to [0, bound] and counted as 0 if it is not a number, plus
     N(0, (noise_multiplier * bound)^2): the Gaussian mechanism. One record moves the sum by at most
-    `bound`; each value must be of its own record only.
+    `bound`; each value must be of its own record only. Whole units and a grain as in client/dp.py.
     """
+    unit = power_of_two(bound, UNIT)
     with torch.no_grad():
-        total = sum(
-            float(v.double().nan_to_num(nan=0.0, posinf=bound).clamp(0, bound).sum())
+        counted = [
+            (v.double().nan_to_num(nan=0.0, posinf=bound).clamp(0, bound) / unit).floor_().sum()
             for v in values
-        )
-    return total + noise_multiplier * bound * float(source.normal((1,))[0])
+        ]
+    total = unit * sum(counted, torch.zeros((), dtype=torch.float64))
+    return float(noised(total, noise_multiplier * bound, source) if noise_multiplier else total)
 
 
 def _rate(phase: Phase, name: str) -> float:

@@ -48,7 +48,7 @@ class Worker:
         self.plan = accounting.plan(contract)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accounting.best_order(self.plan, contract.privacy.delta)
-        self.order = budget.order_of(self.plan, policy.limit)
+        self._first_order = budget.order_of(self.plan, policy.limit)
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         table = records.table(policy.data.file)  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
@@ -63,6 +63,10 @@ class Worker:
             self._check_budget(self.plan, "This contract's plan")
         self.shapes = adapter.shapes_of(self.model.initial_arrays())
         self._lock = threading.Lock()
+
+    @property
+    def order(self) -> float:
+        return self.ledger.order or self._first_order
 
     def handle(self, wire: bytes) -> bytes:
         """Answer one request. The same request gets the same bytes back, at no further cost."""

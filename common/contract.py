@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from silotune.common import fields
 from silotune.common.fields import (
+    Bound,
     Count,
     Delta,
     Epsilon,
@@ -96,7 +97,7 @@ class Privacy(Frozen):
     unit: Literal["record"] = "record"
     epsilon: Epsilon = 8.0
     delta: Delta = 1e-4
-    clip_norm: Positive = 1.0
+    clip_norm: Bound = 1.0
     expected_records: Positive
 
 
@@ -146,7 +147,7 @@ class Released(Frozen):
 
     metric: Metric
     share: Annotated[float, Field(gt=0, le=0.5, strict=True)]
-    bound: Positive = 1.0
+    bound: Bound = 1.0
 
 
 class Site(Frozen):

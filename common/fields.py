@@ -21,6 +21,7 @@ Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Rate = Annotated[float, Field(gt=0, le=1, strict=True)]
 SamplingRate = Annotated[float, Field(ge=1e-6, le=1, strict=True)]  # below, RDP is not computed
+Bound = Annotated[float, Field(ge=1e-6, le=1e6, strict=True)]  # of what one record can add
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -39,6 +39,8 @@ from silotune.common.records import Inputs
 # BUCKET tokens by its own length, and every batch of a bucket has exactly MICRO_BATCH rows.
 MICRO_BATCH = 16
 BUCKET = 16
+# The head alone takes more rows at once, and always so many that its products round alike.
+HEAD_BATCH, HEAD_FILL = 4096, 256
 # Frozen and adapted layers run their matrix products in bfloat16 where the processor has it;
 # weights, normalisation, the head, per-record gradients and everything after them are float32.
 BF16 = bool(torch.cpu._is_avx512_bf16_supported())
@@ -101,7 +103,9 @@ class Classifier(nn.Module):
     def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Block]:
         """`index` in blocks that fit in memory."""
         if not adapter:
-            yield from (Block(part, len(part)) for part in torch.split(index, 4096))
+            for part in torch.split(index, HEAD_BATCH) if len(index) else ():
+                fill = part[:1].expand(-len(part) % HEAD_FILL)
+                yield Block(torch.cat([part, fill]), len(part))
             return
         assert encoded.starts is not None
         yield from blocks_of(index, (encoded.starts[1:] - encoded.starts[:-1])[index])

@@ -134,7 +134,11 @@ class _Problems:
 
 def table(path: Path) -> Table:
     """Read a CSV file, blank lines passed over. DataError if there is none or it has no header."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except PermissionError:
+        raise DataError(f"Data file {path} lies in a folder this user may not enter.") from None
+    if not is_file:
         others = sorted(p.name for p in path.parent.glob("*.csv"))[:5]
         hint = f" CSV files in that folder: {', '.join(others)}." if others else ""
         what = "is no file" if path.exists() else "does not exist"

@@ -80,9 +80,9 @@ class Registry:
             raise RunError(f"{self.folder} has no released adapter: the run did not finish.")
         return dict(load_file(path))
 
-    def receipt(self, whose: str) -> Receipt | None:
-        """The last receipt of a site's ledger; RunError if the file is damaged."""
-        path = self._receipts / f"{whose}.json"
+    def receipt(self, public: str) -> Receipt | None:
+        """The last receipt signed by the key `public`; RunError if the file is damaged."""
+        path = self._receipts / f"{public}.json"
         try:
             return Receipt.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -93,12 +93,12 @@ class Registry:
                 "backup, or delete it if there is none."
             ) from None
 
-    def keep_receipt(self, whose: str, receipt: Receipt) -> None:
+    def keep_receipt(self, public: str, receipt: Receipt) -> None:
         self._receipts.mkdir(parents=True, exist_ok=True)
-        half = self._receipts / f".{whose}.tmp"
+        half = self._receipts / f".{public}.tmp"
         half.write_text(receipt.model_dump_json(), encoding="utf-8")
         _sync(half)
-        half.rename(self._receipts / f"{whose}.json")
+        half.rename(self._receipts / f"{public}.json")
 
     def rounds(self) -> list[dict[str, Any]]:
         """The facts of each committed round, in order."""

@@ -345,7 +345,7 @@ def test_rolled_back_ledger_with_head_and_a_servers_receipt(home: Home) -> None:
     assert home.charges() == []
     # A forged one is not taken for the site's own.
     forged = receipts[0].model_copy(update={"sequence": 1, "head": worker.ledger.receipt().head})
-    assert code(worker, run="r2", receipt=forged) == "E211"
+    assert code(worker, run="r2", receipt=forged) == "E503"
 
 
 def test_rolled_back_ledger_under_a_running_worker(home: Home) -> None:

@@ -227,7 +227,8 @@ def clip_each_tensor_by_itself(patch: pytest.MonkeyPatch) -> Iterator[None]:
         for p in self.params:
             norms = p.grad_sample.flatten(1).norm(dim=1)
             factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) / self.unit
+            units = 1 / dp.power_of_two(self.max_grad_norm, dp.UNIT)
+            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
     yield
@@ -239,7 +240,8 @@ def a_sum_of_floats(patch: pytest.MonkeyPatch) -> Iterator[None]:
         flat_ = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
         factor = (self.max_grad_norm / (flat_.norm(dim=1) + 1e-6)).clamp(max=1.0)
         for p in self.params:
-            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) / self.unit
+            units = 1 / dp.power_of_two(self.max_grad_norm, dp.UNIT)
+            p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
     yield

@@ -387,3 +387,21 @@ def test_a_numbering_named_like_another_column_gives_no_new_records() -> None:
     first, second = (with_index(n, 3, name) for n in (range(3), (9, 7, 8)))
     assert first.id == second.id
     assert shared(made(), first).all()
+
+
+def test_of_two_columns_of_one_name_neither_counts_when_one_only_numbers() -> None:
+    """Or a row added to the file would decide which of them does, and renew all records."""
+    rows = [["a", "0", "x"], ["b", "1", "y"], ["c", "2", "x"]]
+    first = made([[str(i), *row] for i, row in enumerate(rows)], ["", "", "age", "sick"])
+    more = [*rows, ["d", "3", "y"]]
+    numbers = ["0", "1", "2", "2"]  # an index that is repeated numbers nothing any more
+    second = made(
+        [[n, *row] for n, row in zip(numbers, more, strict=True)], ["", "", "age", "sick"]
+    )
+    assert shared(second, first).sum() >= len(rows)
+
+
+@pytest.mark.parametrize(("one", "other"), [("", "nan"), ("", "NaN"), ("ab", "a\u200bb")])
+def test_spellings_of_nothing_are_nothing(one: str, other: str) -> None:
+    header = ["a", "b"]
+    assert made([[one, "x"], ["q", "x"]], header).id == made([[other, "x"], ["q", "x"]], header).id

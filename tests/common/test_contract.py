@@ -165,7 +165,7 @@ BAD = {
     "delta nan": ("delta = 1e-4", "delta = nan", "delta", ["'privacy.delta'", "nan"]),
     "delta inf": ("delta = 1e-4", "delta = inf", "delta", ["'privacy.delta'", "inf"]),
     "delta one": ("delta = 1e-4", "delta = 1.0", "delta", ["less than 0.01", "1.0"]),
-    "clip inf": ("clip_norm = 1.0", "clip_norm = inf", "clip_norm", ["finite", "inf"]),
+    "clip inf": ("clip_norm = 1.0", "clip_norm = inf", "clip_norm", ["1000000", "inf"]),
     "mode": ("[privacy]", '[privacy]\nmode = "dpp"', "mode =",
              ["'privacy.mode'", "'dp' or 'none'", '"dpp"']),
     "edges and words": (
