@@ -43,7 +43,7 @@ class NoiseSource:
         self._stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """n numbers in the open interval (0, 1): (k + 1/2) / 2^53 for a uniform 53-bit k."""
+        """n numbers in (0, 1]: (k + 1/2) / 2^53 for a uniform 53-bit k; the last rounds to 1."""
         bits = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8") >> np.uint64(11)
         return (bits.astype(np.float64) + 0.5) * 2.0**-53
 

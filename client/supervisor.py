@@ -18,7 +18,6 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import resource
 import select
 import shutil
 import signal
@@ -208,18 +207,16 @@ class Supervisor:
             "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
-        relay = self._start(
+        most = f"--nproc={children.MOST_PROCESSES}"  # counted over all processes of the user
+        limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]
+        return self._start(
             "relay",
-            [BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
+            [*limit, BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
              "--superlink", self.server.address,
              "--auth-supernode-private-key", home / "node.key", "--port", str(_free_port()),
              "--node-config", f'socket="{self.folder / "worker.sock"}"'],
             self.users.relay, environment,
         )
-        if self.users.relay is not None:
-            most = (children.MOST_PROCESSES, children.MOST_PROCESSES)
-            resource.prlimit(relay.pid, resource.RLIMIT_NPROC, most)
-        return relay
 
     def _start(
         self, name: str, command: list[str | Path], user: int | None,

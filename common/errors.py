@@ -31,7 +31,7 @@ CODES: dict[str, str] = {
     "E203": "The contract asks for training without differential privacy. A site agrees to that "
     "only when its owner sets allow_without_dp.",
     "E204": "A round was charged, but its reply was lost in a crash before it could leave. The "
-    "charge stands. The server asks again with the next attempt: a new charge with fresh noise.",
+    "charge stands; only another attempt, which is a new charge with fresh noise, can replace it.",
     "E205": "The site's policy (site.toml, [permits]) is narrower than the contract: clip norm, "
     "delta, task, model or number of sites. The contract must fit the policy, never the reverse.",
     "E206": "The contract wants a metric released that the site's policy does not permit.",

@@ -182,7 +182,11 @@ class Deployment:
         return Path(line.removeprefix("HOME="))
 
     def ledger(self) -> Ledger:
-        return Ledger.open(self.site / "state", Keys.load(self.site / "keys"))
+        os.seteuid(WORKER)  # root is refused: what it wrote would be closed to the worker
+        try:
+            return Ledger.open(self.site / "state", Keys.load(self.site / "keys"))
+        finally:
+            os.seteuid(0)
 
     def charged(self) -> list[Charged]:
         return [entry for entry in self.ledger().entries if isinstance(entry, Charged)]
