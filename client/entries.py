@@ -54,8 +54,8 @@ class Charged(EntryBase):
 
     basis, rows: of the lineage; source: the file's name, for people. They stand in every charge and
     not in an entry of their own when the records are new, so that the number of entries, which a
-    receipt shows, depends on requests alone. order: the Rényi order by which records are accounted
-    whose first charge this is (client/budget.py). request: SHA-256 of what was asked.
+    receipt shows, depends on requests alone. order: the Rényi order by which all is accounted, the
+    same in every charge (client/budget.py). request: SHA-256 of what was asked.
     noise_multiplier 0: without DP.
     """
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +119,16 @@ class Federation:
 
     def register(self, public_key: Path, name: str) -> None:
         self.flwr("supernode", "register", public_key, "tls", "--name", name)
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time() -> Iterator[None]:
+    """Across pytest-xdist's processes: sites of different tests share the two users, and a site
+    that ends takes all of its relay's processes with it. (xdist 3.8 groups nothing on pytest 9.2.)
+    """
+    with (Path(tempfile.gettempdir()) / "silotune-system-tests.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.entries import Charged, Released
 from silotune.client.keys import Keys
@@ -104,7 +105,7 @@ class Deployment:
         self.config = self.site / "site.toml"
         self.records = self.site / "records.csv"
         self.contract_file = self.folder / "contract.json"
-        self.contract_file.write_text(contract.model_dump_json())
+        self.public = ""
         self.way = way_in(self.folder)
         self._rows = rows
 
@@ -122,6 +123,13 @@ class Deployment:
         self.site.chmod(0o711)
         os.chown(self.site, WORKER, WORKER)
         self.run(tool, "site", "init", "--name", "north", "--folder", self.site, user=WORKER)
+        # The operator puts the site's key into the contract.
+        key = Ed25519PrivateKey.from_private_bytes((self.site / "keys" / "site.key").read_bytes())
+        self.public = key.public_key().public_bytes_raw().hex()
+        self.contract = self.contract.changed(
+            sites=[{"name": "north", "public_key": self.public}]
+        )
+        self.contract_file.write_text(self.contract.model_dump_json())
         text = self.config.read_text()
         for old, new in (
             ('repeated = "refuse"', 'repeated = "keep"'), ("epsilon = 8.0", "epsilon = 30.0"),
@@ -371,6 +379,9 @@ def test_a_hostile_app_gets_one_private_update_and_an_honest_run_goes_on(
     done = site.folder / "runs" / "honest" / "adapter.safetensors"
     site.federation.wait_for(done.exists, 60, "the honest run's adapter", "superlink.log")
     assert site.worker() == worker
+    # The server keeps the ledger's last receipt; the second round went out with the first's.
+    kept = json.loads((site.folder / "runs" / ".receipts" / f"{site.public}.json").read_text())
+    assert kept["sequence"] == site.charged()[-1].sequence
     assert [(c.run, c.round) for c in site.charged()][1:] == [
         ("honest", n + 1) for n in range(ROUNDS)
     ]
