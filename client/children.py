@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER, SET_NO_NEW_PRIVS = 1, 36, 38  # linux/prctl.h
@@ -70,19 +71,25 @@ def end_all(but: int = 0) -> None:
 def reap(but: set[int]) -> None:
     """Take note of adopted orphans that have ended; not of the children `but`, whose exit codes
     are asked for elsewhere."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) not in but:
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state == "Z" and int(parent) == os.getpid():
-                    os.waitpid(int(entry.name), os.WNOHANG)
-            except (OSError, ChildProcessError):
-                continue
+    for pid, state, parent in _processes():
+        if state == "Z" and parent == os.getpid() and pid not in but:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def descendants() -> set[int]:
     """The live processes below this one."""
-    parents: dict[int, int] = {}
+    # Of one that has ended (Z, X) only its parent still has the exit code.
+    parents = {pid: parent for pid, state, parent in _processes() if state not in "ZX"}
+    found, new = set[int](), {os.getpid()}
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def _processes() -> Iterator[tuple[int, str, int]]:
+    """(number, state, parent) of every process of the machine."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -90,13 +97,7 @@ def descendants() -> set[int]:
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             except OSError:
                 continue
-            if state not in "ZX":  # ended; only its parent still has its exit code
-                parents[int(entry.name)] = int(parent)
-    found, new = set[int](), {os.getpid()}
-    while new:
-        new = {pid for pid, parent in parents.items() if parent in new} - found
-        found |= new
-    return found
+            yield int(entry.name), state, int(parent)
 
 
 def repeat_lines(

@@ -50,6 +50,7 @@ from silotune.common.signing import verifies
 FILE = "ledger.sqlite"
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released)
 
+
 class Ledger:
     """The entries of one site, verified, in order. Use `create` once, then `open`."""
 
