@@ -21,6 +21,7 @@ from opacus.accountants.rdp import RDPAccountant
 
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
+from silotune.common.plan import Target
 
 ALPHAS = RDPAccountant.DEFAULT_ALPHAS
 MOST_NOISE = 1e4  # a plan that needs more noise than this has no use
@@ -98,16 +99,20 @@ def room(order: float, history: Sequence[Mechanism], epsilon_: float, delta: flo
 def tight_epsilon(history: Sequence[Mechanism], delta: float) -> float:
     """Epsilon by numerical composition of privacy loss variables (Gopi, Lee, Wutschitz 2021,
     arXiv 2106.02848; Opacus' PRV accountant, its upper bound): for reports, never for stopping.
+
+    Below a delta of 1e-8 its rounding can carry it below the truth; there, and wherever RDP says
+    less, this is the RDP bound.
     """
     if not history:
         return 0.0
-    if any(m.noise_multiplier <= 0 for m in history):
-        return math.inf
+    bound = epsilon(history, delta)
+    if math.isinf(bound) or delta < 1e-8:
+        return bound
     accountant = PRVAccountant()
     accountant.history = list(_merged(history))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(delta))
+        return min(float(accountant.get_epsilon(delta)), bound)
 
 
 def _merged(history: Sequence[Mechanism]) -> list[Mechanism]:
@@ -140,28 +145,44 @@ def _rdp_of_step(noise_multiplier: float, sampling_rate: float, order: float) ->
     )
 
 
-def plan(contract: Contract) -> list[Mechanism]:
-    """One Mechanism a phase, so that the whole run costs at most the contract's epsilon.
+def plan(contract: Contract, target: Target | None = None) -> list[Mechanism]:
+    """Mechanisms in order of the rounds, so that the whole run costs at most `target`, or what
+    [privacy] says. One a phase; where the noise decays, one a round.
 
-    A phase with budget share b, T steps and rate q gets sigma = s q sqrt(T / b): at q = 1 its
-    part of the zCDP budget T / (2 sigma^2) is then exactly b (Bun and Steinke 2016). The one
-    unknown s is found by bisection on the composed epsilon.
+    A phase with budget b, T steps and rate q gets sigma = s q sqrt(T / b): at q = 1 its part of
+    the zCDP budget T / (2 sigma^2) is then exactly b (Bun and Steinke 2016). Beside one with a much
+    larger rate, a phase whose sigma falls below about 1 takes more than b: `shares` says how much.
+    Decaying noise is scaled so that the sum of 1 / sigma^2 stays the same. The one unknown s is
+    found by bisection on the composed epsilon.
     """
-    phases = contract.phases
+    p = contract.privacy
+    epsilon_, delta = target or Target(p.epsilon, p.delta)
 
     def at(s: float) -> list[Mechanism]:
-        return [
-            Mechanism(
-                s * p.sampling_rate * math.sqrt(p.rounds * p.local_steps / p.budget),
-                p.sampling_rate,
-                p.rounds * p.local_steps,
-            )
-            for p in phases
-        ]
+        found: list[Mechanism] = []
+        for phase in contract.phases:
+            steps = phase.rounds * phase.local_steps
+            sigma = s * phase.sampling_rate * math.sqrt(steps / phase.budget)
+            if phase.noise_decay is None:
+                found.append(Mechanism(sigma, phase.sampling_rate, steps))
+                continue
+            decay = [phase.noise_decay**k for k in range(phase.rounds)]
+            scale = math.sqrt(sum(d**-2 for d in decay) / phase.rounds)
+            found += [
+                Mechanism(sigma * d * scale, phase.sampling_rate, phase.local_steps) for d in decay
+            ]
+        return found
 
-    if contract.privacy.mode == "none":
+    if p.mode == "none":
         return [m._replace(noise_multiplier=0.0) for m in at(1.0)]
-    return at(_smallest(at, contract.privacy.epsilon, contract.privacy.delta))
+    return at(_smallest(at, epsilon_, delta))
+
+
+def shares(mechanisms: Sequence[Mechanism], delta: float) -> list[float]:
+    """What part of a plan's Rényi divergence each mechanism takes, at the plan's best order."""
+    order = best_order(mechanisms, delta)
+    parts = [_rdp_at(order, [m]) for m in mechanisms]
+    return [part / sum(parts) for part in parts]
 
 
 def noise_for(epsilon_: float, delta: float, sampling_rate: float, steps: int) -> float:
@@ -199,6 +220,20 @@ def _smallest(at: Callable[[float], list[Mechanism]], target: float, delta: floa
 def mechanism_of(
     contract: Contract, mechanisms: Sequence[Mechanism], round_number: int
 ) -> Mechanism:
-    """The mechanism of one round: its phase's noise and rate, with the steps of one round."""
-    phase = contract.phase_of(round_number)
-    return mechanisms[contract.phases.index(phase)]._replace(steps=phase.local_steps)
+    """The mechanism of one round of a plan: its noise and rate, with the steps of one round."""
+    steps = contract.phase_of(round_number).local_steps
+    before = sum(contract.phase_of(n).local_steps for n in range(1, round_number))
+    for mechanism in mechanisms:
+        if before < mechanism.steps:
+            return mechanism._replace(steps=steps)
+        before -= mechanism.steps
+    raise ValueError(f"the plan ends before round {round_number}")
+
+
+def rounds_in(contract: Contract, mechanisms: Sequence[Mechanism]) -> int:
+    """How many whole rounds the beginning of a plan is long."""
+    steps, rounds = sum(mechanism.steps for mechanism in mechanisms), 0
+    while rounds < contract.rounds and steps >= contract.phase_of(rounds + 1).local_steps:
+        rounds += 1
+        steps -= contract.phase_of(rounds).local_steps
+    return rounds

@@ -1,13 +1,18 @@
 """What a set of records has spent, and whether one more step fits: the ledger's arithmetic.
 
-Unit: one record; adjacency: add or remove one. For a record r let H(r) be the charges of the ledger
-whose lineage holds r (client/lineage.py), in order. Each is a sequence of Poisson-subsampled
-Gaussian mechanisms with noise for that unit. The order a by which all records are accounted is
-named in the ledger's first charge, before anything was released. `check` passes a charge only if
-for every record of the data set the Rényi sum of H(r) and the charge, converted at a, is within
+Unit: a record, or an entity with all its records; adjacency: add or remove one. For a unit r let
+H(r) be the charges of the ledger whose lineage holds r (client/lineage.py), in order. Each is a
+sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
+all records are accounted is named in the ledger's first charge, before anything was released.
+`check` passes a charge only if for every unit of the data set the Rényi sum of H(r) and the charge,
+converted at a, is within
 the limit. So all replies ever made of r together are (epsilon, delta)-DP for r, also when servers
 choose each request after seeing every reply (Rényi filter and individual accounting: Feldman and
 Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
+
+A charge made for another unit bounds nothing for this one (a person may have any number of
+records; a record less changes what its person adds by up to twice the clip norm): it counts as
+infinite, so records are used with one unit, for ever.
 
 What this does not cover: the yes or no itself. It is a function of public requests and of which
 records were used before; an owner who brings data that overlaps with older data lets a server
@@ -28,11 +33,14 @@ from silotune.client.entries import Charged
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage, shared
 from silotune.common.errors import RefusalError
+from silotune.common.plan import Unit
+
+UNBOUNDED = Mechanism(0.0, 1.0, 1)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that all charges together may cost a record, for ever."""
+    """The most that all charges together may cost a unit, for ever."""
 
     epsilon: float
     delta: float
@@ -53,8 +61,8 @@ class Past:
 class Budget:
     """The pasts of one file's records. Reads the ledger anew each time; keeps what overlaps."""
 
-    def __init__(self, ledger: Ledger, lineage: Lineage) -> None:
-        self.ledger, self.lineage = ledger, lineage
+    def __init__(self, ledger: Ledger, lineage: Lineage, unit: Unit) -> None:
+        self.ledger, self.lineage, self.unit = ledger, lineage, unit
         self._charged: list[str] = []
         self._groups: list[frozenset[str]] = [frozenset()]
 
@@ -69,7 +77,8 @@ class Budget:
             for group, past in zip(self._groups, pasts, strict=True):
                 if charge.lineage in group:
                     past.order = past.order or charge.order
-                    past.history.append(mechanism_of(charge))
+                    same = charge.unit == self.unit
+                    past.history.append(mechanism_of(charge) if same else UNBOUNDED)
         return pasts
 
     def _grouped(self, charged: list[str]) -> list[frozenset[str]]:
@@ -110,6 +119,12 @@ class Budget:
         """RefusalError E210 unless `more` fits; `what` names it in the sentence."""
         after = self.together(more, order, limit.delta)
         if not after <= limit.epsilon * (1 + 1e-9):
+            others = {c.unit for c in self.ledger.charges.values()} - {self.unit}
+            if others and UNBOUNDED in (m for past in self.pasts() for m in past.history):
+                raise RefusalError(
+                    f"These records were charged by the unit '{others.pop()}' before; what that "
+                    f"cost a unit '{self.unit}' has no bound. Keep to one unit.", code="E210",
+                )
             raise RefusalError(
                 f"{what} exceeds the lifetime budget of these records: spent before "
                 f"{self.spent(limit.delta):.2f} · together {after:.2f} (RDP, δ = "

@@ -102,7 +102,7 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
 
     \b
     $ silotune site sign
-    ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8 and δ = 0.0001 per record, 1 contract
+    ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
     from silotune.client import policy as policies
     from silotune.client.keys import Keys
@@ -116,11 +116,12 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
         config, key or found.keys / "owner.key", ledger.policy.serial if ledger.policy else 0
     )
     policy = policies.adopt(config, ledger, keys.owner)  # or an earlier one could still come first
-    limit, permitted = policy.limit, len(policy.permits.contracts)
+    permitted = len(policy.permits.contracts)
+    limits = {unit: asdict(limit) for unit, limit in policy.limits.items()}
     emit(
-        {"serial": signed.serial, "policy": signed.policy, **asdict(limit)}, as_json,
-        f"✓ {config} is policy number {signed.serial} of {policy.name}: ε ≤ {limit.epsilon:g} and "
-        f"δ = {limit.delta:g} per record, {permitted} contract{'s' * (permitted != 1)}\n"
+        {"serial": signed.serial, "policy": signed.policy, "budgets": limits}, as_json,
+        f"✓ {config} is policy number {signed.serial} of {policy.name}: "
+        f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
         "A worker that is running follows it when it is started again.\n"
         f"next:   silotune site check CONTRACT --config {config}",
     )

@@ -1,4 +1,4 @@
-"""A site's training data as the model sees it: frozen outputs and labels, kept in memory."""
+"""A site's training data as the model sees it: frozen outputs, labels, and whose they are."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import lru_cache
 
 import torch
 
+from silotune.client import units
+from silotune.client.units import Units
 from silotune.common import records
+from silotune.common.classifier import Classifier, Encoded
 from silotune.common.contract import Contract
-from silotune.common.model import Classifier, Encoded
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """encoded: N rows (common/model.py). labels: [N] int64. Both are private."""
+    """encoded: N rows (common/classifier.py). labels: [N] int64. units: of the N rows. Private."""
 
     encoded: Encoded
     labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    units: Units
 
 
 def load(table: records.Table, contract: Contract, model: Classifier) -> Dataset:
@@ -30,9 +30,14 @@ def load(table: records.Table, contract: Contract, model: Classifier) -> Dataset
     on another.
     """
     rows = records.parse(table, contract)
-    return _encode(model, tuple(rows.inputs), tuple(rows.labels.tolist()))
+    entity = contract.privacy.entity
+    of = units.of_entities(table, entity) if entity else units.of_records(len(rows))
+    encoded, labels = _encode(model, tuple(rows.inputs), tuple(rows.labels.tolist()))
+    return Dataset(encoded, labels, of)
 
 
 @lru_cache(maxsize=16)
-def _encode(model: Classifier, inputs: records.Inputs, labels: tuple[int, ...]) -> Dataset:
-    return Dataset(model.encode(inputs), torch.tensor(labels, dtype=torch.long))
+def _encode(
+    model: Classifier, inputs: records.Inputs, labels: tuple[int, ...]
+) -> tuple[Encoded, torch.Tensor]:
+    return model.encode(inputs), torch.tensor(labels, dtype=torch.long)

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from silotune.common.errors import RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number, Rate, Sha256
 from silotune.common.messages import Receipt, Round, RunId
+from silotune.common.plan import Unit
 from silotune.common.signing import verifies
 
 EXPORT = "ledger 1"
@@ -38,15 +39,22 @@ class Opened(EntryBase):
     owner: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
+class UnitLimit(Frozen):
+    unit: Unit
+    epsilon: Epsilon
+    delta: Delta
+
+
 class Adopted(EntryBase):
-    """A policy the owner signed: from here on these limits hold."""
+    """A policy the owner signed: from here on these limits hold; `others`: of other units."""
 
     state: Literal["POLICY"] = "POLICY"
     serial: Annotated[int, Field(ge=1, strict=True)]
     policy: Sha256
-    unit: Literal["record"]
+    unit: Unit
     epsilon: Epsilon
     delta: Delta
+    others: tuple[UnitLimit, ...] = ()
 
 
 class Charged(EntryBase):
@@ -64,7 +72,7 @@ class Charged(EntryBase):
     basis: str
     source: str
     rows: Annotated[int, Field(ge=0, strict=True)]
-    unit: Literal["record"]
+    unit: Unit
     contract: Sha256
     run: RunId
     round: Round

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
@@ -63,20 +63,7 @@ class Lineage:
 def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     """The lineage of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
     names = [canonical(name) for name in table.header]
-    absent = [column for column in key if canonical(column) not in names]
-    if absent:
-        raise DataError(
-            f"Key column '{absent[0]}' is not in {table.source} (site.toml, data.key).",
-            code="E302",
-            local=f"it has: {', '.join(table.header[:20])}."
-            + did_you_mean(absent[0], table.header),
-        )
-    twice = [column for column in key if names.count(canonical(column)) > 1]
-    if twice:
-        raise DataError(
-            f"Key column '{twice[0]}' stands twice in {table.source}.", code="E302"
-        )
-    wanted = {canonical(column) for column in key}
+    wanted = set(_key_columns(table, key))
     if not wanted:
         # By name: of two columns of one name it could be this one today and that one tomorrow.
         numbering = {name for i, name in enumerate(names) if _only_numbers(table, i)}
@@ -88,19 +75,51 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
     prints = bytearray()
     for _, cells in table.rows:
-        # A row with too few cells is refused when it is read by the contract's schema.
-        row = [
-            sorted(_value(cells[i]) if i < len(cells) else "" for i in found) for found in places
-        ]
+        row = [sorted(_cell(cells, i) for i in found) for found in places]
         content = json.dumps(row, ensure_ascii=False).encode()
         prints += hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
     return Lineage(basis, np.unique(_array(bytes(prints))), len(table.rows))
 
 
+def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Each row's cells in the key columns, without their ways of writing: rows with equal ones have
+    equal fingerprints by this key. DataError: no such column."""
+    names = [canonical(name) for name in table.header]
+    places = [names.index(column) for column in _key_columns(table, key)]
+    for _, cells in table.rows:
+        yield tuple(_cell(cells, place) for place in places)
+
+
+def same_columns(a: Sequence[str], b: Sequence[str]) -> bool:
+    return sorted(map(canonical, a)) == sorted(map(canonical, b))
+
+
+def _key_columns(table: Table, key: Sequence[str]) -> list[str]:
+    """The canonical names of the key columns, each of which must stand in the header once."""
+    names = [canonical(name) for name in table.header]
+    columns = [canonical(column) for column in key]
+    for given, column in zip(key, columns, strict=True):
+        if column not in names:
+            raise DataError(
+                f"Key column '{given}' is not in {table.source} (site.toml, data.key).",
+                code="E302",
+                local=f"it has: {', '.join(table.header[:20])}."
+                + did_you_mean(given, table.header),
+            )
+        if names.count(column) > 1:
+            raise DataError(f"Key column '{given}' stands twice in {table.source}.", code="E302")
+    return columns
+
+
+def _cell(cells: Sequence[str], place: int) -> str:
+    """A row with too few cells is refused when it is read by the contract's schema."""
+    return _value(cells[place]) if place < len(cells) else ""
+
+
 def _only_numbers(table: Table, column: int) -> bool:
     """Whether a column gives each row a whole number of its own."""
-    cells = [_value(cells[column]) if column < len(cells) else "" for _, cells in table.rows]
-    return len(set(cells)) == len(cells) > 1 and all(map(_is_whole, cells))
+    values = [_cell(cells, column) for _, cells in table.rows]
+    return len(set(values)) == len(values) > 1 and all(map(_is_whole, values))
 
 
 def _is_whole(value: str) -> bool:

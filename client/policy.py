@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from silotune.client import keys
+from silotune.client import keys, lineage
 from silotune.client.budget import Limit
-from silotune.client.entries import Adopted
+from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.common import fields
-from silotune.common.contract import Contract, EncoderModel, Metric
+from silotune.common.contract import Contract, EncoderModel
 from silotune.common.errors import DataError, RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
+from silotune.common.performance import Performance
+from silotune.common.plan import Metric, Target, Unit
 from silotune.common.signing import verifies
 
 
 class Data(Frozen):
-    """The records. key: the columns that identify one; repeated: rows that are the same record."""
+    """The records. key: the columns that identify one, or the entity whose records they are;
+    repeated: rows that are the same record.
+    """
 
     file: Path
     key: tuple[str, ...] = ()
@@ -44,7 +48,21 @@ class Budgets(Frozen):
         epsilon: Epsilon
         delta: Delta
 
-    record: Budget
+    record: Budget | None = None
+    entity: Budget | None = None
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not (self.record or self.entity):
+            raise ValueError("[budgets.record] or [budgets.entity] is needed")
+        return self
+
+
+class Run(Frozen):
+    """epsilon: what one run may cost here if that is less than its contract says; the site then
+    adds the noise that this takes, and nobody else has to agree."""
+
+    epsilon: Epsilon | None = None
 
 
 class Permits(Frozen):
@@ -63,6 +81,7 @@ class Permits(Frozen):
     min_sites: Count = 2
     min_quorum: Count = 2
     allow_without_dp: Flag = False
+    allow_inexact_clipping: Flag = False
 
 
 class Server(Frozen):
@@ -79,22 +98,41 @@ class Policy(Frozen):
     data: Data
     model: Model = Model()
     budgets: Budgets
+    run: Run = Run()
     permits: Permits
+    performance: Performance = Performance()
     server: Server | None = None
 
     @property
-    def limit(self) -> Limit:
-        """The budget of the unit a record."""
-        return Limit(self.budgets.record.epsilon, self.budgets.record.delta)
+    def limits(self) -> dict[Unit, Limit]:
+        """The budget of each unit that has one."""
+        found: tuple[tuple[Unit, Budgets.Budget | None], ...] = (
+            ("record", self.budgets.record), ("entity", self.budgets.entity),
+        )
+        return {unit: Limit(b.epsilon, b.delta) for unit, b in found if b}
 
-    def check_records(self, found: Lineage) -> None:
+    def limits_in_words(self) -> str:
+        return " and ".join(
+            f"ε ≤ {limit.epsilon:g}, δ = {limit.delta:g} per {unit}"
+            for unit, limit in self.limits.items()
+        )
+
+    def target(self, contract: Contract) -> Target:
+        """What a run of `contract` may cost a unit here."""
+        agreed = contract.target_of(self.name)
+        return agreed._replace(epsilon=min(agreed.epsilon, self.run.epsilon or agreed.epsilon))
+
+    def check_records(self, found: Lineage, unit: Unit = "record") -> None:
         """DataError unless the records are as many and as distinct as the owner wants."""
-        if found.rows < self.permits.min_records:
+        count, what = found.rows, "rows"
+        if unit == "entity":
+            count, what = len(found.fingerprints), f"different {', '.join(self.data.key)}"
+        if count < self.permits.min_records:
             raise DataError(
-                f"{self.data.file.name} has fewer rows than permits.min_records = "
+                f"{self.data.file.name} has fewer {what} than permits.min_records = "
                 f"{self.permits.min_records}.", code="E304",
             )
-        if found.repeated and self.data.repeated == "refuse":
+        if unit == "record" and found.repeated and self.data.repeated == "refuse":
             raise DataError(
                 f"Rows of {self.data.file.name} are the same record more than once; the privacy "
                 "unit is one record. Name the columns that tell records apart in data.key, remove "
@@ -105,6 +143,7 @@ class Policy(Frozen):
     def refusals(self, contract: Contract) -> list[RefusalError]:
         """Every reason why this site does not take part in `contract`; empty if it does."""
         p, permits = contract.privacy, self.permits
+        limit, entity, target = self.limits.get(p.unit), p.entity, self.target(contract)
         found: list[tuple[str, str]] = []
         if contract.hash not in permits.contracts:
             found.append((
@@ -124,11 +163,22 @@ class Policy(Frozen):
                 f"{self.name} does not allow that (allow_without_dp = false).",
             ))
         for wrong, what in (
-            (p.clip_norm > permits.max_clip_norm,
-             f"clip norm {p.clip_norm:g} is looser than permits.max_clip_norm = "
+            (limit is None, f"it protects the unit '{p.unit}', for which site.toml has no "
+             f"[budgets.{p.unit}]"),
+            (entity is not None and not lineage.same_columns(entity.key, self.data.key),
+             f"its entity is known by {', '.join(entity.key if entity else ())}, data.key is "
+             f"{', '.join(self.data.key) or 'empty'}"),
+            (p.largest_clip_norm > permits.max_clip_norm,
+             f"clip norm {p.largest_clip_norm:g} is looser than permits.max_clip_norm = "
              f"{permits.max_clip_norm:g}"),
-            (p.delta > self.limit.delta,
-             f"δ = {p.delta:g} is larger than the budget's {self.limit.delta:g}"),
+            (limit is not None and target.delta > limit.delta,
+             f"δ = {target.delta:g} is larger than the budget's "
+             f"{limit.delta if limit else 0:g}"),
+            (self.performance.gradients == "ghost" and not permits.allow_inexact_clipping,
+             "performance.gradients = \"ghost\" does not clip exactly, which "
+             "permits.allow_inexact_clipping does not allow"),
+            (self.performance.gradients == "ghost" and entity is not None,
+             "performance.gradients = \"ghost\" has no gradient of an entity"),
             (contract.task.kind not in permits.tasks,
              f"task '{contract.task.kind}' is not in permits.tasks"),
             (isinstance(contract.model, EncoderModel) and bool(permits.models)
@@ -144,9 +194,9 @@ class Policy(Frozen):
                 found.append(("E205", f"The contract '{contract.name}': {what}."))
         found += [
             ("E206",
-             f"The contract '{contract.name}' asks for the metric '{released.metric}', which is "
-             "not in permits.metrics.")
-            for released in contract.releases if released.metric not in permits.metrics
+             f"The contract '{contract.name}' asks for the metric '{metric}', which is not in "
+             "permits.metrics.")
+            for metric in contract.metrics if metric not in permits.metrics
         ]
         return [RefusalError(sentence, code=code) for code, sentence in found]
 
@@ -161,11 +211,15 @@ def _parse(text: str, path: Path) -> Policy:
     base = path.resolve().parent
     data = policy.data.model_copy(update={"file": base / policy.data.file})
     model, server = policy.model, policy.server
+    cache = base / (policy.performance.cache_folder or "state")
+    performance = policy.performance.model_copy(update={"cache_folder": cache})
     if model.folder is not None:
         model = model.model_copy(update={"folder": base / model.folder})
     if server is not None:
         server = server.model_copy(update={"ca": base / server.ca})
-    return policy.model_copy(update={"data": data, "model": model, "server": server})
+    return policy.model_copy(
+        update={"data": data, "model": model, "server": server, "performance": performance}
+    )
 
 
 class Signature(Frozen):
@@ -225,9 +279,12 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     with ledger.writing():
         last = ledger.policy
         if last is None or found.serial > last.serial:
+            first, *others = [
+                UnitLimit(unit=unit, epsilon=limit.epsilon, delta=limit.delta)
+                for unit, limit in policy.limits.items()
+            ]
             ledger.append(
-                Adopted, serial=found.serial, policy=digest, unit="record",
-                epsilon=policy.limit.epsilon, delta=policy.limit.delta,
+                Adopted, serial=found.serial, policy=digest, others=tuple(others), **vars(first)
             )
         elif (last.policy, last.serial) != (digest, found.serial):
             raise RefusalError(
@@ -237,17 +294,22 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     return policy
 
 
-def permitting(contract: Contract, name: str, data: Path, model: Path | None) -> Policy:
+def permitting(
+    contract: Contract, name: str, data: Path, model: Path | None,
+    performance: Performance | None = None,
+) -> Policy:
     """A policy that permits exactly `contract` and its budget once: for simulations and tests."""
-    p = contract.privacy
+    p, target = contract.privacy, contract.target_of(name)
+    budget = Budgets.Budget(epsilon=target.epsilon, delta=target.delta)
     return Policy(
         name=name,
-        data=Data(file=data, repeated="keep"),
+        data=Data(file=data, repeated="keep", key=p.entity.key if p.entity else ()),
         model=Model(folder=model),
-        budgets=Budgets(record=Budgets.Budget(epsilon=p.epsilon, delta=p.delta)),
+        budgets=Budgets(**{p.unit: budget}),
+        performance=performance or Performance(),
         permits=Permits(
-            contracts=(contract.hash,), max_clip_norm=p.clip_norm, min_records=1, min_sites=1,
-            metrics=tuple(released.metric for released in contract.releases), min_quorum=1,
-            allow_without_dp=p.mode == "none",
+            contracts=(contract.hash,), max_clip_norm=p.largest_clip_norm, min_records=1,
+            min_sites=1, metrics=contract.metrics, min_quorum=1,
+            allow_without_dp=p.mode == "none", allow_inexact_clipping=True,
         ),
     )

@@ -25,6 +25,7 @@ from silotune.common import contract as contracts
 from silotune.common import records
 from silotune.common.contract import Contract, EncoderModel
 from silotune.common.errors import DataError, RefusalError, SilotuneError
+from silotune.common.plan import Unit
 
 T = TypeVar("T")
 LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
@@ -110,10 +111,11 @@ def _check_records(
             "record key", "warning", "none: a row that is corrected counts as a new record",
             "data.key = [\"patient_id\"]",
         )
+    unit = contract.privacy.unit if contract else next(iter(policy.limits))
     table.attempt("records", "data.repeated, data.key or permits.min_records in site.toml",
-                  lambda: _records(policy, records_))
-    if contract and ledger:
-        table.rows.append(_budget(ledger, records_, policy.limit, contract))
+                  lambda: _records(policy, records_, unit))
+    if contract and ledger and contract.privacy.unit in policy.limits:
+        table.rows.append(_budget(ledger, records_, policy, contract))
 
 
 def _contract(file: Path) -> tuple[Contract, str]:
@@ -128,7 +130,7 @@ def _keys(site: Site) -> tuple[Keys, str]:
 
 def _policy(site: Site) -> tuple[Policy, str]:
     policy = policies.load(site.config)
-    return policy, f"{policy.name}: ε ≤ {policy.limit.epsilon:g} per record, for ever"
+    return policy, f"{policy.name}: {policy.limits_in_words()}, for ever"
 
 
 def _ledger(site: Site, keys: Keys) -> tuple[Ledger, str]:
@@ -168,7 +170,7 @@ def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
-    from silotune.common.model import check_weights
+    from silotune.common.encoder import check_weights
 
     assert isinstance(contract.model, EncoderModel)
     if policy.model.folder is None:
@@ -205,18 +207,21 @@ def _lineage(found: records.Table, policy: Policy, secret: bytes) -> tuple[Linea
     return lineage.of_table(found, policy.data.key, secret), ", ".join(policy.data.key)
 
 
-def _records(policy: Policy, found: Lineage) -> tuple[None, str]:
-    policy.check_records(found)
+def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
+    policy.check_records(found, unit)
+    if unit == "entity":
+        return None, f"{found.rows:,} of {len(found.fingerprints):,} entities"
     repeated = f", {found.repeated} of them repeated" if found.repeated else ""
     return None, f"{found.rows:,}{repeated}"
 
 
-def _budget(ledger: Ledger, found: Lineage, limit: Limit, contract: Contract) -> Check:
+def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) -> Check:
     if contract.privacy.mode == "none":
         return Check("privacy budget", "warning", "the contract trains WITHOUT privacy: afterwards "
                      "nothing is left of any budget for these records")
-    purse = Budget(ledger, found)
-    plan = accounting.plan(contract)
+    unit = contract.privacy.unit
+    limit, purse = policy.limits[unit], Budget(ledger, found, unit)
+    plan = accounting.plan(contract, policy.target(contract))
     order = ledger.order or budget.order_of(plan, limit)
     spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
     text = (f"this plan {accounting.epsilon(plan, limit.delta):.2f} · spent before {spent:.2f} · "
@@ -225,19 +230,17 @@ def _budget(ledger: Ledger, found: Lineage, limit: Limit, contract: Contract) ->
         purse.check(plan, order, limit, "this plan")
     except RefusalError as error:
         return Check("privacy budget", "problem", text,
-                     _alternatives(purse, plan, order, limit, contract), error.code)
+                     _alternatives(purse, plan, order, limit, policy, contract), error.code)
     return Check("privacy budget", "ok", text)
 
 
 def _alternatives(
-    purse: Budget, plan: list[accounting.Mechanism], order: float, limit: Limit, contract: Contract
+    purse: Budget, plan: list[accounting.Mechanism], order: float, limit: Limit, policy: Policy,
+    contract: Contract,
 ) -> str:
     """What would fit instead: fewer rounds at this noise, or more noise over these rounds."""
     kept = purse.longest_that_fits(plan, order, limit)
-    rounds = sum(
-        mechanism.steps // phase.local_steps
-        for mechanism, phase in zip(kept, contract.phases, strict=False)
-    )
+    rounds = accounting.rounds_in(contract, kept)
     if not rounds:
         return "nothing fits: this site cannot take part with these records"
 
@@ -253,10 +256,10 @@ def _alternatives(
         middle = (low * high) ** 0.5
         fits = purse.together(louder(middle), order, limit.delta) <= limit.epsilon
         low, high = (low, middle) if fits else (middle, high)
-    smaller = accounting.epsilon(louder(high), contract.privacy.delta)
+    smaller = accounting.epsilon(louder(high), policy.target(contract).delta)
     return (
         f"would fit: {rounds} of {contract.rounds} rounds at this noise, or all of them with "
-        f"privacy.epsilon = {int(smaller * 100) / 100:.2f}"
+        f"run.epsilon = {int(smaller * 100) / 100:.2f} in site.toml"
     )
 
 

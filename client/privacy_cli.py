@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def spent(config: Path, as_json: bool) -> None:
 
     \b
     $ silotune privacy spent
-    hospital-a · limit ε 8.00 per record for ever, δ = 0.0001, add or remove one
+    hospital-a · ε ≤ 8, δ = 0.0001 per record for ever, add or remove one
     Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  room for a plan of
     notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
     """
@@ -34,26 +35,28 @@ def spent(config: Path, as_json: bool) -> None:
     from silotune.client.site import Site
 
     policy, ledger, _ = Site(config).open()
-    limit = policy.limit
+    limits = policy.limits
     rows: list[dict[str, Any]] = []
     for entry in ledger.lineages().values():
-        purse = Budget(ledger, ledger.lineage(entry))
+        purse = Budget(ledger, ledger.lineage(entry), entry.unit)
+        # Without a budget for the unit any more: at the one that there is.
+        limit = limits.get(entry.unit) or next(iter(limits.values()))
         charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
         epsilon = purse.spent(limit.delta)
         rows.append({
             "records": entry.source, "lineage": entry.lineage, "first_used": entry.at,
-            "rows": entry.rows, "runs": len({(c.contract, c.run) for c in charges}),
+            "rows": entry.rows, "unit": entry.unit,
+            "runs": len({(c.contract, c.run) for c in charges}),
             "rounds": len(charges),
             "not_released": sum(c.sequence not in ledger.releases for c in charges),
             "epsilon_rdp": _finite(epsilon), "epsilon_prv": _finite(purse.tight(limit.delta)),
             "room": purse.room(limit),
         })
     facts = {
-        "site": policy.name, "unit": "record", "adjacency": "add or remove one",
-        "limit": limit.epsilon, "delta": limit.delta, "lineages": rows,
+        "site": policy.name, "adjacency": "add or remove one",
+        "limits": {unit: asdict(limit) for unit, limit in limits.items()}, "lineages": rows,
     }
-    head = (f"{policy.name} · limit ε {limit.epsilon:.2f} per record for ever, δ = {limit.delta:g},"
-            " add or remove one")
+    head = f"{policy.name} · {policy.limits_in_words()} for ever, add or remove one"
     if not rows:
         emit(facts, as_json, f"{head}\nNothing was ever charged.")
         return
@@ -111,8 +114,10 @@ def plan(
         except ValidationError as error:
             what = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise UsageError(f"{name} {what}, got {value}.") from None
+    unit = "record"
     if contract is not None:
         found = contracts.load(contract)
+        unit = found.privacy.unit
         if found.privacy.mode == "none":
             raise UsageError(f"{contract} trains without differential privacy: ε is infinite.")
         delta, mechanisms = found.privacy.delta, accounting.plan(found)
@@ -124,14 +129,19 @@ def plan(
         )
         mechanisms = [Mechanism(sigma, sampling_rate, steps)]
     rdp, prv = accounting.epsilon(mechanisms, delta), accounting.tight_epsilon(mechanisms, delta)
+    shares = accounting.shares(mechanisms, delta)
     facts = {
-        "unit": "record", "adjacency": "add or remove one", "delta": delta, "epsilon_rdp": rdp,
-        "epsilon_prv": prv, "mechanisms": [m._asdict() for m in mechanisms],
+        "unit": unit, "adjacency": "add or remove one", "delta": delta, "epsilon_rdp": rdp,
+        "epsilon_prv": prv, "mechanisms": [
+            {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
+        ],
     }
     emit(facts, as_json, "\n".join([
         *(f"{m.steps} steps, sampling rate {m.sampling_rate:g}, noise multiplier "
-          f"{m.noise_multiplier:.4f}" for m in mechanisms),
-        f"  ε {rdp:.2f} (RDP) · {prv:.2f} (PRV) at δ = {delta:g} per record, add or remove one",
+          f"{m.noise_multiplier:.4f}"
+          + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
+          for m, share in zip(mechanisms, shares, strict=True)),
+        f"  ε {rdp:.2f} (RDP) · {prv:.2f} (PRV) at δ = {delta:g} per {unit}, add or remove one",
     ]))
 
 

@@ -3,7 +3,7 @@
 `pack` lets out a Description (a name), a Refusal (a code and a random number) and an Update. An
 Update needs a charge: the ledger's entry that paid for exactly this run, round and attempt. Its
 arrays are the tensors the contract's phase trains, by name, shape and type, finite and bounded; its
-metrics are the contract's releases, finite and bounded; its epsilon is a function of the public
+metrics are the contract's, finite and bounded; its epsilon is a function of the public
 plan. No reply has a field for text, a count, a loss that was not paid for, or a traceback.
 
 Bounds are on what is already private, so that a refusal by them tells nothing more than the
@@ -20,9 +20,10 @@ import numpy as np
 from silotune.client.entries import Charged
 from silotune.common import adapter, messages
 from silotune.common.adapter import Shapes
-from silotune.common.contract import Contract, Metric
+from silotune.common.contract import Contract
 from silotune.common.errors import CODES, ProtocolError, SilotuneError
 from silotune.common.messages import Arrays, Description, Message, Receipt, Refusal, Update
+from silotune.common.plan import Metric
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ def update(
     p = contract.privacy
     if charge.contract != contract.hash or (p.mode == "dp") != (charge.noise_multiplier > 0):
         raise ProtocolError("The reply is not what was charged.", code="E502")
-    if (epsilon is None) != (p.mode == "none") or (epsilon or 0.0) > p.epsilon:
+    most = contract.target_of(site).epsilon
+    if (epsilon is None) != (p.mode == "none") or (epsilon or 0.0) > most:
         raise ProtocolError("The reply's ε is outside the contract.", code="E502")
-    allowed = {released.metric for released in contract.releases}
-    if set(metrics) != allowed:
+    if set(metrics) != set(contract.metrics):
         raise ProtocolError("The reply's metrics are not the contract's.", code="E502")
     if not all(np.isfinite(v) and abs(v) <= LARGEST_METRIC for v in metrics.values()):
         raise ProtocolError("A metric of the reply is not finite or too large.", code="E502")

@@ -1,13 +1,15 @@
 """Before a worker trains: on its own model and task, one private step equals clipping by hand.
 
 The rows are made up from the public contract, the noise is off, and the arithmetic of the check
-shares nothing with client/dp.py: each record's gradient by itself, from torch, clipped in float64.
+shares nothing with client/dp.py: each record's gradient by itself, from torch, put together by
+unit and clipped in float64.
 A model whose examples mix (a batch norm, a loss averaged over a batch), an engine that does not
 clip, or a torch that computes something else is found before anything is charged.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,19 +18,22 @@ from numpy.typing import NDArray
 
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
+from silotune.client.units import Units, of_records
 from silotune.common import schema
 from silotune.common.adapter import trained_names
+from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
 from silotune.common.inputs import TableInput
-from silotune.common.model import BF16, Classifier
 from silotune.common.records import Inputs
 from silotune.common.tasks import classification
 
 ROWS = 5
 TINY = 1e-12
-# Of the whole gradient's norm. bf16 keeps 8 bits, and blocks of another size round in other places.
-TOLERANCE = 0.03 if BF16 else 1e-3
+TOLERANCE = 1e-3  # of the clip norm
+# bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.014 was seen);
+# ghost clips a little lower.
+LOOSE = 0.05
 
 
 class _Silent(NoiseSource):
@@ -49,14 +54,20 @@ def check(contract: Contract, model: Classifier) -> None:
 
 
 def _check(contract: Contract, model: Classifier) -> None:
-    encoded = model.encode(_rows(contract))
+    encoded, engine = model.encode(_rows(contract)), model.performance.gradients
+    entity = contract.privacy.entity
+    of = [[0], [1, 2], [3], [4]] if entity else [[row] for row in range(ROWS)]
+    units = of_records(ROWS)
+    if entity:
+        starts = torch.tensor([0, *map(len, of)]).cumsum(0)
+        units = Units(torch.arange(ROWS), starts, entity.combine == "mean")
     labels = torch.arange(ROWS) % len(contract.label_names)
     rng = np.random.default_rng(0)
     with model.lock:
         initial = model.initial_arrays()
         # Away from zero: a head of zeros would hide every gradient of the adapter behind it.
         model.load({
-            name: (a + 0.3 * rng.standard_normal(a.shape)).astype(np.float32)
+            name: (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
             for name, a in initial.items()
         })
         for trains in dict.fromkeys(phase.trains for phase in contract.phases):
@@ -64,7 +75,7 @@ def _check(contract: Contract, model: Classifier) -> None:
 
             def losses(index: torch.Tensor, adapter: bool = with_adapter) -> torch.Tensor:
                 logits = model(encoded, index, adapter=adapter)
-                return classification.per_example_loss(logits, labels[index])
+                return classification.per_example_loss(logits, labels[index].to(logits.device))
 
             tensors = model.named_tensors()
             parameters = [tensors[name] for name in trained_names(initial, trains)]
@@ -75,21 +86,31 @@ def _check(contract: Contract, model: Classifier) -> None:
                     )
                 ]) for row in range(ROWS)
             ]
+            whole = [
+                torch.stack([alone[row] for row in rows]).sum(dim=0)
+                / (len(rows) if units.mean else 1) for rows in of
+            ]
             # Below the middle one's norm: some gradients are clipped, and some are not.
-            clip = max(0.99 * float(torch.stack([g.norm() for g in alone]).median()), TINY)
-            by_hand = sum(g * min(1.0, clip / max(float(g.norm()), TINY)) for g in alone)
+            clip = max(0.99 * float(torch.stack([g.norm() for g in whole]).median()), TINY)
+            by_hand = sum(g * min(1.0, clip / max(float(g.norm()), TINY)) for g in whole)
             optimizer = CryptoNoiseOptimizer(
                 torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
                 noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
             )
-            batches = model.micro_batches(encoded, torch.arange(ROWS), adapter=with_adapter)
-            private_gradient(model.trained_linears(trains), optimizer, batches, losses)
+            groups = units.groups(
+                torch.arange(len(units)),
+                partial(model.micro_batches, encoded, adapter=with_adapter),
+            )
+            private_gradient(
+                model.trained_linears(trains), optimizer, groups, losses, gradients=engine
+            )
             found = torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
             error = float((found - by_hand).norm()) / clip
-            if not error <= TOLERANCE:
+            tolerance = LOOSE if model.bf16 or engine == "ghost" else TOLERANCE
+            if not error <= tolerance:
                 raise RefusalError(
                     f"The self-test of {trains} failed: the private step is off by {error:.2g} "
-                    f"clip norms (allowed: {TOLERANCE:g}). Nothing is trained with such an engine.",
+                    f"clip norms (allowed: {tolerance:g}). Nothing is trained with such an engine.",
                     code="E208",
                 )
 

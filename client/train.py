@@ -2,18 +2,21 @@
 
 Released metrics share the steps' budget. A step's mechanism has the noise multiplier s. With shares
 b_j of its budget for the metrics and B their sum, the clipped gradients get the noise multiplier
-s / sqrt(1 - B) and metric j, bounded by its bound, s / sqrt(b_j), all on the same Poisson sample.
-Scaled to unit noise, one record moves the whole by at most sqrt((1 - B) / s^2 + sum b_j / s^2) =
-1 / s: together they are the one Gaussian mechanism that the ledger charged.
+s / sqrt(1 - B) and metric j, by which a unit can move a sum by at most its bound, s / sqrt(b_j),
+all on the same Poisson sample. Scaled to unit noise, one unit moves the whole by at most
+sqrt((1 - B) / s^2 + sum b_j / s^2) = 1 / s: together they are the one Gaussian mechanism that the
+ledger charged. (For the share of unclipped units that is Theorem 1 of arXiv 1905.03871.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from silotune.client.accounting import Mechanism
 from silotune.client.dataset import Dataset
@@ -26,10 +29,13 @@ from silotune.client.dp import (
     private_gradient,
 )
 from silotune.client.noise import NoiseSource
+from silotune.client.optimizer import NoiseCorrectedAdam
+from silotune.client.units import Group, Part
 from silotune.common.adapter import trained_names
-from silotune.common.contract import Contract, Metric, Phase
+from silotune.common.classifier import Classifier
+from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
-from silotune.common.model import Classifier
+from silotune.common.plan import Metric, Phase
 from silotune.common.tasks import classification
 
 
@@ -41,78 +47,138 @@ def train_round(
     data: Dataset,
     adapter: Arrays,
     source: NoiseSource,
+    clip_norm: float,
 ) -> tuple[Arrays, dict[Metric, float]]:
-    """The change of the phase's trained tensors after `mechanism.steps` DP-SGD steps, and the
-    contract's released metrics (a mean over the steps of sum / expected batch).
+    """The change of the phase's trained tensors after `mechanism.steps` private steps, and the
+    contract's released metrics (means over the steps of sum / expected batch).
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
-    noised sums of client/dp.py and `_metrics` alone.
+    noised sums of client/dp.py and `_Measured` alone.
     """
     names = trained_names(adapter, phase.trains)
     with_adapter = phase.trains == "head+adapter"
     divisor = contract.privacy.expected_records * mechanism.sampling_rate
+    private = contract.privacy.mode == "dp"
+    measured = _Measured(contract, mechanism, divisor, source)
 
-    metrics: dict[Metric, float] = {released.metric: 0.0 for released in contract.releases}
-
-    def logits(index: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(data.encoded, index, adapter=with_adapter)
-        return found
-
-    def losses(index: torch.Tensor) -> torch.Tensor:
-        return classification.per_example_loss(logits(index), data.labels[index])
-
-    def measure(batches: Sequence[tuple[torch.Tensor, int]]) -> None:
-        for released in contract.releases:
-            value = classification.VALUES[released.metric]
-            total = noisy_total(
-                (value(logits(index), data.labels[index])[:n] for index, n in batches if n),
-                released.bound, mechanism.noise_multiplier / math.sqrt(released.share), source,
-            )
-            metrics[released.metric] += total / (divisor * mechanism.steps)
+    def losses(index: Tensor) -> Tensor:
+        logits = model(data.encoded, index, adapter=with_adapter)
+        labels = data.labels[index].to(logits.device)
+        measured.see(index, logits, labels)
+        return classification.per_example_loss(logits, labels)
 
     with model.lock:
         model.load(adapter)
         tensors = model.named_tensors()
-        sgd = torch.optim.SGD([{"params": [tensors[n]], "lr": _rate(phase, n)} for n in names])
+        rates = [{"params": [tensors[name]], "lr": _rate(phase, name)} for name in names]
+        gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
+        inner: torch.optim.Optimizer
+        if phase.adam:
+            inner = NoiseCorrectedAdam(
+                rates, phase.adam, noise_std=gradient_noise * clip_norm / divisor
+            )
+        else:
+            inner = torch.optim.SGD(rates)
         optimizer = None
-        if contract.privacy.mode == "dp":
+        if private:
             optimizer = CryptoNoiseOptimizer(
-                sgd,
-                source=source,
-                noise_multiplier=mechanism.noise_multiplier
-                / math.sqrt(1 - contract.released_share),
-                clip_norm=contract.privacy.clip_norm,
+                inner, source=source, noise_multiplier=gradient_noise, clip_norm=clip_norm,
                 divisor=divisor,
             )
         for _ in range(mechanism.steps):
-            drawn = torch.from_numpy(source.poisson_sample(len(data), mechanism.sampling_rate))
-            batches = list(model.micro_batches(data.encoded, drawn, adapter=with_adapter))
-            measure(batches)
+            drawn = torch.from_numpy(
+                source.poisson_sample(len(data.units), mechanism.sampling_rate)
+            )
+            groups = list(data.units.groups(
+                drawn,
+                lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter),
+            ))
             if optimizer is not None:
-                private_gradient(model.trained_linears(phase.trains), optimizer, batches, losses)
+                private_gradient(
+                    model.trained_linears(phase.trains), optimizer, groups, losses,
+                    gradients=model.performance.gradients,
+                )
             else:
-                plain_gradient([tensors[n] for n in names], batches, losses, divisor)
-            sgd.step()
+                plain_gradient([tensors[n] for n in names], groups, losses, divisor)
+            measured.step(groups, optimizer)
+            inner.step()
         after = model.arrays(names)
     change = {name: np.subtract(after[name], adapter[name], dtype=np.float32) for name in names}
-    return change, metrics
+    return change, measured.means
+
+
+class _Measured:
+    """The contract's released metrics, step by step, from the logits of the training itself."""
+
+    def __init__(
+        self, contract: Contract, mechanism: Mechanism, divisor: float, source: NoiseSource
+    ) -> None:
+        self.contract, self.mechanism, self.source = contract, mechanism, source
+        self.scale = 1 / (divisor * mechanism.steps)
+        self.means: dict[Metric, float] = {
+            metric: 0.5 if metric == "unclipped" else 0.0 for metric in contract.metrics
+        }
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # id of a part's rows -> logits, labels
+
+    def see(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        if self.contract.releases:
+            self._seen[id(rows)] = logits.detach(), labels
+
+    def step(self, groups: Sequence[Group], optimizer: CryptoNoiseOptimizer | None) -> None:
+        """Add a step's noised sums; forget what was seen."""
+        for released in self.contract.releases:
+            value = classification.VALUES[released.metric]
+
+            def of_rows(part: Part, value: Any = value) -> Tensor:
+                found: Tensor = value(*self._seen[id(part.rows)])
+                return found[: part.n]
+
+            self.means[released.metric] += self.scale * noisy_total(
+                _of_units(groups, of_rows), released.bound, self._noise(released.share),
+                self.source,
+            )
+        adaptive = self.contract.privacy.adaptive
+        if adaptive and optimizer:
+            # Each unit adds 1/2 or -1/2, so that it moves the sum by 1/2, and how many units there
+            # are does not move the mean away from the half that stands for no units at all.
+            total = torch.tensor(optimizer.unclipped - optimizer.units / 2, dtype=torch.float64)
+            self.means["unclipped"] += self.scale * float(
+                noised(total, 0.5 * self._noise(adaptive.share), self.source)
+            )
+        self._seen.clear()
+
+    def _noise(self, share: float) -> float:
+        return self.mechanism.noise_multiplier / math.sqrt(share)
+
+
+def _of_units(groups: Iterable[Group], of_rows: Callable[[Part], Tensor]) -> Iterator[Tensor]:
+    """For each group [units]: its records' values; of an entity, the mean of its records'."""
+    for units, parts in groups:
+        if parts[0].owners is None:
+            yield from map(of_rows, parts)
+            continue
+        sums, counts = torch.zeros(2, units, dtype=torch.float64)
+        for part in parts:
+            values = of_rows(part).cpu().double()
+            sums.index_add_(0, part.owners, values)
+            counts.index_add_(0, part.owners, torch.ones_like(values))
+        yield sums / counts
 
 
 def noisy_total(
-    values: Iterable[torch.Tensor], bound: float, noise_multiplier: float, source: NoiseSource
+    values: Iterable[Tensor], bound: float, noise_multiplier: float, source: NoiseSource
 ) -> float:
     """Sum of the values, each clipped to [0, bound] and counted as 0 if it is not a number, plus
-    N(0, (noise_multiplier * bound)^2): the Gaussian mechanism. One record moves the sum by at most
-    `bound`; each value must be of its own record only. Whole units and a grain as in client/dp.py.
+    N(0, (noise_multiplier * bound)^2): the Gaussian mechanism. One unit moves the sum by at most
+    `bound`; each value must be of its own unit only. Whole units and a grain as in client/dp.py.
     """
     unit = power_of_two(bound, UNIT)
-    with torch.no_grad():
-        counted = [
-            (v.double().nan_to_num(nan=0.0, posinf=bound).clamp(0, bound) / unit).floor_().sum()
-            for v in values
-        ]
-    total = unit * sum(counted, torch.zeros((), dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64)
+    for v in values:
+        counted = v.double().nan_to_num(nan=0.0, posinf=bound).clamp(0, bound)
+        total += (counted / unit).floor_().sum().cpu()
+    total *= unit
     return float(noised(total, noise_multiplier * bound, source) if noise_multiplier else total)
 
 

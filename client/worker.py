@@ -22,10 +22,11 @@ from silotune.client.noise import NoiseSource
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
 from silotune.common import adapter, messages, records
+from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.messages import Describe, Message, Train
-from silotune.common.model import Classifier, build
+from silotune.common.model import build
 
 
 class Worker:
@@ -45,20 +46,22 @@ class Worker:
             raise RefusalError("The contract names another key for this site.", code="E201")
         self.policy, self.contract, self.ledger = policy, contract, ledger
         self.adopted = ledger.policy
-        self.plan = accounting.plan(contract)
+        self.unit, self.target = contract.privacy.unit, policy.target(contract)
+        self.limit = policy.limits[self.unit]
+        self.plan = accounting.plan(contract, self.target)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
-        self.run_order = accounting.best_order(self.plan, contract.privacy.delta)
-        self._first_order = budget.order_of(self.plan, policy.limit)
+        self.run_order = accounting.best_order(self.plan, self.target.delta)
+        self._first_order = budget.order_of(self.plan, self.limit)
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         table = records.table(policy.data.file)  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
-        self.model: Classifier = build(contract, policy.model.folder)
+        self.model: Classifier = build(contract, policy.model.folder, policy.performance)
         self.data = dataset.load(table, contract, self.model)
-        policy.check_records(self.lineage)
+        policy.check_records(self.lineage, self.unit)
         if contract.privacy.mode == "dp":
             selftest.check(contract, self.model)
         self.source_name = table.source
-        self.budget = Budget(ledger, self.lineage)
+        self.budget = Budget(ledger, self.lineage, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
             self._check_budget(self.plan, "This contract's plan")
         self.shapes = adapter.shapes_of(self.model.initial_arrays())
@@ -95,12 +98,13 @@ class Worker:
             raise RefusalError(str(error)) from None
         needed = adapter.needed_names(self.shapes, phase.trains)
         adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
+        clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
         charge, known = self._charge(request, digest, mechanism)
         if known is not None:
             return known
         change, metrics = train_round(
-            self.contract, phase, mechanism, self.model, self.data, arrays, self.source
+            self.contract, phase, mechanism, self.model, self.data, arrays, self.source, clip_norm
         )
         reply = release.update(
             self.contract, self.policy.name, charge, change, metrics, self.shapes,
@@ -108,6 +112,17 @@ class Worker:
         )
         self.ledger.release(charge, reply)
         return reply
+
+    def _clip_norm(self, request: Train) -> float:
+        """What to clip to. Any norm is as private as any other; the owner's limit bounds it."""
+        p, asked = self.contract.privacy, request.clip_norm
+        if (asked is not None) != (p.adaptive is not None):
+            raise RefusalError("The request's clip norm is not what the contract says.")
+        if p.adaptive is None or asked is None:
+            return p.clip_norm
+        if not p.adaptive.lowest <= asked <= p.adaptive.highest:
+            raise RefusalError("The request's clip norm is outside the contract's bounds.")
+        return asked
 
     def _charge(
         self, request: Train, digest: str, mechanism: Mechanism
@@ -138,7 +153,7 @@ class Worker:
                 )
             self._check_run(request, mechanism)
             return self.ledger.charge(
-                self.lineage, source=self.source_name, unit=self.contract.privacy.unit,
+                self.lineage, source=self.source_name, unit=self.unit,
                 contract=self.contract.hash, run=request.run, round=request.round,
                 attempt=request.attempt, request=digest, order=self.order,
                 noise_multiplier=mechanism.noise_multiplier,
@@ -149,15 +164,15 @@ class Worker:
         """RefusalError E210 unless the round fits the contract's ε for this run and, with all that
         was ever charged, the policy's for these records; a run's first, unless its whole plan does.
         """
-        p = self.contract.privacy
-        if p.mode == "none":
+        if self.contract.privacy.mode == "none":
             return
+        epsilon, delta = self.target
         so_far = self._run_history(request.run)
-        bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], p.delta)
-        if not bound <= p.epsilon * (1 + 1e-9):
+        bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], delta)
+        if not bound <= epsilon * (1 + 1e-9):
             raise RefusalError(
-                f"One more round would bring this run's ε to {bound:.2f} of {p.epsilon:.2f} at "
-                f"δ = {p.delta:g}.", code="E210",
+                f"One more round would bring this run's ε to {bound:.2f} of {epsilon:.2f} at "
+                f"δ = {delta:g}.", code="E210",
             )
         if so_far:
             self._check_budget([mechanism], "This round")
@@ -166,7 +181,7 @@ class Worker:
 
     def _check_budget(self, more: list[Mechanism], what: str) -> None:
         if self.contract.privacy.mode == "dp":
-            self.budget.check(more, self.order, self.policy.limit, what)
+            self.budget.check(more, self.order, self.limit, what)
 
     def _run_history(self, run: str) -> list[Mechanism]:
         return [
@@ -176,7 +191,7 @@ class Worker:
 
     def _run_epsilon(self, run: str) -> float | None:
         """What this run has spent of the contract's ε: a function of its requests alone."""
-        p = self.contract.privacy
-        if p.mode == "none":
+        if self.contract.privacy.mode == "none":
             return None
-        return min(accounting.epsilon(self._run_history(run), p.delta), p.epsilon)
+        epsilon, delta = self.target
+        return min(accounting.epsilon(self._run_history(run), delta), epsilon)

@@ -18,7 +18,6 @@ from pydantic_core import PydanticCustomError
 
 from silotune.common import fields
 from silotune.common.fields import (
-    Bound,
     Count,
     Delta,
     Epsilon,
@@ -27,10 +26,10 @@ from silotune.common.fields import (
     Name,
     Positive,
     Rate,
-    SamplingRate,
     Sha256,
 )
 from silotune.common.inputs import TableInput, Task, TextInput
+from silotune.common.plan import Aggregation, Metric, Phase, Privacy, Released, Target
 from silotune.common.problems import MISFITS, contract_error
 
 
@@ -70,7 +69,6 @@ class OneHotModel(Frozen):
     norm: Positive = 2.0
 
 
-Metric = Literal["loss", "accuracy"]
 Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]
 
 
@@ -84,78 +82,18 @@ class Lora(Frozen):
     seed: int = 0
 
 
-class Privacy(Frozen):
-    """The guarantee every site gives, whatever the server and the other sites do.
-
-    (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
-    `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
-    noise, divided by the public constant `expected_records` times the sampling rate. mode "none"
-    trains without clipping or noise, for comparison; a site refuses it unless its owner allows it.
-    """
-
-    mode: Literal["dp", "none"] = "dp"
-    unit: Literal["record"] = "record"
-    epsilon: Epsilon = 8.0
-    delta: Delta = 1e-4
-    clip_norm: Bound = 1.0
-    expected_records: Positive
-
-
-class Phase(Frozen):
-    """Consecutive rounds that train the same tensors.
-
-    Each round a site does `local_steps` steps; each takes every record with probability
-    `sampling_rate`. `budget` is this phase's share of the privacy budget (client/accounting.py).
-    A phase ends at the mean of its later iterates (`aggregation.average_from`); the next starts
-    there, at rest.
-    """
-
-    trains: Literal["head", "head+adapter"]
-    rounds: Count
-    sampling_rate: SamplingRate
-    local_steps: Count = 1
-    budget: Rate = 1.0
-    head_rate: Positive
-    adapter_rate: Positive | None = None
-
-    @model_validator(mode="after")
-    def _rates(self) -> Self:
-        if (self.trains == "head+adapter") != (self.adapter_rate is not None):
-            raise ValueError("adapter_rate goes with trains = \"head+adapter\", and only with it")
-        return self
-
-
-class Aggregation(Frozen):
-    """Mean of the sites' updates with public weights, then the server's heavy ball.
-
-    A phase's result is the mean of its iterates from the fraction `average_from` on. Both act on
-    noised sums only, so they cost no privacy (post-processing).
-    """
-
-    method: Literal["ffa"] = "ffa"
-    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
-    average_from: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
-
-
-class Released(Frozen):
-    """A figure of a round's training that leaves a site with the update: bounded, noised, paid for.
-
-    Each sampled record adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it
-    was classified rightly. `share` is the part of each step's privacy budget that goes into it
-    (client/train.py). What leaves is the noised sum over the public expected batch.
-    """
-
-    metric: Metric
-    share: Annotated[float, Field(gt=0, le=0.5, strict=True)]
-    bound: Bound = 1.0
-
-
 class Site(Frozen):
-    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts."""
+    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts.
+
+    epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
+    noise follows (silo-specific privacy), so a site that allows less should have less weight.
+    """
 
     name: Name
     weight: Positive = 1.0
     public_key: Sha256 | None = None
+    epsilon: Epsilon | None = None
+    delta: Delta | None = None
 
 
 class Contract(Frozen):
@@ -235,22 +173,35 @@ class Contract(Frozen):
         trained = " and ".join(dict.fromkeys(phase.trains for phase in self.phases))
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
-        metrics = ", ".join(released.metric for released in self.releases)
+        metrics = ", ".join(self.metrics)
         return (
-            f"updates of {trained}, clipped and noised; "
+            f"updates of {trained}, clipped per {self.privacy.unit} and noised; "
             + (f"{metrics}, bounded, noised and paid for; " if metrics else "")
             + "the ε spent; a receipt of the ledger; nothing else"
         )
 
     @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The figures that leave with each update."""
+        adaptive: tuple[Metric, ...] = ("unclipped",) if self.privacy.adaptive else ()
+        return (*(released.metric for released in self.releases), *adaptive)
+
+    @property
     def released_share(self) -> float:
         """The part of each step's privacy budget that goes into released metrics."""
-        return sum(released.share for released in self.releases)
+        adaptive = self.privacy.adaptive
+        return sum(r.share for r in self.releases) + (adaptive.share if adaptive else 0)
+
+    def target_of(self, name: str) -> Target:
+        """What this run may cost the units of one site: its own in the roster, or [privacy]'s."""
+        site = next((site for site in self.sites if site.name == name), Site(name=name))
+        p = self.privacy
+        return Target(site.epsilon or p.epsilon, site.delta or p.delta)
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the canonical form: JSON, keys sorted, defaults written out."""
-        data = self.model_dump(mode="json")
+        """SHA-256 of the canonical form: JSON, keys sorted, defaults written out, None left out."""
+        data = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(
             json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
         ).hexdigest()

@@ -60,6 +60,9 @@ CODES: dict[str, str] = {
     "copy the cache folder from a machine that has it.",
     "E307": "Rows of the data file are the same record more than once. The guarantee is for one "
     "record, so copies would weaken it. Name data.key, remove copies, or keep them knowingly.",
+    "E308": "The frozen layers' outputs fit neither in the memory they may take nor on the disk. "
+    "Free room, or set performance.cache_megabytes or performance.cache_folder in site.toml.",
+    "E309": "The device that performance.device names is not there.",
     "E401": "The worker of this site does not answer on its socket. Start it with "
     "`silotune site start`.",
     "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "

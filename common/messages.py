@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from silotune.common.contract import Metric
 from silotune.common.errors import CODES, ProtocolError
-from silotune.common.fields import Frozen, Name, Number, Sha256
+from silotune.common.fields import Bound, Frozen, Name, Number, Sha256
+from silotune.common.plan import Metric
 
 Arrays = dict[str, NDArray[np.float32]]
 MAX_HEADER = 1 << 20
@@ -68,12 +68,16 @@ class Describe(_Header):
 
 
 class Train(_Header):
-    """Train one round from the adapter in `arrays`; the contract says how."""
+    """Train one round from the adapter in `arrays`; the contract says how.
+
+    clip_norm: with adaptive clipping, what the server has come to; else the contract's holds.
+    """
 
     kind: Literal["train"] = "train"
     run: RunId
     round: Round
     attempt: Round = 1
+    clip_norm: Bound | None = None
     receipt: Receipt | None = None
 
 
@@ -87,7 +91,7 @@ class Update(_Header):
 
     `epsilon` is what this run has spent of the contract's budget at this site so far: a function
     of the public plan and the round alone. None when the contract trains without privacy.
-    `metrics` are the contract's releases, bounded, noised and part of that epsilon.
+    `metrics` are the contract's (Contract.metrics), bounded, noised and part of that epsilon.
     """
 
     kind: Literal["update"] = "update"

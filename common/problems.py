@@ -24,6 +24,10 @@ WORDS = {
     "int_from_float": "must be a whole number",
     "finite_number": "must be a finite number",
 }
+PATTERNS = {  # part of a pattern -> what it means
+    "{64}": "must be 64 hexadecimal digits",
+    "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
+}
 
 
 def contract_error(
@@ -77,10 +81,9 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
         got = _got(error["input"])
         message = WORDS.get(kind) or error["msg"].replace("Input should be", "must be")
         if kind == "string_pattern_mismatch":
-            message = (
-                "must be 64 hexadecimal digits"
-                if "{64}" in context["pattern"]
-                else "must be a plain name of letters, digits, space, '.', '_' or '-'"
+            message = next(
+                (words for part, words in PATTERNS.items() if part in context["pattern"]),
+                "must be a plain name of letters, digits, space, '.', '_' or '-'",
             )
         if kind == "too_short":
             message = f"needs at least {context['min_length']}, has {context['actual_length']}"

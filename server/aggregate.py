@@ -6,11 +6,13 @@ Everything here acts on what the sites have already made private, so it costs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from silotune.common.messages import Arrays
+from silotune.common.plan import AdaptiveClipping
 
 
 def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:
@@ -47,6 +49,19 @@ def heavy_ball(
         for name, array in adapter.items()
     }
     return next_adapter, next_velocity
+
+
+def next_clip_norm(
+    clip_norm: float, unclipped: Mapping[str, float], weights: Mapping[str, float],
+    settings: AdaptiveClipping,
+) -> float:
+    """C exp(-rate (mean of the sites' noised unclipped shares - quantile)), within the contract's
+    bounds (arXiv 1905.03871, section 2.1, the geometric update)."""
+    total = sum(weights[site] for site in unclipped)
+    mean = sum(weights[site] * share for site, share in sorted(unclipped.items())) / total
+    # A share is noised, so it may lie anywhere; beyond [0, 1] it says no more than its end.
+    step = math.exp(-settings.rate * (min(max(mean, 0.0), 1.0) - settings.quantile))
+    return min(max(clip_norm * step, settings.lowest), settings.highest)
 
 
 def running_mean(mean: Arrays, count: int, latest: Arrays) -> Arrays:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from silotune.common import records
+from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.metrics import Scores, score
-from silotune.common.model import Classifier
 
 
 class PublicTest:

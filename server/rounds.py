@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from silotune.common import adapter, messages
-from silotune.common.contract import Contract, Metric, Phase
+from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.messages import (
     Arrays,
@@ -23,6 +23,7 @@ from silotune.common.messages import (
     Train,
     Update,
 )
+from silotune.common.plan import Metric, Phase
 from silotune.common.signing import verifies
 from silotune.server import aggregate
 from silotune.server.registry import Registry
@@ -43,6 +44,7 @@ class RoundFacts:
     seconds: float
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)  # site -> metrics
+    clip_norm: float | None = None  # with adaptive clipping
 
 
 class Run:
@@ -68,6 +70,7 @@ class Run:
         self.velocity: Arrays = {}
         self.mean: Arrays = {}
         self.averaged = 0
+        self.clip_norm = contract.privacy.clip_norm
         self.number = 1
         self._shapes = adapter.shapes_of(initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
@@ -103,6 +106,7 @@ class Run:
         """The bytes a site gets this round: the same for all, but for its own last receipt."""
         header = Train(
             contract=self.contract.hash, run=self.run_id, round=self.number,
+            clip_norm=self.clip_norm if self.contract.privacy.adaptive else None,
             receipt=self._last_receipt(site),
         )
         needed = adapter.needed_names(self.adapter, self.phase.trains)
@@ -129,7 +133,7 @@ class Run:
                 raise ProtocolError("The site answered twice.", code="E503")
             names = adapter.trained_names(self._shapes, self.phase.trains)
             adapter.check(message.arrays, {n: self._shapes[n] for n in names}, "The update")
-            self._check_epsilon(update.epsilon)
+            self._check_epsilon(site, update.epsilon)
             self._check_metrics(update.metrics)
             self._take_receipt(site, update.receipt)
         except ProtocolError as error:
@@ -177,15 +181,21 @@ class Run:
         if place > self.phase.rounds * self.contract.aggregation.average_from:
             self.mean = aggregate.running_mean(self.mean, self.averaged, self.adapter)
             self.averaged += 1
-        final = self.number == self.contract.rounds
+        final, adaptive = self.number == self.contract.rounds, self.contract.privacy.adaptive
         metrics: Mapping[str, float | None] = {}
         if self._evaluate and (final or self.number % self._every == 0):
             metrics = self._evaluate(self.released(), self.phase.trains == "head+adapter")
         facts = RoundFacts(
             self.number, tuple(sorted(self._open)), dict(self._failed), dict(self._epsilon),
             self._bytes[0], self._bytes[1], time.perf_counter() - self._began, metrics,
-            dict(self._metrics),
+            dict(self._metrics), self.clip_norm if adaptive else None,
         )
+        if adaptive:
+            self.clip_norm = aggregate.next_clip_norm(
+                self.clip_norm,
+                {site: metrics["unclipped"] for site, metrics in self._metrics.items()},
+                self.contract.weights(), adaptive,
+            )
         state = {f"velocity/{n}": a for n, a in self.velocity.items()}
         state |= {f"mean/{n}": a for n, a in self.mean.items()}
         self.registry.commit(self.number, self.adapter, state, vars(facts))
@@ -203,11 +213,11 @@ class Run:
         """What the phase has come to: the mean of its later iterates, once there is one."""
         return self.mean if self.averaged else self.adapter
 
-    def _check_epsilon(self, epsilon: float | None) -> None:
+    def _check_epsilon(self, site: str, epsilon: float | None) -> None:
         """A site reports what it spent: within the contract's budget, or nothing without DP."""
-        p = self.contract.privacy
-        fits = epsilon is None if p.mode == "none" else (
-            epsilon is not None and epsilon <= p.epsilon * (1 + 1e-9)
+        most = self.contract.target_of(site).epsilon
+        fits = epsilon is None if self.contract.privacy.mode == "none" else (
+            epsilon is not None and epsilon <= most * (1 + 1e-9)
         )
         if not fits:
             raise ProtocolError(
@@ -215,7 +225,7 @@ class Run:
             )
 
     def _check_metrics(self, metrics: Mapping[Metric, float]) -> None:
-        if set(metrics) != {released.metric for released in self.contract.releases}:
+        if set(metrics) != set(self.contract.metrics):
             raise ProtocolError(
                 "The update's metrics are not those the contract releases.", code="E502"
             )

@@ -12,12 +12,13 @@ pooled-no-dp        the same with all rows in one place
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from silotune.common.contract import Contract
 from silotune.common.inputs import TableInput
+from silotune.common.performance import Performance
 from silotune.server.rounds import RoundFacts
 
 POOLED = "all sites"
@@ -49,6 +50,7 @@ class Job:
     federated: bool
     evaluate_every: int
     insecure_seed: int | None = None
+    performance: Performance = field(default_factory=Performance)
 
     @property
     def cost(self) -> float:
@@ -87,7 +89,11 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
             contract.changed(phases=plans["alone-tuned"]["phases"]),
         ),
     ):
-        alone = tuple(plan.changed(sites=[{"name": s.name}], quorum=1) for s in contract.sites)
+        alone = tuple(
+            plan.changed(
+                sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1
+            ) for s in contract.sites
+        )
         arms.append(Arm(name, label, True, False, alone))
     head = contract.changed(adapter=None, phases=plans["head"]["phases"])
     arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
@@ -99,7 +105,9 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
         arms.append(
             Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
         )
-    plain = contract.changed(privacy={"mode": "none"}, phases=plans["no-dp"]["phases"])
+    plain = contract.changed(
+        privacy={"mode": "none", "adaptive": None}, phases=plans["no-dp"]["phases"]
+    )
     arms.append(Arm("federated-no-dp", "Federated LoRA without DP", False, False, (plain,)))
     # One place holds the rows of all: the divisor grows with them.
     pooled = plain.changed(

@@ -41,10 +41,12 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     """Run a recipe with all its arms.
 
     Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
-    insecure_seed.
+    insecure_seed; and how to compute: device, bf16, gradients, checkpointing, compile,
+    micro_batch, cache_megabytes, cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
+    $ silotune sim run service-sentiment gradients=hooks bf16=off
     """
     from silotune.simulations.run import Options, load_recipe, run
 
@@ -73,7 +75,7 @@ def data_ls(as_json: bool) -> None:
     ]
     emit(
         rows, as_json,
-        "\n".join(f"{r['name']:<20} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows),
+        "\n".join(f"{r['name']:<22} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows),
     )
 
 

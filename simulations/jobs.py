@@ -15,8 +15,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
 from silotune.client.worker import Worker
+from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
-from silotune.common.model import Classifier, build
+from silotune.common.model import build
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.rounds import RoundFacts, Run
@@ -28,12 +29,13 @@ from silotune.simulations.engine import simulate
 def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     """Carry out one job. Federated jobs go through Flower's simulation runtime."""
     contract = job.contract
-    model = build(contract, job.model_folder)
+    model = build(contract, job.model_folder, job.performance)
     seed = None if job.insecure_seed is None else job.insecure_seed + job.repeat
     workers = {
         site.name: Worker(
             permitting(
-                contract, site.name, training_file(job.data, site.name), job.model_folder
+                contract, site.name, training_file(job.data, site.name), job.model_folder,
+                job.performance,
             ),
             contract, Ledger.in_memory(site.name), insecure_seed=seed,
         )

@@ -20,9 +20,13 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract, EncoderModel
 from silotune.common.errors import RunError, UsageError, did_you_mean
+from silotune.common.performance import Performance
+from silotune.common.problems import contract_error
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
 from silotune.simulations.progress import Progress
@@ -50,11 +54,12 @@ class Options:
     arms: list[str] = field(default_factory=list)
     processes: int = 0
     insecure_seed: int | None = None
+    performance: Performance = field(default_factory=Performance)
 
     @classmethod
     def parse(cls, words: tuple[str, ...]) -> Options:
         """From `key=value` words; UsageError names the key, the value and what is allowed."""
-        options = cls()
+        options, computing = cls(), {}
         readers: dict[str, Any] = {
             "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
             "evaluate_every": int, "processes": int, "insecure_seed": int,
@@ -62,11 +67,15 @@ class Options:
         }
         for word in words:
             key, equals, value = word.partition("=")
-            if not equals or key not in readers:
+            known = [*readers, *Performance.model_fields]
+            if not equals or key not in known:
                 raise UsageError(
-                    f"'{word}' is not a setting. Use key=value with one of: {', '.join(readers)}."
-                    + did_you_mean(key, readers)
+                    f"'{word}' is not a setting. Use key=value with one of: {', '.join(known)}."
+                    + did_you_mean(key, known)
                 )
+            if key in Performance.model_fields:
+                computing[key] = value
+                continue
             try:
                 setattr(options, key, readers[key](value))
             except ValueError:
@@ -74,7 +83,21 @@ class Options:
                 raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
             if key in ("repeats", "cheap_repeats", "evaluate_every") and int(value) < 1:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
+        options.performance = _performance(computing)
         return options
+
+
+def _performance(words: dict[str, str]) -> Performance:
+    """From key=value words, each read as the type it has to be."""
+    values = {
+        key: value == "true" if value in ("true", "false")
+        else int(value) if value.isdigit() else value
+        for key, value in words.items()
+    }
+    try:
+        return Performance.model_validate(values)
+    except ValidationError as error:
+        raise contract_error(error, "key=value", Performance) from None
 
 
 def recipe_names() -> list[str]:
@@ -203,6 +226,7 @@ def _jobs(
                         federated=len(contract.sites) > 1,
                         evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
                         insecure_seed=options.insecure_seed,
+                        performance=options.performance,
                     )
                 )
     yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))

@@ -57,7 +57,7 @@ def summarise(
             "accountant": "RDP",
             "noise": "ChaCha20, keyed by the operating system",
             "sites": [
-                {"site": s, "epsilon": last.epsilon.get(s), "delta": contract.privacy.delta}
+                {"site": s, "epsilon": last.epsilon.get(s), "delta": contract.target_of(s).delta}
                 for s in sites
             ],
         },

@@ -5,8 +5,10 @@ with its default attention, float32, one backward pass of the batch's mean loss.
 turns within one run: this engine on the same stock model, in float32 and with bf16 matrix products;
 Opacus with hooks and with ghost clipping; and for adapters on the top two layers this project's own
 classifier, which keeps the frozen layers' outputs. All sides have the same adapters (A frozen, B
-and the head trained), the same 32 sequences of full length, one thread, and SGD; all private sides
-clip and add noise. A ratio is that of the medians over the turns, ours over theirs.
+and the classifier's head trained), the same sequences of full length, one thread, and SGD; all
+private sides clip and add noise. A ratio is that of the medians over the turns, ours over theirs.
+
+MiniLM classifies 32 sequences into three; SmolLM2 (135M parameters) predicts the next tokens of 8.
 
 Peak memory is the resident set's growth over the loaded model, each side in a process of its own.
 """
@@ -24,7 +26,7 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,51 +34,90 @@ from opacus import PrivacyEngine
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
+from silotune.client.gradients import Losses
 from silotune.client.noise import NoiseSource
-from silotune.common import model as models
+from silotune.client.units import Group, of_records
+from silotune.common.classifier import Block
 from silotune.common.contract import Contract
-from silotune.common.model import Encoder
+from silotune.common.encoder import Encoder
+from silotune.common.layers import fuse_lora, register_attention
+from silotune.common.performance import Performance
 from silotune.simulations import data
 
 RESULTS = Path("simulations/benchmarks/results")
-BATCH, MICRO, LABELS, RANK, TURNS = 32, 16, 3, 8, 7
+MICRO, LABELS, RANK, TURNS = 16, 3, 8, 7
 CLIP, NOISE = 1.0, 1.0
+SOURCES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 TARGETS = {
-    "qv": ["query", "value"],
-    "all": ["query", "key", "value", "attention.output.dense", "intermediate.dense",
-            "output.dense"],
+    "minilm": {
+        "qv": ["query", "value"],
+        "all": ["query", "key", "value", "attention.output.dense", "intermediate.dense",
+                "output.dense"],
+    },
+    "smollm2": {"qv": ["q_proj", "v_proj"]},
 }
-CASES = [(64, "qv", 6), (128, "qv", 6), (128, "all", 6), (64, "qv", 2), (128, "qv", 2)]
 Step = Callable[[], object]
 
 
-class Net(nn.Module):
-    """The stock encoder with PEFT's LoRA on its top `layers`, mean pooling and a linear head."""
+class Case(NamedTuple):
+    """layers: how many of the top ones carry adapters; 0 for all."""
 
-    def __init__(self, targets: str, layers: int, attention: str) -> None:
+    model: str
+    tokens: int
+    targets: str
+    layers: int
+    batch: int
+
+    @property
+    def label(self) -> str:
+        top = f"-top{self.layers}" if self.layers else ""
+        return f"{self.model}-{self.tokens}-{self.targets}{top}"
+
+
+CASES = [
+    Case("minilm", 64, "qv", 0, 32), Case("minilm", 128, "qv", 0, 32),
+    Case("minilm", 128, "all", 0, 32), Case("minilm", 64, "qv", 2, 32),
+    Case("minilm", 128, "qv", 2, 32), Case("smollm2", 64, "qv", 0, 8),
+]
+
+
+class Net(nn.Module):
+    """The stock model with PEFT's LoRA: an encoder with mean pooling and a linear head, or a causal
+    language model with its own frozen head."""
+
+    def __init__(self, case: Case, attention: str) -> None:
         super().__init__()
-        base = AutoModel.from_pretrained(
-            data.fetch("all-MiniLM-L6-v2"), attn_implementation=attention, dtype=torch.float32,
-            add_pooling_layer=False,
+        causal = case.model == "smollm2"
+        kind: Any = AutoModelForCausalLM if causal else AutoModel
+        more = {} if causal else {"add_pooling_layer": False}
+        base = kind.from_pretrained(
+            data.fetch(SOURCES[case.model]), attn_implementation=attention, dtype=torch.float32,
+            **more,
         )
         total = base.config.num_hidden_layers
         config = LoraConfig(
-            r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS[targets],
-            layers_to_transform=list(range(total - layers, total)), layers_pattern="layer",
+            r=RANK, lora_alpha=32, lora_dropout=0.0,
+            target_modules=TARGETS[case.model][case.targets],
+            layers_to_transform=list(range(total - (case.layers or total), total)),
+            layers_pattern="layers" if causal else "layer",
         )
-        self.encoder = get_peft_model(base, config)
-        self.head = nn.Linear(base.config.hidden_size, LABELS)
+        self.base = get_peft_model(base, config)
+        self.head = None if causal else nn.Linear(base.config.hidden_size, LABELS)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_B" in name or name.startswith("head."))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.to(hidden.dtype)[:, :, None]
-        logits: Tensor = self.head((hidden * weights).sum(1) / weights.sum(1))
+        """Logits [n, labels], or [n, T - 1, vocabulary] for the tokens after the first."""
+        found = self.base(input_ids=ids, attention_mask=mask)
+        if self.head is None:
+            after: Tensor = found.logits[:, :-1]
+            return after
+        weights = mask.to(found.last_hidden_state.dtype)[:, :, None]
+        logits: Tensor = self.head((found.last_hidden_state * weights).sum(1) / weights.sum(1))
         return logits
 
     def trained(self) -> list[nn.Parameter]:
@@ -86,136 +127,163 @@ class Net(nn.Module):
         return [m for m in self.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
 
 
-def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [BATCH, tokens], mask, labels."""
+class Criterion(nn.Module):
+    """Cross entropy over each sequence's own targets; `reduction` as torch's losses have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), reduction="none"
+        ).view(len(targets), -1).mean(dim=1)
+        return each.mean() if self.reduction == "mean" else each
+
+
+def batch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [batch, tokens], mask, targets: labels, or the tokens after the first."""
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20_000, (BATCH, tokens), generator=g)
-    return ids, torch.ones_like(ids), torch.randint(LABELS, (BATCH,), generator=g)
+    ids = torch.randint(1000, 20_000, (case.batch, case.tokens), generator=g)
+    labels = torch.randint(LABELS, (case.batch,), generator=g)
+    return ids, torch.ones_like(ids), ids[:, 1:] if case.model == "smollm2" else labels
 
 
-def plain(tokens: int, targets: str, layers: int) -> Step:
+def plain(case: Case) -> Step:
     """PEFT without privacy."""
-    net, (ids, mask, labels) = Net(targets, layers, "sdpa"), batch(tokens)
-    sgd = torch.optim.SGD(net.trained(), lr=0.01)
+    net, (ids, mask, targets) = Net(case, "sdpa"), batch(case)
+    sgd, criterion = torch.optim.SGD(net.trained(), lr=0.01), Criterion()
 
     def step() -> None:
         sgd.zero_grad()
-        nn.functional.cross_entropy(net(ids, mask), labels).backward()  # type: ignore[no-untyped-call]
+        criterion(net(ids, mask), targets).backward()
         sgd.step()
 
     return step
 
 
-def engine(tokens: int, targets: str, layers: int, *, bf16: bool) -> Step:
+def engine(case: Case, *, bf16: bool) -> Step:
     """client/dp.py on the stock model, in micro-batches as a worker has them."""
-    net, (ids, mask, labels) = Net(targets, layers, "eager"), batch(tokens)
+    net, (ids, mask, targets) = Net(case, register_attention()), batch(case)
+    fuse_lora(net)
+    criterion = Criterion()
+    criterion.reduction = "none"
 
     def losses(index: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = net(ids[index], mask[index])
-        return nn.functional.cross_entropy(logits.float(), labels[index], reduction="none")
+        found: Tensor = criterion(logits.float(), targets[index])
+        return found
 
-    blocks = [(part, len(part)) for part in torch.split(torch.arange(BATCH), MICRO)]
-    return _private(net.linears(), net.trained(), blocks, losses)
+    blocks = [Block(part, len(part)) for part in torch.split(torch.arange(case.batch), MICRO)]
+    return _private(net.linears(), net.trained(), blocks, losses, case.batch)
 
 
-def cached(tokens: int, targets: str, layers: int, *, bf16: bool) -> Step:
+def cached(case: Case, *, bf16: bool, compiled: bool = False) -> Step:
     """This project's classifier: the frozen layers' outputs are kept, only the top is run."""
-    models.BF16, models.KEPT = bf16, torch.bfloat16 if bf16 else torch.float32
     contract = Contract.model_validate({
         "format": 1, "name": "bench", "quorum": 1, "sites": [{"name": "a"}],
         "task": {"label_column": "y", "labels": [
             {"name": f"l{i}", "values": [str(i)]} for i in range(LABELS)
         ]},
         "input": {"kind": "text", "column": "x"},
-        "model": {"kind": "encoder", "name": "all-MiniLM-L6-v2", "max_tokens": tokens,
-                  "sha256": data.SOURCES["all-MiniLM-L6-v2"].sha256, "normalise": False},
-        "adapter": {"rank": RANK, "alpha": 32.0, "layers": layers, "targets": TARGETS[targets]},
-        "privacy": {"expected_records": float(BATCH)},
+        "model": {"kind": "encoder", "name": SOURCES[case.model], "max_tokens": case.tokens,
+                  "sha256": data.SOURCES[SOURCES[case.model]].sha256, "normalise": False},
+        "adapter": {"rank": RANK, "alpha": 32.0, "layers": case.layers,
+                    "targets": TARGETS[case.model][case.targets]},
+        "privacy": {"expected_records": float(case.batch)},
         "phases": [{"trains": "head+adapter", "rounds": 1, "sampling_rate": 1.0, "head_rate": 0.01,
                     "adapter_rate": 0.01}],
     })
-    model = Encoder(contract, data.fetch("all-MiniLM-L6-v2"))
+    # The batch is one block, as it is for the yardstick.
+    performance = Performance(
+        bf16="on" if bf16 else "off", micro_batch=case.batch, compile=compiled
+    )
+    model = Encoder(contract, data.fetch(SOURCES[case.model]), performance)
     model.load(model.initial_arrays())
-    encoded = model.encode([" ".join(["river"] * (tokens + i)) for i in range(BATCH)])
+    texts = [" ".join(["river"] * (case.tokens + i)) for i in range(case.batch)]
+    encoded, targets = model.encode(texts), batch(case)[2]
     assert encoded.starts is not None
-    assert int(encoded.starts[-1]) == BATCH * tokens
-    labels = batch(tokens)[2]
+    assert int(encoded.starts[-1]) == case.batch * case.tokens
+    criterion = Criterion()
+    criterion.reduction = "none"
 
     def losses(index: Tensor) -> Tensor:
-        logits = model(encoded, index, adapter=True)
-        return nn.functional.cross_entropy(logits, labels[index], reduction="none")
+        found: Tensor = criterion(model(encoded, index, adapter=True), targets[index])
+        return found
 
-    blocks = list(model.micro_batches(encoded, torch.arange(BATCH), adapter=True))
+    blocks = list(model.micro_batches(encoded, torch.arange(case.batch), adapter=True))
     linears = model.trained_linears("head+adapter")
-    return _private(linears, [p for m in linears for p in m.parameters()], blocks, losses)
+    parameters = [p for linear in linears for p in linear.parameters()]
+    return _private(linears, parameters, blocks, losses, case.batch)
 
 
 def _private(
-    linears: list[nn.Linear], parameters: list[nn.Parameter], blocks: Any,
-    losses: Callable[[Tensor], Tensor],
+    linears: list[nn.Linear], parameters: list[nn.Parameter], blocks: list[Block], losses: Losses,
+    size: int,
 ) -> Step:
     sgd = torch.optim.SGD(parameters, lr=0.01)
     optimizer = CryptoNoiseOptimizer(
         sgd, source=NoiseSource(site="bench"), noise_multiplier=NOISE, clip_norm=CLIP,
-        divisor=float(BATCH),
+        divisor=float(size),
     )
 
+    groups: list[Group] = list(of_records(size).groups(torch.arange(size), lambda _: blocks))
+
     def step() -> None:
-        private_gradient(linears, optimizer, blocks, losses)
+        private_gradient(linears, optimizer, groups, losses)
         sgd.step()
 
     return step
 
 
-def opacus(tokens: int, targets: str, layers: int, *, mode: str) -> Step:
+def opacus(case: Case, *, mode: str) -> Step:
     """Opacus' own engine, the whole batch at once, without Poisson sampling."""
-    net, (ids, mask, labels) = Net(targets, layers, "sdpa"), batch(tokens)
+    net, (ids, mask, targets) = Net(case, "sdpa"), batch(case)
     net.train()
     sgd = torch.optim.SGD(net.trained(), lr=0.01)
-    loader = DataLoader(TensorDataset(ids, mask, labels), batch_size=BATCH)
-    criterion: Any = nn.CrossEntropyLoss()
+    loader = DataLoader(TensorDataset(ids, mask, targets), batch_size=case.batch)
+    criterion: Any = Criterion()
     more = {"criterion": criterion} if mode == "ghost" else {}
     found = PrivacyEngine().make_private(
         module=net, optimizer=sgd, data_loader=loader, noise_multiplier=NOISE,
         max_grad_norm=CLIP, poisson_sampling=False, grad_sample_mode=mode, **more,
     )
-    net, optimizer = found[0], found[1]
+    wrapped, optimizer = found[0], found[1]
     if mode == "ghost":
         criterion = found[2]
 
     def step() -> None:
         optimizer.zero_grad()
-        criterion(net(ids, mask), labels).backward()
+        criterion(wrapped(ids, mask), targets).backward()
         optimizer.step()
 
     return step
 
 
-def sides(layers: int) -> dict[str, Callable[..., Step]]:
-    """Name of a side -> what builds its step."""
-    found: dict[str, Callable[..., Step]] = {
-        "peft": plain,
-        "step": lambda *case: engine(*case, bf16=False),
-        "bf16": lambda *case: engine(*case, bf16=True),
-        "opacus-hooks": lambda *case: opacus(*case, mode="hooks"),
-        "opacus-ghost": lambda *case: opacus(*case, mode="ghost"),
-    }
-    if layers == 2:
-        found |= {
-            "cached": lambda *case: cached(*case, bf16=False),
-            "cached-bf16": lambda *case: cached(*case, bf16=True),
-        }
-    return found
+SIDES: dict[str, Callable[[Case], Step]] = {
+    "peft": plain,
+    "step": lambda case: engine(case, bf16=False),
+    "bf16": lambda case: engine(case, bf16=True),
+    "opacus-hooks": lambda case: opacus(case, mode="hooks"),
+    "opacus-ghost": lambda case: opacus(case, mode="ghost"),
+    "cached": lambda case: cached(case, bf16=False),
+    "cached-bf16": lambda case: cached(case, bf16=True),
+    "cached-compiled": lambda case: cached(case, bf16=False, compiled=True),
+}
+RIVALS = ("peft", "opacus-hooks", "opacus-ghost")
 
 
-def turns(case: tuple[int, str, int]) -> dict[str, list[float]]:
+def sides(case: Case) -> list[str]:
+    return [name for name in SIDES if case.layers or not name.startswith("cached")]
+
+
+def turns(case: Case) -> dict[str, list[float]]:
     """Seconds of each side's step, TURNS times in turn, after one that is not counted."""
-    steps = {name: build(*case) for name, build in sides(case[2]).items()}
+    steps = {name: SIDES[name](case) for name in sides(case)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(TURNS + 1):
         for name, step in steps.items():
-            models.BF16 = name == "cached-bf16"  # read when the model runs
             began = time.perf_counter()
             step()
             if turn:
@@ -223,17 +291,15 @@ def turns(case: tuple[int, str, int]) -> dict[str, list[float]]:
     return seconds
 
 
-def peak(name: str, case: tuple[int, str, int]) -> int:
+def peak(name: str, case: Case) -> int:
     """Bytes by which the resident set grows over the built side, in a process of its own."""
-    words = [sys.executable, "-m", "silotune.simulations.benchmarks.dp", "--peak", name,
-             *map(str, case)]
+    words = [sys.executable, "-m", "silotune.simulations.benchmarks.dp", "--peak", name, case.label]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def measure_peak(name: str, case: tuple[int, str, int]) -> None:
-    step = sides(case[2])[name](*case)
-    models.BF16 = name == "cached-bf16"
+def measure_peak(name: str, case: Case) -> None:
+    step = SIDES[name](case)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     for _ in range(3):
@@ -243,19 +309,18 @@ def measure_peak(name: str, case: tuple[int, str, int]) -> None:
     print(high - before)
 
 
-def main() -> None:
-    """Measure every case, print the table and write the results."""
+def main(cases: list[Case]) -> None:
+    """Measure the cases, print the table and write the results."""
     raw: dict[str, dict[str, list[float]]] = {}
     ratios: dict[str, float] = {}
-    for case in CASES:
-        tokens, targets, layers = case
-        label = f"minilm-{tokens}-{targets}" + ("-top2" if layers == 2 else "")
+    for case in cases:
+        label = case.label
         raw[label] = turns(case)
         medians = {name: float(np.median(found)) for name, found in raw[label].items()}
-        ours = ["step", "bf16", *(["cached", "cached-bf16"] if layers == 2 else [])]
+        ours = [name for name in sides(case) if name not in RIVALS]
         for name in ours:
             ratios[f"{name}/peft/{label}"] = medians[name] / medians["peft"]
-        for rival in ("opacus-hooks", "opacus-ghost"):
+        for rival in RIVALS[1:]:
             ratios[f"step/{rival}/{label}"] = medians["step"] / medians[rival]
         bytes_ = {name: peak(name, case) for name in ["peft", *ours]}
         raw[label] |= {f"memory-{name}": [found] for name, found in bytes_.items()}
@@ -271,7 +336,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread; torch "
         f"{torch.__version__}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "batch": BATCH, "turns": TURNS,
+        "batch": {case.label: case.batch for case in cases}, "turns": TURNS,
         "ratios": {name: round(value, 3) for name, value in ratios.items()}, "raw": raw,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -285,9 +350,10 @@ if __name__ == "__main__":
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peak", nargs=4)
-    asked = parser.parse_args().peak
-    if asked:
-        measure_peak(asked[0], (int(asked[1]), asked[2], int(asked[3])))
+    parser.add_argument("--peak", nargs=2, metavar=("SIDE", "CASE"))
+    parser.add_argument("cases", nargs="*", help="labels; all if none is named")
+    asked, known = parser.parse_args(), {case.label: case for case in CASES}
+    if asked.peak:
+        measure_peak(asked.peak[0], known[asked.peak[1]])
     else:
-        main()
+        main([known[label] for label in asked.cases] or CASES)

@@ -76,7 +76,7 @@ def composing(folder: Path, records: Lineage, kinds: int) -> dict[str, float]:
     began = time.perf_counter()
     ledger = Ledger.open(folder / "state", keys)
     verified = time.perf_counter()
-    Budget(ledger, records).spent(1e-4)
+    Budget(ledger, records, "record").spent(1e-4)
     return {"verify": verified - began, "compose": time.perf_counter() - verified}
 
 

@@ -87,7 +87,7 @@ class Home:
 
     def spent(self, worker: Worker) -> float:
         ledger = self.ledger()
-        return Budget(ledger, worker.lineage).spent(self.contract.privacy.delta)
+        return Budget(ledger, worker.lineage, "record").spent(self.contract.privacy.delta)
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_forged_policy(home: Home) -> None:
     site = Site(config)
     policies.sign(config, home.folder / "keys" / "owner.key", 0)
     policy, ledger, _ = site.open()
-    assert policy.limit == Limit(8.0, 1e-4)
+    assert policy.limits["record"] == Limit(8.0, 1e-4)
     config.write_text(text.replace("8.0", "80.0"))
     with pytest.raises(RefusalError) as refusal:
         site.open()
@@ -606,7 +606,7 @@ def test_two_workers_at_once(home: Home) -> None:
     ledger = home.ledger()
     assert len(ledger.charges) == len(ledger.releases) == found.count("")
     assert len(ledger.entries) == 1 + 2 * len(ledger.charges)
-    purse = Budget(ledger, pair[0].lineage)
+    purse = Budget(ledger, pair[0].lineage, "record")
     (past,) = purse.pasts()
     assert past.order is not None
     spent = epsilon_at(past.order, past.history, limit.delta)

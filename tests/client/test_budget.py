@@ -104,7 +104,7 @@ def test_every_records_epsilon_is_the_oracles(seed: int) -> None:
     rng = np.random.default_rng(1000 + seed)
     for _ in range(3):
         asked = sorted(rng.choice(15, size=rng.integers(1, 12), replace=False).tolist())
-        budget = Budget(ledger, lineage_of(asked))
+        budget = budget_of(ledger, asked)
         wanted = {expected(charges, record) for record in asked}
         pasts = budget.pasts()
         assert {(past.order, tuple(past.history)) for past in pasts} == wanted
@@ -125,7 +125,7 @@ def test_every_records_epsilon_is_the_oracles(seed: int) -> None:
 def test_spent_lies_above_the_tight_epsilon(seed: int) -> None:
     ledger, charges = run_of(seed)
     for records in {records for records, _, _ in charges}:
-        spent = Budget(ledger, lineage_of(sorted(records))).spent(DELTA)
+        spent = budget_of(ledger, sorted(records)).spent(DELTA)
         for record in records:
             assert spent >= tight_oracle(expected(charges, record)[1], DELTA) - 1e-3
 
@@ -159,8 +159,12 @@ def ledger() -> Ledger:
     return found
 
 
+def budget_of(ledger: Ledger, *records: Any) -> Budget:
+    return Budget(ledger, lineage_of(*records), "record")
+
+
 def pasts(ledger: Ledger, numbers: Sequence[int], basis: str = "basis") -> list[Past]:
-    return Budget(ledger, lineage_of(numbers, basis)).pasts()
+    return budget_of(ledger, numbers, basis).pasts()
 
 
 def test_a_subset_inherits_exactly_what_it_took_part_in(ledger: Ledger) -> None:
@@ -177,20 +181,19 @@ def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
     assert len(found) == 4
     for past in (Past(), Past(5.0, [A]), Past(9.0, [B]), Past(5.0, [A, B])):
         assert past in found
-    assert Budget(ledger, lineage_of([4, 5, 14, 20])).spent(DELTA) == Past(5.0, [A, B]).epsilon(
+    assert budget_of(ledger, [4, 5, 14, 20]).spent(DELTA) == Past(5.0, [A, B]).epsilon(
         DELTA
     )
 
 
 def test_fresh_records_have_spent_nothing(ledger: Ledger) -> None:
     assert pasts(ledger, range(20, 30)) == [Past()]
-    assert Budget(ledger, lineage_of(range(20, 30))).spent(DELTA) == 0
+    assert budget_of(ledger, range(20, 30)).spent(DELTA) == 0
 
 
 def test_a_fresh_record_in_the_file_frees_nobody(ledger: Ledger) -> None:
-    assert Budget(ledger, lineage_of([7, *range(20, 90)])).spent(DELTA) == Budget(
-        ledger, lineage_of([7])
-    ).spent(DELTA)
+    alone = budget_of(ledger, [7]).spent(DELTA)
+    assert budget_of(ledger, [7, *range(20, 90)]).spent(DELTA) == alone
 
 
 def test_records_of_another_basis_inherit_all(ledger: Ledger) -> None:
@@ -202,7 +205,7 @@ def test_no_records_have_spent_nothing(ledger: Ledger) -> None:
 
 
 def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
-    budget = Budget(ledger, lineage_of([2, 20]))
+    budget = budget_of(ledger, [2, 20])
     before = budget.spent(DELTA)
     charge(ledger, lineage_of([2]), B)
     assert Past(5.0, [A, B]) in budget.pasts()
@@ -212,7 +215,7 @@ def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
 
 
 def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
-    budget, fresh = Budget(ledger, lineage_of([2])), lineage_of([2, 99])
+    budget, fresh = budget_of(ledger, [2]), lineage_of([2, 99])
 
     def fails() -> None:
         with ledger.writing():
@@ -240,13 +243,13 @@ def test_any_mix_of_mechanisms_composes(ledger: Ledger) -> None:
 def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
     charge(ledger, lineage_of([3]), Mechanism(0.0, 1.0, 1))
     for numbers in ([3], [1, 2, 3], [3, 77]):
-        budget = Budget(ledger, lineage_of(numbers))
+        budget = budget_of(ledger, numbers)
         assert budget.spent(DELTA) == budget.tight(DELTA) == math.inf
         assert budget.room(Limit(100.0, DELTA)) == 0
         with pytest.raises(RefusalError):
             budget.check([Mechanism(1e4, 0.001, 1)], 5.0, Limit(100.0, DELTA), "it")
         assert not budget.longest_that_fits([A], 5.0, Limit(100.0, DELTA))
-    assert math.isfinite(Budget(ledger, lineage_of([1, 2])).spent(DELTA))
+    assert math.isfinite(budget_of(ledger, [1, 2]).spent(DELTA))
 
 
 # What fits
@@ -254,7 +257,7 @@ def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
 
 def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
     for numbers, order in (([7], 30.0), ([3, 12], 2.0), ([20], 11.0)):
-        budget = Budget(ledger, lineage_of(numbers))
+        budget = budget_of(ledger, numbers)
         after = budget.together([A, B], order, DELTA)
         right = max(
             oracle([*past.history, A, B], [past.order or order], DELTA)
@@ -268,7 +271,7 @@ def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
 
 
 def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(ledger: Ledger) -> None:
-    old, new = Budget(ledger, lineage_of([7])), Budget(ledger, lineage_of([20]))
+    old, new = budget_of(ledger, [7]), budget_of(ledger, [20])
     assert old.together([A], 2.0, DELTA) == old.together([A], 40.0, DELTA)
     assert new.together([A], 2.0, DELTA) != new.together([A], 40.0, DELTA)
 
@@ -277,7 +280,7 @@ def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(ledger: 
 def test_nothing_fits_a_limit_that_is_no_number_or_nothing(ledger: Ledger, broken: float) -> None:
     for numbers in ([7], [20]):
         with pytest.raises(RefusalError):
-            Budget(ledger, lineage_of(numbers)).check([A], 5.0, Limit(broken, DELTA), "it")
+            budget_of(ledger, numbers).check([A], 5.0, Limit(broken, DELTA), "it")
 
 
 def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
@@ -286,7 +289,7 @@ def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
     monkeypatch.setattr(accounting, "_rdp_of_step", lambda *_: math.nan)
     assert accounting.epsilon_at(5.0, [A], DELTA) == accounting.epsilon([A], DELTA) == math.inf
     for numbers in ([7], [20]):
-        budget = Budget(ledger, lineage_of(numbers))
+        budget = budget_of(ledger, numbers)
         with pytest.raises(RefusalError, match="lifetime budget") as refusal:
             budget.check([A], 5.0, Limit(8.0, DELTA), "it")
         assert refusal.value.code == "E210"
@@ -296,7 +299,7 @@ def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
 def test_a_delta_that_is_no_number_lets_nothing_pass(ledger: Ledger) -> None:
     for numbers in ([7], [20]):
         with pytest.raises(RefusalError) as refusal:
-            Budget(ledger, lineage_of(numbers)).check([A], 5.0, Limit(8.0, math.nan), "it")
+            budget_of(ledger, numbers).check([A], 5.0, Limit(8.0, math.nan), "it")
         assert refusal.value.code == "E210"
 
 
@@ -304,7 +307,7 @@ def test_a_delta_that_is_no_number_lets_nothing_pass(ledger: Ledger) -> None:
 def test_the_longest_that_fits_is_the_longest(seed: int) -> None:
     ledger, _ = run_of(seed)
     rng = np.random.default_rng(seed)
-    budget = Budget(ledger, lineage_of(rng.choice(15, size=5, replace=False).tolist()))
+    budget = budget_of(ledger, rng.choice(15, size=5, replace=False).tolist())
     plan = [mechanism(rng) for _ in range(rng.integers(1, 4))]
     order = float(rng.integers(2, 41))
     before, whole = budget.spent(DELTA), budget.together(plan, order, DELTA)
@@ -340,7 +343,7 @@ def test_the_order_for_new_records_lets_a_plan_be_repeated_most_often() -> None:
     order = order_of([A, B], limit)
 
     def repeats(at: float) -> int:
-        budget = Budget(Ledger.in_memory("north"), lineage_of([1]))
+        budget = Budget(Ledger.in_memory("north"), lineage_of([1]), "record")
         return len(budget.longest_that_fits([A, B] * 200, at, limit))
 
     assert repeats(order) == max(repeats(float(at)) for at in accounting.ALPHAS)
@@ -361,9 +364,9 @@ def test_a_second_charge_for_one_request_does_not_take_the_place_of_the_first(
     """Charges are kept by request: a second one is refused, and what was spent stays spent."""
     with pytest.raises(RefusalError, match="charged already"):
         charge(ledger, lineage_of([3]), Mechanism(1e4, 0.001, 1), attempt=1)
-    assert Budget(ledger, lineage_of([3])).pasts() == [Past(5.0, [A])]
+    assert budget_of(ledger, [3]).pasts() == [Past(5.0, [A])]
     charge(ledger, lineage_of([3]), B, attempt=3)
-    assert Budget(ledger, lineage_of([3])).pasts() == [Past(5.0, [A, B])]
+    assert budget_of(ledger, [3]).pasts() == [Past(5.0, [A, B])]
 
 
 def test_ten_thousand_charges_compose_fast() -> None:
@@ -380,7 +383,7 @@ def test_ten_thousand_charges_compose_fast() -> None:
                 round=1, attempt=i + 1, request="2" * 64, order=8.0,
                 noise_multiplier=m.noise_multiplier, sampling_rate=m.sampling_rate, steps=m.steps,
             )
-    budget = Budget(ledger, lineage_of(range(9)))
+    budget = budget_of(ledger, range(9))
     began = time.perf_counter()
     spent = budget.spent(DELTA)
     taken = time.perf_counter() - began

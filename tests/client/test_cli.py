@@ -152,7 +152,7 @@ def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
 def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract) -> None:
     edit(site, "epsilon = 8.0", "epsilon = 6.0")
     fix = checks(run, site, code=1)["privacy budget"]["fix"]
-    epsilon = float(fix.split("privacy.epsilon = ")[1])
+    epsilon = float(fix.split("run.epsilon = ")[1].split()[0])
     smaller = table_contract.changed(privacy={"epsilon": epsilon})
     Path("contract.json").write_text(smaller.model_dump_json())
     assert checks(run, site, code=1)["privacy budget"]["state"] == "ok"
@@ -166,11 +166,11 @@ def test_spent_shows_what_the_ledger_holds(
 ) -> None:
     train(site, table_contract, 2)
     found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
-    (row,) = found["lineages"]
+    (row,), limit = found["lineages"], found["limits"]["record"]["epsilon"]
     assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (2, 1, 120, 0)
-    assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < found["limit"]
+    assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < limit
     # Epsilons add up to more than they compose to, so there is more room than the difference.
-    assert found["limit"] - row["epsilon_rdp"] < row["room"] < found["limit"]
+    assert limit - row["epsilon_rdp"] < row["room"] < limit
     assert "rows.csv" in run("privacy", "spent", "--config", site.config).output
 
 

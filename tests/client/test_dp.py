@@ -13,8 +13,10 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from silotune.client import dp
-from silotune.client.dp import CryptoNoiseOptimizer, per_example_gradients, private_gradient
+from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
+from silotune.client.gradients import PER_EXAMPLE, by_expanding
 from silotune.client.noise import NoiseSource
+from silotune.client.units import Group, Part
 from silotune.common.tasks.classification import per_example_loss
 
 CLIP = 1.0
@@ -50,7 +52,8 @@ class Toy:
             torch.optim.SGD(self.parameters, lr=1.0), source=source or Silent(site="a"),
             noise_multiplier=sigma, clip_norm=CLIP, divisor=divisor,
         )
-        private_gradient(self.linears, optimizer, [(b, len(b)) for b in batches], self.losses)
+        groups = [Group(len(b), [Part(b, len(b))]) for b in batches]
+        private_gradient(self.linears, optimizer, groups, self.losses)
         return flat(p.grad for p in self.parameters)
 
     def by_hand(self, index: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ def flat(tensors: Any) -> Tensor:
 def test_per_example_gradients_equal_a_loop_and_opacus() -> None:
     toy = Toy()
     index = torch.arange(12)
-    ours = per_example_gradients(toy.linears, index, toy.losses)
+    ours = by_expanding(toy.linears, index, toy.losses)
     for i in range(12):
         loop = torch.autograd.grad(toy.losses(index[i : i + 1]).sum(), toy.parameters)
         for p, g in zip(toy.parameters, loop, strict=True):
@@ -91,7 +94,7 @@ def test_sequence_inputs_equal_a_loop() -> None:
     def losses(index: Tensor) -> Tensor:
         return torch.tanh(linear(x[index])).square().sum((1, 2))
 
-    ours = per_example_gradients([linear], torch.arange(6), losses)[linear.weight]
+    ours = by_expanding([linear], torch.arange(6), losses)[linear.weight]
     for i in range(6):
         loop = torch.autograd.grad(losses(torch.tensor([i])).sum(), linear.weight)[0]
         torch.testing.assert_close(ours[i], loop, rtol=1e-5, atol=1e-6)
@@ -137,7 +140,7 @@ def the_sum_is_exact() -> None:
         clip_norm=CLIP, divisor=1.0,
     )
     sums = []
-    gradients = per_example_gradients(toy.linears, index, toy.losses)
+    gradients = by_expanding(toy.linears, index, toy.losses)
     for batches in ([index], [order], list(order.split(17))):
         optimizer.begin()
         for batch in batches:
@@ -174,7 +177,7 @@ def a_record_that_overflows_cannot_spoil_the_sum() -> None:
     index = torch.arange(len(toy.x))
     toy.x[7] = torch.tensor([3e38, -3e38, 3e38, -3e38, 3e38])
     toy.first.weight.data[0] = 3e38
-    bad = next(iter(per_example_gradients([toy.second], index[7:8], toy.losses).values()))
+    bad = next(iter(by_expanding([toy.second], index[7:8], toy.losses).values()))
     assert not bool(torch.isfinite(bad).all())
     whole = toy.gradient([index])
     without = toy.gradient([torch.cat([index[:7], index[8:]])])
@@ -210,14 +213,11 @@ def test_property(name: str) -> None:
 
 @contextmanager
 def no_clipping(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    original = CryptoNoiseOptimizer.__init__
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        for p in self.params:
+            p.summed_grad += p.grad_sample.double().sum(dim=0) / self.unit
 
-    def broken(self: CryptoNoiseOptimizer, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.noise_multiplier *= self.max_grad_norm / 1e9
-        self.max_grad_norm = 1e9
-
-    patch.setattr(CryptoNoiseOptimizer, "__init__", broken)
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
     yield
 
 
@@ -227,7 +227,7 @@ def clip_each_tensor_by_itself(patch: pytest.MonkeyPatch) -> Iterator[None]:
         for p in self.params:
             norms = p.grad_sample.flatten(1).norm(dim=1)
             factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            units = 1 / dp.power_of_two(self.max_grad_norm, dp.UNIT)
+            units = 1 / self.unit
             p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
@@ -240,7 +240,7 @@ def a_sum_of_floats(patch: pytest.MonkeyPatch) -> Iterator[None]:
         flat_ = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
         factor = (self.max_grad_norm / (flat_.norm(dim=1) + 1e-6)).clamp(max=1.0)
         for p in self.params:
-            units = 1 / dp.power_of_two(self.max_grad_norm, dp.UNIT)
+            units = 1 / self.unit
             p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
@@ -269,12 +269,10 @@ def noise_once_per_micro_batch_divisor(patch: pytest.MonkeyPatch) -> Iterator[No
 
 @contextmanager
 def batch_mean_loss(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    original = dp.per_example_gradients
-
     def broken(linears: Any, index: Tensor, losses: Any) -> Any:
-        return original(linears, index, lambda i: losses(i).mean().expand(len(i)) / len(i))
+        return by_expanding(linears, index, lambda i: losses(i).mean().expand(len(i)) / len(i))
 
-    patch.setattr(dp, "per_example_gradients", broken)
+    patch.setitem(PER_EXAMPLE, "expanded", broken)
     yield
 
 
@@ -283,7 +281,7 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
     original = dp.private_gradient
 
     def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
-        fake = [(torch.zeros(1, dtype=torch.long), 1)]
+        fake = [Group(1, [Part(torch.zeros(1, dtype=torch.long), 1)])]
         original(linears, optimizer, list(batches) or fake, losses)
 
     patch.setitem(globals(), "private_gradient", broken)
@@ -292,7 +290,13 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    patch.setattr(dp, "finite_gradients", dp.per_example_gradients)
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
+        factors = (self.most / norms).clamp(max=1.0) / self.unit
+        for p in self.params:
+            p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
     yield
 
 
@@ -332,7 +336,7 @@ def test_one_step_tells_neighbours_apart_no_better_than_the_gaussian_mechanism()
     """The empirical mu of D against D' along their difference lies in [0.8 / sigma, 1 / sigma]."""
     toy, sigma, trials = Toy(), 2.0, 600
     index = torch.arange(len(toy.x))
-    gradients = per_example_gradients(toy.linears, index, toy.losses)
+    gradients = by_expanding(toy.linears, index, toy.losses)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
     worst = int(norms.argmax())
     rest = torch.cat([index[:worst], index[worst + 1 :]])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from silotune.client import policy as policies
+from silotune.client.budget import Limit
 from silotune.client.entries import Adopted
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
@@ -56,7 +57,7 @@ def test_a_policy_is_read_and_its_paths_start_at_its_folder(tmp_path: Path) -> N
     assert found.data.file == tmp_path / "rows.csv"
     assert found.server is not None
     assert found.server.ca == tmp_path / "ca.pem"
-    assert (found.limit.epsilon, found.limit.delta) == (8.0, 1e-4)
+    assert found.limits == {"record": Limit(8.0, 1e-4)}
     # What is not said is the narrow choice.
     assert not found.permits.allow_without_dp
     assert found.data.repeated == "refuse"
@@ -371,7 +372,7 @@ def test_an_older_signed_policy_put_back_is_refused(home: Home) -> None:
         shutil.copy(path, generous)
     written(home.config, TEXT.replace("8.0", "2.0"))
     home.sign(after=1)
-    assert home.adopt().limit.epsilon == 2.0
+    assert home.adopt().limits["record"].epsilon == 2.0
     for path in generous.iterdir():
         shutil.copy(path, home.folder)
     home.refuses(r"is an older policy \(number 1\); the ledger has adopted number 2")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from silotune.client import dp, selftest
 from silotune.client.dp import CryptoNoiseOptimizer
+from silotune.client.units import Group, Part
 from silotune.client.worker import Worker
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
@@ -81,9 +82,12 @@ def examples_that_mix(patch: pytest.MonkeyPatch) -> None:
 def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
     original = dp.private_gradient
 
-    def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
-        more = [(torch.cat([index, index[:1]]), n + 1) for index, n in batches]
-        original(linears, optimizer, more, losses)
+    def broken(linears: Any, optimizer: Any, groups: Any, losses: Any, **how: Any) -> None:
+        more = [
+            Group(units + 1, [Part(torch.cat([p.rows, p.rows[:1]]), p.n + 1) for p in parts])
+            for units, parts in groups
+        ]
+        original(linears, optimizer, more, losses, **how)
 
     patch.setattr(selftest, "private_gradient", broken)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from silotune.client.dp import per_example_gradients
-from silotune.common import model as models
+from silotune.client.gradients import by_expanding
 from silotune.common.contract import Contract
+from silotune.common.encoder import Encoder
 from silotune.common.errors import DataError
-from silotune.common.model import Encoder, build
+from silotune.common.model import build
 from silotune.common.tasks.classification import per_example_loss
 
 pytestmark = pytest.mark.download
@@ -49,7 +49,7 @@ def test_features_equal_the_librarys_mean_pooling(
     expected = torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
     # bfloat16 has 8 bits of mantissa; six layers of it stay within a few of its steps.
     torch.testing.assert_close(
-        encoder.encode(TEXTS).features, expected, rtol=0, atol=0.01 if models.BF16 else 1e-5
+        encoder.encode(TEXTS).features, expected, rtol=0, atol=0.01 if encoder.bf16 else 1e-5
     )
 
 
@@ -93,7 +93,7 @@ def test_a_records_gradient_does_not_see_its_companions(encoder: Encoder) -> Non
         found = {}
         linears = encoder.trained_linears("head+adapter")
         for block, n in encoder.micro_batches(encoded, index, adapter=True):
-            parts = per_example_gradients(linears, block, losses).values()
+            parts = by_expanding(linears, block, losses).values()
             flat = torch.cat([g.flatten(1) for g in parts], dim=1)
             found.update({int(block[i]): flat[i] for i in range(n)})
         return found
@@ -116,7 +116,7 @@ def test_per_example_gradients_equal_a_loop_on_the_real_model(encoder: Encoder) 
 
     linears = encoder.trained_linears("head+adapter")
     block, n = next(encoder.micro_batches(encoded, torch.arange(37), adapter=True))
-    found = per_example_gradients(linears, block, losses)
+    found = by_expanding(linears, block, losses)
     parameters = [p for linear in linears for p in linear.parameters()]
     for i in range(0, n, 3):
         # The same batch, all but one loss left out: autograd's own gradient of one record.
@@ -124,7 +124,7 @@ def test_per_example_gradients_equal_a_loop_on_the_real_model(encoder: Encoder) 
         for p, g in zip(parameters, loop, strict=True):
             scale = float(g.abs().max()) or 1.0
             # Two bfloat16 roundings of the backward products; exact to 1e-5 in float32.
-            atol = scale * (0.03 if models.BF16 else 1e-5)
+            atol = scale * (0.03 if encoder.bf16 else 1e-5)
             torch.testing.assert_close(found[p][i], g, rtol=0, atol=atol)
 
 

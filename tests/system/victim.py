@@ -183,7 +183,8 @@ def trains_first() -> None:
         train_round, phase = workers.train_round, self.contract.phase_of(asked.round)
         mechanism = accounting.mechanism_of(self.contract, self.plan, asked.round)
         found = train_round(
-            self.contract, phase, mechanism, self.model, self.data, arrays, self.source
+            self.contract, phase, mechanism, self.model, self.data, arrays, self.source,
+            self.contract.privacy.clip_norm,
         )
         workers.train_round = lambda *_: found
         try:

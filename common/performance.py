@@ -1,0 +1,50 @@
+"""How a machine computes. Nothing here changes which records count, how they are clipped or how
+much noise is added: privacy settings are another type (common/plan.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from silotune.common.fields import Count, Flag, Frozen
+
+
+class Performance(Frozen):
+    """device: "auto" is the first CUDA device, or the CPU without one.
+    bf16: matrix products of frozen and adapted layers in bfloat16; "auto" where the device has it.
+    gradients: how per-example gradients come about (client/gradients.py). "expanded" is the fastest
+    here; "hooks" and "ghost" are Opacus' own, in float32 only. Ghost clipping never holds a single
+    record's gradient, so its bound is not exact: a site refuses it unless its owner allows that
+    (permits.allow_inexact_clipping).
+    checkpointing: keep only the adapted layers' inputs and run them twice: less memory, more time.
+    compile: torch.compile for the adapted layers; needs a C++ compiler, or a GPU.
+    micro_batch: records that are computed at once; every block has exactly so many rows.
+    cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
+    `cache_folder` that only this process can open and that ends with it.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
+    bf16: Literal["auto", "on", "off"] = "auto"
+    gradients: Literal["expanded", "hooks", "ghost"] = "expanded"
+    checkpointing: Flag = False
+    compile: Flag = False
+    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
+    cache_megabytes: Count = 4096
+    cache_folder: Path | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.gradients != "expanded":
+            for name, wrong in (
+                ("bf16", self.bf16 == "on"), ("checkpointing", self.checkpointing),
+                ("compile", self.compile),
+            ):
+                if wrong:
+                    raise ValueError(
+                        f'gradients = "{self.gradients}" (Opacus) does not work with {name}; use '
+                        '"expanded", or leave it out'
+                    )
+        return self

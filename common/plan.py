@@ -1,0 +1,175 @@
+"""What a contract says of privacy and of training: the unit, the budget, the phases, the releases.
+
+All of it is public and agreed on beforehand. Optional settings are None when they are absent, and
+what is None is no part of a contract's hash: a setting added here leaves older contracts what they
+were.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from silotune.common.fields import (
+    Bound,
+    Count,
+    Delta,
+    Epsilon,
+    Frozen,
+    Positive,
+    Rate,
+    SamplingRate,
+)
+
+Unit = Literal["record", "entity"]
+Metric = Literal["loss", "accuracy", "unclipped"]
+Share = Annotated[float, Field(gt=0, le=0.5, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+class Target(NamedTuple):
+    """What one run may cost a unit of one site."""
+
+    epsilon: float
+    delta: float
+
+
+class Entity(Frozen):
+    """The unit when somebody has several records: all rows with equal `key` columns are one entity.
+
+    Of an entity's rows the first (or last) `cap` in the file's order are used; which those are does
+    not depend on any other entity. Their gradients are averaged or added, and the result is clipped
+    once: whatever an entity's rows hold, it moves the sum by at most the clip norm.
+    """
+
+    key: tuple[str, ...] = Field(min_length=1)
+    cap: Count
+    keep: Literal["first", "last"] = "first"
+    combine: Literal["mean", "sum"] = "mean"
+
+
+class AdaptiveClipping(Frozen):
+    """A clip norm that follows a quantile of the gradients' norms (Andrew, Thakkar, McMahan and
+    Ramaswamy 2021, arXiv 1905.03871, section 2).
+
+    Each site releases the noised share of units that were not clipped (`unclipped`), paid for with
+    `share` of each step's budget. After a round the server multiplies the clip norm C by
+    exp(-rate (unclipped - quantile)), within [lowest, highest]. The first C is privacy.clip_norm.
+    The guarantee holds for any C that a server asks for: the noise is a multiple of it.
+    """
+
+    quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
+    rate: Positive = 0.2
+    share: Share = 0.05
+    lowest: Bound = 1e-3
+    highest: Bound = 1.0
+
+
+class Privacy(Frozen):
+    """The guarantee every site gives, whatever the server and the other sites do.
+
+    (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
+    `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
+    noise, divided by the public constant `expected_records` (how many units a site is expected to
+    have: records or entities) times the sampling rate. mode "none" trains without clipping or
+    noise, for comparison; a site refuses it unless its owner allows it.
+    """
+
+    mode: Literal["dp", "none"] = "dp"
+    unit: Unit = "record"
+    entity: Entity | None = None
+    epsilon: Epsilon = 8.0
+    delta: Delta = 1e-4
+    clip_norm: Bound = 1.0
+    adaptive: AdaptiveClipping | None = None
+    expected_records: Positive
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.unit == "entity") != (self.entity is not None):
+            raise ValueError('unit = "entity" and a table [privacy.entity] go together')
+        if self.adaptive and self.mode == "none":
+            raise ValueError('mode = "none" does not clip, so it has no adaptive clipping')
+        if self.adaptive and not (
+            self.adaptive.lowest <= self.clip_norm <= self.adaptive.highest
+        ):
+            raise ValueError(
+                "clip_norm must lie between adaptive.lowest and adaptive.highest: it is the first"
+            )
+        return self
+
+    @property
+    def largest_clip_norm(self) -> float:
+        return self.adaptive.highest if self.adaptive else self.clip_norm
+
+
+class Adam(Frozen):
+    """Adam within a round instead of plain steps; its moments begin at zero each round.
+
+    The noise's known variance is taken off the second moment, and what is left is at least `floor`
+    squared (client/optimizer.py). It needs several local steps to be of use.
+    """
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    floor: Positive = 1e-3
+
+
+class Phase(Frozen):
+    """Consecutive rounds that train the same tensors; one that trains the head alone is a linear
+    probe on frozen features.
+
+    Each round a site does `local_steps` steps; each takes every unit with probability
+    `sampling_rate`. `budget` is this phase's share of the privacy budget, nearly so where sampling
+    rates differ much (client/accounting.py, plan; `silotune privacy plan --contract` shows it).
+    With `noise_decay` each round has that multiple of the noise of the round before; together they
+    cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`); the
+    next starts there, at rest.
+    """
+
+    trains: Literal["head", "head+adapter"]
+    rounds: Count
+    sampling_rate: SamplingRate
+    local_steps: Count = 1
+    budget: Rate = 1.0
+    noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = None
+    head_rate: Positive
+    adapter_rate: Positive | None = None
+    adam: Adam | None = None
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        if (self.trains == "head+adapter") != (self.adapter_rate is not None):
+            raise ValueError("adapter_rate goes with trains = \"head+adapter\", and only with it")
+        if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
+            raise ValueError(
+                "noise_decay over this many rounds ends below a thousandth of the first noise"
+            )
+        return self
+
+
+class Aggregation(Frozen):
+    """Mean of the sites' updates with public weights, then the server's heavy ball.
+
+    A phase's result is the mean of its iterates from the fraction `average_from` on. Both act on
+    noised sums only, so they cost no privacy (post-processing).
+    """
+
+    method: Literal["ffa"] = "ffa"
+    momentum: Fraction = 0.9
+    average_from: Fraction = 0.5
+
+
+class Released(Frozen):
+    """A figure of a round's training that leaves a site with the update: bounded, noised, paid for.
+
+    Each sampled unit adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it was
+    classified rightly (an entity the mean over its records). `share` is the part of each step's
+    privacy budget that goes into it (client/train.py). What leaves is the noised sum over the
+    public expected batch.
+    """
+
+    metric: Literal["loss", "accuracy"]
+    share: Share
+    bound: Bound = 1.0
