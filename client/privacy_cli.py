@@ -79,6 +79,7 @@ def spent(config: Path, as_json: bool) -> None:
 
 @privacy.command()
 @click.option("--contract", type=click.Path(path_type=Path), help="Plan of this contract.")
+@click.option("--site", help="Whose plan of the contract, where sites differ.")
 @click.option("--epsilon", type=float, help="Target: prints the noise it needs.")
 @click.option("--noise-multiplier", type=float, help="Noise: prints the epsilon it costs.")
 @click.option("--delta", type=float, default=1e-4, show_default=True)
@@ -86,7 +87,7 @@ def spent(config: Path, as_json: bool) -> None:
 @click.option("--steps", type=int, default=1, show_default=True)
 @JSON
 def plan(
-    contract: Path | None, epsilon: float | None, noise_multiplier: float | None, delta: float,
+    contract: Path | None, site: str | None, epsilon: float | None, noise_multiplier: float | None, delta: float,
     sampling_rate: float, steps: int, as_json: bool,
 ) -> None:
     """The noise a target epsilon needs, or the epsilon that a noise costs.
@@ -120,7 +121,11 @@ def plan(
         unit = found.privacy.unit
         if found.privacy.mode == "none":
             raise UsageError(f"{contract} trains without differential privacy: ε is infinite.")
-        delta, mechanisms = found.privacy.delta, accounting.plan(found)
+        if site is not None and site not in found.weights():
+            raise UsageError(f"'{site}' is not in the contract's sites: "
+                             f"{', '.join(found.weights())}.")
+        target = found.target_of(site or "")
+        delta, mechanisms = target.delta, accounting.plan(found, target)
     elif (epsilon is None) == (noise_multiplier is None):
         raise UsageError("Give --contract, or one of --epsilon and --noise-multiplier.")
     else:
