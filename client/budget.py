@@ -5,14 +5,13 @@ H(r) be the charges of the ledger whose lineage holds r (client/lineage.py), in 
 sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
 all records are accounted is named in the ledger's first charge, before anything was released.
 `check` passes a charge only if for every unit of the data set the Rényi sum of H(r) and the charge,
-converted at a, is within
-the limit. So all replies ever made of r together are (epsilon, delta)-DP for r, also when servers
-choose each request after seeing every reply (Rényi filter and individual accounting: Feldman and
-Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
+converted at a, is within the limit. So all replies ever made of r together are (epsilon, delta)-DP
+for r, also when servers choose each request after seeing every reply (Rényi filter and individual
+accounting: Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
 
-A charge made for another unit bounds nothing for this one (a person may have any number of
-records; a record less changes what its person adds by up to twice the clip norm): it counts as
-infinite, so records are used with one unit, for ever.
+A charge made for another unit, or for entities by another key, bounds nothing for this one (a
+person may have any number of records; a record less changes what its person adds by up to twice the
+clip norm): it counts as infinite, so records are used with one unit, for ever.
 
 What this does not cover: the yes or no itself. It is a function of public requests and of which
 records were used before; an owner who brings data that overlaps with older data lets a server
@@ -77,9 +76,15 @@ class Budget:
             for group, past in zip(self._groups, pasts, strict=True):
                 if charge.lineage in group:
                     past.order = past.order or charge.order
-                    same = charge.unit == self.unit
-                    past.history.append(mechanism_of(charge) if same else UNBOUNDED)
+                    past.history.append(
+                        mechanism_of(charge) if self._same_unit(charge) else UNBOUNDED
+                    )
         return pasts
+
+    def _same_unit(self, charge: Charged) -> bool:
+        return charge.unit == self.unit and (
+            self.unit == "record" or charge.basis == self.lineage.basis
+        )
 
     def _grouped(self, charged: list[str]) -> list[frozenset[str]]:
         """The sets of charged lineages that some record here is in."""
@@ -119,11 +124,14 @@ class Budget:
         """RefusalError E210 unless `more` fits; `what` names it in the sentence."""
         after = self.together(more, order, limit.delta)
         if not after <= limit.epsilon * (1 + 1e-9):
-            others = {c.unit for c in self.ledger.charges.values()} - {self.unit}
+            others = [c for c in self.ledger.charges.values() if not self._same_unit(c)]
             if others and UNBOUNDED in (m for past in self.pasts() for m in past.history):
+                unit = others[0].unit
+                by = f"the unit '{unit}'" if unit != self.unit else "entities of another key"
                 raise RefusalError(
-                    f"These records were charged by the unit '{others.pop()}' before; what that "
-                    f"cost a unit '{self.unit}' has no bound. Keep to one unit.", code="E210",
+                    f"These records were charged by {by} before; what that cost a unit "
+                    f"'{self.unit}' of this plan has no bound. Keep to one unit and one key.",
+                    code="E210",
                 )
             raise RefusalError(
                 f"{what} exceeds the lifetime budget of these records: spent before "

@@ -126,7 +126,7 @@ class Policy(Frozen):
         """DataError unless the records are as many and as distinct as the owner wants."""
         count, what = found.rows, "rows"
         if unit == "entity":
-            count, what = len(found.fingerprints), f"different {', '.join(self.data.key)}"
+            count, what = len(found.fingerprints), f"entities ({', '.join(self.data.key)})"
         if count < self.permits.min_records:
             raise DataError(
                 f"{self.data.file.name} has fewer {what} than permits.min_records = "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from silotune.client import accounting, budget, lineage
+from silotune.client import accounting, budget, lineage, units
 from silotune.client import policy as policies
 from silotune.client.budget import Budget, Limit
 from silotune.client.keys import Keys
@@ -84,6 +84,7 @@ def check(site: Site, contract_file: Path) -> list[Check]:
             table.attempt("model", "silotune data fetch, or set model.folder",
                           lambda: _model(policy, contract))
     if policy:
+        table.attempt("device", "performance.device in site.toml", lambda: _device(policy))
         _check_records(table, policy, contract, ledger)
     if contract:
         table.rows.append(Check("leaves the site", "ok", contract.leaves))
@@ -180,6 +181,12 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
     return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
 
 
+def _device(policy: Policy) -> tuple[None, str]:
+    from silotune.common.classifier import device_of
+
+    return None, str(device_of(policy.performance))
+
+
 def _access(file: Path) -> tuple[None, str]:
     try:
         facts = file.stat()
@@ -200,6 +207,8 @@ def _data(file: Path) -> tuple[records.Table, str]:
 
 def _columns(found: records.Table, contract: Contract) -> tuple[None, str]:
     records.parse(found, contract)
+    if contract.privacy.entity:
+        units.of_entities(found, contract.privacy.entity)
     return None, f"{len(contract.columns)} and the label fit the schema"
 
 
@@ -210,7 +219,7 @@ def _lineage(found: records.Table, policy: Policy, secret: bytes) -> tuple[Linea
 def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
     policy.check_records(found, unit)
     if unit == "entity":
-        return None, f"{found.rows:,} of {len(found.fingerprints):,} entities"
+        return None, f"{found.rows:,} rows of {len(found.fingerprints):,} entities"
     repeated = f", {found.repeated} of them repeated" if found.repeated else ""
     return None, f"{found.rows:,}{repeated}"
 

@@ -87,8 +87,8 @@ def spent(config: Path, as_json: bool) -> None:
 @click.option("--steps", type=int, default=1, show_default=True)
 @JSON
 def plan(
-    contract: Path | None, site: str | None, epsilon: float | None, noise_multiplier: float | None, delta: float,
-    sampling_rate: float, steps: int, as_json: bool,
+    contract: Path | None, site: str | None, epsilon: float | None,
+    noise_multiplier: float | None, delta: float, sampling_rate: float, steps: int, as_json: bool,
 ) -> None:
     """The noise a target epsilon needs, or the epsilon that a noise costs.
 

@@ -11,6 +11,7 @@ step leaves the charge standing and nothing outside.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 
 from silotune.client import accounting, budget, dataset, lineage, release, selftest
@@ -168,6 +169,14 @@ class Worker:
             return
         epsilon, delta = self.target
         so_far = self._run_history(request.run)
+        for charge in self._run_charges(request.run):
+            # At another noise this run's order would be another, chosen after replies were seen.
+            planned = accounting.mechanism_of(self.contract, self.plan, charge.round)
+            if not math.isclose(charge.noise_multiplier, planned.noise_multiplier, rel_tol=1e-5):
+                raise RefusalError(
+                    f"Run {request.run} began at another noise: [run] in site.toml has changed "
+                    "since. Put it back, or let the server start another run.", code="E213",
+                )
         bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], delta)
         if not bound <= epsilon * (1 + 1e-9):
             raise RefusalError(
@@ -183,11 +192,14 @@ class Worker:
         if self.contract.privacy.mode == "dp":
             self.budget.check(more, self.order, self.limit, what)
 
-    def _run_history(self, run: str) -> list[Mechanism]:
+    def _run_charges(self, run: str) -> list[Charged]:
         return [
-            budget.mechanism_of(charge) for charge in self.ledger.charges.values()
+            charge for charge in self.ledger.charges.values()
             if (charge.contract, charge.run) == (self.contract.hash, run)
         ]
+
+    def _run_history(self, run: str) -> list[Mechanism]:
+        return [budget.mechanism_of(charge) for charge in self._run_charges(run)]
 
     def _run_epsilon(self, run: str) -> float | None:
         """What this run has spent of the contract's ε: a function of its requests alone."""

@@ -1,4 +1,4 @@
-"""Room for the frozen layers' outputs: memory, or a file that nobody else can open.
+"""Room for the frozen layers' outputs: memory, or a file that no other user can open.
 
 The outputs are as private as the records. The file has mode 0600 and no name, so it takes up
 nothing and shows nothing once the process has ended, however it ended.
@@ -36,8 +36,9 @@ def allocate(
             os.close(file)
     except OSError as error:
         raise DataError(
-            f"The frozen layers' outputs need {size >> 20:,} MB in {place}: {error.strerror}. Free "
-            "them there, name another folder (performance.cache_folder), or allow more memory "
-            "(performance.cache_megabytes).", code="E308",
+            f"The frozen layers' outputs need a file of {size >> 20:,} MB in {place}, which cannot "
+            f"be had: {error.strerror}. Make room there, name another folder "
+            "(performance.cache_folder), or allow more memory (performance.cache_megabytes).",
+            code="E308",
         ) from None
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)

@@ -55,12 +55,13 @@ def device_of(performance: Performance) -> torch.device:
     name = performance.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(
-            f"performance.device is '{name}', but this machine has no CUDA device that torch can "
-            'use. Set "auto" or "cpu".', code="E309",
+            f"performance.device is '{name}', but torch can use {torch.cuda.device_count()} CUDA "
+            'devices on this machine. Set "auto" or "cpu".', code="E309",
         )
-    return torch.device(name)
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -194,9 +194,11 @@ class Contract(Frozen):
 
     def target_of(self, name: str) -> Target:
         """What this run may cost the units of one site: its own in the roster, or [privacy]'s."""
-        site = next((site for site in self.sites if site.name == name), Site(name=name))
-        p = self.privacy
-        return Target(site.epsilon or p.epsilon, site.delta or p.delta)
+        target = Target(self.privacy.epsilon, self.privacy.delta)
+        for site in self.sites:
+            if site.name == name:
+                target = Target(site.epsilon or target.epsilon, site.delta or target.delta)
+        return target
 
     @cached_property
     def hash(self) -> str:

@@ -22,8 +22,8 @@ from typing import ClassVar
 CODES: dict[str, str] = {
     "E101": "The command line names something that does not exist. The message lists what does.",
     "E102": "A configuration file is missing or is not TOML. Check the path and the syntax.",
-    "E103": "A contract has keys or values that are not allowed. Every problem is listed with "
-    "its line; nothing was run.",
+    "E103": "A contract or a policy has keys or values that are not allowed. Every problem is "
+    "listed with its line; nothing was run.",
     "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
     "with the site's: `silotune contract show FILE` prints the hash of each.",
     "E202": "The request is not in the contract's plan: a round that does not exist, or one that "
@@ -32,8 +32,9 @@ CODES: dict[str, str] = {
     "only when its owner sets allow_without_dp.",
     "E204": "A round was charged, but its reply was lost in a crash before it could leave. The "
     "charge stands; only another attempt, which is a new charge with fresh noise, can replace it.",
-    "E205": "The site's policy (site.toml, [permits]) is narrower than the contract: clip norm, "
-    "delta, task, model or number of sites. The contract must fit the policy, never the reverse.",
+    "E205": "The site's policy (site.toml) is narrower than the contract: unit or its key, clip "
+    "norm, delta, task, model, number of sites, or how this machine may clip. The contract must "
+    "fit the policy, never the reverse.",
     "E206": "The contract wants a metric released that the site's policy does not permit.",
     "E207": "Worker and relay would run as one user, so code that arrives with a Flower app could "
     "read the records. Use the systemd units, start as root with two users, or say --one-user.",
@@ -46,14 +47,17 @@ CODES: dict[str, str] = {
     "E212": "The privacy ledger is missing, shortened, edited or damaged. Nothing is computed with "
     "it. Restore the newest state/ and keys/head; `silotune privacy verify` checks them.",
     "E213": "The policy (site.toml) is not the one its owner signed last. `silotune site sign` "
-    "signs a policy; each signature has a higher number, and an older one counts no more.",
+    "signs a policy; each signature has a higher number, and an older one counts no more. A worker "
+    "and a run that began under an earlier one do not go on under another.",
     "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
     "E301": "A data file does not exist or cannot be read.",
-    "E302": "A column the contract names is not in the data, or a value lies outside the public "
-    "schema. The schema is public and fixed, so the data or the contract must change.",
+    "E302": "A column the contract names is not in the data, a value lies outside the public "
+    "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "
+    "contract must change.",
     "E303": "A label lies outside the contract's public label set. Map it in the contract "
     "(task.labels) or remove those rows.",
-    "E304": "A site has no rows. It cannot take part; take it out of the roster or fix its data.",
+    "E304": "A site has no rows, or fewer than its owner asks for. It cannot take part; take it "
+    "out of the roster or fix its data.",
     "E305": "A downloaded or installed file does not have the SHA-256 the contract or recipe "
     "names. Do not use it. Delete it and fetch it again, or ask who changed it.",
     "E306": "A download failed. With a network: `silotune data fetch` tries again. Without one: "

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from silotune.common.fields import Count, Flag, Frozen
+from silotune.common.problems import MISFITS
 
 
 class Performance(Frozen):
@@ -23,7 +25,7 @@ class Performance(Frozen):
     compile: torch.compile for the adapted layers; needs a C++ compiler, or a GPU.
     micro_batch: records that are computed at once; every block has exactly so many rows.
     cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
-    `cache_folder` that only this process can open and that ends with it.
+    `cache_folder` that no other user can open and that ends with the process.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
@@ -37,14 +39,14 @@ class Performance(Frozen):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.gradients != "expanded":
-            for name, wrong in (
-                ("bf16", self.bf16 == "on"), ("checkpointing", self.checkpointing),
-                ("compile", self.compile),
-            ):
-                if wrong:
-                    raise ValueError(
-                        f'gradients = "{self.gradients}" (Opacus) does not work with {name}; use '
-                        '"expanded", or leave it out'
-                    )
+        wrong = [
+            (key, f"{key} = {value} does not go with gradients = \"{self.gradients}\" (Opacus), "
+             'only with "expanded"')
+            for key, value, asked in (
+                ("bf16", '"on"', self.bf16 == "on"),
+                ("checkpointing", "true", self.checkpointing), ("compile", "true", self.compile),
+            ) if asked and self.gradients != "expanded"
+        ]
+        if wrong:
+            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self

@@ -60,7 +60,7 @@ class AdaptiveClipping(Frozen):
     """
 
     quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
-    rate: Positive = 0.2
+    rate: Annotated[float, Field(gt=0, le=10, strict=True)] = 0.2
     share: Share = 0.05
     lowest: Bound = 1e-3
     highest: Bound = 1.0

@@ -23,6 +23,7 @@ WORDS = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "finite_number": "must be a finite number",
+    "path_type": "must be a path",
 }
 PATTERNS = {  # part of a pattern -> what it means
     "{64}": "must be 64 hexadecimal digits",

@@ -58,9 +58,11 @@ def next_clip_norm(
     """C exp(-rate (mean of the sites' noised unclipped shares - quantile)), within the contract's
     bounds (arXiv 1905.03871, section 2.1, the geometric update)."""
     total = sum(weights[site] for site in unclipped)
-    mean = sum(weights[site] * share for site, share in sorted(unclipped.items())) / total
     # A share is noised, so it may lie anywhere; beyond [0, 1] it says no more than its end.
-    step = math.exp(-settings.rate * (min(max(mean, 0.0), 1.0) - settings.quantile))
+    mean = sum(
+        weights[site] * min(max(share, 0.0), 1.0) for site, share in sorted(unclipped.items())
+    ) / total
+    step = math.exp(-settings.rate * (mean - settings.quantile))
     return min(max(clip_norm * step, settings.lowest), settings.highest)
 
 
