@@ -160,17 +160,19 @@ def private_gradient(
             for part in parts:
                 _add_ghost(linears, optimizer, part, losses)
             continue
+        of_units: dict[Tensor, Tensor] = {}
         for rows, n, owners, weights in parts:
             found = PER_EXAMPLE[gradients](linears, rows, losses)
             for p, gradient in found.items():
                 own = gradient[:n].float()
                 if owners is None or weights is None:
-                    p.grad_sample = own  # type: ignore[attr-defined]
+                    of_units[p] = own
                     continue
-                if getattr(p, "grad_sample", None) is None:
-                    p.grad_sample = own.new_zeros(units, *p.shape)  # type: ignore[attr-defined]
+                total = of_units.setdefault(p, own.new_zeros(units, *p.shape))
                 scale = weights.to(own.device).view(-1, *[1] * p.dim())
-                p.grad_sample.index_add_(0, owners.to(own.device), own * scale)  # type: ignore[attr-defined]
+                total.index_add_(0, owners.to(own.device), own * scale)
+        for p in held:
+            p.grad_sample = of_units[p]  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
         for p in held:
             p.grad_sample = None  # type: ignore[attr-defined]

@@ -84,7 +84,8 @@ PER_EXAMPLE = {"expanded": by_expanding, "hooks": by_hooks}
 def ghost_sum(
     linears: Iterable[nn.Linear], index: Tensor, n: int, losses: Losses, clip_norm: float
 ) -> tuple[Tensor, Mapping[Tensor, Tensor]]:
-    """Norms [n], and parameter -> sum of the first n examples' clipped gradients.
+    """Norms [n], and parameter -> sum of the first n examples' clipped gradients. The rows after
+    the first n must repeat one of them.
 
     The norms come from float32 products of products: where an example's gradient is small beside
     the terms that cancel in it they can be far off, and with them what is clipped. No test bounds

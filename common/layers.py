@@ -34,8 +34,8 @@ class _Explicit(torch.autograd.Function):
             scores = weights.view(n, heads, length, length)
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-            else:
-                scores.add_(mask)
+            else:  # what float32 can hold may be infinite here, and a row of infinities is NaN
+                scores.add_(mask.clamp(min=torch.finfo(scores.dtype).min))
         weights = torch.softmax(weights, -1)
         ctx.save_for_backward(q, k, v, weights)
         return torch.bmm(weights, v).view(n, heads, length, size)
@@ -69,7 +69,11 @@ def attention(
         raise ValueError("this attention has no dropout")
     grouped = key.shape[1] != query.shape[1]
     causal = attention_mask is None and getattr(module, "is_causal", False)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if query.device.type == "cpu" and (
+        query.dtype == torch.bfloat16
+        or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+    ):
+        query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
         query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if grouped:
             times = query.shape[1] // key.shape[1]
@@ -96,11 +100,18 @@ def register_attention() -> str:
 
 def fuse_lora(model: nn.Module) -> None:
     """Let PEFT's LoRA Linears in `model` add B A x to the base's output within one product, while
-    lora_B has per-example views of its weight (client/gradients.py).
+    lora_B has per-example views of its weight (client/gradients.py). Others than plain LoRA with
+    one adapter are left as they are.
     """
     for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.forward = partial(_fused, module)  # type: ignore[method-assign]
+        if (
+            isinstance(module, LoraLinear)
+            and list(module.lora_B) == ["default"]
+            and module.lora_B["default"].bias is None
+            and isinstance(module.lora_dropout["default"], nn.Identity)
+            and not module.lora_variant
+        ):
+            module.forward = partial(_fused, module)
 
 
 def _fused(layer: LoraLinear, x: Tensor) -> Tensor:
