@@ -155,6 +155,18 @@ def private_gradient(
     if held != set(optimizer.params):
         raise ValueError("the modules must hold exactly the parameters that are trained")
     optimizer.begin()
+    try:
+        _accumulate(linears, optimizer, groups, losses, gradients)
+        optimizer.add_noise()
+    finally:  # a sum without noise must not outlive the step
+        for p in held:
+            p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+
+
+def _accumulate(
+    linears: list[nn.Linear], optimizer: CryptoNoiseOptimizer, groups: Iterable[Group],
+    losses: Losses, gradients: str,
+) -> None:
     for units, parts in groups:
         if gradients == "ghost":
             for part in parts:
@@ -169,14 +181,12 @@ def private_gradient(
                     of_units[p] = own
                     continue
                 total = of_units.setdefault(p, own.new_zeros(units, *p.shape))
-                scale = weights.to(own.device).view(-1, *[1] * p.dim())
-                total.index_add_(0, owners.to(own.device), own * scale)
-        for p in held:
-            p.grad_sample = of_units[p]  # type: ignore[attr-defined]
+                # One after the other: index_add_ takes them in any order on a GPU.
+                for unit, weight, one in zip(owners.tolist(), weights.tolist(), own, strict=True):
+                    total[unit].add_(one, alpha=weight)
+        for p in optimizer.params:
+            p.grad_sample = of_units[p]
         optimizer.clip_and_accumulate()
-        for p in held:
-            p.grad_sample = None  # type: ignore[attr-defined]
-    optimizer.add_noise()
 
 
 def _add_ghost(

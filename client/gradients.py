@@ -22,6 +22,8 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
+from silotune.common.layers import aligned
+
 Losses = Callable[[Tensor], Tensor]
 
 
@@ -34,6 +36,7 @@ def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tens
     """
     views: dict[Tensor, Tensor] = {}
     linears = list(linears)
+    before = [linear.__dict__.get("forward") for linear in linears]
 
     def view(parameter: Tensor) -> Tensor:
         views[parameter] = parameter.detach()[None].expand(n, *parameter.shape).requires_grad_()
@@ -46,14 +49,16 @@ def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tens
             linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
         yield views
     finally:
-        for linear in linears:
+        for linear, forward in zip(linears, before, strict=True):
             linear.__dict__.pop("forward", None)
             linear.__dict__.pop("expanded", None)
+            if forward is not None:
+                linear.forward = forward  # type: ignore[method-assign]
 
 
 def _forward(linear: Any, x: Tensor) -> Tensor:
     weight, bias = linear.expanded
-    rows = x[:, None, :] if x.dim() == 2 else x
+    rows, weight = aligned(x[:, None, :] if x.dim() == 2 else x, weight)
     out = torch.matmul(rows, weight.transpose(1, 2))
     if bias is not None:
         out = out + bias[:, None, :]

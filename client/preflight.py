@@ -266,6 +266,8 @@ def _alternatives(
         fits = purse.together(louder(middle), order, limit.delta) <= limit.epsilon
         low, high = (low, middle) if fits else (middle, high)
     smaller = accounting.epsilon(louder(high), policy.target(contract).delta)
+    if smaller < 0.01:
+        return f"would fit: {rounds} of {contract.rounds} rounds at this noise"
     return (
         f"would fit: {rounds} of {contract.rounds} rounds at this noise, or all of them with "
         f"run.epsilon = {int(smaller * 100) / 100:.2f} in site.toml"

@@ -2,21 +2,26 @@
 
 The rows are made up from the public contract, the noise is off, and the arithmetic of the check
 shares nothing with client/dp.py: each record's gradient by itself, from torch, put together by
-unit and clipped in float64.
-A model whose examples mix (a batch norm, a loss averaged over a batch), an engine that does not
-clip, or a torch that computes something else is found before anything is charged.
+unit and clipped in float64. A model whose examples mix (a batch norm, a loss averaged over a
+batch), an engine that does not clip, or a torch that computes something else is found before
+anything is charged. So is a processor or library that rounds a record's gradient differently
+where other records lie beside it: it must be the same to the bit in any place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
+from silotune.client.gradients import PER_EXAMPLE, Losses
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Units, of_records
 from silotune.common import schema
@@ -28,7 +33,7 @@ from silotune.common.inputs import TableInput
 from silotune.common.records import Inputs
 from silotune.common.tasks import classification
 
-ROWS = 5
+ROWS = 18  # more than a block at the default micro_batch
 TINY = 1e-12
 TOLERANCE = 1e-3  # of the clip norm
 # bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.014 was seen);
@@ -49,75 +54,150 @@ def check(contract: Contract, model: Classifier) -> None:
     """RefusalError E208 unless the private step is right for every phase of the contract."""
     passed = _passed.setdefault(model, set())
     if contract.hash not in passed:
-        _check(contract, model)
+        _check_noise()
+        with model.lock:
+            made_up = _MadeUp(contract, model)
+            for trains in dict.fromkeys(phase.trains for phase in contract.phases):
+                made_up.check(trains)
         passed.add(contract.hash)
 
 
-def _check(contract: Contract, model: Classifier) -> None:
-    encoded, engine = model.encode(_rows(contract)), model.performance.gradients
-    entity = contract.privacy.entity
-    of = [[0], [1, 2], [3], [4]] if entity else [[row] for row in range(ROWS)]
-    units = of_records(ROWS)
-    if entity:
-        starts = torch.tensor([0, *map(len, of)]).cumsum(0)
-        units = Units(torch.arange(ROWS), starts, entity.combine == "mean")
-    # Rows 1 and 2, which may be one entity, pull the same way: their mean is not small.
-    labels = torch.tensor([0, 1, 1, 2, 3]) % len(contract.label_names)
-    rng = np.random.default_rng(0)
-    with model.lock:
-        initial = model.initial_arrays()
+def _check_noise() -> None:
+    noise = NoiseSource(site="self-test").normal((4096,))
+    # Ten standard errors: what is off by chance once in 10^23 starts.
+    if not (noise != 0).all() or abs(noise.std() - 1) > 10 / np.sqrt(2 * noise.size):
+        raise _broken("the noise", f"it has a standard deviation of {noise.std():.3g}, not 1")
+
+
+def _check_sum(trains: str, parameters: list[torch.nn.Parameter]) -> None:
+    """The clipped sum of the same gradients is the same to the bit in any order."""
+    optimizer = CryptoNoiseOptimizer(
+        torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
+        noise_multiplier=1.0, clip_norm=1.0, divisor=1.0,
+    )
+    sums = []
+    for order in (slice(None, None), slice(None, None, -1)):
+        rng = np.random.default_rng(0)
+        optimizer.begin()
+        for p in parameters:
+            values = rng.standard_normal((ROWS, *p.shape)).astype(np.float32)[order]
+            p.grad_sample = torch.tensor(values.copy(), device=p.device)  # type: ignore[attr-defined]
+        optimizer.clip_and_accumulate()
+        sums.append([p.summed_grad for p in parameters])  # type: ignore[attr-defined]
+        for p in parameters:
+            p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+    if not all(torch.equal(a, b) for a, b in zip(*sums, strict=True)):
+        raise _broken(trains, "the sum depends on the order of what is added")
+
+
+def _broken(what: str, why: str) -> RefusalError:
+    return RefusalError(
+        f"The self-test of {what} failed: {why}. Nothing is trained with such an engine.",
+        code="E208",
+    )
+
+
+class _MadeUp:
+    """Rows of different lengths and their units, on the model to be trained."""
+
+    def __init__(self, contract: Contract, model: Classifier) -> None:
+        self.contract, self.model = contract, model
+        self.encoded = model.encode(_rows(contract))
+        entity, n = contract.privacy.entity, len(contract.label_names)
+        # Rows next to each other, which may be one entity, pull the same way: else their mean
+        # would be small, and whether it is clipped as one would not show.
+        self.labels = torch.arange(ROWS) // 2 % n
+        self.units = of_records(ROWS)
+        if entity:
+            starts = torch.tensor([0, 1, *range(2, ROWS + 1, 2)])
+            self.units = Units(torch.arange(ROWS), starts, entity.combine == "mean")
+        rng = np.random.default_rng(0)
+        self.initial = model.initial_arrays()
         # Away from zero: a head of zeros would hide every gradient of the adapter behind it.
         model.load({
             name: (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
-            for name, a in initial.items()
+            for name, a in self.initial.items()
         })
-        for trains in dict.fromkeys(phase.trains for phase in contract.phases):
-            with_adapter = trains == "head+adapter"
 
-            def losses(index: torch.Tensor, adapter: bool = with_adapter) -> torch.Tensor:
-                logits = model(encoded, index, adapter=adapter)
-                return classification.per_example_loss(logits, labels[index].to(logits.device))
+    def check(self, trains: str) -> None:
+        model, engine = self.model, self.model.performance.gradients
+        tensors = model.named_tensors()
+        parameters = [tensors[name] for name in trained_names(self.initial, trains)]
+        factors = torch.ones(ROWS)  # of the records' losses
 
-            tensors = model.named_tensors()
-            parameters = [tensors[name] for name in trained_names(initial, trains)]
-            alone = [
-                torch.cat([
-                    g.double().flatten() for g in torch.autograd.grad(
-                        losses(torch.tensor([row])).sum(), parameters
-                    )
-                ]) for row in range(ROWS)
-            ]
-            whole = [
-                torch.stack([alone[row] for row in rows]).sum(dim=0)
-                / (len(rows) if units.mean else 1) for rows in of
-            ]
-            # Below the middle one's norm: some gradients are clipped, and some are not.
-            clip = max(0.99 * float(torch.stack([g.norm() for g in whole]).median()), TINY)
-            by_hand = sum(g * min(1.0, clip / max(float(g.norm()), TINY)) for g in whole)
+        def losses(index: Tensor) -> Tensor:
+            logits = model(self.encoded, index, adapter=trains == "head+adapter")
+            labels, scale = self.labels[index].to(logits.device), factors[index].to(logits.device)
+            return classification.per_example_loss(logits, labels) * scale
+
+        alone = [
+            torch.cat([
+                g.double().flatten() for g in torch.autograd.grad(
+                    losses(torch.tensor([row])).sum(), parameters
+                )
+            ]) for row in range(ROWS)
+        ]
+        whole = [
+            torch.stack([alone[row] for row in rows]).sum(dim=0)
+            / (len(rows) if self.units.mean else 1) for rows in self._members()
+        ]
+        # Below the middle one's norm: some gradients are clipped, and some are not.
+        clip = max(0.99 * float(torch.stack([g.norm() for g in whole]).median()), TINY)
+        clipped = [g * min(1.0, clip / max(float(g.norm()), TINY)) for g in whole]
+
+        def step(order: Tensor) -> Tensor:
             optimizer = CryptoNoiseOptimizer(
                 torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
                 noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
             )
-            groups = units.groups(
-                torch.arange(len(units)),
-                partial(model.micro_batches, encoded, adapter=with_adapter),
-            )
+            blocks = partial(model.micro_batches, self.encoded, adapter=trains == "head+adapter")
             private_gradient(
-                model.trained_linears(trains), optimizer, groups, losses, gradients=engine
+                model.trained_linears(trains), optimizer, self.units.groups(order, blocks),
+                losses, gradients=engine,
             )
-            found = torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
-            error = float((found - by_hand).norm()) / clip
-            tolerance = LOOSE if model.bf16 or engine == "ghost" else TOLERANCE
+            return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+        tolerance = LOOSE if model.bf16 or engine == "ghost" else TOLERANCE
+
+        def compare(found: Tensor, by_hand: Tensor, what: str) -> None:
+            error = float((found.double() - by_hand).norm()) / clip
             if not error <= tolerance:
-                raise RefusalError(
-                    f"The self-test of {trains} failed: the private step is off by {error:.2g} "
-                    f"clip norms (allowed: {tolerance:g}). Nothing is trained with such an engine.",
-                    code="E208",
-                )
+                raise _broken(trains, f"{what} is off by {error:.2g} clip norms (allowed: "
+                              f"{tolerance:g})")
+
+        order = torch.arange(len(self.units))
+        found = step(order)
+        compare(found, torch.stack(clipped).sum(dim=0), "the private step")
+        if engine != "ghost":
+            self._check_places(trains, losses)
+        _check_sum(trains, parameters)
+        factors[0] = torch.inf
+        compare(step(order[:4]), torch.stack(clipped[1:4]).sum(dim=0), "a step that overflows")
+
+    def _check_places(self, trains: str, losses: Losses) -> None:
+        """A record's gradient is the same to the bit wherever in a block it and others lie."""
+        gradients = PER_EXAMPLE[self.model.performance.gradients]
+        linears = self.model.trained_linears(trains)
+        blocks = self.model.micro_batches(
+            self.encoded, torch.arange(ROWS), adapter=trains == "head+adapter"
+        )
+        rows = next(iter(blocks)).rows
+        if trains == "head":  # where more of them cost nothing
+            rows = torch.arange(len(rows)) % ROWS
+        first = gradients(linears, rows, losses)
+        for shift in range(1, len(rows), 3) if trains == "head" else (1,):
+            moved = gradients(linears, rows.roll(shift), losses)
+            if not all(torch.equal(g, first[p].roll(shift, 0)) for p, g in moved.items()):
+                raise _broken(trains, "a record's gradient depends on where others lie")
+
+    def _members(self) -> Iterator[list[int]]:
+        starts = self.units.starts.tolist()
+        for begin, end in pairwise(starts):
+            yield self.units.members[begin:end].tolist()
 
 
 def _rows(contract: Contract) -> Inputs:
     """Made-up rows of different lengths; nothing in them is anybody's."""
     if isinstance(contract.input, TableInput):
         return schema.synthetic(contract.input, ROWS, seed=0)
-    return [" ".join(["a public sentence"] * (row + 1)) for row in range(ROWS)]
+    return [" ".join(["a public sentence"] * (row % 7 + 1)) for row in range(ROWS)]

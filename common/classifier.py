@@ -22,6 +22,7 @@ from silotune.common import schema
 from silotune.common.contract import OneHotModel
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
+from silotune.common.layers import align
 from silotune.common.messages import Arrays
 from silotune.common.performance import Performance
 from silotune.common.records import Inputs
@@ -99,6 +100,7 @@ class Classifier(nn.Module):
         self.performance = performance
         self.device = device_of(performance)
         self.head = nn.Linear(n_features, n_labels, device=self.device)
+        align(self.head)
         self.lock = threading.RLock()
 
     def encode(self, inputs: Inputs) -> Encoded:

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from silotune.common import fields
 from silotune.common.fields import (
+    Bound,
     Count,
     Delta,
     Epsilon,
@@ -66,7 +67,7 @@ class OneHotModel(Frozen):
     """
 
     kind: Literal["one-hot"] = "one-hot"
-    norm: Positive = 2.0
+    norm: Bound = 2.0
 
 
 Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]

@@ -25,6 +25,7 @@ from silotune.common.fields import (
 Unit = Literal["record", "entity"]
 Metric = Literal["loss", "accuracy", "unclipped"]
 Share = Annotated[float, Field(gt=0, le=0.5, strict=True)]
+LearningRate = Annotated[float, Field(gt=0, le=1e4, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
@@ -113,7 +114,7 @@ class Adam(Frozen):
 
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
-    floor: Positive = 1e-3
+    floor: Annotated[float, Field(ge=1e-15, le=1e6, strict=True)] = 1e-3
 
 
 class Phase(Frozen):
@@ -134,8 +135,8 @@ class Phase(Frozen):
     local_steps: Count = 1
     budget: Rate = 1.0
     noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = None
-    head_rate: Positive
-    adapter_rate: Positive | None = None
+    head_rate: LearningRate
+    adapter_rate: LearningRate | None = None
     adam: Adam | None = None
 
     @model_validator(mode="after")

@@ -429,11 +429,11 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
 ) -> None:
     """Everybody is clipped: twice the norm gives twice the sum."""
     monkeypatch.setattr(dp, "GRAIN", -40)
-    monkeypatch.setattr(NoiseSource, "normal", lambda self, shape: np.zeros(shape))
     contract = adaptive.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 10.0}]
     )
     worker = make_worker(contract, everybody(tmp_path / "rows.csv"))
+    monkeypatch.setattr(NoiseSource, "normal", lambda self, shape: np.zeros(shape))
     sums = []
     for number, clip in ((1, 0.1), (2, 0.2)):
         asked = Train(contract=contract.hash, run="r", round=number, clip_norm=clip)

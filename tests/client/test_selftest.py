@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from silotune.client import dp, selftest
 from silotune.client.dp import CryptoNoiseOptimizer
+from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
 from silotune.client.worker import Worker
 from silotune.common.contract import Contract
@@ -92,9 +94,56 @@ def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(selftest, "private_gradient", broken)
 
 
+def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
+        factors = (self.most / norms).clamp(max=1.0) / self.unit
+        for p in self.params:
+            p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+
+
+def a_sum_of_floats(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        grads = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
+        factors = torch.where(
+            grads.norm(dim=1).isfinite(), (self.most / grads.norm(dim=1)).clamp(max=1.0), 0.0
+        )
+        for p in self.params:
+            counted = p.grad_sample.nan_to_num(0, 0, 0)
+            p.summed_grad += torch.einsum("i,i...", factors, counted) / self.unit
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+
+
+def a_block_clipped_in_part(patch: pytest.MonkeyPatch) -> None:
+    original = CryptoNoiseOptimizer.clip_and_accumulate
+
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        rest = [p.grad_sample[16:].clone() for p in self.params]
+        for p in self.params:
+            p.grad_sample = p.grad_sample[:16]
+        original(self)
+        for p, gradient in zip(self.params, rest, strict=True):
+            p.summed_grad += (gradient.double() / self.unit).round().sum(dim=0)
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+
+
+def no_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(NoiseSource, "normal", lambda self, shape: np.zeros(shape))
+
+
+def half_the_noise(patch: pytest.MonkeyPatch) -> None:
+    original = NoiseSource.normal
+    patch.setattr(NoiseSource, "normal", lambda self, shape: original(self, shape) / 2)
+
+
 @pytest.mark.parametrize(
     "mutation",
-    [no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix, a_padding_row_counted],
+    [not_finite_gradients_kept, a_sum_of_floats, a_block_clipped_in_part, no_noise, half_the_noise,
+     no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix, a_padding_row_counted],
     ids=lambda m: m.__name__,
 )
 def test_a_broken_step_is_refused(

@@ -178,9 +178,6 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
     monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
-    monkeypatch.setattr(
-        "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
-    )
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
     )
@@ -188,9 +185,13 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     header, *rows = once.read_text().splitlines()
     twice = tmp_path / "twice.csv"
     twice.write_text("\n".join([header, *rows, *rows]) + "\n")
+    workers = [make_worker(contract, path, "north") for path in (once, twice)]
+    monkeypatch.setattr(
+        "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
+    )
     small, big = (
-        ask(make_worker(contract, path, "north")).arrays["head.weight"]
-        for path in (once, twice)
+        ask(worker).arrays["head.weight"]
+        for worker in workers
     )
     np.testing.assert_allclose(big, 2 * small, rtol=1e-5)
 
