@@ -37,7 +37,7 @@ from silotune.common.classifier import (
 from silotune.common.contract import Contract, EncoderModel, Standardise
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
-from silotune.common.layers import fuse_lora, register_attention
+from silotune.common.layers import aligned, fuse_lora, register_attention
 from silotune.common.messages import Arrays
 from silotune.common.performance import Performance
 from silotune.common.records import Inputs
@@ -191,7 +191,7 @@ class Encoder(Classifier):
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         if self.spec.normalise:
             pooled = nn.functional.normalize(pooled, dim=-1)
-        return (pooled - self.mean) @ self.whitener
+        return nn.functional.linear(*aligned(pooled - self.mean, self.whitener.T))
 
     def _public_statistics(self, spec: Standardise) -> tuple[Tensor, Tensor]:
         """Mean [F] and whitener W [F, F] = S^(-1/2) of public text, S shrunk to its mean variance.
