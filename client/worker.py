@@ -168,8 +168,9 @@ class Worker:
         if self.contract.privacy.mode == "none":
             return
         epsilon, delta = self.target
-        so_far = self._run_history(request.run)
-        for charge in self._run_charges(request.run):
+        charges = self._run_charges(request.run)
+        so_far = [budget.mechanism_of(charge) for charge in charges]
+        for charge in charges[-1:]:  # those before it were held to the same plan
             # At another noise this run's order would be another, chosen after replies were seen.
             planned = accounting.mechanism_of(self.contract, self.plan, charge.round)
             if not math.isclose(charge.noise_multiplier, planned.noise_multiplier, rel_tol=1e-5):
@@ -198,12 +199,10 @@ class Worker:
             if (charge.contract, charge.run) == (self.contract.hash, run)
         ]
 
-    def _run_history(self, run: str) -> list[Mechanism]:
-        return [budget.mechanism_of(charge) for charge in self._run_charges(run)]
-
     def _run_epsilon(self, run: str) -> float | None:
         """What this run has spent of the contract's ε: a function of its requests alone."""
         if self.contract.privacy.mode == "none":
             return None
         epsilon, delta = self.target
-        return min(accounting.epsilon(self._run_history(run), delta), epsilon)
+        history = [budget.mechanism_of(charge) for charge in self._run_charges(run)]
+        return min(accounting.epsilon(history, delta), epsilon)
