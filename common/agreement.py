@@ -1,0 +1,197 @@
+"""What sites agree on before sums can be masked: terms, signed keys, and what follows from them.
+
+Why it is enough: common/secagg.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from silotune.common import ring, shamir
+from silotune.common.errors import ProtocolError
+from silotune.common.signing import verifies
+
+MOST_ROUNDS = 64  # of one agreement
+KEY = 32
+SIGNATURE = 64
+
+
+def refused(why: str) -> ProtocolError:
+    return ProtocolError(f"Secure aggregation: {why}.", code="E504")
+
+
+def default_threshold(sites: int) -> int:
+    """floor(2 n / 3) + 1: with 2 t > n + c, up to a third of the sites may collude."""
+    return 2 * sites // 3 + 1
+
+
+def problem_with(sites: int, threshold: int, colluders: int) -> str:
+    """Why these numbers give no guarantee; '' if they do."""
+    if not 3 <= sites <= ring.MOST_SITES:
+        return f"it needs 3 to {ring.MOST_SITES} sites, not {sites}"
+    if threshold > sites:
+        return f"a threshold of {threshold} is more than the {sites} sites"
+    if 2 * threshold <= sites + colluders:
+        return (
+            f"2 × threshold must exceed sites + colluders, and 2 × {threshold} does not exceed "
+            f"{sites} + {colluders}"
+        )
+    if threshold < colluders + 2:
+        return (
+            f"a sum of {threshold} sites, of which {colluders} may collude, does not hide one "
+            "update among at least two"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one agreement on keys is for; every signature of it covers all of this.
+
+    roster: name -> Ed25519 public key (hexadecimal). fewest: how many must survive a round, beside
+    the threshold. first, rounds: the rounds it serves. ProtocolError E504 if they give no
+    guarantee.
+    """
+
+    contract: str
+    roster: Mapping[str, str]
+    run: str
+    attempt: int
+    first: int
+    rounds: int
+    threshold: int
+    colluders: int = 0
+    fewest: int = 0
+
+    def __post_init__(self) -> None:
+        why = problem_with(len(self.roster), self.threshold, self.colluders)
+        if len(set(self.roster.values())) < len(self.roster):
+            why = "a key stands twice in the roster"
+        if not 1 <= self.rounds <= MOST_ROUNDS:
+            why = f"an agreement serves 1 to {MOST_ROUNDS} rounds"
+        if why:
+            raise refused(why)
+
+    @property
+    def least(self) -> int:
+        """How many members, and how many survivors of a round, there must be."""
+        return max(self.threshold, self.fewest)
+
+    def digest(self) -> bytes:
+        facts = {**vars(self), "roster": sorted(self.roster.items())}
+        return hashlib.sha256(b"silotune secagg 1\n" + _canonical(facts)).digest()
+
+    def place_of(self, number: int) -> int:
+        """The 0-based place of a round in the agreement; ProtocolError if it is not in it."""
+        if not self.first <= number < self.first + self.rounds:
+            raise refused(f"round {number} is not in this agreement")
+        return number - self.first
+
+
+class PublicKeys(NamedTuple):
+    """What a site publishes: sealing key, and a masking key and a commitment for each round."""
+
+    sealing: bytes
+    masking: tuple[bytes, ...]
+    commitments: tuple[bytes, ...]
+    signature: bytes
+
+    @classmethod
+    def read(cls, data: bytes, rounds: int) -> Self:
+        if len(data) != KEY * (1 + 2 * rounds) + SIGNATURE:
+            raise refused("keys have another length than the agreement's rounds need")
+        parts = [data[at : at + KEY] for at in range(0, len(data) - SIGNATURE, KEY)]
+        return cls(
+            parts[0], tuple(parts[1 : 1 + rounds]), tuple(parts[1 + rounds :]), data[-SIGNATURE:]
+        )
+
+    def body(self) -> bytes:
+        return b"".join((self.sealing, *self.masking, *self.commitments))
+
+
+class Agreement:
+    """The members' verified keys, and the transcript that stands for all that was agreed.
+
+    keys: name -> what that site published. Raises ProtocolError E504 unless every one is signed
+    for these terms by its key in the roster, and there are enough of them.
+    """
+
+    def __init__(self, terms: Terms, keys: Mapping[str, bytes]) -> None:
+        self.terms = terms
+        self.members = tuple(sorted(keys))
+        self.keys = {name: PublicKeys.read(keys[name], terms.rounds) for name in self.members}
+        for name in self.members:
+            self._check(name)
+        if len(self.members) < terms.least:
+            raise refused(f"{len(self.members)} sites gave keys, at least {terms.least} must")
+        facts = [(name, keys[name].hex()) for name in self.members]
+        self.transcript = hashlib.sha256(terms.digest() + _canonical(facts)).digest()
+
+    def _check(self, name: str) -> None:
+        if name not in self.terms.roster:
+            raise refused("keys came from a name that is not in the roster")
+        found = self.keys[name]
+        statement = keys_statement(self.terms, name, found.body())
+        if not verifies(self.terms.roster[name], found.signature.hex(), statement):
+            raise refused(f"the keys of {name} are not signed by its key in the roster")
+
+    def place(self, name: str) -> int:
+        """Where a member's shares lie."""
+        return self.members.index(name) + 1
+
+    def mask_key(self, secret: X25519PrivateKey, mine: str, peer: str, number: int) -> bytes:
+        """The seed of the two members' mask of a round."""
+        shared = exchange(secret, self.keys[peer].masking[self.terms.place_of(number)])
+        return derive(shared, self.transcript, "mask", number, *sorted((mine, peer)))
+
+    def own_mask_key(self, seed: int, name: str, number: int) -> bytes:
+        return derive(shamir.to_bytes(seed), self.transcript, "own mask", number, name)
+
+    def survivors_statement(self, number: int, survivors: Collection[str]) -> bytes:
+        """What a site signs to say that these, and no others, survived the round."""
+        facts = [self.transcript.hex(), number, sorted(survivors)]
+        return b"silotune secagg survivors 1\n" + _canonical(facts)
+
+
+def keys_statement(terms: Terms, name: str, body: bytes) -> bytes:
+    return b"silotune secagg keys 1\n" + terms.digest() + _canonical(name) + body
+
+
+def masking_key(terms: Terms, name: str, number: int, seed: int) -> X25519PrivateKey:
+    """The private key of a site's pairwise masks of a round, from the secret that is shared."""
+    data = derive(shamir.to_bytes(seed), terms.digest(), "masking key", number, name)
+    return X25519PrivateKey.from_private_bytes(data)
+
+
+def commitment(terms: Terms, name: str, number: int, seed: int) -> bytes:
+    """By which shares of an own mask's seed are checked; it says nothing about a uniform seed."""
+    return derive(shamir.to_bytes(seed), terms.digest(), "commitment", number, name)
+
+
+def derive(secret: bytes, salt: bytes, *what: str | int) -> bytes:
+    """A key of 32 bytes for one purpose (RFC 5869)."""
+    info = b"silotune secagg 1\n" + _canonical(what)
+    return HKDF(algorithm=SHA256(), length=KEY, salt=salt, info=info).derive(secret)
+
+
+def exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:  # a point of low order: the result would be known to all
+        raise refused("a public key is not one") from None
+
+
+def public_bytes(key: X25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes_raw()
+
+
+def _canonical(facts: object) -> bytes:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,333 @@
+"""Secure aggregation: the server learns the sum of the sites' updates, and no update by itself.
+
+Bonawitz et al. 2017 (doi:10.1145/3133956.3133982) on the complete graph, in its actively secure
+form, with keys that are signed by the roster of the contract. Two stages agree on keys for several
+rounds, two or three more make each sum:
+
+  keys     each site signs fresh X25519 keys and commitments, for all rounds of the agreement
+  shares   each checks every signature, and seals for every other its Shamir shares of two secrets
+           a round: the key of its pairwise masks, and the seed of a mask of its own
+  mask     each sends its update plus the own mask plus or minus a mask with every other member
+  endorse  only if a member is missing: each survivor signs the set of survivors
+  reveal   each gives, for a survivor, its share of the own mask's seed, for a missing member that
+           of the pairwise key: never both for one member and round
+
+The rounds of an agreement share nothing but the sealing keys, which are never revealed: each has
+secrets, keys and shares of its own, drawn independently. So it is one instance of the protocol a
+round, whose first two stages were sent early; what a round reveals bears on no other round.
+
+Guarantee. Let n be the sites of the roster, t the threshold, and let the server and up to c sites
+work together, send what they like and choose it adaptively, with 2 t > n + c and t >= c + 2 (what
+`Terms` holds them to). Then for each round there is at most one set U of members, with |U| >= t,
+such that what they see of the honest sites' updates can be computed from the sum over the honest
+sites of U, at least two. Assumptions: Diffie-Hellman on X25519 with HKDF-SHA256 as a random oracle,
+Ed25519 unforgeable, ChaCha20 pseudo-random, ChaCha20-Poly1305 secure, and a roster whose keys are
+the sites' own; who put them into the contract is trusted for that, the server is not.
+
+Why. (1) Whoever has no roster key is not in: each site checks all keys against the roster, and the
+transcript (terms and all keys) salts every derived key, so members with different views share no
+key at all; nothing of another run, attempt or agreement verifies or opens. (2) A site gives shares
+of a round for one set only, the first it endorsed or revealed for, with |U| >= t. (3) For a set
+that lacks members it wants t endorsements of that very set, so at least t - c honest sites hold it;
+two such sets would need 2 (t - c) <= n - c, that is 2 t <= n + c. (4) For the full set it wants
+none, which saves a stage. Suppose some honest sites revealed for the full set M, and others for a
+smaller U: the first are at most (n - c) - (t - c) = n - t, and with c dishonest ones fewer than t.
+So of a member outside U no own mask becomes known, and of a member of U no pairwise key, since for
+that t - c honest sites must have held a set without it. (5) Hence the known secrets are the own
+masks of U and the pairwise keys of the rest, for one U. Each pairwise mask between two honest
+members of U stays unknown and is in both their vectors: only the sum over all of U is free of them.
+This is the hybrid argument of the paper's Theorem 6.5, whose bounds are those above.
+
+What it does not hide: who takes part and when, sizes and timing, the sum itself (hence differential
+privacy before masking). It does not stop a site from adding nonsense to the sum, or from ending a
+round by withholding or spoiling shares; a sum that does not open is noticed and not used.
+
+Secrets live in memory only and go as soon as their round allows: a site that was restarted has
+none, reveals nothing, and counts as missing until the next agreement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from numpy.typing import NDArray
+
+from silotune.common import ring, shamir
+from silotune.common.agreement import (
+    Agreement,
+    Terms,
+    commitment,
+    derive,
+    exchange,
+    keys_statement,
+    masking_key,
+    public_bytes,
+    refused,
+)
+from silotune.common.signing import verifies
+
+Sign = Callable[[bytes], bytes]
+NONCE = bytes(12)  # each sealing key seals one message
+
+
+@dataclass
+class _Round:
+    """A site's secrets of one round; each is forgotten as soon as it has served."""
+
+    masking: X25519PrivateKey | None
+    own_seed: int | None
+    shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # of pairwise key, seed
+    survivors: frozenset[str] | None = None
+    revealed: dict[str, bytes] | None = None
+
+
+class Member:
+    """One site in one agreement. The methods are the stages, in order; any misfit is ProtocolError.
+
+    sign: by the site's Ed25519 key in the roster.
+    """
+
+    def __init__(self, terms: Terms, name: str, sign: Sign) -> None:
+        if name not in terms.roster:
+            raise refused(f"{name} is not in the roster")
+        self.terms, self.name, self._sign = terms, name, sign
+        self.agreement: Agreement | None = None
+        self.ready = False
+        self._latest = 0  # the last round that was masked
+        self._sealing = X25519PrivateKey.generate()
+        self._seeds = [(shamir.draw(), shamir.draw()) for _ in range(terms.rounds)]
+        numbers = range(terms.first, terms.first + terms.rounds)
+        self._rounds = {
+            number: _Round(masking_key(terms, name, number, pair), own)
+            for number, (pair, own) in zip(numbers, self._seeds, strict=True)
+        }
+        body = b"".join((
+            public_bytes(self._sealing),
+            *(public_bytes(r.masking) for r in self._rounds.values() if r.masking),
+            *(commitment(terms, name, n, own)
+              for n, (_, own) in zip(numbers, self._seeds, strict=True)),
+        ))
+        self.keys = body + sign(keys_statement(terms, name, body))
+        self._sealed: dict[str, bytes] = {}
+
+    def shares(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Seal for every other member its shares of this site's secrets, once.
+
+        keys: of all members. The same keys again give the same bytes; others are refused, as a
+        second sharing would give the server two sets of shares of one secret.
+        """
+        found = Agreement(self.terms, keys)
+        if keys.get(self.name) != self.keys:
+            raise refused("this site's own keys are not among the members'")
+        if self.agreement is not None:
+            if self.agreement.transcript != found.transcript:
+                raise refused("keys were shared with other members already")
+            return self._sealed
+        places = [found.place(name) for name in found.members]
+        split = [
+            [shamir.split(secret, self.terms.threshold, places) for secret in seeds]
+            for seeds in self._seeds
+        ]
+        self._seeds.clear()
+        for at, name in enumerate(found.members):
+            mine = [tuple(shamir.to_bytes(s[at]) for s in both) for both in split]
+            if name == self.name:
+                for each, (pairwise, own) in zip(self._rounds.values(), mine, strict=True):
+                    each.shares[name] = pairwise, own
+                continue
+            key = self._seal_key(found, name, self.name, name)
+            self._sealed[name] = ChaCha20Poly1305(key).encrypt(
+                NONCE, b"".join(map(b"".join, mine)), found.transcript
+            )
+        self.agreement = found
+        return self._sealed
+
+    def receive(self, sealed: Mapping[str, bytes]) -> None:
+        """Open the shares that every other member sealed for this site. All must be there.
+
+        Each is bound to its sender, receiver and agreement by its key, to its round by its place.
+        """
+        agreement = self._agreed()
+        if self.ready:
+            return
+        if set(sealed) != set(agreement.members) - {self.name}:
+            raise refused("the shares are not those of all other members")
+        opened = {name: self._open(agreement, name, sealed[name]) for name in sealed}
+        for name, data in opened.items():
+            for at, each in enumerate(self._rounds.values()):
+                start = 2 * shamir.SIZE * at
+                each.shares[name] = (
+                    data[start : start + shamir.SIZE],
+                    data[start + shamir.SIZE : start + 2 * shamir.SIZE],
+                )
+        self.ready = True
+
+    def _open(self, agreement: Agreement, sender: str, sealed: bytes) -> bytes:
+        key = self._seal_key(agreement, sender, sender, self.name)
+        try:
+            data = ChaCha20Poly1305(key).decrypt(NONCE, sealed, agreement.transcript)
+        except InvalidTag:
+            data = b""
+        if len(data) != 2 * shamir.SIZE * self.terms.rounds:
+            raise refused(f"the shares of {sender} are not sealed for this site and agreement")
+        return data
+
+    def _seal_key(self, agreement: Agreement, peer: str, sender: str, receiver: str) -> bytes:
+        shared = exchange(self._sealing, agreement.keys[peer].sealing)
+        return derive(shared, agreement.transcript, "seal", sender, receiver)
+
+    def check_can_mask(self, number: int) -> None:
+        """ProtocolError E504 unless this round can be masked: it was not yet, nor a later one."""
+        self._agreed()
+        if not self.ready:
+            raise refused("the members' shares are not here yet")
+        if self._round(number).masking is None or number <= self._latest:
+            raise refused(f"round {number} was masked before")
+
+    def mask(
+        self, number: int, values: NDArray[np.float32], factor: float, bound: float
+    ) -> bytes:
+        """The masked update: `values` [d], |v| <= bound, times `factor` in the ring [3 d bytes].
+
+        Once a round: two vectors under one mask would give away their difference. E502 if a value
+        is not finite or beyond `bound`; the round is used up then too.
+        """
+        self.check_can_mask(number)
+        agreement, mine = self._agreed(), self._round(number)
+        assert mine.masking is not None
+        assert mine.own_seed is not None
+        masks: list[ring.Mask] = [
+            (agreement.mask_key(mine.masking, self.name, peer, number), peer < self.name)
+            for peer in agreement.members if peer != self.name
+        ]
+        masks.append((agreement.own_mask_key(mine.own_seed, self.name, number), False))
+        mine.masking = mine.own_seed = None
+        self._latest = number
+        for earlier in range(self.terms.first, number):
+            self._rounds.pop(earlier, None)  # nothing more is revealed of it
+        return ring.encode(values, factor, bound, masks)
+
+    def endorse(self, number: int, survivors: Collection[str]) -> bytes:
+        """A signature [64 bytes] of the round's set of survivors; only ever of one set."""
+        self._settle(number, survivors)
+        return self._sign(self._agreed().survivors_statement(number, survivors))
+
+    def reveal(
+        self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+    ) -> dict[str, bytes]:
+        """For each member a share [32 bytes]: of the own mask's seed if it survived, else of its
+        pairwise key. signatures: the survivors' endorsements; none for the full set.
+        """
+        mine, agreement = self._settle(number, survivors), self._agreed()
+        if set(survivors) != set(agreement.members):
+            self._check_endorsed(number, survivors, signatures)
+        if mine.revealed is None:
+            mine.revealed = {
+                name: mine.shares[name][name in survivors] for name in agreement.members
+            }
+            mine.shares.clear()
+        return mine.revealed
+
+    def _settle(self, number: int, survivors: Collection[str]) -> _Round:
+        """Hold this round's set of survivors to be this one for good, if it can be one at all."""
+        agreement, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
+        if mine.masking is not None or self.name not in chosen:
+            raise refused(f"this site sent no masked update that counts in round {number}")
+        if len(chosen) != len(survivors) or not chosen <= set(agreement.members):
+            raise refused("the survivors are not members, each once")
+        if len(chosen) < self.terms.least:
+            raise refused(f"{len(chosen)} sites survived, at least {self.terms.least} must")
+        if mine.survivors not in (None, chosen):
+            raise refused("another set of survivors was named before")
+        mine.survivors = chosen
+        return mine
+
+    def _check_endorsed(
+        self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+    ) -> None:
+        statement = self._agreed().survivors_statement(number, survivors)
+        valid = [
+            name for name in survivors
+            if verifies(self.terms.roster[name], signatures.get(name, b"").hex(), statement)
+        ]
+        if len(valid) < self.terms.threshold:
+            raise refused(
+                f"{len(valid)} sites endorsed this set of survivors, "
+                f"{self.terms.threshold} must"
+            )
+
+    def _agreed(self) -> Agreement:
+        if self.agreement is None:
+            raise refused("there is no agreement yet")
+        return self.agreement
+
+    def _round(self, number: int) -> _Round:
+        self.terms.place_of(number)
+        if number not in self._rounds:
+            raise refused(f"round {number} is over")
+        return self._rounds[number]
+
+
+class Sum:
+    """The server's side of one round: `add` masked updates of `size` elements, then `open`."""
+
+    def __init__(self, agreement: Agreement, number: int, size: int) -> None:
+        self.agreement, self.number = agreement, number
+        self.survivors: set[str] = set()
+        self._total = ring.Total(size)
+
+    def add(self, name: str, masked: bytes) -> None:
+        """ProtocolError if the site is no member, has answered, or sends another length."""
+        if name not in self.agreement.members or name in self.survivors:
+            raise refused("a masked update is of no member, or its second")
+        self._total.add(masked)
+        self.survivors.add(name)
+
+    def open(
+        self, reveals: Mapping[str, Mapping[str, bytes]], factor: float
+    ) -> NDArray[np.float32]:
+        """The sum of the survivors' values [size], from what at least t of them revealed.
+
+        factor: ring.factor for a weight of 1. ProtocolError E504 if the shares are too few or not
+        those of the published keys, E505 if the sum is not one that honest updates give.
+        """
+        members, threshold = self.agreement.members, self.agreement.terms.threshold
+        from_ = sorted(set(reveals) & self.survivors)[:threshold]
+        if len(from_) < threshold or any(set(reveals[name]) != set(members) for name in from_):
+            raise refused(f"{len(from_)} sites revealed their shares, {threshold} must")
+        weights = shamir.weights([self.agreement.place(name) for name in from_])
+        masks: list[ring.Mask] = []
+        for name in members:
+            try:
+                shares = [shamir.from_bytes(reveals[giver][name]) for giver in from_]
+            except ValueError:
+                raise refused(f"a share of {name} is not one") from None
+            secret = sum(w * s for w, s in zip(weights, shares, strict=True)) % shamir.PRIME
+            masks += self._own(name, secret) if name in self.survivors else self._pairwise(
+                name, secret
+            )
+        self._total.mask(masks)
+        return self._total.values(factor)
+
+    def _own(self, name: str, seed: int) -> list[ring.Mask]:
+        agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
+        published = agreement.keys[name].commitments[place]
+        if commitment(agreement.terms, name, self.number, seed) != published:
+            raise refused(f"the shares of {name} do not give the seed it committed to")
+        return [(agreement.own_mask_key(seed, name, self.number), True)]
+
+    def _pairwise(self, name: str, seed: int) -> list[ring.Mask]:
+        agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
+        secret = masking_key(agreement.terms, name, self.number, seed)
+        if public_bytes(secret) != agreement.keys[name].masking[place]:
+            raise refused(f"the shares of {name} do not give the key it published")
+        # A survivor added the mask if its name is the smaller one, took it off otherwise.
+        return [
+            (agreement.mask_key(secret, name, peer, self.number), peer < name)
+            for peer in sorted(self.survivors)
+        ]
