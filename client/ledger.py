@@ -60,6 +60,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._macs: list[bytes] = []
         self._digests = [FIRST]  # one more than entries
+        self.public = None if folder is None else keys.public
         self._head = 0  # the entry that keys/head was seen to name
         self._replies: dict[str, bytes] = {}  # in memory only, when there is no folder
         self.entries: list[Entry] = []
@@ -78,10 +79,13 @@ class Ledger:
         return cls(_connect(path), keys, folder)._begin(site)
 
     @classmethod
-    def in_memory(cls, site: str) -> Self:
-        """A ledger that ends with the process: for simulations on public data."""
+    def in_memory(cls, site: str, keys: Keys | None = None) -> Self:
+        """A ledger that ends with the process: for simulations on public data. keys: the site's, if
+        a contract's roster names them."""
         database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        return cls(database, Keys.in_memory(), None)._begin(site)
+        ledger = cls(database, keys or Keys.in_memory(), None)
+        ledger.public = None if keys is None else keys.public
+        return ledger._begin(site)
 
     def _begin(self, site: str) -> Self:
         self._database.executescript(
@@ -109,11 +113,6 @@ class Ledger:
     @property
     def fingerprint_key(self) -> bytes:
         return self._keys.derive("fingerprints")
-
-    @property
-    def public(self) -> str | None:
-        """The site's public key; None for keys that end with the process."""
-        return self._keys.public if self._folder is not None else None
 
     @property
     def site(self) -> str:
@@ -234,8 +233,12 @@ class Ledger:
         """Where this ledger stands now, signed, for a server to keep."""
         with self._lock:
             sequence, head = len(self.entries), self._digests[-1]
-        signed = self._keys.signing.sign(Receipt.statement(self.site, sequence, head))
+        signed = self.sign(Receipt.statement(self.site, sequence, head))
         return Receipt(sequence=sequence, head=head, signature=signed.hex())
+
+    def sign(self, statement: bytes) -> bytes:
+        """By the site's key. A statement begins with a line that says what it is."""
+        return self._keys.signing.sign(statement)
 
     def check_receipt(self, receipt: Receipt) -> None:
         """RefusalError unless this site signed it (E503) and has the entry it names (E211)."""

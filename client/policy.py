@@ -69,7 +69,9 @@ class Permits(Frozen):
     """What the site takes part in. An empty list of models allows what a permitted contract names.
 
     contracts: SHA-256 (`silotune contract show`). min_sites: how many the roster must hold,
-    min_quorum: how many must answer for a round to count.
+    min_quorum: how many must answer for a round to count. masked_only: updates leave by secure
+    aggregation alone; colluders: from how many other sites, working with the server, it must hide
+    this site's update.
     """
 
     contracts: tuple[Sha256, ...] = ()
@@ -80,6 +82,8 @@ class Permits(Frozen):
     min_records: Count = 100
     min_sites: Count = 2
     min_quorum: Count = 2
+    masked_only: Flag = False
+    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
     allow_without_dp: Flag = False
     allow_inexact_clipping: Flag = False
 
@@ -142,7 +146,7 @@ class Policy(Frozen):
 
     def refusals(self, contract: Contract) -> list[RefusalError]:
         """Every reason why this site does not take part in `contract`; empty if it does."""
-        p, permits = contract.privacy, self.permits
+        p, permits, secure = contract.privacy, self.permits, contract.secure_aggregation
         limit, entity, target = self.limits.get(p.unit), p.entity, self.target(contract)
         found: list[tuple[str, str]] = []
         if contract.hash not in permits.contracts:
@@ -184,6 +188,11 @@ class Policy(Frozen):
             (isinstance(contract.model, EncoderModel) and bool(permits.models)
              and contract.model.sha256 not in permits.models,
              "its model's SHA-256 is not in permits.models"),
+            (secure is None and permits.masked_only,
+             "it has no [secure_aggregation], and permits.masked_only = true"),
+            (secure is not None and secure.colluders < permits.colluders,
+             f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
+             f"permits.colluders = {permits.colluders}"),
             (len(contract.sites) < permits.min_sites,
              f"{len(contract.sites)} sites are fewer than permits.min_sites = "
              f"{permits.min_sites}"),

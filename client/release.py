@@ -5,6 +5,8 @@ Update needs a charge: the ledger's entry that paid for exactly this run, round 
 arrays are the tensors the contract's phase trains, by name, shape and type, finite and bounded; its
 metrics are the contract's, finite and bounded; its epsilon is a function of the public
 plan. No reply has a field for text, a count, a loss that was not paid for, or a traceback.
+Under a contract with secure aggregation the same update leaves masked and in no other way; the
+replies of its other stages hold keys, shares and signatures, which no record has any part in.
 
 Bounds are on what is already private, so that a refusal by them tells nothing more than the
 (noised) values it refuses.
@@ -14,15 +16,31 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from silotune.client.entries import Charged
-from silotune.common import adapter, messages
+from silotune.common import adapter, messages, ring, vector
 from silotune.common.adapter import Shapes
 from silotune.common.contract import Contract
 from silotune.common.errors import CODES, ProtocolError, SilotuneError
-from silotune.common.messages import Arrays, Description, Message, Receipt, Refusal, Update
+from silotune.common.messages import (
+    MASKED,
+    Arrays,
+    Blobs,
+    Description,
+    Endorsement,
+    Keys,
+    Masked,
+    Message,
+    Receipt,
+    Refusal,
+    Revealed,
+    Shares,
+    Update,
+)
 from silotune.common.plan import Metric
 
 log = logging.getLogger(__name__)
@@ -44,6 +62,15 @@ def refusal(contract: Contract, site: str, error: Exception) -> bytes:
     return _pack(Message(header), {})
 
 
+def step(
+    contract: Contract, site: str, kind: type[Keys | Shares | Endorsement | Revealed], blobs: Blobs
+) -> bytes:
+    """A reply of a stage of secure aggregation: bytes by the names of sites."""
+    if not set(blobs) <= set(contract.weights()) or contract.secure_aggregation is None:
+        raise ProtocolError("The reply is not one of secure aggregation.", code="E502")
+    return _pack(Message(kind(contract=contract.hash, site=site), blobs=blobs), {})
+
+
 def update(
     contract: Contract,
     site: str,
@@ -54,10 +81,13 @@ def update(
     *,
     epsilon: float | None,
     receipt: Receipt,
+    agreement: str | None = None,
+    mask: Callable[[Arrays, dict[Metric, float]], bytes] | None = None,
 ) -> bytes:
     """The reply that `charge` paid for. ProtocolError E502 if it is not exactly what it should be.
 
-    shapes: of all the model's adapter tensors.
+    shapes: of all the model's adapter tensors. mask: turns the checked update into the masked one
+    of `agreement`; the contract says whether there must be one.
     """
     p = contract.privacy
     if charge.contract != contract.hash or (p.mode == "dp") != (charge.noise_multiplier > 0):
@@ -69,17 +99,30 @@ def update(
         raise ProtocolError("The reply's metrics are not the contract's.", code="E502")
     if not all(np.isfinite(v) and abs(v) <= LARGEST_METRIC for v in metrics.values()):
         raise ProtocolError("A metric of the reply is not finite or too large.", code="E502")
-    header = Update(
-        contract=contract.hash, site=site, run=charge.run, round=charge.round,
-        attempt=charge.attempt, epsilon=epsilon, metrics=metrics, receipt=receipt,
-    )
-    trained = adapter.trained_names(shapes, contract.phase_of(charge.round).trains)
-    return _pack(Message(header, change), {name: shapes[name] for name in trained})
+    facts: dict[str, Any] = {
+        "contract": contract.hash, "site": site, "run": charge.run, "round": charge.round,
+        "attempt": charge.attempt, "epsilon": epsilon, "receipt": receipt,
+    }
+    names = adapter.trained_names(shapes, contract.phase_of(charge.round).trains)
+    trained = {name: shapes[name] for name in names}
+    if (mask is None) != (contract.secure_aggregation is None):
+        raise ProtocolError("The contract says otherwise about masks.", code="E502")
+    if mask is None:
+        return _pack(Message(Update(**facts, metrics=metrics), change), trained)
+    _check(change, trained)
+    blob = mask(change, metrics)
+    if len(blob) != ring.WIDTH * vector.size(contract, trained):
+        raise ProtocolError("The masked reply has another length than its update.", code="E502")
+    return _pack(Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob}), {})
 
 
 def _pack(message: Message, shapes: Shapes) -> bytes:
-    adapter.check(message.arrays, shapes, "The reply")
-    norm = float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in message.arrays.values())))
+    _check(message.arrays, shapes)
+    return messages.pack(message)
+
+
+def _check(arrays: Arrays, shapes: Shapes) -> None:
+    adapter.check(arrays, shapes, "The reply")
+    norm = float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in arrays.values())))
     if norm > adapter.LARGEST:
         raise ProtocolError(f"The reply's norm is beyond {adapter.LARGEST:g}.", code="E502")
-    return messages.pack(message)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+from functools import partial
 
 from silotune.client import accounting, budget, dataset, lineage, release, selftest
 from silotune.client.accounting import Mechanism
 from silotune.client.budget import Budget
 from silotune.client.entries import Charged
 from silotune.client.ledger import Ledger
+from silotune.client.masking import Masking, check_bound
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
@@ -26,7 +28,19 @@ from silotune.common import adapter, messages, records
 from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
-from silotune.common.messages import Describe, Message, Train
+from silotune.common.messages import (
+    Agree,
+    Describe,
+    Endorse,
+    Endorsement,
+    Keys,
+    Message,
+    Reveal,
+    Revealed,
+    Share,
+    Shares,
+    Train,
+)
 from silotune.common.model import build
 
 
@@ -50,6 +64,12 @@ class Worker:
         self.unit, self.target = contract.privacy.unit, policy.target(contract)
         self.limit = policy.limits[self.unit]
         self.plan = accounting.plan(contract, self.target)
+        check_bound(contract, self.plan)
+        self.masking = None
+        if contract.secure_aggregation is not None:
+            if key != ledger.public:
+                raise RefusalError("This site's key is not in the contract's roster.", code="E201")
+            self.masking = Masking(contract, policy.name, ledger.sign)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accounting.best_order(self.plan, self.target.delta)
         self._first_order = budget.order_of(self.plan, self.limit)
@@ -82,15 +102,37 @@ class Worker:
                 return release.description(self.contract, self.policy.name)
             if isinstance(request.header, Train):
                 with self._lock:
-                    return self._train_once(request.header, request.arrays)
+                    return self._train_once(request)
+            if self.masking is not None:
+                with self._lock:
+                    return self._unmask_step(request)
             raise ProtocolError("The message is no request.")
         except Exception as error:  # whatever it is, it must not leave the site
             return release.refusal(self.contract, self.policy.name, error)
 
-    def _train_once(self, request: Train, arrays: messages.Arrays) -> bytes:
+    def _unmask_step(self, message: Message) -> bytes:
+        """The stages of secure aggregation in which no record has any part."""
+        request, masking = message.header, self.masking
+        assert masking is not None
+        kind: type[Keys | Shares | Endorsement | Revealed]
+        if isinstance(request, Agree):
+            kind, blobs = Keys, masking.keys(request)
+        elif isinstance(request, Share):
+            kind, blobs = Shares, masking.shares(request, message.blobs)
+        elif isinstance(request, Endorse):
+            kind, blobs = Endorsement, masking.endorsement(request)
+        elif isinstance(request, Reveal):
+            kind, blobs = Revealed, masking.revealed(request, message.blobs)
+        else:
+            raise ProtocolError("The message is no request.")
+        return release.step(self.contract, self.policy.name, kind, blobs)
+
+    def _train_once(self, message: Message) -> bytes:
+        request, arrays = message.header, message.arrays
+        assert isinstance(request, Train)
         if request.receipt is not None:
             self.ledger.check_receipt(request.receipt)
-        # A receipt changes from one sending to the next; what is asked does not.
+        # Receipt and shares may change from one sending to the next; what is asked does not.
         asked = Message(request.model_copy(update={"receipt": None}), arrays)
         digest = hashlib.sha256(messages.pack(asked)).hexdigest()
         try:
@@ -101,7 +143,7 @@ class Worker:
         adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
         clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
-        charge, known = self._charge(request, digest, mechanism)
+        charge, known = self._charge(request, message.blobs, digest, mechanism)
         if known is not None:
             return known
         change, metrics = train_round(
@@ -110,6 +152,8 @@ class Worker:
         reply = release.update(
             self.contract, self.policy.name, charge, change, metrics, self.shapes,
             epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
+            agreement=request.agreement,
+            mask=partial(self.masking.mask, request) if self.masking else None,
         )
         self.ledger.release(charge, reply)
         return reply
@@ -126,7 +170,7 @@ class Worker:
         return asked
 
     def _charge(
-        self, request: Train, digest: str, mechanism: Mechanism
+        self, request: Train, shares: messages.Blobs, digest: str, mechanism: Mechanism
     ) -> tuple[Charged, bytes | None]:
         """The charge for a request, and the reply if it had one before. Raises RefusalError.
 
@@ -152,6 +196,10 @@ class Worker:
                     "The owner has signed another policy since this worker started. Start it "
                     "again.", code="E213",
                 )
+            if self.masking is not None:
+                self.masking.check(request, shares)
+            elif request.agreement is not None or shares:
+                raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism)
             return self.ledger.charge(
                 self.lineage, source=self.source_name, unit=self.unit,

@@ -89,9 +89,12 @@ class Terms:
         facts = {**vars(self), "roster": sorted(self.roster.items())}
         return hashlib.sha256(b"silotune secagg 1\n" + _canonical(facts)).digest()
 
+    def serves(self, number: int) -> bool:
+        return self.first <= number < self.first + self.rounds
+
     def place_of(self, number: int) -> int:
         """The 0-based place of a round in the agreement; ProtocolError if it is not in it."""
-        if not self.first <= number < self.first + self.rounds:
+        if not self.serves(number):
             raise refused(f"round {number} is not in this agreement")
         return number - self.first
 
@@ -129,19 +132,11 @@ class Agreement:
         self.members = tuple(sorted(keys))
         self.keys = {name: PublicKeys.read(keys[name], terms.rounds) for name in self.members}
         for name in self.members:
-            self._check(name)
+            check_keys(terms, name, keys[name])
         if len(self.members) < terms.least:
             raise refused(f"{len(self.members)} sites gave keys, at least {terms.least} must")
         facts = [(name, keys[name].hex()) for name in self.members]
         self.transcript = hashlib.sha256(terms.digest() + _canonical(facts)).digest()
-
-    def _check(self, name: str) -> None:
-        if name not in self.terms.roster:
-            raise refused("keys came from a name that is not in the roster")
-        found = self.keys[name]
-        statement = keys_statement(self.terms, name, found.body())
-        if not verifies(self.terms.roster[name], found.signature.hex(), statement):
-            raise refused(f"the keys of {name} are not signed by its key in the roster")
 
     def place(self, name: str) -> int:
         """Where a member's shares lie."""
@@ -159,6 +154,17 @@ class Agreement:
         """What a site signs to say that these, and no others, survived the round."""
         facts = [self.transcript.hex(), number, sorted(survivors)]
         return b"silotune secagg survivors 1\n" + _canonical(facts)
+
+
+def check_keys(terms: Terms, name: str, keys: bytes) -> None:
+    """ProtocolError E504 unless a site's published keys are signed for `terms` by its roster key.
+    """
+    if name not in terms.roster:
+        raise refused("keys came from a name that is not in the roster")
+    found = PublicKeys.read(keys, terms.rounds)
+    statement = keys_statement(terms, name, found.body())
+    if not verifies(terms.roster[name], found.signature.hex(), statement):
+        raise refused(f"the keys of {name} are not signed by its key in the roster")
 
 
 def keys_statement(terms: Terms, name: str, body: bytes) -> bytes:

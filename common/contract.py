@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from silotune.common import fields
+from silotune.common import agreement, fields
 from silotune.common.fields import (
     Bound,
     Count,
@@ -30,7 +30,15 @@ from silotune.common.fields import (
     Sha256,
 )
 from silotune.common.inputs import TableInput, Task, TextInput
-from silotune.common.plan import Aggregation, Metric, Phase, Privacy, Released, Target
+from silotune.common.plan import (
+    Aggregation,
+    Metric,
+    Phase,
+    Privacy,
+    Released,
+    SecureAggregation,
+    Target,
+)
 from silotune.common.problems import MISFITS, contract_error
 
 
@@ -84,7 +92,8 @@ class Lora(Frozen):
 
 
 class Site(Frozen):
-    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts.
+    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts, and
+    the keys of its masks.
 
     epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
     noise follows (silo-specific privacy), so a site that allows less should have less weight.
@@ -108,6 +117,7 @@ class Contract(Frozen):
     phases: tuple[Phase, ...] = Field(min_length=1)
     releases: tuple[Released, ...] = ()
     aggregation: Aggregation = Aggregation()
+    secure_aggregation: SecureAggregation | None = None
     quorum: Count
     deadline_seconds: Positive = 600.0
     sites: tuple[Site, ...] = Field(min_length=1)
@@ -123,6 +133,7 @@ class Contract(Frozen):
             wrong.append(
                 ("quorum", f"quorum is {self.quorum}, but the roster has {len(names)} sites")
             )
+        wrong += self._wrong_with_masks()
         metrics = [released.metric for released in self.releases]
         if len(set(metrics)) != len(metrics):
             wrong.append(("releases", "a metric stands twice"))
@@ -161,6 +172,24 @@ class Contract(Frozen):
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self
 
+    def _wrong_with_masks(self) -> list[tuple[str, str]]:
+        secure, sites = self.secure_aggregation, len(self.sites)
+        if secure is None:
+            return []
+        wrong = []
+        keys = [site.public_key for site in self.sites]
+        why = agreement.problem_with(sites, self.threshold, secure.colluders)
+        if why:
+            wrong.append(("secure_aggregation", why))
+        if None in keys or len(set(keys)) != sites:
+            wrong.append(("sites", "secure_aggregation needs a public_key of each site's own"))
+        if self.quorum < self.threshold:
+            wrong.append((
+                "quorum", f"quorum is {self.quorum}, but {self.threshold} sites must answer for a "
+                "masked sum to open (secure_aggregation.threshold)",
+            ))
+        return wrong
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The input columns of the records."""
@@ -175,10 +204,14 @@ class Contract(Frozen):
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
         metrics = ", ".join(self.metrics)
+        masked = (
+            f", masked so that only the sum of at least {self.quorum} sites can be read"
+            if self.secure_aggregation else ""
+        )
         return (
-            f"updates of {trained}, clipped per {self.privacy.unit} and noised; "
-            + (f"{metrics}, bounded, noised and paid for; " if metrics else "")
-            + "the ε spent; a receipt of the ledger; nothing else"
+            f"updates of {trained}, clipped per {self.privacy.unit} and noised"
+            + (f", with {metrics}, bounded, noised and paid for" if metrics else "")
+            + f"{masked}; the ε spent; a receipt of the ledger; nothing else"
         )
 
     @property
@@ -186,6 +219,34 @@ class Contract(Frozen):
         """The figures that leave with each update."""
         adaptive: tuple[Metric, ...] = ("unclipped",) if self.privacy.adaptive else ()
         return (*(released.metric for released in self.releases), *adaptive)
+
+    @property
+    def metric_ranges(self) -> dict[Metric, tuple[float, float]]:
+        """What a site's figure counts as at least and at most. Noise has no ends, but a share
+        beyond [0, 1] says no more than its end, and a sum a hundred times one unit's is noise."""
+        wide = {r.metric: 100.0 * r.bound for r in self.releases}
+        return {m: (-wide[m], wide[m]) if m in wide else (0.0, 1.0) for m in self.metrics}
+
+    @property
+    def threshold(self) -> int:
+        """How many sites must answer for a masked sum to open."""
+        secure, sites = self.secure_aggregation, len(self.sites)
+        return (secure and secure.threshold) or agreement.default_threshold(sites)
+
+    def terms(self, run: str, first: int, attempt: int) -> agreement.Terms:
+        """What an agreement on keys is for that serves the rounds from `first` on."""
+        assert self.secure_aggregation is not None
+        return agreement.Terms(
+            contract=self.hash, roster={s.name: s.public_key or "" for s in self.sites}, run=run,
+            attempt=attempt, first=first,
+            rounds=min(agreement.MOST_ROUNDS, self.rounds - first + 1), threshold=self.threshold,
+            colluders=self.secure_aggregation.colluders, fewest=self.quorum,
+        )
+
+    def weight_share(self, name: str) -> float:
+        """A site's part of the weights of all."""
+        weights = self.weights()
+        return weights[name] / sum(weights.values())
 
     @property
     def released_share(self) -> float:

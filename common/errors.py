@@ -74,6 +74,11 @@ CODES: dict[str, str] = {
     "E501": "A message could not be read: it is not in Silotune's format.",
     "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
     "E503": "A message belongs to another contract, run, round or site than the one expected.",
+    "E504": "A step of secure aggregation was refused: keys that the roster did not sign, too few "
+    "sites, a second set of survivors, shares that do not fit. No update was shown by itself.",
+    "E505": "A masked sum did not open to anything honest updates can give. It was not used.",
+    "E506": "A site has no secrets of the agreement on keys that a request names: it was restarted "
+    "since, or took no part in it. It counts as missing until the next agreement.",
     "E500": "An unexpected failure inside a site. The incident id finds the details in that "
     "site's own log; they are not sent anywhere.",
     "E601": "The run directory already holds a run, or is not a run.",

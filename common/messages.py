@@ -3,8 +3,12 @@
 Wire format: one safetensors file; its `__metadata__` holds one key, `silotune`, with the header as
 canonical JSON. Reading it executes nothing (no pickle) and checks sizes before it allocates.
 
-Requests (server -> site):  Describe, Train
-Replies  (site -> server):  Description, Update, Refusal
+Requests (server -> site):  Describe, Train; with secure aggregation Agree, Share, Endorse, Reveal
+Replies  (site -> server):  Description, Update, Refusal; with it Masked instead of Update, and
+                            Keys, Shares, Endorsement, Revealed
+
+A message may have `arrays` (float32: an adapter, an update) and `blobs` (bytes by a site's name:
+keys, sealed shares, signatures, a masked update); which kind may have which is in `_BODIES`.
 
 A reply carries no text of the site's making: a Refusal is a code of `errors.CODES` and a random
 incident id. A count or a name of a record has no field to travel in, and a loss only as one of the
@@ -30,6 +34,8 @@ from silotune.common.fields import Bound, Frozen, Name, Number, Sha256
 from silotune.common.plan import Metric
 
 Arrays = dict[str, NDArray[np.float32]]
+Blobs = dict[str, bytes]
+MASKED = "masked"  # the blob of a masked update
 MAX_HEADER = 1 << 20
 MAX_WIRE = 256 << 20
 RECORD, WIRE = "silotune", "wire"  # where in a Flower message the bytes lie
@@ -71,6 +77,8 @@ class Train(_Header):
     """Train one round from the adapter in `arrays`; the contract says how.
 
     clip_norm: with adaptive clipping, what the server has come to; else the contract's holds.
+    agreement: with secure aggregation, the transcript by which to mask; then the blobs are the
+    other members' shares for this site.
     """
 
     kind: Literal["train"] = "train"
@@ -79,6 +87,45 @@ class Train(_Header):
     attempt: Round = 1
     clip_norm: Bound | None = None
     receipt: Receipt | None = None
+    agreement: Sha256 | None = None
+
+
+class _Step(_Header):
+    """A stage of an agreement on keys that serves the run from `round` on."""
+
+    run: RunId
+    round: Round
+    attempt: Round
+
+
+class Agree(_Step):
+    """Make keys for the rounds from `round` on."""
+
+    kind: Literal["agree"] = "agree"
+
+
+class Share(_Step):
+    """Here are all members' keys; seal your shares for them."""
+
+    kind: Literal["share"] = "share"
+
+
+class _Unmask(_Header):
+    agreement: Sha256
+    round: Round
+    survivors: tuple[Name, ...]
+
+
+class Endorse(_Unmask):
+    """Sign that these members, and no others, survived the round."""
+
+    kind: Literal["endorse"] = "endorse"
+
+
+class Reveal(_Unmask):
+    """Give your shares for these survivors; blobs: their endorsements, unless none is missing."""
+
+    kind: Literal["reveal"] = "reveal"
 
 
 class Description(_Header):
@@ -86,22 +133,64 @@ class Description(_Header):
     site: Name
 
 
-class Update(_Header):
-    """The private change of the trained tensors, in `arrays`.
+class _Trained(_Header):
+    """What comes with an update, masked or not.
 
     `epsilon` is what this run has spent of the contract's budget at this site so far: a function
     of the public plan and the round alone. None when the contract trains without privacy.
-    `metrics` are the contract's (Contract.metrics), bounded, noised and part of that epsilon.
     """
 
-    kind: Literal["update"] = "update"
     site: Name
     run: RunId
     round: Round
     attempt: Round
     epsilon: Spent | None
-    metrics: dict[Metric, Number]
     receipt: Receipt
+
+
+class Update(_Trained):
+    """The private change of the trained tensors, in `arrays`.
+
+    `metrics` are the contract's (Contract.metrics), bounded, noised and part of that epsilon.
+    """
+
+    kind: Literal["update"] = "update"
+    metrics: dict[Metric, Number]
+
+
+class Masked(_Trained):
+    """The same change and metrics, masked for this agreement, in the blob MASKED."""
+
+    kind: Literal["masked"] = "masked"
+    agreement: Sha256
+
+
+class _Said(_Header):
+    site: Name
+
+
+class Keys(_Said):
+    """A site's signed public keys, in the blob of its name."""
+
+    kind: Literal["keys"] = "keys"
+
+
+class Shares(_Said):
+    """Sealed shares: a blob for each other member."""
+
+    kind: Literal["shares"] = "shares"
+
+
+class Endorsement(_Said):
+    """A signature of the survivors, in the blob of the site's name."""
+
+    kind: Literal["endorsement"] = "endorsement"
+
+
+class Revealed(_Said):
+    """A share for each member."""
+
+    kind: Literal["revealed"] = "revealed"
 
 
 class Refusal(_Header):
@@ -111,14 +200,24 @@ class Refusal(_Header):
     incident: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
-Header = Annotated[Describe | Train | Description | Update | Refusal, Field(discriminator="kind")]
-_HEADER: TypeAdapter[Any] = TypeAdapter(Header)
+Header = (
+    Describe | Train | Agree | Share | Endorse | Reveal
+    | Description | Update | Masked | Keys | Shares | Endorsement | Revealed | Refusal
+)
+_HEADER: TypeAdapter[Any] = TypeAdapter(Annotated[Header, Field(discriminator="kind")])
+_BODIES: dict[str, tuple[str, ...]] = {  # kind -> what it may carry
+    "train": ("F32", "U8"), "update": ("F32",), "masked": ("U8",), "share": ("U8",),
+    "reveal": ("U8",), "keys": ("U8",), "shares": ("U8",), "endorsement": ("U8",),
+    "revealed": ("U8",),
+}
+_BLOB = ":"  # before a blob's name on the wire, so that it is never an array's
 
 
 @dataclass(frozen=True)
 class Message:
-    header: Describe | Train | Description | Update | Refusal
+    header: Header
     arrays: Arrays = field(default_factory=dict)
+    blobs: Blobs = field(default_factory=dict)
 
 
 def pack(message: Message) -> bytes:
@@ -126,8 +225,11 @@ def pack(message: Message) -> bytes:
     header = json.dumps(
         message.header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
     )
-    arrays = {n: np.asarray(a, dtype="<f4", order="C") for n, a in message.arrays.items()}
-    return save_tensors(arrays, metadata={"silotune": header})
+    tensors: dict[str, NDArray[Any]] = {
+        n: np.asarray(a, dtype="<f4", order="C") for n, a in message.arrays.items()
+    }
+    tensors |= {_BLOB + n: np.frombuffer(b, dtype=np.uint8) for n, b in message.blobs.items()}
+    return save_tensors(tensors, metadata={"silotune": header})
 
 
 def unpack(wire: bytes) -> Message:
@@ -141,18 +243,26 @@ def unpack(wire: bytes) -> Message:
         outer = json.loads(wire[8 : 8 + size])
         inner = outer["__metadata__"]["silotune"]
         header = _HEADER.validate_json(inner, strict=True)
-        if any(v["dtype"] != "F32" for k, v in outer.items() if k != "__metadata__"):
-            raise ProtocolError("A message has an array that is not float32.", code="E502")
-        arrays = load_tensors(wire)
+        bodies = _BODIES.get(header.kind, ())
+        for name, facts in outer.items():
+            kind = "U8" if name.startswith(_BLOB) else "F32"
+            if name != "__metadata__" and (facts["dtype"] != kind or kind not in bodies):
+                raise ProtocolError(
+                    f"A {header.kind} has a tensor that it may not have, or of another type.",
+                    code="E502",
+                )
+        tensors = load_tensors(wire)
     except (ValidationError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
             RecursionError):
         # What the sender wrote is not repeated: it may be anything.
         raise ProtocolError("A message is not in Silotune's format.") from None
     if isinstance(header, Refusal) and header.code not in CODES:
         raise ProtocolError("A refusal has an unknown code.")
-    if arrays and not isinstance(header, Train | Update):
-        raise ProtocolError(f"A {header.kind} has no arrays.")
-    message = Message(header, arrays)
+    blobs = {n: a.tobytes() for n, a in tensors.items() if n.startswith(_BLOB)}
+    message = Message(
+        header, {n: a for n, a in tensors.items() if n not in blobs},
+        {n.removeprefix(_BLOB): b for n, b in blobs.items()},
+    )
     if pack(message) != wire:
         # One message has one form: no second key, padding or order in which something could hide.
         raise ProtocolError("A message is not in its canonical form.")

@@ -174,3 +174,17 @@ class Released(Frozen):
     metric: Literal["loss", "accuracy"]
     share: Share
     bound: Bound = 1.0
+
+
+class SecureAggregation(Frozen):
+    """Updates leave masked, and the server learns only their weighted sum (common/secagg.py).
+
+    threshold: how many sites must answer for a sum to open; by default floor(2 n / 3) + 1 of n.
+    colluders: how many sites may work with the server without seeing more than the sum; 2 x
+    threshold must exceed n + colluders. bound: the largest entry of an update; a site sends none
+    that exceeds it, and the ring's precision is the bound's (common/ring.py).
+    """
+
+    threshold: Count | None = None
+    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    bound: Bound = 16.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from silotune.common.messages import Arrays
-from silotune.common.plan import AdaptiveClipping
+from silotune.common.plan import AdaptiveClipping, Metric
 
 
 def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:
@@ -51,18 +51,26 @@ def heavy_ball(
     return next_adapter, next_velocity
 
 
-def next_clip_norm(
-    clip_norm: float, unclipped: Mapping[str, float], weights: Mapping[str, float],
-    settings: AdaptiveClipping,
-) -> float:
+def mean_figures(
+    figures: Mapping[str, Mapping[Metric, float]], weights: Mapping[str, float],
+    ranges: Mapping[Metric, tuple[float, float]],
+) -> dict[Metric, float]:
+    """The weighted mean of the sites' released metrics, each held to its range: what a masked sum
+    gives as well."""
+    total = sum(weights[site] for site in figures)
+    return {
+        metric: sum(
+            weights[site] * min(max(figures[site][metric], low), high) for site in sorted(figures)
+        ) / total
+        for metric, (low, high) in ranges.items()
+    }
+
+
+def next_clip_norm(clip_norm: float, unclipped: float, settings: AdaptiveClipping) -> float:
     """C exp(-rate (mean of the sites' noised unclipped shares - quantile)), within the contract's
     bounds (arXiv 1905.03871, section 2.1, the geometric update)."""
-    total = sum(weights[site] for site in unclipped)
-    # A share is noised, so it may lie anywhere; beyond [0, 1] it says no more than its end.
-    mean = sum(
-        weights[site] * min(max(share, 0.0), 1.0) for site, share in sorted(unclipped.items())
-    ) / total
-    step = math.exp(-settings.rate * (mean - settings.quantile))
+    # A masked sum may hold what no honest site puts in.
+    step = math.exp(-settings.rate * (min(max(unclipped, 0.0), 1.0) - settings.quantile))
     return min(max(clip_norm * step, settings.lowest), settings.highest)
 
 

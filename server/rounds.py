@@ -7,25 +7,27 @@ directly. Both go through the same checks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from silotune.common import adapter, messages
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.messages import (
+    MASKED,
     Arrays,
     Describe,
     Description,
+    Masked,
     Message,
     Receipt,
-    Refusal,
     Train,
     Update,
 )
 from silotune.common.plan import Metric, Phase
 from silotune.common.signing import verifies
-from silotune.server import aggregate
+from silotune.server import aggregate, replies
+from silotune.server.masking import Masking
 from silotune.server.registry import Registry
 
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
@@ -43,12 +45,13 @@ class RoundFacts:
     bytes_down: int
     seconds: float
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)  # site -> metrics
+    # site -> metrics; of masked updates only the mean is known, under ""
+    released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)
     clip_norm: float | None = None  # with adaptive clipping
 
 
 class Run:
-    """One run: `describe`, `identify`; then `begin`, `request`, `accept` and `finish` each round.
+    """One run: `describe`, `identify`; then `stages` each round.
 
     evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
     evaluate_every: rounds between evaluations (the last is always one).
@@ -80,6 +83,10 @@ class Run:
         self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._bytes = [0, 0]
         self._began = time.perf_counter()
+        self.masking = (
+            Masking(contract, run_id, self.fail, self._bytes)
+            if contract.secure_aggregation else None
+        )
         registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
 
     @property
@@ -91,39 +98,62 @@ class Run:
 
     def identify(self, wire: bytes) -> str:
         """The site that sent a Description; ProtocolError if it is not one of this contract."""
-        header = self._checked(messages.unpack(wire)).header
+        header = replies.read(self.contract, wire).header
         if not isinstance(header, Description):
             raise ProtocolError("The reply is no description.", code="E503")
         return header.site
 
+    def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
+        """One round with these sites, to be driven by who can reach them (replies.Stages)."""
+        self.begin()
+        asked = list(sites)
+        if self.masking is not None:
+            yield from self.masking.agree(sites, self.number)
+            asked = [site for site in sites if site in self.masking.members]
+            self._failed |= dict.fromkeys(set(sites) - set(asked) - set(self._failed), "E506")
+            self.masking.begin(self.number, self._trained_shapes())
+        wires = {site: self.request(site) for site in asked}
+        came = yield wires
+        for site, wire in wires.items():
+            self.accept(site, len(wire), came.get(site, replies.SILENT))
+        mean = None
+        if self.masking is not None and len(self._open) >= self.contract.quorum:
+            mean = yield from self.masking.open()
+        return self.finish(mean)
+
     def begin(self) -> None:
         """Open the round: its clock starts, no site has answered."""
         self._open, self._failed, self._epsilon, self._metrics = {}, {}, {}, {}
-        self._bytes = [0, 0]
+        self._bytes[:] = [0, 0]
         self._began = time.perf_counter()
 
     def request(self, site: str) -> bytes:
-        """The bytes a site gets this round: the same for all, but for its own last receipt."""
+        """The bytes a site gets this round: the same for all, but for its own last receipt and the
+        shares that are sealed for it."""
         header = Train(
             contract=self.contract.hash, run=self.run_id, round=self.number,
             clip_norm=self.clip_norm if self.contract.privacy.adaptive else None,
             receipt=self._last_receipt(site),
+            agreement=self.masking.transcript if self.masking else None,
         )
         needed = adapter.needed_names(self.adapter, self.phase.trains)
-        return messages.pack(Message(header, {name: self.adapter[name] for name in needed}))
+        arrays = {name: self.adapter[name] for name in needed}
+        sealed = self.masking.sealed(site) if self.masking else {}
+        return messages.pack(Message(header, arrays, sealed))
 
-    def accept(self, site: str, sent: int, wire: bytes) -> None:
+    def accept(self, site: str, sent: int, reply: replies.Reply) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.
 
         sent: bytes that went down to the site.
         """
         self._bytes[1] += sent
-        self._bytes[0] += len(wire)
+        self._bytes[0] += len(reply) if isinstance(reply, bytes) else 0
         try:
-            message = self._checked(messages.unpack(wire))
+            message = replies.read(self.contract, reply)
             update = message.header
-            if not isinstance(update, Update):
+            if not isinstance(update, Masked if self.masking else Update):
                 raise ProtocolError("The reply is no update.", code="E503")
+            assert isinstance(update, Masked | Update)
             if site not in self.contract.weights():
                 raise ProtocolError("The site is not in the roster.", code="E503")
             expected = (site, self.run_id, self.number, 1)
@@ -131,17 +161,23 @@ class Run:
                 raise ProtocolError("The update is for another site or round.", code="E503")
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
-            names = adapter.trained_names(self._shapes, self.phase.trains)
-            adapter.check(message.arrays, {n: self._shapes[n] for n in names}, "The update")
+            if isinstance(update, Update):
+                adapter.check(message.arrays, self._trained_shapes(), "The update")
+                self._check_metrics(update.metrics)
             self._check_epsilon(site, update.epsilon)
-            self._check_metrics(update.metrics)
             self._take_receipt(site, update.receipt)
+            if self.masking is not None:
+                assert isinstance(update, Masked)
+                self._take_masked(site, update, message.blobs)
         except ProtocolError as error:
             self.fail(site, error.code)
+            if self.masking is not None:
+                self.masking.missing(error.code)
         else:
             self._open[site] = message.arrays
             self._epsilon[site] = update.epsilon
-            self._metrics[site] = update.metrics
+            if isinstance(update, Update):
+                self._metrics[site] = update.metrics
             self._failed.pop(site, None)
 
     def fail(self, site: str, code: str) -> None:
@@ -154,8 +190,13 @@ class Run:
     def phase(self) -> Phase:
         return self.contract.phase_of(self.number)
 
-    def finish(self) -> RoundFacts:
-        """Aggregate, step, commit. RunError below the quorum: nothing is committed then."""
+    def finish(
+        self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None
+    ) -> RoundFacts:
+        """Aggregate, step, commit. RunError below the quorum: nothing is committed then.
+
+        mean: of masked updates and their metrics.
+        """
         if len(self._open) < self.contract.quorum:
             reasons = ", ".join(f"{s}: {c}" for s, c in sorted(self._failed.items())) or "no reply"
             self.registry.event("stopped", round=self.number, failed=self._failed)
@@ -165,7 +206,15 @@ class Run:
                 f"{self.contract.quorum}. No adapter released; ε counted for what was computed.",
                 code="E402",
             )
-        change = aggregate.weighted_mean(self._open, self.contract.weights())
+        if mean is None:
+            weights = self.contract.weights()
+            change = aggregate.weighted_mean(self._open, weights)
+            figures: Mapping[Metric, float] = aggregate.mean_figures(
+                self._metrics, weights, self.contract.metric_ranges
+            )
+        else:
+            change, figures = mean
+            self._metrics = {"": figures}
         next_adapter, velocity = aggregate.heavy_ball(
             self.adapter, self.velocity, change, self.contract.aggregation.momentum
         )
@@ -192,9 +241,7 @@ class Run:
         )
         if adaptive:
             self.clip_norm = aggregate.next_clip_norm(
-                self.clip_norm,
-                {site: metrics["unclipped"] for site, metrics in self._metrics.items()},
-                self.contract.weights(), adaptive,
+                self.clip_norm, figures["unclipped"], adaptive
             )
         state = {f"velocity/{n}": a for n, a in self.velocity.items()}
         state |= {f"mean/{n}": a for n, a in self.mean.items()}
@@ -254,13 +301,12 @@ class Run:
     def _public_key(self, site: str) -> str | None:
         return next(s.public_key for s in self.contract.sites if s.name == site)
 
-    def _checked(self, message: Message) -> Message:
-        header = message.header
-        if header.contract != self.contract.hash:
-            raise ProtocolError("The message is for another contract.", code="E503")
-        if isinstance(header, Refusal):
-            raise ProtocolError(
-                f"{header.site} refuses ({header.code}, incident {header.incident}).",
-                code=header.code,
-            )
-        return message
+    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        names = adapter.trained_names(self._shapes, self.phase.trains)
+        return {name: self._shapes[name] for name in names}
+
+    def _take_masked(self, site: str, update: Masked, blobs: messages.Blobs) -> None:
+        assert self.masking is not None
+        if set(blobs) != {MASKED} or update.agreement != self.masking.transcript:
+            raise ProtocolError("The update is masked for another agreement.", code="E503")
+        self.masking.take(site, blobs[MASKED])

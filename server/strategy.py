@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -18,7 +18,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, SilotuneError
 from silotune.common.messages import RECORD, WIRE
-from silotune.server.rounds import Run
+from silotune.server.replies import BROKEN, Reply, Stages
+from silotune.server.rounds import RoundFacts, Run
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,9 @@ class SilotuneStrategy(Strategy):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.nodes: dict[int, str] = {}
-        self._sent: dict[str, int] = {}
         self._asked: dict[str, int] = {}
+        self._stages: Stages[RoundFacts] | None = None  # of the open round
+        self._requests: Mapping[str, bytes] = {}
 
     def summary(self) -> None:
         """Log what will run."""
@@ -46,29 +48,29 @@ class SilotuneStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a node: the adapter, and the node's own last receipt."""
-        self.run.begin()
-        wires = {node: self.run.request(site) for node, site in self.nodes.items()}
-        self._sent = {self.nodes[node]: len(wire) for node, wire in wires.items()}
-        return [self._message(wire, node) for node, wire in wires.items()]
+        """The next stage's message to each node that it asks; training is one stage of a round."""
+        if self._stages is None:
+            self._stages = self.run.stages(list(self.nodes.values()))
+            self._requests = next(self._stages)
+        nodes = {site: node for node, site in self.nodes.items()}
+        return [self._message(wire, nodes[site]) for site, wire in self._requests.items()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Give every reply to the run, then commit the round. RunError below the quorum."""
-        silent = dict(self.nodes)
+        """Give the stage its replies; the round's last one commits it. RunError below the quorum.
+        """
+        assert self._stages is not None
+        came: dict[str, Reply] = {}
         for reply in replies:
             # An error's own source is the SuperLink; only the request it answers names the node.
-            site = silent.pop(self._node_of(reply), None)
-            if site is None:
-                continue
-            if reply.has_error():
-                self.run.fail(site, "E500")
-            else:
-                self.run.accept(site, self._sent[site], _wire(reply))
-        for site in silent.values():
-            self.run.fail(site, "E402")
-        self.run.finish()
+            site = self.nodes.get(self._node_of(reply))
+            if site is not None:
+                came.setdefault(site, BROKEN if reply.has_error() else _wire(reply))
+        try:
+            self._requests = self._stages.send(came)
+        except StopIteration:
+            self._stages = None
         return None, None
 
     def configure_evaluate(

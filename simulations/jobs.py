@@ -20,6 +20,7 @@ from silotune.common.contract import Contract
 from silotune.common.model import build
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
 from silotune.server.rounds import RoundFacts, Run
 from silotune.server.strategy import SilotuneStrategy
 from silotune.simulations.arms import POOLED, Job, JobResult
@@ -62,12 +63,9 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         )
         simulate(SilotuneStrategy(run).start, client, len(workers))
     else:
+        handles = {site: worker.handle for site, worker in workers.items()}
         while not run.done:
-            run.begin()
-            for site, worker in workers.items():
-                wire = run.request(site)
-                run.accept(site, len(wire), worker.handle(wire))
-            run.finish()
+            carry_out(run.stages(handles), handles)
     seconds = time.perf_counter() - began
     with_adapter = contract.adapter is not None
     scores = test.scores(run.registry.adapter(), with_adapter=with_adapter)

@@ -6,7 +6,7 @@ Each way to break the released share, in MUTATIONS, must be seen by a property h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, RefusalError
 from silotune.common.messages import Arrays, Message, Refusal, Train, Update
 from silotune.common.model import build
-from silotune.common.plan import AdaptiveClipping
+from silotune.common.plan import AdaptiveClipping, Metric
 from silotune.common.records import table
-from silotune.server.aggregate import next_clip_norm
+from silotune.server.aggregate import mean_figures, next_clip_norm
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 
@@ -270,18 +270,19 @@ def test_a_broken_share_is_caught(
 # --- the server's update ---------------------------------------------------------------------
 
 SETTINGS = AdaptiveClipping(quantile=0.3, rate=0.5, lowest=0.01, highest=2.0)
-ONE = {"a": 1.0}
+SHARES: dict[Metric, tuple[float, float]] = {"unclipped": (0.0, 1.0)}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.9, 1.0])
 def test_the_clip_norm_moves_geometrically(share: float) -> None:
-    found = next_clip_norm(0.5, {"a": share}, ONE, SETTINGS)
+    found = next_clip_norm(0.5, share, SETTINGS)
     assert found == pytest.approx(0.5 * math.exp(-0.5 * (share - 0.3)))
 
 
 def test_the_mean_is_by_the_contracts_weights() -> None:
-    found = next_clip_norm(0.5, {"a": 0.1, "b": 0.7}, {"a": 3.0, "b": 1.0, "c": 9.0}, SETTINGS)
-    assert found == pytest.approx(0.5 * math.exp(-0.5 * (0.25 - 0.3)))
+    figures: dict[str, Mapping[Metric, float]] = {"a": {"unclipped": 0.1}, "b": {"unclipped": 0.7}}
+    found = mean_figures(figures, {"a": 3.0, "b": 1.0, "c": 9.0}, SHARES)
+    assert found == {"unclipped": pytest.approx(0.25)}
 
 
 @pytest.mark.parametrize(("share", "end"), [
@@ -289,31 +290,31 @@ def test_the_mean_is_by_the_contracts_weights() -> None:
     (-math.inf, 0.0),
 ])
 def test_a_share_beyond_its_ends_says_no_more_than_the_end(share: float, end: float) -> None:
-    assert next_clip_norm(0.5, {"a": share}, ONE, SETTINGS) == next_clip_norm(
-        0.5, {"a": end}, ONE, SETTINGS
-    )
+    assert next_clip_norm(0.5, share, SETTINGS) == next_clip_norm(0.5, end, SETTINGS)
+    assert mean_figures({"a": {"unclipped": share}}, {"a": 2.0}, SHARES) == {"unclipped": end}
 
 
 def test_the_clip_norm_stays_within_its_bounds() -> None:
     up = down = 0.5
     for _ in range(200):
-        up = next_clip_norm(up, {"a": 0.0}, ONE, SETTINGS)
-        down = next_clip_norm(down, {"a": 1.0}, ONE, SETTINGS)
+        up = next_clip_norm(up, 0.0, SETTINGS)
+        down = next_clip_norm(down, 1.0, SETTINGS)
     assert (down, up) == (0.01, 2.0)
     wild = SETTINGS.model_copy(update={"rate": 10.0})
-    assert next_clip_norm(0.5, {"a": 1.0}, ONE, wild) == 0.01
+    assert next_clip_norm(0.5, 1.0, wild) == 0.01
 
 
 def test_the_largest_rate_goes_to_the_bound() -> None:
     wild = SETTINGS.model_copy(update={"rate": 10.0})
-    assert next_clip_norm(0.5, {"a": 0.0}, ONE, wild) == 2.0
+    assert next_clip_norm(0.5, 0.0, wild) == 2.0
 
 
 def test_two_hostile_sites_cannot_make_it_not_a_number() -> None:
     """Finite numbers, so the wire lets them through; each overflows with its weight."""
-    shares = {"a": 1e308, "b": -1e308}
-    found = next_clip_norm(0.5, shares, {"a": 10.0, "b": 10.0}, SETTINGS)
-    assert SETTINGS.lowest <= found <= SETTINGS.highest
+    figures: dict[str, Mapping[Metric, float]] = {
+        "a": {"unclipped": 1e308}, "b": {"unclipped": -1e308}
+    }
+    assert mean_figures(figures, {"a": 10.0, "b": 10.0}, SHARES) == {"unclipped": 0.5}
 
 
 # --- end to end ------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""A site's side of secure aggregation: its agreements, in memory only.
+
+What the contract and the owner ask for holds whatever the server says: threshold, colluders and
+quorum come from the contract that the policy permits, never from a message. A worker that starts
+again has no agreement: requests that name one of before are refused (E506).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from silotune.client.accounting import Mechanism, mechanism_of
+from silotune.common import vector
+from silotune.common.contract import Contract
+from silotune.common.errors import ProtocolError, RefusalError
+from silotune.common.messages import Agree, Arrays, Blobs, Endorse, Reveal, Share, Train
+from silotune.common.plan import Metric
+from silotune.common.secagg import Member, Sign
+
+MOST_AGREEMENTS = 4  # kept at a time: an older one gives way, so a server's asking costs no memory
+SPREADS = 8.0  # standard deviations of the noise that must fit into the bound
+
+
+class Masking:
+    """The agreements of one site under one contract."""
+
+    def __init__(self, contract: Contract, name: str, sign: Sign) -> None:
+        self.contract, self.name, self._sign = contract, name, sign
+        self._members: dict[tuple[str, int, int], Member] = {}  # by run, first round, attempt
+
+    def keys(self, request: Agree) -> Blobs:
+        """This site's signed public keys; the same ones when it is asked again."""
+        try:
+            self.contract.phase_of(request.round)
+        except ValueError as error:
+            raise RefusalError(str(error)) from None
+        step = request.run, request.round, request.attempt
+        if step not in self._members:
+            terms = self.contract.terms(*step)
+            while len(self._members) >= MOST_AGREEMENTS:
+                self._members.pop(next(iter(self._members)))
+            self._members[step] = Member(terms, self.name, self._sign)
+        return {self.name: self._members[step].keys}
+
+    def shares(self, request: Share, keys: Blobs) -> Blobs:
+        """The shares of this site's secrets, sealed for each other member."""
+        member = self._members.get((request.run, request.round, request.attempt))
+        if member is None:
+            raise _unknown()
+        return member.shares(keys)
+
+    def check(self, request: Train, shares: Blobs) -> None:
+        """ProtocolError unless the round can be masked. Takes in the other members' shares."""
+        member = self._member(request.agreement)
+        if member.terms.run != request.run:
+            raise ProtocolError("The agreement on keys is of another run.", code="E504")
+        if not member.ready:
+            member.receive(shares)
+        member.check_can_mask(request.round)
+
+    def mask(self, request: Train, change: Arrays, metrics: dict[Metric, float]) -> bytes:
+        """The masked update [3 bytes an entry]. E502 if an entry is beyond the contract's bound."""
+        member = self._member(request.agreement)
+        factor = vector.factor(self.contract, self.contract.weight_share(self.name))
+        return member.mask(
+            request.round, vector.join(self.contract, change, metrics), factor,
+            vector.bound(self.contract),
+        )
+
+    def endorsement(self, request: Endorse) -> Blobs:
+        member = self._member(request.agreement)
+        return {self.name: member.endorse(request.round, request.survivors)}
+
+    def revealed(self, request: Reveal, signatures: Blobs) -> Blobs:
+        member = self._member(request.agreement)
+        return member.reveal(request.round, request.survivors, signatures)
+
+    def _member(self, transcript: str | None) -> Member:
+        for member in self._members.values():
+            if member.agreement and member.agreement.transcript.hex() == transcript:
+                return member
+        raise _unknown()
+
+
+def _unknown() -> RefusalError:
+    return RefusalError(
+        "There are no secrets here of the agreement that the request names.", code="E506"
+    )
+
+
+def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
+    """RefusalError E205 if updates of this plan may well exceed secure_aggregation.bound: the site
+    would be charged for rounds whose update it then could not send.
+
+    For plain steps; what Adam makes of the noise is not foreseen.
+    """
+    if contract.secure_aggregation is None or contract.privacy.mode == "none":
+        return
+    bound, first = contract.secure_aggregation.bound, 1
+    for phase in contract.phases:  # with noise_decay the first round of a phase has most noise
+        mechanism = mechanism_of(contract, plan, first)
+        first += phase.rounds
+        rate = max(phase.head_rate, phase.adapter_rate or 0.0) * contract.privacy.largest_clip_norm
+        noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
+        divisor = contract.privacy.expected_records * mechanism.sampling_rate
+        largest = rate * (
+            mechanism.steps + SPREADS * math.sqrt(mechanism.steps) * noise / divisor
+        )
+        if phase.adam is None and largest > bound:
+            raise RefusalError(
+                f"An update of this plan can be as large as {largest:.3g}, beyond "
+                f"secure_aggregation.bound = {bound:g} of the contract. Raise the bound.",
+                code="E205",
+            )

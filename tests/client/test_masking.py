@@ -1,0 +1,483 @@
+"""Masked runs with real workers in one process: what leaves, what is refused, what is charged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from silotune.client import accounting
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.masking import MOST_AGREEMENTS, check_bound
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
+from silotune.common import messages, ring, vector
+from silotune.common.contract import Contract
+from silotune.common.errors import ContractError, RefusalError, RunError
+from silotune.common.messages import Agree, Masked, Message, Refusal, Train
+from silotune.common.messages import Keys as PublicKeys
+from silotune.common.model import build
+from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
+from silotune.server.rounds import RoundFacts, Run
+
+SITES = ("north", "south", "east", "west")
+SECURE = {"bound": 4.0}
+Answer = Callable[[bytes], bytes]
+
+
+class Federation:
+    """Sites with keys, ledgers that outlive their workers, and seeded noise."""
+
+    def __init__(self, contract: Contract, folder: Path, write_rows: Callable[..., Path],
+                 sites: tuple[str, ...] = SITES, **secure: Any) -> None:
+        self.folder = folder
+        self.keys = {site: Keys.in_memory() for site in sites}
+        self.contract = with_keys(contract, self.keys, **secure)
+        self.files = {
+            site: write_rows(folder / f"{site}.csv", 60, seed=place)
+            for place, site in enumerate(sites)
+        }
+        self.ledgers = {s: Ledger.in_memory(s, self.keys[s]) for s in sites}
+        self.workers: dict[str, Worker] = {}
+        for site in sites:
+            self.restart(site)
+
+    def forget(self, site: str) -> None:
+        """A new ledger for the site, and a worker on it."""
+        self.ledgers[site] = Ledger.in_memory(site, self.keys[site])
+        self.restart(site)
+
+    def restart(self, site: str) -> None:
+        policy = permitting(self.contract, site, self.files[site], None)
+        self.workers[site] = Worker(
+            policy, self.contract, self.ledgers[site], insecure_seed=1
+        )
+
+    def run(self, name: str = "run-1", **changes: Any) -> Run:
+        registry = Registry.create(self.folder / f"runs-{name}", self.contract)
+        arrays = build(self.contract, None).initial_arrays()
+        return Run(self.contract, registry, name, arrays, **changes)
+
+    def handles(self) -> dict[str, Answer]:
+        # Looked up at each call: a test may start a worker anew between two stages.
+        return {site: lambda wire, s=site: self.workers[s].handle(wire) for site in self.keys}
+
+
+def with_keys(contract: Contract, keys: dict[str, Keys], **secure: Any) -> Contract:
+    return contract.changed(
+        sites=[{"name": s, "public_key": k.public, "weight": 1.0 + place}
+               for place, (s, k) in enumerate(keys.items())],
+        quorum=secure.get("threshold", 3), secure_aggregation=SECURE | secure,
+    )
+
+
+@pytest.fixture
+def federation(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
+) -> Federation:
+    return Federation(table_contract, tmp_path, write_rows)
+
+
+def released_contract(contract: Contract) -> Contract:
+    return contract.changed(
+        releases=[{"metric": "loss", "share": 0.1, "bound": 2.0},
+                  {"metric": "accuracy", "share": 0.1}],
+        privacy={"adaptive": {"highest": 2.0}},
+    )
+
+
+def play(run: Run, handles: dict[str, Answer]) -> list[RoundFacts]:
+    facts = []
+    while not run.done:
+        facts.append(carry_out(run.stages(list(handles)), handles))
+    return facts
+
+
+def recorded(handles: dict[str, Answer], seen: list[tuple[str, Message]]) -> dict[str, Answer]:
+    """The same, with every reply noted."""
+
+    def answer(site: str, wire: bytes) -> bytes:
+        reply = handles[site](wire)
+        seen.append((site, messages.unpack(reply)))
+        return reply
+
+    return {site: lambda wire, s=site: answer(s, wire) for site in handles}
+
+
+# What comes of it
+
+
+@pytest.mark.parametrize("change", [lambda c: c, released_contract])
+def test_a_masked_run_gives_the_adapter_of_an_unmasked_one_to_quantisation(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    change: Callable[[Contract], Contract],
+) -> None:
+    masked = Federation(change(table_contract), tmp_path / "masked", write_rows)
+    plain = Federation(change(table_contract), tmp_path / "plain", write_rows)
+    plain.contract = plain.contract.changed(secure_aggregation=None)
+    for site in SITES:
+        plain.restart(site)
+    runs = masked.run(), plain.run()
+    facts = play(runs[0], masked.handles()), play(runs[1], plain.handles())
+    # A unit of the ring, half of it a site, over three rounds with momentum 0.9.
+    off = 3 * 2.8 * len(SITES) / 2 / vector.factor(masked.contract, 1.0) + 1e-6
+    for name, array in runs[1].registry.adapter().items():
+        found = runs[0].registry.adapter()[name]
+        np.testing.assert_allclose(found, array, rtol=0, atol=off)
+        assert np.abs(array).max() > 100 * off  # it trained
+    for with_masks, without in zip(*facts, strict=True):
+        assert with_masks.sites == without.sites == tuple(sorted(SITES))
+        assert with_masks.epsilon == without.epsilon
+        assert set(with_masks.released) <= {""}
+        for metric, mean in with_masks.released.get("", {}).items():
+            weights = masked.contract.weights()
+            each = sum(weights[s] * without.released[s][metric] for s in SITES) / 10
+            if metric == "unclipped":
+                each = mean  # held to [0, 1] at each site first; the clip norm shows it
+            assert mean == pytest.approx(each, abs=1e-3)
+        assert with_masks.clip_norm == (
+            None if without.clip_norm is None else pytest.approx(without.clip_norm, abs=1e-4)
+        )
+
+
+def test_no_update_leaves_in_the_clear(federation: Federation) -> None:
+    seen: list[tuple[str, Message]] = []
+    play(federation.run(), recorded(federation.handles(), seen))
+    kinds = [m.header.kind for _, m in seen]
+    rounds = federation.contract.rounds
+    assert {k: kinds.count(k) for k in set(kinds)} == {
+        "keys": 4, "shares": 4, "masked": 4 * rounds, "revealed": 4 * rounds
+    }
+    blobs = [m.blobs["masked"] for _, m in seen if m.header.kind == "masked"]
+    assert all(not m.arrays for _, m in seen)
+    # Uniform bytes: each masked entry is a fresh element of the ring, whatever the update is.
+    words = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+    assert len(words) == 3 * 4 * rounds * 14
+    assert abs(words.mean() - 127.5) < 5 * 74 / np.sqrt(len(words))
+
+
+def test_a_run_agrees_on_keys_once_and_makes_each_sum_in_two_stages(
+    federation: Federation,
+) -> None:
+    run, asked = federation.run(), []
+    handles = federation.handles()
+    while not run.done:
+        stages = run.stages(SITES)
+        wires = next(stages)
+        while True:
+            asked.append(messages.unpack(next(iter(wires.values()))).header.kind)
+            try:
+                wires = stages.send({s: handles[s](w) for s, w in wires.items()})
+            except StopIteration:
+                break
+    assert asked == ["agree", "share", *["train", "reveal"] * federation.contract.rounds]
+
+
+# Sites that go
+
+
+def gone_from(
+    handles: dict[str, Answer], site: str, kind: str
+) -> dict[str, Answer]:
+    """The same, but `site` answers nothing readable from its first request of this kind on."""
+    gone = False
+
+    def answer(wire: bytes) -> bytes:
+        nonlocal gone
+        gone = gone or messages.unpack(wire).header.kind == kind
+        return b"" if gone else handles[site](wire)
+
+    return handles | {site: answer}
+
+
+@pytest.mark.parametrize("kind", ["agree", "share", "train", "reveal"])
+def test_a_site_that_goes_before_any_stage_leaves_the_sum_of_the_rest(
+    federation: Federation, kind: str
+) -> None:
+    run = federation.run()
+    facts = play(run, gone_from(federation.handles(), "west", kind))
+    there = tuple(sorted(set(SITES) - {"west"}))
+    assert [f.sites for f in facts][1:] == [there] * 2
+    assert facts[0].sites == (tuple(sorted(SITES)) if kind == "reveal" else there)
+    assert run.done
+
+
+@pytest.mark.parametrize("kind", ["agree", "share", "train", "reveal"])
+def test_below_the_threshold_the_run_stops_and_nothing_is_released(
+    federation: Federation, kind: str
+) -> None:
+    run = federation.run()
+    handles = gone_from(federation.handles(), "west", kind)
+    handles = gone_from(handles, "south", kind)
+    with pytest.raises(RunError, match="Run stopped at round 1"):
+        play(run, handles)
+    assert not run.registry.rounds()
+
+
+def test_a_survivor_that_goes_before_the_endorsements_is_not_needed(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    five = (*SITES, "centre")
+    federation = Federation(table_contract, tmp_path, write_rows, five, threshold=3)
+    handles = gone_from(federation.handles(), "west", "train")
+    run = federation.run()
+    facts = carry_out(run.stages(five), gone_from(handles, "south", "endorse"))
+    assert facts.sites == ("centre", "east", "north", "south")
+    handles = gone_from(gone_from(handles, "south", "endorse"), "east", "reveal")
+    with pytest.raises(RunError, match="2 sites revealed their shares, 3 must"):
+        carry_out(run.stages(five), handles)
+
+
+def test_a_restarted_site_is_missing_in_its_round_and_back_after_the_next_agreement(
+    federation: Federation,
+) -> None:
+    run, handles = federation.run(), federation.handles()
+    facts = [carry_out(run.stages(SITES), handles)]
+    federation.restart("west")
+    facts.append(carry_out(run.stages(SITES), handles))
+    facts.append(carry_out(run.stages(SITES), handles))
+    assert [len(f.sites) for f in facts] == [4, 3, 4]
+    assert dict(facts[1].failed) == {"west": "E506"}
+    charged = [c.round for c in federation.ledgers["west"].charges.values()]
+    assert charged == [1, 3], "a request that cannot be masked costs nothing"
+
+
+def test_a_site_restarted_before_the_shares_are_revealed_reveals_nothing(
+    federation: Federation,
+) -> None:
+    handles = federation.handles()
+
+    def forgetful(wire: bytes) -> bytes:
+        if messages.unpack(wire).header.kind == "reveal":
+            federation.restart("west")
+        return federation.workers["west"].handle(wire)
+
+    seen: list[tuple[str, Message]] = []
+    run = federation.run()
+    facts = carry_out(run.stages(SITES), recorded(handles | {"west": forgetful}, seen))
+    said = {m.header.kind: m.header for s, m in seen if s == "west"}
+    assert isinstance(said["refusal"], Refusal)
+    assert said["refusal"].code == "E506"
+    assert "west" in facts.sites  # its masked update was there, and the others opened the sum
+
+
+# What a site refuses
+
+
+def first_requests(federation: Federation, run: Run) -> dict[str, bytes]:
+    """The first round's training requests, after an honest agreement."""
+    stages, handles = run.stages(SITES), federation.handles()
+    wires = next(stages)
+    for _ in range(2):
+        wires = stages.send({s: handles[s](w) for s, w in wires.items()})
+    return dict(wires)
+
+
+def refusal(worker: Worker, wire: bytes) -> str:
+    header = messages.unpack(worker.handle(wire)).header
+    assert isinstance(header, Refusal), header
+    return header.code
+
+
+def altered(wire: bytes, **changes: Any) -> bytes:
+    message = messages.unpack(wire)
+    blobs = changes.pop("blobs", message.blobs)
+    header = message.header.model_copy(update=changes)
+    return messages.pack(Message(header, message.arrays, blobs))
+
+
+def test_nothing_is_charged_for_a_request_that_cannot_be_masked(federation: Federation) -> None:
+    wire = first_requests(federation, federation.run())["north"]
+    north = federation.workers["north"]
+    blobs = messages.unpack(wire).blobs
+    swapped = dict(zip(blobs, reversed(blobs.values()), strict=True))
+    for bad, code in (
+        (altered(wire, agreement=None), "E506"),
+        (altered(wire, agreement="0" * 64), "E506"),
+        (altered(wire, run="run-2"), "E504"),
+        (altered(wire, blobs={}), "E504"),
+        (altered(wire, blobs=swapped), "E504"),
+        (altered(wire, blobs=blobs | {"north": b""}), "E504"),
+        (altered(wire, blobs={s: b[:-1] for s, b in blobs.items()}), "E504"),
+    ):
+        assert refusal(north, bad) == code
+    assert not federation.ledgers["north"].charges
+    assert isinstance(messages.unpack(north.handle(wire)).header, Masked)
+
+
+def test_the_same_request_gets_the_same_masked_bytes_and_one_charge(
+    federation: Federation,
+) -> None:
+    wire = first_requests(federation, federation.run())["north"]
+    north = federation.workers["north"]
+    reply = north.handle(wire)
+    assert north.handle(wire) == reply
+    assert north.handle(altered(wire, blobs={})) == reply
+    assert len(federation.ledgers["north"].charges) == 1
+
+
+def test_another_attempt_at_a_round_needs_another_agreement(federation: Federation) -> None:
+    """Two vectors under one mask would give away their difference."""
+    wire = first_requests(federation, federation.run())["north"]
+    north = federation.workers["north"]
+    north.handle(wire)
+    assert refusal(north, altered(wire, attempt=2)) == "E504"
+    assert len(federation.ledgers["north"].charges) == 1
+
+
+def test_after_a_restart_a_known_request_still_gets_its_masked_bytes(
+    federation: Federation,
+) -> None:
+    """It was durable before it left, and without secrets there is nothing to add to it."""
+    wire = first_requests(federation, federation.run())["north"]
+    reply = federation.workers["north"].handle(wire)
+    federation.restart("north")
+    assert federation.workers["north"].handle(wire) == reply
+    assert refusal(federation.workers["north"], altered(wire, round=2)) == "E506"
+
+
+def test_an_update_beyond_the_bound_does_not_leave(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = vector.join
+    for number, value in enumerate((np.nan, np.inf, -np.inf, 4.0001, -1e5)):
+        def spoilt(*args: Any, value: float = value) -> vector.Vector:
+            found = real(*args)
+            found[-1] = value
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vector, "join", spoilt)
+            federation.forget("north")
+            wire = first_requests(federation, federation.run(f"run-{number}"))["north"]
+            assert refusal(federation.workers["north"], wire) == "E502"
+        assert not federation.ledgers["north"].releases
+
+
+def test_requests_of_secure_aggregation_mean_nothing_under_a_plain_contract(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker(table_contract, write_rows(tmp_path / "rows.csv", 60))
+    ask = Agree(contract=table_contract.hash, run="run-1", round=1, attempt=1)
+    assert refusal(worker, messages.pack(Message(ask))) == "E501"
+    arrays = build(table_contract, None).initial_arrays()
+    train = Train(contract=table_contract.hash, run="run-1", round=1, agreement="0" * 64)
+    assert refusal(worker, messages.pack(Message(train, arrays))) == "E202"
+    blobs = {"south": b"x"}
+    train = Train(contract=table_contract.hash, run="run-1", round=1)
+    assert refusal(worker, messages.pack(Message(train, arrays, blobs))) == "E202"
+    assert not worker.ledger.charges
+
+
+def test_asking_for_keys_again_and_again_takes_no_more_memory(federation: Federation) -> None:
+    north = federation.workers["north"]
+    assert north.masking is not None
+
+    def ask(attempt: int) -> Message:
+        request = Agree(
+            contract=federation.contract.hash, run="run-1", round=1, attempt=attempt
+        )
+        return messages.unpack(north.handle(messages.pack(Message(request))))
+
+    first = ask(1)
+    assert isinstance(first.header, PublicKeys)
+    assert ask(1) == first
+    for attempt in range(2, 20):
+        assert ask(attempt).blobs != first.blobs
+    assert len(north.masking._members) == MOST_AGREEMENTS
+    assert ask(1).blobs != first.blobs  # forgotten, so new ones: never the same keys twice
+    beyond = Agree(contract=federation.contract.hash, run="run-1", round=4, attempt=1)
+    assert refusal(north, messages.pack(Message(beyond))) == "E202"
+
+
+# What a contract and a policy may say
+
+
+def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
+    policy = permitting(federation.contract, "north", federation.files["north"], None)
+    with pytest.raises(RefusalError, match="names another key"):
+        Worker(policy, federation.contract, Ledger.in_memory("north", Keys.in_memory()))
+    with pytest.raises(RefusalError, match="not in the contract's roster"):
+        Worker(policy, federation.contract, Ledger.in_memory("north"))
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"sites": 2}, "it needs 3 to 128 sites, not 2"),
+    ({"threshold": 1}, "2 × threshold must exceed sites + colluders, and 2 × 1 does not exceed 4"),
+    ({"threshold": 2}, "2 × 2 does not exceed 4 + 0"),
+    ({"threshold": 3, "colluders": 2}, "2 × 3 does not exceed 4 + 2"),
+    ({"threshold": 4, "colluders": 3}, "does not hide one update among at least two"),
+    ({"threshold": 5}, "a threshold of 5 is more than the 4 sites"),
+    ({"quorum": 2}, "quorum is 2, but 3 sites must answer for a masked sum to open"),
+    ({"keys": None}, "needs a public_key of each site's own"),
+    ({"keys": "same"}, "needs a public_key of each site's own"),
+    ({"bound": 0.0}, "'secure_aggregation.bound'"),
+    ({"colluders": -1}, "'secure_aggregation.colluders'"),
+])
+def test_a_contract_that_would_not_hide_an_update_is_none(
+    table_contract: Contract, changes: dict[str, Any], says: str
+) -> None:
+    keys = {s: Keys.in_memory().public for s in SITES[: changes.get("sites", 4)]}
+    kind = changes.get("keys", "own")
+    with pytest.raises(ContractError) as caught:
+        table_contract.changed(
+            sites=[{"name": s, "public_key": {"own": k, "same": "0" * 64, None: None}[kind]}
+                   for s, k in keys.items()],
+            quorum=changes.get("quorum", min(3, len(keys))),
+            secure_aggregation={
+                k: v for k, v in changes.items() if k in ("threshold", "colluders", "bound")
+            },
+        )
+    assert any(says in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federation) -> None:
+    def refusals(contract: Contract, **permits: Any) -> list[str]:
+        policy = permitting(contract, "north", federation.files["north"], None)
+        narrower = policy.permits.model_copy(update=permits)
+        return [
+            str(r) for r in policy.model_copy(update={"permits": narrower}).refusals(contract)
+        ]
+
+    plain = federation.contract.changed(secure_aggregation=None)
+    assert not refusals(plain)
+    assert not refusals(federation.contract, masked_only=True)
+    assert "has no [secure_aggregation]" in refusals(plain, masked_only=True)[0]
+    two = with_keys(federation.contract, federation.keys, threshold=4, colluders=2)
+    assert not refusals(two, colluders=2)
+    assert "colluders = 0 is below permits.colluders = 1" in refusals(
+        federation.contract, colluders=1
+    )[0]
+
+
+def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Federation) -> None:
+    contract = federation.contract
+    plan = accounting.plan(contract, contract.target_of("north"))
+    check_bound(contract, plan)
+    tight = contract.changed(secure_aggregation={"bound": 0.01})
+    with pytest.raises(RefusalError, match=r"bound = 0.01 of the contract. Raise the bound"):
+        check_bound(tight, plan)
+    check_bound(tight.changed(privacy={"mode": "none"}), plan)
+    policy = permitting(tight, "north", federation.files["north"], None)
+    with pytest.raises(RefusalError, match="Raise the bound"):
+        Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
+
+
+def test_an_older_contract_keeps_its_hash(table_contract: Contract) -> None:
+    """None is no part of it: a setting that was added changes no contract without it."""
+    assert "secure" not in table_contract.model_dump_json(exclude_none=True)
+
+
+def test_three_bytes_an_entry_and_at_least_sixteen_bits(federation: Federation) -> None:
+    contract = federation.contract
+    levels = 2 * contract.secure_aggregation.bound * vector.factor(  # type: ignore[union-attr]
+        contract, contract.weight_share("north")
+    )
+    assert levels > 2**16
+    assert ring.WIDTH == 3
