@@ -31,8 +31,11 @@ class Keys:
     folder: Path | None = None
 
     @classmethod
-    def in_memory(cls) -> Keys:
-        return cls(secrets.token_bytes(32), Ed25519PrivateKey.generate(), b"")
+    def in_memory(cls, signing: bytes | None = None) -> Keys:
+        """Keys that end with the process; `signing` (32 bytes): of a simulated site's roster entry.
+        """
+        key = signing or secrets.token_bytes(32)
+        return cls(secrets.token_bytes(32), Ed25519PrivateKey.from_private_bytes(key), b"")
 
     @classmethod
     def create(cls, folder: Path) -> Keys:

@@ -51,6 +51,7 @@ class Job:
     evaluate_every: int
     insecure_seed: int | None = None
     performance: Performance = field(default_factory=Performance)
+    keys: Mapping[str, bytes] = field(default_factory=dict)  # of the roster's sites, if it has any
 
     @property
     def cost(self) -> float:
@@ -91,7 +92,8 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     ):
         alone = tuple(
             plan.changed(
-                sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1
+                sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1,
+                secure_aggregation=None,
             ) for s in contract.sites
         )
         arms.append(Arm(name, label, True, False, alone))
@@ -113,6 +115,7 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     pooled = plain.changed(
         sites=[{"name": POOLED}],
         quorum=1,
+        secure_aggregation=None,
         privacy={"expected_records": plain.privacy.expected_records * len(plain.sites)},
     )
     arms.append(Arm("pooled-no-dp", "Pooled LoRA without DP", False, False, (pooled,)))

@@ -41,7 +41,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     """Run a recipe with all its arms.
 
     Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
-    insecure_seed; and how to compute: device, bf16, gradients, checkpointing, compile,
+    masked, insecure_seed; and how to compute: device, bf16, gradients, checkpointing, compile,
     micro_batch, cache_megabytes, cache_folder.
 
     \b

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
@@ -38,7 +39,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
                 contract, site.name, training_file(job.data, site.name), job.model_folder,
                 job.performance,
             ),
-            contract, Ledger.in_memory(site.name), insecure_seed=seed,
+            contract, _ledger(job, site.name), insecure_seed=seed,
         )
         for site in contract.sites
     }
@@ -79,6 +80,10 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         os.getpid(),
     )
+
+
+def _ledger(job: Job, site: str) -> Ledger:
+    return Ledger.in_memory(site, Keys.in_memory(job.keys[site]) if site in job.keys else None)
 
 
 def _give_back_freed_memory() -> None:

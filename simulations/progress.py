@@ -60,6 +60,8 @@ class Progress:
             f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
             f"each site ε ≤ {p.epsilon:.2f}, δ = {p.delta:g} (RDP)"
         )
+        if c.secure_aggregation:
+            say(f"       updates masked: the server sees sums of at least {c.quorum} sites")
         say(
             f"       {len(jobs)} runs to compare {len({j.arm for j in jobs})} arms, "
             f"{processes} at a time"

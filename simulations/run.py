@@ -29,6 +29,7 @@ from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
+from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.progress import Progress
 from silotune.simulations.summary import summarise
 
@@ -54,6 +55,7 @@ class Options:
     arms: list[str] = field(default_factory=list)
     processes: int = 0
     insecure_seed: int | None = None
+    masked: bool = True
     performance: Performance = field(default_factory=Performance)
 
     @classmethod
@@ -63,7 +65,7 @@ class Options:
         readers: dict[str, Any] = {
             "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
             "evaluate_every": int, "processes": int, "insecure_seed": int,
-            "arms": lambda text: text.split(","),
+            "arms": lambda text: text.split(","), "masked": _flag,
         }
         for word in words:
             key, equals, value = word.partition("=")
@@ -79,12 +81,18 @@ class Options:
             try:
                 setattr(options, key, readers[key](value))
             except ValueError:
-                kind = "a whole number" if readers[key] is int else "a number"
+                kind = {int: "a whole number", _flag: "true or false"}.get(readers[key], "a number")
                 raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
             if key in ("repeats", "cheap_repeats", "evaluate_every") and int(value) < 1:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
         options.performance = _performance(computing)
         return options
+
+
+def _flag(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise ValueError(word)
+    return word == "true"
 
 
 def _performance(words: dict[str, str]) -> Performance:
@@ -128,7 +136,9 @@ def run(
         for key, value in (("epsilon", options.epsilon), ("delta", options.delta))
         if value is not None
     }
-    contract = recipe.contract.changed(privacy=privacy)
+    contract, keys = recipe.contract.changed(privacy=privacy), SigningKeys()
+    if options.masked and len(contract.sites) >= 3:
+        contract, keys = masked(contract, options.insecure_seed)
     arms = arms_of(contract, recipe.facts["arms"])
     if options.arms:
         known = [arm.name for arm in arms]
@@ -154,7 +164,7 @@ def run(
     if unknown:
         raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
     processes = options.processes or os.cpu_count() or 1
-    jobs = list(_jobs(recipe, options, arms, folder, model_folder, split))
+    jobs = list(_jobs(recipe, options, arms, folder, model_folder, split, keys))
     progress.start(counts, jobs, processes)
     try:
         results = _run_jobs(jobs, processes, progress)
@@ -204,7 +214,7 @@ def run(
 
 def _jobs(
     recipe: Recipe, options: Options, arms: list[Arm], folder: Path,
-    model_folder: Path | None, split: Path,
+    model_folder: Path | None, split: Path, keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main arm's first run first, so that it can be watched; then the costly ones."""
     facts = recipe.facts
@@ -227,6 +237,7 @@ def _jobs(
                         evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
+                        keys=keys if contract.secure_aggregation else {},
                     )
                 )
     yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))

@@ -52,6 +52,7 @@ def summarise(
         "privacy": {
             "unit": contract.privacy.unit,
             "adjacency": f"add or remove one {contract.privacy.unit}",
+            "masked": contract.quorum if contract.secure_aggregation else None,
             "epsilon": contract.privacy.epsilon,
             "delta": contract.privacy.delta,
             "accountant": "RDP",

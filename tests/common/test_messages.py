@@ -19,11 +19,21 @@ from silotune.common.errors import CODES, ProtocolError
 from silotune.common.messages import (
     MAX_HEADER,
     MAX_WIRE,
+    Agree,
     Describe,
     Description,
+    Endorse,
+    Endorsement,
+    Header,
+    Keys,
+    Masked,
     Message,
     Receipt,
     Refusal,
+    Reveal,
+    Revealed,
+    Share,
+    Shares,
     Train,
     Update,
     pack,
@@ -40,6 +50,9 @@ UPDATE: dict[str, Any] = {
 REFUSAL: dict[str, Any] = {
     "kind": "refusal", "contract": HASH, "site": "north", "code": "E210", "incident": "ab" * 8,
 }
+
+WITH_ARRAYS = Train | Update
+WITH_BLOBS = Train | Masked | Share | Reveal | Keys | Shares | Endorsement | Revealed
 
 # Wire bytes by hand
 
@@ -72,8 +85,11 @@ def read_or_refused(wire: bytes) -> None:
         message = unpack(wire)
     except ProtocolError:
         return
-    assert isinstance(message.header, Describe | Train | Description | Update | Refusal)
+    assert isinstance(message.header, Header)
     assert all(array.dtype == np.float32 for array in message.arrays.values())
+    assert all(isinstance(blob, bytes) for blob in message.blobs.values())
+    assert isinstance(message.header, WITH_ARRAYS) or not message.arrays
+    assert isinstance(message.header, WITH_BLOBS) or not message.blobs
 
 
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -91,7 +107,15 @@ metrics = st.dictionaries(
 headers = st.one_of(
     st.builds(Describe, contract=hashes),
     st.builds(Train, contract=hashes, run=runs, round=rounds, attempt=rounds,
-              receipt=st.none() | receipts),
+              receipt=st.none() | receipts, agreement=st.none() | hashes),
+    *(st.builds(kind, contract=hashes, run=runs, round=rounds, attempt=rounds)
+      for kind in (Agree, Share)),
+    *(st.builds(kind, contract=hashes, agreement=hashes, round=rounds,
+                survivors=st.lists(sites, max_size=4).map(tuple)) for kind in (Endorse, Reveal)),
+    *(st.builds(kind, contract=hashes, site=sites)
+      for kind in (Keys, Shares, Endorsement, Revealed)),
+    st.builds(Masked, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
+              epsilon=epsilons, receipt=receipts, agreement=hashes),
     st.builds(Description, contract=hashes, site=sites),
     st.builds(Update, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
               epsilon=epsilons, metrics=metrics, receipt=receipts),
@@ -100,20 +124,34 @@ headers = st.one_of(
 )
 arrays = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-        lambda name: name != "__metadata__"
+        lambda name: name != "__metadata__" and name[:1] != ":"
     ),
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4)),
     max_size=4,
 )
 
 
+blobs = st.dictionaries(sites, st.binary(max_size=40), max_size=4)
+
+
+def carried(header: Any, named: dict[str, Any], bytes_: dict[str, bytes]) -> Message:
+    """A message with as much of these as its kind may carry."""
+    return Message(
+        header, named if isinstance(header, WITH_ARRAYS) else {},
+        bytes_ if isinstance(header, WITH_BLOBS) else {},
+    )
+
+
 @FUZZ
-@given(headers, arrays)
-def test_round_trip(header: Any, named: dict[str, Any]) -> None:
-    """Every header and array comes back bit by bit, NaN and infinity too (rounds.py judges)."""
-    named = named if isinstance(header, Train | Update) else {}
-    message = unpack(pack(Message(header, named)))
+@given(headers, arrays, blobs)
+def test_round_trip(header: Any, named: dict[str, Any], bytes_: dict[str, bytes]) -> None:
+    """Every header, array and blob comes back bit by bit, NaN and infinity too (rounds.py judges).
+    """
+    sent = carried(header, named, bytes_)
+    named = sent.arrays
+    message = unpack(pack(sent))
     assert message.header == header
+    assert message.blobs == sent.blobs
     assert type(message.header) is type(header)
     assert set(message.arrays) == set(named)
     for name, array in named.items():
@@ -129,26 +167,44 @@ def test_a_number_by_itself_keeps_its_shape() -> None:
 
 
 @FUZZ
-@given(headers, arrays, st.randoms(use_true_random=False))
-def test_the_same_message_is_the_same_bytes(header: Any, named: dict[str, Any], rng: Any) -> None:
-    named = named if isinstance(header, Train | Update) else {}
-    order = list(named)
+@given(headers, arrays, blobs, st.randoms(use_true_random=False))
+def test_the_same_message_is_the_same_bytes(
+    header: Any, named: dict[str, Any], bytes_: dict[str, bytes], rng: Any
+) -> None:
+    sent = carried(header, named, bytes_)
+    order, peers = list(sent.arrays), list(sent.blobs)
     rng.shuffle(order)
-    shuffled = {name: np.asfortranarray(named[name]) for name in order}
-    wire = pack(Message(header, named))
-    assert pack(Message(header, shuffled)) == wire
+    rng.shuffle(peers)
+    shuffled = {name: np.asfortranarray(sent.arrays[name]) for name in order}
+    wire = pack(sent)
+    assert pack(Message(header, shuffled, {name: sent.blobs[name] for name in peers})) == wire
     assert pack(unpack(wire)) == wire
 
 
-def example() -> bytes:
+@FUZZ
+@given(headers, arrays, blobs)
+def test_a_kind_carries_only_what_it_may(
+    header: Any, named: dict[str, Any], bytes_: dict[str, bytes]
+) -> None:
+    wire = pack(Message(header, named, bytes_))
+    if carried(header, named, bytes_) == Message(header, named, bytes_):
+        unpack(wire)
+    else:
+        assert refused(wire).code == "E502"
+
+
+def example(masked: bool = False) -> bytes:
+    if masked:
+        facts = {k: v for k, v in UPDATE.items() if k not in ("kind", "metrics")}
+        return pack(Message(Masked(**facts, agreement=HASH), blobs={"masked": bytes(range(9))}))
     values = {"head.bias": np.ones(2, np.float32), "head.weight": np.ones((2, 3), np.float32)}
     return pack(Message(Update(**UPDATE), values))
 
 
 def test_every_truncation_is_refused() -> None:
-    wire = example()
-    for size in range(len(wire)):
-        refused(wire[:size])
+    for wire in (example(), example(masked=True)):
+        for size in range(len(wire)):
+            refused(wire[:size])
 
 
 def test_trailing_bytes_are_refused() -> None:
@@ -157,16 +213,16 @@ def test_trailing_bytes_are_refused() -> None:
 
 
 def test_every_flipped_bit_is_read_or_refused() -> None:
-    wire = example()
-    for place in range(len(wire)):
-        for bit in (1, 8, 128):
-            read_or_refused(wire[:place] + bytes([wire[place] ^ bit]) + wire[place + 1 :])
+    for wire in (example(), example(masked=True)):
+        for place in range(len(wire)):
+            for bit in (1, 8, 128):
+                read_or_refused(wire[:place] + bytes([wire[place] ^ bit]) + wire[place + 1 :])
 
 
 @FUZZ
 @given(st.data())
 def test_mangled_bytes(data: st.DataObject) -> None:
-    wire = bytearray(example())
+    wire = bytearray(example(data.draw(st.booleans())))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(wire)))
         wire[place : place + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
@@ -182,7 +238,7 @@ def test_any_bytes(wire: bytes) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["F32", "F64", "silotune", HASH]),
+    | st.sampled_from(["F32", "F64", "U8", "silotune", HASH]),
     lambda inside: st.lists(inside, max_size=3)
     | st.dictionaries(
         st.sampled_from(["__metadata__", "silotune", "x", "dtype", "shape", "data_offsets"]),
@@ -249,6 +305,16 @@ def test_a_pickle_is_refused_and_not_run() -> None:
     np.save(file, np.array([{"a": 1}]), allow_pickle=True)
     refused(file.getvalue())
     assert not ran
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "bool"])
+def test_blobs_are_bytes(dtype: str) -> None:
+    facts = {k: v for k, v in UPDATE.items() if k != "metrics"}
+    metadata = {"silotune": json.dumps(facts | {"kind": "masked", "agreement": HASH})}
+    wire = save_tensors({":masked": np.zeros(8, dtype)}, metadata=metadata)
+    assert refused(wire).code == "E502"
+    square = save_tensors({":masked": np.zeros((2, 2), np.uint8)}, metadata=metadata)
+    assert refused(square).code == "E501"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "int8", "uint8", "bool"])

@@ -31,6 +31,7 @@ class Federation:
             "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         }
         self._started: list[subprocess.Popen[bytes]] = []
+        self._sockets: dict[str, Path] = {}
 
     def start(
         self, *command: str | Path, log: str, env: dict[str, str] | None = None
@@ -116,6 +117,41 @@ class Federation:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def start_site(
+        self, name: str, contract: Path, data: Path, *more: str | Path, model: Path | None = None
+    ) -> list[subprocess.Popen[bytes]]:
+        """Register a node, start its worker (seeded_worker.py) and its SuperNode beside it."""
+        key, path = self.folder / f"{name}.key", data.parent / "worker.sock"
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key],
+            check=True,
+        )
+        self.register(key.with_suffix(".key.pub"), name)
+        worker = self.start(
+            sys.executable, Path(__file__).with_name("seeded_worker.py"), name,
+            "--contract", contract, "--data", data, "--socket", path,
+            *(("--model", model) if model else ()), *more, log=f"{name}-worker.log",
+        )
+        node = self.start(
+            BIN / "flower-supernode", "--root-certificates", self.ca,
+            "--superlink", self.address, "--auth-supernode-private-key", key,
+            "--port", str(self.free_port()), "--node-config",
+            f'site="{name}" socket="{path}"', log=f"{name}-node.log",
+        )
+        self._sockets[name] = path
+        return [worker, node]
+
+    def wait_until_ready(self, name: str) -> Path:
+        """Wait for the worker's socket; returns it."""
+        path = self._sockets[name]
+        self.wait_for(path.exists, 120, f"the worker of {name} being ready", f"{name}-worker.log")
+        return path
+
+    @staticmethod
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL, for it and all it started."""
+        os.killpg(process.pid, signal.SIGKILL)
 
     def register(self, public_key: Path, name: str) -> None:
         self.flwr("supernode", "register", public_key, "tls", "--name", name)

@@ -6,8 +6,6 @@ Two hospitals, two rounds, noise off: the adapter must equal the one the in-proc
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,28 +20,11 @@ from silotune.common.contract import Contract
 from silotune.common.model import build
 from silotune.server.fab import write_app
 from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
 from silotune.server.rounds import Run
+from tests.system.seeded_worker import SEED
 
 SITES = ("north", "south")
-SEED = 7
-
-# A worker with a seed, which no command line can start: Poisson samples must repeat in this test.
-WORKER = f"""
-import sys, torch
-from pathlib import Path
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.wire import listen, serve
-from silotune.client.worker import Worker
-from silotune.common.contract import load
-torch.set_num_threads(1)
-file, name, data, model, path = sys.argv[1:]
-contract = load(Path(file))
-policy = permitting(contract, name, Path(data), Path(model))
-worker = Worker(policy, contract, Ledger.in_memory(name), insecure_seed={SEED})
-serve(worker.handle, listen(Path(path)))
-"""
-
 
 def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: Path) -> Run:
     workers = [
@@ -57,12 +38,9 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
         contract, Registry.create(folder, contract), "reference",
         build(contract, model).initial_arrays(),
     )
+    handles = {worker.policy.name: worker.handle for worker in workers}
     while not run.done:
-        run.begin()
-        for worker in workers:
-            wire = run.request(worker.policy.name)
-            run.accept(worker.policy.name, len(wire), worker.handle(wire))
-        run.finish()
+        carry_out(run.stages(SITES), handles)
     return run
 
 
@@ -79,26 +57,9 @@ def test_two_supernodes_give_the_adapter_of_the_in_process_path(
     reference = in_process(contract, files, encoder_folder, tmp_path / "reference")
 
     for site in SITES:
-        key = tmp_path / f"{site}.key"
-        subprocess.run(
-            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key],
-            check=True,
-        )
-        federation.register(key.with_suffix(".key.pub"), site)
-        path = tmp_path / site / "worker.sock"
-        log = f"{site}-worker.log"
-        federation.start(
-            sys.executable, "-c", WORKER, contract_file, site, files[site], encoder_folder, path,
-            log=log,
-        )
-        federation.wait_for(path.exists, 120, f"the worker of {site} being ready", log)
-        assert path.stat().st_mode & 0o077 == 0
-        federation.start(
-            federation.bin / "flower-supernode", "--root-certificates", federation.ca,
-            "--superlink", federation.address, "--auth-supernode-private-key", key,
-            "--port", str(federation.free_port()), "--node-config",
-            f'site="{site}" socket="{path}"', log=f"{site}-node.log",
-        )
+        federation.start_site(site, contract_file, files[site], model=encoder_folder)
+    for site in SITES:
+        assert federation.wait_until_ready(site).stat().st_mode & 0o077 == 0
     app = write_app(
         tmp_path / "app", contract=contract_file, model=encoder_folder, run="deployed",
         runs=tmp_path / "runs",

@@ -1,0 +1,45 @@
+"""Secure aggregation in a simulation: the sites of a recipe get keys, as real ones bring their own.
+
+A recipe's contract names no keys: their private halves would have to be public with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from silotune.common.agreement import default_threshold
+from silotune.common.contract import Contract
+
+SigningKeys = dict[str, bytes]  # site -> private key, 32 bytes
+
+
+def masked(contract: Contract, insecure_seed: int | None) -> tuple[Contract, SigningKeys]:
+    """The contract with secure aggregation and a roster of new keys, and their private halves.
+
+    The threshold is the usual one, or the contract's quorum where that is lower and still enough.
+    """
+    sites = [site.name for site in contract.sites]
+    usual = default_threshold(len(sites))
+    threshold = min(usual, max(contract.quorum, len(sites) // 2 + 1))
+    keys = {name: _key(name, insecure_seed) for name in sites}
+    roster = [
+        site.model_dump(mode="json") | {
+            "public_key": Ed25519PrivateKey.from_private_bytes(keys[site.name])
+            .public_key().public_bytes_raw().hex()
+        }
+        for site in contract.sites
+    ]
+    found = contract.changed(
+        sites=roster, quorum=max(contract.quorum, threshold),
+        secure_aggregation={"threshold": threshold},
+    )
+    return found, keys
+
+
+def _key(name: str, insecure_seed: int | None) -> bytes:
+    if insecure_seed is None:
+        return secrets.token_bytes(32)
+    return hashlib.sha256(f"insecure key\0{insecure_seed}\0{name}".encode()).digest()

@@ -1,0 +1,55 @@
+"""A worker with seeded noise, which no command line can start: what it sends must repeat in a test.
+
+With --stop-at it answers no request of that kind: it says so by making a file, and waits to be
+killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.wire import listen, serve
+from silotune.client.worker import Worker
+from silotune.common import messages
+from silotune.common.contract import load
+
+SEED = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("site")
+    for name in ("contract", "data", "model", "socket", "key", "marker"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--stop-at")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    contract = load(words.contract)
+    keys = None
+    if words.key:
+        keys = Keys(bytes(32), Ed25519PrivateKey.from_private_bytes(words.key.read_bytes()), b"")
+    worker = Worker(
+        permitting(contract, words.site, words.data, words.model), contract,
+        Ledger.in_memory(words.site, keys), insecure_seed=SEED,
+    )
+
+    def handle(wire: bytes) -> bytes:
+        if messages.unpack(wire).header.kind == words.stop_at:
+            words.marker.touch()
+            while True:
+                signal.pause()
+        return worker.handle(wire)
+
+    serve(handle, listen(words.socket))
+
+
+if __name__ == "__main__":
+    main()
