@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check bench-ledger bench-dp install clean FORCE
+.PHONY: demo test check bench-ledger bench-dp bench-secagg install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -20,6 +20,9 @@ check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 
 bench-ledger: $(INSTALLED)  ## what a charge costs; writes simulations/benchmarks/results/ledger.json
 	$(BIN)/python -m silotune.simulations.benchmarks.ledger
+
+bench-secagg: $(INSTALLED)  ## what masking costs beside Flower's SecAgg+; writes results/secagg.json
+	$(BIN)/python -m silotune.simulations.benchmarks.secagg
 
 bench-dp: $(INSTALLED)  ## what a private step costs; writes simulations/benchmarks/results/dp.json
 	$(BIN)/python -m silotune.simulations.benchmarks.dp

@@ -59,13 +59,18 @@ class Masking:
             member.receive(shares)
         member.check_can_mask(request.round)
 
-    def mask(self, request: Train, change: Arrays, metrics: dict[Metric, float]) -> bytes:
-        """The masked update [3 bytes an entry]. E502 if an entry is beyond the contract's bound."""
+    def mask(
+        self, request: Train, digest: str, change: Arrays, metrics: dict[Metric, float]
+    ) -> bytes:
+        """The masked update [3 bytes an entry]. E502 if an entry is beyond the contract's bound.
+
+        digest: messages.digest of the request, so that masks cancel only among equal requests.
+        """
         member = self._member(request.agreement)
         factor = vector.factor(self.contract, self.contract.weight_share(self.name))
         return member.mask(
             request.round, vector.join(self.contract, change, metrics), factor,
-            vector.bound(self.contract),
+            vector.bound(self.contract), bytes.fromhex(digest),
         )
 
     def endorsement(self, request: Endorse) -> Blobs:

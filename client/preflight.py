@@ -19,6 +19,7 @@ from silotune.client.budget import Budget, Limit
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
+from silotune.client.masking import check_bound
 from silotune.client.policy import Policy
 from silotune.client.site import Site
 from silotune.common import contract as contracts
@@ -80,6 +81,7 @@ def check(site: Site, contract_file: Path) -> list[Check]:
     if policy and contract:
         table.rows += _permission(policy, contract)
         table.rows.append(_roster(policy, contract, keys))
+        table.rows.append(_masks(policy, contract))
         if isinstance(contract.model, EncoderModel):
             table.attempt("model", "silotune data fetch, or set model.folder",
                           lambda: _model(policy, contract))
@@ -168,6 +170,17 @@ def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
         return Check("roster", "problem", f"the key {entry.public_key[:12]}… is not this site's",
                      f"public_key = \"{keys.public}\"", "E201")
     return Check("roster", "ok", f"{policy.name}, key {entry.public_key[:12]}…")
+
+
+def _masks(policy: Policy, contract: Contract) -> Check:
+    if contract.secure_aggregation is None:
+        return Check("masks", "warning", contract.masks, "[secure_aggregation] in the contract")
+    try:
+        check_bound(contract, accounting.plan(contract, policy.target(contract)))
+    except RefusalError as error:
+        return Check("masks", "problem", str(error), "the operator changes the contract",
+                     error.code)
+    return Check("masks", "ok", contract.masks)
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:

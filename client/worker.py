@@ -10,7 +10,6 @@ step leaves the charge standing and nothing outside.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from functools import partial
@@ -133,8 +132,7 @@ class Worker:
         if request.receipt is not None:
             self.ledger.check_receipt(request.receipt)
         # Receipt and shares may change from one sending to the next; what is asked does not.
-        asked = Message(request.model_copy(update={"receipt": None}), arrays)
-        digest = hashlib.sha256(messages.pack(asked)).hexdigest()
+        digest = messages.digest(request, arrays)
         try:
             phase = self.contract.phase_of(request.round)
         except ValueError as error:
@@ -153,7 +151,7 @@ class Worker:
             self.contract, self.policy.name, charge, change, metrics, self.shapes,
             epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
             agreement=request.agreement,
-            mask=partial(self.masking.mask, request) if self.masking else None,
+            mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )
         self.ledger.release(charge, reply)
         return reply

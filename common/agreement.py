@@ -142,10 +142,13 @@ class Agreement:
         """Where a member's shares lie."""
         return self.members.index(name) + 1
 
-    def mask_key(self, secret: X25519PrivateKey, mine: str, peer: str, number: int) -> bytes:
-        """The seed of the two members' mask of a round."""
+    def mask_key(
+        self, secret: X25519PrivateKey, mine: str, peer: str, number: int, asked: bytes
+    ) -> bytes:
+        """The seed of the two members' mask of a round, for what was asked of both."""
         shared = exchange(secret, self.keys[peer].masking[self.terms.place_of(number)])
-        return derive(shared, self.transcript, "mask", number, *sorted((mine, peer)))
+        pair = sorted((mine, peer))
+        return derive(shared, self.transcript, "mask", number, *pair, asked.hex())
 
     def own_mask_key(self, seed: int, name: str, number: int) -> bytes:
         return derive(shamir.to_bytes(seed), self.transcript, "own mask", number, name)

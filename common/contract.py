@@ -233,6 +233,18 @@ class Contract(Frozen):
         secure, sites = self.secure_aggregation, len(self.sites)
         return (secure and secure.threshold) or agreement.default_threshold(sites)
 
+    @property
+    def masks(self) -> str:
+        """What secure aggregation hides, in words."""
+        if self.secure_aggregation is None:
+            return "none: the server sees each site's update by itself"
+        colluders = self.secure_aggregation.colluders
+        helped = f", also with the help of {colluders} of them" if colluders else ""
+        return (
+            f"the server sees sums of at least {self.quorum} of {len(self.sites)} sites{helped}; "
+            f"{self.threshold} open one"
+        )
+
     def terms(self, run: str, first: int, attempt: int) -> agreement.Terms:
         """What an agreement on keys is for that serves the rounds from `first` on."""
         assert self.secure_aggregation is not None

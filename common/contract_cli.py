@@ -37,6 +37,7 @@ def show(file: Path, as_json: bool) -> None:
         f"{found.name}  {found.hash}",
         f"  privacy  {guarantee}; clip {p.clip_norm:g}",
         f"  rounds   {found.rounds}; quorum {found.quorum} of {len(found.sites)}",
+        f"  masks    {found.masks}",
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  labels   {', '.join(found.label_names)}",
         f"  leaves a site: {found.leaves}",

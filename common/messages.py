@@ -17,6 +17,7 @@ contract's releases.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass, field
@@ -230,6 +231,12 @@ def pack(message: Message) -> bytes:
     }
     tensors |= {_BLOB + n: np.frombuffer(b, dtype=np.uint8) for n, b in message.blobs.items()}
     return save_tensors(tensors, metadata={"silotune": header})
+
+
+def digest(request: Train, arrays: Arrays) -> str:
+    """SHA-256 of what a round asks of every site alike: all but a site's own receipt and shares."""
+    alike = Message(request.model_copy(update={"receipt": None}), arrays)
+    return hashlib.sha256(pack(alike)).hexdigest()
 
 
 def unpack(wire: bytes) -> Message:

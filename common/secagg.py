@@ -7,7 +7,8 @@ rounds, two or three more make each sum:
   keys     each site signs fresh X25519 keys and commitments, for all rounds of the agreement
   shares   each checks every signature, and seals for every other its Shamir shares of two secrets
            a round: the key of its pairwise masks, and the seed of a mask of its own
-  mask     each sends its update plus the own mask plus or minus a mask with every other member
+  mask     each sends its update plus the own mask plus or minus a mask with every other member;
+           that mask depends on what both were asked, so it cancels only if it was the same
   endorse  only if a member is missing: each survivor signs the set of survivors
   reveal   each gives, for a survivor, its share of the own mask's seed, for a missing member that
            of the pairwise key: never both for one member and round
@@ -35,12 +36,18 @@ smaller U: the first are at most (n - c) - (t - c) = n - t, and with c dishonest
 So of a member outside U no own mask becomes known, and of a member of U no pairwise key, since for
 that t - c honest sites must have held a set without it. (5) Hence the known secrets are the own
 masks of U and the pairwise keys of the rest, for one U. Each pairwise mask between two honest
-members of U stays unknown and is in both their vectors: only the sum over all of U is free of them.
-This is the hybrid argument of the paper's Theorem 6.5, whose bounds are those above.
+members of U stays unknown and is in both their vectors: only the sum over all of U is free of them,
+and that only if all of U were asked to train from the same adapter. (Otherwise a server could give
+all but one site an adapter whose updates it knows: Pasquini et al. 2022, arXiv 2111.07380, whose
+remedy this is.) This is the hybrid argument of the first paper's Theorem 6.5, whose bounds are
+those above.
 
-What it does not hide: who takes part and when, sizes and timing, the sum itself (hence differential
-privacy before masking). It does not stop a site from adding nonsense to the sum, or from ending a
-round by withholding or spoiling shares; a sum that does not open is noticed and not used.
+What it does not hide: who takes part and when, sizes and timing, and the sums themselves. Over many
+rounds a server that chooses who survives can subtract sums of updates that hardly change and so
+come near to one of them (So et al. 2023, arXiv 2106.03328): what protects a site's records from
+that, and from the sum, is its own differential privacy. It does not stop a site from adding
+nonsense to the sum, or from ending a round by withholding or spoiling shares; a sum that does not
+open is noticed and not used.
 
 Secrets live in memory only and go as soon as their round allows: a site that was restarted has
 none, reveals nothing, and counts as missing until the next agreement.
@@ -190,9 +197,12 @@ class Member:
             raise refused(f"round {number} was masked before")
 
     def mask(
-        self, number: int, values: NDArray[np.float32], factor: float, bound: float
+        self, number: int, values: NDArray[np.float32], factor: float, bound: float,
+        asked: bytes = b"",
     ) -> bytes:
         """The masked update: `values` [d], |v| <= bound, times `factor` in the ring [3 d bytes].
+
+        asked: a digest of what this site was asked, equal at all members if they were asked alike.
 
         Once a round: two vectors under one mask would give away their difference. E502 if a value
         is not finite or beyond `bound`; the round is used up then too.
@@ -202,7 +212,7 @@ class Member:
         assert mine.masking is not None
         assert mine.own_seed is not None
         masks: list[ring.Mask] = [
-            (agreement.mask_key(mine.masking, self.name, peer, number), peer < self.name)
+            (agreement.mask_key(mine.masking, self.name, peer, number, asked), peer < self.name)
             for peer in agreement.members if peer != self.name
         ]
         masks.append((agreement.own_mask_key(mine.own_seed, self.name, number), False))
@@ -274,10 +284,15 @@ class Member:
 
 
 class Sum:
-    """The server's side of one round: `add` masked updates of `size` elements, then `open`."""
+    """The server's side of one round: `add` masked updates of `size` elements, then `open`.
 
-    def __init__(self, agreement: Agreement, number: int, size: int) -> None:
-        self.agreement, self.number = agreement, number
+    asked: the digest of what it asked all members.
+    """
+
+    def __init__(
+        self, agreement: Agreement, number: int, size: int, asked: bytes = b""
+    ) -> None:
+        self.agreement, self.number, self.asked = agreement, number, asked
         self.survivors: set[str] = set()
         self._total = ring.Total(size)
 
@@ -328,6 +343,6 @@ class Sum:
             raise refused(f"the shares of {name} do not give the key it published")
         # A survivor added the mask if its name is the smaller one, took it off otherwise.
         return [
-            (agreement.mask_key(secret, name, peer, self.number), peer < name)
+            (agreement.mask_key(secret, name, peer, self.number, self.asked), peer < name)
             for peer in sorted(self.survivors)
         ]

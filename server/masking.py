@@ -101,11 +101,13 @@ class Masking:
         """The other members' shares for a site, as long as it has not shown that it has them."""
         return self._sealed.get(site, {})
 
-    def begin(self, number: int, shapes: Shapes) -> None:
-        """Open a round's sum. shapes: of the tensors that it trains."""
+    def begin(self, number: int, shapes: Shapes, digest: str) -> None:
+        """Open a round's sum. shapes: of the tensors that it trains; digest: messages.digest of
+        what all members are asked."""
         assert self.agreement is not None
         self._shapes = shapes
-        self._sum = Sum(self.agreement, number, vector.size(self.contract, shapes))
+        size = vector.size(self.contract, shapes)
+        self._sum = Sum(self.agreement, number, size, bytes.fromhex(digest))
 
     def take(self, site: str, masked: bytes) -> None:
         """Add a site's masked update. ProtocolError if it is none of this round."""

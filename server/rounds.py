@@ -111,7 +111,9 @@ class Run:
             yield from self.masking.agree(sites, self.number)
             asked = [site for site in sites if site in self.masking.members]
             self._failed |= dict.fromkeys(set(sites) - set(asked) - set(self._failed), "E506")
-            self.masking.begin(self.number, self._trained_shapes())
+            self.masking.begin(
+                self.number, self._trained_shapes(), messages.digest(*self._asked())
+            )
         wires = {site: self.request(site) for site in asked}
         came = yield wires
         for site, wire in wires.items():
@@ -130,16 +132,20 @@ class Run:
     def request(self, site: str) -> bytes:
         """The bytes a site gets this round: the same for all, but for its own last receipt and the
         shares that are sealed for it."""
+        header, arrays = self._asked()
+        own = header.model_copy(update={"receipt": self._last_receipt(site)})
+        sealed = self.masking.sealed(site) if self.masking else {}
+        return messages.pack(Message(own, arrays, sealed))
+
+    def _asked(self) -> tuple[Train, Arrays]:
+        """What this round asks of every site alike."""
         header = Train(
             contract=self.contract.hash, run=self.run_id, round=self.number,
             clip_norm=self.clip_norm if self.contract.privacy.adaptive else None,
-            receipt=self._last_receipt(site),
             agreement=self.masking.transcript if self.masking else None,
         )
         needed = adapter.needed_names(self.adapter, self.phase.trains)
-        arrays = {name: self.adapter[name] for name in needed}
-        sealed = self.masking.sealed(site) if self.masking else {}
-        return messages.pack(Message(header, arrays, sealed))
+        return header, {name: self.adapter[name] for name in needed}
 
     def accept(self, site: str, sent: int, reply: replies.Reply) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.

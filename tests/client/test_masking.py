@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client import accounting
+from silotune.client import accounting, preflight
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.masking import MOST_AGREEMENTS, check_bound
 from silotune.client.policy import permitting
+from silotune.client.site import Site
 from silotune.client.worker import Worker
 from silotune.common import messages, ring, vector
 from silotune.common.contract import Contract
@@ -266,6 +267,28 @@ def test_a_site_restarted_before_the_shares_are_revealed_reveals_nothing(
     assert "west" in facts.sites  # its masked update was there, and the others opened the sum
 
 
+# A server that cheats
+
+
+def test_a_site_that_is_asked_from_another_adapter_alone_is_not_laid_open(
+    federation: Federation,
+) -> None:
+    """Else a server gives all others an adapter of which it knows the updates (Pasquini et al.)."""
+    run, handles = federation.run(), federation.handles()
+    stages = run.stages(SITES)
+    wires = next(stages)
+    for _ in range(2):
+        wires = stages.send({s: handles[s](w) for s, w in wires.items()})
+    other = messages.unpack(wires["west"])
+    moved = {name: array + 1 for name, array in other.arrays.items()}
+    wires = dict(wires) | {"west": messages.pack(Message(other.header, moved, other.blobs))}
+    with pytest.raises(RunError) as caught:
+        while True:
+            wires = stages.send({s: handles[s](w) for s, w in wires.items()})
+    assert caught.value.code == "E505"  # the masks with west did not cancel
+    assert not run.registry.rounds()
+
+
 # What a site refuses
 
 
@@ -481,3 +504,26 @@ def test_three_bytes_an_entry_and_at_least_sixteen_bits(federation: Federation) 
     )
     assert levels > 2**16
     assert ring.WIDTH == 3
+
+
+def test_site_check_says_what_the_masks_hide(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(contract: Contract) -> preflight.Check:
+        file = tmp_path / "contract.json"
+        file.write_text(contract.model_dump_json())
+        policy = permitting(contract, "north", federation.files["north"], None)
+        monkeypatch.setattr(preflight.policies, "load", lambda path: policy)
+        checks = preflight.check(Site(tmp_path / "site.toml"), file)
+        return next(check for check in checks if check.name == "masks")
+
+    found = row(with_keys(federation.contract, federation.keys, colluders=1))
+    assert (found.state, found.result) == (
+        "ok", "the server sees sums of at least 3 of 4 sites, also with the help of 1 of them; "
+        "3 open one",
+    )
+    assert row(federation.contract.changed(secure_aggregation={"bound": 0.01})).code == "E205"
+    plain = row(federation.contract.changed(secure_aggregation=None))
+    assert (plain.state, plain.result) == (
+        "warning", "none: the server sees each site's update by itself"
+    )
