@@ -22,6 +22,14 @@ from silotune.common.signing import verifies
 MOST_ROUNDS = 64  # of one agreement
 KEY = 32
 SIGNATURE = 64
+_FIELD = 2**255 - 19
+# The u-coordinates of Curve25519's points of low order (RFC 7748, section 7): an exchange with one
+# gives what everybody knows.
+_LOW_ORDER = {
+    0, 1, _FIELD - 1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+}
 
 
 def refused(why: str) -> ProtocolError:
@@ -37,6 +45,8 @@ def problem_with(sites: int, threshold: int, colluders: int) -> str:
     """Why these numbers give no guarantee; '' if they do."""
     if not 3 <= sites <= ring.MOST_SITES:
         return f"it needs 3 to {ring.MOST_SITES} sites, not {sites}"
+    if colluders < 0:
+        return f"colluders cannot be {colluders}"
     if threshold > sites:
         return f"a threshold of {threshold} is more than the {sites} sites"
     if 2 * threshold <= sites + colluders:
@@ -73,7 +83,7 @@ class Terms:
 
     def __post_init__(self) -> None:
         why = problem_with(len(self.roster), self.threshold, self.colluders)
-        if len(set(self.roster.values())) < len(self.roster):
+        if len({key.lower() for key in self.roster.values()}) < len(self.roster):
             why = "a key stands twice in the roster"
         if not 1 <= self.rounds <= MOST_ROUNDS:
             why = f"an agreement serves 1 to {MOST_ROUNDS} rounds"
@@ -165,6 +175,8 @@ def check_keys(terms: Terms, name: str, keys: bytes) -> None:
     if name not in terms.roster:
         raise refused("keys came from a name that is not in the roster")
     found = PublicKeys.read(keys, terms.rounds)
+    if any(_is_low(key) for key in (found.sealing, *found.masking)):
+        raise refused(f"a key of {name} is one that hides nothing")
     statement = keys_statement(terms, name, found.body())
     if not verifies(terms.roster[name], found.signature.hex(), statement):
         raise refused(f"the keys of {name} are not signed by its key in the roster")
@@ -194,8 +206,13 @@ def derive(secret: bytes, salt: bytes, *what: str | int) -> bytes:
 def exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return secret.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:  # a point of low order: the result would be known to all
+    except ValueError:
         raise refused("a public key is not one") from None
+
+
+def _is_low(public: bytes) -> bool:
+    # The highest bit does not count (RFC 7748, section 5).
+    return (int.from_bytes(public, "little") & (2**255 - 1)) % _FIELD in _LOW_ORDER
 
 
 def public_bytes(key: X25519PrivateKey) -> bytes:

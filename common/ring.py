@@ -40,7 +40,8 @@ def factor(bound: float, weight: float, sites: int) -> float:
 def quantise(values: NDArray[np.float32], factor: float, bound: float) -> Words:
     """round(values * factor) as words. ProtocolError E502 if one is beyond `bound` or no number."""
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= bound:  # not >: a NaN compares false
+    # Not >, as a NaN compares false; the bound as float32, which clipped values are.
+    if not largest <= float(np.float32(bound)):
         raise ProtocolError(
             "The update has values that are not finite, or beyond secure_aggregation.bound = "
             f"{bound:g}.", code="E502",
@@ -52,7 +53,7 @@ def quantise(values: NDArray[np.float32], factor: float, bound: float) -> Words:
 def encode(
     values: NDArray[np.float32], factor: float, bound: float, masks: Sequence[Mask]
 ) -> bytes:
-    """`values` [d] quantised, masked and packed [3 d bytes]; memory beyond that is a few chunks."""
+    """`values` [d] quantised, masked and packed [3 d bytes]; takes twice that and a few chunks."""
     packed = bytearray(WIDTH * len(values))
     streams = _streams(masks)
     for start in range(0, len(values), _CHUNK):

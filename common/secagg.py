@@ -49,8 +49,14 @@ that, and from the sum, is its own differential privacy. It does not stop a site
 nonsense to the sum, or from ending a round by withholding or spoiling shares; a sum that does not
 open is noticed and not used.
 
-Secrets live in memory only and go as soon as their round allows: a site that was restarted has
-none, reveals nothing, and counts as missing until the next agreement.
+A caller's duty: values are masked once. Two agreements know nothing of each other, and one update
+in two sums of different sets is laid open by their difference. (client/worker.py: another attempt
+at a round is a new charge, trained anew with fresh noise.)
+
+Secrets live in memory only and go as soon as they have served: the sealing key when the shares are
+opened, a round's own when it is masked, its shares when they are revealed or a later round is
+masked. So who takes a site's memory opens no round that is over; and a site that was restarted has
+no secrets, reveals nothing, and counts as missing until the next agreement.
 """
 
 from __future__ import annotations
@@ -105,8 +111,7 @@ class Member:
         self.terms, self.name, self._sign = terms, name, sign
         self.agreement: Agreement | None = None
         self.ready = False
-        self._latest = 0  # the last round that was masked
-        self._sealing = X25519PrivateKey.generate()
+        self._sealing: X25519PrivateKey | None = X25519PrivateKey.generate()
         self._seeds = [(shamir.draw(), shamir.draw()) for _ in range(terms.rounds)]
         numbers = range(terms.first, terms.first + terms.rounds)
         self._rounds = {
@@ -140,7 +145,6 @@ class Member:
             [shamir.split(secret, self.terms.threshold, places) for secret in seeds]
             for seeds in self._seeds
         ]
-        self._seeds.clear()
         for at, name in enumerate(found.members):
             mine = [tuple(shamir.to_bytes(s[at]) for s in both) for both in split]
             if name == self.name:
@@ -151,6 +155,7 @@ class Member:
             self._sealed[name] = ChaCha20Poly1305(key).encrypt(
                 NONCE, b"".join(map(b"".join, mine)), found.transcript
             )
+        self._seeds.clear()
         self.agreement = found
         return self._sealed
 
@@ -172,6 +177,7 @@ class Member:
                     data[start : start + shamir.SIZE],
                     data[start + shamir.SIZE : start + 2 * shamir.SIZE],
                 )
+        self._sealing = None  # it opens all that was sealed, of rounds that are over too
         self.ready = True
 
     def _open(self, agreement: Agreement, sender: str, sealed: bytes) -> bytes:
@@ -185,20 +191,21 @@ class Member:
         return data
 
     def _seal_key(self, agreement: Agreement, peer: str, sender: str, receiver: str) -> bytes:
+        assert self._sealing is not None
         shared = exchange(self._sealing, agreement.keys[peer].sealing)
         return derive(shared, agreement.transcript, "seal", sender, receiver)
 
     def check_can_mask(self, number: int) -> None:
-        """ProtocolError E504 unless this round can be masked: it was not yet, nor a later one."""
+        """ProtocolError E504 unless this round can be masked: neither it nor a later one was."""
         self._agreed()
         if not self.ready:
             raise refused("the members' shares are not here yet")
-        if self._round(number).masking is None or number <= self._latest:
+        if self._round(number).masking is None:
             raise refused(f"round {number} was masked before")
 
     def mask(
         self, number: int, values: NDArray[np.float32], factor: float, bound: float,
-        asked: bytes = b"",
+        asked: bytes,
     ) -> bytes:
         """The masked update: `values` [d], |v| <= bound, times `factor` in the ring [3 d bytes].
 
@@ -217,7 +224,6 @@ class Member:
         ]
         masks.append((agreement.own_mask_key(mine.own_seed, self.name, number), False))
         mine.masking = mine.own_seed = None
-        self._latest = number
         for earlier in range(self.terms.first, number):
             self._rounds.pop(earlier, None)  # nothing more is revealed of it
         return ring.encode(values, factor, bound, masks)
@@ -290,9 +296,10 @@ class Sum:
     """
 
     def __init__(
-        self, agreement: Agreement, number: int, size: int, asked: bytes = b""
+        self, agreement: Agreement, number: int, size: int, asked: bytes
     ) -> None:
         self.agreement, self.number, self.asked = agreement, number, asked
+        self._opened = False
         self.survivors: set[str] = set()
         self._total = ring.Total(size)
 
@@ -326,6 +333,9 @@ class Sum:
             masks += self._own(name, secret) if name in self.survivors else self._pairwise(
                 name, secret
             )
+        if self._opened:
+            raise refused("the sum was opened before")
+        self._opened = True
         self._total.mask(masks)
         return self._total.values(factor)
 
