@@ -32,9 +32,9 @@ def test_the_points_that_are_refused_are_those_of_low_order() -> None:
                 X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
     for _ in range(200):
         assert not agreement._is_low(os.urandom(32))
-    near = {v + step for v in agreement._LOW_ORDER for step in (-2, 2)} - agreement._LOW_ORDER
-    for u in near:
-        public = (u % FIELD).to_bytes(32, "little")
+    near = {(v + step) % FIELD for v in agreement._LOW_ORDER for step in (-2, 2)}
+    for u in near - agreement._LOW_ORDER:
+        public = u.to_bytes(32, "little")
         assert not agreement._is_low(public)
         X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
 
