@@ -223,20 +223,27 @@ class Message:
 
 def pack(message: Message) -> bytes:
     """The wire bytes; the same message always gives the same bytes."""
-    header = json.dumps(
-        message.header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-    )
     tensors: dict[str, NDArray[Any]] = {
         n: np.asarray(a, dtype="<f4", order="C") for n, a in message.arrays.items()
     }
     tensors |= {_BLOB + n: np.frombuffer(b, dtype=np.uint8) for n, b in message.blobs.items()}
-    return save_tensors(tensors, metadata={"silotune": header})
+    return save_tensors(tensors, metadata={"silotune": _json(message.header).decode()})
+
+
+def _json(header: Header) -> bytes:
+    return json.dumps(
+        header.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
+    ).encode()
 
 
 def digest(request: Train, arrays: Arrays) -> str:
     """SHA-256 of what a round asks of every site alike: all but a site's own receipt and shares."""
-    alike = Message(request.model_copy(update={"receipt": None}), arrays)
-    return hashlib.sha256(pack(alike)).hexdigest()
+    hashed = hashlib.sha256(_json(request.model_copy(update={"receipt": None})))
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], dtype="<f4", order="C")
+        hashed.update(json.dumps([name, array.shape]).encode())
+        hashed.update(array.data)
+    return hashed.hexdigest()
 
 
 def unpack(wire: bytes) -> Message:

@@ -78,7 +78,7 @@ class Total:
                 code="E502",
             )
         for start, part in self._parts():
-            their = _unpack(packed[WIDTH * start : WIDTH * (start + len(part))], len(part))
+            their = _unpack(packed[WIDTH * start : WIDTH * (start + len(part))])
             np.add(part, their, out=part)
 
     def mask(self, masks: Sequence[Mask]) -> None:
@@ -89,15 +89,16 @@ class Total:
     def values(self, factor: float) -> NDArray[np.float32]:
         """The sum [size], divided by `factor`. ProtocolError E505 if it is beyond every honest one.
         """
-        shift = 32 - BITS
-        centred = (self.words << np.uint32(shift)).view("<i4") >> np.int32(shift)
-        if len(centred) and max(int(centred.max()), -int(centred.min())) > LARGEST_SUM:
-            raise ProtocolError(
-                "The sum is beyond what the contract's bound allows: a mask is left on it, or a "
-                "site did not keep to the bound.", code="E505",
-            )
-        values: NDArray[np.float32] = np.divide(centred, factor, dtype=np.float64).astype("<f4")
-        return values
+        found = np.empty(len(self.words), dtype="<f4")
+        for start, part in self._parts():
+            centred = (part << np.uint32(32 - BITS)).view("<i4") >> np.int32(32 - BITS)
+            if max(int(centred.max()), -int(centred.min())) > LARGEST_SUM:
+                raise ProtocolError(
+                    "The sum is beyond what the contract's bound allows: a mask is left on it, or "
+                    "a site did not keep to the bound.", code="E505",
+                )
+            found[start : start + len(part)] = np.divide(centred, factor, dtype=np.float64)
+        return found
 
     def _parts(self) -> Iterator[tuple[int, Words]]:
         for start in range(0, len(self.words), _CHUNK):
@@ -131,15 +132,11 @@ def _pack(words: Words) -> bytes:
     return packed.tobytes()[: WIDTH * len(words)]
 
 
-def _unpack(packed: bytes, size: int) -> Words:
-    whole = packed + bytes(-len(packed) % 12)
-    x, y, z = np.frombuffer(whole, dtype="<u4").reshape(-1, 3).T
-    words = np.empty((len(x), 4), dtype="<u4")
-    words[:, 0] = x
-    words[:, 1] = x >> np.uint32(24) | y << np.uint32(8)
-    words[:, 2] = y >> np.uint32(16) | z << np.uint32(16)
-    words[:, 3] = z >> np.uint32(8)
-    return words.reshape(-1)[:size]
+def _unpack(packed: bytes) -> Words:
+    """The elements as words; above its 24 bits each holds a byte of the next, which do not count.
+    """
+    shape = (len(packed) // WIDTH,)
+    return np.ndarray(shape, dtype="<u4", buffer=packed + b"\0", strides=(WIDTH,))
 
 
 def _padded(words: Words, multiple: int) -> Words:

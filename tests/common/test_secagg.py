@@ -176,7 +176,7 @@ def test_vectors_of_one_update_and_two_rounds_or_agreements_have_nothing_in_comm
     first, second = (Cast(terms(3, 3)).agree() for _ in range(2))
     sent = [first.mask("a", 1, values), first.mask("a", 2, values), second.mask("a", 1, values),
             first.mask("b", 1, values)]
-    drawn = [ring._unpack(each, 3000) & ring._LOW for each in sent]
+    drawn = [ring._unpack(each) & ring._LOW for each in sent]
     for i, one in enumerate(drawn):
         assert 0.4 < np.mean(one < 1 << 23) < 0.6
         assert all(np.mean(one == other) < 0.01 for other in drawn[:i])

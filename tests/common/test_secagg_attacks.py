@@ -249,8 +249,8 @@ def asks_all_others_for_what_it_knows(member: type[Member]) -> Found:
 
 def has_a_round_masked_twice(member: type[Member]) -> Found:
     cast = Cast(terms(3, 3), member=member).agree()
-    first = ring._unpack(cast.mask("a"), SIZE)
-    second = ring._unpack(cast.mask("a", 1, update("a", 2)), SIZE)
+    first = ring._unpack(cast.mask("a"))
+    second = ring._unpack(cast.mask("a", 1, update("a", 2)))
     return centred(first - second), cast.truth("a") - cast.truth("a", 2)
 
 
