@@ -16,7 +16,8 @@ from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.messages import Agree, Arrays, Blobs, Endorse, Reveal, Share, Train
 from silotune.common.plan import Metric
-from silotune.common.secagg import Member, Sign
+from silotune.common.secagg import Member
+from silotune.common.signing import Sign
 
 MOST_AGREEMENTS = 4  # kept at a time: an older one gives way, so a server's asking costs no memory
 SPREADS = 8.0  # standard deviations of the noise that must fit into the bound

@@ -1,7 +1,7 @@
 """The one way out of a site. What is not described here does not leave.
 
-`pack` lets out a Description (a name), a Refusal (a code and a random number) and an Update. An
-Update needs a charge: the ledger's entry that paid for exactly this run, round and attempt. Its
+`pack` lets out a Description (a name, signed), a Refusal (a code and a random number) and an
+Update. An Update needs a charge: the ledger's entry that paid for exactly this run, round and attempt. Its
 arrays are the tensors the contract's phase trains, by name, shape and type, finite and bounded; its
 metrics are the contract's, finite and bounded; its epsilon is a function of the public
 plan. No reply has a field for text, a count, a loss that was not paid for, or a traceback.
@@ -42,14 +42,17 @@ from silotune.common.messages import (
     Update,
 )
 from silotune.common.plan import Metric
+from silotune.common.signing import Sign
 
 log = logging.getLogger(__name__)
 
 LARGEST_METRIC = 1e6
 
 
-def description(contract: Contract, site: str) -> bytes:
-    return _pack(Message(Description(contract=contract.hash, site=site)), {})
+def description(contract: Contract, site: str, challenge: str, sign: Sign) -> bytes:
+    signed = sign(Description.statement(contract.hash, site, challenge))
+    header = Description(contract=contract.hash, site=site, signature=signed.hex())
+    return _pack(Message(header), {})
 
 
 def refusal(contract: Contract, site: str, error: Exception) -> bytes:

@@ -98,7 +98,9 @@ class Worker:
             if request.header.contract != self.contract.hash:
                 raise RefusalError("The request is for another contract.", code="E201")
             if isinstance(request.header, Describe):
-                return release.description(self.contract, self.policy.name)
+                return release.description(
+                    self.contract, self.policy.name, request.header.challenge, self.ledger.sign
+                )
             if isinstance(request.header, Train):
                 with self._lock:
                     return self._train_once(request)

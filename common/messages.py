@@ -43,6 +43,7 @@ RECORD, WIRE = "silotune", "wire"  # where in a Flower message the bytes lie
 
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 Round = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -60,7 +61,7 @@ class Receipt(Frozen):
 
     sequence: Annotated[int, Field(ge=1, strict=True)]
     head: Sha256
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    signature: Signature
 
     @staticmethod
     def statement(site: str, sequence: int, head: str) -> bytes:
@@ -69,9 +70,10 @@ class Receipt(Frozen):
 
 
 class Describe(_Header):
-    """Is this site there, and does it hold this contract?"""
+    """Is this site there, and does it hold this contract? challenge: 32 bytes for it to sign."""
 
     kind: Literal["describe"] = "describe"
+    challenge: Sha256
 
 
 class Train(_Header):
@@ -130,8 +132,15 @@ class Reveal(_Unmask):
 
 
 class Description(_Header):
+    """signature: Ed25519 over `statement`, so that no other node can speak in the site's name."""
+
     kind: Literal["description"] = "description"
     site: Name
+    signature: Signature
+
+    @staticmethod
+    def statement(contract: str, site: str, challenge: str) -> bytes:
+        return f"silotune description 1\n{contract}\n{site}\n{challenge}".encode()
 
 
 class _Trained(_Header):

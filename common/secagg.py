@@ -61,7 +61,7 @@ no secrets, reveals nothing, and counts as missing until the next agreement.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,9 +82,8 @@ from silotune.common.agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.signing import verifies
+from silotune.common.signing import Sign, verifies
 
-Sign = Callable[[bytes], bytes]
 NONCE = bytes(12)  # each sealing key seals one message
 
 

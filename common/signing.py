@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+Sign = Callable[[bytes], bytes]  # a statement -> its signature, 64 bytes
 
 
 def verifies(public: str, signature: str, statement: bytes) -> bool:

@@ -58,7 +58,7 @@ class Masking:
         """
         if self.agreement and not self._stale and self.agreement.terms.serves(number):
             return
-        self.agreement, self._stale = None, False
+        self.agreement = None
         while self.agreement is None:
             self._attempt += 1
             step: dict[str, Any] = {"run": self.run_id, "round": number, "attempt": self._attempt}
@@ -82,11 +82,14 @@ class Masking:
             ask = messages.pack(Message(Share(contract=self.contract.hash, **step), blobs=keys))
             shared = yield from self._ask(dict.fromkeys(keys, ask), Shares)
             sites = [s for s, blobs in shared.items() if set(blobs) == set(keys) - {s}]
+            for site in set(shared) - set(sites):
+                self._fail(site, "E504")
             if len(sites) == len(keys):
                 self.agreement = Agreement(terms, keys)
                 self._sealed = {
                     s: {peer: shared[peer][s] for peer in keys if peer != s} for s in keys
                 }
+        self._stale = False
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ directly. Both go through the same checks.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Run:
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._bytes = [0, 0]
+        self._challenge = secrets.token_hex(32)
         self._began = time.perf_counter()
         self.masking = (
             Masking(contract, run_id, self.fail, self._bytes)
@@ -94,13 +96,19 @@ class Run:
         return self.number > self.contract.rounds
 
     def describe(self) -> bytes:
-        return messages.pack(Message(Describe(contract=self.contract.hash)))
+        header = Describe(contract=self.contract.hash, challenge=self._challenge)
+        return messages.pack(Message(header))
 
     def identify(self, wire: bytes) -> str:
-        """The site that sent a Description; ProtocolError if it is not one of this contract."""
+        """The site that sent a Description; ProtocolError if it is not one of this contract, or not
+        signed by the site's key in the roster (where it has one)."""
         header = replies.read(self.contract, wire).header
         if not isinstance(header, Description):
             raise ProtocolError("The reply is no description.", code="E503")
+        public = self._public_key(header.site)
+        statement = Description.statement(header.contract, header.site, self._challenge)
+        if public is not None and not verifies(public, header.signature, statement):
+            raise ProtocolError("The description is not signed by that site's key.", code="E503")
         return header.site
 
     def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
@@ -108,7 +116,10 @@ class Run:
         self.begin()
         asked = list(sites)
         if self.masking is not None:
+            before = self.masking.agreement
             yield from self.masking.agree(sites, self.number)
+            if self.masking.agreement is not before:
+                self.registry.event("agreed", round=self.number, sites=self.masking.members)
             asked = [site for site in sites if site in self.masking.members]
             self._failed |= dict.fromkeys(set(sites) - set(asked) - set(self._failed), "E506")
             self.masking.begin(
@@ -305,7 +316,7 @@ class Run:
         return None if public is None else self.registry.receipt(public)
 
     def _public_key(self, site: str) -> str | None:
-        return next(s.public_key for s in self.contract.sites if s.name == site)
+        return next((s.public_key for s in self.contract.sites if s.name == site), None)
 
     def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
         names = adapter.trained_names(self._shapes, self.phase.trains)

@@ -171,8 +171,9 @@ def test_a_charge_for_a_round_outside_the_plan_lets_nothing_out(contract: Contra
 
 
 def test_a_description_is_a_name(contract: Contract) -> None:
-    message = messages.unpack(release.description(contract, "north"))
-    assert message.header == Description(contract=contract.hash, site="north")
+    message = messages.unpack(release.description(contract, "north", "0" * 64, lambda s: s[:64]))
+    signed = Description.statement(contract.hash, "north", "0" * 64)[:64].hex()
+    assert message.header == Description(contract=contract.hash, site="north", signature=signed)
     assert not message.arrays
 
 

@@ -54,10 +54,10 @@ def refused(reply: Message) -> str:
 
 
 def test_describe_says_who_and_nothing_more(worker: Worker) -> None:
-    wire = messages.pack(Message(Describe(contract=worker.contract.hash)))
+    wire = messages.pack(Message(Describe(contract=worker.contract.hash, challenge="0" * 64)))
     header = messages.unpack(worker.handle(wire)).header
     assert isinstance(header, Description)
-    assert set(header.model_dump()) == {"kind", "contract", "site"}
+    assert set(header.model_dump()) == {"kind", "contract", "site", "signature"}
 
 
 def test_the_whole_plan_spends_exactly_its_budget(worker: Worker) -> None:

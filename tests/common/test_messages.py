@@ -97,15 +97,16 @@ sites = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}\Z")
 runs = st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,63}\Z")
 rounds = st.integers(1, 1_000_000)
 epsilons = st.none() | st.floats(0, 1e308)
+signatures = st.text("0123456789abcdef", min_size=128, max_size=128)
 receipts = st.builds(
     Receipt, sequence=st.integers(1, 1 << 62), head=hashes,
-    signature=st.text("0123456789abcdef", min_size=128, max_size=128),
+    signature=signatures,
 )
 metrics = st.dictionaries(
     st.sampled_from(["loss", "accuracy"]), st.floats(allow_nan=False, allow_infinity=False)
 )
 headers = st.one_of(
-    st.builds(Describe, contract=hashes),
+    st.builds(Describe, contract=hashes, challenge=hashes),
     st.builds(Train, contract=hashes, run=runs, round=rounds, attempt=rounds,
               receipt=st.none() | receipts, agreement=st.none() | hashes),
     *(st.builds(kind, contract=hashes, run=runs, round=rounds, attempt=rounds)
@@ -116,7 +117,7 @@ headers = st.one_of(
       for kind in (Keys, Shares, Endorsement, Revealed)),
     st.builds(Masked, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
               epsilon=epsilons, receipt=receipts, agreement=hashes),
-    st.builds(Description, contract=hashes, site=sites),
+    st.builds(Description, contract=hashes, site=sites, signature=signatures),
     st.builds(Update, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
               epsilon=epsilons, metrics=metrics, receipt=receipts),
     st.builds(Refusal, contract=hashes, site=sites, code=st.sampled_from(sorted(CODES)),

@@ -58,6 +58,11 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
     return messages.pack(Message(Update(**(fields | changes)), body))
 
 
+def description(run: Run, site: str, **changes: Any) -> Description:
+    fields = {"contract": run.contract.hash, "site": site, "signature": "0" * 128}
+    return Description(**(fields | changes))
+
+
 def play(run: Run, **replies: Arrays | float) -> RoundFacts:
     """One round with these updates."""
     run.begin()
@@ -82,7 +87,8 @@ def events(run: Run, what: str | None = None) -> list[dict[str, Any]]:
 def test_requests_carry_the_adapter_and_nothing_else(start: Start) -> None:
     run = start()
     described = messages.unpack(run.describe())
-    assert (described.header, described.arrays) == (Describe(contract=run.contract.hash), {})
+    assert isinstance(described.header, Describe)
+    assert (described.header.contract, described.arrays) == (run.contract.hash, {})
     asked = messages.unpack(run.request("north"))
     assert asked.header == Train(contract=run.contract.hash, run="run-1", round=1)
     assert {n: a.shape for n, a in asked.arrays.items()} == SHAPES
@@ -93,8 +99,7 @@ def test_identify(start: Start) -> None:
     run = start()
 
     def described(**changes: Any) -> bytes:
-        fields = {"contract": run.contract.hash, "site": "north"} | changes
-        return messages.pack(Message(Description(**fields)))
+        return messages.pack(Message(description(run, "north", **changes)))
 
     assert run.identify(described()) == "north"
     refusal = Refusal(contract=run.contract.hash, site="north", code="E201", incident="0" * 16)
@@ -107,9 +112,38 @@ def test_identify(start: Start) -> None:
         assert caught.value.code == code
 
 
+def test_a_node_that_claims_a_sites_name_is_not_that_site(
+    start: Start, table_contract: Contract
+) -> None:
+    """A registered node is some site; which one, only the roster's key can say."""
+    key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    run = start(table_contract.changed(
+        sites=[{"name": "north", "public_key": public}, {"name": "south"}]
+    ))
+    asked = messages.unpack(run.describe()).header
+    assert isinstance(asked, Describe)
+    earlier = messages.unpack(start(run.contract).describe()).header
+    assert isinstance(earlier, Describe)
+
+    def described(by: Ed25519PrivateKey, site: str, challenge: str) -> bytes:
+        statement = Description.statement(run.contract.hash, site, challenge)
+        signature = by.sign(statement).hex()
+        return messages.pack(Message(description(run, "north", signature=signature)))
+
+    assert run.identify(described(key, "north", asked.challenge)) == "north"
+    for by, site, challenge in (
+        (other, "north", asked.challenge), (key, "south", asked.challenge),
+        (key, "north", earlier.challenge),
+    ):
+        with pytest.raises(ProtocolError, match="not signed by that site's key"):
+            run.identify(described(by, site, challenge))
+    assert run.identify(messages.pack(Message(description(run, "south")))) == "south"
+
+
 def test_a_description_brings_no_arrays(start: Start) -> None:
     run = start()
-    header = Description(contract=run.contract.hash, site="north")
+    header = description(run, "north")
     with pytest.raises(ProtocolError):
         run.identify(messages.pack(Message(header, filled(1.0))))
 
@@ -166,7 +200,7 @@ BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
     "the request": (lambda run, site: run.request("north"), "E503"),
     "a description": (
         lambda run, site: messages.pack(
-            Message(Description(contract=run.contract.hash, site=site))), "E503"),
+            Message(description(run, site))), "E503"),
     "refusal": (refusal, "E210"),
     "incident": (lambda run, site: refusal(run, site, "E500"), "E500"),
     "stranger's refusal": (

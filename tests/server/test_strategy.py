@@ -110,7 +110,7 @@ def site(name: str, value: float = 1.0, **changes: Any) -> Node:
         request = messages.unpack(wire)
         fields: dict[str, Any] = {"contract": request.header.contract, "site": name}
         if not isinstance(request.header, Train):
-            return messages.pack(messages.Message(Description(**fields)))
+            return messages.pack(messages.Message(Description(**fields, signature="0" * 128)))
         fields |= {"run": request.header.run, "round": request.header.round, "attempt": 1,
                    "epsilon": 1.0, "metrics": {},
                    "receipt": {"sequence": request.header.round, "head": "0" * 64,

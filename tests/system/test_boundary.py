@@ -289,7 +289,7 @@ def requests(contract: Contract) -> dict[str, str]:
         "round outside": pack(train.model_copy(update={"round": ROUNDS + 1}), **arrays),
         "unknown field": field(pack(train, **arrays)),
         "cut": pack(train, **arrays)[:-1],
-        "describe": pack(Describe(contract=contract.hash)),
+        "describe": pack(Describe(contract=contract.hash, challenge="0" * 64)),
         "train": pack(train, **arrays),
         "train again": pack(train, **arrays),
         "other bytes": pack(train, **{n: a + 1 for n, a in arrays.items()}),
