@@ -1,9 +1,9 @@
 """The one way out of a site. What is not described here does not leave.
 
 `pack` lets out a Description (a name, signed), a Refusal (a code and a random number) and an
-Update. An Update needs a charge: the ledger's entry that paid for exactly this run, round and attempt. Its
-arrays are the tensors the contract's phase trains, by name, shape and type, finite and bounded; its
-metrics are the contract's, finite and bounded; its epsilon is a function of the public
+Update. An Update needs a charge: the ledger's entry that paid for exactly this run, round and
+attempt. Its arrays are the tensors the contract's phase trains, by name, shape and type, finite and
+bounded; its metrics are the contract's, finite and bounded; its epsilon is a function of the public
 plan. No reply has a field for text, a count, a loss that was not paid for, or a traceback.
 Under a contract with secure aggregation the same update leaves masked and in no other way; the
 replies of its other stages hold keys, shares and signatures, which no record has any part in.
