@@ -21,6 +21,7 @@ from silotune.common.signing import Sign
 
 MOST_AGREEMENTS = 4  # kept at a time: an older one gives way, so a server's asking costs no memory
 SPREADS = 8.0  # standard deviations of the noise that must fit into the bound
+FINENESS = 4.0  # units of the ring that the noise's standard deviation must have
 
 
 class Masking:
@@ -96,26 +97,28 @@ def _unknown() -> RefusalError:
 
 
 def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
-    """RefusalError E205 if updates of this plan may well exceed secure_aggregation.bound: the site
-    would be charged for rounds whose update it then could not send.
-
-    For plain steps; what Adam makes of the noise is not foreseen.
-    """
+    """RefusalError E205 if secure_aggregation.bound does not fit the noise of this plan: updates
+    would be cut off at it, or be lost in the ring's rounding."""
     if contract.secure_aggregation is None or contract.privacy.mode == "none":
         return
     bound, first = contract.secure_aggregation.bound, 1
     for phase in contract.phases:  # with noise_decay the first round of a phase has most noise
         mechanism = mechanism_of(contract, plan, first)
         first += phase.rounds
-        rate = max(phase.head_rate, phase.adapter_rate or 0.0) * contract.privacy.largest_clip_norm
-        noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
+        clip = contract.privacy.largest_clip_norm
         divisor = contract.privacy.expected_records * mechanism.sampling_rate
-        largest = rate * (
-            mechanism.steps + SPREADS * math.sqrt(mechanism.steps) * noise / divisor
-        )
-        if phase.adam is None and largest > bound:
+        noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share) * clip / divisor
+        rates = [phase.head_rate, phase.adapter_rate or phase.head_rate]
+        if phase.adam is None:
+            least = min(rates) * noise
+            largest = max(rates) * (mechanism.steps * clip + SPREADS * mechanism.steps**0.5 * noise)
+        else:  # a step is its rate, or where the signal is below the floor the noise over the floor
+            least = min(rates)
+            largest = max(rates) * mechanism.steps * (1 + SPREADS * noise / phase.adam.floor)
+        lowest = min(contract.weight_share(site.name) for site in contract.sites)
+        widest = least / FINENESS * vector.factor(contract, lowest) * bound
+        if not largest <= bound <= widest:
             raise RefusalError(
-                f"An update of this plan can be as large as {largest:.3g}, beyond "
-                f"secure_aggregation.bound = {bound:g} of the contract. Raise the bound.",
-                code="E205",
+                f"secure_aggregation.bound = {bound:g} does not fit this plan's updates and "
+                f"noise: it must lie between {largest:.2g} and {widest:.2g}.", code="E205",
             )

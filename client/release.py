@@ -112,8 +112,12 @@ def update(
         raise ProtocolError("The contract says otherwise about masks.", code="E502")
     if mask is None:
         return _pack(Message(Update(**facts, metrics=metrics), change), trained)
-    _check(change, trained)
-    blob = mask(change, metrics)
+    kept = vector.held(contract, change)
+    beyond = sum(int((kept[name] != change[name]).sum()) for name in change)
+    if beyond:
+        log.warning("%d entries of the update were beyond secure_aggregation.bound", beyond)
+    _check(kept, trained)
+    blob = mask(kept, metrics)
     if len(blob) != ring.WIDTH * vector.size(contract, trained):
         raise ProtocolError("The masked reply has another length than its update.", code="E502")
     return _pack(Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob}), {})

@@ -55,6 +55,10 @@ def train_round(
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
     noised sums of client/dp.py and `_Measured` alone.
+
+    The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
+    grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
+    values each one can be told (tests/client/test_lattice.py).
     """
     names = trained_names(adapter, phase.trains)
     with_adapter = phase.trains == "head+adapter"
@@ -70,8 +74,10 @@ def train_round(
 
     with model.lock:
         model.load(adapter)
-        tensors = model.named_tensors()
-        rates = [{"params": [tensors[name]], "lr": _rate(phase, name)} for name in names]
+        tensors = {name: model.named_tensors()[name] for name in names}
+        start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        rates = [{"params": [moved[name]], "lr": _rate(phase, name)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         inner: torch.optim.Optimizer
         if phase.adam:
@@ -83,8 +89,8 @@ def train_round(
         optimizer = None
         if private:
             optimizer = CryptoNoiseOptimizer(
-                inner, source=source, noise_multiplier=gradient_noise, clip_norm=clip_norm,
-                divisor=divisor,
+                torch.optim.SGD(tensors.values()), source=source,
+                noise_multiplier=gradient_noise, clip_norm=clip_norm, divisor=divisor,
             )
         for _ in range(mechanism.steps):
             drawn = torch.from_numpy(
@@ -100,11 +106,15 @@ def train_round(
                     gradients=model.performance.gradients,
                 )
             else:
-                plain_gradient([tensors[n] for n in names], groups, losses, divisor)
+                plain_gradient(tensors.values(), groups, losses, divisor)
             measured.step(groups, optimizer)
+            for name, tensor in tensors.items():
+                moved[name].grad = tensor.grad
             inner.step()
-        after = model.arrays(names)
-    change = {name: np.subtract(after[name], adapter[name], dtype=np.float32) for name in names}
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(start[name] + moved[name])
+    change = {name: np.asarray(found.cpu().numpy(), order="C") for name, found in moved.items()}
     return change, measured.means
 
 

@@ -99,6 +99,11 @@ class Terms:
         facts = {**vars(self), "roster": sorted(self.roster.items())}
         return hashlib.sha256(b"silotune secagg 1\n" + _canonical(facts)).digest()
 
+    @property
+    def sealed_size(self) -> int:
+        """Bytes of what a member seals for another: two shares a round, and the AEAD's tag."""
+        return 2 * shamir.SIZE * self.rounds + 16
+
     def serves(self, number: int) -> bool:
         return self.first <= number < self.first + self.rounds
 
@@ -162,6 +167,13 @@ class Agreement:
 
     def own_mask_key(self, seed: int, name: str, number: int) -> bytes:
         return derive(shamir.to_bytes(seed), self.transcript, "own mask", number, name)
+
+    def endorses(
+        self, name: str, signature: bytes, number: int, survivors: Collection[str]
+    ) -> bool:
+        """Whether this is the member's signature of exactly these survivors of the round."""
+        statement = self.survivors_statement(number, survivors)
+        return verifies(self.terms.roster[name], signature.hex(), statement)
 
     def survivors_statement(self, number: int, survivors: Collection[str]) -> bytes:
         """What a site signs to say that these, and no others, survived the round."""

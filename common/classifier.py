@@ -10,7 +10,7 @@ Shapes: N rows, T tokens, H hidden size, F features, L labels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,11 +154,6 @@ class Classifier(nn.Module):
         tensors = self.named_tensors()
         for name, array in arrays.items():
             tensors[name].copy_(torch.from_numpy(array))
-
-    @torch.no_grad()
-    def arrays(self, names: Sequence[str]) -> Arrays:
-        tensors = self.named_tensors()
-        return {name: tensors[name].numpy(force=True).copy() for name in names}
 
 
 class OneHot(Classifier):

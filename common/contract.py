@@ -41,6 +41,8 @@ from silotune.common.plan import (
 )
 from silotune.common.problems import MISFITS, contract_error
 
+MOST_UNEQUAL = 10  # weights under secure aggregation
+
 
 class Standardise(Frozen):
     """A public linear map after pooling: centre and whiten by synthetic or listed public text.
@@ -183,6 +185,12 @@ class Contract(Frozen):
             wrong.append(("secure_aggregation", why))
         if None in keys or len(set(keys)) != sites:
             wrong.append(("sites", "secure_aggregation needs a public_key of each site's own"))
+        weights = self.weights().values()
+        if max(weights) > MOST_UNEQUAL * min(weights):
+            wrong.append((
+                "sites", f"with secure_aggregation a weight may be at most {MOST_UNEQUAL} times "
+                "another, or the sum is hardly more than the heaviest site's update",
+            ))
         if self.quorum < self.threshold:
             wrong.append((
                 "quorum", f"quorum is {self.quorum}, but {self.threshold} sites must answer for a "
@@ -239,6 +247,11 @@ class Contract(Frozen):
         if self.secure_aggregation is None:
             return "none: the server sees each site's update by itself"
         colluders = self.secure_aggregation.colluders
+        if self.privacy.mode == "none":
+            return (
+                "without differential privacy they hide nothing from a server that chooses who "
+                "survives: sums of equal updates can be subtracted"
+            )
         helped = f", also with the help of {colluders} of them" if colluders else ""
         return (
             f"the server sees sums of at least {self.quorum} of {len(self.sites)} sites{helped}; "

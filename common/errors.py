@@ -79,6 +79,8 @@ CODES: dict[str, str] = {
     "E505": "A masked sum did not open to anything honest updates can give. It was not used.",
     "E506": "A site has no secrets of the agreement on keys that a request names: it was restarted "
     "since, or took no part in it. It counts as missing until the next agreement.",
+    "E507": "What another member of an agreement sealed for this site does not open. The site that "
+    "refuses is not at fault; its own log names the one that sealed it.",
     "E500": "An unexpected failure inside a site. The incident id finds the details in that "
     "site's own log; they are not sent anywhere.",
     "E601": "The run directory already holds a run, or is not a run.",

@@ -20,10 +20,12 @@ round, whose first two stages were sent early; what a round reveals bears on no 
 Guarantee. Let n be the sites of the roster, t the threshold, and let the server and up to c sites
 work together, send what they like and choose it adaptively, with 2 t > n + c and t >= c + 2 (what
 `Terms` holds them to). Then for each round there is at most one set U of members, with |U| >= t,
-such that what they see of the honest sites' updates can be computed from the sum over the honest
-sites of U, at least two. Assumptions: Diffie-Hellman on X25519 with HKDF-SHA256 as a random oracle,
-Ed25519 unforgeable, ChaCha20 pseudo-random, ChaCha20-Poly1305 secure, and a roster whose keys are
-the sites' own; who put them into the contract is trusted for that, the server is not.
+such that what they see of the honest sites' updates can be computed from the weighted sum over the
+honest sites of U, at least two. (A weighted sum tells its terms if each has few possible values, or
+if one outweighs the rest: client/train.py and the contract see to that.) Assumptions:
+Diffie-Hellman on X25519 with HKDF-SHA256 as a random oracle, Ed25519 unforgeable, ChaCha20
+pseudo-random, ChaCha20-Poly1305 secure, and a roster whose keys are the sites' own; who put them
+into the contract is trusted for that, the server is not.
 
 Why. (1) Whoever has no roster key is not in: each site checks all keys against the roster, and the
 transcript (terms and all keys) salts every derived key, so members with different views share no
@@ -61,7 +63,7 @@ no secrets, reveals nothing, and counts as missing until the next agreement.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,7 +84,8 @@ from silotune.common.agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.signing import Sign, verifies
+from silotune.common.errors import ProtocolError
+from silotune.common.signing import Sign
 
 NONCE = bytes(12)  # each sealing key seals one message
 
@@ -186,7 +189,10 @@ class Member:
         except InvalidTag:
             data = b""
         if len(data) != 2 * shamir.SIZE * self.terms.rounds:
-            raise refused(f"the shares of {sender} are not sealed for this site and agreement")
+            raise ProtocolError(
+                f"Secure aggregation: what {sender} sealed for this site does not open.",
+                code="E507",
+            )
         return data
 
     def _seal_key(self, agreement: Agreement, peer: str, sender: str, receiver: str) -> bytes:
@@ -265,10 +271,10 @@ class Member:
     def _check_endorsed(
         self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
     ) -> None:
-        statement = self._agreed().survivors_statement(number, survivors)
+        agreement = self._agreed()
         valid = [
             name for name in survivors
-            if verifies(self.terms.roster[name], signatures.get(name, b"").hex(), statement)
+            if agreement.endorses(name, signatures.get(name, b""), number, survivors)
         ]
         if len(valid) < self.terms.threshold:
             raise refused(
@@ -317,39 +323,56 @@ class Sum:
         factor: ring.factor for a weight of 1. ProtocolError E504 if the shares are too few or not
         those of the published keys, E505 if the sum is not one that honest updates give.
         """
-        members, threshold = self.agreement.members, self.agreement.terms.threshold
-        from_ = sorted(set(reveals) & self.survivors)[:threshold]
-        if len(from_) < threshold or any(set(reveals[name]) != set(members) for name in from_):
-            raise refused(f"{len(from_)} sites revealed their shares, {threshold} must")
-        weights = shamir.weights([self.agreement.place(name) for name in from_])
-        masks: list[ring.Mask] = []
-        for name in members:
-            try:
-                shares = [shamir.from_bytes(reveals[giver][name]) for giver in from_]
-            except ValueError:
-                raise refused(f"a share of {name} is not one") from None
-            secret = sum(w * s for w, s in zip(weights, shares, strict=True)) % shamir.PRIME
-            masks += self._own(name, secret) if name in self.survivors else self._pairwise(
-                name, secret
-            )
         if self._opened:
             raise refused("the sum was opened before")
+        members = set(self.agreement.members)
+        givers = [s for s in sorted(set(reveals) & self.survivors) if set(reveals[s]) == members]
+        if len(givers) < self.agreement.terms.threshold:
+            raise refused(
+                f"{len(givers)} sites revealed their shares, {self.agreement.terms.threshold} must"
+            )
+        windows = self._windows(givers)
+        masks: list[ring.Mask] = []
+        for name in self.agreement.members:
+            opened = self._own if name in self.survivors else self._pairwise
+            for chosen, weights in windows:
+                try:
+                    shares = [shamir.from_bytes(reveals[giver][name]) for giver in chosen]
+                except ValueError:
+                    continue
+                secret = sum(w * s for w, s in zip(weights, shares, strict=True)) % shamir.PRIME
+                if (found := opened(name, secret)) is not None:
+                    masks += found
+                    break
+            else:
+                raise refused(f"a site gave a share of {name} that does not fit the others")
         self._opened = True
         self._total.mask(masks)
         return self._total.values(factor)
 
-    def _own(self, name: str, seed: int) -> list[ring.Mask]:
+    def _windows(self, givers: Sequence[str]) -> list[tuple[Sequence[str], list[int]]]:
+        """Threshold-many givers and their weights, in as many ways as there are to leave out some
+        that stand side by side: one that gives wrong shares, as long as others suffice."""
+        threshold = self.agreement.terms.threshold
+        ways = len(givers) if len(givers) > threshold else 1
+        found = [[*givers[at:], *givers[:at]][:threshold] for at in range(ways)]
+        return [
+            (chosen, shamir.weights([self.agreement.place(name) for name in chosen]))
+            for chosen in found
+        ]
+
+    def _own(self, name: str, seed: int) -> list[ring.Mask] | None:
         agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
         published = agreement.keys[name].commitments[place]
         if commitment(agreement.terms, name, self.number, seed) != published:
-            raise refused(f"the shares of {name} do not give the seed it committed to")
+            return None
         return [(agreement.own_mask_key(seed, name, self.number), True)]
 
-    def _pairwise(self, name: str, seed: int) -> list[ring.Mask]:
+    def _pairwise(self, name: str, seed: int) -> list[ring.Mask] | None:
         agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
         secret = masking_key(agreement.terms, name, self.number, seed)
         if public_bytes(secret) != agreement.keys[name].masking[place]:
-            raise refused(f"the shares of {name} do not give the key it published")
+            return None
         # A survivor added the mask if its name is the smaller one, took it off otherwise.
         return [
             (agreement.mask_key(secret, name, peer, self.number, self.asked), peer < name)

@@ -37,8 +37,18 @@ def size(contract: Contract, shapes: Shapes) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values()) + len(contract.metrics)
 
 
+def held(contract: Contract, change: Arrays) -> Arrays:
+    """The change with each entry held to the bound. To refuse it instead would say something of a
+    single site's update, beside the masks; of what is private already this is post-processing."""
+    most = np.float32(bound(contract))
+    return {
+        name: np.clip(np.nan_to_num(array, nan=0.0), -most, most)
+        for name, array in change.items()
+    }
+
+
 def join(contract: Contract, change: Arrays, metrics: Mapping[Metric, float]) -> Vector:
-    """[size]: what a site masks."""
+    """[size]: what a site masks. change: held to the bound."""
     figures = [
         np.clip(metrics[metric], low, high) / high * bound(contract)
         for metric, (low, high) in contract.metric_ranges.items()

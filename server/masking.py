@@ -1,12 +1,13 @@
 """The server's side of secure aggregation in one run, without a network.
 
-Its stages are generators: they yield what to ask which site, and are sent what came back (Stages).
-Nothing here can see an update by itself; why is in common/secagg.py.
+Its stages are generators: they yield what to ask which site, and are sent what came back
+(server/replies.py). Nothing here can see an update by itself; why is in common/secagg.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
+import secrets
+from collections.abc import Collection
 from typing import Any
 
 from silotune.common import messages, vector
@@ -29,67 +30,87 @@ from silotune.common.messages import (
 )
 from silotune.common.plan import Metric
 from silotune.common.secagg import Sum
-from silotune.server import replies
+from silotune.server.replies import Exchange, Stages
 
-Said = type[Keys] | type[Shares] | type[Endorsement] | type[Revealed]
+ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites were asked before
+LONGEST_WAIT = 16  # rounds until a site that was left out is asked again
 
 
 class Masking:
-    """The agreement on keys that is in force, and the open round's sum.
+    """The agreement on keys that is in force, and who has to wait for another one."""
 
-    fail: is told of each site that falls out, with the code of the reason. traffic: bytes up and
-    down, added to.
-    """
-
-    def __init__(
-        self, contract: Contract, run_id: str, fail: Callable[[str, str], None], traffic: list[int]
-    ) -> None:
-        self.contract, self.run_id, self._fail, self._traffic = contract, run_id, fail, traffic
+    def __init__(self, contract: Contract, run_id: str, exchange: Exchange) -> None:
+        self.contract, self.run_id, self._exchange = contract, run_id, exchange
         self.agreement: Agreement | None = None
-        self._attempt = 0
+        self._attempt = secrets.randbelow(ATTEMPTS)
         self._sealed: dict[str, Blobs] = {}  # by receiver, until it has answered
-        self._stale = False
-        self._sum: Sum | None = None
+        self._lost: set[str] = set()  # members that have no secrets of this agreement
+        self._waits: dict[str, tuple[int, int]] = {}  # left out: (not before this round, how long)
 
-    def agree(self, sites: Collection[str], number: int) -> replies.Stages[None]:
-        """Make the sites agree on keys for the rounds from `number` on, unless they have.
+    def agree(self, sites: Collection[str], number: int) -> Stages[bool]:
+        """Have the sites agree on keys for the rounds from `number` on, if that is needed: there is
+        no agreement for this round, or a site is left out that may be back. Whether they did.
 
-        Whoever fails a stage is left out and the rest start anew. RunError below the threshold.
+        Whoever fails a stage is left out and the rest start anew; a site that keeps failing is
+        waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
-        if self.agreement and not self._stale and self.agreement.terms.serves(number):
-            return
-        self.agreement = None
-        while self.agreement is None:
+        serves = self.agreement is not None and self.agreement.terms.serves(number)
+        out = {s for s in sites if s not in self.members or s in self._lost}
+        if serves and not any(number >= self._waits.get(s, (0, 0))[0] for s in out):
+            return False
+        agreed, keys = None, dict[str, bytes]()
+        there = list(sites)
+        while agreed is None:
             self._attempt += 1
-            step: dict[str, Any] = {"run": self.run_id, "round": number, "attempt": self._attempt}
+            step: dict[str, Any] = {
+                "contract": self.contract.hash, "run": self.run_id, "round": number,
+                "attempt": self._attempt,
+            }
             terms = self.contract.terms(self.run_id, number, self._attempt)
-            ask = messages.pack(Message(Agree(contract=self.contract.hash, **step)))
-            offered = yield from self._ask(dict.fromkeys(sites, ask), Keys)
-            keys = {}
-            for site, blobs in offered.items():
-                try:
-                    keys[site] = blobs.get(site, b"")
-                    check_keys(terms, site, keys[site])
-                except ProtocolError as error:
-                    del keys[site]
-                    self._fail(site, error.code)
+            keys = yield from self._keys(there, step)
             if len(keys) < terms.least:
-                raise RunError(
-                    f"Run stopped at round {number}: {len(keys)} of {len(self.contract.sites)} "
-                    f"sites agreed on keys, secure aggregation needs {terms.least}. Nothing was "
-                    "trained in this round.", code="E402",
-                )
-            ask = messages.pack(Message(Share(contract=self.contract.hash, **step), blobs=keys))
-            shared = yield from self._ask(dict.fromkeys(keys, ask), Shares)
-            sites = [s for s, blobs in shared.items() if set(blobs) == set(keys) - {s}]
-            for site in set(shared) - set(sites):
-                self._fail(site, "E504")
-            if len(sites) == len(keys):
-                self.agreement = Agreement(terms, keys)
+                break
+            ask = messages.pack(Message(Share(**step), blobs=keys))
+            shared = yield from self._exchange.ask(dict.fromkeys(keys, ask), Shares)
+            for site, blobs in shared.items():
+                if {s: len(b) for s, b in blobs.items()} == {
+                    s: terms.sealed_size for s in keys if s != site
+                }:
+                    continue
+                self._exchange.fail(site, "E504")
+            there = [s for s in shared if s not in self._exchange.failed]
+            if len(there) == len(keys):
+                agreed = Agreement(terms, keys)
                 self._sealed = {
                     s: {peer: shared[peer][s] for peer in keys if peer != s} for s in keys
                 }
-        self._stale = False
+        if agreed is not None:
+            self.agreement, self._lost = agreed, set()
+        elif not serves:
+            raise RunError(
+                f"{len(keys)} of {len(self.contract.sites)} sites agreed on keys "
+                f"({self._exchange.reasons()}), secure aggregation needs {terms.least}.",
+                code="E402",
+            )
+        for site in out | (set(sites) - set(self.members)):
+            wait = min(2 * self._waits.get(site, (0, 0))[1] or 1, LONGEST_WAIT)
+            self._waits[site] = number + wait, wait
+        return agreed is not None
+
+    def _keys(self, sites: Collection[str], step: dict[str, Any]) -> Stages[dict[str, bytes]]:
+        """The first stage: the keys that are signed by the roster's."""
+        terms = self.contract.terms(self.run_id, step["round"], step["attempt"])
+        ask = messages.pack(Message(Agree(**step)))
+        offered = yield from self._exchange.ask(dict.fromkeys(sites, ask), Keys)
+        keys = {}
+        for site, blobs in offered.items():
+            try:
+                check_keys(terms, site, blobs.get(site, b""))
+            except ProtocolError as error:
+                self._exchange.fail(site, error.code)
+            else:
+                keys[site] = blobs[site]
+        return keys
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -104,70 +125,68 @@ class Masking:
         """The other members' shares for a site, as long as it has not shown that it has them."""
         return self._sealed.get(site, {})
 
-    def begin(self, number: int, shapes: Shapes, digest: str) -> None:
-        """Open a round's sum. shapes: of the tensors that it trains; digest: messages.digest of
-        what all members are asked."""
-        assert self.agreement is not None
-        self._shapes = shapes
-        size = vector.size(self.contract, shapes)
-        self._sum = Sum(self.agreement, number, size, bytes.fromhex(digest))
+    def has_answered(self, site: str) -> None:
+        """A masked update came: the site has its shares, and needs no other agreement."""
+        self._sealed.pop(site, None)
+        self._waits.pop(site, None)
+
+    def has_failed(self, site: str, code: str) -> None:
+        """A member that is there but has no secrets waits for another agreement."""
+        if code in ("E504", "E506", "E507"):
+            self._lost.add(site)
+
+
+class MaskedRound:
+    """One round's masked updates: `take` each, then `open` their sum.
+
+    shapes: of the tensors that the round trains. digest: messages.digest of what all are asked.
+    """
+
+    def __init__(
+        self, contract: Contract, agreement: Agreement, number: int, shapes: Shapes, digest: str,
+        exchange: Exchange,
+    ) -> None:
+        self.contract, self.agreement, self.number = contract, agreement, number
+        self._shapes, self._exchange = shapes, exchange
+        self._sum = Sum(agreement, number, vector.size(contract, shapes), bytes.fromhex(digest))
 
     def take(self, site: str, masked: bytes) -> None:
         """Add a site's masked update. ProtocolError if it is none of this round."""
-        assert self._sum is not None
         self._sum.add(site, masked)
-        self._sealed.pop(site, None)
 
-    def missing(self, code: str) -> None:
-        """A member fell out with this code: one that is there but lost its secrets needs new ones.
-        """
-        self._stale |= code in ("E504", "E506")
-
-    def open(self) -> replies.Stages[tuple[Arrays, dict[Metric, float]]]:
+    def open(self) -> Stages[tuple[Arrays, dict[Metric, float]]]:
         """The weighted mean of the round's updates and metrics. RunError if it does not open."""
-        found, agreement = self._sum, self.agreement
-        assert found is not None
-        assert agreement is not None
-        survivors, blobs = tuple(sorted(found.survivors)), Blobs()
+        survivors = tuple(sorted(self._sum.survivors))
+        threshold = self.contract.threshold
         facts: dict[str, Any] = {
-            "contract": self.contract.hash, "agreement": self.transcript, "round": found.number,
-            "survivors": survivors,
+            "contract": self.contract.hash, "agreement": self.agreement.transcript.hex(),
+            "round": self.number, "survivors": survivors,
         }
-        there: Collection[str] = survivors
-        if len(survivors) < len(agreement.members):
+        signed, there = Blobs(), list(survivors)
+        if len(survivors) < len(self.agreement.members):
             ask = messages.pack(Message(Endorse(**facts)))
-            endorsed = yield from self._ask(dict.fromkeys(survivors, ask), Endorsement)
-            blobs = {s: b[s] for s, b in endorsed.items() if s in b}
-            there = blobs
-        ask = messages.pack(Message(Reveal(**facts), blobs=blobs))
-        revealed = yield from self._ask(dict.fromkeys(there, ask), Revealed)
+            said = yield from self._exchange.ask(dict.fromkeys(survivors, ask), Endorsement,
+                                                 enough=threshold)
+            for site, blobs in said.items():
+                if self.agreement.endorses(site, blobs.get(site, b""), self.number, survivors):
+                    signed[site] = blobs[site]
+                else:
+                    self._exchange.fail(site, "E504")
+            there = list(signed)
+            if len(signed) < threshold:
+                raise self._closed(f"{len(signed)} sites endorsed the survivors, {threshold} must")
+        ask = messages.pack(Message(Reveal(**facts), blobs=signed))
+        revealed = yield from self._exchange.ask(dict.fromkeys(there, ask), Revealed,
+                                                 enough=threshold)
         try:
-            total = found.open(revealed, vector.factor(self.contract, 1.0))
+            total = self._sum.open(revealed, vector.factor(self.contract, 1.0))
         except ProtocolError as error:
-            raise RunError(
-                f"Run stopped at round {found.number}: {error} No adapter released; ε counted for "
-                "what was computed.", code=error.code,
-            ) from None
+            raise self._closed(str(error).removesuffix("."), error.code) from None
         total /= sum(self.contract.weight_share(site) for site in survivors)
         return vector.split(self.contract, self._shapes, total)
 
-    def _ask(
-        self, requests: Mapping[str, bytes], kind: Said
-    ) -> Generator[Mapping[str, bytes], Mapping[str, replies.Reply], dict[str, Blobs]]:
-        """One stage: the blobs of each site that answered as it should; the others fail."""
-        came = yield requests
-        found: dict[str, Blobs] = {}
-        for site, wire in requests.items():
-            reply = came.get(site, replies.SILENT)
-            self._traffic[1] += len(wire)
-            try:
-                message = replies.read(self.contract, reply)
-                if not isinstance(message.header, kind) or message.header.site != site:
-                    raise ProtocolError("The reply is not this site's to this stage.", code="E503")
-            except ProtocolError as error:
-                self.missing(error.code)
-                self._fail(site, error.code)
-            else:
-                self._traffic[0] += len(reply)
-                found[site] = message.blobs
-        return found
+    def _closed(self, why: str, code: str = "E402") -> RunError:
+        return RunError(
+            f"the masked sum of {len(self._sum.survivors)} sites does not open: {why} "
+            f"({self._exchange.reasons()}).", code=code,
+        )

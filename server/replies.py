@@ -8,7 +8,7 @@ from typing import TypeVar
 from silotune.common import messages
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError
-from silotune.common.messages import Message, Refusal
+from silotune.common.messages import Blobs, Endorsement, Keys, Message, Refusal, Revealed, Shares
 
 # A site's reply: its bytes, or the code that says why there is none.
 Reply = bytes | str
@@ -18,6 +18,7 @@ BROKEN = "E500"
 Result = TypeVar("Result")
 # Yields what to ask which site, is sent what came back, returns a result.
 Stages = Generator[Mapping[str, bytes], Mapping[str, Reply], Result]
+Said = type[Keys] | type[Shares] | type[Endorsement] | type[Revealed]
 
 
 def read(contract: Contract, reply: Reply) -> Message:
@@ -34,6 +35,65 @@ def read(contract: Contract, reply: Reply) -> Message:
             f"{header.site} refuses ({header.code}, incident {header.incident}).", code=header.code
         )
     return message
+
+
+class Exchange:
+    """A round's traffic and failures. on_failure: is told of each site that falls out, and why."""
+
+    def __init__(self, contract: Contract, on_failure: Callable[[str, str], None]) -> None:
+        self.contract, self._on_failure = contract, on_failure
+        self.begin()
+
+    def begin(self) -> None:
+        """A round begins: nothing was sent, nobody has failed."""
+        self.bytes_up = self.bytes_down = 0
+        self.failed: dict[str, str] = {}
+
+    def fail(self, site: str, code: str) -> None:
+        """Note that a site does not count, with the code of the reason."""
+        self.failed[site] = code
+        self._on_failure(site, code)
+
+    def reasons(self) -> str:
+        return ", ".join(f"{s}: {c}" for s, c in sorted(self.failed.items())) or "no reply"
+
+    def count(self, sent: int, reply: Reply) -> None:
+        self.bytes_down += sent
+        self.bytes_up += len(reply) if isinstance(reply, bytes) else 0
+
+    def ask(
+        self, requests: Mapping[str, bytes], kind: Said, *, enough: int = 0
+    ) -> Stages[dict[str, Blobs]]:
+        """One stage: the blobs of each site that answered as it should; the others fail.
+
+        If fewer than `enough` did, those that said nothing are asked once more: a site answers a
+        request that it has answered with the same bytes.
+        """
+        found: dict[str, Blobs] = {}
+        for _ in range(2):
+            came = yield requests
+            for site, wire in requests.items():
+                self._read(site, len(wire), came.get(site, SILENT), kind, found)
+            requests = {
+                s: wire for s, wire in requests.items() if self.failed.get(s) in (SILENT, BROKEN)
+            }
+            if len(found) >= enough or not requests:
+                break
+        return found
+
+    def _read(
+        self, site: str, sent: int, reply: Reply, kind: Said, found: dict[str, Blobs]
+    ) -> None:
+        self.count(sent, reply)
+        try:
+            message = read(self.contract, reply)
+            if not isinstance(message.header, kind) or message.header.site != site:
+                raise ProtocolError("The reply is not this site's to this stage.", code="E503")
+        except ProtocolError as error:
+            self.fail(site, error.code)
+        else:
+            self.failed.pop(site, None)
+            found[site] = message.blobs
 
 
 def carry_out(stages: Stages[Result], sites: Mapping[str, Callable[[bytes], bytes]]) -> Result:

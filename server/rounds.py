@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from silotune.common import adapter, messages
 from silotune.common.contract import Contract
@@ -28,9 +29,10 @@ from silotune.common.messages import (
 from silotune.common.plan import Metric, Phase
 from silotune.common.signing import verifies
 from silotune.server import aggregate, replies
-from silotune.server.masking import Masking
+from silotune.server.masking import MaskedRound, Masking
 from silotune.server.registry import Registry
 
+T = TypeVar("T")
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
 
 
@@ -79,16 +81,15 @@ class Run:
         self._shapes = adapter.shapes_of(initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
         self._open: dict[str, Arrays] = {}
-        self._failed: dict[str, str] = {}
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
-        self._bytes = [0, 0]
         self._challenge = secrets.token_hex(32)
         self._began = time.perf_counter()
+        self.exchange = replies.Exchange(contract, self._has_failed)
         self.masking = (
-            Masking(contract, run_id, self.fail, self._bytes)
-            if contract.secure_aggregation else None
+            Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
+        self._masked: MaskedRound | None = None
         registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
 
     @property
@@ -116,28 +117,33 @@ class Run:
         self.begin()
         asked = list(sites)
         if self.masking is not None:
-            before = self.masking.agreement
-            yield from self.masking.agree(sites, self.number)
-            if self.masking.agreement is not before:
+            if (yield from self._or_stop(self.masking.agree(sites, self.number))):
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
             asked = [site for site in sites if site in self.masking.members]
-            self._failed |= dict.fromkeys(set(sites) - set(asked) - set(self._failed), "E506")
-            self.masking.begin(
-                self.number, self._trained_shapes(), messages.digest(*self._asked())
+            assert self.masking.agreement is not None
+            self._masked = MaskedRound(
+                self.contract, self.masking.agreement, self.number, self._trained_shapes(),
+                messages.digest(*self._asked()), self.exchange,
             )
         wires = {site: self.request(site) for site in asked}
         came = yield wires
         for site, wire in wires.items():
             self.accept(site, len(wire), came.get(site, replies.SILENT))
         mean = None
-        if self.masking is not None and len(self._open) >= self.contract.quorum:
-            mean = yield from self.masking.open()
+        if self._masked is not None and len(self._open) >= self.contract.quorum:
+            mean = yield from self._or_stop(self._masked.open())
         return self.finish(mean)
+
+    def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
+        try:
+            return (yield from stages)
+        except RunError as error:
+            raise self._stopped(str(error), error.code) from None
 
     def begin(self) -> None:
         """Open the round: its clock starts, no site has answered."""
-        self._open, self._failed, self._epsilon, self._metrics = {}, {}, {}, {}
-        self._bytes[:] = [0, 0]
+        self._open, self._epsilon, self._metrics, self._masked = {}, {}, {}, None
+        self.exchange.begin()
         self._began = time.perf_counter()
 
     def request(self, site: str) -> bytes:
@@ -163,8 +169,7 @@ class Run:
 
         sent: bytes that went down to the site.
         """
-        self._bytes[1] += sent
-        self._bytes[0] += len(reply) if isinstance(reply, bytes) else 0
+        self.exchange.count(sent, reply)
         try:
             message = replies.read(self.contract, reply)
             update = message.header
@@ -183,25 +188,32 @@ class Run:
                 self._check_metrics(update.metrics)
             self._check_epsilon(site, update.epsilon)
             self._take_receipt(site, update.receipt)
-            if self.masking is not None:
-                assert isinstance(update, Masked)
+            if isinstance(update, Masked):
                 self._take_masked(site, update, message.blobs)
         except ProtocolError as error:
             self.fail(site, error.code)
-            if self.masking is not None:
-                self.masking.missing(error.code)
         else:
             self._open[site] = message.arrays
             self._epsilon[site] = update.epsilon
             if isinstance(update, Update):
                 self._metrics[site] = update.metrics
-            self._failed.pop(site, None)
+            self.exchange.failed.pop(site, None)
 
     def fail(self, site: str, code: str) -> None:
         """Note that a site does not count this round, with the code of the reason."""
-        if site not in self._open:
-            self._failed[site] = code
+        self.exchange.fail(site, code)
+
+    def _has_failed(self, site: str, code: str) -> None:
         self.registry.event("rejected", round=self.number, site=site, code=code)
+        if self.masking is not None:
+            self.masking.has_failed(site, code)
+
+    def _stopped(self, why: str, code: str) -> RunError:
+        self.registry.event("stopped", round=self.number, code=code, failed=self.exchange.failed)
+        return RunError(
+            f"Run stopped at round {self.number}: {why} No adapter released; ε counted for what "
+            "was computed.", code=code,
+        )
 
     @property
     def phase(self) -> Phase:
@@ -215,13 +227,9 @@ class Run:
         mean: of masked updates and their metrics.
         """
         if len(self._open) < self.contract.quorum:
-            reasons = ", ".join(f"{s}: {c}" for s, c in sorted(self._failed.items())) or "no reply"
-            self.registry.event("stopped", round=self.number, failed=self._failed)
-            raise RunError(
-                f"Run stopped at round {self.number}: {len(self._open)} of "
-                f"{len(self.contract.sites)} sites counted ({reasons}), the quorum is "
-                f"{self.contract.quorum}. No adapter released; ε counted for what was computed.",
-                code="E402",
+            raise self._stopped(
+                f"{len(self._open)} of {len(self.contract.sites)} sites counted "
+                f"({self.exchange.reasons()}), the quorum is {self.contract.quorum}.", "E402",
             )
         if mean is None:
             weights = self.contract.weights()
@@ -239,9 +247,7 @@ class Run:
             adapter.check(next_adapter, self._shapes, "The aggregate")
             adapter.check(velocity, adapter.shapes_of(change), "The momentum")
         except ProtocolError as error:
-            raise RunError(
-                f"Run stopped at round {self.number}: {error} No adapter released.", code="E502"
-            ) from None
+            raise self._stopped(str(error), "E502") from None
         self.adapter, self.velocity = next_adapter, velocity
         place = self.contract.place_in_phase(self.number)
         if place > self.phase.rounds * self.contract.aggregation.average_from:
@@ -252,9 +258,11 @@ class Run:
         if self._evaluate and (final or self.number % self._every == 0):
             metrics = self._evaluate(self.released(), self.phase.trains == "head+adapter")
         facts = RoundFacts(
-            self.number, tuple(sorted(self._open)), dict(self._failed), dict(self._epsilon),
-            self._bytes[0], self._bytes[1], time.perf_counter() - self._began, metrics,
-            dict(self._metrics), self.clip_norm if adaptive else None,
+            self.number, tuple(sorted(self._open)),
+            {s: c for s, c in self.exchange.failed.items() if s not in self._open},
+            dict(self._epsilon), self.exchange.bytes_up, self.exchange.bytes_down,
+            time.perf_counter() - self._began, metrics, dict(self._metrics),
+            self.clip_norm if adaptive else None,
         )
         if adaptive:
             self.clip_norm = aggregate.next_clip_norm(
@@ -324,6 +332,8 @@ class Run:
 
     def _take_masked(self, site: str, update: Masked, blobs: messages.Blobs) -> None:
         assert self.masking is not None
+        assert self._masked is not None
         if set(blobs) != {MASKED} or update.agreement != self.masking.transcript:
             raise ProtocolError("The update is masked for another agreement.", code="E503")
-        self.masking.take(site, blobs[MASKED])
+        self._masked.take(site, blobs[MASKED])
+        self.masking.has_answered(site)

@@ -108,14 +108,14 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
             Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
         )
     plain = contract.changed(
-        privacy={"mode": "none", "adaptive": None}, phases=plans["no-dp"]["phases"]
+        privacy={"mode": "none", "adaptive": None}, phases=plans["no-dp"]["phases"],
+        secure_aggregation=None,
     )
     arms.append(Arm("federated-no-dp", "Federated LoRA without DP", False, False, (plain,)))
     # One place holds the rows of all: the divisor grows with them.
     pooled = plain.changed(
         sites=[{"name": POOLED}],
         quorum=1,
-        secure_aggregation=None,
         privacy={"expected_records": plain.privacy.expected_records * len(plain.sites)},
     )
     arms.append(Arm("pooled-no-dp", "Pooled LoRA without DP", False, False, (pooled,)))

@@ -237,7 +237,7 @@ def _jobs(
                         evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
-                        keys=keys if contract.secure_aggregation else {},
+                        keys=keys,
                     )
                 )
     yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))

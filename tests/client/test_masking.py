@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from silotune.client import accounting, preflight
+from silotune.client import worker as workers
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.masking import MOST_AGREEMENTS, check_bound
@@ -209,6 +211,97 @@ def test_a_site_that_goes_before_any_stage_leaves_the_sum_of_the_rest(
 
 
 @pytest.mark.parametrize("kind", ["agree", "share", "train", "reveal"])
+def test_a_site_that_misses_one_stage_is_back_in_the_next_round(
+    federation: Federation, kind: str
+) -> None:
+    handles, missed = federation.handles(), []
+
+    def once(wire: bytes) -> bytes:
+        if messages.unpack(wire).header.kind == kind and not missed:
+            missed.append(kind)
+            return b""
+        return handles["west"](wire)
+
+    run = federation.run()
+    facts = play(run, handles | {"west": once})
+    assert [len(f.sites) for f in facts] == [4 if kind == "reveal" else 3, 4, 4]
+
+
+def test_a_site_that_is_gone_is_asked_for_keys_less_and_less_often(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    long = table_contract.changed(
+        phases=[{"trains": "head", "rounds": 70, "sampling_rate": 0.5, "head_rate": 0.5}]
+    )
+    federation = Federation(long, tmp_path, write_rows)
+    handles, asked = federation.handles(), []
+
+    def gone(wire: bytes) -> bytes:
+        header = messages.unpack(wire).header
+        asked.append(getattr(header, "round", 0))
+        return b""
+
+    facts = play(federation.run(), handles | {"west": gone})
+    assert all(len(f.sites) == 3 for f in facts)
+    assert asked == [1, 2, 4, 8, 16, 32, 48, 64]
+
+
+def test_who_sealed_what_does_not_open_is_left_to_the_logs_and_the_rest_stays(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    handles = federation.handles()
+
+    def spoils(wire: bytes) -> bytes:
+        reply = messages.unpack(handles["west"](wire))
+        if reply.header.kind != "shares":
+            return messages.pack(reply)
+        return messages.pack(Message(
+            reply.header, blobs=reply.blobs | {"north": bytes(len(reply.blobs["north"]))}
+        ))
+
+    run = federation.run()
+    facts = carry_out(run.stages(SITES), handles | {"west": spoils})
+    assert dict(facts.failed) == {"north": "E507"}
+    assert "what west sealed for this site does not open" in caplog.text
+    assert not federation.ledgers["north"].charges
+
+
+@pytest.mark.parametrize("size", [0, 1, 10_000])
+def test_shares_of_another_length_are_not_passed_on(federation: Federation, size: int) -> None:
+    handles = federation.handles()
+
+    def long(wire: bytes) -> bytes:
+        reply = messages.unpack(handles["west"](wire))
+        blobs = dict.fromkeys(reply.blobs, bytes(size))
+        return messages.pack(
+            Message(reply.header, blobs=blobs) if reply.header.kind == "shares" else reply
+        )
+
+    facts = carry_out(federation.run().stages(SITES), handles | {"west": long})
+    assert dict(facts.failed) == {"west": "E504"}
+    assert facts.sites == ("east", "north", "south")
+
+
+def test_an_endorsement_that_is_none_is_not_passed_on_and_its_site_named(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    five = (*SITES, "centre")
+    federation = Federation(table_contract, tmp_path, write_rows, five, threshold=3)
+    handles = gone_from(federation.handles(), "south", "train")
+
+    def signs_nothing(wire: bytes) -> bytes:
+        reply = messages.unpack(handles["west"](wire))
+        blobs = {"west": bytes(64)} if reply.header.kind == "endorsement" else reply.blobs
+        return messages.pack(Message(reply.header, blobs=blobs))
+
+    run = federation.run()
+    facts = carry_out(run.stages(five), handles | {"west": signs_nothing})
+    assert facts.sites == ("centre", "east", "north", "west")
+    events = (run.registry.folder / "events.jsonl").read_text()
+    assert [json.loads(e)["site"] for e in events.splitlines() if '"E504"' in e] == ["west"]
+
+
+@pytest.mark.parametrize("kind", ["agree", "share", "train", "reveal"])
 def test_below_the_threshold_the_run_stops_and_nothing_is_released(
     federation: Federation, kind: str
 ) -> None:
@@ -324,9 +417,9 @@ def test_nothing_is_charged_for_a_request_that_cannot_be_masked(federation: Fede
         (altered(wire, agreement="0" * 64), "E506"),
         (altered(wire, run="run-2"), "E504"),
         (altered(wire, blobs={}), "E504"),
-        (altered(wire, blobs=swapped), "E504"),
+        (altered(wire, blobs=swapped), "E507"),
         (altered(wire, blobs=blobs | {"north": b""}), "E504"),
-        (altered(wire, blobs={s: b[:-1] for s, b in blobs.items()}), "E504"),
+        (altered(wire, blobs={s: b[:-1] for s, b in blobs.items()}), "E507"),
     ):
         assert refusal(north, bad) == code
     assert not federation.ledgers["north"].charges
@@ -364,22 +457,31 @@ def test_after_a_restart_a_known_request_still_gets_its_masked_bytes(
     assert refusal(federation.workers["north"], altered(wire, round=2)) == "E506"
 
 
-def test_an_update_beyond_the_bound_does_not_leave(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 4.0001, -1e30])
+def test_an_update_beyond_the_bound_is_held_to_it_and_nobody_else_is_told(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, value: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real = vector.join
-    for number, value in enumerate((np.nan, np.inf, -np.inf, 4.0001, -1e5)):
-        def spoilt(*args: Any, value: float = value) -> vector.Vector:
-            found = real(*args)
-            found[-1] = value
-            return found
+    """A refusal would say, beside the masks, something of this site's update alone."""
+    real = workers.train_round
 
-        with monkeypatch.context() as patch:
-            patch.setattr(vector, "join", spoilt)
-            federation.forget("north")
-            wire = first_requests(federation, federation.run(f"run-{number}"))["north"]
-            assert refusal(federation.workers["north"], wire) == "E502"
-        assert not federation.ledgers["north"].releases
+    def spoilt(*arguments: Any) -> Any:
+        change, metrics = real(*arguments)
+        change["head.bias"][0] = value
+        return change, metrics
+
+    plain = federation.run("plain")
+    carry_out(plain.stages(SITES), federation.handles())
+    for site in SITES:
+        federation.forget(site)
+    monkeypatch.setattr(workers, "train_round", spoilt)
+    run = federation.run("spoilt")
+    facts = carry_out(run.stages(SITES), federation.handles())
+    assert facts.sites == tuple(sorted(SITES))
+    held = 0.0 if np.isnan(value) else np.copysign(4.0, value)
+    assert run.adapter["head.bias"][0] == pytest.approx(held, abs=1e-4)
+    np.testing.assert_allclose(run.adapter["head.weight"], plain.adapter["head.weight"], atol=1e-5)
+    assert "1 entries of the update were beyond" in caplog.text
 
 
 def test_requests_of_secure_aggregation_mean_nothing_under_a_plain_contract(
@@ -438,6 +540,7 @@ def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
     ({"threshold": 4, "colluders": 3}, "does not hide one update among at least two"),
     ({"threshold": 5}, "a threshold of 5 is more than the 4 sites"),
     ({"quorum": 2}, "quorum is 2, but 3 sites must answer for a masked sum to open"),
+    ({"weights": (1.0, 1.0, 1.0, 10.1)}, "a weight may be at most 10 times another"),
     ({"keys": None}, "needs a public_key of each site's own"),
     ({"keys": "same"}, "needs a public_key of each site's own"),
     ({"bound": 0.0}, "'secure_aggregation.bound'"),
@@ -447,11 +550,12 @@ def test_a_contract_that_would_not_hide_an_update_is_none(
     table_contract: Contract, changes: dict[str, Any], says: str
 ) -> None:
     keys = {s: Keys.in_memory().public for s in SITES[: changes.get("sites", 4)]}
-    kind = changes.get("keys", "own")
+    kind, weights = changes.get("keys", "own"), changes.get("weights", (1.0,) * 4)
     with pytest.raises(ContractError) as caught:
         table_contract.changed(
-            sites=[{"name": s, "public_key": {"own": k, "same": "0" * 64, None: None}[kind]}
-                   for s, k in keys.items()],
+            sites=[{"name": s, "public_key": {"own": k, "same": "0" * 64, None: None}[kind],
+                    "weight": w}
+                   for (s, k), w in zip(keys.items(), weights, strict=False)],
             quorum=changes.get("quorum", min(3, len(keys))),
             secure_aggregation={
                 k: v for k, v in changes.items() if k in ("threshold", "colluders", "bound")
@@ -484,11 +588,17 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
     plan = accounting.plan(contract, contract.target_of("north"))
     check_bound(contract, plan)
     tight = contract.changed(secure_aggregation={"bound": 0.01})
-    with pytest.raises(RefusalError, match=r"bound = 0.01 of the contract. Raise the bound"):
-        check_bound(tight, plan)
+    for bound in (0.01, 1e5):
+        with pytest.raises(RefusalError, match=r"does not fit .* must lie between 0.63 and 1.6e\+03"):
+            check_bound(contract.changed(secure_aggregation={"bound": bound}), plan)
     check_bound(tight.changed(privacy={"mode": "none"}), plan)
+    adam = contract.changed(
+        phases=[{**contract.phases[0].model_dump(exclude_none=True), "adam": {"floor": 1e-3}}]
+    )
+    with pytest.raises(RefusalError, match="must lie between"):
+        check_bound(adam, plan)
     policy = permitting(tight, "north", federation.files["north"], None)
-    with pytest.raises(RefusalError, match="Raise the bound"):
+    with pytest.raises(RefusalError, match="does not fit"):
         Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
 
 

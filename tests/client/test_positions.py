@@ -98,7 +98,7 @@ def hostile(model: OneHot, pool: Encoded, columns: int) -> list[int]:
         moved = p - p.roll(1, 0)
         score = float(moved.max(1).values.sum())
         if score > best[0]:
-            arrays = model.arrays(["head.weight", "head.bias"])
+            arrays = {n: p.numpy(force=True).copy() for n, p in model.named_tensors().items()}
             best = score, arrays, moved.argmax(1).tolist()
     model.load(best[1])
     found: list[int] = best[2]

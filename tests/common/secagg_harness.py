@@ -302,7 +302,7 @@ def endorsements_are_not_counted(_: Patch) -> type[Member]:
 
 
 def endorsements_are_not_verified(patch: Patch) -> type[Member]:
-    patch.setattr(secagg, "verifies", lambda *_: True)
+    patch.setattr(Agreement, "endorses", lambda *_: True)
     return Member
 
 

@@ -396,11 +396,11 @@ def encoder_of(contract: Contract, folder: Path, **performance: Any) -> Encoder:
 def stock_features(encoder: Encoder, folder: Path) -> Tensor:
     """The library's model with the same adapter added to its weights, and mean pooling."""
     whole = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    arrays = encoder.arrays(list(encoder.named_tensors()))
-    for name in arrays:
+    arrays = {n: p.numpy(force=True).copy() for n, p in encoder.named_tensors().items()}
+    for name, b in arrays.items():
         if name.endswith(".lora_B"):
             place = name.removesuffix(".lora_B")
-            b, a = arrays[name], arrays[f"{place}.lora_A"]
+            a = arrays[f"{place}.lora_A"]
             whole.get_submodule(place).weight += torch.from_numpy(b @ a) * (8.0 / 2)
     tokens = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
     hidden = whole(**tokens).last_hidden_state

@@ -220,11 +220,11 @@ def test_refused_updates_and_updates_of_others_leave_a_sum_as_it_was() -> None:
     refused(lambda: total.open(few, 1.0), "2 sites revealed")
     outsiders = few | {"nobody": reveals["c"]}
     refused(lambda: total.open(outsiders, 1.0), "2 sites revealed")
-    short = reveals | {"a": {m: s for m, s in reveals["a"].items() if m != "d"}}
-    refused(lambda: total.open(short, 1.0), "revealed their shares")
+    short = {g: {m: s for m, s in reveals[g].items() if m != "d"} for g in "ab"}
+    refused(lambda: total.open(reveals | short, 1.0), "2 sites revealed")
     for wrong in (b"", bytes(31), b"\xff" * 32):
-        refused(lambda w=wrong: total.open(reveals | {"a": reveals["a"] | {"b": w}}, 1.0),
-                "is not one")
+        spoilt = {m: reveals[m] | {"b": wrong} for m in "ac"}  # the other two are too few
+        refused(lambda s=spoilt: total.open(reveals | s, 1.0), "share of b that does not fit")
     assert np.array_equal(total.open(reveals, 1.0), truth(cast, masked))
 
 
@@ -414,7 +414,7 @@ def test_shares_of_another_length_are_refused_though_a_member_sealed_them() -> N
     for length in (0, 1, 64, 127, 129, 192):
         bad = ChaCha20Poly1305(key).encrypt(bytes(12), bytes(length), view.transcript)
         refused(lambda b=bad: cast.members["a"].receive({"b": b, "c": sealed["c"]["a"]}),
-                "shares of b are not sealed")
+                "what b sealed for this site does not open", "E507")
 
 
 def test_as_many_endorsements_as_the_threshold_are_needed_and_only_survivors_count() -> None:

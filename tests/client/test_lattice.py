@@ -1,0 +1,106 @@
+"""An attack that once worked: a sum of few possible values, weighted, tells every one of them.
+
+A server shifts all entries of the head by a constant, which softmax does not see. If a site's
+change is a difference of float32 weights, it then lies on a grid as coarse as it likes, and of
+sum_i w_i x_i with public weights only one choice of the x_i fits: the masks cancel honestly, and
+yet each site's update is read out of their sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from silotune.client import worker as workers
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.train import train_round
+from silotune.client.worker import Worker
+from silotune.common import vector
+from silotune.common.contract import Contract
+from silotune.common.messages import Arrays
+from silotune.common.model import build
+from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
+from silotune.server.rounds import Run
+
+WEIGHTS = {"north": 1203.0, "south": 877.0, "east": 1540.0}
+SHIFT = np.float32(6e5)
+GRID = float(np.spacing(SHIFT))
+MOST = 6  # steps of the grid that a change may be away from zero
+
+
+def as_differences(*arguments: Any) -> tuple[Arrays, Any]:
+    """What a site sent before: weights after training less weights before."""
+    change, metrics = train_round(*arguments)
+    before = arguments[5]
+    return {
+        name: np.subtract(before[name] + moved, before[name], dtype=np.float32)
+        for name, moved in change.items()
+    }, metrics
+
+
+def told_of(
+    contract: Contract, folder: Path, write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> float:
+    """The part of all entries of which the server can tell every site's value from the sum."""
+    keys = {site: Keys.in_memory() for site in WEIGHTS}
+    contract = contract.changed(
+        sites=[{"name": s, "public_key": keys[s].public, "weight": w} for s, w in WEIGHTS.items()],
+        quorum=3, secure_aggregation={},
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
+    )
+    sent: list[vector.Vector] = []
+    join = vector.join
+
+    def overheard(*arguments: Any) -> vector.Vector:
+        sent.append(join(*arguments))
+        return sent[-1]
+
+    monkeypatch.setattr(vector, "join", overheard)
+    handles = {}
+    for at, site in enumerate(WEIGHTS):
+        file = write_rows(folder / f"{site}.csv", 60, seed=at)
+        policy = permitting(contract, site, file, None)
+        handles[site] = Worker(policy, contract, Ledger.in_memory(site, keys[site])).handle
+    shifted = {n: a + SHIFT for n, a in build(contract, None).initial_arrays().items()}
+    run = Run(contract, Registry.create(folder / "run", contract), "run-1", shifted)
+    seen: list[Arrays] = []
+    finish = run.finish
+    monkeypatch.setattr(run, "finish", lambda mean: seen.append(mean[0]) or finish(mean))
+    carry_out(run.stages(list(WEIGHTS)), handles)
+
+    # The server: which steps of the grid give this sum, to the ring's last digit?
+    factors = [vector.factor(contract, contract.weight_share(site)) for site in WEIGHTS]
+    steps = np.array(list(itertools.product(range(-MOST, MOST + 1), repeat=len(WEIGHTS))))
+    sums = sum(np.rint(steps[:, i] * GRID * f) for i, f in enumerate(factors))
+    mean = np.concatenate([seen[0][name].ravel() for name in sorted(seen[0])])
+    units = np.rint(mean * vector.factor(contract, 1.0))
+    found = 0
+    for entry, unit in enumerate(units):
+        hits = steps[np.abs(sums - unit) <= 1]
+        guess = min(hits, key=lambda hit: float((hit**2).sum()), default=np.zeros(3)) * GRID
+        found += bool(np.allclose(guess, [x[entry] for x in sent], rtol=0, atol=GRID / 100))
+    return found / len(units)
+
+
+def test_a_weighted_sum_tells_no_sites_update(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert told_of(table_contract, tmp_path, write_rows, monkeypatch) == 0
+
+
+def test_differences_of_weights_would_give_every_site_away(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "train_round", as_differences)
+    assert told_of(table_contract, tmp_path, write_rows, monkeypatch) > 0.8
