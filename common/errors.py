@@ -84,6 +84,7 @@ CODES: dict[str, str] = {
     "E500": "An unexpected failure inside a site. The incident id finds the details in that "
     "site's own log; they are not sent anywhere.",
     "E601": "The run directory already holds a run, or is not a run.",
+    "E602": "Another server process is carrying out the run in this directory.",
 }
 
 

@@ -18,11 +18,17 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder)."""
+    """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder);
+    `resume`: go on with the run that is there, or "skip": and without its next round."""
     config = {key: str(value) for key, value in context.run_config.items()}
     contract = contracts.load(Path(config["contract"]))
     model = build(contract, Path(config["model"]) if config["model"] else None)
     runs = Path(config["runs"])
-    registry = Registry.create(runs / config["run"], contract, runs / ".receipts")
+    begin = Registry.open if config["resume"] else Registry.create
+    registry = begin(runs / config["run"], contract, runs / ".receipts")
     run = Run(contract, registry, config["run"], model.initial_arrays())
+    if config["resume"]:
+        run.restore()
+    if config["resume"] == "skip" and not run.done:
+        run.skip()
     SilotuneStrategy(run).start(grid)

@@ -31,12 +31,17 @@ clientapp = "silotune.client.relay:app"
 """
 
 
-def write_app(folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path) -> Path:
-    """Write the app folder for `flwr run`; paths are the operator's own and absolute."""
+def write_app(
+    folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = ""
+) -> Path:
+    """Write the app folder for `flwr run`; paths are the operator's own and absolute.
+
+    resume: see server/app.py.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "contract": contract.resolve(), "model": model.resolve() if model else "", "run": run,
-        "runs": runs.resolve(),
+        "runs": runs.resolve(), "resume": resume,
     }
     (folder / "pyproject.toml").write_text(
         PYPROJECT.format(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from silotune.common import messages, vector
 from silotune.common.adapter import Shapes
@@ -36,6 +36,16 @@ ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites w
 LONGEST_WAIT = 16  # rounds until a site that was left out is asked again
 
 
+class Agreed(NamedTuple):
+    """An agreement on keys as the server stores it. keys: name -> what it published; sealed:
+    receiver -> sender -> sealed shares."""
+
+    first: int
+    attempt: int
+    keys: Blobs
+    sealed: dict[str, Blobs]
+
+
 class Masking:
     """The agreement on keys that is in force, and who has to wait for another one."""
 
@@ -43,7 +53,9 @@ class Masking:
         self.contract, self.run_id, self._exchange = contract, run_id, exchange
         self.agreement: Agreement | None = None
         self._attempt = secrets.randbelow(ATTEMPTS)
-        self._sealed: dict[str, Blobs] = {}  # by receiver, until it has answered
+        self._published: Blobs = {}
+        self._sealed: dict[str, Blobs] = {}  # by receiver
+        self._answered: set[str] = set()
         self._lost: set[str] = set()  # members that have no secrets of this agreement
         self._waits: dict[str, tuple[int, int]] = {}  # left out: (not before this round, how long)
 
@@ -54,7 +66,9 @@ class Masking:
         Whoever fails a stage is left out and the rest start anew; a site that keeps failing is
         waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
-        serves = self.agreement is not None and self.agreement.terms.serves(number)
+        serves = (
+            self.agreement is not None and self.agreement.terms.serves(number) and not self.dead
+        )
         out = {s for s in sites if s not in self.members or s in self._lost}
         if serves and not any(number >= self._waits.get(s, (0, 0))[0] for s in out):
             return False
@@ -80,12 +94,12 @@ class Masking:
                 self._exchange.fail(site, "E504")
             there = [s for s in shared if s not in self._exchange.failed]
             if len(there) == len(keys):
-                agreed = Agreement(terms, keys)
+                agreed, self._published = Agreement(terms, keys), keys
                 self._sealed = {
                     s: {peer: shared[peer][s] for peer in keys if peer != s} for s in keys
                 }
         if agreed is not None:
-            self.agreement, self._lost = agreed, set()
+            self.agreement, self._lost, self._answered = agreed, set(), set()
         elif not serves:
             raise RunError(
                 f"{len(keys)} of {len(self.contract.sites)} sites agreed on keys "
@@ -96,6 +110,21 @@ class Masking:
             wait = min(2 * self._waits.get(site, (0, 0))[1] or 1, LONGEST_WAIT)
             self._waits[site] = number + wait, wait
         return agreed is not None
+
+    def agreed(self) -> Agreed:
+        """What a run needs to go on under this agreement after the server was started again. All of
+        it passed through the server: nothing in it is secret from it."""
+        assert self.agreement is not None
+        return Agreed(
+            first=self.agreement.terms.first, attempt=self.agreement.terms.attempt,
+            keys=self._published, sealed=self._sealed,
+        )
+
+    def restore(self, found: Agreed | None) -> None:
+        if found is not None:
+            terms = self.contract.terms(self.run_id, found.first, found.attempt)
+            self.agreement = Agreement(terms, found.keys)
+            self._published, self._sealed = found.keys, found.sealed
 
     def _keys(self, sites: Collection[str], step: dict[str, Any]) -> Stages[dict[str, bytes]]:
         """The first stage: the keys that are signed by the roster's."""
@@ -117,17 +146,22 @@ class Masking:
         return self.agreement.members if self.agreement else ()
 
     @property
+    def dead(self) -> bool:
+        """Whether no member has its secrets any more: all were started again."""
+        return self._lost >= set(self.members)
+
+    @property
     def transcript(self) -> str:
         assert self.agreement is not None
         return self.agreement.transcript.hex()
 
     def sealed(self, site: str) -> Blobs:
-        """The other members' shares for a site, as long as it has not shown that it has them."""
-        return self._sealed.get(site, {})
+        """The other members' shares for a site, until it has shown that it has them."""
+        return {} if site in self._answered else self._sealed.get(site, {})
 
     def has_answered(self, site: str) -> None:
         """A masked update came: the site has its shares, and needs no other agreement."""
-        self._sealed.pop(site, None)
+        self._answered.add(site)
         self._waits.pop(site, None)
 
     def has_failed(self, site: str, code: str) -> None:

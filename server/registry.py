@@ -1,28 +1,50 @@
 """A run on disk. A round exists when its folder has its final name: one atomic rename commits it.
 
 runs/<run>/contract.json  events.jsonl  rounds/0001/{adapter,state}.safetensors, round.json
+           agreement.safetensors (secure aggregation)  adapter.safetensors (when it is done)
+
+round.json holds the SHA-256 of the round's other files. A round that is damaged is set aside, and
+the run goes on from the one before: the sites give their stored replies to what is asked again.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from silotune.common import contract as contracts
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.messages import Arrays, Receipt
+from silotune.server.masking import Agreed
+
+ARRAYS = ("adapter.safetensors", "state.safetensors")
+AGREEMENT = "agreement.safetensors"
+
+
+class Stored(NamedTuple):
+    """A committed round."""
+
+    number: int
+    adapter: Arrays
+    state: Arrays
+    facts: dict[str, Any]
 
 
 class Registry:
-    """The folder of one run; `create` refuses a folder that already holds one.
+    """The folder of one run; `create` refuses a folder that already holds one, `open` one that
+    holds another contract's. Both refuse a folder that another process writes.
 
     receipts: where the sites' last receipts are kept; one folder for all runs of an operator lets
     a later run see that a site's ledger went back.
@@ -36,13 +58,49 @@ class Registry:
         cls, folder: Path, contract: Contract, receipts: Path | None = None
     ) -> Registry:
         if (folder / "contract.json").exists():
-            raise RunError(f"{folder} already holds a run. Name another folder, or remove it.")
+            raise RunError(
+                f"{folder} already holds a run. Take it up again with `silotune server resume`, or "
+                "name another folder."
+            )
         (folder / "rounds").mkdir(parents=True, exist_ok=True)
+        registry = cls(folder, receipts)
+        registry._lock()
         (folder / "contract.json").write_text(
             json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False),
             encoding="utf-8",
         )
-        return cls(folder, receipts)
+        return registry
+
+    @classmethod
+    def open(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> Registry:
+        """A run to go on with."""
+        path = folder / "contract.json"
+        if not path.is_file():
+            raise RunError(f"{folder} holds no run.")
+        registry = cls(folder, receipts)
+        registry._lock()
+        if (found := contracts.load(path).hash) != contract.hash:
+            raise RunError(
+                f"{folder} is a run of the contract {found[:12]}…, not of {contract.hash[:12]}…."
+            )
+        shutil.rmtree(folder / "rounds" / ".half", ignore_errors=True)
+        return registry
+
+    def _lock(self) -> None:
+        """For as long as this process lives; the kernel frees it however it ends."""
+        self._locked = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._locked)
+            raise RunError(
+                f"Another server is carrying out the run in {self.folder}. Wait, or stop it first.",
+                code="E602",
+            ) from None
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        os.close(self._locked)
 
     def event(self, what: str, **facts: Any) -> None:
         """Append one event. Facts hold names, numbers and codes; no site has sent anything else."""
@@ -53,16 +111,66 @@ class Registry:
     def commit(self, number: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]) -> None:
         """Write a round and rename it into place; a half-written one is never seen."""
         rounds = self.folder / "rounds"
-        half = rounds / f".{number:04d}.tmp"
+        half = rounds / ".half"
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        _save(adapter, half / "adapter.safetensors")
-        _save(state, half / "state.safetensors")
+        for name, arrays in zip(ARRAYS, (adapter, state), strict=True):
+            _save(arrays, half / name)
+        facts = facts | {"sha256": {name: _sha256(half / name) for name in ARRAYS}}
         (half / "round.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         for path in (*half.iterdir(), half):
             _sync(path)
         half.rename(rounds / f"{number:04d}")
         _sync(rounds)
+
+    def newest(self) -> Stored | None:
+        """The last round that is whole. Later ones that are not are set aside, and it is said."""
+        for folder in sorted((self.folder / "rounds").glob("[0-9]*"), reverse=True):
+            try:
+                facts = json.loads((folder / "round.json").read_text(encoding="utf-8"))
+                if any(_sha256(folder / name) != facts["sha256"][name] for name in ARRAYS):
+                    raise ValueError("not what was written")
+                adapter, state = (dict(load_file(folder / name)) for name in ARRAYS)
+                return Stored(int(facts["round"]), adapter, state, facts)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                aside = folder.with_name(f".damaged-{folder.name}-{time.time_ns()}")
+                folder.rename(aside)
+                self.event("damaged", round=int(folder.name), aside=aside.name)
+        return None
+
+    def keep_agreement(self, agreed: Agreed) -> None:
+        """Write the agreement on keys that is in force."""
+        blobs = {f"keys/{site}": data for site, data in agreed.keys.items()}
+        for receiver, sealed in agreed.sealed.items():
+            blobs |= {f"sealed/{receiver}/{sender}": data for sender, data in sealed.items()}
+        path = self.folder / AGREEMENT
+        half = path.with_suffix(".tmp")
+        save_file(
+            {name: np.frombuffer(data, dtype=np.uint8) for name, data in blobs.items()}, half,
+            {"first": str(agreed.first), "attempt": str(agreed.attempt)},
+        )
+        _sync(half)
+        half.rename(path)
+
+    def agreement(self) -> Agreed | None:
+        """The agreement on keys that was in force, if there is a whole one."""
+        try:
+            with safe_open(self.folder / AGREEMENT, "np") as file:
+                facts = file.metadata()
+                blobs = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+            found = Agreed(int(facts["first"]), int(facts["attempt"]), {}, {})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            self.event("damaged", agreement=True)
+            return None
+        for name, data in blobs.items():
+            kind, *who = name.split("/")
+            if kind == "keys":
+                found.keys[who[0]] = data
+            else:
+                found.sealed.setdefault(who[0], {})[who[1]] = data
+        return found
 
     def release(self, adapter: Arrays) -> Path:
         """Write the run's final adapter."""
@@ -111,6 +219,11 @@ class Registry:
 def _save(arrays: Arrays, path: Path) -> None:
     # safetensors writes the memory as it lies: a transposed view would come back garbled.
     save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

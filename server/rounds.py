@@ -26,9 +26,10 @@ from silotune.common.messages import (
     Train,
     Update,
 )
-from silotune.common.plan import Metric, Phase
+from silotune.common.plan import Metric
 from silotune.common.signing import verifies
 from silotune.server import aggregate, replies
+from silotune.server.iterate import Iterate
 from silotune.server.masking import MaskedRound, Masking
 from silotune.server.registry import Registry
 
@@ -72,13 +73,7 @@ class Run:
         on_round: Callable[[RoundFacts], None] | None = None,
     ) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
-        self.adapter = initial
-        self.velocity: Arrays = {}
-        self.mean: Arrays = {}
-        self.averaged = 0
-        self.clip_norm = contract.privacy.clip_norm
-        self.number = 1
-        self._shapes = adapter.shapes_of(initial)
+        self.iterate = Iterate(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
         self._open: dict[str, Arrays] = {}
         self._epsilon: dict[str, float | None] = {}
@@ -94,7 +89,16 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.number > self.contract.rounds
+        return self.iterate.done
+
+    @property
+    def number(self) -> int:
+        """The open round, or the next one."""
+        return self.iterate.number
+
+    @property
+    def adapter(self) -> Arrays:
+        return self.iterate.adapter
 
     def describe(self) -> bytes:
         header = Describe(contract=self.contract.hash, challenge=self._challenge)
@@ -115,24 +119,31 @@ class Run:
     def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
         """One round with these sites, to be driven by who can reach them (replies.Stages)."""
         self.begin()
+        yield from self._train(sites)
+        if self.masking is not None and self.masking.dead and not self._open:
+            yield from self._train(sites)  # under new keys; nobody was charged under the old ones
+        mean = None
+        if self._masked is not None and len(self._open) >= self.contract.quorum:
+            mean = yield from self._or_stop(self._masked.open())
+        return self.finish(mean)
+
+    def _train(self, sites: Collection[str]) -> replies.Stages[None]:
+        """Agree on keys where that is needed, and have the sites train."""
         asked = list(sites)
         if self.masking is not None:
             if (yield from self._or_stop(self.masking.agree(sites, self.number))):
+                self.registry.keep_agreement(self.masking.agreed())
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
             asked = [site for site in sites if site in self.masking.members]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
-                self.contract, self.masking.agreement, self.number, self._trained_shapes(),
+                self.contract, self.masking.agreement, self.number, self.iterate.trained_shapes,
                 messages.digest(*self._asked()), self.exchange,
             )
         wires = {site: self.request(site) for site in asked}
         came = yield wires
         for site, wire in wires.items():
             self.accept(site, len(wire), came.get(site, replies.SILENT))
-        mean = None
-        if self._masked is not None and len(self._open) >= self.contract.quorum:
-            mean = yield from self._or_stop(self._masked.open())
-        return self.finish(mean)
 
     def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
         try:
@@ -158,10 +169,10 @@ class Run:
         """What this round asks of every site alike."""
         header = Train(
             contract=self.contract.hash, run=self.run_id, round=self.number,
-            clip_norm=self.clip_norm if self.contract.privacy.adaptive else None,
+            clip_norm=self.iterate.clip_norm if self.contract.privacy.adaptive else None,
             agreement=self.masking.transcript if self.masking else None,
         )
-        needed = adapter.needed_names(self.adapter, self.phase.trains)
+        needed = adapter.needed_names(self.adapter, self.iterate.phase.trains)
         return header, {name: self.adapter[name] for name in needed}
 
     def accept(self, site: str, sent: int, reply: replies.Reply) -> None:
@@ -184,7 +195,7 @@ class Run:
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
             if isinstance(update, Update):
-                adapter.check(message.arrays, self._trained_shapes(), "The update")
+                adapter.check(message.arrays, self.iterate.trained_shapes, "The update")
                 self._check_metrics(update.metrics)
             self._check_epsilon(site, update.epsilon)
             self._take_receipt(site, update.receipt)
@@ -215,10 +226,6 @@ class Run:
             "was computed.", code=code,
         )
 
-    @property
-    def phase(self) -> Phase:
-        return self.contract.phase_of(self.number)
-
     def finish(
         self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None
     ) -> RoundFacts:
@@ -240,50 +247,62 @@ class Run:
         else:
             change, figures = mean
             self._metrics = {"": figures}
-        next_adapter, velocity = aggregate.heavy_ball(
-            self.adapter, self.velocity, change, self.contract.aggregation.momentum
-        )
+        clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
         try:
-            adapter.check(next_adapter, self._shapes, "The aggregate")
-            adapter.check(velocity, adapter.shapes_of(change), "The momentum")
+            self.iterate.step(change, figures)
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
-        self.adapter, self.velocity = next_adapter, velocity
-        place = self.contract.place_in_phase(self.number)
-        if place > self.phase.rounds * self.contract.aggregation.average_from:
-            self.mean = aggregate.running_mean(self.mean, self.averaged, self.adapter)
-            self.averaged += 1
-        final, adaptive = self.number == self.contract.rounds, self.contract.privacy.adaptive
         metrics: Mapping[str, float | None] = {}
-        if self._evaluate and (final or self.number % self._every == 0):
-            metrics = self._evaluate(self.released(), self.phase.trains == "head+adapter")
+        if self._evaluate and (self.iterate.final or self.number % self._every == 0):
+            with_adapter = self.iterate.phase.trains == "head+adapter"
+            metrics = self._evaluate(self.released(), with_adapter)
         facts = RoundFacts(
             self.number, tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
             dict(self._epsilon), self.exchange.bytes_up, self.exchange.bytes_down,
-            time.perf_counter() - self._began, metrics, dict(self._metrics),
-            self.clip_norm if adaptive else None,
+            time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm,
         )
-        if adaptive:
-            self.clip_norm = aggregate.next_clip_norm(
-                self.clip_norm, figures["unclipped"], adaptive
-            )
-        state = {f"velocity/{n}": a for n, a in self.velocity.items()}
-        state |= {f"mean/{n}": a for n, a in self.mean.items()}
-        self.registry.commit(self.number, self.adapter, state, vars(facts))
+        self._commit(facts)
+        return facts
+
+    def _commit(self, facts: RoundFacts) -> None:
+        self.registry.commit(
+            self.number, self.adapter, self.iterate.state(), vars(facts) | self.iterate.standing()
+        )
         self.registry.event("committed", round=self.number, sites=facts.sites)
-        if final:
-            self.registry.release(self.released())
-        if place == self.phase.rounds:
-            self.adapter, self.velocity, self.mean, self.averaged = self.released(), {}, {}, 0
-        self.number += 1
+        self._go_on()
         if self._on_round:
             self._on_round(facts)
+
+    def _go_on(self) -> None:
+        if self.iterate.final:
+            self.registry.release(self.released())
+        self.iterate.next()
+
+    def restore(self) -> int:
+        """Go on after the last round that was committed whole, under the agreement on keys that was
+        in force; returns its number, 0 if there is none."""
+        found = self.registry.newest()
+        if self.masking is not None:
+            self.masking.restore(self.registry.agreement())
+        if found is None:
+            return 0
+        self.iterate.restore(found.number, found.adapter, found.state, found.facts)
+        self.registry.event("resumed", after=found.number)
+        self._go_on()
+        return found.number
+
+    def skip(self) -> RoundFacts:
+        """Go on without the next round: its updates are lost, what they cost stays spent."""
+        self.begin()
+        facts = RoundFacts(self.number, (), dict.fromkeys(self.contract.weights(), "E402"), {}, 0,
+                           0, 0.0)
+        self.registry.event("skipped", round=self.number)
+        self._commit(facts)
         return facts
 
     def released(self) -> Arrays:
-        """What the phase has come to: the mean of its later iterates, once there is one."""
-        return self.mean if self.averaged else self.adapter
+        return self.iterate.released()
 
     def _check_epsilon(self, site: str, epsilon: float | None) -> None:
         """A site reports what it spent: within the contract's budget, or nothing without DP."""
@@ -325,10 +344,6 @@ class Run:
 
     def _public_key(self, site: str) -> str | None:
         return next((s.public_key for s in self.contract.sites if s.name == site), None)
-
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        names = adapter.trained_names(self._shapes, self.phase.trains)
-        return {name: self._shapes[name] for name in names}
 
     def _take_masked(self, site: str, update: Masked, blobs: messages.Blobs) -> None:
         assert self.masking is not None

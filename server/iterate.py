@@ -1,0 +1,99 @@
+"""Where a run stands: the adapter, and what the server's steps carry from one round to the next.
+
+All of it follows from the contract and the means of the rounds so far, so a run can be taken up
+again from the files of its last round (server/registry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from silotune.common import adapter
+from silotune.common.contract import Contract
+from silotune.common.messages import Arrays
+from silotune.common.plan import Metric, Phase
+from silotune.server import aggregate
+
+
+class Iterate:
+    """number: the round that comes next. A phase ends at the mean of its later iterates; the next
+    begins there, at rest."""
+
+    def __init__(self, contract: Contract, initial: Arrays) -> None:
+        self.contract, self.number = contract, 1
+        self.shapes = adapter.shapes_of(initial)
+        self.adapter = initial
+        self.clip_norm = contract.privacy.clip_norm
+        self._velocity: Arrays = {}
+        self._mean: Arrays = {}
+        self._averaged = 0
+
+    @property
+    def done(self) -> bool:
+        return self.number > self.contract.rounds
+
+    @property
+    def final(self) -> bool:
+        return self.number == self.contract.rounds
+
+    @property
+    def phase(self) -> Phase:
+        return self.contract.phase_of(self.number)
+
+    @property
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that this round trains."""
+        names = adapter.trained_names(self.shapes, self.phase.trains)
+        return {name: self.shapes[name] for name in names}
+
+    def released(self) -> Arrays:
+        """What the phase has come to: the mean of its later iterates, once there is one."""
+        return self._mean if self._averaged else self.adapter
+
+    def step(self, change: Arrays, figures: Mapping[Metric, float]) -> None:
+        """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
+        nothing has changed then."""
+        moved, velocity = aggregate.heavy_ball(
+            self.adapter, self._velocity, change, self.contract.aggregation.momentum
+        )
+        adapter.check(moved, self.shapes, "The aggregate")
+        adapter.check(velocity, adapter.shapes_of(change), "The momentum")
+        self.adapter, self._velocity = moved, velocity
+        place = self.contract.place_in_phase(self.number)
+        if place > self.phase.rounds * self.contract.aggregation.average_from:
+            self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
+            self._averaged += 1
+        if self.contract.privacy.adaptive:
+            self.clip_norm = aggregate.next_clip_norm(
+                self.clip_norm, figures["unclipped"], self.contract.privacy.adaptive
+            )
+
+    def next(self) -> None:
+        """Go on to the next round, and to the next phase where this was the last of one."""
+        if self.contract.place_in_phase(self.number) == self.phase.rounds:
+            self.adapter, self._velocity, self._mean, self._averaged = self.released(), {}, {}, 0
+        self.number += 1
+
+    def state(self) -> Arrays:
+        """What `restore` needs beside the adapter: arrays …"""
+        return {f"velocity/{n}": a for n, a in self._velocity.items()} | {
+            f"mean/{n}": a for n, a in self._mean.items()
+        }
+
+    def standing(self) -> dict[str, Any]:
+        """… and numbers."""
+        return {"averaged": self._averaged, "next_clip_norm": self.clip_norm}
+
+    def restore(
+        self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
+    ) -> None:
+        """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
+        adapter.check(arrays, self.shapes, "The stored adapter")
+        self.number, self.adapter = number, arrays
+        self._velocity, self._mean = (
+            {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
+            for kind in ("velocity/", "mean/")
+        )
+        self._averaged = int(standing["averaged"])
+        self.clip_norm = float(standing["next_clip_norm"])
