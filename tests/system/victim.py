@@ -177,18 +177,20 @@ def trains_first() -> None:
     """Computes, then charges."""
     original = Worker._train_once
 
-    def train_once(self: Worker, asked: Train, arrays: Arrays) -> bytes:
+    def train_once(self: Worker, message: Message) -> bytes:
+        asked = message.header
+        assert isinstance(asked, Train)
         if (self.contract.hash, asked.run, asked.round, asked.attempt) in self.ledger.charges:
-            return original(self, asked, arrays)
+            return original(self, message)
         train_round, phase = workers.train_round, self.contract.phase_of(asked.round)
         mechanism = accounting.mechanism_of(self.contract, self.plan, asked.round)
         found = train_round(
-            self.contract, phase, mechanism, self.model, self.data, arrays, self.source,
+            self.contract, phase, mechanism, self.model, self.data, message.arrays, self.source,
             self.contract.privacy.clip_norm,
         )
         workers.train_round = lambda *_: found
         try:
-            return original(self, asked, arrays)
+            return original(self, message)
         finally:
             workers.train_round = train_round
 
