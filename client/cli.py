@@ -44,7 +44,8 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     $ silotune site init --name hospital-a --folder hospital-a
     ✓ keys made in hospital-a/keys (0600); they stay here
     ✓ policy  hospital-a/site.toml
-    public key  5c0e…  (for the operator's contract: [[sites]] public_key)
+    ✓ request hospital-a/hospital-a.request.json, for the operator: public parts only
+    fingerprint  A8:26:…:CC  (read it out to the operator)
     next:   edit hospital-a/site.toml, then: silotune site sign --config hospital-a/site.toml
     """
     from cryptography.hazmat.primitives import serialization
@@ -56,6 +57,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
     from silotune.common.fields import Name
+    from silotune.common.join import JoinRequest
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -84,11 +86,21 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
         undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False  # noqa: S701
     ).from_string(template).render(name=name, data=data.replace("\\", "\\\\").replace('"', '\\"'))
     write_durably(made.config, text.encode())
-    facts = {"name": name, "config": str(made.config), "public_key": keys.public}
+    request = JoinRequest(
+        site=name, public_key=keys.public,
+        node_key=(made.relay / "node.pub").read_text(encoding="ascii").strip(),
+    )
+    file = folder / f"{name}.request.json"
+    write_durably(file, request.model_dump_json(indent=1).encode())
+    facts = {
+        "name": name, "config": str(made.config), "public_key": keys.public,
+        "request": str(file), "fingerprint": request.fingerprint,
+    }
     emit(facts, as_json, "\n".join([
         f"✓ keys made in {folder / 'keys'} (0600); they stay here",
         f"✓ policy  {made.config}",
-        f"public key  {keys.public}  (for the operator's contract: [[sites]] public_key)",
+        f"✓ request {file}, for the operator: public parts only",
+        f"fingerprint  {request.fingerprint}  (read it out to the operator)",
         f"next:   edit {made.config}, then: silotune site sign --config {made.config}",
     ]))
 

@@ -21,6 +21,7 @@ NOUNS = {
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),
     "privacy": ("silotune.client.privacy_cli", "see what is spent, plan a budget"),
+    "server": ("silotune.server.cli", "run the server of a federation"),
     "site": ("silotune.client.cli", "run a site"),
 }
 

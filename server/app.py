@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.common import contract as contracts
+from silotune.common.errors import SilotuneError
 from silotune.common.model import build
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
@@ -26,9 +27,14 @@ def main(grid: Grid, context: Context) -> None:
     runs = Path(config["runs"])
     begin = Registry.open if config["resume"] else Registry.create
     registry = begin(runs / config["run"], contract, runs / ".receipts")
-    run = Run(contract, registry, config["run"], model.initial_arrays())
-    if config["resume"]:
-        run.restore()
-    if config["resume"] == "skip" and not run.done:
-        run.skip()
-    SilotuneStrategy(run).start(grid)
+    try:
+        run = Run(contract, registry, config["run"], model.initial_arrays())
+        if config["resume"]:
+            run.restore()
+        if config["resume"] == "skip" and not run.done:
+            run.skip()
+        SilotuneStrategy(run).start(grid)
+    except Exception as error:
+        code = error.code if isinstance(error, SilotuneError) else "E500"
+        registry.event("failed", code=code, why=str(error))
+        raise

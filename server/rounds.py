@@ -220,7 +220,9 @@ class Run:
             self.masking.has_failed(site, code)
 
     def _stopped(self, why: str, code: str) -> RunError:
-        self.registry.event("stopped", round=self.number, code=code, failed=self.exchange.failed)
+        self.registry.event(
+            "stopped", round=self.number, code=code, why=why, failed=self.exchange.failed
+        )
         return RunError(
             f"Run stopped at round {self.number}: {why} No adapter released; ε counted for what "
             "was computed.", code=code,
@@ -277,6 +279,7 @@ class Run:
     def _go_on(self) -> None:
         if self.iterate.final:
             self.registry.release(self.released())
+            self.registry.event("released", round=self.number)
         self.iterate.next()
 
     def restore(self) -> int:

@@ -1,0 +1,129 @@
+"""A server's folder: keys, the roster of admitted sites, and the files of Flower and nginx.
+
+server.toml  ca.{key,crt}  server.{key,crt}  roster/<site>.json  nginx.conf  flwr/  state.db  runs/
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import Field
+
+from silotune.common import fields, join
+from silotune.common.errors import UsageError
+from silotune.common.fields import Frozen
+from silotune.common.join import JoinRequest
+from silotune.common.messages import MAX_WIRE
+from silotune.server import authority
+
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+
+class ServerSettings(Frozen):
+    """server.toml. host, port: where sites connect, through nginx; link_port: Flower's SuperLink,
+    on the loopback interface alone; folders start at the file's own."""
+
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")]
+    port: Port = 8443
+    listen: Annotated[str, Field(pattern=r"^[0-9A-Fa-f.:]{2,45}$")] = "0.0.0.0"  # noqa: S104
+    link_port: Port = 8000
+
+
+@dataclass(frozen=True)
+class Place:
+    folder: Path
+
+    @property
+    def settings(self) -> ServerSettings:
+        path = self.folder / "server.toml"
+        return fields.parse(fields.read_text(path, "Server"), path.name, ServerSettings)
+
+    @property
+    def link(self) -> str:
+        """Where the operator's own commands reach the SuperLink."""
+        return f"127.0.0.1:{self.settings.link_port}"
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def roster(self) -> list[JoinRequest]:
+        """The sites that were admitted, by name."""
+        return [join.load(path) for path in sorted((self.folder / "roster").glob("*.json"))]
+
+    @classmethod
+    def create(cls, folder: Path, settings: ServerSettings) -> Place:
+        """A new folder (0700): the CA, the server's certificate, an empty roster."""
+        if (folder / "server.toml").exists():
+            raise UsageError(f"{folder} holds a server already. Choose another folder.")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        place = cls(folder)
+        ca, ca_key, ca_certificate = authority.make_ca("Silotune federation CA")
+        server = authority.make_server([settings.host, "127.0.0.1"], ca_key, ca_certificate)
+        for name, data in (
+            ("ca.key", ca.key), ("ca.crt", ca.certificate), ("server.key", server.key),
+            ("server.crt", server.certificate),
+        ):
+            write_private(folder / name, data)
+        for name in ("roster", "flwr", "runs", "nginx"):
+            (folder / name).mkdir(mode=0o700)
+        write_private(folder / "server.toml", "".join(
+            f'{key} = "{value}"\n' if isinstance(value, str) else f"{key} = {value}\n"
+            for key, value in settings.model_dump().items()
+        ).encode())
+        place.write_files()
+        return place
+
+    def write_files(self) -> None:
+        """nginx.conf and Flower's own configuration, from server.toml."""
+        template = (resources.files("silotune.server") / "nginx.conf.j2").read_text()
+        text = Environment(
+            undefined=StrictUndefined, keep_trailing_newline=True,
+            autoescape=False,  # noqa: S701
+        ).from_string(template).render(
+            folder=self.folder.resolve(), largest=MAX_WIRE + (1 << 20), link=self.link,
+            **self.settings.model_dump(),
+        )
+        write_private(self.folder / "nginx.conf", text.encode())
+        write_private(self.folder / "flwr" / "config.toml", (
+            f'[superlink.silotune]\naddress = "{self.link}"\n'
+            f'root-certificates = "{(self.folder / "ca.crt").resolve()}"\n'
+        ).encode())
+
+    def admit(self, request: JoinRequest, fingerprint: str) -> Path:
+        """Add a site to the roster. UsageError unless this is the request that was read out, and
+        its name and keys are nobody else's."""
+        if not request.says(fingerprint):
+            raise UsageError(
+                f"The fingerprint of this request is {request.fingerprint}, not {fingerprint}. It "
+                "is not what the site sent: do not add it; phone the site."
+            )
+        path = self.folder / "roster" / f"{request.site}.json"
+        for other in self.roster():
+            same = {other.public_key, other.node_key} & {request.public_key, request.node_key}
+            if same and other != request:
+                raise UsageError(f"The site '{other.site}' has a key of this request already.")
+            if other.site == request.site and other != request:
+                raise UsageError(
+                    f"The roster has other keys of '{request.site}'. If the site made new ones, "
+                    f"remove {path} first."
+                )
+        write_private(path, request.model_dump_json(indent=1).encode())
+        return path
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file (0600) so that it is the old one or the new one, whole."""
+    half = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    half.rename(path)

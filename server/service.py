@@ -1,0 +1,164 @@
+"""`silotune server start`: Flower's SuperLink on the loopback interface, and nginx before it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from silotune.common.errors import PeerError, UsageError
+from silotune.server.place import Place, write_private
+
+BIN = Path(sys.executable).parent
+READY_SECONDS = 120.0
+DRAIN_SECONDS = 20.0
+
+
+class Service:
+    """Starts both processes, admits the roster's nodes, and ends all when one ends or is told to.
+    """
+
+    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
+        self.place, self.say = place, say
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._stopping = False
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+        if nginx is None:
+            raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
+        folder, settings = self.place.folder.resolve(), self.place.settings
+        self.place.write_files()
+        try:
+            self._start("superlink", [
+                BIN / "flower-superlink", "--ssl-ca-certfile", folder / "ca.crt",
+                "--ssl-certfile", folder / "server.crt", "--ssl-keyfile", folder / "server.key",
+                "--enable-supernode-auth", "--database", folder / "state.db",
+                "--host", "127.0.0.1", "--port", str(settings.link_port),
+                "--disable-runtime-dependency-installation",
+            ])
+            self._wait_for("superlink", settings.link_port)
+            self._register()
+            self._start("nginx", [nginx, "-c", folder / "nginx.conf", "-p", folder / "nginx"])
+            self._wait_for("nginx", settings.port)
+            if not self._stopping:
+                self.say(f"sites can connect to {settings.host}:{settings.port}")
+            return self._watch()
+        finally:
+            self._end()
+
+    def _watch(self) -> int:
+        while not self._stopping:
+            for name, process in self._processes.items():
+                if (code := process.poll()) is not None:
+                    self.say(f"{name} ended with {code}; see the lines above")
+                    return 1
+            time.sleep(0.2)
+        self.say("stopped")
+        return 0
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _start(self, name: str, command: list[str | Path]) -> None:
+        process = subprocess.Popen(
+            [str(word) for word in command], env=environment(self.place), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        self._processes[name] = process
+        threading.Thread(target=self._repeat, args=(name, process.stdout), daemon=True).start()
+
+    def _repeat(self, name: str, lines: IO[str]) -> None:
+        for line in lines:
+            self.say(f"{name}: {line.rstrip()}")
+
+    def _wait_for(self, name: str, port: int) -> None:
+        """PeerError if the process ends before it answers on the port, or never does."""
+        end = time.monotonic() + READY_SECONDS
+        while not self._stopping:
+            if self._processes[name].poll() is not None:
+                raise PeerError(f"{name} did not start; the lines above say why.")
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            if time.monotonic() > end:
+                raise PeerError(f"{name} does not answer on port {port}.")
+            time.sleep(0.1)
+
+    def _register(self) -> None:
+        """It answers on its port a moment before it takes commands."""
+        end = time.monotonic() + READY_SECONDS
+        while not self._stopping:
+            try:
+                for site in register(self.place):
+                    self.say(f"{site} may connect")
+                return
+            except PeerError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1.0)
+
+    def _end(self) -> None:
+        """Each with all it started: politely, then not."""
+        for number, seconds in ((signal.SIGTERM, DRAIN_SECONDS), (signal.SIGKILL, 5.0)):
+            for process in self._processes.values():
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:
+                    continue
+            for process in self._processes.values():
+                try:
+                    process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    continue
+
+
+def environment(place: Place) -> dict[str, str]:
+    """Flower's files lie in the server's folder; it reports to nobody."""
+    return os.environ | {
+        "FLWR_HOME": str((place.folder / "flwr").resolve()), "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "PATH": f"{BIN}:{os.environ.get('PATH', '/usr/bin:/bin')}", "HF_HUB_OFFLINE": "1",
+    }
+
+
+def flwr(place: Place, *words: str | Path) -> str:
+    """Run Flower's command line against this server's SuperLink; PeerError if it fails."""
+    done = subprocess.run(
+        [BIN / "flwr", *map(str, words)], env=environment(place), cwd=place.folder,
+        capture_output=True, text=True, timeout=READY_SECONDS, check=False,
+    )
+    if done.returncode:
+        words_ = (done.stdout + done.stderr).translate(dict.fromkeys(map(ord, "╭╮╰╯─│"))).split()
+        raise PeerError(f"Flower's SuperLink at {place.link} says: {' '.join(words_[-40:])}")
+    return done.stdout
+
+
+def register(place: Place) -> list[str]:
+    """Tell the SuperLink of the roster's nodes that it does not know; returns their sites."""
+    done = place.folder.resolve() / "flwr" / "registered"
+    done.mkdir(mode=0o700, exist_ok=True)
+    added = []
+    for request in place.roster():
+        mark = done / request.site
+        if mark.is_file() and mark.read_text() == request.node_key:
+            continue
+        key = done / f".{request.site}.pub"
+        write_private(key, f"{request.node_key}\n".encode())
+        flwr(place, "supernode", "register", key, "silotune", "--name", request.site)
+        key.rename(mark)
+        write_private(mark, request.node_key.encode())
+        added.append(request.site)
+    return added

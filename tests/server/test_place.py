@@ -1,0 +1,154 @@
+"""What an operator's folder holds, whom it admits, and what the files say that others read."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.verification import PolicyBuilder, Store
+
+from silotune.common import join
+from silotune.common.errors import ContractError, UsageError
+from silotune.common.join import JoinRequest
+from silotune.server import authority
+from silotune.server.place import Place, ServerSettings
+
+
+def node_key() -> str:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def request(site: str = "hospital-a", **changes: Any) -> JoinRequest:
+    fields = {"site": site, "public_key": f"{hash(site) % 10**12:064d}", "node_key": node_key()}
+    return JoinRequest(**(fields | changes))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place.create(tmp_path / "server", ServerSettings(host="fl.example.org"))
+
+
+def test_the_folder_is_closed_and_made_once(place: Place) -> None:
+    for path in (place.folder, *place.folder.rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path
+    with pytest.raises(UsageError, match="holds a server already"):
+        Place.create(place.folder, ServerSettings(host="other.example.org"))
+    assert place.settings == ServerSettings(host="fl.example.org")
+
+
+def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
+    place: Place
+) -> None:
+    ca, server = (
+        x509.load_pem_x509_certificate((place.folder / f"{name}.crt").read_bytes())
+        for name in ("ca", "server")
+    )
+    for name in (x509.DNSName("fl.example.org"),
+                 x509.IPAddress(ipaddress.ip_address("127.0.0.1"))):
+        verifier = PolicyBuilder().store(Store([ca])).build_server_verifier(name)
+        assert verifier.verify(server, [])
+    wrong = PolicyBuilder().store(Store([ca])).build_server_verifier(x509.DNSName("example.org"))
+    with pytest.raises(x509.verification.VerificationError):
+        wrong.verify(server, [])
+    _, other_key, other = authority.make_ca("another")
+    foreign = PolicyBuilder().store(Store([other])).build_server_verifier(
+        x509.DNSName("fl.example.org")
+    )
+    with pytest.raises(x509.verification.VerificationError):
+        foreign.verify(server, [])
+    context = ssl.create_default_context(cafile=str(place.folder / "ca.crt"))
+    context.load_cert_chain(place.folder / "server.crt", place.folder / "server.key")
+    assert other_key.key_size == 384
+
+
+def test_openssl_agrees(place: Place) -> None:
+    done = subprocess.run(
+        ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname",
+         "fl.example.org", "-CAfile", "ca.crt", "server.crt"],
+        cwd=place.folder, capture_output=True, text=True, check=False,
+    )
+    assert done.stdout == "server.crt: OK\n", done.stderr
+    said = subprocess.run(
+        ["openssl", "x509", "-in", "ca.crt", "-noout", "-fingerprint", "-sha256"],
+        cwd=place.folder, capture_output=True, text=True, check=True,
+    ).stdout
+    assert said.strip().endswith(authority.fingerprint((place.folder / "ca.crt").read_bytes()))
+
+
+def test_a_request_is_admitted_by_the_fingerprint_that_was_read_out(place: Place) -> None:
+    found = request()
+    assert re.fullmatch(r"([0-9A-F]{2}:){15}[0-9A-F]{2}", found.fingerprint)
+    for wrong in ("", "00", found.fingerprint[:-1], found.fingerprint + "0", request().fingerprint):
+        with pytest.raises(UsageError, match="do not add it; phone the site"):
+            place.admit(found, wrong)
+    assert place.roster() == []
+    place.admit(found, found.fingerprint.replace(":", " ").lower())
+    assert place.roster() == [found]
+    place.admit(found, found.fingerprint)  # again is nothing new
+    assert place.roster() == [found]
+
+
+@pytest.mark.parametrize("field", ["site", "public_key", "node_key"])
+def test_every_field_is_in_the_fingerprint(field: str) -> None:
+    first, other = request(), request("hospital-b")
+    changed = first.model_copy(update={field: getattr(other, field)})
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_a_name_and_a_key_are_one_sites(place: Place) -> None:
+    first = request()
+    place.admit(first, first.fingerprint)
+    for other, says in (
+        (request(node_key=first.node_key, site="x"), "has a key of this request already"),
+        (request("y", public_key=first.public_key), "has a key of this request already"),
+        (request(public_key="1" * 64), "has other keys of 'hospital-a'"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            place.admit(other, other.fingerprint)
+    assert place.roster() == [first]
+
+
+@pytest.mark.parametrize("changes", [
+    {"site": "../../etc/x"}, {"site": "a/b"}, {"site": ""}, {"node_key": "ssh-rsa AAAA"},
+    {"node_key": "ecdsa-sha2-nistp384 AAAA\nevil"}, {"public_key": "xyz"}, {"more": 1},
+])
+def test_a_request_holds_these_fields_and_no_other(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.request.json"
+    good = request().model_dump(mode="json")
+    path.write_text(json.dumps(good | changes))
+    with pytest.raises(ContractError):
+        join.load(path)
+
+
+@pytest.mark.parametrize("host", ["a b", "a;b", "x\n", "", "-", 'a"', "a{b}"])
+def test_a_host_cannot_write_into_nginx_own_file(host: str) -> None:
+    if host == "-":
+        assert ServerSettings(host=host)
+        return
+    with pytest.raises(ValueError, match="host"):
+        ServerSettings(host=host)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("nginx") or Path("/usr/sbin/nginx").exists()), reason="no nginx here"
+)
+def test_nginx_takes_its_configuration(place: Place) -> None:
+    nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+    done = subprocess.run(
+        [nginx, "-t", "-c", place.folder / "nginx.conf", "-p", place.folder / "nginx"],
+        capture_output=True, text=True, check=False,
+    )
+    assert "test is successful" in done.stderr, done.stderr
