@@ -5,13 +5,16 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check bench-ledger bench-dp bench-secagg install clean FORCE
+.PHONY: demo test soak check bench-ledger bench-dp bench-secagg install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
 
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup
+
+soak: $(INSTALLED)  ## 20,000 spoilt contracts, policies, requests and messages
+	SILOTUNE_FUZZ=20000 $(BIN)/pytest -q tests/common/test_fuzz.py
 
 check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 	$(BIN)/ruff check .

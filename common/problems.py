@@ -25,6 +25,7 @@ WORDS = {
     "finite_number": "must be a finite number",
     "path_type": "must be a path",
 }
+LONGEST_KEY = 200
 PATTERNS = {  # part of a pattern -> what it means
     "{64}": "must be 64 hexadecimal digits",
     "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
@@ -49,7 +50,13 @@ def contract_error(
             ]
         else:
             sentences.append(_sentence(e, source, lines or {}, root))
-    return ContractError(sentences)
+    return ContractError([_printable(sentence) for sentence in sentences])
+
+
+def _printable(text: str) -> str:
+    """A file that somebody else wrote must not move the cursor of who reads what is wrong with it.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:
@@ -62,6 +69,7 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
     )
     where = _where(loc, source, lines)
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
+    key = key if len(key) <= LONGEST_KEY else key[:LONGEST_KEY] + "…"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         known = _keys_at(root, raw[:-1])
