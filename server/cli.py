@@ -197,7 +197,7 @@ def _carry_out(
     where = place.runs / name
     if not resume and where.exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
-    before = len(_events(where))
+    before, rounds = len(_events(where)), contracts.load(contract).rounds
     app = write_app(
         place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
         runs=place.runs, resume=resume,
@@ -208,7 +208,7 @@ def _carry_out(
     while True:
         events = _events(where)
         for event in events[before:]:
-            _say(event, _standing(where)["rounds"])
+            _say(event, rounds)
         if any(event["event"] in ("stopped", "failed") for event in events[before:]):
             click.echo(f"next:   silotune server resume {name} --folder {folder}")
             sys.exit(1)
