@@ -11,7 +11,9 @@ private sides clip and add noise. A ratio is that of the medians over the turns,
 
 MiniLM classifies 32 sequences into three; SmolLM2 (135M parameters) predicts the next tokens of 8.
 
-Peak memory is the resident set's growth over the loaded model, each side in a process of its own.
+Peak memory is the resident set's growth over the loaded model (on a GPU: that of what torch has
+allocated there), each side in a process of its own. `--device cuda` measures on a GPU and writes
+dp-cuda.json; a step ends there when the GPU has done it.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ TARGETS = {
     "smollm2": {"qv": ["q_proj", "v_proj"]},
 }
 Step = Callable[[], object]
+HERE = torch.device("cpu")
 
 
 class Case(NamedTuple):
@@ -110,6 +113,7 @@ class Net(nn.Module):
         self.head = None if causal else nn.Linear(base.config.hidden_size, LABELS)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_B" in name or name.startswith("head."))
+        self.to(HERE)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits [n, labels], or [n, T - 1, vocabulary] for the tokens after the first."""
@@ -147,6 +151,7 @@ def batch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20_000, (case.batch, case.tokens), generator=g)
     labels = torch.randint(LABELS, (case.batch,), generator=g)
+    ids, labels = ids.to(HERE), labels.to(HERE)
     return ids, torch.ones_like(ids), ids[:, 1:] if case.model == "smollm2" else labels
 
 
@@ -159,7 +164,7 @@ def plain(case: Case, *, bf16: bool = False, micro: int = 0) -> Step:
     def step() -> None:
         sgd.zero_grad()
         for part in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(HERE.type, torch.bfloat16, enabled=bf16):
                 logits = net(ids[part], mask[part])
             (criterion(logits.float(), targets[part]) / len(parts)).backward()
         sgd.step()
@@ -175,7 +180,7 @@ def engine(case: Case, *, bf16: bool) -> Step:
     criterion.reduction = "none"
 
     def losses(index: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(HERE.type, torch.bfloat16, enabled=bf16):
             logits = net(ids[index], mask[index])
         found: Tensor = criterion(logits.float(), targets[index])
         return found
@@ -202,7 +207,8 @@ def cached(case: Case, *, bf16: bool, compiled: bool = False) -> Step:
     })
     # The batch is one block, as it is for the yardstick.
     performance = Performance(
-        bf16="on" if bf16 else "off", micro_batch=case.batch, compile=compiled
+        bf16="on" if bf16 else "off", micro_batch=case.batch, compile=compiled,
+        device=HERE.type,
     )
     model = Encoder(contract, data.fetch(SOURCES[case.model]), performance)
     model.load(model.initial_arrays())
@@ -293,20 +299,35 @@ def turns(case: Case) -> dict[str, list[float]]:
         for name, step in steps.items():
             began = time.perf_counter()
             step()
+            _finish()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
+def _finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if HERE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak(name: str, case: Case) -> int:
     """Bytes by which the resident set grows over the built side, in a process of its own."""
-    words = [sys.executable, "-m", "silotune.simulations.benchmarks.dp", "--peak", name, case.label]
+    words = [sys.executable, "-m", "silotune.simulations.benchmarks.dp", "--peak", name, case.label,
+             "--device", HERE.type]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def measure_peak(name: str, case: Case) -> None:
     step = SIDES[name](case)
+    if HERE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            step()
+        print(torch.cuda.max_memory_allocated() - before)
+        return
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     for _ in range(3):
@@ -342,14 +363,16 @@ def main(cases: list[Case]) -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread; torch "
-        f"{torch.__version__}",
+        "machine": (torch.cuda.get_device_name() if HERE.type == "cuda" else
+                    f"{platform.machine()}, {os.cpu_count()} cores, one thread")
+        + f"; torch {torch.__version__}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "batch": {case.label: case.batch for case in cases}, "turns": TURNS,
         "ratios": {name: round(value, 3) for name, value in ratios.items()}, "raw": raw,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "dp.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    name = "dp.json" if HERE.type == "cpu" else "dp-cuda.json"
+    (RESULTS / name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results["ratios"], indent=1))
 
 
@@ -360,8 +383,10 @@ if __name__ == "__main__":
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     parser = argparse.ArgumentParser()
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "CASE"))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("cases", nargs="*", help="labels; all if none is named")
     asked, known = parser.parse_args(), {case.label: case for case in CASES}
+    HERE = torch.device(asked.device)
     if asked.peak:
         measure_peak(asked.peak[0], known[asked.peak[1]])
     else:

@@ -371,7 +371,9 @@ def test_the_noise_it_takes_off_is_the_noise_that_is_there(
     class Spy(NoiseCorrectedAdam):
         def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
             told.append(self)
-            seen.extend(p.grad.numpy().ravel() for g in self.param_groups for p in g["params"])
+            seen.extend(
+                p.grad.numpy(force=True).ravel() for g in self.param_groups for p in g["params"]
+            )
             super().step()
 
     monkeypatch.setattr(train, "NoiseCorrectedAdam", Spy)

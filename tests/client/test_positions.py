@@ -64,7 +64,8 @@ def clipped_sum(model: OneHot, encoded: Encoded, labels: Tensor, index: Tensor) 
     )
 
     def losses(rows: Tensor) -> Tensor:
-        return per_example_loss(model(encoded, rows, adapter=False), labels[rows])
+        logits = model(encoded, rows, adapter=False)
+        return per_example_loss(logits, labels[rows].to(logits.device))
 
     groups = of_records(len(labels)).groups(
         index, lambda rows: model.micro_batches(encoded, rows, adapter=False)
