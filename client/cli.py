@@ -8,6 +8,7 @@ import os
 import resource
 import socket as sockets
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -17,12 +18,15 @@ import click
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
+from silotune.common.journal import Journal
 
 CONFIG = click.option(
     "--config", default="site.toml", type=click.Path(path_type=Path), help="The site's policy."
 )
 CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
+PORT = click.IntRange(1, 65535)
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 LOG_BYTES, LOGS = 10 << 20, 5
 
@@ -168,8 +172,11 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
 @click.option("--relay-user", help="Who runs Flower's SuperNode, and may not: "
               "a user of its own, whose processes all end with the site.")
 @click.option("--one-user", is_flag=True, help="Run both as this user: NOT for private records.")
+@click.option("--metrics-port", type=PORT, help="Serve /metrics and /healthz on 127.0.0.1.")
+@LOG_JSON
 def start(
-    contract: Path, config: Path, worker_user: str | None, relay_user: str | None, one_user: bool
+    contract: Path, config: Path, worker_user: str | None, relay_user: str | None, one_user: bool,
+    metrics_port: int | None, log_json: bool,
 ) -> None:
     """Check, then run the worker and the relay until they are stopped.
 
@@ -186,10 +193,11 @@ def start(
     server = policies.load(config).server
     if server is None:
         raise UsageError(f"{config} has no [server]: address and ca say where to connect.")
+    journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
-        _stop_unless(_preflight(config, contract))
+        _stop_unless(_preflight(config, contract, say=journal.say))
     site_, file = Site(config.resolve()), contract.resolve()
-    sys.exit(Supervisor(site_, file, server, users, click.echo).run())
+    sys.exit(Supervisor(site_, file, server, users, journal, metrics_port).run())
 
 
 @site.command()
@@ -198,16 +206,19 @@ def start(
 @click.option("--socket", type=click.Path(path_type=Path), help="Open this Unix socket.")
 @click.option("--fd", type=int, help="Answer on this open socket (systemd: 3).")
 @click.option("--ready-fd", type=int, hidden=True)
+@LOG_JSON
 def worker(
-    contract: Path, config: Path, socket: Path | None, fd: int | None, ready_fd: int | None
+    contract: Path, config: Path, socket: Path | None, fd: int | None, ready_fd: int | None,
+    log_json: bool,
 ) -> None:
     """Check, then answer the relay until stopped. `site start` and systemd run this.
 
     \b
     $ silotune site worker heart.toml --config hospital-a/site.toml --socket run/worker.sock
     hospital-a is ready
+    train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
     """
-    from silotune.client import children, wire
+    from silotune.client import children, metrics, wire
     from silotune.client.site import Site
 
     if (socket is None) == (fd is None):
@@ -216,7 +227,8 @@ def worker(
         children.end_with_parent()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
-    _stop_unless(_preflight(config, contract))
+    journal = Journal("worker", as_json=log_json)
+    _stop_unless(_preflight(config, contract, say=journal.say))
     from silotune.client.worker import Worker  # torch: not before the cheap checks
 
     found = Site(config)
@@ -228,11 +240,18 @@ def worker(
     own = logging.getLogger("silotune")
     own.addHandler(handler)
     own.propagate = False  # Opacus gives the root logger a handler that writes to stderr
-    answering = Worker(policy, contracts.load(contract), ledger)
+    tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
+
+    def told(answered: metrics.Answered) -> None:
+        tally.note(answered)
+        journal.say(answered.text, "answered", answered.facts)
+
+    answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
     listener = wire.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 
     def say() -> None:
-        click.echo(f"{policy.name} is ready")
+        tally.ready()
+        journal.say(f"{policy.name} is ready", "ready")
         if ready_fd is not None:
             os.write(ready_fd, wire.READY)
             os.close(ready_fd)
@@ -240,8 +259,35 @@ def worker(
     wire.serve(answering.handle, listener, say)
 
 
+@site.command()
+@CONFIG
+@click.option("--port", type=PORT, required=True, help="On 127.0.0.1.")
+def metrics(config: Path, port: int) -> None:
+    """Serve /metrics and /healthz of a worker that runs elsewhere on this machine, until stopped.
+    As the worker's user; `site start --metrics-port` needs no such process.
+
+    \b
+    $ silotune site metrics --config /var/lib/silotune/site.toml --port 9464
+    http://127.0.0.1:9464/metrics
+    """
+    from silotune.client.metrics import FILE, SiteMonitor
+    from silotune.common import monitor
+
+    file = config.resolve().parent / "state" / FILE  # not by Site, which loads torch
+    if not file.parent.is_dir() or file.parent.stat().st_uid != os.geteuid():
+        raise UsageError(
+            f"{file.parent} does not exist or is not this user's: the site's worker makes it. Run "
+            "this as the worker's user, after it."
+        )
+    shown = SiteMonitor(file, os.geteuid())
+    served = monitor.serve(port, shown.collect, shown.health)
+    click.echo(f"http://{monitor.HOST}:{served.port}/metrics")
+    served.wait()
+
+
 def _preflight(
-    config: Path, contract: Path, *, as_json: bool = False, local: bool = False
+    config: Path, contract: Path, *, say: Callable[[str], None] = click.echo,
+    as_json: bool = False, local: bool = False,
 ) -> bool:
     """Print the table; True when there is no problem. local: also what no log may hold."""
     from silotune.client.preflight import check as rows_of
@@ -263,8 +309,11 @@ def _preflight(
         f"{warnings} warning{'s' * (warnings != 1)}. Nothing was sent, nothing was spent."
     )
     shown = [row if local else replace(row, local="") for row in rows]
-    data = {"ready": not problems, "checks": [asdict(row) for row in shown]}
-    emit(data, as_json, "\n".join(lines))
+    if as_json:
+        emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
+    else:
+        for line in lines:
+            say(line)
     return not problems
 
 

@@ -115,8 +115,9 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
         ).norm(dim=0)
         finite = torch.isfinite(norms)
         factors = torch.where(finite, (self.most / norms).clamp(max=1.0) / self.unit, 0.0).float()
+        spoilt = not finite.all()  # asked once: on a GPU each answer waits for all before it
         for p, gradient in zip(self.params, gradients, strict=True):
-            if not finite.all():
+            if spoilt:
                 gradient[~finite] = 0.0
             whole = gradient.mul_(factors[:, None]).round_()
             p.summed_grad += whole.sum(dim=0, dtype=torch.float64).view_as(p)

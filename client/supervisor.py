@@ -7,10 +7,11 @@ that comes back within a minute.
 
 As root this process trusts neither of the two users. The socket and the relay's folder lie in a
 folder that root makes anew for each start, so neither user can put something else in their place;
-what root reads from the site's folder for the relay (its key, the CA) must be a plain file of the
-worker's user; each process gets a list of environment variables, and pipes instead of root's
-terminal; no program they start gains rights by its file; and what a Flower app leaves running ends
-with all other processes of the relay's user, which therefore must be a user of its own.
+what root reads from the site's folder (the relay's key, metrics) must be a plain file of the
+worker's user, and of metrics only known names pass; each process gets a list of environment
+variables, and pipes instead of root's terminal; no program they start gains rights by its file; and
+what a Flower app leaves running ends with all other processes of the relay's user, which therefore
+must be a user of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -30,22 +30,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from silotune.client import children, wire
+from silotune.client import children, metrics, wire
+from silotune.client.files import read_plain
 from silotune.client.keys import write_durably
 from silotune.client.policy import Server
 from silotune.client.site import Site
+from silotune.common import monitor
 from silotune.common.errors import PeerError, RefusalError, UsageError
+from silotune.common.journal import Journal
 
 READY_SECONDS = 600.0
 LONGEST_PAUSE = 60.0
 LAST_WORDS_SECONDS = 5.0
 BIN = Path(sys.executable).parent
-LARGEST_FILE = 1 << 20
 HIGHEST_USER = 2**32 - 2  # 2^32 - 1 means "do not change it"
 PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -92,12 +95,12 @@ class Supervisor:
     """Starts, watches and stops the two processes; `run` returns the exit code."""
 
     def __init__(
-        self, site: Site, contract: Path, server: Server, users: Users,
-        say: Callable[[str], None],
+        self, site: Site, contract: Path, server: Server, users: Users, journal: Journal,
+        metrics_port: int | None = None,
     ) -> None:
-        self.site, self.contract, self.server, self.users, self.say = (
-            site, contract, server, users, say
-        )
+        self.site, self.contract, self.server, self.users = site, contract, server, users
+        self.journal, self.say, self.metrics_port = journal, journal.say, metrics_port
+        self.running = metrics.Running(worker=False, relay=False)
         self.folder = Path()
         self._stopping = False
         self._voices: list[threading.Thread] = []
@@ -107,15 +110,16 @@ class Supervisor:
             signal.signal(number, self._stop)
         children.adopt_orphans()
         children.no_new_privileges()
+        served = self._serve_metrics()
         base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else None
         self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=base))
         try:
             self._make_relay_folder()
             worker = self._start_worker()
             if worker is not None:
-                self.say(f"worker is ready on {self.folder / 'worker.sock'}")
+                self.say(f"worker is ready on {self.folder / 'worker.sock'}", "ready")
                 return self._watch(worker)
-            self.say("stopped")
+            self.say("stopped", "stopped")
             return 0
         finally:
             self._end_relays_user()
@@ -123,24 +127,36 @@ class Supervisor:
             for voice in self._voices:
                 voice.join(LAST_WORDS_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
+            if served is not None:
+                served.close()
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
+    def _serve_metrics(self) -> monitor.Monitor | None:
+        if self.metrics_port is None:
+            return None
+        shown = metrics.SiteMonitor(self.site.state / metrics.FILE, self._owner, self.running)
+        return monitor.serve(self.metrics_port, shown.collect, shown.health)
+
     def _watch(self, worker: subprocess.Popen[bytes]) -> int:
+        self.running.worker = True
         relay, began, pause = self._start_relay(), time.monotonic(), 1.0
-        self.say(f"relay is connecting to {self.server.address}")
+        self.say(f"relay is connecting to {self.server.address}", "connecting")
         while not self._stopping:
             if worker.poll() is not None:
+                self.running.worker = False
                 self.say(f"the worker ended with {worker.returncode}; see the lines above, "
-                         "state/worker.log, and dmesg if memory ran out")
+                         "state/worker.log, and dmesg if memory ran out", "ended")
                 return 1
             if relay.poll() is not None:
+                self.running.relay = False
                 self._end_relays_user()  # what its apps have left running
                 children.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
-                self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s")
+                self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s",
+                         "restarting")
                 end = time.monotonic() + pause
                 while time.monotonic() < end and not self._stopping and worker.poll() is None:
                     time.sleep(0.1)
@@ -149,19 +165,24 @@ class Supervisor:
                     relay, began = self._start_relay(), time.monotonic()
             children.reap(but={worker.pid, relay.pid})
             time.sleep(0.1)
-        self.say("stopped")
+        self.say("stopped", "stopped")
         return 0
 
     def _end_relays_user(self) -> None:
         if self.users.relay is not None:
             children.end_user(self.users.relay)
 
+    @property
+    def _owner(self) -> int:
+        return os.geteuid() if self.users.worker is None else self.users.worker
+
     def _make_relay_folder(self) -> None:
         """The relay's home for this start: its node key, the CA's certificates, Flower's files."""
         home = self.folder / "relay"
         home.mkdir(mode=0o700)
-        owner = os.geteuid() if self.users.worker is None else self.users.worker
-        write_durably(home / "node.key", _read(self.site.relay / "node.key", owner))
+        write_durably(
+            home / "node.key", read_plain(self.site.relay / "node.key", self._owner).data
+        )
         write_durably(home / "ca.crt", _certificates(self.server.ca))
         (home / "flwr").mkdir(mode=0o700)
         if self.users.relay is not None:
@@ -181,10 +202,11 @@ class Supervisor:
         }
         with wire.listen(self.folder / "worker.sock", self.users.relay) as listener:
             worker = self._start(
-                "worker",
                 [BIN / "silotune", "site", "worker", self.contract, "--config", self.site.config,
-                 "--fd", str(listener.fileno()), "--ready-fd", str(writable)],
-                self.users.worker, environment, (listener.fileno(), writable),
+                 "--fd", str(listener.fileno()), "--ready-fd", str(writable),
+                 *(["--log-json"] if self.journal.as_json else [])],
+                self.users.worker, environment, partial(self.journal.pass_on, source="worker"),
+                (listener.fileno(), writable),
             )
         os.close(writable)
         with os.fdopen(readable, "rb") as pipe:
@@ -209,18 +231,20 @@ class Supervisor:
         }
         most = f"--nproc={children.MOST_PROCESSES}"  # counted over all processes of the user
         limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]
+        self.running.relay, self.running.relay_starts = True, self.running.relay_starts + 1
         return self._start(
-            "relay",
             [*limit, BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
              "--superlink", self.server.address,
              "--auth-supernode-private-key", home / "node.key", "--port", str(_free_port()),
              "--node-config", f'socket="{self.folder / "worker.sock"}"'],
             self.users.relay, environment,
+            # Always text: what code that arrived prints could look like a line of the worker's.
+            partial(self.say, source="relay"),
         )
 
     def _start(
-        self, name: str, command: list[str | Path], user: int | None,
-        environment: dict[str, str], fds: tuple[int, ...] = (),
+        self, command: list[str | Path], user: int | None, environment: dict[str, str],
+        repeat: Callable[[str], None], fds: tuple[int, ...] = (),
     ) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [str(word) for word in command], env=environment, pass_fds=fds,
@@ -230,30 +254,14 @@ class Supervisor:
             extra_groups=None if user is None else [],
         )
         self._voices = [voice for voice in self._voices if voice.is_alive()]
-        self._voices.append(
-            children.repeat_lines(process, lambda line: self.say(f"{name}: {line}"))
-        )
+        self._voices.append(children.repeat_lines(process, repeat))
         return process
-
-
-def _read(path: Path, owner: int | None = None) -> bytes:
-    """A plain file, of `owner` if given; UsageError otherwise. Root must not be led to others."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode) or (
-                owner is not None and (facts.st_uid, facts.st_nlink) != (owner, 1)
-            ):
-                raise UsageError(f"{path} must be a plain file that belongs to the worker's user.")
-            return file.read(LARGEST_FILE)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _certificates(path: Path) -> bytes:
     """The certificates in a PEM file and nothing else of it: the relay gets to read them."""
     try:
-        found = x509.load_pem_x509_certificates(_read(path))
+        found = x509.load_pem_x509_certificates(read_plain(path).data)
     except ValueError:
         raise UsageError(f"{path} (server.ca in site.toml) holds no PEM certificate.") from None
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in found)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
 
 from silotune.client import accounting, budget, dataset, lineage, release, selftest
@@ -20,6 +22,7 @@ from silotune.client.budget import Budget
 from silotune.client.entries import Charged
 from silotune.client.ledger import Ledger
 from silotune.client.masking import Masking, check_bound
+from silotune.client.metrics import Answered
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
@@ -46,12 +49,13 @@ from silotune.common.model import build
 class Worker:
     """One site, one contract. Records, model and ledger are read once and stay in it.
 
-    insecure_seed: for simulations and tests only (client/noise.py).
+    insecure_seed: for simulations and tests only (client/noise.py). on_answer: is told of each
+    request before its reply leaves, and must not raise.
     """
 
     def __init__(
         self, policy: Policy, contract: Contract, ledger: Ledger, *,
-        insecure_seed: int | None = None,
+        insecure_seed: int | None = None, on_answer: Callable[[Answered], object] | None = None,
     ) -> None:
         for refusal in policy.refusals(contract):
             raise refusal
@@ -85,7 +89,7 @@ class Worker:
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
             self._check_budget(self.plan, "This contract's plan")
         self.shapes = adapter.shapes_of(self.model.initial_arrays())
-        self._lock = threading.Lock()
+        self._lock, self._on_answer = threading.Lock(), on_answer
 
     @property
     def order(self) -> float:
@@ -93,23 +97,31 @@ class Worker:
 
     def handle(self, wire: bytes) -> bytes:
         """Answer one request. The same request gets the same bytes back, at no further cost."""
+        began, request = time.monotonic(), None
         try:
             request = messages.unpack(wire)
-            if request.header.contract != self.contract.hash:
-                raise RefusalError("The request is for another contract.", code="E201")
-            if isinstance(request.header, Describe):
-                return release.description(
-                    self.contract, self.policy.name, request.header.challenge, self.ledger.sign
-                )
-            if isinstance(request.header, Train):
-                with self._lock:
-                    return self._train_once(request)
-            if self.masking is not None:
-                with self._lock:
-                    return self._unmask_step(request)
-            raise ProtocolError("The message is no request.")
+            reply = self._answer(request)
         except Exception as error:  # whatever it is, it must not leave the site
-            return release.refusal(self.contract, self.policy.name, error)
+            reply = release.refusal(self.contract, self.policy.name, error)
+        if self._on_answer is not None:
+            header = request.header if request is not None else None
+            self._on_answer(Answered.of(header, reply, time.monotonic() - began))
+        return reply
+
+    def _answer(self, request: Message) -> bytes:
+        if request.header.contract != self.contract.hash:
+            raise RefusalError("The request is for another contract.", code="E201")
+        if isinstance(request.header, Describe):
+            return release.description(
+                self.contract, self.policy.name, request.header.challenge, self.ledger.sign
+            )
+        if isinstance(request.header, Train):
+            with self._lock:
+                return self._train_once(request)
+        if self.masking is not None:
+            with self._lock:
+                return self._unmask_step(request)
+        raise ProtocolError("The message is no request.")
 
     def _unmask_step(self, message: Message) -> bytes:
         """The stages of secure aggregation in which no record has any part."""

@@ -13,6 +13,7 @@ import click
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
 from silotune.common.errors import RunError, UsageError
+from silotune.common.journal import Journal
 
 FOLDER = click.option(
     "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
@@ -31,9 +32,12 @@ def server() -> None:
 @click.option("--host", required=True, help="The name or address that sites connect to.")
 @click.option("--port", default=8443, show_default=True, help="The port that sites connect to.")
 @click.option("--link-port", default=8000, show_default=True, help="Of the SuperLink.")
+@click.option("--metrics-port", type=int, help="Serve /metrics and /healthz on 127.0.0.1.")
 @FOLDER
 @JSON
-def init(host: str, port: int, link_port: int, folder: Path, as_json: bool) -> None:
+def init(
+    host: str, port: int, link_port: int, metrics_port: int | None, folder: Path, as_json: bool
+) -> None:
     """Make a server: a certificate authority, the server's certificate, an empty roster.
 
     \b
@@ -47,8 +51,8 @@ def init(host: str, port: int, link_port: int, folder: Path, as_json: bool) -> N
     from silotune.server.place import Place, ServerSettings
 
     settings = fields.parse(
-        json.dumps({"host": host, "port": port, "link_port": link_port}), "options.json",
-        ServerSettings,
+        json.dumps({"host": host, "port": port, "link_port": link_port,
+                    "metrics_port": metrics_port}), "options.json", ServerSettings,
     )
     place = Place.create(folder, settings)
     print_ = authority.fingerprint((place.folder / "ca.crt").read_bytes())
@@ -86,7 +90,8 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
 
 @server.command()
 @FOLDER
-def start(folder: Path) -> None:
+@click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
+def start(folder: Path, log_json: bool) -> None:
     """Run Flower's SuperLink and nginx before it, until stopped.
 
     \b
@@ -97,7 +102,7 @@ def start(folder: Path) -> None:
     from silotune.server.place import Place
     from silotune.server.service import Service
 
-    sys.exit(Service(Place(folder), click.echo).run())
+    sys.exit(Service(Place(folder), Journal("server", as_json=log_json)).run())
 
 
 @server.command()

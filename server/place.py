@@ -10,10 +10,10 @@ import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from silotune.common import fields, join
 from silotune.common.errors import UsageError
@@ -27,12 +27,24 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 class ServerSettings(Frozen):
     """server.toml. host, port: where sites connect, through nginx; link_port: Flower's SuperLink,
-    on the loopback interface alone; folders start at the file's own."""
+    on the loopback interface alone, as metrics_port, where Prometheus asks (None: nowhere)."""
 
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")]
     port: Port = 8443
     listen: Annotated[str, Field(pattern=r"^[0-9A-Fa-f.:]{2,45}$")] = "0.0.0.0"  # noqa: S104
     link_port: Port = 8000
+    metrics_port: Port | None = None
+
+    @model_validator(mode="after")
+    def _three_ports(self) -> Self:
+        if len({self.port, self.link_port, self.metrics_port}) < 3:
+            raise ValueError("port, link_port and metrics_port must differ")
+        return self
+
+    @property
+    def reachable(self) -> str:
+        """Where this machine itself reaches what listens on `listen`."""
+        return "127.0.0.1" if self.listen == "0.0.0.0" else self.listen  # noqa: S104
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Place:
             (folder / name).mkdir(mode=0o700)
         write_private(folder / "server.toml", "".join(
             f'{key} = "{value}"\n' if isinstance(value, str) else f"{key} = {value}\n"
-            for key, value in settings.model_dump().items()
+            for key, value in settings.model_dump(exclude_none=True).items()
         ).encode())
         place.write_files()
         return place

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from silotune.common import monitor
 from silotune.common.errors import PeerError, UsageError
+from silotune.common.journal import Journal, Source
+from silotune.server.metrics import ServerMonitor, answers
 from silotune.server.place import Place, write_private
 
 BIN = Path(sys.executable).parent
@@ -26,8 +27,8 @@ class Service:
     """Starts both processes, admits the roster's nodes, and ends all when one ends or is told to.
     """
 
-    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
-        self.place, self.say = place, say
+    def __init__(self, place: Place, journal: Journal) -> None:
+        self.place, self.say = place, journal.say
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._stopping = False
 
@@ -39,6 +40,7 @@ class Service:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
         folder, settings = self.place.folder.resolve(), self.place.settings
         self.place.write_files()
+        served = self._serve_metrics()
         try:
             self._start("superlink", [
                 BIN / "flower-superlink", "--ssl-ca-certfile", folder / "ca.crt",
@@ -47,30 +49,42 @@ class Service:
                 "--host", "127.0.0.1", "--port", str(settings.link_port),
                 "--disable-runtime-dependency-installation",
             ])
-            self._wait_for("superlink", settings.link_port)
+            self._wait_for("superlink", "127.0.0.1", settings.link_port)
             self._register()
             self._start("nginx", [nginx, "-c", folder / "nginx.conf", "-p", folder / "nginx"])
-            self._wait_for("nginx", settings.port)
+            self._wait_for("nginx", settings.reachable, settings.port)
             if not self._stopping:
-                self.say(f"sites can connect to {settings.host}:{settings.port}")
+                self.say(f"sites can connect to {settings.host}:{settings.port}", "ready")
             return self._watch()
         finally:
             self._end()
+            if served is not None:
+                served.close()
+
+    def _serve_metrics(self) -> monitor.Monitor | None:
+        if (port := self.place.settings.metrics_port) is None:
+            return None
+        shown = ServerMonitor(self.place, self._runs)
+        return monitor.serve(port, shown.collect, shown.health)
+
+    def _runs(self, name: str) -> bool:
+        process = self._processes.get(name)
+        return process is not None and process.poll() is None
 
     def _watch(self) -> int:
         while not self._stopping:
             for name, process in self._processes.items():
                 if (code := process.poll()) is not None:
-                    self.say(f"{name} ended with {code}; see the lines above")
+                    self.say(f"{name} ended with {code}; see the lines above", "ended")
                     return 1
             time.sleep(0.2)
-        self.say("stopped")
+        self.say("stopped", "stopped")
         return 0
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _start(self, name: str, command: list[str | Path]) -> None:
+    def _start(self, name: Source, command: list[str | Path]) -> None:
         process = subprocess.Popen(
             [str(word) for word in command], env=environment(self.place), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -80,19 +94,18 @@ class Service:
         self._processes[name] = process
         threading.Thread(target=self._repeat, args=(name, process.stdout), daemon=True).start()
 
-    def _repeat(self, name: str, lines: IO[str]) -> None:
+    def _repeat(self, name: Source, lines: IO[str]) -> None:
         for line in lines:
-            self.say(f"{name}: {line.rstrip()}")
+            self.say(line.rstrip(), source=name)
 
-    def _wait_for(self, name: str, port: int) -> None:
+    def _wait_for(self, name: str, host: str, port: int) -> None:
         """PeerError if the process ends before it answers on the port, or never does."""
         end = time.monotonic() + READY_SECONDS
         while not self._stopping:
             if self._processes[name].poll() is not None:
                 raise PeerError(f"{name} did not start; the lines above say why.")
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
+            if answers(host, port):
+                return
             if time.monotonic() > end:
                 raise PeerError(f"{name} does not answer on port {port}.")
             time.sleep(0.1)
@@ -103,7 +116,7 @@ class Service:
         while not self._stopping:
             try:
                 for site in register(self.place):
-                    self.say(f"{site} may connect")
+                    self.say(f"{site} may connect", "registered")
                 return
             except PeerError:
                 if time.monotonic() > end:
