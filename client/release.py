@@ -84,6 +84,7 @@ def update(
     *,
     epsilon: float | None,
     receipt: Receipt,
+    sign: Sign,
     agreement: str | None = None,
     mask: Callable[[Arrays, dict[Metric, float]], bytes] | None = None,
 ) -> bytes:
@@ -111,7 +112,9 @@ def update(
     if (mask is None) != (contract.secure_aggregation is None):
         raise ProtocolError("The contract says otherwise about masks.", code="E502")
     if mask is None:
-        return _pack(Message(Update(**facts, metrics=metrics), change), trained)
+        _check(change, trained)
+        clear = Message(Update(**facts, metrics=metrics), change)
+        return messages.pack(messages.signed(clear, sign))
     kept = vector.held(contract, change)
     beyond = sum(int((kept[name] != change[name]).sum()) for name in change)
     if beyond:
@@ -120,7 +123,8 @@ def update(
     blob = mask(kept, metrics)
     if len(blob) != ring.WIDTH * vector.size(contract, trained):
         raise ProtocolError("The masked reply has another length than its update.", code="E502")
-    return _pack(Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob}), {})
+    masked = Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob})
+    return messages.pack(messages.signed(masked, sign))
 
 
 def _pack(message: Message, shapes: Shapes) -> bytes:

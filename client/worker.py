@@ -164,6 +164,7 @@ class Worker:
         reply = release.update(
             self.contract, self.policy.name, charge, change, metrics, self.shapes,
             epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
+            sign=self.ledger.sign,
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )

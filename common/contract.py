@@ -185,6 +185,9 @@ class Contract(Frozen):
             wrong.append(("secure_aggregation", why))
         if None in keys or len(set(keys)) != sites:
             wrong.append(("sites", "secure_aggregation needs a public_key of each site's own"))
+        if self.aggregation.largest_norm is not None:
+            wrong.append(("aggregation", "nobody can see a masked update's norm: use "
+                          "secure_aggregation.bound instead of aggregation.largest_norm"))
         weights = self.weights().values()
         if max(weights) > MOST_UNEQUAL * min(weights):
             wrong.append((

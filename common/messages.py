@@ -33,6 +33,7 @@ from safetensors.numpy import save as save_tensors
 from silotune.common.errors import CODES, ProtocolError
 from silotune.common.fields import Bound, Frozen, Name, Number, Sha256
 from silotune.common.plan import Metric
+from silotune.common.signing import Sign
 
 Arrays = dict[str, NDArray[np.float32]]
 Blobs = dict[str, bytes]
@@ -40,6 +41,8 @@ MASKED = "masked"  # the blob of a masked update
 MAX_HEADER = 1 << 20
 MAX_WIRE = 256 << 20
 RECORD, WIRE = "silotune", "wire"  # where in a Flower message the bytes lie
+
+UNSIGNED = "0" * 128
 
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 Round = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
@@ -148,6 +151,7 @@ class _Trained(_Header):
 
     `epsilon` is what this run has spent of the contract's budget at this site so far: a function
     of the public plan and the round alone. None when the contract trains without privacy.
+    `signature` is Ed25519 over `update_statement`: nobody on the way can change or make one.
     """
 
     site: Name
@@ -156,6 +160,7 @@ class _Trained(_Header):
     attempt: Round
     epsilon: Spent | None
     receipt: Receipt
+    signature: Signature = UNSIGNED
 
 
 class Update(_Trained):
@@ -253,6 +258,20 @@ def digest(request: Train, arrays: Arrays) -> str:
         hashed.update(json.dumps([name, array.shape]).encode())
         hashed.update(array.data)
     return hashed.hexdigest()
+
+
+def update_statement(message: Message) -> bytes:
+    """What is signed of an Update or Masked: all of it but the signature."""
+    bare = message.header.model_copy(update={"signature": UNSIGNED})
+    wire = pack(Message(bare, message.arrays, message.blobs))
+    return b"silotune update 1\n" + hashlib.sha256(wire).digest()
+
+
+def signed(message: Message, sign: Sign) -> Message:
+    """The same Update or Masked with its signature."""
+    signature = sign(update_statement(message)).hex()
+    header = message.header.model_copy(update={"signature": signature})
+    return Message(header, message.arrays, message.blobs)
 
 
 def unpack(wire: bytes) -> Message:

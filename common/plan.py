@@ -150,16 +150,40 @@ class Phase(Frozen):
         return self
 
 
-class Aggregation(Frozen):
-    """Mean of the sites' updates with public weights, then the server's heavy ball.
+class Adaptive(Frozen):
+    """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
+    heavy ball; both moments begin at zero, without correction. `rate` multiplies a step, `tau` is
+    added to the root of the second moment."""
 
-    A phase's result is the mean of its iterates from the fraction `average_from` on. Both act on
-    noised sums only, so they cost no privacy (post-processing).
+    kind: Literal["adam", "yogi"]
+    rate: LearningRate
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Annotated[float, Field(ge=1e-9, le=1e3, strict=True)] = 1e-3
+
+
+class EarlyStop(Frozen):
+    """End a run in its last phase when `metric` on the operator's public rows has not been better
+    for `patience` evaluations in a row. Nothing private has a part in it."""
+
+    metric: Literal["loss", "accuracy", "macro_f1", "auc"]
+    patience: Count = 5
+
+
+class Aggregation(Frozen):
+    """Mean of the sites' updates with public weights, then the server's heavy ball, or `adaptive`.
+
+    A phase's result is the mean of its iterates from the fraction `average_from` on. All act on
+    noised sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update
+    with a larger L2 norm does not count.
     """
 
     method: Literal["ffa"] = "ffa"
     momentum: Fraction = 0.9
+    adaptive: Adaptive | None = None
     average_from: Fraction = 0.5
+    largest_norm: Positive | None = None
+    early_stop: EarlyStop | None = None
 
 
 class Released(Frozen):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from silotune.common.messages import Arrays
-from silotune.common.plan import AdaptiveClipping, Metric
+from silotune.common.plan import Adaptive, AdaptiveClipping, Metric
 
 
 def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:
@@ -49,6 +49,29 @@ def heavy_ball(
         for name, array in adapter.items()
     }
     return next_adapter, next_velocity
+
+
+def adaptive_step(
+    adapter: Arrays, first: Arrays, second: Arrays, change: Arrays, settings: Adaptive
+) -> tuple[Arrays, Arrays, Arrays]:
+    """m <- b1 m + (1 - b1) d; v <- b2 v + (1 - b2) d^2, or for Yogi
+    v <- v - (1 - b2) d^2 sign(v - d^2); x <- x + rate m / (sqrt(v) + tau) (arXiv 2003.00295).
+
+    first, second: m and v, zero where a tensor is missing. Returns the next adapter, m and v.
+    """
+    b1, b2 = np.float32(settings.beta1), np.float32(settings.beta2)
+    next_first, next_second, moved = dict(first), dict(second), dict(adapter)
+    for name, step in change.items():
+        m, v = (moments.get(name, np.zeros_like(step)) for moments in (first, second))
+        square = step * step
+        m = b1 * m + (1 - b1) * step
+        v = (v - (1 - b2) * square * np.sign(v - square)) if settings.kind == "yogi" else (
+            b2 * v + (1 - b2) * square
+        )
+        with np.errstate(all="ignore"):  # the caller looks for what is not finite
+            x = adapter[name] + np.float32(settings.rate) * m / (np.sqrt(v) + settings.tau)
+        next_first[name], next_second[name], moved[name] = m, v, x.astype(np.float32)
+    return moved, next_first, next_second
 
 
 def mean_figures(

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from silotune.common import contract as contracts
 from silotune.common.errors import SilotuneError
 from silotune.common.model import build
+from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 from silotune.server.strategy import SilotuneStrategy
@@ -19,8 +20,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder);
-    `resume`: go on with the run that is there, or "skip": and without its next round."""
+    """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder),
+    `test` (public rows, CSV, or ""); `resume`: go on with the run that is there, or "skip": and
+    without its next round."""
     config = {key: str(value) for key, value in context.run_config.items()}
     contract = contracts.load(Path(config["contract"]))
     model = build(contract, Path(config["model"]) if config["model"] else None)
@@ -28,7 +30,10 @@ def main(grid: Grid, context: Context) -> None:
     begin = Registry.open if config["resume"] else Registry.create
     registry = begin(runs / config["run"], contract, runs / ".receipts")
     try:
-        run = Run(contract, registry, config["run"], model.initial_arrays())
+        evaluate = None
+        if config["test"]:
+            evaluate = PublicTest(contract, model, {"": Path(config["test"])}).metrics
+        run = Run(contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate)
         if config["resume"]:
             run.restore()
         if config["resume"] == "skip" and not run.done:

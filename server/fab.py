@@ -32,16 +32,17 @@ clientapp = "silotune.client.relay:app"
 
 
 def write_app(
-    folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = ""
+    folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = "",
+    test: Path | None = None,
 ) -> Path:
     """Write the app folder for `flwr run`; paths are the operator's own and absolute.
 
-    resume: see server/app.py.
+    resume, test: see server/app.py.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "contract": contract.resolve(), "model": model.resolve() if model else "", "run": run,
-        "runs": runs.resolve(), "resume": resume,
+        "runs": runs.resolve(), "resume": resume, "test": test.resolve() if test else "",
     }
     (folder / "pyproject.toml").write_text(
         PYPROJECT.format(

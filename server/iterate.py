@@ -25,17 +25,28 @@ class Iterate:
         self.shapes = adapter.shapes_of(initial)
         self.adapter = initial
         self.clip_norm = contract.privacy.clip_norm
-        self._velocity: Arrays = {}
+        self._velocity: Arrays = {}  # or Adam's first moment
+        self._second: Arrays = {}
         self._mean: Arrays = {}
         self._averaged = 0
+        self._ended = False
 
     @property
     def done(self) -> bool:
-        return self.number > self.contract.rounds
+        return self._ended or self.number > self.contract.rounds
 
     @property
     def final(self) -> bool:
-        return self.number == self.contract.rounds
+        """Whether the open round is the last."""
+        return self._ended or self.number == self.contract.rounds
+
+    @property
+    def in_last_phase(self) -> bool:
+        return self.phase is self.contract.phases[-1]
+
+    def end(self) -> None:
+        """Make the open round the last."""
+        self._ended = True
 
     @property
     def phase(self) -> Phase:
@@ -54,12 +65,18 @@ class Iterate:
     def step(self, change: Arrays, figures: Mapping[Metric, float]) -> None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
         nothing has changed then."""
-        moved, velocity = aggregate.heavy_ball(
-            self.adapter, self._velocity, change, self.contract.aggregation.momentum
-        )
+        settings, second = self.contract.aggregation, Arrays()
+        if settings.adaptive:
+            moved, velocity, second = aggregate.adaptive_step(
+                self.adapter, self._velocity, self._second, change, settings.adaptive
+            )
+        else:
+            moved, velocity = aggregate.heavy_ball(
+                self.adapter, self._velocity, change, settings.momentum
+            )
         adapter.check(moved, self.shapes, "The aggregate")
         adapter.check(velocity, adapter.shapes_of(change), "The momentum")
-        self.adapter, self._velocity = moved, velocity
+        self.adapter, self._velocity, self._second = moved, velocity, second
         place = self.contract.place_in_phase(self.number)
         if place > self.phase.rounds * self.contract.aggregation.average_from:
             self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
@@ -72,18 +89,23 @@ class Iterate:
     def next(self) -> None:
         """Go on to the next round, and to the next phase where this was the last of one."""
         if self.contract.place_in_phase(self.number) == self.phase.rounds:
-            self.adapter, self._velocity, self._mean, self._averaged = self.released(), {}, {}, 0
+            self.adapter, self._mean, self._averaged = self.released(), {}, 0
+            self._velocity, self._second = {}, {}
         self.number += 1
 
     def state(self) -> Arrays:
         """What `restore` needs beside the adapter: arrays …"""
-        return {f"velocity/{n}": a for n, a in self._velocity.items()} | {
-            f"mean/{n}": a for n, a in self._mean.items()
+        return {
+            f"{kind}/{name}": array
+            for kind, arrays in (
+                ("velocity", self._velocity), ("second", self._second), ("mean", self._mean)
+            ) for name, array in arrays.items()
         }
 
     def standing(self) -> dict[str, Any]:
         """… and numbers."""
-        return {"averaged": self._averaged, "next_clip_norm": self.clip_norm}
+        return {"averaged": self._averaged, "next_clip_norm": self.clip_norm,
+                "ended": self._ended}
 
     def restore(
         self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
@@ -91,9 +113,10 @@ class Iterate:
         """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
         adapter.check(arrays, self.shapes, "The stored adapter")
         self.number, self.adapter = number, arrays
-        self._velocity, self._mean = (
+        self._velocity, self._second, self._mean = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
-            for kind in ("velocity/", "mean/")
+            for kind in ("velocity/", "second/", "mean/")
         )
+        self._ended = bool(standing.get("ended"))
         self._averaged = int(standing["averaged"])
         self.clip_norm = float(standing["next_clip_norm"])

@@ -22,18 +22,19 @@ from silotune.common.messages import (
     Description,
     Masked,
     Message,
-    Receipt,
     Train,
     Update,
 )
 from silotune.common.plan import Metric
 from silotune.common.signing import verifies
 from silotune.server import aggregate, replies
+from silotune.server.gate import Gate
 from silotune.server.iterate import Iterate
 from silotune.server.masking import MaskedRound, Masking
 from silotune.server.registry import Registry
 
 T = TypeVar("T")
+LOST, ATTEMPTS = "E204", 3
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
 
 
@@ -72,6 +73,9 @@ class Run:
         evaluate_every: int = 1,
         on_round: Callable[[RoundFacts], None] | None = None,
     ) -> None:
+        if contract.aggregation.early_stop and evaluate is None:
+            raise RunError("The contract ends a run early by a metric on public rows: name them "
+                           "(silotune server run --test FILE).", code="E301")
         self.contract, self.registry, self.run_id = contract, registry, run_id
         self.iterate = Iterate(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
@@ -79,12 +83,14 @@ class Run:
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._challenge = secrets.token_hex(32)
+        self.gate = Gate(contract, registry, run_id)
         self._began = time.perf_counter()
         self.exchange = replies.Exchange(contract, self._has_failed)
         self.masking = (
             Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
         self._masked: MaskedRound | None = None
+        self._scores: list[float] = []  # of the last phase, higher is better
         registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
 
     @property
@@ -110,7 +116,7 @@ class Run:
         header = replies.read(self.contract, wire).header
         if not isinstance(header, Description):
             raise ProtocolError("The reply is no description.", code="E503")
-        public = self._public_key(header.site)
+        public = self.gate.public_key(header.site)
         statement = Description.statement(header.contract, header.site, self._challenge)
         if public is not None and not verifies(public, header.signature, statement):
             raise ProtocolError("The description is not signed by that site's key.", code="E503")
@@ -140,10 +146,21 @@ class Run:
                 self.contract, self.masking.agreement, self.number, self.iterate.trained_shapes,
                 messages.digest(*self._asked()), self.exchange,
             )
-        wires = {site: self.request(site) for site in asked}
-        came = yield wires
-        for site, wire in wires.items():
-            self.accept(site, len(wire), came.get(site, replies.SILENT))
+        for attempt in range(1, ATTEMPTS + 1):
+            wires = {site: self.request(site, attempt) for site in asked}
+            came = yield wires
+            for site, wire in wires.items():
+                self.accept(site, len(wire), came.get(site, replies.SILENT), attempt)
+            asked = self._lost()
+            if not asked:
+                break
+
+    def _lost(self) -> list[str]:
+        """Sites that lost a charged reply in a crash and are needed for the quorum: another attempt
+        is a new charge, which they pay or refuse. Masks fit the first request alone."""
+        if self.masking is not None or len(self._open) >= self.contract.quorum:
+            return []
+        return [site for site, code in self.exchange.failed.items() if code == LOST]
 
     def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
         try:
@@ -157,11 +174,13 @@ class Run:
         self.exchange.begin()
         self._began = time.perf_counter()
 
-    def request(self, site: str) -> bytes:
+    def request(self, site: str, attempt: int = 1) -> bytes:
         """The bytes a site gets this round: the same for all, but for its own last receipt and the
         shares that are sealed for it."""
         header, arrays = self._asked()
-        own = header.model_copy(update={"receipt": self._last_receipt(site)})
+        own = header.model_copy(
+            update={"receipt": self.gate.last_receipt(site), "attempt": attempt}
+        )
         sealed = self.masking.sealed(site) if self.masking else {}
         return messages.pack(Message(own, arrays, sealed))
 
@@ -175,30 +194,19 @@ class Run:
         needed = adapter.needed_names(self.adapter, self.iterate.phase.trains)
         return header, {name: self.adapter[name] for name in needed}
 
-    def accept(self, site: str, sent: int, reply: replies.Reply) -> None:
+    def accept(self, site: str, sent: int, reply: replies.Reply, attempt: int = 1) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.
 
-        sent: bytes that went down to the site.
+        sent: bytes that went down to the site. attempt: which one it was asked for.
         """
         self.exchange.count(sent, reply)
         try:
             message = replies.read(self.contract, reply)
-            update = message.header
-            if not isinstance(update, Masked if self.masking else Update):
-                raise ProtocolError("The reply is no update.", code="E503")
-            assert isinstance(update, Masked | Update)
-            if site not in self.contract.weights():
-                raise ProtocolError("The site is not in the roster.", code="E503")
-            expected = (site, self.run_id, self.number, 1)
-            if (update.site, update.run, update.round, update.attempt) != expected:
-                raise ProtocolError("The update is for another site or round.", code="E503")
+            update = self.gate.check(
+                message, site, self.number, attempt, self.iterate.trained_shapes
+            )
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
-            if isinstance(update, Update):
-                adapter.check(message.arrays, self.iterate.trained_shapes, "The update")
-                self._check_metrics(update.metrics)
-            self._check_epsilon(site, update.epsilon)
-            self._take_receipt(site, update.receipt)
             if isinstance(update, Masked):
                 self._take_masked(site, update, message.blobs)
         except ProtocolError as error:
@@ -258,6 +266,8 @@ class Run:
         if self._evaluate and (self.iterate.final or self.number % self._every == 0):
             with_adapter = self.iterate.phase.trains == "head+adapter"
             metrics = self._evaluate(self.released(), with_adapter)
+            if self._stalled(metrics):
+                self.iterate.end()
         facts = RoundFacts(
             self.number, tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
@@ -266,6 +276,17 @@ class Run:
         )
         self._commit(facts)
         return facts
+
+    def _stalled(self, metrics: Mapping[str, float | None]) -> bool:
+        """Whether the contract's metric on public rows has not been better for long enough."""
+        stop = self.contract.aggregation.early_stop
+        if stop is None or not self.iterate.in_last_phase:
+            return False
+        value = metrics.get(stop.metric)
+        if value is not None:
+            self._scores.append(-value if stop.metric == "loss" else value)
+        before, latest = self._scores[: -stop.patience], self._scores[-stop.patience :]
+        return bool(before) and max(latest) <= max(before)
 
     def _commit(self, facts: RoundFacts) -> None:
         self.registry.commit(
@@ -290,6 +311,9 @@ class Run:
             self.masking.restore(self.registry.agreement())
         if found is None:
             return 0
+        for facts in self.registry.rounds():
+            self.iterate.number = facts["round"]
+            self._stalled(facts["metrics"])
         self.iterate.restore(found.number, found.adapter, found.state, found.facts)
         self.registry.event("resumed", after=found.number)
         self._go_on()
@@ -306,47 +330,6 @@ class Run:
 
     def released(self) -> Arrays:
         return self.iterate.released()
-
-    def _check_epsilon(self, site: str, epsilon: float | None) -> None:
-        """A site reports what it spent: within the contract's budget, or nothing without DP."""
-        most = self.contract.target_of(site).epsilon
-        fits = epsilon is None if self.contract.privacy.mode == "none" else (
-            epsilon is not None and epsilon <= most * (1 + 1e-9)
-        )
-        if not fits:
-            raise ProtocolError(
-                "The update reports an ε that the contract does not allow.", code="E502"
-            )
-
-    def _check_metrics(self, metrics: Mapping[Metric, float]) -> None:
-        if set(metrics) != set(self.contract.metrics):
-            raise ProtocolError(
-                "The update's metrics are not those the contract releases.", code="E502"
-            )
-
-    def _take_receipt(self, site: str, receipt: Receipt) -> None:
-        """Keep a site's newest receipt, if the roster has the key to check it by.
-
-        A lower number than the last is no proof of anything here: two workers of one site may
-        answer out of turn. The site itself knows when it gets the newest one back.
-        ProtocolError if the signature is not by the roster's key.
-        """
-        public = self._public_key(site)
-        if public is None:
-            return
-        statement = Receipt.statement(site, receipt.sequence, receipt.head)
-        if not verifies(public, receipt.signature, statement):
-            raise ProtocolError("The receipt is not signed by the site's roster key.", code="E503")
-        last = self.registry.receipt(public)
-        if last is None or receipt.sequence > last.sequence:
-            self.registry.keep_receipt(public, receipt)
-
-    def _last_receipt(self, site: str) -> Receipt | None:
-        public = self._public_key(site)
-        return None if public is None else self.registry.receipt(public)
-
-    def _public_key(self, site: str) -> str | None:
-        return next((s.public_key for s in self.contract.sites if s.name == site), None)
 
     def _take_masked(self, site: str, update: Masked, blobs: messages.Blobs) -> None:
         assert self.masking is not None

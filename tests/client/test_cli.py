@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from silotune.client import wire
 from silotune.client.site import Site
 from silotune.client.worker import Worker
 from silotune.common import messages
@@ -18,6 +21,7 @@ from silotune.common.cli import silotune
 from silotune.common.contract import Contract
 from silotune.common.errors import SilotuneError
 from silotune.common.messages import Message, Train, Update
+from silotune.common.model import build
 
 Rows = Callable[..., Path]
 Run = Callable[..., Result]
@@ -242,3 +246,43 @@ def test_a_site_does_not_start_half(run: Run, site: Site, words: tuple[str, ...]
     result = run("site", *words, "--config", site.config, code=1)
     assert isinstance(result.exception, SilotuneError)
     assert result.exception.code in ("E207", "E101")
+
+
+def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
+    site: Site, table_contract: Contract, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "worker.sock"
+    worker = subprocess.Popen(
+        [Path(sys.executable).with_name("silotune"), "site", "worker", "contract.json",
+         "--config", site.config, "--socket", path, "--log-json"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    try:
+        assert worker.stdout is not None
+        events = []
+        while not events or events[-1]["event"] != "ready":
+            events.append(json.loads(worker.stdout.readline()))
+        assert any("privacy budget" in event["text"] for event in events)
+        header = Train(contract=table_contract.hash, run="r", round=1)
+        arrays = build(table_contract, None).initial_arrays()
+        reply = messages.unpack(wire.ask(path, messages.pack(Message(header, arrays)), 60))
+        assert isinstance(reply.header, Update)
+        answered = json.loads(worker.stdout.readline())
+    finally:
+        worker.terminate()
+        _, said = worker.communicate(timeout=60)
+    assert said == ""
+    assert {event["from"] for event in (*events, answered)} == {"worker"}
+    assert set(answered) == {"at", "from", "event", "text", "kind", "code", "run", "round",
+                             "attempt", "seconds"}
+    text = (site.state / "metrics" / "metrics.prom").read_text()
+    assert 'silotune_site_requests_total{code="ok",kind="train"} 1.0' in text
+    assert f'silotune_site_run_epsilon{{run="r"}} {reply.header.epsilon}' in text
+
+
+def test_metrics_need_a_worker_that_has_run(run: Run, site: Site) -> None:
+    result = run("site", "metrics", "--config", site.config, "--port", "9464", code=1)
+    assert isinstance(result.exception, SilotuneError)
+    assert "the site's worker makes it" in str(result.exception)
+    for port in ("0", "65536", "x"):
+        run("site", "metrics", "--config", site.config, "--port", port, code=2)

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from silotune.client.cli import worker
+from silotune.client.cli import metrics, worker
+from silotune.client.metrics import FILE
 
 DEPLOY = Path(__file__).parents[2] / "client" / "deploy"
-UNITS = ("silotune-worker.socket", "silotune-worker.service", "silotune-relay.service")
+UNITS = ("silotune-worker.socket", "silotune-worker.service", "silotune-relay.service",
+         "silotune-metrics.service")
+LARGEST_EXPOSURE = {"worker": 45, "relay": 45, "metrics": 25}  # of 100, by systemd-analyze
 
 
 def settings(unit: str) -> dict[str, list[str]]:
@@ -25,7 +28,7 @@ def settings(unit: str) -> dict[str, list[str]]:
 
 
 def test_the_two_users_are_two() -> None:
-    worker_unit, relay = (settings(unit) for unit in UNITS[1:])
+    worker_unit, relay = (settings(unit) for unit in UNITS[1:3])
     socket = settings(UNITS[0])
     assert worker_unit["User"] != relay["User"]
     assert socket["SocketUser"] == relay["User"]
@@ -39,6 +42,19 @@ def test_the_worker_unit_uses_options_that_exist() -> None:
     (command,) = settings(UNITS[1])["ExecStart"]
     options = {option for parameter in worker.params for option in parameter.opts}
     assert {word for word in command.split() if word.startswith("--")} <= options
+
+
+def test_the_metrics_unit_parses_and_sees_one_folder() -> None:
+    found = settings(UNITS[3])
+    (command,) = found["ExecStart"]
+    parsed = metrics.make_context("metrics", command.split()[3:]).params
+    folder = parsed["config"].parent
+    assert found["TemporaryFileSystem"] == [f"{folder}:ro"]
+    assert found["BindReadOnlyPaths"] == [f"-{folder / 'state' / Path(FILE).parent}"]
+    assert "ReadWritePaths" not in found
+    assert found["IPAddressDeny"] == ["any"]
+    assert found["IPAddressAllow"] == ["localhost"]
+    assert found["User"] == settings(UNITS[1])["User"]
 
 
 def test_no_unit_lets_a_flower_app_install_packages() -> None:
@@ -56,6 +72,17 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@pytest.mark.parametrize("name", LARGEST_EXPOSURE)
+def test_little_is_exposed(name: str) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--no-pager",
+         f"--threshold={LARGEST_EXPOSURE[name]}", DEPLOY / f"silotune-{name}.service"],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_compose_keeps_records_and_network_apart() -> None:

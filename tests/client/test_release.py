@@ -53,7 +53,7 @@ def contract(table_contract: Contract) -> Contract:
 def update(contract: Contract, charge: Charged | None = None, **given: Any) -> bytes:
     values: dict[str, Any] = {
         "change": change(), "metrics": {"loss": 0.5}, "epsilon": 1.0, "shapes": SHAPES,
-        "receipt": Ledger.in_memory("north").receipt(), **given,
+        "receipt": Ledger.in_memory("north").receipt(), "sign": lambda _: bytes(64), **given,
     }
     return release.update(contract, "north", charge or charged(contract), **values)
 
@@ -74,6 +74,7 @@ def test_what_was_charged_leaves_as_it_is(contract: Contract) -> None:
     assert (header.epsilon, header.metrics) == (1.0, {"loss": 0.5})
     assert set(header.model_dump()) == {
         "contract", "kind", "site", "run", "round", "attempt", "epsilon", "metrics", "receipt",
+        "signature",
     }
     assert {name: a.tolist() for name, a in message.arrays.items()} == {
         name: a.tolist() for name, a in change().items()

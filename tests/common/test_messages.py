@@ -45,7 +45,7 @@ HASH = "0123456789abcdef" * 4
 UPDATE: dict[str, Any] = {
     "kind": "update", "contract": HASH, "site": "north", "run": "run-1", "round": 2, "attempt": 1,
     "epsilon": 1.5, "metrics": {},
-    "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128},
+    "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128}, "signature": "1" * 128,
 }
 REFUSAL: dict[str, Any] = {
     "kind": "refusal", "contract": HASH, "site": "north", "code": "E210", "incident": "ab" * 8,

@@ -7,11 +7,14 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.common.messages import Arrays
-from silotune.server.aggregate import heavy_ball, running_mean, weighted_mean
+from silotune.common.plan import Adaptive
+from silotune.server.aggregate import adaptive_step, heavy_ball, running_mean, weighted_mean
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 SHAPES = {"head.bias": (2,), "head.weight": (2, 3), "x.lora_B": (3, 2)}
@@ -141,6 +144,41 @@ def test_frozen_tensors_stay_bit_by_bit() -> None:
     assert after.keys() == adapter.keys()
     assert velocity.keys() == change.keys()
     assert after["x.lora_A"].tobytes() == adapter["x.lora_A"].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["adam", "yogi"])
+def test_adaptive_steps_are_flowers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's FedYogi as it is; of its FedAdam the moments (it corrects the first steps, the
+    paper's Algorithm 2 does not)."""
+    rng = np.random.default_rng(0)
+    x = {"a": rng.standard_normal((3, 2)).astype(np.float32),
+         "b": rng.standard_normal(4).astype(np.float32)}
+    chosen = Adaptive.model_validate(
+        {"kind": kind, "rate": 0.1, "beta1": 0.8, "beta2": 0.9, "tau": 0.01}
+    )
+    flower = {"adam": FedAdam, "yogi": FedYogi}[kind](eta=0.1, beta_1=0.8, beta_2=0.9, tau=0.01)
+    flower.current_arrays = {n: a.astype(np.float64) for n, a in x.items()}
+    first: Arrays = {}
+    second: Arrays = {}
+    for number in range(1, 8):
+        change = {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in x.items()}
+        theirs = ArrayRecord({
+            n: Array(flower.current_arrays[n] + change[n]) for n in flower.current_arrays
+        })
+        monkeypatch.setattr(FedAvg, "aggregate_train", lambda *_, t=theirs: (t, None))
+        before = {n: a.copy() for n, a in flower.current_arrays.items()}
+        found, _ = flower.aggregate_train(number, [])
+        assert found is not None
+        x, first, second = adaptive_step(x, first, second, change, chosen)
+        for name in x:
+            np.testing.assert_allclose(first[name], flower.m_t[name], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(second[name], flower.v_t[name], rtol=1e-4, atol=1e-6)
+            step = 0.1 * flower.m_t[name] / (np.sqrt(flower.v_t[name]) + 0.01)
+            if kind == "yogi":
+                np.testing.assert_allclose(found[name].numpy(), before[name] + step, atol=1e-9)
+            np.testing.assert_allclose(x[name], before[name] + step, rtol=1e-4, atol=1e-5)
+        flower.current_arrays = {n: before[n] + 0.1 * flower.m_t[n] / (
+            np.sqrt(flower.v_t[n]) + 0.01) for n in before}
 
 
 def test_a_tensor_without_velocity_starts_at_rest() -> None:

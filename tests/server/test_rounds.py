@@ -536,8 +536,9 @@ def receipt(site: str, number: int, head: str = "0" * 64, **more: str) -> dict[s
     return {"sequence": number, "head": head, "signature": signature} | more
 
 
-def signed(run: Run, site: str, number: int, head: str = "0" * 64) -> bytes:
-    return update(run, site, receipt=receipt(site, number, head))
+def signed(run: Run, site: str, number: int, head: str = "0" * 64, **changes: Any) -> bytes:
+    unsigned = update(run, site, **{"receipt": receipt(site, number, head), **changes})
+    return messages.pack(messages.signed(messages.unpack(unsigned), KEYS[site].sign))
 
 
 def test_each_site_gets_its_own_newest_receipt_back(start: Start, keyed: Contract) -> None:
@@ -562,12 +563,126 @@ def test_a_receipt_is_checked_with_the_rosters_key(start: Start, keyed: Contract
             "sequence": 10**9
         },
     ):
-        run.accept("north", 1, update(run, "north", receipt=forged))
+        run.accept("north", 1, signed(run, "north", 3, receipt=forged))
         assert messages.unpack(run.request("north")).header.receipt is None
     assert [e["code"] for e in events(run, "rejected")] == ["E503"] * 3
     for site in KEYS:
         run.accept(site, 1, signed(run, site, 3))
     assert run.finish().sites == ("north", "south")
+
+
+def test_an_update_that_was_changed_on_its_way_does_not_count(
+    start: Start, keyed: Contract
+) -> None:
+    """By whoever carries it: Flower's node signs no message."""
+    run = start(keyed)
+    run.begin()
+    whole = messages.unpack(signed(run, "north", 3))
+
+    def changed(arrays: Arrays | None = None, **fields: Any) -> bytes:
+        header = whole.header.model_copy(update=fields)
+        return messages.pack(Message(header, whole.arrays if arrays is None else arrays))
+
+    other = messages.pack(messages.signed(whole, KEYS["south"].sign))
+    for forged in (
+        changed(filled(1.0000001)), changed(epsilon=0.5), changed(receipt=messages.Receipt(**receipt("north", 2))),
+        changed(signature="0" * 128), changed(signature=receipt("north", 3)["signature"]), other,
+        update(run, "north", receipt=receipt("north", 3)),
+    ):
+        run.accept("north", 1, forged)
+    assert [e["code"] for e in events(run, "rejected")] == ["E503"] * 7
+    assert run.gate.last_receipt("north") is None
+    run.accept("north", 1, messages.pack(whole))
+    run.accept("south", 1, signed(run, "south", 3))
+    assert run.finish().sites == ("north", "south")
+
+
+def test_a_norm_beyond_the_contracts_does_not_count(
+    start: Start, table_contract: Contract
+) -> None:
+    norm = float(np.sqrt(sum(np.sum(a**2) for a in filled(1.0).values())))
+    for factor, counts in ((0.999, False), (1.001, True)):
+        run = start(table_contract.changed(quorum=1, aggregation={"largest_norm": factor * norm}))
+        run.begin()
+        run.accept("north", 1, update(run, "north", 1.0))
+        assert [e["code"] for e in events(run, "rejected")] == ([] if counts else ["E502"])
+
+
+def test_a_lost_reply_is_asked_for_again_where_the_quorum_needs_it(
+    start: Start, table_contract: Contract
+) -> None:
+    """As another attempt: the site's charge stands, and it answers no request twice."""
+    for quorum, expected in ((2, [1, 2, 3]), (1, [1])):
+        run, attempts = start(table_contract.changed(quorum=quorum)), []
+        stages = run.stages(["north", "south"])
+        asked = next(stages)
+        try:
+            while True:
+                came = {"north": update(run, "north")} if "north" in asked else {}
+                attempt = messages.unpack(asked["south"]).header.attempt
+                attempts.append(attempt)
+                came["south"] = refusal(run, "south", "E204") if attempt < 3 else update(
+                    run, "south", attempt=3
+                )
+                asked = stages.send(came)
+        except StopIteration as end:
+            facts = end.value
+        assert attempts == expected
+        assert facts.sites == (("north", "south") if quorum == 2 else ("north",))
+
+
+def test_an_answer_to_another_attempt_does_not_count(start: Start) -> None:
+    run = start()
+    run.begin()
+    run.accept("north", 1, update(run, "north"), attempt=2)
+    run.accept("south", 1, update(run, "south", attempt=2), attempt=2)
+    assert [e["site"] for e in events(run, "rejected")] == ["north"]
+
+
+# Ending early
+
+
+def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
+    return contract.changed(
+        aggregation={"early_stop": {"metric": metric, "patience": patience}}, phases=[
+            {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
+            for n in (3, 6)
+        ],
+    )
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize(("metric", "scores", "rounds"), [
+    ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7),  # the first phase does not count
+    ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
+    ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
+    ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+])
+def test_a_run_ends_early_by_public_rows(
+    start: Start, table_contract: Contract, metric: str, scores: list[float | None], rounds: int,
+    killed: bool,
+) -> None:
+    contract = early(table_contract, 2, metric)
+
+    def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+        return {"loss": 1.0, "auc": 1.0, metric: scores[run.number - 1]}
+
+    run = start(contract, evaluate=evaluate)
+    while not run.done:
+        play(run, north=1.0, south=1.0)
+        if killed:
+            run.registry.close()
+            registry = Registry.open(run.registry.folder, contract)
+            run = Run(contract, registry, "run-1", filled(0), evaluate=evaluate)
+            run.restore()
+    assert on_disk(run) == list(range(1, rounds + 1))
+    assert [e["round"] for e in events(run, "released")][-1] == rounds
+    np.testing.assert_array_equal(run.registry.adapter()["head.bias"], run.adapter["head.bias"])
+
+
+def test_ending_early_needs_public_rows(start: Start, table_contract: Contract) -> None:
+    with pytest.raises(RunError, match="--test FILE"):
+        start(early(table_contract, 2))
 
 
 def test_a_receipt_that_nobody_can_check_is_not_kept(start: Start) -> None:

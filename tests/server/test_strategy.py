@@ -49,7 +49,8 @@ class FakeGrid:
         self.nodes, self.joins = nodes, joins or {}
         self.looks = 0
         self.received: list[tuple[int, bytes]] = []
-        self.timeouts: list[float | None] = []
+        self.exchanges = 0
+        self._waiting: list[Message] = []
         self.also: list[Message] = []
         self.backwards = False
         self._ids = count(1)
@@ -58,11 +59,9 @@ class FakeGrid:
         self.looks += 1
         return [node for node in self.nodes if self.joins.get(node, 0) < self.looks]
 
-    def send_and_receive(
-        self, requests: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        self.timeouts.append(timeout)
-        replies = list(self.also)
+    def push_messages(self, requests: Iterable[Message]) -> list[str]:
+        self._waiting = list(self.also)
+        self.exchanges += 1
         for request in requests:
             request.metadata.__dict__["_message_id"] = f"m{next(self._ids)}"
             wire = cast(bytes, request.content["silotune"]["wire"])
@@ -76,7 +75,12 @@ class FakeGrid:
                 if isinstance(made, Error):
                     # The SuperLink makes errors, so they come in its name.
                     reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
-                replies.append(reply)
+                self._waiting.append(reply)
+        return []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """What there is at the first look; nothing comes later."""
+        replies, self._waiting = self._waiting, []
         return replies[::-1] if self.backwards else replies
 
 
@@ -155,8 +159,31 @@ def test_all_rounds_of_the_contract(start: Begin) -> None:
     assert strategy.nodes == {11: "north", 22: "south"}
     assert committed(strategy) == [["north", "south"]] * 3
     np.testing.assert_array_equal(strategy.run.registry.adapter()["head.bias"], [6.0, 6.0])
-    # One description and three rounds, each with a deadline.
-    assert grid.timeouts == [5.0] * 4
+    assert grid.exchanges == 4  # one description and three rounds
+
+
+@pytest.mark.parametrize("silent_for", [1, 2, 3])
+def test_each_exchange_has_the_deadline(start: Begin, clock: Clock, silent_for: int) -> None:
+    """A round waits for a silent site until the deadline, and no longer."""
+    took: list[float] = []
+
+    class Timed(FakeGrid):
+        def push_messages(self, requests: Iterable[Message]) -> list[str]:
+            took.append(clock.now)
+            return super().push_messages(requests)
+
+    silent = {r: r <= silent_for for r in (1, 2, 3)}
+    honest = site("south")
+
+    def sometimes(wire: bytes) -> bytes | RecordDict | Error | None:
+        header = messages.unpack(wire).header
+        return None if isinstance(header, Train) and silent[header.round] else honest(wire)
+
+    run_on(start(quorum=1), Timed({11: site("north"), 22: sometimes}))
+    took.append(clock.now)
+    rounds = np.diff(took[1:])
+    np.testing.assert_allclose(rounds[:silent_for], 5.0)
+    assert (rounds[silent_for:] == 0).all()
 
 
 def test_bytes_pass_unchanged_both_ways(start: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,13 +207,13 @@ def test_bytes_pass_unchanged_both_ways(start: Begin, monkeypatch: pytest.Monkey
     strategy = start()
     request, accept = strategy.run.request, strategy.run.accept
 
-    def spy_request(name: str) -> bytes:
-        asked.append(request(name))
+    def spy_request(name: str, attempt: int) -> bytes:
+        asked.append(request(name, attempt))
         return asked[-1]
 
-    def spy_accept(name: str, size: int, wire: bytes) -> None:
+    def spy_accept(name: str, size: int, wire: bytes, attempt: int) -> None:
         taken.append((name, size, wire))
-        accept(name, size, wire)
+        accept(name, size, wire, attempt)
 
     monkeypatch.setattr(strategy.run, "request", spy_request)
     monkeypatch.setattr(strategy.run, "accept", spy_accept)
@@ -266,8 +293,8 @@ def test_replies_from_nowhere_are_ignored(start: Begin) -> None:
 
 def test_a_reply_that_comes_twice_counts_once(start: Begin) -> None:
     class Doubling(FakeGrid):
-        def send_and_receive(self, *args: Any, **more: Any) -> list[Message]:
-            return [reply for reply in super().send_and_receive(*args, **more) for _ in range(2)]
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return [reply for reply in super().pull_messages(message_ids) for _ in range(2)]
 
     strategy = run_on(start(), Doubling({11: site("north", 1.0), 22: site("south", 3.0)}))
     assert committed(strategy) == [["north", "south"]] * 3
@@ -278,11 +305,11 @@ def test_a_late_reply_neither_counts_for_the_next_round_nor_spoils_it(start: Beg
     class Late(FakeGrid):
         held: Message | None = None
 
-        def send_and_receive(self, *args: Any, **more: Any) -> list[Message]:
-            replies = super().send_and_receive(*args, **more)
-            if len(self.timeouts) == 2:
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            if self.exchanges == 2 and replies:
                 self.held = replies.pop(0)
-            elif self.held is not None:
+            elif self.held is not None and self.exchanges == 3:
                 replies, self.held = [self.held, *replies], None
             return replies
 
