@@ -1,0 +1,155 @@
+"""The server's metrics: its two processes, its certificates, and how far each run is.
+
+Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes (server/registry.py).
+Served on 127.0.0.1 (common/monitor.py); nginx has no way to it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography import x509
+from prometheus_client.core import Metric
+
+from silotune.server.place import Place
+
+PROCESSES = ("superlink", "nginx")
+PROBE_SECONDS = 2.0
+MOST_RUNS = 50  # the newest: a run that is shown costs Prometheus a series for ever
+
+
+@dataclass
+class Standing:
+    """What the events of one run say."""
+
+    planned: int = 0
+    committed: set[int] = field(default_factory=set)
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
+    stopped: bool = False
+    released: bool = False
+    last: float = 0.0
+    seconds: float = 0.0  # of `timed` rounds together
+    timed: int = 0
+
+
+class ServerMonitor:
+    """What is served. `runs`: whether the process of a name runs."""
+
+    def __init__(self, place: Place, runs: Callable[[str], bool]) -> None:
+        self.place, self._runs = place, runs
+        settings = place.settings
+        self._ports = {"superlink": ("127.0.0.1", settings.link_port),
+                       "nginx": (settings.reachable, settings.port)}
+
+    def health(self) -> str:
+        """"", or the first process that does not run or does not answer on its port."""
+        for name in PROCESSES:
+            if not self._runs(name) or not answers(*self._ports[name]):
+                return name
+        return ""
+
+    def collect(self) -> Iterator[Metric]:
+        yield _metric("process_up", "The process runs.", [
+            ({"process": name}, self._runs(name)) for name in PROCESSES
+        ])
+        yield _metric("certificate_expiry_timestamp_seconds", "When the certificate expires.", [
+            ({"certificate": name}, _expiry(self.place.folder / f"{name}.crt"))
+            for name in ("ca", "server")
+        ])
+        yield _metric("roster_sites", "Sites in the roster.", [
+            ({}, len(list((self.place.folder / "roster").glob("*.json"))))
+        ])
+        runs = dict(_newest(self.place.runs))
+
+        def of_each(name: str, text: str, value: Callable[[Standing], float]) -> Metric:
+            return _metric(name, text, [({"run": run}, value(s)) for run, s in runs.items()])
+
+        yield of_each("run_rounds_planned", "Rounds of the contract.", lambda s: s.planned)
+        yield of_each("run_rounds_committed", "Rounds on disk.", lambda s: len(s.committed))
+        yield of_each("run_stopped", "It stopped or failed, and was not resumed since.",
+                      lambda s: s.stopped)
+        yield of_each("run_released", "Its adapter is released.", lambda s: s.released)
+        yield of_each("run_last_event_timestamp_seconds", "Its last event.", lambda s: s.last)
+        yield _metric("run_rejected", "Replies that did not count, by site and code.", [
+            ({"run": run, "site": site, "code": code}, count)
+            for run, s in runs.items() for (site, code), count in s.rejected.items()
+        ], "counter")
+        seconds = _metric("run_round_seconds", "Seconds from round to round.", [], "summary")
+        for run, s in runs.items():
+            seconds.add_sample(f"{seconds.name}_count", {"run": run}, s.timed)
+            seconds.add_sample(f"{seconds.name}_sum", {"run": run}, s.seconds)
+        yield seconds
+
+
+def answers(host: str, port: int) -> bool:
+    """Somebody listens there."""
+    try:
+        with socket.create_connection((host, port), PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def standing(events: list[dict[str, Any]]) -> Standing:
+    found, since = Standing(), None
+    for event in events:
+        kind, at = event["event"], float(event["at"])
+        if kind == "run":  # a resumed run begins with another
+            found.planned, found.stopped = int(event["rounds"]), False
+        elif kind == "committed":
+            found.committed.add(int(event["round"]))
+            if since is not None:
+                found.seconds, found.timed = found.seconds + at - since, found.timed + 1
+        elif kind == "rejected":
+            found.rejected[str(event["site"]), str(event["code"])] += 1
+        elif kind in ("stopped", "failed"):
+            found.stopped = True
+        elif kind == "released":
+            found.released = True
+        if kind == "skipped":  # its commit follows at once and took no time
+            since = None
+        elif kind in ("run", "resumed", "committed"):
+            since = at
+        found.last = at
+    return found
+
+
+def _newest(runs: Path) -> Iterator[tuple[str, Standing]]:
+    files = {path: path.stat() for path in runs.glob("*/events.jsonl")}
+    newest = sorted(files, key=lambda path: files[path].st_mtime_ns)[-MOST_RUNS:]
+    for path in sorted(newest):
+        yield path.parent.name, _read(path, files[path].st_mtime_ns, files[path].st_size)
+
+
+@lru_cache(maxsize=2 * MOST_RUNS)
+def _read(path: Path, _changed: int, _size: int) -> Standing:
+    """A file's events; it is read again when it has changed."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # a crash left half a line
+            continue
+    return standing(found)
+
+
+def _expiry(file: Path) -> float:
+    return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc.timestamp()
+
+
+def _metric(
+    name: str, text: str, values: list[tuple[Mapping[str, str], float]],
+    kind: Literal["gauge", "counter", "summary"] = "gauge",
+) -> Metric:
+    metric = Metric(f"silotune_server_{name}", text, kind)
+    for labels, value in values:
+        suffix = "_total" if kind == "counter" else ""
+        metric.add_sample(metric.name + suffix, dict(labels), float(value))
+    return metric
