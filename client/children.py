@@ -50,9 +50,10 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def end_all(but: int = 0) -> None:
-    """End every descendant except `but`: asked first, after a while killed, until none is left."""
-    end = time.monotonic() + STOP_SECONDS
+def end_all(but: int = 0, seconds: float = STOP_SECONDS) -> None:
+    """End every descendant except `but`: asked first, after `seconds` killed, until none is left.
+    """
+    end = time.monotonic() + seconds
     asked: set[int] = set()
     quiet = 0
     while quiet < QUIET:

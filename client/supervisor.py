@@ -48,6 +48,8 @@ from silotune.common.journal import Journal
 READY_SECONDS = 600.0
 LONGEST_PAUSE = 60.0
 LAST_WORDS_SECONDS = 5.0
+# What a round has been charged is lost if it does not end: the server gets its reply later.
+DRAIN_SECONDS = 300.0
 BIN = Path(sys.executable).parent
 HIGHEST_USER = 2**32 - 2  # 2^32 - 1 means "do not change it"
 PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -103,6 +105,7 @@ class Supervisor:
         self.running = metrics.Running(worker=False, relay=False)
         self.folder = Path()
         self._stopping = False
+        self._worker = 0
         self._voices: list[threading.Thread] = []
 
     def run(self) -> int:
@@ -123,7 +126,8 @@ class Supervisor:
             return 0
         finally:
             self._end_relays_user()
-            children.end_all()
+            children.end_all(but=self._worker)
+            children.end_all(seconds=DRAIN_SECONDS)
             for voice in self._voices:
                 voice.join(LAST_WORDS_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -208,6 +212,7 @@ class Supervisor:
                 self.users.worker, environment, partial(self.journal.pass_on, source="worker"),
                 (listener.fileno(), writable),
             )
+        self._worker = worker.pid
         os.close(writable)
         with os.fdopen(readable, "rb") as pipe:
             end = time.monotonic() + READY_SECONDS

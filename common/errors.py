@@ -85,6 +85,8 @@ CODES: dict[str, str] = {
     "site's own log; they are not sent anywhere.",
     "E601": "The run directory already holds a run, or is not a run.",
     "E602": "Another server process is carrying out the run in this directory.",
+    "E603": "The process that carried out a run was told to stop, or ended. What it had committed "
+    "stands and sites keep what they answered: `silotune server resume RUN` goes on from there.",
 }
 
 

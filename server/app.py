@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.common import contract as contracts
-from silotune.common.errors import SilotuneError
+from silotune.common.errors import RunError, SilotuneError
 from silotune.common.model import build
+from silotune.server import events
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
@@ -24,15 +27,18 @@ def main(grid: Grid, context: Context) -> None:
     `test` (public rows, CSV, or ""); `resume`: go on with the run that is there, or "skip": and
     without its next round."""
     config = {key: str(value) for key, value in context.run_config.items()}
-    contract = contracts.load(Path(config["contract"]))
-    model = build(contract, Path(config["model"]) if config["model"] else None)
-    runs = Path(config["runs"])
-    begin = Registry.open if config["resume"] else Registry.create
-    registry = begin(runs / config["run"], contract, runs / ".receipts")
+    folder, begun = Path(config["runs"]) / config["run"], False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
+        contract = contracts.load(Path(config["contract"]))
+        model = build(contract, Path(config["model"]) if config["model"] else None)
         evaluate = None
         if config["test"]:
             evaluate = PublicTest(contract, model, {"": Path(config["test"])}).metrics
+        begin = Registry.open if config["resume"] else Registry.create
+        registry = begin(folder, contract, folder.parent / ".receipts")
+        begun = True
         run = Run(contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate)
         if config["resume"]:
             run.restore()
@@ -41,5 +47,10 @@ def main(grid: Grid, context: Context) -> None:
         SilotuneStrategy(run).start(grid)
     except Exception as error:
         code = error.code if isinstance(error, SilotuneError) else "E500"
-        registry.event("failed", code=code, why=str(error))
+        events.append(folder, "failed" if begun else "refused", code=code, why=str(error))
         raise
+
+
+def _stop(*_: object) -> None:
+    """The round in hand is given up; what its sites have answered they will answer again."""
+    raise RunError("The server was told to stop.", code="E603")

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,12 +15,16 @@ from silotune.common.cli import emit
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
 
+if TYPE_CHECKING:
+    from silotune.server.events import Events
+
 FOLDER = click.option(
     "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 LOOK_SECONDS = 0.5
 FIRST_SECONDS = 120.0  # until Flower has begun a run
+DIED = "The process that carried out the run ended without a word."
 
 
 @click.group()
@@ -109,8 +113,11 @@ def start(folder: Path, log_json: bool) -> None:
 @click.argument("contract", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="The run's name; by default the contract's, with the time.")
 @click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
+@click.option("--test", type=click.Path(path_type=Path), help="Public rows (CSV) to score by.")
 @FOLDER
-def run(contract: Path, name: str | None, model: Path | None, folder: Path) -> None:
+def run(
+    contract: Path, name: str | None, model: Path | None, test: Path | None, folder: Path
+) -> None:
     """Carry out a contract with the sites that are connected, and show its rounds.
 
     \b
@@ -120,15 +127,18 @@ def run(contract: Path, name: str | None, model: Path | None, folder: Path) -> N
     """
     found = contracts.load(contract)
     name = name or f"{found.name}-{time.strftime('%Y%m%d-%H%M%S')}".lower().replace(" ", "-")
-    _carry_out(folder, contract, name, model, "")
+    _carry_out(folder, contract, name, model, test, "")
 
 
 @server.command()
 @click.argument("name")
 @click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
 @click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
+@click.option("--test", type=click.Path(path_type=Path), help="Public rows (CSV) to score by.")
 @FOLDER
-def resume(name: str, skip_round: bool, model: Path | None, folder: Path) -> None:
+def resume(
+    name: str, skip_round: bool, model: Path | None, test: Path | None, folder: Path
+) -> None:
     """Go on with a run that stopped, from its last whole round. Sites answer what they were asked
     before with what they answered then.
 
@@ -141,7 +151,7 @@ def resume(name: str, skip_round: bool, model: Path | None, folder: Path) -> Non
     path = Place(folder).runs / name / "contract.json"
     if not path.is_file():
         raise UsageError(f"{path.parent} holds no run. Runs: {', '.join(_runs(folder)) or 'none'}.")
-    _carry_out(folder, path, name, model, "skip" if skip_round else "yes")
+    _carry_out(folder, path, name, model, test, "skip" if skip_round else "yes")
 
 
 @server.command()
@@ -169,31 +179,26 @@ def _runs(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in Place(folder).runs.glob("*/contract.json"))
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "events.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def _standing(folder: Path) -> dict[str, Any]:
-    events = _events(folder)
-    committed = [e["round"] for e in events if e["event"] in ("committed", "skipped")]
-    last = next((e for e in reversed(events) if e["event"] in ("stopped", "failed")), None)
-    begun = max((n for n, e in enumerate(events) if e["event"] == "run"), default=0)
-    state = "running, or its server died"
+    from silotune.server.events import Events, standing
+    from silotune.server.registry import held
+
+    found = standing(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
         state = "done"
-    elif last is not None and events.index(last) > begun:
-        state = f"stopped: {last['why']}"
-    rounds = next((e["rounds"] for e in events if e["event"] == "run"), 0)
-    return {"run": folder.name, "round": max(committed, default=0), "rounds": rounds,
+    elif held(folder):
+        state = "running"
+    else:
+        state = f"stopped: {found.why or DIED}"
+    return {"run": folder.name, "round": max(found.committed, default=0), "rounds": found.planned,
             "state": state}
 
 
 def _carry_out(
-    folder: Path, contract: Path, name: str, model: Path | None, resume: str
+    folder: Path, contract: Path, name: str, model: Path | None, test: Path | None, resume: str
 ) -> None:
     """Hand a run to Flower and repeat what its events say until it ends."""
+    from silotune.server.events import Events
     from silotune.server.fab import write_app
     from silotune.server.place import Place
     from silotune.server.service import flwr
@@ -202,27 +207,42 @@ def _carry_out(
     where = place.runs / name
     if not resume and where.exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
-    before, rounds = len(_events(where)), contracts.load(contract).rounds
+    events, rounds = Events(where), contracts.load(contract).rounds
+    events.new()  # what was before
     app = write_app(
         place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
-        runs=place.runs, resume=resume,
+        runs=place.runs, resume=resume, test=test,
     )
     flwr(place, "run", app.resolve(), "silotune")
     click.echo(f"run {name}")
-    end = time.monotonic() + FIRST_SECONDS
-    while True:
-        events = _events(where)
-        for event in events[before:]:
-            _say(event, rounds)
-        if any(event["event"] in ("stopped", "failed") for event in events[before:]):
+    try:
+        adapter = _follow(where, events, rounds)
+    except RunError:
+        if (where / "contract.json").is_file():
             click.echo(f"next:   silotune server resume {name} --folder {folder}")
-            sys.exit(1)
-        before = len(events)
-        if before and events[-1]["event"] == "released":
-            click.echo(f"adapter  {where / 'adapter.safetensors'}")
-            return
-        if not before and time.monotonic() > end:
+        raise
+    click.echo(f"adapter  {adapter}")
+
+
+def _follow(where: Path, events: Events, rounds: int) -> Path:
+    """Say what happens until the run has its adapter; RunError if it ends without."""
+    from silotune.server.registry import held
+
+    end, begun, alone = time.monotonic() + FIRST_SECONDS, False, 0
+    while True:
+        for event in events.new():
+            _say(event, rounds)
+            kind = event["event"]
+            begun |= kind == "run"
+            if kind == "released":
+                return where / "adapter.safetensors"
+            if kind in ("stopped", "failed") or (kind == "refused" and not begun):
+                raise RunError(event["why"], code=event["code"])
+        if not begun and time.monotonic() > end:
             raise RunError("Flower did not begin the run; see what the server says.")
+        alone = alone + 1 if begun and not held(where) else 0
+        if alone > 2:  # what it said last has been read since
+            raise RunError(DIED, code="E603")
         time.sleep(LOOK_SECONDS)
 
 
@@ -232,7 +252,5 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites")
     elif kind == "rejected":
         click.echo(f"        {event['site']}: {event['code']}")
-    elif kind in ("stopped", "failed"):
-        click.echo(f"✗ {event['code']} {event['why']}")
     elif kind in ("damaged", "skipped", "resumed"):
         click.echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")

@@ -1,42 +1,26 @@
 """The server's metrics: its two processes, its certificates, and how far each run is.
 
-Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes (server/registry.py).
+Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes (server/events.py).
 Served on 127.0.0.1 (common/monitor.py); nginx has no way to it.
 """
 
 from __future__ import annotations
 
-import json
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cryptography import x509
 from prometheus_client.core import Metric
 
+from silotune.server.events import Events, Standing, standing
 from silotune.server.place import Place
 
 PROCESSES = ("superlink", "nginx")
 PROBE_SECONDS = 2.0
 MOST_RUNS = 50  # the newest: a run that is shown costs Prometheus a series for ever
-
-
-@dataclass
-class Standing:
-    """What the events of one run say."""
-
-    planned: int = 0
-    committed: set[int] = field(default_factory=set)
-    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
-    stopped: bool = False
-    released: bool = False
-    last: float = 0.0
-    seconds: float = 0.0  # of `timed` rounds together
-    timed: int = 0
 
 
 class ServerMonitor:
@@ -74,7 +58,7 @@ class ServerMonitor:
         yield of_each("run_rounds_planned", "Rounds of the contract.", lambda s: s.planned)
         yield of_each("run_rounds_committed", "Rounds on disk.", lambda s: len(s.committed))
         yield of_each("run_stopped", "It stopped or failed, and was not resumed since.",
-                      lambda s: s.stopped)
+                      lambda s: bool(s.why))
         yield of_each("run_released", "Its adapter is released.", lambda s: s.released)
         yield of_each("run_last_event_timestamp_seconds", "Its last event.", lambda s: s.last)
         yield _metric("run_rejected", "Replies that did not count, by site and code.", [
@@ -97,30 +81,6 @@ def answers(host: str, port: int) -> bool:
         return False
 
 
-def standing(events: list[dict[str, Any]]) -> Standing:
-    found, since = Standing(), None
-    for event in events:
-        kind, at = event["event"], float(event["at"])
-        if kind == "run":  # a resumed run begins with another
-            found.planned, found.stopped = int(event["rounds"]), False
-        elif kind == "committed":
-            found.committed.add(int(event["round"]))
-            if since is not None:
-                found.seconds, found.timed = found.seconds + at - since, found.timed + 1
-        elif kind == "rejected":
-            found.rejected[str(event["site"]), str(event["code"])] += 1
-        elif kind in ("stopped", "failed"):
-            found.stopped = True
-        elif kind == "released":
-            found.released = True
-        if kind == "skipped":  # its commit follows at once and took no time
-            since = None
-        elif kind in ("run", "resumed", "committed"):
-            since = at
-        found.last = at
-    return found
-
-
 def _newest(runs: Path) -> Iterator[tuple[str, Standing]]:
     files = {path: path.stat() for path in runs.glob("*/events.jsonl")}
     newest = sorted(files, key=lambda path: files[path].st_mtime_ns)[-MOST_RUNS:]
@@ -131,13 +91,7 @@ def _newest(runs: Path) -> Iterator[tuple[str, Standing]]:
 @lru_cache(maxsize=2 * MOST_RUNS)
 def _read(path: Path, _changed: int, _size: int) -> Standing:
     """A file's events; it is read again when it has changed."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # a crash left half a line
-            continue
-    return standing(found)
+    return standing(Events(path.parent).new())
 
 
 def _expiry(file: Path) -> float:

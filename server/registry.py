@@ -27,8 +27,10 @@ from silotune.common import contract as contracts
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.messages import Arrays, Receipt
+from silotune.server import events
 from silotune.server.masking import Agreed
 
+LOCK_SECONDS = 1.0
 ARRAYS = ("adapter.safetensors", "state.safetensors")
 AGREEMENT = "agreement.safetensors"
 
@@ -88,25 +90,22 @@ class Registry:
 
     def _lock(self) -> None:
         """For as long as this process lives; the kernel frees it however it ends."""
-        self._locked = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._locked)
-            raise RunError(
-                f"Another server is carrying out the run in {self.folder}. Wait, or stop it first.",
-                code="E602",
-            ) from None
+        end = time.monotonic() + LOCK_SECONDS  # somebody may just be looking (`held`)
+        while (found := _try_lock(self.folder)) is None:
+            if time.monotonic() > end:
+                raise RunError(
+                    f"Another server is carrying out the run in {self.folder}. Wait, or stop it "
+                    "first.", code="E602",
+                )
+            time.sleep(0.05)
+        self._locked = found
 
     def close(self) -> None:
         """Let another process go on with the run."""
         os.close(self._locked)
 
     def event(self, what: str, **facts: Any) -> None:
-        """Append one event. Facts hold names, numbers and codes; no site has sent anything else."""
-        line = json.dumps({"at": round(time.time(), 3), "event": what, **facts}, ensure_ascii=False)
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        events.append(self.folder, what, **facts)
 
     def commit(self, number: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]) -> None:
         """Write a round and rename it into place; a half-written one is never seen."""
@@ -214,6 +213,24 @@ class Registry:
             json.loads((folder / "round.json").read_text(encoding="utf-8"))
             for folder in sorted((self.folder / "rounds").glob("[0-9]*"), key=lambda f: int(f.name))
         ]
+
+
+def held(folder: Path) -> bool:
+    """Whether a process carries out the run in this folder."""
+    if (found := _try_lock(folder)) is None:
+        return True
+    os.close(found)
+    return False
+
+
+def _try_lock(folder: Path) -> int | None:
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _save(arrays: Arrays, path: Path) -> None:

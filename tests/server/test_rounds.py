@@ -585,7 +585,8 @@ def test_an_update_that_was_changed_on_its_way_does_not_count(
 
     other = messages.pack(messages.signed(whole, KEYS["south"].sign))
     for forged in (
-        changed(filled(1.0000001)), changed(epsilon=0.5), changed(receipt=messages.Receipt(**receipt("north", 2))),
+        changed(filled(1.0000001)), changed(epsilon=0.5),
+        changed(receipt=messages.Receipt(**receipt("north", 2))),
         changed(signature="0" * 128), changed(signature=receipt("north", 3)["signature"]), other,
         update(run, "north", receipt=receipt("north", 3)),
     ):

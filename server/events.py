@@ -1,0 +1,85 @@
+"""What happened in a run: events.jsonl, one object a line. Facts are names, numbers and codes.
+
+run, agreed, rejected, committed, skipped, resumed, damaged, stopped, failed, released; and refused:
+a server process that could not take the run up, beside the one that carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+Event = dict[str, Any]
+
+
+def append(folder: Path, what: str, **facts: Any) -> None:
+    line = json.dumps({"at": round(time.time(), 3), "event": what, **facts}, ensure_ascii=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+class Events:
+    """The events of the run in a folder, as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._read = folder / FILE, 0
+
+    def new(self) -> list[Event]:
+        """Those since the last call. A line that a crash left unfinished is left out."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        self._read += len(whole) + bool(whole)
+        found = []
+        for line in whole.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+
+@dataclass
+class Standing:
+    """What the events of one run say."""
+
+    planned: int = 0
+    committed: set[int] = field(default_factory=set)
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
+    why: str = ""  # it stopped, and was not resumed since
+    released: bool = False
+    last: float = 0.0
+    seconds: float = 0.0  # of `timed` rounds together
+    timed: int = 0
+
+
+def standing(events: list[Event]) -> Standing:
+    found, since = Standing(), None
+    for event in events:
+        kind, at = event["event"], float(event["at"])
+        if kind == "run":  # a resumed run begins with another
+            found.planned, found.why = int(event["rounds"]), ""
+        elif kind == "committed":
+            found.committed.add(int(event["round"]))
+            if since is not None:
+                found.seconds, found.timed = found.seconds + at - since, found.timed + 1
+        elif kind == "rejected":
+            found.rejected[str(event["site"]), str(event["code"])] += 1
+        elif kind in ("stopped", "failed"):
+            found.why = str(event["why"])
+        elif kind == "released":
+            found.released = True
+        if kind == "skipped":  # its commit follows at once and took no time
+            since = None
+        elif kind in ("run", "resumed", "committed"):
+            since = at
+        found.last = at
+    return found
