@@ -1,0 +1,110 @@
+"""`make soak`: every fault of faults.py to real federations, a table of what was seen, and
+simulations/benchmarks/results/soak.json. Exits with 1 if one was not survived.
+
+    python -m tests.system.soak [WORD …]     those whose names hold one of the words
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.system.faults import CONTRACTS, Fault, faults, federation
+
+RESULTS = Path("simulations/benchmarks/results/soak.json")
+FEDERATIONS = {"plain": 2, "masked": 1, "own": 1}  # side by side; most of a fault is waiting
+
+
+def main(words: list[str]) -> int:
+    torch.set_num_threads(1)
+    chosen = [f for f in faults() if not words or any(word in f.name for word in words)]
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    threads = []
+    for kind, number in FEDERATIONS.items():
+        waiting: queue.SimpleQueue[Fault] = queue.SimpleQueue()
+        for fault in chosen:
+            if fault.kind == kind:
+                waiting.put(fault)
+        for at in range(min(number, waiting.qsize())):
+            threads.append(threading.Thread(
+                target=_work, args=(folder / f"{kind}-{at}", kind, waiting, rows)
+            ))
+            threads[-1].start()
+    for thread in threads:
+        thread.join()
+    order = [fault.name for fault in chosen]
+    rows.sort(key=lambda row: order.index(row["fault"]))
+    _table(rows)
+    survived = sum(row["survived"] for row in rows)
+    print(f"{survived} of {len(chosen)} survived, {(time.monotonic() - began) / 60:.1f} min")
+    if not words:
+        RESULTS.write_text(json.dumps({
+            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                                     text=True, check=True).stdout.strip(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "minutes": round((time.monotonic() - began) / 60, 1), "faults": rows,
+        }, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if survived == len(chosen):
+        shutil.rmtree(folder)
+    else:
+        print(f"logs: {folder}")
+    return int(survived < len(chosen))
+
+
+def _work(
+    folder: Path, kind: str, waiting: queue.SimpleQueue[Fault], rows: list[dict[str, Any]]
+) -> None:
+    """Do faults of one kind to one federation until none is left; a broken one is made anew."""
+    for attempt in range(100):
+        if waiting.empty():
+            return
+        if kind == "own":
+            _do(waiting.get(), folder.with_name(f"{folder.name}-{attempt}"), rows)
+            continue
+        assert kind in CONTRACTS
+        with federation(folder.with_name(f"{folder.name}-{attempt}"), kind) as found:
+            while not waiting.empty():
+                if not _do(waiting.get(), found, rows):
+                    break
+
+
+def _do(fault: Fault, on: Any, rows: list[dict[str, Any]]) -> bool:
+    began = time.monotonic()
+    try:
+        seen, survived = fault.do(on), True
+    except Exception as error:
+        seen, survived = f"{type(error).__name__}: {error}"[:400], False
+        traceback.print_exc(limit=-3)
+    seconds = round(time.monotonic() - began)
+    rows.append({"fault": fault.name, "survived": survived, "seen": seen, "seconds": seconds})
+    print(f"{'✓' if survived else '✗'} {fault.name} ({seconds} s): {seen[:300]}", flush=True)
+    return survived
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    width = max((len(row["fault"]) for row in rows), default=0)
+    print(f"\n{'fault':{width}}  survived  seconds  seen")
+    for row in rows:
+        print(f"{row['fault']:{width}}  {'yes' if row['survived'] else 'NO':8}  "
+              f"{row['seconds']:7}  {row['seen'][:160]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
