@@ -148,16 +148,17 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
 @CONFIG
 @JSON
 def check(contract: Path, config: Path, as_json: bool) -> None:
-    """Prove that this site can take part in a contract. Nothing is sent, nothing is spent.
+    """Prove that this site can take part in a contract. The server gets a greeting, nothing else;
+    nothing is spent.
 
     \b
     $ silotune site check heart.toml
       Check            Result                                          How to fix
     ✓ ledger           12 entries, chain, MACs and head verified
     ✗ data access      notes.csv is open to other users (mode 644).    chmod 600 notes.csv
-    Not ready: 1 problem, 0 warnings. Nothing was sent, nothing was spent.
+    Not ready: 1 problem, 0 warnings. No record was sent, nothing was spent.
     """
-    _stop_unless(_preflight(config, contract, as_json=as_json, local=True))
+    _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
     if not as_json:
         click.echo(
             f"next:   silotune site start {contract} --config {config} (as root) "
@@ -287,13 +288,14 @@ def metrics(config: Path, port: int) -> None:
 
 def _preflight(
     config: Path, contract: Path, *, say: Callable[[str], None] = click.echo,
-    as_json: bool = False, local: bool = False,
+    as_json: bool = False, local: bool = False, network: bool = False,
 ) -> bool:
-    """Print the table; True when there is no problem. local: also what no log may hold."""
+    """Print the table; True when there is no problem. local: also what no log may hold; network:
+    also whether the server can be reached."""
     from silotune.client.preflight import check as rows_of
     from silotune.client.site import Site
 
-    rows = rows_of(Site(config), contract)
+    rows = rows_of(Site(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     warnings = sum(row.state == "warning" for row in rows)
     wide = max(len(row.name) for row in rows)
@@ -306,7 +308,7 @@ def _preflight(
             lines.append(f"  {'':<{wide}}  → {row.fix}")
     lines.append(
         f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
-        f"{warnings} warning{'s' * (warnings != 1)}. Nothing was sent, nothing was spent."
+        f"{warnings} warning{'s' * (warnings != 1)}. No record was sent, nothing was spent."
     )
     shown = [row if local else replace(row, local="") for row in rows]
     if as_json:

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from silotune.client import accounting, budget, lineage, units
 from silotune.client import policy as policies
 from silotune.client.budget import Budget, Limit
+from silotune.client.handshake import shake
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
@@ -65,8 +66,9 @@ class _Table:
         return value
 
 
-def check(site: Site, contract_file: Path) -> list[Check]:
-    """All rows, in the order in which a person would mend them."""
+def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Check]:
+    """All rows, in the order in which a person would mend them. network: shake hands with the
+    server, too (a worker has no network)."""
     table = _Table()
     contract = table.attempt("contract", "correct it, or ask the operator",
                              lambda: _contract(contract_file))
@@ -78,6 +80,8 @@ def check(site: Site, contract_file: Path) -> list[Check]:
         if policy:
             table.attempt("signature", "silotune site sign", lambda: _signature(site, ledger, keys))
     table.rows.append(_disk(site))
+    if network and policy:
+        _check_server(table, policy)
     if policy and contract:
         table.rows += _permission(policy, contract)
         table.rows.append(_roster(policy, contract, keys))
@@ -91,6 +95,16 @@ def check(site: Site, contract_file: Path) -> list[Check]:
     if contract:
         table.rows.append(Check("leaves the site", "ok", contract.leaves))
     return table.rows
+
+
+def _check_server(table: _Table, policy: Policy) -> None:
+    if policy.server is None:
+        table.rows.append(Check("handshake", "warning", "[server] is not set: nothing to reach",
+                                "server.address and server.ca in site.toml"))
+        return
+    server = policy.server
+    table.attempt("handshake", "see the sentence; [server] in site.toml",
+                  lambda: (None, shake(server)))
 
 
 def _check_records(

@@ -232,7 +232,7 @@ class Supervisor:
         environment = {
             "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(home), "USER": "silotune-relay",
             "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         }
         most = f"--nproc={children.MOST_PROCESSES}"  # counted over all processes of the user
         limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]

@@ -13,7 +13,6 @@ from silotune.common import contract as contracts
 from silotune.common.errors import RunError, SilotuneError
 from silotune.common.model import build
 from silotune.server import events
-from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 from silotune.server.strategy import SilotuneStrategy
@@ -35,6 +34,8 @@ def main(grid: Grid, context: Context) -> None:
         model = build(contract, Path(config["model"]) if config["model"] else None)
         evaluate = None
         if config["test"]:
+            from silotune.server.evaluate import PublicTest
+
             evaluate = PublicTest(contract, model, {"": Path(config["test"])}).metrics
         begin = Registry.open if config["resume"] else Registry.create
         registry = begin(folder, contract, folder.parent / ".receipts")

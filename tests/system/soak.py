@@ -26,7 +26,7 @@ import torch
 from tests.system.faults import CONTRACTS, Fault, faults, federation
 
 RESULTS = Path("simulations/benchmarks/results/soak.json")
-FEDERATIONS = {"plain": 2, "masked": 1, "own": 1}  # side by side; most of a fault is waiting
+FEDERATIONS = {"plain": 3, "masked": 1, "own": 1}  # side by side; most of a fault is waiting
 
 
 def main(words: list[str]) -> int:
