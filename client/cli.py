@@ -29,6 +29,9 @@ LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one 
 PORT = click.IntRange(1, 65535)
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 LOG_BYTES, LOGS = 10 << 20, 5
+KEY = click.option(
+    "--key", type=click.Path(path_type=Path), help="The owner's key, wherever it is."
+)
 
 
 @click.group()
@@ -111,7 +114,60 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
 
 @site.command()
 @CONFIG
-@click.option("--key", type=click.Path(path_type=Path), help="The owner's key, wherever it is.")
+def fingerprint(config: Path) -> None:
+    """Print what to read out to the operator: the fingerprint of this site's request.
+
+    \b
+    $ silotune site fingerprint
+    A8:26:…:CC
+    """
+    from silotune.client.site import Site
+    from silotune.common import join
+
+    found = Site(config)
+    requests = sorted(found.folder.glob("*.request.json"))
+    if not requests:
+        raise UsageError(f"{found.folder} has no request: silotune site init makes it.")
+    click.echo(join.load(requests[0]).fingerprint)
+
+
+@site.command("join")
+@CONTRACT
+@CONFIG
+@click.option("--server", "address", required=True, help="HOST:PORT, as the operator says.")
+@click.option("--ca", required=True, type=click.Path(path_type=Path), help="The operator's CA.")
+@click.option("--fingerprint", required=True, help="Of the CA, as the operator reads it out.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="More of site.toml.")
+@KEY
+def join_(
+    contract: Path, config: Path, address: str, ca: Path, fingerprint: str,
+    settings: tuple[str, ...], key: Path | None,
+) -> None:
+    """Permit a contract and the way to its server, in site.toml, and sign it as the owner.
+
+    \b
+    $ silotune site join heart.json --server fl.example.org:8443 --ca ca.crt --fingerprint 91:0C:…
+    ✓ ca.crt is the CA that the operator read out
+    ✓ leaves the site: updates of head, clipped per record and noised, masked so that …
+    ✓ site.toml is policy number 1 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
+    """
+    from silotune.client.enrol import enrol
+    from silotune.client.site import Site
+
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise UsageError(f"--set takes KEY=VALUE, such as data.repeated=keep, not '{wrong[0]}'.")
+    found = contracts.load(contract)
+    enrol(Site(config), found, address=address, ca=ca, fingerprint=fingerprint,
+          settings={name: value for name, _, value in pairs})
+    click.echo(f"✓ {ca} is the CA that the operator read out")
+    click.echo(f"✓ leaves the site: {found.leaves}")
+    _sign(config, key, contract, as_json=False)
+
+
+@site.command()
+@CONFIG
+@KEY
 @JSON
 def sign(config: Path, key: Path | None, as_json: bool) -> None:
     """Sign the policy as its owner; from now on the worker follows this version and no earlier one.
@@ -120,6 +176,10 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
     $ silotune site sign
     ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
+    _sign(config, key, "CONTRACT", as_json=as_json)
+
+
+def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool) -> None:
     from silotune.client import policy as policies
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
@@ -139,7 +199,7 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
         f"✓ {config} is policy number {signed.serial} of {policy.name}: "
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
         "A worker that is running follows it when it is started again.\n"
-        f"next:   silotune site check CONTRACT --config {config}",
+        f"next:   silotune site check {contract} --config {config}",
     )
 
 

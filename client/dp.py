@@ -13,7 +13,7 @@ its own norm (Casacuberta, Shoemate, Vadhan and Wagaman 2022, arXiv 2207.10635).
 gradient is rounded to whole units of 2^-23 of the clip norm, which is made smaller by what rounding
 can add, and whole numbers add up exactly in float64 (up to 2^28 units). Before that, a unit's own
 gradient must not depend by as much as a rounding on which others are there: blocks of fixed shape
-(common/classifier.py), products over aligned rows (common/layers.py), an entity's rows added one by
+(common/classifier.py), products over aligned rows (common/rows.py), an entity's rows added one by
 one; client/selftest.py refuses a machine on which it does. The gaps between the
 numbers a float can hold tell neighbouring noised sums apart (Mironov 2012,
 doi:10.1145/2382196.2382264): client/noise.py makes them far smaller than what the result shows, as

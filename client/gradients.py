@@ -22,7 +22,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from silotune.common.layers import aligned
+from silotune.common.rows import aligned
 
 Losses = Callable[[Tensor], Tensor]
 

@@ -212,10 +212,11 @@ class Policy(Frozen):
 
 def load(path: Path) -> Policy:
     """Read site.toml, its paths made absolute; ContractError lists every problem."""
-    return _parse(fields.read_text(path, "Policy"), path)
+    return parse(fields.read_text(path, "Policy"), path)
 
 
-def _parse(text: str, path: Path) -> Policy:
+def parse(text: str, path: Path) -> Policy:
+    """site.toml's text, as if it stood at `path`; ContractError lists every problem."""
     policy = fields.parse(text, path.name, Policy)
     base = path.resolve().parent
     data = policy.data.model_copy(update={"file": base / policy.data.file})
@@ -250,7 +251,7 @@ def signature_file(path: Path) -> Path:
 def sign(path: Path, owner_key: Path, after: int) -> Signature:
     """Sign a policy as the one that follows on serial number `after`; writes the .sig beside it."""
     text = fields.read_text(path, "Policy")
-    _parse(text, path)
+    parse(text, path)
     digest = hashlib.sha256(text.encode()).hexdigest()
     signed = keys.sign(owner_key, Signature.statement(digest, after + 1))
     found = Signature(policy=digest, serial=after + 1, signature=signed.hex())
@@ -279,7 +280,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
         raise RefusalError(
             f"{path.name} carries a signature that is not the owner's. {mend}", code="E213"
         )
-    policy = _parse(text, path)
+    policy = parse(text, path)
     if policy.name != ledger.site:
         raise RefusalError(
             f"{path.name} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",

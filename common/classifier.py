@@ -22,10 +22,10 @@ from silotune.common import schema
 from silotune.common.contract import OneHotModel
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
-from silotune.common.layers import align
 from silotune.common.messages import Arrays
 from silotune.common.performance import Performance
 from silotune.common.records import Inputs
+from silotune.common.rows import align
 
 # A record's outputs must not depend, by as much as a rounding, on which other records are there:
 # otherwise leaving one out would move the gradients of all. So each row is padded to a multiple of

@@ -37,10 +37,11 @@ from silotune.common.classifier import (
 from silotune.common.contract import Contract, EncoderModel, Standardise
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
-from silotune.common.layers import aligned, fuse_lora, register_attention
+from silotune.common.layers import fuse_lora, register_attention
 from silotune.common.messages import Arrays
 from silotune.common.performance import Performance
 from silotune.common.records import Inputs
+from silotune.common.rows import aligned
 
 
 class Encoder(Classifier):

@@ -35,12 +35,16 @@ class JoinRequest(Frozen):
 
     def says(self, fingerprint: str) -> bool:
         """Whether this is what somebody read out, however they wrote it down."""
-        plain = fingerprint.replace(":", "").replace(" ", "").upper()
-        return plain == self.fingerprint.replace(":", "")
+        return same(self.fingerprint, fingerprint)
 
 
 def pairs(data: bytes) -> str:
     return data.hex(":").upper()
+
+
+def same(fingerprint: str, said: str) -> bool:
+    """Whether `said` is this fingerprint, with or without colons, spaces and capitals."""
+    return fingerprint.replace(":", "") == said.replace(":", "").replace(" ", "").upper()
 
 
 def load(path: Path) -> JoinRequest:

@@ -1,5 +1,5 @@
-"""Stock layers in other forms: attention and LoRA that cost less where they are differentiated, a
-Linear whose rows round alike wherever they lie. Each computes what the stock layer computes.
+"""Stock layers in other forms: attention and LoRA that cost less where they are differentiated.
+Each computes what the stock layer computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "silotune"  # as attn_implementation
-ALIGNED = 16  # numbers of four bytes
 
 
 class _Explicit(torch.autograd.Function):
@@ -96,29 +95,6 @@ def register_attention() -> str:
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     return ATTENTION
-
-
-def aligned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x [n, ..., in] and weight [..., in], filled with zeros so that each of the n begins where
-    memory is aligned.
-
-    A matrix product adds up in an order that depends on where in memory a row begins. Without
-    this, leaving out one record would move the roundings of those behind it, and a server can
-    choose weights under which nothing but roundings decides (tests/client/test_positions.py).
-    """
-    if x[0].numel() % ALIGNED == 0:
-        return x, weight
-    fill = -x.shape[-1] % ALIGNED
-    return nn.functional.pad(x, (0, fill)), nn.functional.pad(weight, (0, fill))
-
-
-def align(linear: nn.Linear) -> None:
-    """Let a Linear fill up its inputs by `aligned`."""
-    linear.forward = partial(_aligned, linear)  # type: ignore[method-assign]
-
-
-def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(*aligned(x, linear.weight), linear.bias)
 
 
 def fuse_lora(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from silotune.common.classifier import Classifier, OneHot
 from silotune.common.contract import Contract, OneHotModel
-from silotune.common.encoder import Encoder
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
 from silotune.common.performance import Performance
@@ -33,5 +32,8 @@ def build(
         elif folder is None:
             raise DataError(f"The folder of model '{contract.model.name}' is not set.")
         else:
+            # PEFT and transformers load longer than all else, and a one-hot model needs neither.
+            from silotune.common.encoder import Encoder
+
             _built[key] = Encoder(contract, folder, performance)
     return _built[key]

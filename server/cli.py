@@ -23,6 +23,7 @@ FOLDER = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 LOOK_SECONDS = 0.5
+SHOWN = ("loss", "accuracy", "auc")  # of the public rows
 FIRST_SECONDS = 120.0  # until Flower has begun a run
 DIED = "The process that carried out the run ended without a word."
 
@@ -90,6 +91,52 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
         f"✓ {found.site} is in the roster; for the contract:", entry,
         f"next:   silotune server start --folder {folder}   (again, if it runs)",
     ]))
+
+
+@server.command()
+@FOLDER
+def fingerprint(folder: Path) -> None:
+    """Print what to read out to the sites: the fingerprint of the CA.
+
+    \b
+    $ silotune server fingerprint --folder federation
+    91:0C:…
+    """
+    from silotune.server import authority
+
+    click.echo(authority.fingerprint((folder / "ca.crt").read_bytes()))
+
+
+@server.command("contract")
+@click.argument("draft", type=click.Path(path_type=Path))
+@click.option("--unmasked", is_flag=True, help="Without secure aggregation: the server sees each "
+              "site's update by itself.")
+@FOLDER
+@JSON
+def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
+    """Make the contract that the sites get: a draft with the keys of the sites in the roster.
+
+    \b
+    $ silotune server contract heart.toml --folder federation
+    ✓ heart-diagnosis for cleveland, hungary, va-long-beach (not in the roster: switzerland)
+      the server sees sums of at least 3 of 3 sites; 3 open one
+    sha256  3f9a…
+    next:   send federation/contracts/heart-diagnosis.json to the sites; silotune server start …
+    """
+    from silotune.server.place import Place
+
+    place, wanted = Place(folder), contracts.load(draft)
+    made = place.with_roster(wanted, masked=not unmasked and len(place.roster()) > 2)
+    path = place.write_contract(made)
+    names = [site.name for site in made.sites]
+    absent = [site.name for site in wanted.sites if site.name not in names]
+    emit({"contract": str(path), "sha256": made.hash, "sites": names, "absent": absent}, as_json,
+         "\n".join([
+             f"✓ {made.name} for {', '.join(names)}"
+             + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
+             f"  {made.masks}", f"sha256  {made.hash}",
+             f"next:   send {path} to the sites; then: silotune server start --folder {folder}",
+         ]))
 
 
 @server.command()
@@ -200,6 +247,7 @@ def _carry_out(
     """Hand a run to Flower and repeat what its events say until it ends."""
     from silotune.server.events import Events
     from silotune.server.fab import write_app
+    from silotune.server.metrics import answers
     from silotune.server.place import Place
     from silotune.server.service import flwr
 
@@ -213,6 +261,9 @@ def _carry_out(
         place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
         runs=place.runs, resume=resume, test=test,
     )
+    end = time.monotonic() + FIRST_SECONDS
+    while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)  # it may just be starting
     flwr(place, "run", app.resolve(), "silotune")
     click.echo(f"run {name}")
     try:
@@ -249,7 +300,11 @@ def _follow(where: Path, events: Events, rounds: int) -> Path:
 def _say(event: dict[str, Any], rounds: int) -> None:
     kind = event["event"]
     if kind == "committed":
-        click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites")
+        metrics = event.get("metrics", {})
+        shown = "".join(
+            f"   {name} {metrics[name]:.3f}" for name in SHOWN if metrics.get(name) is not None
+        )
+        click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
     elif kind == "rejected":
         click.echo(f"        {event['site']}: {event['code']}")
     elif kind in ("damaged", "skipped", "resumed"):

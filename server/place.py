@@ -10,12 +10,15 @@ import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
 
+from silotune.common import contract as contracts
 from silotune.common import fields, join
+from silotune.common.agreement import default_threshold
+from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.fields import Frozen
 from silotune.common.join import JoinRequest
@@ -128,6 +131,43 @@ class Place:
                     f"remove {path} first."
                 )
         write_private(path, request.model_dump_json(indent=1).encode())
+        return path
+
+
+    def with_roster(self, draft: Contract, *, masked: bool) -> Contract:
+        """The contract with the keys of the admitted sites that it names, and without the others.
+
+        masked: with secure aggregation, if the draft does not say otherwise. UsageError if no site
+        of the draft is admitted, ContractError if what is left is no contract.
+        """
+        admitted = {request.site: request.public_key for request in self.roster()}
+        sites = [
+            site.model_dump(mode="json") | {"public_key": admitted[site.name]}
+            for site in draft.sites if site.name in admitted
+        ]
+        if not sites:
+            named = ", ".join(site.name for site in draft.sites)
+            raise UsageError(
+                f"No site of the contract is in the roster. The contract names {named}; the roster "
+                f"has {', '.join(admitted) or 'nobody'}."
+            )
+        changes: dict[str, Any] = {"sites": sites, "quorum": min(draft.quorum, len(sites))}
+        if masked and draft.secure_aggregation is None:
+            threshold = default_threshold(len(sites))
+            changes["secure_aggregation"] = {"threshold": threshold}
+            changes["quorum"] = max(changes["quorum"], threshold)
+        return draft.changed(**changes)
+
+    def write_contract(self, contract: Contract) -> Path:
+        """contracts/<name>.json, which every site gets. UsageError if another has the name."""
+        path = self.folder / "contracts" / f"{contract.name.replace(' ', '-')}.json"
+        if path.exists() and contracts.load(path).hash != contract.hash:
+            raise UsageError(
+                f"{path} is another contract, which sites may have permitted. Give this one "
+                "another name."
+            )
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_private(path, contract.model_dump_json(indent=1, exclude_none=True).encode())
         return path
 
 

@@ -292,7 +292,8 @@ class Run:
         self.registry.commit(
             self.number, self.adapter, self.iterate.state(), vars(facts) | self.iterate.standing()
         )
-        self.registry.event("committed", round=self.number, sites=facts.sites)
+        scored = {"metrics": facts.metrics} if facts.metrics else {}
+        self.registry.event("committed", round=self.number, sites=facts.sites, **scored)
         self._go_on()
         if self._on_round:
             self._on_round(facts)

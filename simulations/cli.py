@@ -57,6 +57,27 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
         emit(result, True, "")
 
 
+@sim.command("export")
+@click.argument("recipe")
+@click.option("--arm", default="federated-lora", show_default=True, help="Whose contract.")
+@click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
+    """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
+    the public test rows.
+
+    \b
+    $ silotune sim export heart-diagnosis --arm federated-one-hot --rounds 5 --out data
+    ✓ data/contract.json  ✓ data/records/{cleveland,hungary,…}.csv  ✓ data/test.csv
+    """
+    from silotune.simulations.export import export
+    from silotune.simulations.run import load_recipe
+
+    sites = export(load_recipe(recipe), arm, rounds, out)
+    records = f"{out}/records/{{{','.join(sites)}}}.csv"
+    click.echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
+
+
 @click.group()
 def data() -> None:
     """List and fetch public data and models."""

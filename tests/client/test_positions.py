@@ -19,7 +19,7 @@ from silotune.client import selftest
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.units import of_records
-from silotune.common import layers
+from silotune.common import rows as products
 from silotune.common.classifier import Encoded, OneHot
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
@@ -154,7 +154,7 @@ def test_taking_out_a_record_leaves_the_others_to_the_bit(
 
 @pytest.fixture
 def unaligned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "ALIGNED", 1)
+    monkeypatch.setattr(products, "ALIGNED", 1)
     monkeypatch.setattr(selftest, "_passed", WeakKeyDictionary())
 
 

@@ -1,0 +1,58 @@
+"""A recipe's records and contract as files, as a deployment of it needs them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from silotune.common.contract import Contract
+from silotune.common.errors import UsageError, did_you_mean
+from silotune.simulations import data
+from silotune.simulations.arms import arms_of
+from silotune.simulations.run import Recipe
+
+
+def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[str]:
+    """Write contract.json, records/<site>.csv and test.csv; returns the sites' names.
+
+    A site's name is in lower case with dashes, fit for a file and a user. rounds: of the last
+    phase, whose budget stays the same. UsageError for an unknown arm, or a folder that is there.
+    """
+    arms = {a.name: a.contracts[0] for a in arms_of(recipe.contract, recipe.facts["arms"])
+            if len(a.contracts) == 1 and a.private}
+    if arm not in arms:
+        raise UsageError(
+            f"There is no federated arm '{arm}'.{did_you_mean(arm, arms)} Known: {', '.join(arms)}."
+        )
+    if folder.exists():
+        raise UsageError(f"{folder} is there already. Choose another folder.")
+    data.fetch(data.TABLES[recipe.facts["table"]][0])
+    contract = arms[arm]
+    slugs = {site.name: _slug(site.name) for site in contract.sites}
+    phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]
+    if rounds:
+        phases[-1]["rounds"] = rounds
+    made: Contract = contract.changed(phases=phases, sites=[
+        site.model_dump(mode="json", exclude_none=True) | {"name": slugs[site.name]}
+        for site in contract.sites
+    ])
+    work = folder / "split"
+    data.split(recipe.facts["table"], work)
+    (folder / "records").mkdir()
+    for name, slug in slugs.items():
+        (work / "train" / f"{name}.csv").rename(folder / "records" / f"{slug}.csv")
+    test = [pd.read_csv(work / "test" / f"{name}.csv", dtype=str, keep_default_na=False)
+            for name in slugs]
+    pd.concat(test).to_csv(folder / "test.csv", index=False)
+    shutil.rmtree(work)
+    (folder / "contract.json").write_text(
+        made.model_dump_json(indent=1, exclude_none=True), encoding="utf-8"
+    )
+    return list(slugs.values())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
