@@ -279,8 +279,9 @@ def worker(
     hospital-a is ready
     train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
     """
-    from silotune.client import children, metrics, wire
+    from silotune.client import metrics, wire
     from silotune.client.site import Site
+    from silotune.common import children
 
     if (socket is None) == (fd is None):
         raise UsageError("Give one of --socket and --fd.")

@@ -66,6 +66,13 @@ def fingerprint(pem: bytes) -> str:
     return pairs(x509.load_pem_x509_certificate(pem).fingerprint(SHA256()))
 
 
+def dns_names(pem: bytes) -> list[str]:
+    """The names that a certificate is for, without addresses."""
+    found = x509.load_pem_x509_certificate(pem).extensions
+    names = found.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.DNSName)
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:

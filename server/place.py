@@ -25,6 +25,7 @@ from silotune.common.join import JoinRequest
 from silotune.common.messages import MAX_WIRE
 from silotune.server import authority
 
+LINK_NAME = "localhost"
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
@@ -81,7 +82,8 @@ class Place:
         folder.chmod(0o700)
         place = cls(folder)
         ca, ca_key, ca_certificate = authority.make_ca("Silotune federation CA")
-        server = authority.make_server([settings.host, "127.0.0.1"], ca_key, ca_certificate)
+        hosts = [settings.host, "127.0.0.1", LINK_NAME]
+        server = authority.make_server(hosts, ca_key, ca_certificate)
         for name, data in (
             ("ca.key", ca.key), ("ca.crt", ca.certificate), ("server.key", server.key),
             ("server.crt", server.certificate),
@@ -96,14 +98,23 @@ class Place:
         place.write_files()
         return place
 
-    def write_files(self) -> None:
-        """nginx.conf and Flower's own configuration, from server.toml."""
+    @property
+    def _link_name(self) -> str:
+        """By which nginx knows the SuperLink's certificate: it matches names, never addresses.
+        Certificates of earlier versions have the host alone."""
+        names = authority.dns_names((self.folder / "server.crt").read_bytes())
+        return LINK_NAME if LINK_NAME in names else self.settings.host
+
+    def write_files(self, temporary: Path | None = None) -> None:
+        """nginx.conf and Flower's own configuration, from server.toml. temporary: where nginx keeps
+        what is too large for its memory, by default in the folder."""
         template = (resources.files("silotune.server") / "nginx.conf.j2").read_text()
         text = Environment(
             undefined=StrictUndefined, keep_trailing_newline=True,
             autoescape=False,  # noqa: S701
         ).from_string(template).render(
             folder=self.folder.resolve(), largest=MAX_WIRE + (1 << 20), link=self.link,
+            link_name=self._link_name, temporary=temporary or self.folder.resolve() / "nginx",
             **self.settings.model_dump(),
         )
         write_private(self.folder / "nginx.conf", text.encode())

@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import IO
 
-from silotune.common import monitor
+from silotune.common import children, monitor
 from silotune.common.errors import PeerError, UsageError
 from silotune.common.journal import Journal, Source
 from silotune.server.metrics import ServerMonitor, answers
@@ -35,11 +36,16 @@ class Service:
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        children.adopt_orphans()
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
         if nginx is None:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
         folder, settings = self.place.folder.resolve(), self.place.settings
-        self.place.write_files()
+        # Started by root nginx works as nobody, who cannot pass through the server's folder.
+        temporary = Path(tempfile.mkdtemp(prefix="silotune-nginx-")) if os.geteuid() == 0 else None
+        if temporary is not None:
+            temporary.chmod(0o711)
+        self.place.write_files(temporary)
         served = self._serve_metrics()
         try:
             self._start("superlink", [
@@ -57,7 +63,10 @@ class Service:
                 self.say(f"sites can connect to {settings.host}:{settings.port}", "ready")
             return self._watch()
         finally:
-            self._end()
+            # A run in hand says that it was stopped; what Flower has left running ends as well.
+            children.end_all(seconds=DRAIN_SECONDS)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
             if served is not None:
                 served.close()
 
@@ -77,6 +86,7 @@ class Service:
                 if (code := process.poll()) is not None:
                     self.say(f"{name} ended with {code}; see the lines above", "ended")
                     return 1
+            children.reap(but={process.pid for process in self._processes.values()})
             time.sleep(0.2)
         self.say("stopped", "stopped")
         return 0
@@ -122,20 +132,6 @@ class Service:
                 if time.monotonic() > end:
                     raise
                 time.sleep(1.0)
-
-    def _end(self) -> None:
-        """Each with all it started: politely, then not."""
-        for number, seconds in ((signal.SIGTERM, DRAIN_SECONDS), (signal.SIGKILL, 5.0)):
-            for process in self._processes.values():
-                try:
-                    os.killpg(process.pid, number)
-                except ProcessLookupError:
-                    continue
-            for process in self._processes.values():
-                try:
-                    process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    continue
 
 
 def environment(place: Place) -> dict[str, str]:

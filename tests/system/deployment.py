@@ -187,9 +187,12 @@ class Member:
         process = self.worker.process
         return process is not None and process.poll() is None and self.socket.is_socket()
 
-    def stop_at(self, point: str, number: int) -> None:
+    def stop_at(self, point: str, number: int | str) -> None:
+        """Where to stop next; what has stopped elsewhere goes on."""
         (self.faults / "there").unlink(missing_ok=True)
-        (self.faults / "pause").write_text(f"{point} {number}")
+        order = self.faults / "pause"
+        order.with_suffix(".new").write_text(f"{point} {number}")
+        order.with_suffix(".new").rename(order)
 
     def stopped(self) -> bool:
         return (self.faults / "there").exists()
@@ -331,22 +334,26 @@ class Deployment:
         end, why = time.monotonic() + seconds, list[str]()
         while True:
             try:
-                said, _ = process.communicate(timeout=max(end - time.monotonic(), 1))
+                process.wait(timeout=max(end - time.monotonic(), 1))
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise TimeoutError(f"{name} did not end: {why}") from None
             if process.returncode == 0:
                 return why
-            told = [line for line in said.splitlines() if line.startswith("✗")]
-            why.append(told[-1].removeprefix("✗ ") if told else said.strip()[-200:])
             if time.monotonic() > end:
                 raise TimeoutError(f"{name} did not end: {why}")
-            if not (self.server / "runs" / name / "contract.json").exists():
-                process = self._background("run", self.contract, "--run", name)
-                continue
-            wait_for(self.connectable, "the server", 120)
-            time.sleep(1)
-            process = self.resuming(name)
+            sentence, process = self.take_up(name, process)
+            why.append(sentence)
+
+    def take_up(self, name: str, ended: subprocess.Popen[str]) -> tuple[str, subprocess.Popen[str]]:
+        """Why a run stopped, and it again, as soon as the server is there."""
+        said, _ = ended.communicate()
+        told = [line for line in said.splitlines() if line.startswith("✗")]
+        wait_for(self.connectable, "the server", 120)
+        begun = (self.server / "runs" / name / "contract.json").exists()
+        return told[-1].removeprefix("✗ ") if told else said.strip()[-200:], (
+            self.resuming(name) if begun else self._background("run", self.contract, "--run", name)
+        )
 
     def registry(self, name: str) -> Registry:
         return Registry(self.server / "runs" / name)

@@ -1,8 +1,8 @@
 """`silotune site worker` that stops where a test asks it to, so that something can be killed then.
 
 Beside the real command line: before a point of a round it looks at the file FAULTS/pause. If that
-says "POINT ROUND", it makes FAULTS/there and waits until the file is gone. What it computes stands
-in FAULTS/computed, a line for each time; the last training request in FAULTS/last.
+says "POINT ROUND" or "POINT any", it makes FAULTS/there and waits until it says so no more. What it
+computes stands in FAULTS/computed, a line for each time; the last training request in FAULTS/last.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FAULTS = Path(os.environ.get("SILOTUNE_TEST_FAULTS", "."))
 def pause(point: str, number: int) -> None:
     order = FAULTS / "pause"
     try:
-        if order.read_text() != f"{point} {number}":
+        if order.read_text() not in (asked := (f"{point} {number}", f"{point} any")):
             return
         (FAULTS / "there").touch()
-        while order.exists():
+        while order.read_text() in asked:
             time.sleep(0.02)
     except FileNotFoundError:
         return

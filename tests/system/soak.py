@@ -48,11 +48,11 @@ def main(words: list[str]) -> int:
             threads[-1].start()
     for thread in threads:
         thread.join()
-    order = [fault.name for fault in chosen]
+    order = [name for fault in chosen for name in _names(fault)]
     rows.sort(key=lambda row: order.index(row["fault"]))
     _table(rows)
     survived = sum(row["survived"] for row in rows)
-    print(f"{survived} of {len(chosen)} survived, {(time.monotonic() - began) / 60:.1f} min")
+    print(f"{survived} of {len(order)} survived, {(time.monotonic() - began) / 60:.1f} min")
     if not words:
         RESULTS.write_text(json.dumps({
             "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
@@ -61,11 +61,11 @@ def main(words: list[str]) -> int:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "minutes": round((time.monotonic() - began) / 60, 1), "faults": rows,
         }, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if survived == len(chosen):
+    if survived == len(order):
         shutil.rmtree(folder)
     else:
         print(f"logs: {folder}")
-    return int(survived < len(chosen))
+    return int(survived < len(order))
 
 
 def _work(
@@ -90,12 +90,20 @@ def _do(fault: Fault, on: Any, rows: list[dict[str, Any]]) -> bool:
     try:
         seen, survived = fault.do(on), True
     except Exception as error:
-        seen, survived = f"{type(error).__name__}: {error}"[:400], False
+        seen, survived = " ".join(f"{type(error).__name__}: {error}".split())[:400], False
         traceback.print_exc(limit=-3)
     seconds = round(time.monotonic() - began)
-    rows.append({"fault": fault.name, "survived": survived, "seen": seen, "seconds": seconds})
-    print(f"{'✓' if survived else '✗'} {fault.name} ({seconds} s): {seen[:300]}", flush=True)
+    names = _names(fault)
+    lines = seen.splitlines() if survived else [seen] * len(names)
+    for name, line in zip(names, lines, strict=True):
+        rows.append({"fault": name, "survived": survived, "seen": line,
+                     "seconds": round(seconds / len(names))})
+        print(f"{'✓' if survived else '✗'} {name} ({seconds} s): {line[:300]}", flush=True)
     return survived
+
+
+def _names(fault: Fault) -> list[str]:
+    return [f"{fault.name}, {part}" if part else fault.name for part in fault.parts]
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
