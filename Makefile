@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test soak check bench-ledger bench-dp bench-secagg install clean FORCE
+.PHONY: demo test soak check bench-ledger bench-dp bench-secagg bench-rounds install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -13,8 +13,11 @@ demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/repo
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup
 
-soak: $(INSTALLED)  ## 20,000 spoilt contracts, policies, requests and messages
-	SILOTUNE_FUZZ=20000 $(BIN)/pytest -q tests/common/test_fuzz.py
+soak: $(INSTALLED)  ## every fault to real federations, as root; writes simulations/benchmarks/results/soak.json
+	$(BIN)/python -m tests.system.soak
+
+bench-rounds: $(INSTALLED)  ## what a round costs beyond training; writes results/rounds.json
+	$(BIN)/python -m silotune.simulations.benchmarks.rounds
 
 check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 	$(BIN)/ruff check .

@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import PolicyBuilder, Store
 
+from silotune.common import contract as contracts
 from silotune.common import join
+from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.common.join import JoinRequest
 from silotune.server import authority
@@ -152,3 +154,49 @@ def test_nginx_takes_its_configuration(place: Place) -> None:
         capture_output=True, text=True, check=False,
     )
     assert "test is successful" in done.stderr, done.stderr
+
+
+# The contract that sites get
+
+
+def draft(contract: Contract, *names: str, **changes: Any) -> Contract:
+    return contract.changed(sites=[{"name": n, "weight": 2.0} for n in names], **changes)
+
+
+def test_a_contract_gets_the_keys_of_the_roster(place: Place, table_contract: Contract) -> None:
+    for name in ("north", "south", "east"):
+        found = request(name)
+        place.admit(found, found.fingerprint)
+    wanted = draft(table_contract, "north", "west", "south", "east", quorum=4)
+    made = place.with_roster(wanted, masked=True)
+    keys = {found.site: found.public_key for found in place.roster()}
+    assert {s.name: s.public_key for s in made.sites} == keys
+    assert {s.weight for s in made.sites} == {2.0}
+    assert made.quorum == 3
+    assert made.secure_aggregation is not None
+    assert place.with_roster(wanted, masked=False).secure_aggregation is None
+    path = place.write_contract(made)
+    assert contracts.load(path).hash == made.hash
+    assert place.write_contract(made) == path
+    with pytest.raises(UsageError, match="another contract"):
+        place.write_contract(made.changed(deadline_seconds=1.0))
+
+
+def test_a_contract_for_nobody_in_the_roster(place: Place, table_contract: Contract) -> None:
+    found = request("north")
+    place.admit(found, found.fingerprint)
+    with pytest.raises(UsageError, match="names west, east; the roster has north"):
+        place.with_roster(draft(table_contract, "west", "east"), masked=False)
+
+
+def test_nginx_knows_the_superlink_by_a_name_of_its_certificate(tmp_path: Path) -> None:
+    """It matches names, never addresses; certificates of earlier versions have the host alone."""
+    for host in ("127.0.0.1", "fl.example.org", "192.0.2.7"):
+        made = Place.create(tmp_path / host, ServerSettings(host=host))
+        assert "localhost" in authority.dns_names((made.folder / "server.crt").read_bytes())
+        assert "proxy_ssl_name localhost;" in (made.folder / "nginx.conf").read_text()
+    _, key, ca = authority.make_ca("before")
+    old = authority.make_server(["fl.example.org", "127.0.0.1"], key, ca)
+    (made.folder / "server.crt").write_bytes(old.certificate)
+    made.write_files()
+    assert "proxy_ssl_name 192.0.2.7;" in (made.folder / "nginx.conf").read_text()

@@ -235,7 +235,8 @@ class Deployment:
         self.link_service = Service(
             f"{folder}-server",
             lambda: [BIN / "silotune", "server", "start", "--folder", self.server],
-            folder / "server.log", self.env,
+            folder / "server.log",
+            self.env | {"PYTHONPATH": str(HERE / "hooks"), "SILOTUNE_TEST_SERVER": str(folder)},
         )
         self._ending = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)

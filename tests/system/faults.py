@@ -118,7 +118,7 @@ def killed_at(process: str, point: str, number: int) -> Callable[[Deployment], s
         if point == "endorse":  # a stage only if a site is missing
             other.stop_at("asked", number)
         name, run = d.begin()
-        wait_for(first(d).stopped, f"round {number}, {point}", 90)
+        wait_for(first(d).stopped, f"round {number}, {point}", 150)
         assert kill(d, process), f"no {process} was there"
         first(d).go_on()
         other.go_on()
@@ -158,18 +158,22 @@ def killed_through(process: str) -> Callable[[Deployment], str]:
 
 
 def killed_while(process: str, moment: str) -> Callable[[Deployment], str]:
-    """While the server writes the first round, or just after."""
+    """Just before the first round gets its name, or just after."""
     def do(d: Deployment) -> str:
         d.use()
+        pause, there = d.folder / "pause", d.folder / "there"
+        there.unlink(missing_ok=True)
+        if moment == "committing":
+            pause.touch()
         name, run = d.begin()
         rounds = d.server / "runs" / name / "rounds"
-        wait_for(rounds.is_dir, "the run", 60)
-        end = time.monotonic() + 60
-        wanted = ".half" if moment == "committing" else "0001"
-        while wanted not in (there := os.listdir(rounds)) and "0001" not in there:
-            assert time.monotonic() < end, "no round was written"
+        wait_for(there.exists if moment == "committing" else (rounds / "0001").is_dir,
+                 "the first round", 90)
         assert kill(d, process)
-        return f"killed at {', '.join(sorted(os.listdir(rounds)))}: " + ended(d, name, run)
+        pause.unlink(missing_ok=True)
+        found = sorted(os.listdir(rounds))
+        assert (".half" in found) == (moment == "committing"), found
+        return f"killed with {', '.join(found)}; " + ended(d, name, run)
 
     return do
 

@@ -1,0 +1,113 @@
+"""A site joins: what is written into site.toml, and when nothing is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from silotune.client import policy as policies
+from silotune.common.cli import silotune
+from silotune.common.contract import Contract
+from silotune.common.errors import ContractError, UsageError
+from silotune.server import authority
+
+Join = Callable[..., Result]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site in `north`, a contract, two CAs."""
+    monkeypatch.chdir(tmp_path)
+    made = CliRunner().invoke(silotune, ["site", "init", "--name", "north", "--folder", "north"])
+    assert made.exit_code == 0, made.output
+    (tmp_path / "contract.json").write_text(table_contract.model_dump_json())
+    for name in ("ca", "other"):
+        (tmp_path / f"{name}.crt").write_bytes(authority.make_ca(name)[0].certificate)
+    return tmp_path
+
+
+@pytest.fixture
+def join(folder: Path) -> Join:
+    def call(*more: str, ca: str = "ca.crt", reads_out: str = "ca.crt") -> Result:
+        print_ = authority.fingerprint((folder / reads_out).read_bytes())
+        return CliRunner().invoke(silotune, [
+            "site", "join", "contract.json", "--config", "north/site.toml", "--server",
+            "fl.example.org:8443", "--ca", ca, "--fingerprint", print_, *more,
+        ])
+
+    return call
+
+
+def test_what_is_agreed_is_written_and_signed(
+    folder: Path, join: Join, table_contract: Contract
+) -> None:
+    before = (folder / "north" / "site.toml").read_text()
+    done = join("--set", "data.repeated=keep", "--set", "permits.min_records=20",
+                "--set", 'data.key=["age"]')
+    assert done.exit_code == 0, done.output
+    assert f"leaves the site: {table_contract.leaves}" in done.output
+    assert "policy number 1 of north" in done.output
+    policy = policies.load(folder / "north" / "site.toml")
+    assert policy.permits.contracts == (table_contract.hash,)
+    assert (policy.data.repeated, policy.data.key, policy.permits.min_records) == (
+        "keep", ("age",), 20
+    )
+    assert policy.server is not None
+    assert policy.server.address == "fl.example.org:8443"
+    assert policy.server.ca.read_bytes() == (folder / "ca.crt").read_bytes()
+    after = (folder / "north" / "site.toml").read_text()
+    comments = [line for line in before.splitlines() if line.startswith("#") and "server" not in
+                line and "address" not in line and "ca =" not in line]
+    assert all(line in after for line in comments)
+
+
+def test_a_second_contract_comes_beside_the_first(
+    folder: Path, join: Join, table_contract: Contract
+) -> None:
+    assert join().exit_code == 0
+    second = table_contract.changed(name="second")
+    (folder / "contract.json").write_text(second.model_dump_json())
+    assert join().exit_code == 0
+    assert join().exit_code == 0  # once more changes nothing
+    policy = policies.load(folder / "north" / "site.toml")
+    assert policy.permits.contracts == (table_contract.hash, second.hash)
+
+
+def test_another_ca_than_the_one_read_out(folder: Path, join: Join) -> None:
+    before = (folder / "north" / "site.toml").read_bytes()
+    done = join(ca="other.crt")
+    assert isinstance(done.exception, UsageError)
+    assert "do not continue; phone the operator" in str(done.exception)
+    assert (folder / "north" / "site.toml").read_bytes() == before
+    assert not (folder / "north" / "server-ca.crt").exists()
+
+
+@pytest.mark.parametrize(("setting", "kind"), [
+    ("data.repeated=sometimes", ContractError), ("data.nonsense=1", ContractError),
+    ("permits.min_records=-1", ContractError), ("permits.contracts=[]", None),
+    ("data.repeated", UsageError), ("name.x=1", UsageError), ("permits=1", UsageError),
+])
+def test_a_setting_that_makes_no_policy_writes_nothing(
+    folder: Path, join: Join, setting: str, kind: type[Exception] | None
+) -> None:
+    before = (folder / "north" / "site.toml").read_bytes()
+    done = join("--set", setting)
+    if kind is None:
+        assert done.exit_code == 0
+        return
+    assert isinstance(done.exception, kind), done.exception
+    assert (folder / "north" / "site.toml").read_bytes() == before
+
+
+def test_the_fingerprint_is_the_requests(folder: Path) -> None:
+    run = CliRunner()
+    said = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
+    from silotune.common import join as requests
+
+    request = requests.load(folder / "north" / "north.request.json")
+    assert said.output.strip() == request.fingerprint
+    assert json.loads((folder / "north" / "north.request.json").read_text())["site"] == "north"

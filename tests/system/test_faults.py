@@ -1,0 +1,34 @@
+"""The short form of `make soak`: some faults of faults.py, to one federation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.system.faults import faults, federation
+
+SHORT = (
+    "kill -9 of ServerApp", "two servers, one run", "SIGTERM to a worker", "message of 300 MB",
+)
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    names = [fault.name for fault in faults()]
+    assert len(set(names)) == len(names)
+    assert set(SHORT) <= set(names)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_faults_are_survived(tmp_path: Path) -> None:
+    chosen = {fault.name: fault for fault in faults()}
+    seen = {}
+    with federation(tmp_path / "f", "plain") as found:
+        for name in SHORT:
+            seen[name] = chosen[name].do(found)
+    assert len(seen["kill -9 of ServerApp"].splitlines()) == 5
+    assert "E602" in seen["two servers, one run"]
+    assert "413" in seen["message of 300 MB"]
