@@ -1,0 +1,129 @@
+"""What a run's events say: to those who follow it, and to those who ask later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from silotune.common.contract import Contract
+from silotune.common.errors import RunError
+from silotune.server import cli, events, registry
+from silotune.server.events import Events, standing
+from silotune.server.registry import Registry
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.0)
+
+
+@pytest.fixture
+def run(tmp_path: Path, table_contract: Contract) -> Registry:
+    """A run that this process carries out."""
+    return Registry.create(tmp_path / "run", table_contract)
+
+
+def test_events_come_once_and_whole(tmp_path: Path) -> None:
+    found = Events(tmp_path)
+    assert found.new() == []
+    events.append(tmp_path, "run", run="r", rounds=3)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"at": 1.0, "event": "comm')
+    assert [e["event"] for e in found.new()] == ["run"]
+    assert found.new() == []
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('itted", "round": 1, "sites": ["ä"]}\n')
+    assert found.new() == [{"at": 1.0, "event": "committed", "round": 1, "sites": ["ä"]}]
+
+
+def test_what_a_crash_left_of_a_line_is_left_out(tmp_path: Path) -> None:
+    half, whole = b'{"at": 1.0, "event": "ru\xff\n', b'{"at": 2, "event": "x"}\n'
+    (tmp_path / "events.jsonl").write_bytes(half + whole)
+    assert [e["event"] for e in Events(tmp_path).new()] == ["x"]
+
+
+def follow(run: Registry, *told: tuple[str, dict[str, object]]) -> Path:
+    seen = Events(run.folder)
+    seen.new()
+    for kind, facts in told:
+        run.event(kind, **facts)
+    return cli._follow(run.folder, seen, 3)
+
+
+BEGUN: tuple[str, dict[str, object]] = ("run", {"run": "r", "rounds": 3})
+
+
+def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"loss": 0.5, "auc": 0.875, "macro_f1": 0.1, "accuracy": None}
+    found = follow(
+        run, BEGUN, ("rejected", {"round": 1, "site": "north", "code": "E502"}),
+        ("committed", {"round": 1, "sites": ["a", "b"], "metrics": metrics}),
+        ("released", {"round": 3}),
+    )
+    assert found == run.folder / "adapter.safetensors"
+    assert capsys.readouterr().out.splitlines() == [
+        "        north: E502", "  1/3   2 sites   loss 0.500   auc 0.875",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["stopped", "failed"])
+def test_a_run_that_stops(run: Registry, kind: str) -> None:
+    with pytest.raises(RunError, match="quorum") as error:
+        follow(run, BEGUN, (kind, {"code": "E402", "why": "below the quorum"}))
+    assert error.value.code == "E402"
+
+
+def test_a_run_whose_process_died(run: Registry) -> None:
+    """SIGKILL says nothing: what is left is that nobody holds the run."""
+    run.close()
+    with pytest.raises(RunError, match="ended without a word") as error:
+        follow(run, BEGUN, ("committed", {"round": 1, "sites": []}))
+    assert error.value.code == "E603"
+    assert cli._standing(run.folder)["state"].startswith("stopped: The process that")
+
+
+def test_what_a_process_said_last_is_heard(run: Registry) -> None:
+    run.close()
+    assert follow(run, BEGUN, ("released", {"round": 3})).name == "adapter.safetensors"
+
+
+def test_a_second_server_is_refused_and_the_first_goes_on(run: Registry) -> None:
+    refused: tuple[str, dict[str, object]] = ("refused", {"code": "E602", "why": "another server"})
+    with pytest.raises(RunError, match="another server"):
+        follow(run, refused)
+    assert follow(run, BEGUN, refused, ("released", {"round": 3}))
+
+
+def test_a_run_that_never_begins(run: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "FIRST_SECONDS", 0.0)
+    with pytest.raises(RunError, match="did not begin"):
+        follow(run)
+
+
+def test_looking_at_a_run_keeps_nobody_from_it(run: Registry, table_contract: Contract) -> None:
+    assert registry.held(run.folder)
+    with pytest.raises(RunError, match="Another server"):
+        Registry.open(run.folder, table_contract)
+    run.close()
+    assert not registry.held(run.folder)
+    again = Registry.open(run.folder, table_contract)
+    assert cli._standing(run.folder)["state"] == "running"
+    again.close()
+
+
+def test_where_a_run_stands(tmp_path: Path) -> None:
+    lines: list[dict[str, object]] = [
+        {"event": "run", "rounds": 4}, {"event": "committed", "round": 1},
+        {"event": "rejected", "round": 2, "site": "north", "code": "E402"},
+        {"event": "stopped", "code": "E402", "why": "below the quorum"},
+        {"event": "failed", "code": "E402", "why": "Run stopped"}, {"event": "run", "rounds": 4},
+        {"event": "resumed", "after": 1}, {"event": "committed", "round": 2},
+    ]
+    found = standing([{"at": float(at), **line} for at, line in enumerate(lines)])
+    assert (found.planned, found.committed, found.why, found.last) == (4, {1, 2}, "", 7.0)
+    assert (found.timed, found.seconds) == (2, 2.0)
+    assert standing([{"at": 0.0, **line} for line in lines[:5]]).why == "Run stopped"
+    assert json.dumps(sorted(found.rejected)) == '[["north", "E402"]]'
