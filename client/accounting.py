@@ -15,15 +15,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis import rdp
-from opacus.accountants.rdp import RDPAccountant
 
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.plan import Target
 
-ALPHAS = RDPAccountant.DEFAULT_ALPHAS
+ALPHAS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64))  # Opacus' own
 MOST_NOISE = 1e4  # a plan that needs more noise than this has no use
 
 
@@ -108,6 +105,8 @@ def tight_epsilon(history: Sequence[Mechanism], delta: float) -> float:
     bound = epsilon(history, delta)
     if math.isinf(bound) or delta < 1e-8:
         return bound
+    from opacus.accountants import PRVAccountant  # loads torch: commands that account nothing wait
+
     accountant = PRVAccountant()
     accountant.history = list(_merged(history))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -138,6 +137,8 @@ def _floor(order: float, delta: float) -> float:
 @lru_cache(maxsize=1 << 16)
 def _rdp_of_step(noise_multiplier: float, sampling_rate: float, order: float) -> float:
     """The RDP of one step; RDP adds up over steps."""
+    from opacus.accountants.analysis import rdp
+
     return float(
         rdp.compute_rdp(
             q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=[order]

@@ -396,3 +396,9 @@ def test_equal_phases_keep_their_own_mechanisms(table_contract: Contract) -> Non
     assert epsilon(found, contract.privacy.delta) == pytest.approx(
         epsilon(plan(contract), contract.privacy.delta)
     )
+
+
+def test_the_orders_are_opacus_own() -> None:
+    from opacus.accountants.rdp import RDPAccountant
+
+    assert list(accounting.ALPHAS) == list(RDPAccountant.DEFAULT_ALPHAS)
