@@ -60,9 +60,10 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     from jinja2 import Environment, StrictUndefined
     from pydantic import TypeAdapter, ValidationError
 
-    from silotune.client.keys import Keys, make_private_folder, write_durably
+    from silotune.client.keys import Keys, make_private_folder
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
+    from silotune.common.durable import write_durably
     from silotune.common.fields import Name
     from silotune.common.join import JoinRequest
 

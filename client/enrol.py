@@ -16,11 +16,11 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 
 from silotune.client import policy as policies
 from silotune.client.files import read_plain
-from silotune.client.keys import write_durably
 from silotune.client.policy import Policy
 from silotune.client.site import Site
 from silotune.common import fields, join
 from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
 
 CA_FILE = "server-ca.crt"

@@ -41,8 +41,9 @@ from silotune.client.entries import (
     damaged,
     digest,
 )
-from silotune.client.keys import Keys, make_private_folder, write_durably
+from silotune.client.keys import Keys, make_private_folder
 from silotune.client.lineage import SIZE, Lineage
+from silotune.common.durable import write_durably
 from silotune.common.errors import RefusalError
 from silotune.common.messages import Receipt
 from silotune.common.signing import verifies

@@ -20,6 +20,7 @@ from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.common import fields
 from silotune.common.contract import Contract, EncoderModel
+from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
 from silotune.common.performance import Performance
@@ -255,7 +256,7 @@ def sign(path: Path, owner_key: Path, after: int) -> Signature:
     digest = hashlib.sha256(text.encode()).hexdigest()
     signed = keys.sign(owner_key, Signature.statement(digest, after + 1))
     found = Signature(policy=digest, serial=after + 1, signature=signed.hex())
-    keys.write_durably(signature_file(path), found.model_dump_json().encode())
+    write_durably(signature_file(path), found.model_dump_json().encode())
     return found
 
 

@@ -199,9 +199,10 @@ def export(file: Path, config: Path) -> None:
     ✓ 124 entries in ledger.jsonl
     next:   silotune privacy verify ledger.jsonl --public-key 5c0e…
     """
-    from silotune.client.keys import Keys, write_durably
+    from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
+    from silotune.common.durable import write_durably
 
     site = Site(config)
     keys = Keys.load(site.keys)

@@ -38,10 +38,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from silotune.client import metrics, wire
 from silotune.client.files import read_plain
-from silotune.client.keys import write_durably
 from silotune.client.policy import Server
 from silotune.client.site import Site
 from silotune.common import children, monitor
+from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, RefusalError, UsageError
 from silotune.common.journal import Journal
 

@@ -5,8 +5,6 @@ server.toml  ca.{key,crt}  server.{key,crt}  roster/<site>.json  nginx.conf  flw
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +17,7 @@ from silotune.common import contract as contracts
 from silotune.common import fields, join
 from silotune.common.agreement import default_threshold
 from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
 from silotune.common.fields import Frozen
 from silotune.common.join import JoinRequest
@@ -88,10 +87,10 @@ class Place:
             ("ca.key", ca.key), ("ca.crt", ca.certificate), ("server.key", server.key),
             ("server.crt", server.certificate),
         ):
-            write_private(folder / name, data)
+            write_durably(folder / name, data)
         for name in ("roster", "flwr", "runs", "nginx"):
             (folder / name).mkdir(mode=0o700)
-        write_private(folder / "server.toml", "".join(
+        write_durably(folder / "server.toml", "".join(
             f'{key} = "{value}"\n' if isinstance(value, str) else f"{key} = {value}\n"
             for key, value in settings.model_dump(exclude_none=True).items()
         ).encode())
@@ -117,8 +116,8 @@ class Place:
             link_name=self._link_name, temporary=temporary or self.folder.resolve() / "nginx",
             **self.settings.model_dump(),
         )
-        write_private(self.folder / "nginx.conf", text.encode())
-        write_private(self.folder / "flwr" / "config.toml", (
+        write_durably(self.folder / "nginx.conf", text.encode())
+        write_durably(self.folder / "flwr" / "config.toml", (
             f'[superlink.silotune]\naddress = "{self.link}"\n'
             f'root-certificates = "{(self.folder / "ca.crt").resolve()}"\n'
         ).encode())
@@ -141,7 +140,7 @@ class Place:
                     f"The roster has other keys of '{request.site}'. If the site made new ones, "
                     f"remove {path} first."
                 )
-        write_private(path, request.model_dump_json(indent=1).encode())
+        write_durably(path, request.model_dump_json(indent=1).encode())
         return path
 
 
@@ -178,15 +177,5 @@ class Place:
                 "another name."
             )
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_private(path, contract.model_dump_json(indent=1, exclude_none=True).encode())
+        write_durably(path, contract.model_dump_json(indent=1, exclude_none=True).encode())
         return path
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file (0600) so that it is the old one or the new one, whole."""
-    half = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract
+from silotune.common.durable import rename_durably, write_durably
 from silotune.common.errors import RunError
 from silotune.common.messages import Arrays, Receipt
 from silotune.server import events
@@ -114,13 +115,10 @@ class Registry:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         for name, arrays in zip(ARRAYS, (adapter, state), strict=True):
-            _save(arrays, half / name)
+            write_durably(half / name, _bytes(arrays))
         facts = facts | {"sha256": {name: _sha256(half / name) for name in ARRAYS}}
-        (half / "round.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        for path in (*half.iterdir(), half):
-            _sync(path)
-        half.rename(rounds / f"{number:04d}")
-        _sync(rounds)
+        write_durably(half / "round.json", json.dumps(facts, indent=1).encode())
+        rename_durably(half, rounds / f"{number:04d}")
 
     def newest(self) -> Stored | None:
         """The last round that is whole. Later ones that are not are set aside, and it is said."""
@@ -142,14 +140,10 @@ class Registry:
         blobs = {f"keys/{site}": data for site, data in agreed.keys.items()}
         for receiver, sealed in agreed.sealed.items():
             blobs |= {f"sealed/{receiver}/{sender}": data for sender, data in sealed.items()}
-        path = self.folder / AGREEMENT
-        half = path.with_suffix(".tmp")
-        save_file(
-            {name: np.frombuffer(data, dtype=np.uint8) for name, data in blobs.items()}, half,
+        write_durably(self.folder / AGREEMENT, save(
+            {name: np.frombuffer(data, dtype=np.uint8) for name, data in blobs.items()},
             {"first": str(agreed.first), "attempt": str(agreed.attempt)},
-        )
-        _sync(half)
-        half.rename(path)
+        ))
 
     def agreement(self) -> Agreed | None:
         """The agreement on keys that was in force, if there is a whole one."""
@@ -174,10 +168,7 @@ class Registry:
     def release(self, adapter: Arrays) -> Path:
         """Write the run's final adapter."""
         path = self.folder / "adapter.safetensors"
-        half = path.with_suffix(".tmp")
-        _save(adapter, half)
-        _sync(half)
-        half.rename(path)
+        write_durably(path, _bytes(adapter))
         return path
 
     def adapter(self) -> Arrays:
@@ -202,10 +193,7 @@ class Registry:
 
     def keep_receipt(self, public: str, receipt: Receipt) -> None:
         self._receipts.mkdir(parents=True, exist_ok=True)
-        half = self._receipts / f".{public}.tmp"
-        half.write_text(receipt.model_dump_json(), encoding="utf-8")
-        _sync(half)
-        half.rename(self._receipts / f"{public}.json")
+        write_durably(self._receipts / f"{public}.json", receipt.model_dump_json().encode())
 
     def rounds(self) -> list[dict[str, Any]]:
         """The facts of each committed round, in order."""
@@ -233,19 +221,11 @@ def _try_lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _save(arrays: Arrays, path: Path) -> None:
+def _bytes(arrays: Arrays) -> bytes:
     # safetensors writes the memory as it lies: a transposed view would come back garbled.
-    save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path)
+    return save({name: np.asarray(a, order="C") for name, a in arrays.items()})
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

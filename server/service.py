@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import IO
 
 from silotune.common import children, monitor
+from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, UsageError
 from silotune.common.journal import Journal, Source
 from silotune.server.metrics import ServerMonitor, answers
-from silotune.server.place import Place, write_private
+from silotune.server.place import Place
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120.0
@@ -165,9 +166,9 @@ def register(place: Place) -> list[str]:
         if mark.is_file() and mark.read_text() == request.node_key:
             continue
         key = done / f".{request.site}.pub"
-        write_private(key, f"{request.node_key}\n".encode())
+        write_durably(key, f"{request.node_key}\n".encode())
         flwr(place, "supernode", "register", key, "silotune", "--name", request.site)
         key.rename(mark)
-        write_private(mark, request.node_key.encode())
+        write_durably(mark, request.node_key.encode())
         added.append(request.site)
     return added

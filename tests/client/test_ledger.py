@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
-from silotune.client import entries, keys
+from silotune.client import entries
 from silotune.client.entries import (
     FIRST,
     Charged,
@@ -1079,19 +1079,3 @@ def test_a_field_this_version_does_not_know_is_refused(home: Home) -> None:
     with pytest.raises(RefusalError, match="entry 6 is not in a ledger's form") as refusal:
         home.open()
     assert refusal.value.code == "E212"
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "head"
-    keys.write_durably(path, b"old")
-
-    def fails(_: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("silotune.client.keys.os.fsync", fails)
-    with pytest.raises(OSError, match="no space"):
-        keys.write_durably(path, b"newer")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
