@@ -65,7 +65,6 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     from silotune.client.site import Site
     from silotune.common.durable import write_durably
     from silotune.common.fields import Name
-    from silotune.common.join import JoinRequest
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -94,10 +93,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
         undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False  # noqa: S701
     ).from_string(template).render(name=name, data=data.replace("\\", "\\\\").replace('"', '\\"'))
     write_durably(made.config, text.encode())
-    request = JoinRequest(
-        site=name, public_key=keys.public,
-        node_key=(made.relay / "node.pub").read_text(encoding="ascii").strip(),
-    )
+    request = made.request(name)
     file = folder / f"{name}.request.json"
     write_durably(file, request.model_dump_json(indent=1).encode())
     facts = {
@@ -122,14 +118,16 @@ def fingerprint(config: Path) -> None:
     $ silotune site fingerprint
     A8:26:…:CC
     """
+    from silotune.client import policy as policies
     from silotune.client.site import Site
     from silotune.common import join
 
-    found = Site(config)
-    requests = sorted(found.folder.glob("*.request.json"))
-    if not requests:
-        raise UsageError(f"{found.folder} has no request: silotune site init makes it.")
-    click.echo(join.load(requests[0]).fingerprint)
+    found, name = Site(config), policies.load(config).name
+    file = found.folder / f"{name}.request.json"
+    request = found.request(name)
+    if file.exists() and join.load(file) != request:
+        raise UsageError(f"{file} does not have this site's keys. Do not send it.")
+    click.echo(request.fingerprint)
 
 
 @site.command("join")
@@ -307,6 +305,8 @@ def worker(
 
     def told(answered: metrics.Answered) -> None:
         tally.note(answered)
+        if answered.kind == metrics.OTHER:
+            return  # counted; of its lines whoever reaches the socket could make any number
         journal.say(answered.text, "answered", answered.facts)
 
     answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)

@@ -12,6 +12,7 @@ from typing import Any
 import tomlkit
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 from tomlkit.exceptions import ParseError, TOMLKitError
 
 from silotune.client import policy as policies
@@ -35,11 +36,11 @@ def enrol(
 
     settings: further values, by dotted key, as TOML ('data.repeated' -> '"keep"'), or as text.
     """
-    authority = read_plain(ca).data
     try:
-        found = join.pairs(x509.load_pem_x509_certificate(authority).fingerprint(SHA256()))
+        authority = x509.load_pem_x509_certificate(read_plain(ca).data)
     except ValueError:
         raise UsageError(f"{ca} holds no PEM certificate.") from None
+    found = join.pairs(authority.fingerprint(SHA256()))
     if not join.same(found, fingerprint):
         raise UsageError(
             f"The CA in {ca} has the fingerprint {found}, not {fingerprint}. It is not the "
@@ -61,8 +62,9 @@ def enrol(
         raise UsageError(f"{site.config} has no [permits] contracts = […] to add to.") from None
     new = tomlkit.dumps(document)
     policy = policies.parse(new, site.config)
-    write_durably(site.folder / CA_FILE, authority)
-    write_durably(site.config, new.encode())
+    # The file may hold more than the certificate that was compared.
+    write_durably(site.folder / CA_FILE, authority.public_bytes(Encoding.PEM))
+    write_durably(site.config.resolve(), new.encode())
     return policy
 
 

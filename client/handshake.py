@@ -6,9 +6,11 @@ name, a firewall, an expired certificate and another authority need different pe
 
 from __future__ import annotations
 
+import queue
 import re
 import socket
 import ssl
+import threading
 import time
 from email.utils import parsedate_to_datetime
 
@@ -38,15 +40,22 @@ def shake(server: Server) -> str:
         raise DataError(f"{server.ca} (server.ca) holds no certificate that can be read "
                         f"({type(error).__name__}).") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # A timeout of httpx is one for each read: whoever sends a byte now and then would keep us here.
+    answer: queue.SimpleQueue[tuple[int, bytes, str] | Exception] = queue.SimpleQueue()
+    threading.Thread(target=_greet, args=(server.address, context, answer), daemon=True).start()
     try:
-        with httpx.Client(verify=context, timeout=SECONDS, trust_env=False) as client:
-            reply = client.get(f"https://{server.address}/health")
-    except (httpx.HTTPError, OSError) as error:
-        raise PeerError(_cause(error, host.strip("[]"), port, authority)) from None
+        found = answer.get(timeout=2 * SECONDS)
+    except queue.Empty:
+        found = TimeoutError()
+    if isinstance(found, httpx.InvalidURL | UnicodeError):
+        raise PeerError(f"{server.address} is no address (server.address).")
+    if isinstance(found, Exception):
+        raise PeerError(_cause(found, host.strip("[]"), port, authority))
+    status, body, date = found
     took = time.perf_counter() - began
-    if reply.status_code != 200 or reply.text != "ok\n":
+    if (status, body) != (200, b"ok\n"):
         raise PeerError(f"{server.address} answers, but not as a Silotune server does.")
-    ahead = time.time() - _date(reply)
+    ahead = time.time() - _date(date)
     if not -MOST_BEHIND < ahead < MOST_AHEAD + 1:  # the date has whole seconds
         which = "ahead of" if ahead > 0 else "behind"
         raise PeerError(f"this machine's clock is {_span(abs(ahead))} {which} the server's; Flower "
@@ -55,6 +64,25 @@ def shake(server: Server) -> str:
     soon = f", the CA expires in {left:.0f} days" if left < DAYS else ""
     clock = f", clock {_span(abs(ahead))} off" if abs(ahead) > 60 else ""
     return f"TLS 1.3 with {server.address}, {1000 * took:.0f} ms{clock}{soon}"
+
+
+def _greet(
+    address: str, context: ssl.SSLContext,
+    answer: queue.SimpleQueue[tuple[int, bytes, str] | Exception],
+) -> None:
+    """Put the answer to GET /health, or why there is none: status, the body's first bytes as they
+    come, date."""
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        with (
+            httpx.Client(verify=context, timeout=SECONDS, trust_env=False,
+                         headers=headers) as client,
+            client.stream("GET", f"https://{address}/health") as reply,
+        ):
+            body = next(reply.iter_raw(64), b"")
+            answer.put((reply.status_code, body, reply.headers.get("date", "")))
+    except Exception as error:  # told by whoever waits
+        answer.put(error)
 
 
 def _cause(error: Exception, host: str, port: str, authority: x509.Certificate) -> str:
@@ -88,10 +116,10 @@ def _distrust(error: ssl.SSLCertVerificationError, host: str, authority: x509.Ce
             f"({own[:5]}…{own[-5:]}). Do not continue; phone the operator.")
 
 
-def _date(reply: httpx.Response) -> float:
+def _date(text: str) -> float:
     try:
-        return parsedate_to_datetime(reply.headers["date"]).timestamp()
-    except (KeyError, ValueError):
+        return parsedate_to_datetime(text).timestamp()
+    except ValueError:
         return time.time()
 
 

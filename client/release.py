@@ -105,7 +105,8 @@ def update(
         raise ProtocolError("A metric of the reply is not finite or too large.", code="E502")
     facts: dict[str, Any] = {
         "contract": contract.hash, "site": site, "run": charge.run, "round": charge.round,
-        "attempt": charge.attempt, "epsilon": epsilon, "receipt": receipt,
+        "attempt": charge.attempt, "request": charge.request, "epsilon": epsilon,
+        "receipt": receipt,
     }
     names = adapter.trained_names(shapes, contract.phase_of(charge.round).trains)
     trained = {name: shapes[name] for name in names}

@@ -9,6 +9,7 @@ from silotune.client import policy as policies
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Policy
+from silotune.common.join import JoinRequest
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Site:
     @property
     def relay(self) -> Path:
         return self.folder / "relay"
+
+    def request(self, name: str) -> JoinRequest:
+        """What the operator gets: the public halves of the keys that are here."""
+        node = (self.relay / "node.pub").read_text(encoding="ascii").strip()
+        return JoinRequest(site=name, public_key=Keys.load(self.keys).public, node_key=node)
 
     def open(self) -> tuple[Policy, Ledger, Keys]:
         """The signed policy and the verified ledger. Raises SilotuneError if either is not."""

@@ -115,6 +115,8 @@ def repeat_lines(
         with stream:
             while line := stream.readline(LONGEST_LINE):
                 if int(time.monotonic()) != second:
+                    if lines > LINES_A_SECOND:
+                        say(f"({lines - LINES_A_SECOND} lines were left out)")
                     second, lines = int(time.monotonic()), 0
                 lines += 1
                 text = line.decode(errors="replace")

@@ -149,6 +149,7 @@ class Description(_Header):
 class _Trained(_Header):
     """What comes with an update, masked or not.
 
+    `request` is the `digest` of what was asked: it answers nothing else of the same name.
     `epsilon` is what this run has spent of the contract's budget at this site so far: a function
     of the public plan and the round alone. None when the contract trains without privacy.
     `signature` is Ed25519 over `update_statement`: nobody on the way can change or make one.
@@ -158,6 +159,7 @@ class _Trained(_Header):
     run: RunId
     round: Round
     attempt: Round
+    request: Sha256
     epsilon: Spent | None
     receipt: Receipt
     signature: Signature = UNSIGNED

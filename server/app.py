@@ -24,12 +24,13 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder),
     `test` (public rows, CSV, or ""); `resume`: go on with the run that is there, or "skip": and
-    without its next round."""
+    without its next round; `token`: what its own events of this process carry."""
     config = {key: str(value) for key, value in context.run_config.items()}
-    folder, begun = Path(config["runs"]) / config["run"], False
+    folder, begun, own = Path(config["runs"]) / config["run"], False, {"token": config["token"]}
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     try:
+        events.append(folder, "starting", **own)
         contract = contracts.load(Path(config["contract"]))
         model = build(contract, Path(config["model"]) if config["model"] else None)
         evaluate = None
@@ -40,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         begin = Registry.open if config["resume"] else Registry.create
         registry = begin(folder, contract, folder.parent / ".receipts")
         begun = True
+        registry.event("taken", **own)
         run = Run(contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate)
         if config["resume"]:
             run.restore()
@@ -48,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         SilotuneStrategy(run).start(grid)
     except Exception as error:
         code = error.code if isinstance(error, SilotuneError) else "E500"
-        events.append(folder, "failed" if begun else "refused", code=code, why=str(error))
+        events.append(folder, "failed" if begun else "refused", code=code, why=str(error), **own)
         raise
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -25,6 +27,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 LOOK_SECONDS = 0.5
 SHOWN = ("loss", "accuracy", "auc")  # of the public rows
 FIRST_SECONDS = 120.0  # until Flower has begun a run
+BUILD_SECONDS = 1800.0  # until its process has built the model
+RUN_NAME = r"[a-z0-9][a-z0-9-]{0,63}"
+LOST_MASKS = "does not open"
 DIED = "The process that carried out the run ended without a word."
 
 
@@ -173,7 +178,12 @@ def run(
       1/30   4 sites
     """
     found = contracts.load(contract)
-    name = name or f"{found.name}-{time.strftime('%Y%m%d-%H%M%S')}".lower().replace(" ", "-")
+    if name is None:
+        slug = re.sub(r"[^a-z0-9]+", "-", found.name.lower()).strip("-")[:40] or "run"
+        name = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(RUN_NAME, name):
+        raise UsageError(f"'{name}' cannot be a run's name: use up to 64 small letters, digits and "
+                         "'-', a letter or digit first.")
     _carry_out(folder, contract, name, model, test, "")
 
 
@@ -253,13 +263,13 @@ def _carry_out(
 
     place = Place(folder)
     where = place.runs / name
-    if not resume and where.exists():
+    if not resume and (where / "contract.json").exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
-    events, rounds = Events(where), contracts.load(contract).rounds
+    events, rounds, token = Events(where), contracts.load(contract).rounds, secrets.token_hex(8)
     events.new()  # what was before
     app = write_app(
         place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
-        runs=place.runs, resume=resume, test=test,
+        runs=place.runs, resume=resume, test=test, token=token,
     )
     end = time.monotonic() + FIRST_SECONDS
     while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
@@ -267,31 +277,44 @@ def _carry_out(
     flwr(place, "run", app.resolve(), "silotune")
     click.echo(f"run {name}")
     try:
-        adapter = _follow(where, events, rounds)
-    except RunError:
+        adapter = _follow(where, events, rounds, token)
+    except RunError as error:
         if (where / "contract.json").is_file():
-            click.echo(f"next:   silotune server resume {name} --folder {folder}")
+            more = "".join(f" --{option} {value}" for option, value in (
+                ("model", model), ("test", test)) if value)
+            skip = " --skip-round   (the sites that are missing have lost their masks)" * (
+                LOST_MASKS in str(error))
+            click.echo(f"next:   silotune server resume {name} --folder {folder}{more}{skip}")
         raise
     click.echo(f"adapter  {adapter}")
 
 
-def _follow(where: Path, events: Events, rounds: int) -> Path:
-    """Say what happens until the run has its adapter; RunError if it ends without."""
+def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
+    """Say what happens until the run has its adapter; RunError if it ends without.
+
+    token: of the process that is to carry it out. Another one may be writing here, too.
+    """
     from silotune.server.registry import held
 
-    end, begun, alone = time.monotonic() + FIRST_SECONDS, False, 0
+    end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
     while True:
         for event in events.new():
+            kind, whose = event["event"], event.get("token")
+            if whose == token and kind == "refused":
+                raise RunError(event["why"], code=event["code"])
+            if whose == token and kind == "starting":
+                end = time.monotonic() + BUILD_SECONDS
+            ours |= whose == token and kind == "taken"
+            if not ours:
+                continue
             _say(event, rounds)
-            kind = event["event"]
-            begun |= kind == "run"
             if kind == "released":
                 return where / "adapter.safetensors"
-            if kind in ("stopped", "failed") or (kind == "refused" and not begun):
+            if kind in ("stopped", "failed"):
                 raise RunError(event["why"], code=event["code"])
-        if not begun and time.monotonic() > end:
+        if not ours and time.monotonic() > end:
             raise RunError("Flower did not begin the run; see what the server says.")
-        alone = alone + 1 if begun and not held(where) else 0
+        alone = alone + 1 if ours and not held(where) else 0
         if alone > 2:  # what it said last has been read since
             raise RunError(DIED, code="E603")
         time.sleep(LOOK_SECONDS)

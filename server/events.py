@@ -1,7 +1,7 @@
 """What happened in a run: events.jsonl, one object a line. Facts are names, numbers and codes.
 
-run, agreed, rejected, committed, skipped, resumed, damaged, stopped, failed, released; and refused:
-a server process that could not take the run up, beside the one that carries it out.
+run, agreed, rejected, committed, skipped, resumed, damaged, stopped, failed, released; of a server
+process, with its token: starting, taken (it carries out the run), refused (it could not).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Event = dict[str, Any]
 def append(folder: Path, what: str, **facts: Any) -> None:
     line = json.dumps({"at": round(time.time(), 3), "event": what, **facts}, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a", encoding="utf-8") as file:
+    path = folder / FILE
+    if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+        line = "\n" + line  # a crash or a full disk left half a line
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

@@ -33,16 +33,17 @@ clientapp = "silotune.client.relay:app"
 
 def write_app(
     folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = "",
-    test: Path | None = None,
+    test: Path | None = None, token: str = "",
 ) -> Path:
     """Write the app folder for `flwr run`; paths are the operator's own and absolute.
 
-    resume, test: see server/app.py.
+    resume, test, token: see server/app.py.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "contract": contract.resolve(), "model": model.resolve() if model else "", "run": run,
         "runs": runs.resolve(), "resume": resume, "test": test.resolve() if test else "",
+        "token": token,
     }
     (folder / "pyproject.toml").write_text(
         PYPROJECT.format(

@@ -25,12 +25,12 @@ class Gate:
         self.contract, self.registry, self.run_id = contract, registry, run_id
 
     def check(
-        self, message: Message, site: str, number: int, attempt: int, shapes: Shapes
+        self, message: Message, site: str, number: int, attempt: int, request: str, shapes: Shapes
     ) -> Update | Masked:
         """The header of the update that `site` was asked for, if that is what `message` is.
 
-        shapes: of the tensors that the round trains. ProtocolError, with the code of what is wrong,
-        otherwise; nothing was kept then.
+        request: the digest of what was asked. shapes: of the tensors that the round trains.
+        ProtocolError with the code of what is wrong otherwise; nothing was kept then.
         """
         update = message.header
         kind = Masked if self.contract.secure_aggregation else Update
@@ -39,9 +39,10 @@ class Gate:
         assert isinstance(update, Update | Masked)
         if site not in self.contract.weights():
             raise ProtocolError("The site is not in the roster.", code="E503")
-        expected = (site, self.run_id, number, attempt)
-        if (update.site, update.run, update.round, update.attempt) != expected:
-            raise ProtocolError("The update is for another site or round.", code="E503")
+        expected = (site, self.run_id, number, attempt, request)
+        answered = (update.site, update.run, update.round, update.attempt, update.request)
+        if answered != expected:
+            raise ProtocolError("The update is for another site, round or request.", code="E503")
         public = self.public_key(site)
         if public is not None and not verifies(
             public, update.signature, messages.update_statement(message)

@@ -5,6 +5,7 @@ server.toml  ca.{key,crt}  server.{key,crt}  roster/<site>.json  nginx.conf  flw
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ from silotune.common.messages import MAX_WIRE
 from silotune.server import authority
 
 LINK_NAME = "localhost"
+PLAIN = re.compile(r"[\w/.+@-]+")
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
@@ -77,6 +79,11 @@ class Place:
         """A new folder (0700): the CA, the server's certificate, an empty roster."""
         if (folder / "server.toml").exists():
             raise UsageError(f"{folder} holds a server already. Choose another folder.")
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty. Choose a folder for the server alone.")
+        if not PLAIN.fullmatch(str(folder.resolve())):
+            raise UsageError(f"{folder.resolve()} cannot stand in nginx's and Flower's files: use "
+                             "letters, digits, '/', '.', '_' and '-'.")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         place = cls(folder)

@@ -68,10 +68,11 @@ class Registry:
         (folder / "rounds").mkdir(parents=True, exist_ok=True)
         registry = cls(folder, receipts)
         registry._lock()
-        (folder / "contract.json").write_text(
-            json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False),
-            encoding="utf-8",
-        )
+        if (folder / "contract.json").exists():  # another was faster
+            registry.close()
+            return cls.create(folder, contract, receipts)
+        text = json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        write_durably(folder / "contract.json", text.encode())
         return registry
 
     @classmethod
@@ -122,7 +123,8 @@ class Registry:
 
     def newest(self) -> Stored | None:
         """The last round that is whole. Later ones that are not are set aside, and it is said."""
-        for folder in sorted((self.folder / "rounds").glob("[0-9]*"), reverse=True):
+        folders = (self.folder / "rounds").glob("[0-9]*")
+        for folder in sorted(folders, key=lambda f: int(f.name), reverse=True):
             try:
                 facts = json.loads((folder / "round.json").read_text(encoding="utf-8"))
                 if any(_sha256(folder / name) != facts["sha256"][name] for name in ARRAYS):

@@ -83,6 +83,7 @@ class Run:
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._challenge = secrets.token_hex(32)
+        self._digests: dict[int, str] = {}
         self.gate = Gate(contract, registry, run_id)
         self._began = time.perf_counter()
         self.exchange = replies.Exchange(contract, self._has_failed)
@@ -140,11 +141,12 @@ class Run:
             if (yield from self._or_stop(self.masking.agree(sites, self.number))):
                 self.registry.keep_agreement(self.masking.agreed())
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
+            self._digests = {}  # of the agreement before
             asked = [site for site in sites if site in self.masking.members]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
                 self.contract, self.masking.agreement, self.number, self.iterate.trained_shapes,
-                messages.digest(*self._asked()), self.exchange,
+                self.digest(), self.exchange,
             )
         for attempt in range(1, ATTEMPTS + 1):
             wires = {site: self.request(site, attempt) for site in asked}
@@ -158,9 +160,11 @@ class Run:
     def _lost(self) -> list[str]:
         """Sites that lost a charged reply in a crash and are needed for the quorum: another attempt
         is a new charge, which they pay or refuse. Masks fit the first request alone."""
-        if self.masking is not None or len(self._open) >= self.contract.quorum:
+        missing = self.contract.quorum - len(self._open)
+        lost = sorted(site for site, code in self.exchange.failed.items() if code == LOST)
+        if self.masking is not None or not 0 < missing <= len(lost):
             return []
-        return [site for site, code in self.exchange.failed.items() if code == LOST]
+        return lost[:missing]
 
     def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
         try:
@@ -171,6 +175,7 @@ class Run:
     def begin(self) -> None:
         """Open the round: its clock starts, no site has answered."""
         self._open, self._epsilon, self._metrics, self._masked = {}, {}, {}, None
+        self._digests = {}
         self.exchange.begin()
         self._began = time.perf_counter()
 
@@ -194,6 +199,14 @@ class Run:
         needed = adapter.needed_names(self.adapter, self.iterate.phase.trains)
         return header, {name: self.adapter[name] for name in needed}
 
+    def digest(self, attempt: int = 1) -> str:
+        """Of what this round asks of every site alike, in that attempt."""
+        if attempt not in self._digests:
+            header, arrays = self._asked()
+            asked = header.model_copy(update={"attempt": attempt})
+            self._digests[attempt] = messages.digest(asked, arrays)
+        return self._digests[attempt]
+
     def accept(self, site: str, sent: int, reply: replies.Reply, attempt: int = 1) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.
 
@@ -203,7 +216,8 @@ class Run:
         try:
             message = replies.read(self.contract, reply)
             update = self.gate.check(
-                message, site, self.number, attempt, self.iterate.trained_shapes
+                message, site, self.number, attempt, self.digest(attempt),
+                self.iterate.trained_shapes,
             )
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
@@ -290,7 +304,8 @@ class Run:
 
     def _commit(self, facts: RoundFacts) -> None:
         self.registry.commit(
-            self.number, self.adapter, self.iterate.state(), vars(facts) | self.iterate.standing()
+            self.number, self.adapter, self.iterate.state(),
+            vars(facts) | self.iterate.standing() | {"scores": self._scores},
         )
         scored = {"metrics": facts.metrics} if facts.metrics else {}
         self.registry.event("committed", round=self.number, sites=facts.sites, **scored)
@@ -312,9 +327,7 @@ class Run:
             self.masking.restore(self.registry.agreement())
         if found is None:
             return 0
-        for facts in self.registry.rounds():
-            self.iterate.number = facts["round"]
-            self._stalled(facts["metrics"])
+        self._scores = list(found.facts.get("scores", []))
         self.iterate.restore(found.number, found.adapter, found.state, found.facts)
         self.registry.event("resumed", after=found.number)
         self._go_on()

@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 from silotune.common import children, monitor
 from silotune.common.durable import write_durably
@@ -31,7 +30,7 @@ class Service:
 
     def __init__(self, place: Place, journal: Journal) -> None:
         self.place, self.say = place, journal.say
-        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping = False
 
     def run(self) -> int:
@@ -42,13 +41,16 @@ class Service:
         if nginx is None:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
         folder, settings = self.place.folder.resolve(), self.place.settings
-        # Started by root nginx works as nobody, who cannot pass through the server's folder.
-        temporary = Path(tempfile.mkdtemp(prefix="silotune-nginx-")) if os.geteuid() == 0 else None
-        if temporary is not None:
-            temporary.chmod(0o711)
-        self.place.write_files(temporary)
+        for host, port in (("127.0.0.1", settings.link_port), (settings.reachable, settings.port)):
+            if answers(host, port):
+                raise UsageError(f"Port {port} is in use. Does a server run here already?")
         served = self._serve_metrics()
+        temporary = None
         try:
+            if os.geteuid() == 0:  # then nginx works as nobody, who cannot pass through the folder
+                temporary = Path(tempfile.mkdtemp(prefix="silotune-nginx-"))
+                temporary.chmod(0o711)
+            self.place.write_files(temporary)
             self._start("superlink", [
                 BIN / "flower-superlink", "--ssl-ca-certfile", folder / "ca.crt",
                 "--ssl-certfile", folder / "server.crt", "--ssl-keyfile", folder / "server.key",
@@ -97,17 +99,13 @@ class Service:
 
     def _start(self, name: Source, command: list[str | Path]) -> None:
         process = subprocess.Popen(
-            [str(word) for word in command], env=environment(self.place), text=True,
+            [str(word) for word in command], env=environment(self.place),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        assert process.stdout is not None
         self._processes[name] = process
-        threading.Thread(target=self._repeat, args=(name, process.stdout), daemon=True).start()
-
-    def _repeat(self, name: Source, lines: IO[str]) -> None:
-        for line in lines:
-            self.say(line.rstrip(), source=name)
+        # nginx repeats what strangers send to it.
+        children.repeat_lines(process, partial(self.say, source=name))
 
     def _wait_for(self, name: str, host: str, port: int) -> None:
         """PeerError if the process ends before it answers on the port, or never does."""
@@ -167,7 +165,11 @@ def register(place: Place) -> list[str]:
             continue
         key = done / f".{request.site}.pub"
         write_durably(key, f"{request.node_key}\n".encode())
-        flwr(place, "supernode", "register", key, "silotune", "--name", request.site)
+        try:
+            flwr(place, "supernode", "register", key, "silotune", "--name", request.site)
+        except PeerError as error:  # a crash may have come before the mark
+            if "already in use" not in str(error):
+                raise
         key.rename(mark)
         write_durably(mark, request.node_key.encode())
         added.append(request.site)

@@ -8,6 +8,7 @@ metric of a client's claim is read.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from silotune.common.errors import PeerError, SilotuneError
+from silotune.common.errors import PeerError, ProtocolError
 from silotune.common.messages import RECORD, WIRE
 from silotune.server.replies import BROKEN, Reply, Stages
 from silotune.server.rounds import RoundFacts, Run
@@ -24,6 +25,7 @@ from silotune.server.rounds import RoundFacts, Run
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.2  # between two looks at which nodes are there
+DESCRIBE_SECONDS = 20.0
 SOONEST, LATEST = 0.05, 3.0  # seconds between two looks for replies; a twentieth of what has passed
 
 
@@ -88,6 +90,8 @@ class SilotuneStrategy(Strategy):
     def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
         """Find the roster, then run every round of the contract. Raises RunError, PeerError."""
         self.summary()
+        if self.run.done:
+            return Result()
         self.nodes = self._find_sites(grid)
         while not self.run.done:
             requests = self.configure_train(
@@ -96,14 +100,16 @@ class SilotuneStrategy(Strategy):
             self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
         return Result()
 
-    def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:
-        """Send, and collect what comes until the deadline. (Flower's own loop looks every three
-        seconds, which is most of a short round.)"""
+    def _exchange(
+        self, grid: Grid, requests: list[Message], seconds: float = math.inf
+    ) -> Iterable[Message]:
+        """Send, and collect what comes until the deadline, or for `seconds`. (Flower's own loop
+        looks every three seconds, which is most of a short round.)"""
         grid.push_messages(requests)
         # Flower gives a message its id when it sends it.
         self._asked = {m.metadata.message_id: m.metadata.dst_node_id for m in requests}
         waited_for, replies = set(self._asked), list[Message]()
-        began, most = time.monotonic(), self.run.contract.deadline_seconds
+        began, most = time.monotonic(), min(self.run.contract.deadline_seconds, seconds)
         while waited_for:
             came = list(grid.pull_messages(waited_for))
             replies += came
@@ -135,11 +141,13 @@ class SilotuneStrategy(Strategy):
             if not new:
                 time.sleep(WAIT_SECONDS)
                 continue
-            for reply in self._exchange(grid, [self._message(self.run.describe(), n) for n in new]):
+            asked = [self._message(self.run.describe(), node) for node in new]
+            # Who says nothing is asked again, with those who have come since.
+            for reply in self._exchange(grid, asked, DESCRIBE_SECONDS):
                 node = self._node_of(reply)
                 try:
                     site = "" if reply.has_error() else self.run.identify(_wire(reply))
-                except SilotuneError as error:
+                except ProtocolError as error:
                     log.warning("a node does not take part yet: %s", error)
                     continue  # its worker may still be starting: it is asked again
                 if site in roster and site not in found.values():

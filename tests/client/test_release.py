@@ -74,7 +74,7 @@ def test_what_was_charged_leaves_as_it_is(contract: Contract) -> None:
     assert (header.epsilon, header.metrics) == (1.0, {"loss": 0.5})
     assert set(header.model_dump()) == {
         "contract", "kind", "site", "run", "round", "attempt", "epsilon", "metrics", "receipt",
-        "signature",
+        "request", "signature",
     }
     assert {name: a.tolist() for name, a in message.arrays.items()} == {
         name: a.tolist() for name, a in change().items()

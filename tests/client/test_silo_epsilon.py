@@ -123,7 +123,7 @@ def reply(run: Run, site: str, spent: float | None) -> bytes:
     return messages.pack(Message(
         Update(
             contract=run.contract.hash, site=site, run="r", round=run.number, attempt=1,
-            epsilon=spent, metrics={},
+            epsilon=spent, metrics={}, request=run.digest(),
             receipt=messages.Receipt(sequence=1, head="0" * 64, signature="0" * 128),
         ),
         {n: np.ones(shape, np.float32) for n, shape in

@@ -44,7 +44,7 @@ FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None
 HASH = "0123456789abcdef" * 4
 UPDATE: dict[str, Any] = {
     "kind": "update", "contract": HASH, "site": "north", "run": "run-1", "round": 2, "attempt": 1,
-    "epsilon": 1.5, "metrics": {},
+    "request": HASH, "epsilon": 1.5, "metrics": {},
     "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128}, "signature": "1" * 128,
 }
 REFUSAL: dict[str, Any] = {
@@ -115,11 +115,11 @@ headers = st.one_of(
                 survivors=st.lists(sites, max_size=4).map(tuple)) for kind in (Endorse, Reveal)),
     *(st.builds(kind, contract=hashes, site=sites)
       for kind in (Keys, Shares, Endorsement, Revealed)),
-    st.builds(Masked, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
-              epsilon=epsilons, receipt=receipts, agreement=hashes),
+    st.builds(Masked, request=hashes, contract=hashes, site=sites, run=runs, round=rounds,
+              attempt=rounds, epsilon=epsilons, receipt=receipts, agreement=hashes),
     st.builds(Description, contract=hashes, site=sites, signature=signatures),
-    st.builds(Update, contract=hashes, site=sites, run=runs, round=rounds, attempt=rounds,
-              epsilon=epsilons, metrics=metrics, receipt=receipts),
+    st.builds(Update, request=hashes, contract=hashes, site=sites, run=runs, round=rounds,
+              attempt=rounds, epsilon=epsilons, metrics=metrics, receipt=receipts),
     st.builds(Refusal, contract=hashes, site=sites, code=st.sampled_from(sorted(CODES)),
               incident=st.text("0123456789abcdef", min_size=16, max_size=16)),
 )

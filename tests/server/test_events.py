@@ -45,15 +45,21 @@ def test_what_a_crash_left_of_a_line_is_left_out(tmp_path: Path) -> None:
     assert [e["event"] for e in Events(tmp_path).new()] == ["x"]
 
 
+def test_what_a_full_disk_left_of_a_line_spoils_no_other(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"at": 1.0, "event": "ru')
+    events.append(tmp_path, "released", round=3)
+    assert [e["event"] for e in Events(tmp_path).new()] == ["released"]
+
+
 def follow(run: Registry, *told: tuple[str, dict[str, object]]) -> Path:
     seen = Events(run.folder)
     seen.new()
     for kind, facts in told:
         run.event(kind, **facts)
-    return cli._follow(run.folder, seen, 3)
+    return cli._follow(run.folder, seen, 3, "mine")
 
 
-BEGUN: tuple[str, dict[str, object]] = ("run", {"run": "r", "rounds": 3})
+BEGUN: tuple[str, dict[str, object]] = ("taken", {"token": "mine"})
 
 
 def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +97,12 @@ def test_what_a_process_said_last_is_heard(run: Registry) -> None:
 
 
 def test_a_second_server_is_refused_and_the_first_goes_on(run: Registry) -> None:
-    refused: tuple[str, dict[str, object]] = ("refused", {"code": "E602", "why": "another server"})
+    refused: dict[str, object] = {"code": "E602", "why": "another server"}
+    others = ("taken", {"token": "another"}), ("released", {"round": 3})
     with pytest.raises(RunError, match="another server"):
-        follow(run, refused)
-    assert follow(run, BEGUN, refused, ("released", {"round": 3}))
+        follow(run, *others, ("refused", refused | {"token": "mine"}))
+    theirs = ("refused", refused | {"token": "another"})
+    assert follow(run, BEGUN, theirs, ("released", {"round": 3}))
 
 
 def test_a_run_that_never_begins(run: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

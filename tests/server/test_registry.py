@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
 from silotune.common.errors import RunError
 from silotune.common.messages import Arrays
 from silotune.server import registry as module
@@ -106,13 +107,11 @@ def test_a_crash_leaves_no_round(
 
     with monkeypatch.context() as patch:
         if where == "rename":
-            patch.setattr(Path, "rename", crash)
-        elif where == "round.json":
-            patch.setattr(Path, "write_text", crash)
+            patch.setattr(module, "rename_durably", crash)
         else:
             patch.setattr(
-                module, "save_file",
-                lambda arrays, path: crash() if "state" in path.name else save_file(arrays, path),
+                module, "write_durably",
+                lambda path, data: crash() if where in path.name else write_durably(path, data),
             )
         with pytest.raises(OSError, match="power cut"):
             commit(registry, 2)
@@ -160,10 +159,10 @@ def test_everything_is_on_the_disk_before_the_rename(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     commit(registry, 1)
-    before, after = steps[: steps.index("rename")], steps[steps.index("rename") + 1 :]
-    assert after == ["rounds"]
-    assert sorted(before[:3]) == ["adapter.safetensors", "round.json", "state.safetensors"]
-    assert before[3:] == [".half"]
+    # Each file is written under another name, is on the disk, gets its name, and that is on it too.
+    assert ["rename" if s == "rename" else s.rpartition(".")[2] for s in steps] == [
+        *(["tmp", "rename", "half"] * 3), "rename", "rounds"
+    ]
 
 
 def test_rounds_come_in_order(registry: Registry) -> None:

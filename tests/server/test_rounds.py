@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
     fields: dict[str, Any] = {
         "contract": run.contract.hash, "site": site, "run": run.run_id, "round": run.number,
         "attempt": 1, "epsilon": 1.0, "metrics": {},
+        "request": run.digest(changes.get("attempt", 1)),
         "receipt": {"sequence": run.number, "head": "0" * 64, "signature": "0" * 128},
     }
     body = filled(arrays) if isinstance(arrays, float) else arrays
@@ -585,17 +587,32 @@ def test_an_update_that_was_changed_on_its_way_does_not_count(
 
     other = messages.pack(messages.signed(whole, KEYS["south"].sign))
     for forged in (
-        changed(filled(1.0000001)), changed(epsilon=0.5),
+        changed(filled(1.0000001)), changed(epsilon=0.5), changed(request="0" * 64),
         changed(receipt=messages.Receipt(**receipt("north", 2))),
         changed(signature="0" * 128), changed(signature=receipt("north", 3)["signature"]), other,
         update(run, "north", receipt=receipt("north", 3)),
     ):
         run.accept("north", 1, forged)
-    assert [e["code"] for e in events(run, "rejected")] == ["E503"] * 7
+    assert [e["code"] for e in events(run, "rejected")] == ["E503"] * 8
     assert run.gate.last_receipt("north") is None
     run.accept("north", 1, messages.pack(whole))
     run.accept("south", 1, signed(run, "south", 3))
     assert run.finish().sites == ("north", "south")
+
+
+def test_an_update_of_another_run_of_the_same_name_does_not_count(
+    start: Start, keyed: Contract
+) -> None:
+    """Its relay could send what the site once answered; it answers another adapter."""
+    before = start(keyed)
+    before.begin()
+    old = signed(before, "north", 3)
+    again = start(keyed, initial=filled(1))
+    again.begin()
+    again.accept("north", 1, old)
+    assert [e["code"] for e in events(again, "rejected")] == ["E503"]
+    again.accept("north", 1, signed(again, "north", 3))
+    assert len(events(again, "rejected")) == 1
 
 
 def test_a_norm_beyond_the_contracts_does_not_count(
@@ -630,6 +647,23 @@ def test_a_lost_reply_is_asked_for_again_where_the_quorum_needs_it(
             facts = end.value
         assert attempts == expected
         assert facts.sites == (("north", "south") if quorum == 2 else ("north",))
+
+
+def test_no_site_is_charged_again_for_a_round_that_cannot_count(
+    start: Start, table_contract: Contract
+) -> None:
+    contract = table_contract.changed(
+        sites=[{"name": n} for n in ("north", "south", "east", "west")], quorum=3
+    )
+    for silent, asked_again in ((("east", "west"), []), (("west",), [["south"]]), ((), [])):
+        run = start(contract)
+        stages = run.stages(["north", "south", "east", "west"])
+        asked = next(stages)
+        came = {s: update(run, s) for s in asked if s not in ("south", *silent)}
+        again = []
+        with contextlib.suppress(RunError, StopIteration):
+            again.append(sorted(stages.send(came | {"south": refusal(run, "south", "E204")})))
+        assert again == asked_again
 
 
 def test_an_answer_to_another_attempt_does_not_count(start: Start) -> None:

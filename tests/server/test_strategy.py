@@ -116,6 +116,7 @@ def site(name: str, value: float = 1.0, **changes: Any) -> Node:
         if not isinstance(request.header, Train):
             return messages.pack(messages.Message(Description(**fields, signature="0" * 128)))
         fields |= {"run": request.header.run, "round": request.header.round, "attempt": 1,
+                   "request": messages.digest(request.header, request.arrays),
                    "epsilon": 1.0, "metrics": {},
                    "receipt": {"sequence": request.header.round, "head": "0" * 64,
                                "signature": "0" * 128}}
