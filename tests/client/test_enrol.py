@@ -86,6 +86,25 @@ def test_another_ca_than_the_one_read_out(folder: Path, join: Join) -> None:
     assert not (folder / "north" / "server-ca.crt").exists()
 
 
+def test_a_second_certificate_behind_the_compared_one_is_not_trusted(
+    folder: Path, join: Join
+) -> None:
+    """Whoever carried the file could be a server, to a site that took all that is in it."""
+    genuine = (folder / "ca.crt").read_bytes()
+    (folder / "both.crt").write_bytes(genuine + (folder / "other.crt").read_bytes())
+    assert join(ca="both.crt").exit_code == 0
+    assert (folder / "north" / "server-ca.crt").read_bytes() == genuine
+
+
+def test_a_link_to_the_policy_stays_one(folder: Path, join: Join) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "north" / "site.toml").rename(folder / "north" / "real.toml")
+    (folder / "north" / "site.toml").symlink_to("real.toml")
+    join()
+    assert (folder / "north" / "site.toml").is_symlink()
+    assert "server-ca.crt" in (folder / "north" / "real.toml").read_text()
+
+
 @pytest.mark.parametrize(("setting", "kind"), [
     ("data.repeated=sometimes", ContractError), ("data.nonsense=1", ContractError),
     ("permits.min_records=-1", ContractError), ("permits.contracts=[]", None),
@@ -108,6 +127,14 @@ def test_the_fingerprint_is_the_requests(folder: Path) -> None:
     said = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
     from silotune.common import join as requests
 
-    request = requests.load(folder / "north" / "north.request.json")
-    assert said.output.strip() == request.fingerprint
-    assert json.loads((folder / "north" / "north.request.json").read_text())["site"] == "north"
+    file = folder / "north" / "north.request.json"
+    assert said.output.strip() == requests.load(file).fingerprint
+    # What was put into the file by somebody else is not read out.
+    changed = json.loads(file.read_text()) | {"public_key": "0" * 64}
+    file.write_text(json.dumps(changed))
+    refused = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
+    assert isinstance(refused.exception, UsageError)
+    assert "Do not send it" in str(refused.exception)
+    file.unlink()
+    again = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
+    assert again.output == said.output

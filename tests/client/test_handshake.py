@@ -137,6 +137,32 @@ def test_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "a firewall?" in told(server)
 
 
+def test_a_server_that_never_finishes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the end never does."""
+    monkeypatch.setattr(handshake, "SECONDS", 0.5)
+    slow, stop = threading.Event(), threading.Event()
+
+    def drip(_: object, __: object, answer: object) -> None:
+        slow.set()
+        stop.wait(20)
+
+    monkeypatch.setattr(handshake, "_greet", drip)
+    try:
+        assert "a firewall?" in told(serve())
+    finally:
+        stop.set()
+    assert slow.is_set()
+
+
+def test_a_body_without_end_is_not_read(serve: Serve) -> None:
+    assert "not as a Silotune server does" in told(serve(body=b"ok\n" * 10_000_000))
+
+
+@pytest.mark.parametrize("address", ["[::1:1", ".:1", f"{'a' * 64}.org:1"])
+def test_what_is_no_address(serve: Serve, address: str) -> None:
+    assert "is no address" in told(serve().model_copy(update={"address": address}))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a certificate"])
 def test_a_ca_that_cannot_be_read(serve: Serve, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "broken.crt"

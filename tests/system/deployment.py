@@ -355,9 +355,10 @@ class Deployment:
         told = [line for line in said.splitlines() if line.startswith("✗")]
         wait_for(self.connectable, "the server", 120)
         begun = (self.server / "runs" / name / "contract.json").exists()
-        return told[-1].removeprefix("✗ ") if told else said.strip()[-200:], (
-            self.resuming(name, *more) if begun else self._background("run", self.contract, "--run", name)
-        )
+        why = told[-1].removeprefix("✗ ") if told else said.strip()[-200:]
+        if begun:
+            return why, self.resuming(name, *more)
+        return why, self._background("run", self.contract, "--run", name)
 
     def registry(self, name: str) -> Registry:
         return Registry(self.server / "runs" / name)
