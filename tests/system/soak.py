@@ -1,8 +1,9 @@
 """`make soak`: every fault of faults.py to real federations, a table of what was seen, and
 simulations/benchmarks/results/soak.json. Exits with 1 if one was not survived.
 
-    python -m tests.system.soak [WORD …]     those whose names hold one of the words; each row of the
-                                             results says of which commit and when it is
+    python -m tests.system.soak [WORD …]     those whose names hold one of the words
+
+Each row of the results says of which commit it is, and when it was taken.
 """
 
 from __future__ import annotations
