@@ -39,15 +39,30 @@ def make_ca(name: str) -> tuple[Pem, ec.EllipticCurvePrivateKey, x509.Certificat
     return Pem(key, certificate), key, certificate
 
 
+def make_crl(ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate) -> bytes:
+    """The CA's list of revoked certificates (DER): none."""
+    now = datetime.now(UTC)
+    crl = (
+        x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(now - SKEW)
+        .next_update(now + timedelta(days=SERVER_DAYS)).sign(ca_key, SHA384())
+    )
+    return crl.public_bytes(Encoding.DER)
+
+
 def make_server(
-    hosts: list[str], ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate
+    hosts: list[str], ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate, crl: str = ""
 ) -> Pem:
-    """A server's certificate for these names and addresses."""
+    """A server's certificate for these names and addresses. crl: where the list of revoked ones is.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    builder = _builder(subject, ca.subject, key.public_key(), SERVER_DAYS)
+    if crl:
+        point = x509.DistributionPoint([x509.UniformResourceIdentifier(crl)], None, None, None)
+        builder = builder.add_extension(x509.CRLDistributionPoints([point]), critical=False)
     certificate = (
-        _builder(subject, ca.subject, key.public_key(), SERVER_DAYS)
+        builder
         .add_extension(names, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)

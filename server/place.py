@@ -1,6 +1,7 @@
 """A server's folder: keys, the roster of admitted sites, and the files of Flower and nginx.
 
-server.toml  ca.{key,crt}  server.{key,crt}  roster/<site>.json  nginx.conf  flwr/  state.db  runs/
+server.toml  ca.{key,crt,crl}  server.{key,crt}  roster/<site>.json  contracts/
+nginx.conf  nginx/  flwr/  state.db  runs/
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from silotune.common.join import JoinRequest
 from silotune.common.messages import MAX_WIRE
 from silotune.server import authority
 
-LINK_NAME = "localhost"
+LINK_NAME, CRL = "localhost", "ca.crl"
 PLAIN = re.compile(r"[\w/.+@-]+")
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
@@ -89,10 +90,13 @@ class Place:
         place = cls(folder)
         ca, ca_key, ca_certificate = authority.make_ca("Silotune federation CA")
         hosts = [settings.host, "127.0.0.1", LINK_NAME]
-        server = authority.make_server(hosts, ca_key, ca_certificate)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        crl = f"https://{host}:{settings.port}/{CRL}"
+        server = authority.make_server(hosts, ca_key, ca_certificate, crl)
         for name, data in (
             ("ca.key", ca.key), ("ca.crt", ca.certificate), ("server.key", server.key),
             ("server.crt", server.certificate),
+            (CRL, authority.make_crl(ca_key, ca_certificate)),
         ):
             write_durably(folder / name, data)
         for name in ("roster", "flwr", "runs", "nginx"):
@@ -114,13 +118,18 @@ class Place:
     def write_files(self, temporary: Path | None = None) -> None:
         """nginx.conf and Flower's own configuration, from server.toml. temporary: where nginx keeps
         what is too large for its memory, by default in the folder."""
+        mode = 0o600 if temporary is None else 0o644  # there nginx is another user
+        temporary = temporary or self.folder.resolve() / "nginx"
+        if (self.folder / CRL).exists():
+            write_durably(temporary / CRL, (self.folder / CRL).read_bytes())
+            (temporary / CRL).chmod(mode)
         template = (resources.files("silotune.server") / "nginx.conf.j2").read_text()
         text = Environment(
             undefined=StrictUndefined, keep_trailing_newline=True,
             autoescape=False,  # noqa: S701
         ).from_string(template).render(
             folder=self.folder.resolve(), largest=MAX_WIRE + (1 << 20), link=self.link,
-            link_name=self._link_name, temporary=temporary or self.folder.resolve() / "nginx",
+            link_name=self._link_name, temporary=temporary,
             **self.settings.model_dump(),
         )
         write_durably(self.folder / "nginx.conf", text.encode())

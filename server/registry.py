@@ -1,7 +1,8 @@
 """A run on disk. A round exists when its folder has its final name: one atomic rename commits it.
 
 runs/<run>/contract.json  events.jsonl  rounds/0001/{adapter,state}.safetensors, round.json
-           agreement.safetensors (secure aggregation)  adapter.safetensors (when it is done)
+           agreement.safetensors, survivors.json (secure aggregation)
+           adapter.safetensors (when it is done)
 
 round.json holds the SHA-256 of the round's other files. A round that is damaged is set aside, and
 the run goes on from the one before: the sites give their stored replies to what is asked again.
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ from silotune.server.masking import Agreed
 
 LOCK_SECONDS = 1.0
 ARRAYS = ("adapter.safetensors", "state.safetensors")
-AGREEMENT = "agreement.safetensors"
+AGREEMENT, SURVIVORS = "agreement.safetensors", "survivors.json"
 
 
 class Stored(NamedTuple):
@@ -166,6 +168,21 @@ class Registry:
             else:
                 found.sealed.setdefault(who[0], {})[who[1]] = data
         return found
+
+    def keep_survivors(self, number: int, agreement: str, sites: Collection[str]) -> None:
+        """Note whose masked updates a round's sum is of: the sites open it for no others."""
+        facts = {"round": number, "agreement": agreement, "survivors": sorted(sites)}
+        write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())
+
+    def survivors(self, number: int, agreement: str) -> set[str] | None:
+        """The sites noted for this round under this agreement; None if there is no such note."""
+        try:
+            facts = json.loads((self.folder / SURVIVORS).read_text(encoding="utf-8"))
+            if (facts["round"], facts["agreement"]) == (number, agreement):
+                return set(facts["survivors"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
 
     def release(self, adapter: Arrays) -> Path:
         """Write the run's final adapter."""

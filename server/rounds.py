@@ -131,6 +131,8 @@ class Run:
             yield from self._train(sites)  # under new keys; nobody was charged under the old ones
         mean = None
         if self._masked is not None and len(self._open) >= self.contract.quorum:
+            assert self.masking is not None
+            self.registry.keep_survivors(self.number, self.masking.transcript, self._open)
             mean = yield from self._or_stop(self._masked.open())
         return self.finish(mean)
 
@@ -142,7 +144,10 @@ class Run:
                 self.registry.keep_agreement(self.masking.agreed())
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
             self._digests = {}  # of the agreement before
-            asked = [site for site in sites if site in self.masking.members]
+            # A server before this one may have told the sites whose sum it wants.
+            told = self.registry.survivors(self.number, self.masking.transcript)
+            asked = [site for site in sites if site in self.masking.members
+                     and (told is None or site in told)]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
                 self.contract, self.masking.agreement, self.number, self.iterate.trained_shapes,

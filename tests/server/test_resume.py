@@ -189,6 +189,21 @@ def test_a_round_that_cannot_be_opened_any_more_can_be_left_out(
     assert charged == {1, 2, 3}
 
 
+def test_a_site_that_comes_back_is_in_no_sum_that_was_asked_for_without_it(
+    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    """The sites endorse one set of survivors a round: another one would lay the difference open."""
+    federation = Federation(table_contract, tmp_path, write_rows)
+    run = server(federation)
+    handles = gone_from(federation.handles(), "west", "train")
+    assert not play(run, handles, 3)  # the others have endorsed the three
+    run = server(federation, resume=True)
+    assert play(run, federation.handles())
+    assert [f["sites"] for f in run.registry.rounds()] == [
+        sorted(set(SITES) - {"west"}), sorted(SITES), sorted(SITES)
+    ]
+
+
 def test_a_damaged_agreement_is_made_anew(
     table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

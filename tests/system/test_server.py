@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from cryptography import x509
 
 BIN = Path(sys.executable).parent
 SITES = ("north", "south", "east")
@@ -136,6 +137,10 @@ def _the_closed_paths_are_closed(operator: Operator) -> None:
     control = ("start-run", "list-runs", "register-node", "stream-logs", "stop-run")
     with httpx.Client(verify=trusted) as client:
         assert client.get(f"{base}/health").text == "ok\n"
+        revoked = x509.load_der_x509_crl(client.get(f"{base}/ca.crl").content)
+        ca = x509.load_pem_x509_certificate(operator.ca.read_bytes())
+        assert revoked.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
+        assert list(revoked) == []
         for path in (
             *(f"/v1/control/{name}" for name in control), "/v1/runtime/get-run", "/v1/runtime",
             "/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet", "/v1/fleet/",
