@@ -121,6 +121,7 @@ class Service:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
 
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -338,8 +339,10 @@ class Deployment:
                 process.wait(timeout=max(end - time.monotonic(), 1))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.communicate()
                 raise TimeoutError(f"{name} did not end: {why}") from None
             if process.returncode == 0:
+                process.communicate()
                 return why
             if time.monotonic() > end:
                 raise TimeoutError(f"{name} did not end: {why}")

@@ -306,7 +306,7 @@ ANSWERS = {  # in the order in which they are asked
     "other bytes": "200 refusal E202",
 }
 ENVIRONMENT = {"PATH", "HOME", "USER", "LANG", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED",
-               "FLWR_DISABLE_UPDATE_CHECK"}
+               "FLWR_DISABLE_UPDATE_CHECK", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"}
 FLWR_SETS = "BROWSER_USE_SETUP_LOGGING"  # in its own processes
 
 
