@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [
     commands for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-    if not language and (commands := [line for line in block.splitlines() if line.startswith("silotune ")])
+    if not language and (
+        commands := [line for line in block.splitlines() if line.startswith("silotune ")]
+    )
 ]
 
 
