@@ -7,6 +7,7 @@ process, with its token: starting, taken (it carries out the run), refused (it c
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ Event = dict[str, Any]
 def append(folder: Path, what: str, **facts: Any) -> None:
     line = json.dumps({"at": round(time.time(), 3), "event": what, **facts}, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-        line = "\n" + line  # a crash or a full disk left half a line
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with (folder / FILE).open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line  # a crash or a full disk left half a line
+        file.write(f"{line}\n".encode())
 
 
 class Events:
