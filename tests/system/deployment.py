@@ -224,7 +224,7 @@ class Deployment:
         self.env = os.environ | {
             "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
         }
         self.silotune("server", "init", "--host", host, "--port", str(self.port), "--link-port",
                       str(self.link), "--folder", self.server)

@@ -38,7 +38,8 @@ from tests.system.faulty_worker import POINTS, STAGES
 
 KILLED = ("worker", "relay", "SuperNode", "ServerApp", "SuperLink")
 ON_THE_SERVER = ("committing", "committed")
-DEADLINE = 25.0
+DEADLINE = 15.0
+FUZZED = 7_000  # inputs of each kind: contracts, policies and messages are more than 20,000
 
 
 class Fault(NamedTuple):
@@ -433,7 +434,7 @@ def corrupt(d: Deployment) -> str:
 
 
 def two_servers(d: Deployment) -> str:
-    d.use()
+    d.use(deadline_seconds=60.0)  # so long that the second has been refused before it passes
     first(d).stop_at("asked", 1)
     name, run = d.begin()
     wait_for(first(d).stopped, "round 1", 60)
@@ -662,10 +663,11 @@ def fuzzed(folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
          "tests/common/test_fuzz.py"],
-        env=os.environ | {"SILOTUNE_FUZZ": "20000"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"SILOTUNE_FUZZ": str(FUZZED)}, capture_output=True, text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
-    return f"20,000 inputs of each kind: {done.stdout.strip().splitlines()[-1]}"
+    return f"{FUZZED:,} inputs of each kind: {done.stdout.strip().splitlines()[-1]}"
 
 
 def faults() -> list[Fault]:
