@@ -13,7 +13,7 @@ its own norm (Casacuberta, Shoemate, Vadhan and Wagaman 2022, arXiv 2207.10635).
 gradient is rounded to whole units of 2^-23 of the clip norm, which is made smaller by what rounding
 can add, and whole numbers add up exactly in float64 (up to 2^28 units). Before that, a unit's own
 gradient must not depend by as much as a rounding on which others are there: blocks of fixed shape
-(common/classifier.py), products over aligned rows (common/rows.py), an entity's rows added one by
+(common/network.py), products over aligned rows (common/rows.py), an entity's rows added one by
 one; client/selftest.py refuses a machine on which it does. The gaps between the
 numbers a float can hold tell neighbouring noised sums apart (Mironov 2012,
 doi:10.1145/2382196.2382264): client/noise.py makes them far smaller than what the result shows, as
@@ -138,7 +138,7 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 def private_gradient(
-    linears: Iterable[nn.Linear],
+    modules: Iterable[nn.Module],
     optimizer: CryptoNoiseOptimizer,
     groups: Iterable[Group],
     losses: Losses,
@@ -147,20 +147,20 @@ def private_gradient(
 ) -> None:
     """Leave the noised, divided sum of clipped per-unit gradients in each parameter's `.grad`.
 
-    linears: the modules that hold exactly the optimizer's parameters.
+    modules: those that hold exactly the optimizer's parameters.
     groups: together one Poisson sample (client/units.py); may be none.
     losses: row numbers [n] -> [n] losses, each a function of its own record only; called once a
     part, in order.
     gradients: see common/performance.py. Raises ValueError if the modules' parameters are not the
     optimizer's, or for ghost clipping of entities.
     """
-    linears = list(linears)
-    held = {p for linear in linears for p in linear.parameters()}
+    modules = list(modules)
+    held = {p for module in modules for p in module.parameters(recurse=False)}
     if held != set(optimizer.params):
         raise ValueError("the modules must hold exactly the parameters that are trained")
     optimizer.begin()
     try:
-        _accumulate(linears, optimizer, groups, losses, gradients)
+        _accumulate(modules, optimizer, groups, losses, gradients)
         optimizer.add_noise()
     finally:  # a sum without noise must not outlive the step
         for p in held:
@@ -168,17 +168,17 @@ def private_gradient(
 
 
 def _accumulate(
-    linears: list[nn.Linear], optimizer: CryptoNoiseOptimizer, groups: Iterable[Group],
+    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, groups: Iterable[Group],
     losses: Losses, gradients: str,
 ) -> None:
     for units, parts in groups:
         if gradients == "ghost":
             for part in parts:
-                _add_ghost(linears, optimizer, part, losses)
+                _add_ghost(modules, optimizer, part, losses)
             continue
         of_units: dict[Tensor, Tensor] = {}
         for rows, n, owners, weights in parts:
-            found = PER_EXAMPLE[gradients](linears, rows, losses)
+            found = PER_EXAMPLE[gradients](modules, rows, losses)
             for p, gradient in found.items():
                 own = gradient[:n].float()
                 if owners is None or weights is None:
@@ -194,12 +194,12 @@ def _accumulate(
 
 
 def _add_ghost(
-    linears: list[nn.Linear], optimizer: CryptoNoiseOptimizer, part: Part, losses: Losses
+    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, part: Part, losses: Losses
 ) -> None:
     if part.owners is not None:
         raise ValueError("ghost clipping has no gradient of an entity")
     norms, sums = ghost_sum(
-        linears, part.rows, part.n, losses, optimizer.max_grad_norm * (1 - GHOST_SLACK)
+        modules, part.rows, part.n, losses, optimizer.max_grad_norm * (1 - GHOST_SLACK)
     )
     for p, total in sums.items():
         p.summed_grad += (total.double() / optimizer.unit).round_()  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """How per-example gradients come about: three ways that give the same (common/performance.py).
 
-expanded: each trained Linear multiplies every example by its own view of its weight, and one
+expanded: each trained module computes every example with its own view of its parameters, and one
 backward pass gives the gradient with respect to the views. It works with checkpointing, bfloat16
 and torch.compile, and makes no second pass.
 hooks: Opacus' hooks (GradSampleHooks), one Linear at a time.
@@ -28,14 +28,16 @@ Losses = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tensor]]:
+def expanded(modules: Iterable[nn.Module], n: int) -> Iterator[dict[Tensor, Tensor]]:
     """Within, each Linear has `.expanded`: (stride-0) views [n, ...] of its weight and bias, by
-    which it multiplies every one of n examples.
+    which it multiplies every one of n examples; a Part (common/adapters.py) has them by name.
 
     Yields parameter -> view, the leaves to differentiate. Inputs are [n, in] or [n, T, in].
     """
     views: dict[Tensor, Tensor] = {}
-    linears = list(linears)
+    modules = list(modules)
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    parts = [module for module in modules if not isinstance(module, nn.Linear)]
     before = [linear.__dict__.get("forward") for linear in linears]
 
     def view(parameter: Tensor) -> Tensor:
@@ -47,8 +49,13 @@ def expanded(linears: Iterable[nn.Linear], n: int) -> Iterator[dict[Tensor, Tens
             bias = None if linear.bias is None else view(linear.bias)
             linear.__dict__["expanded"] = view(linear.weight), bias
             linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
+        for part in parts:
+            own = part.named_parameters(recurse=False)
+            part.__dict__["expanded"] = {name: view(parameter) for name, parameter in own}
         yield views
     finally:
+        for part in parts:
+            part.__dict__.pop("expanded", None)
         for linear, forward in zip(linears, before, strict=True):
             linear.__dict__.pop("forward", None)
             linear.__dict__.pop("expanded", None)
@@ -66,19 +73,19 @@ def _forward(linear: Any, x: Tensor) -> Tensor:
 
 
 def by_expanding(
-    linears: Iterable[nn.Linear], index: Tensor, losses: Losses
+    modules: Iterable[nn.Module], index: Tensor, losses: Losses
 ) -> Mapping[Tensor, Tensor]:
     """parameter -> [n, *shape], row i the gradient of the loss of record index[i] alone."""
-    with expanded(linears, len(index)) as views:
+    with expanded(modules, len(index)) as views:
         gradients = torch.autograd.grad(losses(index).sum(), list(views.values()))
     return dict(zip(views, gradients, strict=True))
 
 
 def by_hooks(
-    linears: Iterable[nn.Linear], index: Tensor, losses: Losses
+    modules: Iterable[nn.Module], index: Tensor, losses: Losses
 ) -> Mapping[Tensor, Tensor]:
     """The same, by Opacus."""
-    with _hooked(GradSampleHooks, linears) as (parameters, _):
+    with _hooked(GradSampleHooks, modules) as (parameters, _):
         losses(index).sum().backward()  # type: ignore[no-untyped-call]
         return {p: p.grad_sample for p in parameters}  # type: ignore[attr-defined]
 
@@ -87,7 +94,7 @@ PER_EXAMPLE = {"expanded": by_expanding, "hooks": by_hooks}
 
 
 def ghost_sum(
-    linears: Iterable[nn.Linear], index: Tensor, n: int, losses: Losses, clip_norm: float
+    modules: Iterable[nn.Module], index: Tensor, n: int, losses: Losses, clip_norm: float
 ) -> tuple[Tensor, Mapping[Tensor, Tensor]]:
     """Norms [n], and parameter -> sum of the first n examples' clipped gradients. The rows after
     the first n must repeat one of them.
@@ -96,8 +103,8 @@ def ghost_sum(
     the terms that cancel in it they can be far off, and with them what is clipped. No test bounds
     that for weights of a server's choosing, which is why a site's owner must allow it.
     """
-    linears = list(linears)
-    with _hooked(GradSampleHooksFastGradientClipping, linears) as (parameters, watching):
+    modules = list(modules)
+    with _hooked(GradSampleHooksFastGradientClipping, modules) as (parameters, watching):
         values = losses(index)
         values.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
         found = [p._norm_sample for p in parameters]  # type: ignore[attr-defined]
@@ -116,15 +123,19 @@ def ghost_sum(
     if not len(good):
         return norms, {p: torch.zeros_like(p) for p in parameters}
     filled = torch.cat([good, good[:1].expand(len(index) - len(good))])
-    return ghost_sum(linears, filled, len(good), losses, clip_norm)
+    return ghost_sum(modules, filled, len(good), losses, clip_norm)
 
 
 @contextmanager
 def _hooked(
-    kind: Any, linears: Iterable[nn.Linear]
+    kind: Any, modules: Iterable[nn.Module]
 ) -> Iterator[tuple[list[nn.Parameter], list[Any]]]:
-    """Within, Opacus' hooks of `kind` watch each Linear; yields their parameters, and the hooks."""
-    linears = list(linears)
+    """Within, Opacus' hooks of `kind` watch each Linear; yields their parameters, and the hooks.
+    ValueError for other modules."""
+    modules = list(modules)
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if len(linears) < len(modules):
+        raise ValueError("Opacus' hooks have gradients of Linear layers alone")
     parameters = [p for linear in linears for p in linear.parameters()]
     watching: list[Any] = []
     training = [linear.training for linear in linears]

@@ -62,11 +62,17 @@ class Lineage:
 
 def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     """The lineage of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
+    basis, prints = of_rows(table, key, secret)
+    return Lineage(basis, np.unique(prints), len(table.rows))
+
+
+def of_rows(table: Table, key: Sequence[str], secret: bytes) -> tuple[str, Fingerprints]:
+    """The basis and each row's fingerprint, in the order of the rows; else as `of_table`."""
     names = [canonical(name) for name in table.header]
     wanted = set(_key_columns(table, key))
     if not wanted:
         # By name: of two columns of one name it could be this one today and that one tomorrow.
-        numbering = {name for i, name in enumerate(names) if _only_numbers(table, i)}
+        numbering = {names[i] for i in _numbering(table)}
         wanted = set(names) - numbering or set(names)
     chosen = sorted(wanted)
     # A name that stands twice takes part with each of its columns, in a fixed order.
@@ -75,10 +81,9 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
     prints = bytearray()
     for _, cells in table.rows:
-        row = [sorted(_cell(cells, i) for i in found) for found in places]
-        content = json.dumps(row, ensure_ascii=False).encode()
+        content = f"[{', '.join([_content(cells, found) for found in places])}]".encode()
         prints += hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
-    return Lineage(basis, np.unique(_array(bytes(prints))), len(table.rows))
+    return basis, _array(bytes(prints))
 
 
 def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -111,18 +116,42 @@ def _key_columns(table: Table, key: Sequence[str]) -> list[str]:
     return columns
 
 
+def _content(cells: Sequence[str], places: Sequence[int]) -> str:
+    """The JSON list of a column's values in a row."""
+    if len(places) == 1 and places[0] < len(cells):
+        return _alone(cells[places[0]])
+    return json.dumps(sorted(_cell(cells, i) for i in places), ensure_ascii=False)
+
+
+@lru_cache(maxsize=1 << 16)
+def _alone(cell: str) -> str:
+    return json.dumps([_value(cell)], ensure_ascii=False)
+
+
 def _cell(cells: Sequence[str], place: int) -> str:
     """A row with too few cells is refused when it is read by the contract's schema."""
     return _value(cells[place]) if place < len(cells) else ""
 
 
-def _only_numbers(table: Table, column: int) -> bool:
-    """Whether a column gives each row a whole number of its own."""
-    values = [_cell(cells, column) for _, cells in table.rows]
-    return len(set(values)) == len(values) > 1 and all(map(_is_whole, values))
+def _numbering(table: Table) -> set[int]:
+    """The columns that give each row a whole number of its own."""
+    if len(table.rows) < 2:
+        return set()
+    found: dict[int, set[str]] = {column: set() for column in range(len(table.header))}
+    for _, cells in table.rows:
+        for column, values in list(found.items()):
+            value = _cell(cells, column)
+            if value in values or not _is_whole(value):
+                del found[column]
+            values.add(value)
+        if not found:
+            break
+    return set(found)
 
 
 def _is_whole(value: str) -> bool:
+    if value.isascii() and value.isdigit():
+        return True
     try:
         number = Decimal(value)
     except ArithmeticError:
@@ -143,6 +172,8 @@ def _array(data: bytes) -> Fingerprints:
 
 def canonical(name: str) -> str:
     """A column's name without its ways of writing."""
+    if name.isascii():  # nothing below has more to do then
+        return " ".join(name.lower().split())
     text = "".join(c for c in name if unicodedata.category(c) != "Cf")  # unseen: a zero-width space
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

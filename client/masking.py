@@ -108,7 +108,7 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
         clip = contract.privacy.largest_clip_norm
         divisor = contract.privacy.expected_records * mechanism.sampling_rate
         noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share) * clip / divisor
-        rates = [phase.head_rate, phase.adapter_rate or phase.head_rate]
+        rates = [rate for rate in (phase.head_rate, phase.adapter_rate) if rate is not None]
         if phase.adam is None:
             least = min(rates) * noise
             largest = max(rates) * (mechanism.steps * clip + SPREADS * mechanism.steps**0.5 * noise)

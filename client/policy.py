@@ -11,31 +11,92 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from silotune.client import keys, lineage
 from silotune.client.budget import Limit
 from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
-from silotune.common import fields
-from silotune.common.contract import Contract, EncoderModel
+from silotune.common import fields, records
+from silotune.common import query as queries
+from silotune.common.architecture import OneHotModel
+from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
 from silotune.common.performance import Performance
 from silotune.common.plan import Metric, Target, Unit
+from silotune.common.records import Table
 from silotune.common.signing import verifies
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)  # of codecs there are others, which are no text
+    except LookupError:
+        raise ValueError(f"{name!r} is no encoding; such are utf-8, latin-1, cp1252") from None
+    return name
+
+
 class Data(Frozen):
-    """The records. key: the columns that identify one, or the entity whose records they are;
-    repeated: rows that are the same record.
+    """The records: a file (common/sources.py), or what a query of a database gives
+    (common/query.py).
+
+    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV and JSON Lines.
+    key: the columns that identify a record, or the entity whose records they are; repeated: rows
+    that are the same record.
     """
 
-    file: Path
+    file: Path | None = None
+    url: str | None = None
+    query: str | None = None
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     key: tuple[str, ...] = ()
     repeated: Literal["refuse", "keep"] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.url is None and self.query is None):
+            raise ValueError("[data] needs either a file, or a url and a query")
+        if (self.url is None) != (self.query is None):
+            raise ValueError("[data] url and query belong together: one of them is missing")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What the records come from, in a word."""
+        return self.file.name if self.file else queries.SOURCE
+
+    def table(self) -> Table:
+        """All rows, read now. DataError if they cannot be."""
+        if self.file:
+            return records.table(self.file, self.encoding)
+        assert self.url is not None
+        assert self.query is not None
+        return Table(queries.SOURCE, *queries.read(self.url, self.query))
+
+    def within(self, folder: Path) -> Self:
+        """With its path, also that of an SQLite file, made absolute."""
+        if self.file:
+            return self.model_copy(update={"file": folder / self.file})
+        start, path = "sqlite:///", (self.url or "").removeprefix("sqlite:///")
+        if path == self.url or path.startswith("$"):
+            return self
+        return self.model_copy(update={"url": f"{start}{folder / path}"})
+
+
+class Prepare(Frozen):
+    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces.
+
+    duplicates: rows that are equal in every column but those that number them. missing_target: rows
+    whose label is empty. outside: cells that the contract's public schema does not know.
+    """
+
+    trim: Flag = True
+    duplicates: Literal["report", "drop"] = "report"
+    missing_target: Literal["refuse", "drop"] = "refuse"
+    outside: Literal["refuse", "missing"] = "refuse"
 
 
 class Model(Frozen):
@@ -101,6 +162,7 @@ class Policy(Frozen):
 
     name: Name
     data: Data
+    prepare: Prepare = Prepare()
     model: Model = Model()
     budgets: Budgets
     run: Run = Run()
@@ -134,12 +196,12 @@ class Policy(Frozen):
             count, what = len(found.fingerprints), f"entities ({', '.join(self.data.key)})"
         if count < self.permits.min_records:
             raise DataError(
-                f"{self.data.file.name} has fewer {what} than permits.min_records = "
+                f"{self.data.source} has fewer {what} than permits.min_records = "
                 f"{self.permits.min_records}.", code="E304",
             )
         if unit == "record" and found.repeated and self.data.repeated == "refuse":
             raise DataError(
-                f"Rows of {self.data.file.name} are the same record more than once; the privacy "
+                f"Rows of {self.data.source} are the same record more than once; the privacy "
                 "unit is one record. Name the columns that tell records apart in data.key, remove "
                 "the copies, or set data.repeated = \"keep\" if equal rows are different people.",
                 code="E307", local=f"{found.repeated} rows repeat another one.",
@@ -186,7 +248,7 @@ class Policy(Frozen):
              "performance.gradients = \"ghost\" has no gradient of an entity"),
             (contract.task.kind not in permits.tasks,
              f"task '{contract.task.kind}' is not in permits.tasks"),
-            (isinstance(contract.model, EncoderModel) and bool(permits.models)
+            (not isinstance(contract.model, OneHotModel) and bool(permits.models)
              and contract.model.sha256 not in permits.models,
              "its model's SHA-256 is not in permits.models"),
             (secure is None and permits.masked_only,
@@ -220,7 +282,7 @@ def parse(text: str, path: Path) -> Policy:
     """site.toml's text, as if it stood at `path`; ContractError lists every problem."""
     policy = fields.parse(text, path.name, Policy)
     base = path.resolve().parent
-    data = policy.data.model_copy(update={"file": base / policy.data.file})
+    data = policy.data.within(base)
     model, server = policy.model, policy.server
     cache = base / (policy.performance.cache_folder or "state")
     performance = policy.performance.model_copy(update={"cache_folder": cache})
@@ -319,7 +381,8 @@ def permitting(
         budgets=Budgets(**{p.unit: budget}),
         performance=performance or Performance(),
         permits=Permits(
-            contracts=(contract.hash,), max_clip_norm=p.largest_clip_norm, min_records=1,
+            contracts=(contract.hash,), tasks=(contract.task.kind,),
+            max_clip_norm=p.largest_clip_norm, min_records=1,
             min_sites=1, metrics=contract.metrics, min_quorum=1,
             allow_without_dp=p.mode == "none", allow_inexact_clipping=True,
         ),

@@ -21,11 +21,12 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.client.masking import check_bound
-from silotune.client.policy import Policy
+from silotune.client.policy import Data, Policy
 from silotune.client.site import Site
 from silotune.common import contract as contracts
-from silotune.common import records
-from silotune.common.contract import Contract, EncoderModel
+from silotune.common import query, records
+from silotune.common.architecture import OneHotModel
+from silotune.common.contract import Contract
 from silotune.common.errors import DataError, RefusalError, SilotuneError
 from silotune.common.plan import Unit
 
@@ -86,7 +87,7 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
         table.rows += _permission(policy, contract)
         table.rows.append(_roster(policy, contract, keys))
         table.rows.append(_masks(policy, contract))
-        if isinstance(contract.model, EncoderModel):
+        if not isinstance(contract.model, OneHotModel):
             table.attempt("model", "silotune data fetch, or set model.folder",
                           lambda: _model(policy, contract))
     if policy:
@@ -110,9 +111,12 @@ def _check_server(table: _Table, policy: Policy) -> None:
 def _check_records(
     table: _Table, policy: Policy, contract: Contract | None, ledger: Ledger | None
 ) -> None:
-    file = policy.data.file
-    table.attempt("data access", f"chown and chmod 600 {file}", lambda: _access(file))
-    found = table.attempt("data", "data.file in site.toml", lambda: _data(file))
+    data = policy.data
+    if file := data.file:
+        table.attempt("data access", f"chown and chmod 600 {file}", lambda: _access(file))
+    else:
+        table.rows += _query(data)
+    found = table.attempt("data", "[data] in site.toml", lambda: _data(data))
     if found is None:
         return
     if contract:
@@ -198,9 +202,9 @@ def _masks(policy: Policy, contract: Contract) -> Check:
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
-    from silotune.common.encoder import check_weights
+    from silotune.common.backbone import check_weights
 
-    assert isinstance(contract.model, EncoderModel)
+    assert not isinstance(contract.model, OneHotModel)
     if policy.model.folder is None:
         raise DataError(f"The contract needs the model '{contract.model.name}'; model.folder is "
                         "not set.", code="E305")
@@ -209,7 +213,7 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
 
 
 def _device(policy: Policy) -> tuple[None, str]:
-    from silotune.common.classifier import device_of
+    from silotune.common.network import device_of
 
     return None, str(device_of(policy.performance))
 
@@ -227,9 +231,22 @@ def _access(file: Path) -> tuple[None, str]:
     return None, f"mode {mode:o}: this user alone"
 
 
-def _data(file: Path) -> tuple[records.Table, str]:
-    found = records.table(file)
-    return found, f"{file.name}, {len(found.rows):,} rows"
+def _query(data: Data) -> list[Check]:
+    """What may be better about how a database is asked; that it answers is another row."""
+    found = []
+    if query.shows_password(data.url or ""):
+        found.append(Check("data access", "warning", "a password stands in site.toml",
+                           "data.url = \"…://user:${PASSWORD}@…\", set for the worker alone"))
+    if not query.ordered(data.query or ""):
+        found.append(Check("row numbers", "warning", "the query has no ORDER BY: the numbers of "
+                           "rows in messages may change from one reading to the next",
+                           "ORDER BY in data.query"))
+    return found
+
+
+def _data(data: Data) -> tuple[records.Table, str]:
+    found = data.table()
+    return found, f"{found.source}, {len(found.rows):,} rows"
 
 
 def _columns(found: records.Table, contract: Contract) -> tuple[None, str]:

@@ -26,19 +26,19 @@ from silotune.client.noise import NoiseSource
 from silotune.client.units import Units, of_records
 from silotune.common import schema
 from silotune.common.adapter import trained_names
-from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
-from silotune.common.inputs import TableInput
+from silotune.common.inputs import PairInput, TableInput
+from silotune.common.network import Network
 from silotune.common.records import Inputs
-from silotune.common.tasks import classification
+from silotune.common.task import Classification, Language, MultiLabel, Target, Tokens
 
 ROWS = 18  # more than a block at the default micro_batch
 TINY = 1e-12
 TOLERANCE = 1e-3  # of the clip norm
-# bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.014 was seen);
-# ghost clips a little lower.
-LOOSE = 0.05
+# bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.08 was seen, over
+# the whole sum of 18 records); ghost clips a little lower.
+LOOSE = 0.2
 
 
 class _Silent(NoiseSource):
@@ -47,10 +47,10 @@ class _Silent(NoiseSource):
 
 
 # What has passed in this process: simulations build many workers on one model.
-_passed: WeakKeyDictionary[Classifier, set[str]] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[Network, set[str]] = WeakKeyDictionary()
 
 
-def check(contract: Contract, model: Classifier) -> None:
+def check(contract: Contract, model: Network) -> None:
     """RefusalError E208 unless the private step is right for every phase of the contract."""
     passed = _passed.setdefault(model, set())
     if contract.hash not in passed:
@@ -100,13 +100,11 @@ def _broken(what: str, why: str) -> RefusalError:
 class _MadeUp:
     """Rows of different lengths and their units, on the model to be trained."""
 
-    def __init__(self, contract: Contract, model: Classifier) -> None:
+    def __init__(self, contract: Contract, model: Network) -> None:
         self.contract, self.model = contract, model
-        self.encoded = model.encode(_rows(contract))
-        entity, n = contract.privacy.entity, len(contract.label_names)
-        # Rows next to each other, which may be one entity, pull the same way: else their mean
-        # would be small, and whether it is clipped as one would not show.
-        self.labels = torch.arange(ROWS) // 2 % n
+        inputs, targets = _rows(contract)
+        self.encoded, self.labels = model.encode(inputs), model.objective.tensor(targets)
+        entity = contract.privacy.entity
         self.units = of_records(ROWS)
         if entity:
             starts = torch.tensor([0, 1, *range(2, ROWS + 1, 2)])
@@ -126,9 +124,9 @@ class _MadeUp:
         factors = torch.ones(ROWS)  # of the records' losses
 
         def losses(index: Tensor) -> Tensor:
-            logits = model(self.encoded, index, adapter=trains == "head+adapter")
-            labels, scale = self.labels[index].to(logits.device), factors[index].to(logits.device)
-            return classification.per_example_loss(logits, labels) * scale
+            outputs = model(self.encoded, index, adapter=trains != "head")
+            targets = model.targets(self.encoded, self.labels, index).to(outputs.device)
+            return model.objective.losses(outputs, targets) * factors[index].to(outputs.device)
 
         alone = [
             torch.cat([
@@ -150,9 +148,9 @@ class _MadeUp:
                 torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
                 noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
             )
-            blocks = partial(model.micro_batches, self.encoded, adapter=trains == "head+adapter")
+            blocks = partial(model.micro_batches, self.encoded, adapter=trains != "head")
             private_gradient(
-                model.trained_linears(trains), optimizer, self.units.groups(order, blocks),
+                model.trained_modules(trains), optimizer, self.units.groups(order, blocks),
                 losses, gradients=engine,
             )
             return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
@@ -177,9 +175,9 @@ class _MadeUp:
     def _check_places(self, trains: str, losses: Losses) -> None:
         """A record's gradient is the same to the bit wherever in a block it and others lie."""
         gradients = PER_EXAMPLE[self.model.performance.gradients]
-        linears = self.model.trained_linears(trains)
+        linears = self.model.trained_modules(trains)
         blocks = self.model.micro_batches(
-            self.encoded, torch.arange(ROWS), adapter=trains == "head+adapter"
+            self.encoded, torch.arange(ROWS), adapter=trains != "head"
         )
         rows = next(iter(blocks)).rows
         if trains == "head":  # where more of them cost nothing
@@ -196,8 +194,30 @@ class _MadeUp:
             yield self.units.members[begin:end].tolist()
 
 
-def _rows(contract: Contract) -> Inputs:
-    """Made-up rows of different lengths; nothing in them is anybody's."""
+def _rows(contract: Contract) -> tuple[Inputs, list[Target]]:
+    """Made-up rows of different lengths and their targets; nothing in them is anybody's.
+
+    Rows next to each other, which may be one entity, pull the same way: else their mean would be
+    small, and whether it is clipped as one would not show.
+    """
+    task, numbers = contract.task, [row // 2 for row in range(ROWS)]
+    targets: list[Target] = [number % 2 for number in numbers]
+    if isinstance(task, Classification):
+        targets = [number % len(task.labels) for number in numbers]
     if isinstance(contract.input, TableInput):
-        return schema.synthetic(contract.input, ROWS, seed=0)
-    return [" ".join(["a public sentence"] * (row % 7 + 1)) for row in range(ROWS)]
+        inputs: Inputs = schema.synthetic(contract.input, ROWS, seed=0)
+    else:
+        inputs = [" ".join(["a public sentence"] * (row % 7 + 1)) for row in range(ROWS)]
+        if isinstance(task, Tokens):
+            targets = [
+                [(number + word) % task.outputs for word in range(len(text.split()))]
+                for number, text in zip(numbers, inputs, strict=True)
+            ]
+        if isinstance(task, Language):
+            targets = [f"the answer is {number}" for number in numbers]
+            inputs = list(zip(inputs, targets, strict=True))
+        elif isinstance(contract.input, PairInput):
+            inputs = [(text, f"another one, {row % 5}") for row, text in enumerate(inputs)]
+    if isinstance(task, MultiLabel):
+        targets = [[(number + label) % 2 for label in range(task.outputs)] for number in numbers]
+    return inputs, targets

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from silotune.client.accounting import Mechanism
 from silotune.client.dataset import Dataset
@@ -32,25 +32,27 @@ from silotune.client.noise import NoiseSource
 from silotune.client.optimizer import NoiseCorrectedAdam
 from silotune.client.units import Group, Part
 from silotune.common.adapter import trained_names
-from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
+from silotune.common.network import Network
 from silotune.common.plan import Metric, Phase
-from silotune.common.tasks import classification
+from silotune.common.tasks.objective import Objective
 
 
 def train_round(
     contract: Contract,
     phase: Phase,
     mechanism: Mechanism,
-    model: Classifier,
+    model: Network,
     data: Dataset,
     adapter: Arrays,
     source: NoiseSource,
     clip_norm: float,
+    place: int = 1,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the phase's trained tensors after `mechanism.steps` private steps, and the
-    contract's released metrics (means over the steps of sum / expected batch).
+    contract's released metrics (means over the steps of sum / expected batch). place: the round's,
+    1-based, in its phase.
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
@@ -61,23 +63,26 @@ def train_round(
     values each one can be told (tests/client/test_lattice.py).
     """
     names = trained_names(adapter, phase.trains)
-    with_adapter = phase.trains == "head+adapter"
+    with_adapter = phase.adapts
     divisor = contract.privacy.expected_records * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
-    measured = _Measured(contract, mechanism, divisor, source)
+    measured = _Measured(contract, mechanism, model.objective, divisor, source)
+
+    kept: Tensor | None = None  # of the head's inputs, where the phase has dropout
 
     def losses(index: Tensor) -> Tensor:
-        logits = model(data.encoded, index, adapter=with_adapter)
-        labels = data.labels[index].to(logits.device)
-        measured.see(index, logits, labels)
-        return classification.per_example_loss(logits, labels)
+        outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
+        targets = model.targets(data.encoded, data.labels, index).to(outputs.device)
+        measured.see(index, outputs, targets)
+        return model.objective.losses(outputs, targets)
 
     with model.lock:
         model.load(adapter)
         tensors = {name: model.named_tensors()[name] for name in names}
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        rates = [{"params": [moved[name]], "lr": _rate(phase, name)} for name in names]
+        factor = phase.rate_factor(place)
+        rates = [{"params": [moved[name]], "lr": factor * _rate(phase, name)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         inner: torch.optim.Optimizer
         if phase.adam:
@@ -92,7 +97,8 @@ def train_round(
                 torch.optim.SGD(tensors.values()), source=source,
                 noise_multiplier=gradient_noise, clip_norm=clip_norm, divisor=divisor,
             )
-        for _ in range(mechanism.steps):
+        for step in range(mechanism.steps):
+            kept = _kept(phase, model, (place, step))
             drawn = torch.from_numpy(
                 source.poisson_sample(len(data.units), mechanism.sampling_rate)
             )
@@ -102,7 +108,7 @@ def train_round(
             ))
             if optimizer is not None:
                 private_gradient(
-                    model.trained_linears(phase.trains), optimizer, groups, losses,
+                    model.trained_modules(phase.trains), optimizer, groups, losses,
                     gradients=model.performance.gradients,
                 )
             else:
@@ -122,8 +128,10 @@ class _Measured:
     """The contract's released metrics, step by step, from the logits of the training itself."""
 
     def __init__(
-        self, contract: Contract, mechanism: Mechanism, divisor: float, source: NoiseSource
+        self, contract: Contract, mechanism: Mechanism, objective: Objective, divisor: float,
+        source: NoiseSource,
     ) -> None:
+        self.values = {"loss": objective.losses, "accuracy": objective.right}
         self.contract, self.mechanism, self.source = contract, mechanism, source
         self.scale = 1 / (divisor * mechanism.steps)
         self.means: dict[Metric, float] = {
@@ -138,7 +146,7 @@ class _Measured:
     def step(self, groups: Sequence[Group], optimizer: CryptoNoiseOptimizer | None) -> None:
         """Add a step's noised sums; forget what was seen."""
         for released in self.contract.releases:
-            value = classification.VALUES[released.metric]
+            value = self.values[released.metric]
 
             def of_rows(part: Part, value: Any = value) -> Tensor:
                 found: Tensor = value(*self._seen[id(part.rows)])
@@ -193,7 +201,16 @@ def noisy_total(
 
 
 def _rate(phase: Phase, name: str) -> float:
-    if name.startswith("head."):
-        return phase.head_rate
-    assert phase.adapter_rate is not None
-    return phase.adapter_rate
+    rate = phase.head_rate if name.startswith("head.") else phase.adapter_rate
+    assert rate is not None
+    return rate
+
+
+def _kept(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
+    """What the head's inputs are multiplied by in a step: dropout with one mask for all records,
+    drawn from the public round and step."""
+    if not phase.dropout:
+        return None
+    size = next(m.in_features for m in model.head.modules() if isinstance(m, nn.Linear))
+    kept = np.random.default_rng(seed).random(size) >= phase.dropout
+    return torch.from_numpy(kept / (1 - phase.dropout)).float().to(model.device)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from silotune.client import lineage
-from silotune.common.classifier import Block
 from silotune.common.errors import DataError
+from silotune.common.network import Block
 from silotune.common.plan import Entity
-from silotune.common.records import SHOWN_ROWS, Table
+from silotune.common.records import Table
+from silotune.common.sources import SHOWN_ROWS, rows_in_words
 
 GROUP = 32  # entities whose gradients are held at once, each as large as all trained tensors
 
@@ -87,16 +88,16 @@ def of_entities(table: Table, entity: Entity) -> Units:
     rows without one would be a person that nobody is."""
     found: dict[tuple[str, ...], list[int]] = {}
     empty: list[int] = []
-    for row, key in enumerate(lineage.keys(table, entity.key)):
+    keys = lineage.keys(table, entity.key)
+    for row, ((line, _), key) in enumerate(zip(table.rows, keys, strict=True)):
         if not all(key):
-            empty.append(table.rows[row][0])
+            empty.append(line)
         found.setdefault(key, []).append(row)
     if empty:
-        shown = ", ".join(str(line) for line in empty[:SHOWN_ROWS])
-        more = f" and {len(empty) - SHOWN_ROWS} more" if len(empty) > SHOWN_ROWS else ""
+        shown = rows_in_words(empty[:SHOWN_ROWS], len(empty))
         raise DataError(
-            f"{table.source}: the key of the privacy unit ({', '.join(entity.key)}) is empty: row"
-            f"{'s' if len(empty) > 1 else ''} {shown}{more}. Give these rows a key, or take them "
+            f"{table.source}: the key of the privacy unit ({', '.join(entity.key)}) is empty: "
+            f"{shown}. Give these rows a key, or take them "
             "out. ε spent: 0.", code="E302",
         )
     kept = [

@@ -26,8 +26,7 @@ from silotune.client.metrics import Answered
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
-from silotune.common import adapter, messages, records
-from silotune.common.classifier import Classifier
+from silotune.common import adapter, messages
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.messages import (
@@ -44,6 +43,7 @@ from silotune.common.messages import (
     Train,
 )
 from silotune.common.model import build
+from silotune.common.network import Network
 
 
 class Worker:
@@ -77,9 +77,9 @@ class Worker:
         self.run_order = accounting.best_order(self.plan, self.target.delta)
         self._first_order = budget.order_of(self.plan, self.limit)
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
-        table = records.table(policy.data.file)  # once: what is fingerprinted is what is trained on
+        table = policy.data.table()  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
-        self.model: Classifier = build(contract, policy.model.folder, policy.performance)
+        self.model: Network = build(contract, policy.model.folder, policy.performance)
         self.data = dataset.load(table, contract, self.model)
         policy.check_records(self.lineage, self.unit)
         if contract.privacy.mode == "dp":
@@ -159,7 +159,8 @@ class Worker:
         if known is not None:
             return known
         change, metrics = train_round(
-            self.contract, phase, mechanism, self.model, self.data, arrays, self.source, clip_norm
+            self.contract, phase, mechanism, self.model, self.data, arrays, self.source, clip_norm,
+            self.contract.place_in_phase(request.round),
         )
         reply = release.update(
             self.contract, self.policy.name, charge, change, metrics, self.shapes,

@@ -22,16 +22,16 @@ def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
 
 def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
     """Which tensors a phase changes, in sorted order: A is frozen, so B and the head."""
+    of_head, of_adapter = trains != "adapter", trains != "head"
     return sorted(
-        name
-        for name in arrays
-        if name.startswith("head.") or (trains == "head+adapter" and name.endswith(".lora_B"))
+        name for name in arrays
+        if (of_head if name.startswith("head.") else of_adapter and not name.endswith(".lora_A"))
     )
 
 
 def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:
     """Which tensors a site needs for a phase: the head alone while the adapter is still zero."""
-    return sorted(n for n in arrays if n.startswith("head.") or trains == "head+adapter")
+    return sorted(n for n in arrays if n.startswith("head.") or trains != "head")
 
 
 LARGEST = 1e6  # of any entry; weights that train are below 100

@@ -11,25 +11,23 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common import agreement, fields
+from silotune.common.architecture import Adapter, EncoderModel, LanguageModel, Model, OneHotModel
 from silotune.common.fields import (
-    Bound,
     Count,
     Delta,
     Epsilon,
-    Flag,
     Frozen,
     Name,
     Positive,
-    Rate,
     Sha256,
 )
-from silotune.common.inputs import TableInput, Task, TextInput
+from silotune.common.inputs import Input, PairInput, TableInput, TextInput, columns_of
 from silotune.common.plan import (
     Aggregation,
     Metric,
@@ -40,57 +38,9 @@ from silotune.common.plan import (
     Target,
 )
 from silotune.common.problems import MISFITS, contract_error
+from silotune.common.task import Language, Ranking, Regression, Task, Tokens
 
 MOST_UNEQUAL = 10  # weights under secure aggregation
-
-
-class Standardise(Frozen):
-    """A public linear map after pooling: centre and whiten by synthetic or listed public text.
-
-    For a table the text is `records` rows drawn uniformly from the schema's own choices; for
-    free text it is `sentences`. Neither has anything to do with a record, so it is free of charge.
-    """
-
-    seed: int = 0
-    records: Count = 400
-    shrinkage: Rate = 0.2
-    whiten: Flag = True
-    norm: Positive = 2.0
-    sentences: tuple[str, ...] = ()
-
-
-class EncoderModel(Frozen):
-    """A BERT-type encoder, mean-pooled, with a linear head."""
-
-    kind: Literal["encoder"] = "encoder"
-    name: Name
-    sha256: Sha256
-    max_tokens: Annotated[int, Field(ge=8, le=512, strict=True)]
-    normalise: Flag = True
-    standardise: Standardise | None = None
-
-
-class OneHotModel(Frozen):
-    """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline.
-
-    Each row is scaled to the L2 norm `norm`, so that the clip norm fits any number of columns.
-    """
-
-    kind: Literal["one-hot"] = "one-hot"
-    norm: Bound = 2.0
-
-
-Model = Annotated[EncoderModel | OneHotModel, Field(discriminator="kind")]
-
-
-class Lora(Frozen):
-    """LoRA on the top `layers` layers, A orthonormal and frozen (FFA-LoRA, arXiv 2403.12313)."""
-
-    rank: Count = 8
-    alpha: Positive = 32.0
-    layers: Count = 2
-    targets: tuple[str, ...] = Field(min_length=1)
-    seed: int = 0
 
 
 class Site(Frozen):
@@ -112,9 +62,9 @@ class Contract(Frozen):
     format: Literal[1]
     name: Name
     task: Task
-    input: Annotated[TableInput | TextInput, Field(discriminator="kind")]
+    input: Input
     model: Model
-    adapter: Lora | None = None
+    adapter: Adapter | None = None
     privacy: Privacy
     phases: tuple[Phase, ...] = Field(min_length=1)
     releases: tuple[Released, ...] = ()
@@ -141,26 +91,27 @@ class Contract(Frozen):
             wrong.append(("releases", "a metric stands twice"))
         if self.released_share > 0.5:
             wrong.append(("releases", "the shares add up to more than half of the budget"))
-        with_adapter = [phase.trains == "head+adapter" for phase in self.phases]
+        with_adapter = [phase.adapts for phase in self.phases]
         one_hot = isinstance(self.model, OneHotModel)
         if one_hot and self.adapter is not None:
             wrong.append(("adapter", "the one-hot model has no layers for an [adapter]"))
         elif any(with_adapter) != (self.adapter is not None):
             wrong.append(
                 ("adapter" if self.adapter else "phases",
-                 "an [adapter] and a phase that trains \"head+adapter\" go together")
+                 "an [adapter] and a phase that trains it go together")
             )
         if with_adapter != sorted(with_adapter):
             wrong.append(
                 ("phases",
                  "phases that train only the head must come first: they use the frozen features")
             )
+        wrong += self._wrong_with_task()
         if abs(sum(phase.budget for phase in self.phases) - 1) > 1e-9:
             wrong.append(("phases", "the phases' budget shares must add up to 1"))
-        if one_hot and isinstance(self.input, TextInput):
+        if one_hot and not isinstance(self.input, TableInput):
             wrong.append(("input", "the one-hot model needs input.kind = \"table\""))
         if (
-            isinstance(self.input, TextInput)
+            not isinstance(self.input, TableInput)
             and isinstance(self.model, EncoderModel)
             and self.model.standardise is not None
             and not self.model.standardise.sentences
@@ -173,6 +124,40 @@ class Contract(Frozen):
         if wrong:
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self
+
+    def _wrong_with_task(self) -> list[tuple[str, str]]:
+        """What the task does not go with."""
+        task, wrong = self.task, []
+        language = isinstance(task, Language)
+        if language != isinstance(self.model, LanguageModel):
+            wrong.append(("model", "a task of kind \"language\" and a model of kind "
+                          "\"language-model\" go together"))
+        for at, phase in enumerate(self.phases):
+            if language != (phase.trains == "adapter"):
+                wrong.append((
+                    "phases", f"phase {at + 1} trains \"{phase.trains}\": a language model's "
+                    "phases train \"adapter\", for it has no head, and no others do",
+                ))
+        if isinstance(task, Ranking) != isinstance(self.input, PairInput) and (
+            isinstance(task, Ranking) or (self.input.kind == "pair" and self.input.by == "bi")
+        ):
+            wrong.append(("input", "a task of kind \"ranking\" needs input.kind = \"pair\", and "
+                          "pairs read apart (by = \"bi\") are for ranking"))
+        if isinstance(task, Tokens | Language) and not isinstance(self.input, TextInput):
+            wrong.append(("input", f"a task of kind \"{task.kind}\" needs input.kind = \"text\""))
+        if (
+            isinstance(task, Tokens) and isinstance(self.model, EncoderModel)
+            and self.model.standardise and self.model.standardise.whiten
+        ):
+            wrong.append(("model", "model.standardise.whiten is for pooled texts, not for tokens"))
+        if isinstance(task, Regression) and any(r.metric == "accuracy" for r in self.releases):
+            wrong.append(("releases", "a regression has no accuracy to release"))
+        stop = self.aggregation.early_stop
+        known = task.metrics
+        if stop is not None and stop.metric not in known:
+            wrong.append(("aggregation", f"early_stop.metric must be one of {', '.join(known)}, "
+                          f"got \"{stop.metric}\""))
+        return wrong
 
     def _wrong_with_masks(self) -> list[tuple[str, str]]:
         secure, sites = self.secure_aggregation, len(self.sites)
@@ -203,10 +188,8 @@ class Contract(Frozen):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The input columns of the records."""
-        if isinstance(self.input, TextInput):
-            return (self.input.column,)
-        return tuple(column.name for column in self.input.columns)
+        """The columns that a record's input is made of."""
+        return columns_of(self.input)
 
     @property
     def leaves(self) -> str:
@@ -301,10 +284,6 @@ class Contract(Frozen):
     @property
     def rounds(self) -> int:
         return sum(phase.rounds for phase in self.phases)
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return tuple(label.name for label in self.task.labels)
 
     def phase_of(self, round_number: int) -> Phase:
         """The phase of a 1-based round; ValueError outside the plan."""

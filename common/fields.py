@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +35,16 @@ class Frozen(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def kind_or(default: str) -> Callable[[Any], str | None]:
+    """Which of several models a table is: its `kind`, or the one that there was before others."""
+
+    def kind(value: Any) -> str | None:
+        found = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+        return default if found is None else str(found)
+
+    return kind
 
 
 def read_text(path: Path, what: str) -> str:

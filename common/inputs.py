@@ -1,4 +1,4 @@
-"""What a contract says of the records: the task's public labels and the public input schema."""
+"""What a contract says of the records' inputs: the public schema by which they are read."""
 
 from __future__ import annotations
 
@@ -7,35 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from silotune.common.fields import Frozen, Name, Number
+from silotune.common.fields import Frozen, Number
 
 
 def _pairs(values: Any) -> Any:
     """A TOML table as ordered pairs: the order numbers the choices, so it must not be lost."""
     return tuple(values.items()) if isinstance(values, dict) else values
-
-
-class Label(Frozen):
-    """One public class: its name and the raw values in the label column that mean it."""
-
-    name: Name
-    values: tuple[str, ...] = Field(min_length=1)
-
-
-class Task(Frozen):
-    kind: Literal["classification"] = "classification"
-    label_column: str
-    labels: tuple[Label, ...] = Field(min_length=2)
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        names = [label.name for label in self.labels]
-        values = [value for label in self.labels for value in label.values]
-        for what, found in (("name", names), ("value", values)):
-            twice = sorted({x for x in found if found.count(x) > 1})
-            if twice:
-                raise ValueError(f"label {what} {twice[0]!r} stands twice")
-        return self
 
 
 class NumberColumn(Frozen):
@@ -105,7 +82,39 @@ class TableInput(Frozen):
 
 
 class TextInput(Frozen):
-    """Free text in one column."""
+    """Free text in one column: a message, a sentence's words between spaces, a question."""
 
     kind: Literal["text"] = "text"
     column: str
+
+
+class PairInput(Frozen):
+    """Two texts a record: a question and an answer, a user and an item.
+
+    by: "cross" reads them as one sequence; "bi" reads each by itself and multiplies the two feature
+    vectors entry by entry, so that the head's weights make a dot product of them, and what stands
+    on one side can be indexed once for all queries.
+    """
+
+    kind: Literal["pair"] = "pair"
+    first: str
+    second: str
+    by: Literal["cross", "bi"] = "cross"
+
+    @model_validator(mode="after")
+    def _two(self) -> Self:
+        if self.first == self.second:
+            raise ValueError(f"a pair needs two columns, {self.first!r} stands for both")
+        return self
+
+
+Input = Annotated[TableInput | TextInput | PairInput, Field(discriminator="kind")]
+
+
+def columns_of(spec: TableInput | TextInput | PairInput) -> tuple[str, ...]:
+    """The input columns of the records."""
+    if isinstance(spec, TextInput):
+        return (spec.column,)
+    if isinstance(spec, PairInput):
+        return (spec.first, spec.second)
+    return tuple(column.name for column in spec.columns)

@@ -17,7 +17,8 @@ ATTENTION = "silotune"  # as attn_implementation
 
 
 class _Explicit(torch.autograd.Function):
-    """softmax(q k^T + mask) v for q, k, v [n, heads, T, d], each product one batched product.
+    """softmax(q k^T + mask) v for q [n, heads, T, d] and k, v [n, heads, S, d], each product one
+    batched product.
 
     On a CPU torch's fused attention takes 5 to 8 times as long in bfloat16 (forward and backward,
     T = 64 to 128); in float32 it is the fused one that is faster, by a tenth.
@@ -27,10 +28,10 @@ class _Explicit(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         n, heads, length, size = q.shape
         # Copied once: a batched product would copy what does not lie head by head, each time.
-        q, k, v = (x.reshape(n * heads, length, size) for x in (q, k, v))
+        q, k, v = (x.reshape(n * heads, -1, size) for x in (q, k, v))
         weights = torch.bmm(q, k.transpose(1, 2))
         if mask is not None:
-            scores = weights.view(n, heads, length, length)
+            scores = weights.view(n, heads, length, -1)
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:  # what float32 can hold may be infinite here, and a row of infinities is NaN
@@ -43,15 +44,16 @@ class _Explicit(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         shape = gradients[0].shape
-        out = gradients[0].reshape(v.shape)
+        longer = (*shape[:2], k.shape[1], shape[3])
+        out = gradients[0].reshape(q.shape)
         needed = ctx.needs_input_grad
-        dv = torch.bmm(weights.transpose(1, 2), out).view(shape) if needed[2] else None
+        dv = torch.bmm(weights.transpose(1, 2), out).view(longer) if needed[2] else None
         if not (needed[0] or needed[1]):
             return None, None, dv, None
         scores = torch.bmm(out, v.transpose(1, 2))
         torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
         dq = torch.bmm(scores, k).view(shape) if needed[0] else None
-        dk = torch.bmm(scores.transpose(1, 2), q).view(shape) if needed[1] else None
+        dk = torch.bmm(scores.transpose(1, 2), q).view(longer) if needed[1] else None
         return dq, dk, dv, None
 
 
@@ -62,12 +64,22 @@ def attention(
     """Attention as transformers calls it: [n, heads, T, d] -> [n, T, heads, d]. No dropout.
 
     attention_mask: added to the scores, or True where one may look; None for all (of the past, if
-    the module is causal).
+    the module is causal). A module's virtual keys come first, and everybody may look at them.
     """
     if dropout:
         raise ValueError("this attention has no dropout")
-    grouped = key.shape[1] != query.shape[1]
     causal = attention_mask is None and getattr(module, "is_causal", False)
+    virtual = getattr(module, "prefix", None)  # common/adapters.py
+    if virtual is not None:
+        length = query.shape[2]
+        key, value = virtual.before(key, value)
+        more = key.shape[2] - length
+        if causal:
+            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+            attention_mask, causal = nn.functional.pad(seen, (more, 0), value=True), False
+        elif attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (more, 0))
+    grouped = key.shape[1] != query.shape[1]
     if query.device.type == "cpu" and (
         query.dtype == torch.bfloat16
         or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)

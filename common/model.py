@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from silotune.common.classifier import Classifier, OneHot
-from silotune.common.contract import Contract, OneHotModel
+from silotune.common.architecture import LanguageModel, OneHotModel
+from silotune.common.contract import Contract
 from silotune.common.errors import DataError
 from silotune.common.inputs import TableInput
+from silotune.common.network import Network, OneHot
 from silotune.common.performance import Performance
 
-_built: dict[str, Classifier] = {}
+_built: dict[str, Network] = {}
 
 
 def build(
     contract: Contract, folder: Path | None, performance: Performance | None = None
-) -> Classifier:
+) -> Network:
     """The contract's model, built once per process and shared by every contract that needs the
     same one. Its adapter is mutable: hold `lock` from loading arrays until done with them.
     """
@@ -26,14 +27,14 @@ def build(
     if key not in _built:
         if isinstance(contract.model, OneHotModel):
             assert isinstance(contract.input, TableInput)
-            _built[key] = OneHot(
-                contract.model, contract.input, len(contract.label_names), performance
-            )
+            _built[key] = OneHot(contract.model, contract.input, contract.task, performance)
         elif folder is None:
             raise DataError(f"The folder of model '{contract.model.name}' is not set.")
         else:
             # PEFT and transformers load longer than all else, and a one-hot model needs neither.
-            from silotune.common.encoder import Encoder
+            from silotune.common import encoder, language
 
-            _built[key] = Encoder(contract, folder, performance)
+            language_model = isinstance(contract.model, LanguageModel)
+            kind = language.LanguageModel if language_model else encoder.Encoder
+            _built[key] = kind(contract, folder, performance)
     return _built[key]

@@ -7,6 +7,7 @@ were.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from silotune.common.fields import (
     Delta,
     Epsilon,
     Frozen,
+    Name,
     Positive,
     Rate,
     SamplingRate,
@@ -117,37 +119,75 @@ class Adam(Frozen):
     floor: Annotated[float, Field(ge=1e-15, le=1e6, strict=True)] = 1e-3
 
 
+class Schedule(Frozen):
+    """What the rates of a phase are multiplied by, round by round: up from 0 over `warm_up` rounds,
+    then down to `last` along a line or half a cosine, or not at all."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warm_up: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
+    last: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+
+    def factor(self, place: int, rounds: int) -> float:
+        """For the 1-based round `place` of a phase of `rounds`."""
+        if place <= self.warm_up:
+            return place / (self.warm_up + 1)
+        if self.shape == "constant":
+            return 1.0
+        done = (place - self.warm_up - 1) / max(rounds - self.warm_up - 1, 1)
+        left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.last + (1 - self.last) * left
+
+
 class Phase(Frozen):
     """Consecutive rounds that train the same tensors; one that trains the head alone is a linear
-    probe on frozen features.
+    probe on frozen features. A language model has no head: its phases train the adapter.
 
     Each round a site does `local_steps` steps; each takes every unit with probability
     `sampling_rate`. `budget` is this phase's share of the privacy budget, nearly so where sampling
     rates differ much (client/accounting.py, plan; `silotune privacy plan --contract` shows it).
     With `noise_decay` each round has that multiple of the noise of the round before; together they
     cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`); the
-    next starts there, at rest.
+    next starts there, at rest. `dropout` is the share of the head's inputs left out in a step: the
+    same for all its records, drawn from public numbers, so that no record has a part in it.
     """
 
-    trains: Literal["head", "head+adapter"]
+    trains: Literal["head", "head+adapter", "adapter"]
     rounds: Count
     sampling_rate: SamplingRate
     local_steps: Count = 1
     budget: Rate = 1.0
     noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = None
-    head_rate: LearningRate
+    head_rate: LearningRate | None = None
     adapter_rate: LearningRate | None = None
     adam: Adam | None = None
+    schedule: Schedule | None = None
+    dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _rates(self) -> Self:
-        if (self.trains == "head+adapter") != (self.adapter_rate is not None):
-            raise ValueError("adapter_rate goes with trains = \"head+adapter\", and only with it")
+        for part, trained, rate in (
+            ("adapter", self.adapts, self.adapter_rate),
+            ("head", self.trains != "adapter", self.head_rate),
+        ):
+            if trained != (rate is not None):
+                raise ValueError(
+                    f"{part}_rate goes with a phase that trains the {part}, and only with it"
+                )
+        if self.dropout and self.trains == "adapter":
+            raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
             raise ValueError(
                 "noise_decay over this many rounds ends below a thousandth of the first noise"
             )
         return self
+
+    @property
+    def adapts(self) -> bool:
+        """Whether layers are adapted, or the frozen ones' outputs are all that is needed."""
+        return self.trains != "head"
+
+    def rate_factor(self, place: int) -> float:
+        return self.schedule.factor(place, self.rounds) if self.schedule else 1.0
 
 
 class Adaptive(Frozen):
@@ -166,7 +206,7 @@ class EarlyStop(Frozen):
     """End a run in its last phase when `metric` on the operator's public rows has not been better
     for `patience` evaluations in a row. Nothing private has a part in it."""
 
-    metric: Literal["loss", "accuracy", "macro_f1", "auc"]
+    metric: Name
     patience: Count = 5
 
 

@@ -12,7 +12,10 @@ from silotune.common.errors import ContractError, did_you_mean
 Lines = dict[tuple[str | int, ...], int]
 
 MISFITS = "misfits"  # the error type of settings that are valid alone but not together
-KINDS = ("table", "text", "number", "category", "encoder", "one-hot")
+KINDS = (
+    "table", "text", "pair", "number", "category", "encoder", "one-hot", "language-model",
+    "classification", "multi-label", "tokens", "regression", "ranking", "language",
+)
 WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table",
@@ -65,7 +68,7 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
     loc = tuple(
         part
         for before, part in zip((None, *raw), raw, strict=False)
-        if not (part in KINDS and (before in ("input", "model") or isinstance(before, int)))
+        if not (part in KINDS and (before in ("input", "model", "task") or isinstance(before, int)))
     )
     where = _where(loc, source, lines)
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)

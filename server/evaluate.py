@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from silotune.common import records
-from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.metrics import Scores, score
+from silotune.common.network import Network
 
 
 class PublicTest:
@@ -21,32 +19,36 @@ class PublicTest:
     files: group name -> CSV file. Nothing here is a site's record.
     """
 
-    def __init__(self, contract: Contract, model: Classifier, files: Mapping[str, Path]) -> None:
-        self.model = model
+    def __init__(self, contract: Contract, model: Network, files: Mapping[str, Path]) -> None:
+        self.model, self.task = model, contract.task
         tables = {group: records.read(path, contract) for group, path in files.items()}
         self.groups = [group for group, table in tables.items() for _ in range(len(table))]
-        self.labels = np.concatenate([table.labels for table in tables.values()])
+        self.labels = [label for table in tables.values() for label in table.labels]
+        self.queries = [query for table in tables.values() for query in table.queries]
         rows: list[Any] = [row for table in tables.values() for row in table.inputs]
         self.encoded = model.encode(rows)
+        self.targets = model.objective.tensor(self.labels)
 
-    def logits(self, adapter: Arrays, *, with_adapter: bool) -> np.ndarray:
+    def outputs(self, adapter: Arrays, *, with_adapter: bool) -> list[Any]:
+        """What evaluation keeps of each row (common/tasks/)."""
         with self.model.lock:
             self.model.load(adapter)
-            return self.model.predict(self.encoded, adapter=with_adapter)
+            return self.model.predict(self.encoded, self.targets, adapter=with_adapter)
 
     def scores(self, adapter: Arrays, *, with_adapter: bool) -> dict[str, Scores]:
         """Scores of all rows under "", and of each group under its name."""
-        logits = self.logits(adapter, with_adapter=with_adapter)
-        groups = np.array(self.groups)
+        outputs = self.outputs(adapter, with_adapter=with_adapter)
+        found = {"": range(len(outputs))} | {
+            group: [row for row, own in enumerate(self.groups) if own == group]
+            for group in dict.fromkeys(self.groups)
+        }
         return {
-            group: score(logits[keep], self.labels[keep])
-            for group, keep in [
-                ("", np.full(len(groups), True)),
-                *((g, groups == g) for g in dict.fromkeys(self.groups)),
-            ]
+            group: score(
+                self.task, [outputs[r] for r in rows], [self.labels[r] for r in rows],
+                [self.queries[r] for r in rows] if self.queries else (),
+            ) for group, rows in found.items()
         }
 
-    def metrics(self, adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
-        """The overall scores as plain numbers, for the curve of a run."""
-        return dict(vars(self.scores(adapter, with_adapter=with_adapter)[""]))
-
+    def metrics(self, adapter: Arrays, with_adapter: bool) -> Scores:
+        """The overall scores, for the curve of a run."""
+        return self.scores(adapter, with_adapter=with_adapter)[""]

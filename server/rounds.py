@@ -283,7 +283,7 @@ class Run:
             raise self._stopped(str(error), "E502") from None
         metrics: Mapping[str, float | None] = {}
         if self._evaluate and (self.iterate.final or self.number % self._every == 0):
-            with_adapter = self.iterate.phase.trains == "head+adapter"
+            with_adapter = self.iterate.phase.adapts
             metrics = self._evaluate(self.released(), with_adapter)
             if self._stalled(metrics):
                 self.iterate.end()

@@ -61,7 +61,7 @@ class Job:
     def cost_of(self, round_number: int) -> float:
         """The same for one round."""
         phase = self.contract.phase_of(round_number)
-        if phase.trains == "head":
+        if not phase.adapts:
             return 0.15
         return 0.3 + 1.5 * phase.sampling_rate * len(self.contract.sites)
 

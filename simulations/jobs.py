@@ -8,7 +8,6 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from silotune.client.keys import Keys
@@ -16,9 +15,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
 from silotune.client.worker import Worker
-from silotune.common.classifier import Classifier
 from silotune.common.contract import Contract
 from silotune.common.model import build
+from silotune.common.network import Network
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -74,7 +73,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         job.arm,
         job.repeat,
         tuple(site.name for site in contract.sites),
-        {group: asdict(s) for group, s in scores.items()},
+        scores,
         tuple(rounds),
         seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -98,7 +97,7 @@ def _give_back_freed_memory() -> None:
 _tests: dict[tuple[int, Path], PublicTest] = {}
 
 
-def _public_test(model: Classifier, contract: Contract, folder: Path) -> PublicTest:
+def _public_test(model: Network, contract: Contract, folder: Path) -> PublicTest:
     """The public rows, encoded once a process for each model."""
     key = (id(model), folder)
     if key not in _tests:

@@ -53,9 +53,7 @@ class Progress:
         sha = getattr(c.model, "sha256", "")[:4]
         say(f"Model  {model} (sha256 {sha}…)   Data  {self.facts['title']}, {records:,} records")
         p = c.privacy
-        lora = ""
-        if c.adapter:
-            lora = f"LoRA r={c.adapter.rank}, top {c.adapter.layers} layers, A frozen · "
+        lora = f"{c.adapter.words} · " if c.adapter else ""
         say(
             f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
             f"each site ε ≤ {p.epsilon:.2f}, δ = {p.delta:g} (RDP)"

@@ -23,7 +23,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from silotune.common import contract as contracts
-from silotune.common.contract import Contract, EncoderModel
+from silotune.common.architecture import EncoderModel
+from silotune.common.contract import Contract
 from silotune.common.errors import RunError, UsageError, did_you_mean
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
@@ -31,7 +32,9 @@ from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.progress import Progress
+from silotune.simulations.split import split
 from silotune.simulations.summary import summarise
+from silotune.simulations.tables import TABLES
 
 
 @dataclass(frozen=True)
@@ -156,15 +159,16 @@ def run(
         with progress.busy(f"model {contract.model.name}"):
             model_folder = data.fetch(contract.model.name)
     table = recipe.facts["table"]
-    with progress.busy(f"data {data.TABLES[table][0]}"):
-        split = data.home() / "splits" / table
-        counts = data.split(table, split)
+    source = data.SOURCES[TABLES[table].source]
+    with progress.busy(f"data {source.name}"):
+        rows = data.home() / "splits" / table
+        counts = split(table, rows)
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
     if unknown:
         raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
     processes = options.processes or os.cpu_count() or 1
-    jobs = list(_jobs(recipe, options, arms, folder, model_folder, split, keys))
+    jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     progress.start(counts, jobs, processes)
     try:
         results = _run_jobs(jobs, processes, progress)
@@ -173,8 +177,7 @@ def run(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
-    result = summarise(contract, arms, results, recipe.facts, split)
-    source = data.SOURCES[data.TABLES[table][0]]
+    result = summarise(contract, arms, results, recipe.facts, rows)
     result |= {
         "format": 1,
         "recipe": recipe.name,
@@ -197,7 +200,7 @@ def run(
         "model": contract.model.model_dump(mode="json"),
         "data": {
             "name": source.about, "sha256": source.sha256,
-            "source": f"{source.requirement}, {source.main}; {source.licence}", "sites": counts,
+            "source": f"{source.requirement or source.path}, {source.main}; {source.licence}", "sites": counts,
         },
     }
     result["privacy"]["insecure"] = options.insecure_seed is not None
@@ -214,7 +217,7 @@ def run(
 
 def _jobs(
     recipe: Recipe, options: Options, arms: list[Arm], folder: Path,
-    model_folder: Path | None, split: Path, keys: SigningKeys,
+    model_folder: Path | None, rows: Path, keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main arm's first run first, so that it can be watched; then the costly ones."""
     facts = recipe.facts
@@ -231,7 +234,7 @@ def _jobs(
                     place += f"-{contract.sites[0].name.replace(' ', '-')}"
                 found.append(
                     Job(
-                        arm.name, repeat, contract, folder / "arms" / place, model_folder, split,
+                        arm.name, repeat, contract, folder / "arms" / place, model_folder, rows,
                         # One site has nothing to federate; no message needs to travel.
                         federated=len(contract.sites) > 1,
                         evaluate_every=every if arm.main and repeat == 0 else contract.rounds,

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from silotune.common import records
 from silotune.common.contract import Contract
-from silotune.common.metrics import METRICS, score
+from silotune.common.metrics import METRICS, Scores, constant, score
+from silotune.common.records import Records
 from silotune.simulations.arms import Arm, JobResult
 from silotune.simulations.verdict import verdict
-
-SHOWN = ("auc", "accuracy", "macro_f1", "loss")
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -37,15 +34,15 @@ def summarise(
     """The parts of result.json that come from the runs."""
     metric = facts["metric"]
     sites = [site.name for site in contract.sites]
-    labels = {  # the classes of the public test rows of each site
-        site: records.read(split / "test" / f"{site}.csv", contract).labels for site in sites
+    public = {  # the test rows of each site
+        site: records.read(split / "test" / f"{site}.csv", contract) for site in sites
     }
-    counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(contract.label_names))
-    rows = [_majority(labels, counts, metric)]
-    rows += [
+    rows = [
         _arm_row(arm, [r for r in results if r.arm == arm.name], sites, metric, contract)
         for arm in arms
     ]
+    same = _same_answer(public, contract, metric)
+    rows = [same, *rows] if same else rows
     main = min((r for r in results if r.arm == arms[0].name), key=lambda r: r.repeat)
     last = main.rounds[-1]
     return {
@@ -63,7 +60,10 @@ def summarise(
             ],
         },
         "metric": {"name": metric, "label": METRICS[metric], "higher_is_better": True},
-        "verdict": verdict(rows, results, metric, contract, counts.tolist()),
+        "verdict": verdict(
+            rows, results, metric, contract,
+            [label for found in public.values() for label in found.labels],
+        ),
         "arms": rows,
         "curve": [
             {
@@ -112,7 +112,7 @@ def _arm_row(
         "epsilon": contract.privacy.epsilon if arm.private else None,
         "delta": contract.privacy.delta if arm.private else None,
         "metrics": {
-            name: spread(_overall(runs, repeats, name)) for name in SHOWN
+            name: spread(_overall(runs, repeats, name)) for name in contract.task.metrics
         },
         "sites": by_site,
         "sites_mean": spread(means),
@@ -127,35 +127,42 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
     values: list[float | None] = []
     for repeat in repeats:
         known = [
-            v for r in runs if r.repeat == repeat and (v := r.scores[""][name]) is not None
+            v for r in runs if r.repeat == repeat and (v := r.scores[""].get(name)) is not None
         ]
         values.append(statistics.fmean(known) if known else None)
     return values
 
 
-def _majority(
-    labels: dict[str, np.ndarray], counts: np.ndarray, metric: str
-) -> dict[str, Any]:
-    """Always answering the class that most public test rows have."""
-    everything = np.concatenate(list(labels.values()))
-    shares = counts / len(everything)
-    # Logits of the class shares, the same for every row: AUC 0.5, the best constant log loss.
-    row = np.log(np.maximum(shares, 1e-9)).astype(np.float32)
+def _same_answer(
+    public: dict[str, Records], contract: Contract, metric: str
+) -> dict[str, Any] | None:
+    """Always giving the best same answer (common/metrics.py); None where there is none."""
+    task = contract.task
+    labels = [label for found in public.values() for label in found.labels]
+    outputs = constant(task, labels)
+    if outputs is None:
+        return None
 
-    def of(ys: np.ndarray) -> dict[str, Any]:
-        return vars(score(np.tile(row, (len(ys), 1)), ys))
+    def of(rows: Sequence[Records], outputs: list[Any]) -> Scores:
+        labels = [label for found in rows for label in found.labels]
+        return score(task, outputs, labels, [q for found in rows for q in found.queries])
 
-    by_site = {s: spread([of(ys)[metric]]) for s, ys in labels.items()}
+    first, by_site = 0, {}
+    for site, found in public.items():
+        own = outputs[first : first + len(found)]
+        by_site[site], first = spread([of([found], own).get(metric)]), first + len(found)
     known = [v["mean"] for v in by_site.values() if v]
+    overall = of(list(public.values()), outputs)
+    label = "Always the majority class" if task.kind == "classification" else "Always the same"
     return {
         "name": "majority",
-        "label": "Always the majority class",
+        "label": label,
         "main": False,
         "private": True,
         "repeats": 1,
         "epsilon": None,
         "delta": None,
-        "metrics": {name: spread([of(everything)[name]]) for name in SHOWN},
+        "metrics": {name: spread([overall.get(name)]) for name in task.metrics},
         "sites": by_site,
         "sites_mean": spread(known),
         "bytes_up": 0,

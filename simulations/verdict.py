@@ -26,11 +26,11 @@ BASELINES = {
 
 def verdict(
     rows: Sequence[Mapping[str, Any]], results: Sequence[JobResult], metric: str,
-    contract: Contract, counts: Sequence[int],
+    contract: Contract, labels: Sequence[Any],
 ) -> dict[str, Any]:
-    """rows: the arms of result.json; counts: public rows of each class. Word, lines and warnings.
+    """rows: the arms of result.json; labels: the public rows' targets. Word, lines and warnings.
 
-    word: "useless" if the metric is not above always answering the majority class; "weak" if a
+    word: "useless" if the metric is not above always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
     """
     by_name = {row["name"]: row for row in rows}
@@ -39,12 +39,16 @@ def verdict(
     runs = [r for r in results if r.arm == "federated-lora"]
 
     plus_minus = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
-    parts = [f"{name} {here:.3f}{plus_minus}", f"always-majority {means['majority']:.3f}"]
+    parts = [f"{name} {here:.3f}{plus_minus}"]
+    same = means.get("majority")
+    if same is not None:
+        what = "always-majority" if contract.task.kind == "classification" else "always the same"
+        parts.append(f"{what} {same:.3f}")
     parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
-    error = standard_error(metric, here, sum(counts) - counts[0], counts[0])
+    error = standard_error(metric, here, labels)
     lines, warnings = [" · ".join(parts)], []
     lines.append(
-        f"± is the spread over runs. {sum(counts):,} public rows leave a standard error of "
+        f"± is the spread over runs. {len(labels):,} public rows leave a standard error of "
         f"{error:.3f} on each figure besides."
     )
 
@@ -90,9 +94,9 @@ def verdict(
     failed = sorted({site for r in runs for facts in r.rounds for site in facts.failed})
     if failed:
         warnings.append(f"Some rounds went on without: {', '.join(failed)}.")
-    useless = here <= means["majority"] + 0.01
+    useless = same is not None and here <= same + 0.01
     if useless:
-        warnings.append(f"{name} is not above always answering the majority class.")
+        warnings.append(f"{name} is not above always giving the same answer.")
     spent = [e for r in runs for e in r.rounds[-1].epsilon.values() if e is not None]
     if spent:
         p = contract.privacy
@@ -121,14 +125,19 @@ def _against(
     return f"LoRA {won} {words} on this data: {gain:+.3f} (noticeable from {noise:.3f} on)."
 
 
-def standard_error(metric: str, value: float, positives: int, negatives: int) -> float:
+def standard_error(metric: str, value: float, labels: Sequence[Any]) -> float:
     """The error of a metric that comes from having only these public rows.
 
-    AUC: Hanley and McNeil 1982 (doi:10.1148/radiology.143.1.7063747). Others: binomial.
+    AUC: Hanley and McNeil 1982 (doi:10.1148/radiology.143.1.7063747). R²: Wishart 1931, for many
+    rows. Others: binomial.
     """
-    n, m = positives, negatives
+    rows = len(labels)
+    if metric == "r2":
+        return 2 * math.sqrt(max(value, 0.0) / rows) * (1 - max(value, 0.0))
     if metric != "auc":
-        return math.sqrt(value * (1 - value) / (n + m))
+        return math.sqrt(max(value * (1 - value), 0.0) / rows)
+    n = sum(label != 0 for label in labels)
+    m = rows - n
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
     return math.sqrt(
         (value * (1 - value) + (n - 1) * (q1 - value**2) + (m - 1) * (q2 - value**2)) / (n * m)

@@ -1,1 +1,30 @@
-"""One small class per task: what its head learns, its per-example loss, its public metrics."""
+"""One small class per task: what is learnt from each record, and what evaluation keeps of it."""
+
+from __future__ import annotations
+
+from silotune.common.task import (
+    Classification,
+    Language,
+    MultiLabel,
+    Ranking,
+    Regression,
+    Task,
+    Tokens,
+)
+from silotune.common.tasks.classification import Classes
+from silotune.common.tasks.labels import Labels
+from silotune.common.tasks.language import Answers
+from silotune.common.tasks.objective import Objective
+from silotune.common.tasks.ranking import Relevance
+from silotune.common.tasks.regression import Place
+from silotune.common.tasks.tokens import Tags
+
+
+def objective_of(task: Task) -> Objective:
+    """What a contract's task learns."""
+    if isinstance(task, Classification):
+        return Classes(task)
+    found: dict[type, type[Objective]] = {
+        MultiLabel: Labels, Tokens: Tags, Regression: Place, Ranking: Relevance, Language: Answers,
+    }
+    return found[type(task)]()

@@ -1,24 +1,39 @@
-"""Sequence classification: one label per record."""
+"""One label a record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from silotune.common.task import Classification
+from silotune.common.tasks.objective import Objective
 
-def per_example_loss(logits: Tensor, labels: Tensor) -> Tensor:
+
+def per_example_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross entropy of each example by itself, [N]: nothing in it depends on the batch."""
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+    return nn.functional.cross_entropy(
+        logits, labels, reduction="none", label_smoothing=smoothing
+    )
 
 
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 for each example whose largest logit is its label's, [N]."""
-    return (logits.argmax(dim=1) == labels).float()
+class Classes(Objective):
+    """Cross entropy, softmax over the labels; the contract may weigh labels and smooth targets."""
 
+    def __init__(self, task: Classification) -> None:
+        self.weights = torch.tensor(task.class_weights) if task.class_weights else None
+        self.smoothing = task.label_smoothing or 0.0
 
-# What a contract may ask to have released of each record (common/contract.py, Released).
-VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "loss": per_example_loss,
-    "accuracy": correct,
-}
+    def tensor(self, targets: Sequence[Any]) -> Tensor:
+        return torch.tensor(np.asarray(targets), dtype=torch.long)
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        found = per_example_loss(outputs, targets, self.smoothing)
+        # By the record's own label: torch's weights would also weigh what smoothing adds.
+        return found if self.weights is None else found * self.weights.to(found.device)[targets]
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(dim=1) == targets).float()

@@ -1,14 +1,20 @@
-"""Token-level tasks: each example's loss is the mean over its own tokens.
+"""A tag for each word: each example's loss is the mean over its own words.
 
 A mean over the tokens of a batch would let one example change the weight of all others, and
 clipping would no longer bound what a record can do.
 
-Shapes: N examples, T tokens, L labels, V vocabulary.
+Shapes: N examples, T tokens, W words, L labels, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from silotune.common.tasks.objective import Objective
 
 IGNORED = -100  # the label of a token that does not count: padding, a prompt, a word's later pieces
 
@@ -26,7 +32,7 @@ def per_example_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The same for a causal language model, whose logits at t predict the token at t + 1.
+    """Mean cross entropy of all tokens but the first, [N]: logits at t predict the token at t + 1.
 
     logits [N, T, V]; ids [N, T]; mask [N, T], not 0 for tokens. A prediction counts if the token it
     is made from and the one it is about are both tokens, on whichever side the padding is.
@@ -34,3 +40,35 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     tokens = mask.bool()
     labels = ids[:, 1:].masked_fill(~(tokens[:, 1:] & tokens[:, :-1]), IGNORED)
     return per_example_loss(logits[:, :-1], labels)
+
+
+def share_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N], the share of each example's counted tokens whose largest logit is the label's."""
+    counted = labels != IGNORED
+    right = (logits.argmax(dim=2) == labels) & counted
+    return right.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+
+class Tags(Objective):
+    """Targets are [N, W] tags of words, IGNORED behind the last; a network turns them into [n, T]
+    by the first piece of each word."""
+
+    of_tokens = True
+
+    def tensor(self, targets: Sequence[Any]) -> Tensor:
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in targets]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return per_example_loss(outputs, targets)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return share_right(outputs, targets)
+
+    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+        """(loss, the words' predicted tags)"""
+        losses, tags = self.losses(outputs, targets).tolist(), outputs.argmax(dim=2)
+        return [
+            (loss, row[own != IGNORED].numpy(force=True))
+            for loss, row, own in zip(losses, tags, targets, strict=True)
+        ]

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +44,10 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import Losses
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, of_records
-from silotune.common.classifier import Block
 from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
 from silotune.common.layers import fuse_lora, register_attention
+from silotune.common.network import Block
 from silotune.common.performance import Performance
 from silotune.simulations import data
 
@@ -224,14 +224,14 @@ def cached(case: Case, *, bf16: bool, compiled: bool = False) -> Step:
         return found
 
     blocks = list(model.micro_batches(encoded, torch.arange(case.batch), adapter=True))
-    linears = model.trained_linears("head+adapter")
-    parameters = [p for linear in linears for p in linear.parameters()]
-    return _private(linears, parameters, blocks, losses, case.batch)
+    modules = model.trained_modules("head+adapter")
+    parameters = [p for module in modules for p in module.parameters()]
+    return _private(modules, parameters, blocks, losses, case.batch)
 
 
 def _private(
-    linears: list[nn.Linear], parameters: list[nn.Parameter], blocks: list[Block], losses: Losses,
-    size: int,
+    modules: Sequence[nn.Module], parameters: list[nn.Parameter], blocks: list[Block],
+    losses: Losses, size: int,
 ) -> Step:
     sgd = torch.optim.SGD(parameters, lr=0.01)
     optimizer = CryptoNoiseOptimizer(
@@ -242,7 +242,7 @@ def _private(
     groups: list[Group] = list(of_records(size).groups(torch.arange(size), lambda _: blocks))
 
     def step() -> None:
-        private_gradient(linears, optimizer, groups, losses)
+        private_gradient(modules, optimizer, groups, losses)
         sgd.step()
 
     return step

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -54,10 +52,6 @@ class Case:
     def masked(self) -> bool:
         return len(self.sites) > 2
 
-    @property
-    def llama(self) -> bool:
-        return self.targets != ENCODER_TARGETS
-
 
 class Federation:
     """The processes of one case; files and logs lie in `folder`. A run under its contract has so
@@ -65,15 +59,12 @@ class Federation:
 
     def __init__(self, folder: Path, case: Case, rounds: int) -> None:
         self.folder, self.case, self.model = folder, case, data.fetch(case.source)
-        self.server_model = self.model
-        if case.llama:
-            self.server_model = outline(self.model, folder / "outline", case.layers)
         self.place = Place.create(
             folder / "server", ServerSettings(host="127.0.0.1", link_port=free_port())
         )
         keys = {site: self._init(site) for site in case.sites}
         self.contract = folder / "contract.json"
-        contract = contract_of(case, self.server_model, keys, rounds)
+        contract = contract_of(case, self.model, keys, rounds)
         self.contract.write_text(contract.model_dump_json())
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -105,7 +96,7 @@ class Federation:
             site = self.folder / name
             self._start(
                 f"{name}-worker", sys.executable, Path(__file__).with_name("warm_worker.py"), site,
-                name, self.contract, self.model, *(["--llama"] if self.case.llama else []),
+                name, self.contract, self.model,
             )
             files = {"socket": "socket/worker.sock", "data": "rows.csv", "seconds": "seconds"}
             self._start(
@@ -199,26 +190,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def outline(model: Path, folder: Path, layers: int) -> Path:
-    """An encoder of random weights whose adapter has the sizes of LoRA on `model`'s q_proj and
-    o_proj, for a server that cannot load `model` and never computes with it."""
-    from transformers import BertConfig, BertModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    size = json.loads((model / "config.json").read_text())["hidden_size"]
-    config = BertConfig(
-        hidden_size=size, num_hidden_layers=layers, num_attention_heads=size // 64,
-        intermediate_size=8, vocab_size=8,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    for path in data.fetch("all-MiniLM-L6-v2").glob("*token*"):  # never used, but there must be one
-        shutil.copy(path, folder)
-    return folder
-
-
 def contract_of(case: Case, model: Path, keys: dict[str, str], rounds: int) -> Contract:
-    """One step a round over all records, without privacy. model: the server's; keys: by site."""
+    """One step a round over all records, without privacy. model: its folder; keys: by site."""
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     labels = [{"name": name, "values": [str(at)]} for at, name in enumerate(("good", "bad"))]
     return Contract.model_validate({
@@ -227,7 +200,7 @@ def contract_of(case: Case, model: Path, keys: dict[str, str], rounds: int) -> C
         "input": {"kind": "text", "column": "text"},
         "model": {"kind": "encoder", "name": case.source, "sha256": weights, "max_tokens": TOKENS},
         "adapter": {"rank": RANK, "alpha": float(ALPHA), "layers": case.layers,
-                    "targets": ENCODER_TARGETS},
+                    "targets": case.targets},
         "privacy": {"mode": "none", "expected_records": float(len(TEXTS))},
         "phases": [{"trains": "head+adapter", "rounds": rounds, "sampling_rate": 1.0,
                     "head_rate": 1e-3, "adapter_rate": 1e-3}],

@@ -14,10 +14,7 @@ of all processes at the sites, training included. Both sides have Flower look fo
 not every second as it does by default; its other pauses are as they are (3 s between two looks of a
 SuperNode for messages, and between two looks of the stock server for replies).
 
-What is not the product in ours: no supervisor, nginx or users of their own, and for SmolLM2 the
-class of the model, which contracts do not know yet (warm_worker.py). Its worker still loads, trains
-and sends SmolLM2's own LoRA weights; the server, which never computes with a model, has an encoder
-with as many layers and the same sizes of LoRA (`outline` in federation.py). Not equal: stock trains
+What is not the product in ours: no supervisor, nginx or users of their own. Not equal: stock trains
 A and B and sends both, ours, as always, B alone; down to the sites go A and B on either side.
 
 A last row has three sites on MiniLM with masks, which take one more exchange of messages a round.
@@ -99,7 +96,7 @@ def block(running: Federation, side: str, run: str) -> Block:
     if side == OURS:
         runs = running.folder / "runs"
         marks = runs / run / "events.jsonl"
-        write_app(app, contract=running.contract, model=running.server_model, run=run, runs=runs)
+        write_app(app, contract=running.contract, model=running.model, run=run, runs=runs)
     else:
         marks = running.folder / f"{run}.marks"
         write_stock(app, running.case, running.model, marks)

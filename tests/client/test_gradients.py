@@ -26,8 +26,8 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import PER_EXAMPLE, ghost_sum
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
-from silotune.common.classifier import blocks_of
 from silotune.common.layers import fuse_lora, register_attention
+from silotune.common.network import blocks_of
 from silotune.common.tasks import classification, tokens
 
 LENGTHS = [7, 1, 12, 4, 9, 2]  # tokens of each record
@@ -479,7 +479,7 @@ def test_any_split_gives_the_same_sum(kind: str, head: str, engine: str, clip: f
 
 
 def test_in_blocks_of_one_size_no_bit_depends_on_the_split() -> None:
-    """Blocks as common/classifier.py makes them: filled up, and of one padded length each."""
+    """Blocks as common/network.py makes them: filled up, and of one padded length each."""
     register_attention()
     task = Task("bert", "sequence", "silotune", fused=True, width=16)
     sums, gradients = [], []

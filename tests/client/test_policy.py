@@ -19,7 +19,8 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.client.policy import Policy, permitting
-from silotune.common.contract import Contract, EncoderModel
+from silotune.common.architecture import EncoderModel
+from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, DataError, RefusalError, UsageError
 
 TEXT = """

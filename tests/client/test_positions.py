@@ -20,10 +20,10 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.units import of_records
 from silotune.common import rows as products
-from silotune.common.classifier import Encoded, OneHot
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
 from silotune.common.inputs import TableInput
+from silotune.common.network import Encoded, OneHot
 from silotune.common.performance import Performance
 from silotune.common.tasks.classification import per_example_loss
 
@@ -50,7 +50,7 @@ def wide(contract: Contract, columns: int, choices: int, labels: int) -> Contrac
 def model_of(contract: Contract, engine: str) -> OneHot:
     assert isinstance(contract.input, TableInput)
     return OneHot(
-        contract.model, contract.input, len(contract.label_names),  # type: ignore[arg-type]
+        contract.model, contract.input, contract.task,  # type: ignore[arg-type]
         Performance.model_validate({"gradients": engine}),
     )
 

@@ -68,15 +68,15 @@ def batch_mean_loss(patch: pytest.MonkeyPatch) -> None:
     original = classification.per_example_loss
     patch.setattr(
         classification, "per_example_loss",
-        lambda logits, labels: original(logits, labels) / len(labels),
+        lambda logits, labels, smoothing: original(logits, labels, smoothing) / len(labels),
     )
 
 
 def examples_that_mix(patch: pytest.MonkeyPatch) -> None:
     original = classification.per_example_loss
 
-    def broken(logits: Tensor, labels: Tensor) -> Tensor:
-        return original(logits - logits.mean(dim=0), labels)
+    def broken(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        return original(logits - logits.mean(dim=0), labels, smoothing)
 
     patch.setattr(classification, "per_example_loss", broken)
 

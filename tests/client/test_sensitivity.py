@@ -21,7 +21,7 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import by_expanding
 from silotune.client.noise import NoiseSource
 from silotune.client.units import GROUP, Group, Part, Units, of_entities, of_records
-from silotune.common.classifier import Block, blocks_of
+from silotune.common.network import Block, blocks_of
 from silotune.common.plan import Entity
 from silotune.common.records import Table
 from silotune.common.tasks import classification, tokens

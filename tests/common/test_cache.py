@@ -22,8 +22,7 @@ from silotune.client import dataset, dp
 from silotune.client.accounting import Mechanism
 from silotune.client.noise import NoiseSource
 from silotune.client.train import train_round
-from silotune.common import cache
-from silotune.common import encoder as encoders
+from silotune.common import adapted, cache
 from silotune.common.cache import allocate
 from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
@@ -255,7 +254,7 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
 
     changes, features = [], []
     for put in (allocate, tiny):
-        monkeypatch.setattr(encoders, "allocate", put)
+        monkeypatch.setattr(adapted, "allocate", put)
         dataset._encode.cache_clear()
         data = dataset.load(rows, lora_contract, model)
         assert bool(mapped(folder)) is (put is tiny)
@@ -281,7 +280,7 @@ def test_encoding_again_does_not_pile_up_files(
 ) -> None:
     model = Encoder(lora_contract, encoder_folder, Performance(cache_folder=tmp_path))
     monkeypatch.setattr(
-        encoders, "allocate",
+        adapted, "allocate",
         lambda *shape, most_bytes, folder: cache.allocate(*shape, most_bytes=1, folder=folder),
     )
     rows = [(0, 1), (1, None), (0, 0)]

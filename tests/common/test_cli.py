@@ -255,7 +255,7 @@ def test_show(run: Callable[..., Ran]) -> None:
     p = heart.privacy
     assert f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per record and site (RDP; add or remove" in out
     assert f"{heart.rounds}; quorum {heart.quorum} of 4" in out
-    for name in (*heart.weights(), *heart.label_names, "head+adapter"):
+    for name in (*heart.weights(), *heart.task.answers.split(", "), "head+adapter"):
         assert name in out
 
 

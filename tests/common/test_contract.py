@@ -223,8 +223,8 @@ PHASES = {
                 ["Unknown key 'phases.1.bugdet'", "Did you mean 'budget'?"], "bugdet"),
     "adapter_rate": ("head_rate = 0.5", "head_rate = 0.5\nadapter_rate = 0.1",
                      ["adapter_rate goes with"], "[[phases]]"),
-    "trains": ('trains = "head"', 'trains = "body"', ["'head' or 'head+adapter'", '"body"'],
-               "trains"),
+    "trains": ('trains = "head"', 'trains = "body"',
+               ["'head', 'head+adapter' or 'adapter'", '"body"'], "trains"),
 }
 
 

@@ -402,7 +402,7 @@ def stock_features(encoder: Encoder, folder: Path) -> Tensor:
             place = name.removesuffix(".lora_B")
             a = arrays[f"{place}.lora_A"]
             whole.get_submodule(place).weight += torch.from_numpy(b @ a) * (8.0 / 2)
-    tokens = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    tokens = encoder.backbone.tokenizer(TEXTS, padding=True, return_tensors="pt")
     hidden = whole(**tokens).last_hidden_state
     weights = tokens["attention_mask"][:, :, None]
     return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
@@ -423,19 +423,20 @@ def test_the_encoder_equals_the_stock_model(
     encoder = encoder_of(lora_contract, folder, **performance)
     expected = stock_features(encoder, folder)
     encoded = encoder.encode(TEXTS)
-    linears = encoder.trained_linears("head+adapter") if views else []
+    linears = encoder.trained_modules("head+adapter") if views else []
     assert len(linears) == (1 + 2 * 6 if views else 0)
     for block, n in encoder.micro_batches(encoded, torch.arange(len(TEXTS)), adapter=True):
         with expanded(linears, len(block)):
-            found = encoder.adapted(encoded, block)[:n].detach()
+            found = encoder.features(encoded, block, adapter=True)[:n].detach()
         error = (found - expected[block[:n]]).norm(dim=1)
         assert float(error.max()) < tolerance
     # It is the adapter that is seen: without it the features are others.
-    assert float((encoded.features - expected).norm(dim=1).min()) > 0.1
+    before = encoded.features[encoded.texts[:, 0]]
+    assert float((before - expected).norm(dim=1).min()) > 0.1
 
 
 def test_the_layers_are_the_encoders(folder: Path, lora_contract: Contract) -> None:
     """Or the test above would compare stock with stock."""
     encoder = encoder_of(lora_contract, folder)
-    assert encoder._shared[0].config._attn_implementation == register_attention()
+    assert encoder.backbone.base.config._attn_implementation == register_attention()
     assert sum("forward" in m.__dict__ for m in encoder.top.modules()) == 2 * 6

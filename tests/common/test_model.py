@@ -14,6 +14,7 @@ from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
 from silotune.common.errors import DataError
 from silotune.common.model import build
+from silotune.common.network import Encoded
 from silotune.common.tasks.classification import per_example_loss
 
 pytestmark = pytest.mark.download
@@ -26,6 +27,11 @@ def encoder(lora_contract: Contract, encoder_folder: Path) -> Encoder:
     found = build(lora_contract, encoder_folder)
     assert isinstance(found, Encoder)
     return found
+
+
+def of_records(encoded: Encoded) -> torch.Tensor:
+    """The features of each record's text."""
+    return encoded.features[encoded.texts[:, 0]]
 
 
 def trained(encoder: Encoder, seed: int = 0) -> None:
@@ -49,7 +55,7 @@ def test_features_equal_the_librarys_mean_pooling(
     expected = torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
     # bfloat16 has 8 bits of mantissa; six layers of it stay within a few of its steps.
     torch.testing.assert_close(
-        encoder.encode(TEXTS).features, expected, rtol=0, atol=0.01 if encoder.bf16 else 1e-5
+        of_records(encoder.encode(TEXTS)), expected, rtol=0, atol=0.01 if encoder.bf16 else 1e-5
     )
 
 
@@ -58,8 +64,8 @@ def test_with_the_adapter_at_zero_both_paths_agree(encoder: Encoder) -> None:
     encoded = encoder.encode(TEXTS)
     index = torch.arange(len(TEXTS))
     for block, n in encoder.micro_batches(encoded, index, adapter=True):
-        found = encoder.adapted(encoded, block)[:n]
-        torch.testing.assert_close(found, encoded.features[block[:n]], rtol=0, atol=5e-3)
+        found = encoder.features(encoded, block, adapter=True)[:n]
+        torch.testing.assert_close(found, of_records(encoded)[block[:n]], rtol=0, atol=5e-3)
 
 
 def test_a_rows_encoding_does_not_see_its_companions(encoder: Encoder) -> None:
@@ -72,11 +78,12 @@ def test_a_rows_encoding_does_not_see_its_companions(encoder: Encoder) -> None:
         assert fewer.hidden is not None
         assert fewer.starts is not None
         kept = torch.tensor([k for k in range(len(TEXTS)) if k != left_out])
-        assert torch.equal(fewer.features, whole.features[kept])
+        assert torch.equal(of_records(fewer), of_records(whole)[kept])
         for row, k in enumerate(kept.tolist()):
+            (here,), (there,) = fewer.texts[row].tolist(), whole.texts[k].tolist()
             assert torch.equal(
-                fewer.hidden[fewer.starts[row] : fewer.starts[row + 1]],
-                whole.hidden[whole.starts[k] : whole.starts[k + 1]],
+                fewer.hidden[fewer.starts[here] : fewer.starts[here + 1]],
+                whole.hidden[whole.starts[there] : whole.starts[there + 1]],
             )
 
 
@@ -91,7 +98,7 @@ def test_a_records_gradient_does_not_see_its_companions(encoder: Encoder) -> Non
 
     def gradients(index: torch.Tensor) -> dict[int, torch.Tensor]:
         found = {}
-        linears = encoder.trained_linears("head+adapter")
+        linears = encoder.trained_modules("head+adapter")
         for block, n in encoder.micro_batches(encoded, index, adapter=True):
             parts = by_expanding(linears, block, losses).values()
             flat = torch.cat([g.flatten(1) for g in parts], dim=1)
@@ -114,7 +121,7 @@ def test_per_example_gradients_equal_a_loop_on_the_real_model(encoder: Encoder) 
     def losses(index: torch.Tensor) -> torch.Tensor:
         return per_example_loss(encoder(encoded, index, adapter=True), labels[index])
 
-    linears = encoder.trained_linears("head+adapter")
+    linears = encoder.trained_modules("head+adapter")
     block, n = next(encoder.micro_batches(encoded, torch.arange(37), adapter=True))
     found = by_expanding(linears, block, losses)
     parameters = [p for linear in linears for p in linear.parameters()]
@@ -139,7 +146,7 @@ def test_the_initial_adapter_changes_nothing_and_a_is_orthonormal(encoder: Encod
 def test_only_head_and_b_are_trained(encoder: Encoder) -> None:
     wanted = {p for p in encoder.parameters() if p.requires_grad}
     assert wanted == {
-        p for linear in encoder.trained_linears("head+adapter") for p in linear.parameters()
+        p for linear in encoder.trained_modules("head+adapter") for p in linear.parameters()
     }
 
 

@@ -20,11 +20,11 @@ from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common.classifier import Classifier, device_of
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, DataError
 from silotune.common.messages import Arrays
 from silotune.common.model import build
+from silotune.common.network import Network, device_of
 from silotune.common.performance import Performance
 from silotune.common.records import Table, table
 
@@ -195,7 +195,7 @@ TOLERANCES: list[tuple[dict[str, Any], float]] = [
 CLIP = 0.2
 
 
-def adapter_of(model: Classifier) -> Arrays:
+def adapter_of(model: Network) -> Arrays:
     rng = np.random.default_rng(0)
     return {
         n: a if n.endswith("lora_A") else rng.normal(0, 0.05, a.shape).astype(np.float32)

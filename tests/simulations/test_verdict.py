@@ -30,7 +30,7 @@ def job(classes: int = 2, failed: dict[str, str] | None = None) -> JobResult:
 
 
 def words(rows: list[dict[str, Any]], contract: Contract, **kind: Any) -> dict[str, Any]:
-    return verdict(rows, [job(**kind)], "auc", contract, [107, 122])
+    return verdict(rows, [job(**kind)], "auc", contract, [0] * 107 + [1] * 122)
 
 
 def test_a_lead_within_the_error_of_the_rows_is_no_lead(table_contract: Contract) -> None:
@@ -72,5 +72,5 @@ def test_the_standard_error_is_that_of_resampled_rows(shift: float) -> None:
     rng = np.random.default_rng(0)
     y = np.array([0] * 107 + [1] * 122)
     aucs = [roc_auc_score(y, rng.normal(shift * y)) for _ in range(400)]
-    expected = standard_error("auc", float(np.mean(aucs)), 122, 107)
+    expected = standard_error("auc", float(np.mean(aucs)), [0] * 107 + [1] * 122)
     assert np.std(aucs) == pytest.approx(expected, rel=0.15)

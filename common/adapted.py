@@ -1,0 +1,177 @@
+"""A base model whose lower layers are frozen and whose top layers carry the adapter.
+
+Frozen and adapted layers run their matrix products in bfloat16 where the device is made for it;
+weights, normalisation, the head, per-record gradients and everything after them are float32.
+
+Shapes: U texts, n of them in a block, T tokens, H hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from silotune.common import adapters, backbone
+from silotune.common.architecture import Lora, OneHotModel
+from silotune.common.backbone import Around
+from silotune.common.cache import allocate
+from silotune.common.contract import Contract
+from silotune.common.errors import DataError
+from silotune.common.messages import Arrays
+from silotune.common.network import (
+    BUCKET,
+    Encoded,
+    Network,
+    blocks_of,
+    device_of,
+    has_bf16,
+)
+from silotune.common.performance import Performance
+
+
+class Lower(NamedTuple):
+    """A block of texts behind the frozen layers. rows: their numbers, [n]; hidden [n, T, H]."""
+
+    rows: Tensor
+    hidden: Tensor
+    around: Around
+    mask: Tensor
+
+
+class Adapted(Network):
+    """`contract.adapter` says what the top layers carry; the base is shared in the process."""
+
+    def __init__(
+        self, contract: Contract, folder: Path, performance: Performance | None = None
+    ) -> None:
+        performance, spec = performance or Performance(), contract.model
+        assert not isinstance(spec, OneHotModel)
+        base = backbone.read(folder, spec.sha256, device_of(performance))
+        super().__init__(base.size, contract.task, performance)
+        self.bf16 = performance.bf16 == "on" or (
+            performance.bf16 == "auto" and performance.gradients == "expanded"
+            and has_bf16(self.device)
+        )
+        self.max_tokens = spec.max_tokens
+        self.adapter = contract.adapter
+        # A tuple keeps the shared base out of this module's parameters and state.
+        self._shared = (base,)
+        self.first_adapted = len(base.layers) - (self.adapter.layers if self.adapter else 0)
+        if self.first_adapted < 0:
+            raise DataError(
+                f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
+                code="E310",
+            )
+        adapted = base.layers[self.first_adapted :]
+        self.top = nn.ModuleList(copy.deepcopy(layer) for layer in adapted)
+        self.virtual = None
+        if self.adapter:
+            if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":
+                raise DataError(
+                    f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear "
+                    f"layers alone; adapter.kind = \"{self.adapter.kind}\" needs \"expanded\".",
+                    code="E310",
+                )
+            self.virtual = adapters.inject(self.adapter, self.top, base.size)
+        self.requires_grad_(False)
+        for name, parameter in self.named_tensors().items():
+            parameter.requires_grad_(not name.endswith(".lora_A"))
+        self.eval()
+        self.to(self.device)
+        self._compiled = torch.compile(self._layers, dynamic=False) if performance.compile else None
+
+    @property
+    def backbone(self) -> backbone.Backbone:
+        return self._shared[0]
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        found = super().named_tensors()
+        for name, parameter in self.top.named_parameters():
+            if public := adapters.public_name(name):
+                number, rest = public.split(".", 1)
+                layer = self.first_adapted + int(number)
+                found[f"{self.backbone.prefix}.{layer}.{rest}"] = parameter
+        if self.virtual is not None:
+            found["prompt.tokens"] = self.virtual.tokens
+        return found
+
+    def trained_modules(self, trains: str) -> list[nn.Module]:
+        found = super().trained_modules(trains)
+        if trains != "head":
+            found += adapters.parts_of(self.top)
+            found += [self.virtual] if self.virtual is not None else []
+        return found
+
+    def initial_arrays(self) -> Arrays:
+        """The head zero; the adapter such that it changes nothing, or little, at first."""
+        arrays = super().initial_arrays()
+        if self.adapter:
+            adapters.begin(arrays, self.adapter)
+        return arrays
+
+    @staticmethod
+    def _starts(rows: Sequence[Sequence[int]]) -> Tensor:
+        """[U + 1], where each text's tokens begin."""
+        return torch.tensor([0, *map(len, rows)]).cumsum(0)
+
+    def _lower(self, rows: Sequence[Sequence[int]]) -> Iterator[Lower]:
+        """Texts, as token numbers, through the frozen layers, block by block."""
+        base = self.backbone
+        lengths = torch.tensor([len(row) for row in rows])
+        frozen = base.layers[: self.first_adapted]
+        for index, n in blocks_of(torch.arange(len(rows)), lengths, self.performance.micro_batch):
+            width = -(-int(lengths[index].max()) // BUCKET) * BUCKET
+            ids = torch.full((len(index), width), base.tokenizer.pad_token_id)
+            mask = torch.zeros(ids.shape, dtype=torch.bool)
+            for i, row in enumerate(index.tolist()):
+                ids[i, : len(rows[row])] = torch.tensor(rows[row])
+                mask[i, : len(rows[row])] = True
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            around = base.around(mask)
+            hidden = self._layers(base.embed(ids), around, frozen)
+            yield Lower(index[:n], hidden, around, mask)
+
+    def _room(self, tokens: int) -> Tensor:
+        """[tokens, H] for the input of the adapted layers."""
+        return allocate(
+            tokens, self.backbone.size, torch.bfloat16 if self.bf16 else torch.float32,
+            most_bytes=self.performance.cache_megabytes << 20,
+            folder=self.performance.cache_folder,
+        )
+
+    def _upper(self, encoded: Encoded, texts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The adapted layers on texts [n] of one bucket: [n, width, H], and their mask."""
+        assert encoded.hidden is not None
+        assert encoded.starts is not None
+        hidden = encoded.padded(encoded.hidden, texts, width).to(self.device).float()
+        lengths = (encoded.starts[1:] - encoded.starts[:-1])[texts]
+        mask = (torch.arange(width)[None, :] < lengths[:, None]).to(self.device)
+        more, seen = 0, mask
+        if self.virtual is not None:
+            hidden, more = self.virtual.before(hidden), len(self.virtual.tokens)
+            seen = nn.functional.pad(mask, (more, 0), value=True)
+        layers = self._compiled or self._layers
+        states = layers(hidden, self.backbone.around(seen), self.top)
+        return self.backbone.last(states)[:, more:], mask
+
+    def _width(self, encoded: Encoded, index: Tensor) -> int:
+        """The padded length of a block of records, which are all of one bucket."""
+        return -(-int(encoded.lengths(index).max()) // BUCKET) * BUCKET
+
+    def _layers(self, hidden: Tensor, around: Around, layers: Iterable[nn.Module]) -> Tensor:
+        """hidden [n, T, H] through layers."""
+        base = self.backbone
+        checkpointed = self.performance.checkpointing and torch.is_grad_enabled()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in layers:
+                if checkpointed:
+                    hidden = checkpoint(base.through, layer, hidden, around, use_reentrant=False)
+                else:
+                    hidden = base.through(layer, hidden, around)
+        return hidden.float()

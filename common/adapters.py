@@ -1,0 +1,148 @@
+"""What a contract puts into the frozen layers: LoRA by PEFT, and the methods beside it.
+
+A trained part reads its parameters by `own`, so that every example of a block can have a view of
+its own (client/gradients.py): its per-example gradients are then exact. Methods whose parameters
+act on several examples at once, or that are drawn from the data, are not here.
+
+Shapes: n examples, T tokens, H hidden size, P virtual tokens, h heads of size d.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from silotune.common.adapter import orthonormal
+from silotune.common.architecture import IA3, Adapter, Lora, Prefix, Prompt
+from silotune.common.errors import DataError
+from silotune.common.layers import fuse_lora
+from silotune.common.messages import Arrays
+
+STD = 0.02  # of the first virtual tokens
+
+
+class Part(nn.Module):
+    """Parameters that are not a Linear's."""
+
+    def own(self, name: str, n: int) -> Tensor:
+        """The parameter for n examples, [n, ...]: their views if they have some."""
+        views: dict[str, Tensor] | None = self.__dict__.get("expanded")
+        parameter: Tensor = getattr(self, name)
+        return parameter.expand(n, *parameter.shape) if views is None else views[name]
+
+
+class Scale(Part):
+    """IA3 (arXiv 2205.05638): a Linear's outputs times 1 + `ia3` [out]; 0 changes nothing."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.ia3 = nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        return out + out * self.own("ia3", len(x))[:, None, :]
+
+
+class VirtualKeys(Part):
+    """Prefix tuning (arXiv 2101.00190): P more keys and values [P, H] for a layer's attention."""
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.zeros(length, size))
+        self.value = nn.Parameter(torch.zeros(length, size))
+
+    def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [n, h, T, d] with the virtual ones before them: [n, h, P + T, d]."""
+        n, heads, _, size = key.shape
+        return tuple(  # type: ignore[return-value]
+            torch.cat([
+                self.own(name, n).view(n, -1, heads, size).transpose(1, 2).to(found.dtype), found,
+            ], dim=2)
+            for name, found in (("key", key), ("value", value))
+        )
+
+
+class VirtualTokens(Part):
+    """Prompt tuning (arXiv 2104.08691): P tokens [P, H] before the input of the first adapted
+    layer, which is the embeddings' output where all layers are adapted."""
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(length, size))
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """hidden [n, T, H] -> [n, P + T, H]"""
+        return torch.cat([self.own("tokens", len(hidden)).to(hidden.dtype), hidden], dim=1)
+
+
+def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | None:
+    """Put the contract's adapter into the layers; what stands before them is returned. DataError
+    E310 if a target is no part of them."""
+    if isinstance(adapter, Prompt):
+        return VirtualTokens(adapter.length, size)
+    if isinstance(adapter, Prefix):
+        for module in top.modules():
+            if hasattr(module, "is_causal") and hasattr(module, "scaling"):  # attention
+                heads = getattr(module, "num_key_value_groups", 1)
+                module.add_module("prefix", VirtualKeys(adapter.length, size // heads))
+        return None
+    linears = {
+        name: module for name, module in top.named_modules() if isinstance(module, nn.Linear)
+    }
+    chosen = [name for name in linears if name.rsplit(".", 1)[-1] in adapter.targets
+              or any(name.endswith(f".{target}") for target in adapter.targets)]
+    if not chosen:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+        raise DataError(
+            f"None of adapter.targets ({', '.join(adapter.targets)}) is a layer of this model. It "
+            f"has: {known}.", code="E310",
+        )
+    if isinstance(adapter, IA3):
+        for name in chosen:
+            place, _, last = name.rpartition(".")
+            setattr(top.get_submodule(place), last, Scale(linears[name]))
+        return None
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        use_rslora=adapter.kind == "rslora",
+        target_modules=list(adapter.targets),
+    )
+    inject_adapter_in_model(config, top)
+    fuse_lora(top)
+    return None
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters an adapter trains: LoRA's B, and every Part."""
+    return [
+        found for name, found in module.named_modules()
+        if isinstance(found, Part) or name.endswith(".lora_B.default")
+    ]
+
+
+def public_name(name: str) -> str | None:
+    """The name of one of the layers' parameters in a message, None for a frozen one."""
+    for suffix in (".lora_A.default.weight", ".lora_B.default.weight"):
+        if name.endswith(suffix):
+            return name.removesuffix(".default.weight")
+    last = name.rsplit(".", 2)
+    return name if last[-1] == "ia3" or last[-2] == "prefix" else None
+
+
+def begin(arrays: Arrays, adapter: Adapter) -> None:
+    """Give the adapter's arrays, all zero, their first values, from the contract's public seed: A
+    orthonormal (B stays zero), virtual tokens small and random (IA3's stay zero)."""
+    rng = np.random.default_rng(adapter.seed)
+    for name in sorted(arrays):
+        shape: Any = arrays[name].shape
+        if name.endswith(".lora_A"):
+            arrays[name] = orthonormal(shape[0], shape[1], rng)
+        elif not isinstance(adapter, Lora | IA3) and not name.startswith("head."):
+            arrays[name] = (STD * rng.standard_normal(shape)).astype(np.float32)

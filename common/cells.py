@@ -1,0 +1,152 @@
+"""Cells of text: how a value is written as one, and many rows of them in little memory.
+
+Each value is written in one way whatever it comes from: nothing for what is absent (NULL, NaN), 1
+for 1.0, otherwise the shortest digits that give the number again, true and false, 2026-01-31,
+2026-01-31 10:00:00.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any, NamedTuple, overload
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+BLOCK_ROWS = 16_384
+BLOCK_CHARACTERS = 1 << 24
+FIXED_BELOW = 10**15  # larger ones are written as their source's type has them: 1e+16
+
+Row = tuple[int, list[str]]
+
+
+class NotTextError(ValueError):
+    """A list, an object or bytes where a cell is expected."""
+
+
+class _Block(NamedTuple):
+    """Rows after each other: lines [n], ends [n] (where each row's cells end), cells of text."""
+
+    lines: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    cells: Any  # pa.DictionaryArray: a block's equal cells are one string
+
+    def rows(self) -> Iterator[Row]:
+        words = self.cells.dictionary.to_pylist()
+        cells = [words[i] for i in self.cells.indices.to_numpy().tolist()]
+        ends = [0, *self.ends.tolist()]
+        for line, (start, end) in zip(self.lines.tolist(), pairwise(ends), strict=True):
+            yield line, cells[start:end]
+
+    def row(self, at: int) -> Row:
+        start = int(self.ends[at - 1]) if at else 0
+        return int(self.lines[at]), self.cells[start : int(self.ends[at])].to_pylist()
+
+
+class Rows(Sequence[Row]):
+    """Rows with their numbers; some 4 bytes a cell and each block's distinct cells once.
+
+    To go through all of them is fast, to pick one by its index is not.
+    """
+
+    def __init__(self, blocks: Sequence[_Block] = ()) -> None:
+        self._blocks = blocks
+        self._ends = np.cumsum([len(block.lines) for block in blocks]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for block in self._blocks:
+            yield from block.rows()
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = index + len(self) * (index < 0)
+        if not 0 <= at < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, at)
+        return self._blocks[number].row(at - (self._ends[number - 1] if number else 0))
+
+
+class Builder:
+    """Takes rows, one after the other, and gives Rows."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lines: list[int] = []
+        self._ends: list[int] = []
+        self._cells: list[str] = []
+        self._size = 0
+
+    def add(self, line: int, cells: Sequence[str]) -> None:
+        self._lines.append(line)
+        self._cells.extend(cells)
+        self._ends.append(len(self._cells))
+        self._size += sum(map(len, cells))
+        if len(self._lines) == BLOCK_ROWS or self._size > BLOCK_CHARACTERS:
+            self._close()
+
+    def _close(self) -> None:
+        cells = pa.array(self._cells, pa.string()).dictionary_encode()
+        self._blocks.append(_Block(np.array(self._lines), np.array(self._ends), cells))
+        self._clear()
+
+    def rows(self) -> Rows:
+        if self._lines:
+            self._close()
+        return Rows(self._blocks)
+
+
+def cell(value: object) -> str:
+    """A value as a cell's text (see above). NotTextError if it is not one value."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _checked(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (float, Decimal, timedelta)):
+        return _number(value)
+    if isinstance(value, (int, date, datetime, time, UUID)):
+        return str(value)
+    raise NotTextError("a list, an object or bytes where one value is expected")
+
+
+def _checked(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise NotTextError("half a character (a lone surrogate)") from None
+    return text
+
+
+def _number(value: float | Decimal | timedelta) -> str:
+    """All digits, no zeros after the last: 1.50 is 1.5, as another source would have it."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if math.isnan(value):
+        return ""
+    if not -FIXED_BELOW < value < FIXED_BELOW:
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    text = format(value, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if value.is_zero() else text

@@ -1,0 +1,154 @@
+"""A contract drafted from a table's header and its owner's answers.
+
+Of the table the header alone is read. What a contract says of values (labels, bin edges, bounds,
+how many records) are the owner's answers: public knowledge of the field, never counted from
+records, since whoever gets the contract would learn it without any noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import Field, model_validator
+
+from silotune.common import contract as contracts
+from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number
+
+ENCODER = (
+    "all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)
+LANGUAGE = (
+    "SmolLM2-135M-Instruct", "d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904"
+)
+
+
+class Column(Frozen):
+    """A column and its public bin edges, or the values it may have."""
+
+    name: str
+    edges: tuple[Number, ...] = ()
+    values: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, answer: str) -> Column:
+        """From 'age: 40, 50, 60' (numbers are edges) or 'sex: male, female'. UsageError."""
+        name, colon, rest = answer.partition(":")
+        parts = [part.strip() for part in rest.split(",") if part.strip()]
+        if not colon or not parts:
+            raise UsageError(
+                f"'{answer}' says nothing of a column. Write 'age: 40, 50, 60' for a number with "
+                "its bin edges, or 'sex: male, female' for the values it may have."
+            )
+        try:
+            edges = tuple(float(part) for part in parts)
+        except ValueError:
+            if len(parts) < 2:
+                raise UsageError(f"Column '{name}' needs two values at least.") from None
+            return cls(name=name.strip(), values=tuple(parts))
+        if any(b <= a for a, b in pairwise(edges)):
+            raise UsageError(f"The edges of column '{name}' must increase: {rest.strip()}.")
+        return cls(name=name.strip(), edges=edges)
+
+    @property
+    def words(self) -> list[str]:
+        """A number's bins in words."""
+        between = [f"{a:g} to {b:g}" for a, b in pairwise(self.edges)]
+        return [f"below {self.edges[0]:g}", *between, f"{self.edges[-1]:g} or more"]
+
+
+class Answers(Frozen):
+    """What a draft is made of. labels: the values of the label column, or 'name=value'."""
+
+    name: Name
+    task: Literal["classification", "multi-label", "tokens", "regression", "language"]
+    label: str
+    labels: tuple[str, ...] = ()
+    bounds: tuple[Number, Number] | None = None
+    log: bool = False
+    text: str | None = None
+    columns: tuple[Column, ...] = ()
+    entity: tuple[str, ...] = ()
+    cap: Count = 10
+    sites: tuple[Name, ...] = Field(min_length=1)
+    records: Annotated[int, Field(ge=1, le=100_000_000)]
+    epsilon: Epsilon = 8.0
+    delta: Delta = 1e-4
+    masked: bool = False
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if (self.text is None) == (not self.columns):
+            raise ValueError("name the column of text, or the columns of a table, and not both")
+        if self.task in ("classification", "multi-label", "tokens") and not self.labels:
+            raise ValueError(f"a task of kind \"{self.task}\" needs its labels")
+        if (self.task == "regression") != (self.bounds is not None):
+            raise ValueError("bounds go with a regression, and only with it")
+        if self.task in ("tokens", "language") and self.text is None:
+            raise ValueError(f"a task of kind \"{self.task}\" needs a column of text")
+        return self
+
+    @property
+    def used(self) -> list[str]:
+        """The columns that the contract names."""
+        inputs = [self.text] if self.text else [column.name for column in self.columns]
+        return [*inputs, self.label, *self.entity]
+
+    @property
+    def named_labels(self) -> list[tuple[str, str]]:
+        """(name, raw value) of each label."""
+        found = []
+        for label in self.labels:
+            name, equals, value = label.partition("=")
+            found.append((name.strip(), (value if equals else name).strip()))
+        return found
+
+
+def header(path: Path) -> list[str]:
+    """The first line of a CSV file; no other is read. DataError if there is none."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return next(csv.reader(file, strict=True))
+    except (OSError, StopIteration, csv.Error, UnicodeDecodeError) as error:
+        raise DataError(
+            f"The header of {path} cannot be read ({type(error).__name__}). It must be a CSV file "
+            "in UTF-8 whose first line names the columns."
+        ) from None
+
+
+def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
+    """UsageError for each column of the answers that is not there."""
+    absent = [name for name in answers.used if name not in names]
+    if absent:
+        raise UsageError(" ".join(
+            f"Column '{name}' is not in {source}.{did_you_mean(name, names)}" for name in absent
+        ) + f" It has: {', '.join(names[:40])}.")
+
+
+def draft(answers: Answers) -> str:
+    """The contract as TOML, with comments that say what to look at. It is a valid one."""
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False,  # noqa: S701 - TOML
+    )
+    environment.filters["toml"] = _toml
+    template = (resources.files("silotune.common") / "contract.toml.j2").read_text("utf-8")
+    text = environment.from_string(template).render(
+        a=answers, encoder=ENCODER, language=LANGUAGE,
+        phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
+        quorum=max(1, -(-2 * len(answers.sites) // 3)),
+    )
+    contracts.parse(text, "the draft")
+    return text
+
+
+def _toml(value: Any) -> str:
+    """A string, number or list as TOML writes it, which for these is as JSON does."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,115 @@
+"""A causal language model that learns to answer: loss on the answer's tokens alone.
+
+Shapes: N records, n in a block, T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from silotune.common.adapted import Adapted
+from silotune.common.backbone import Llama
+from silotune.common.contract import Contract
+from silotune.common.errors import DataError
+from silotune.common.network import Encoded
+from silotune.common.performance import Performance
+from silotune.common.records import Inputs
+from silotune.common.task import Language
+from silotune.common.tasks.tokens import IGNORED
+
+ANSWER_SHARE = 2  # an answer takes at most this part of the room, so that some prompt is left
+
+
+class LanguageModel(Adapted):
+    """The base's own embeddings give the logits; nothing but the adapter is trained."""
+
+    def __init__(
+        self, contract: Contract, folder: Path, performance: Performance | None = None
+    ) -> None:
+        super().__init__(contract, folder, performance)
+        if not isinstance(self.backbone, Llama):
+            raise DataError(
+                f"The model '{folder.name}' reads both ways; a task of language needs one that "
+                "writes from left to right (llama, mistral, qwen2).", code="E310",
+            )
+        assert isinstance(contract.task, Language)
+        self.system = contract.task.system
+        # A tuple keeps it out of the parameters: it is the base's.
+        self._unembedding = (self.backbone.unembedding(),)
+
+    @torch.no_grad()
+    def encode(self, inputs: Inputs) -> Encoded:
+        if not len(inputs):
+            raise ValueError("there are no rows to encode")
+        rows, marks = [], []
+        for pair in inputs:
+            ids, asked = self.tokens(*map(str, pair))
+            rows.append(ids)
+            # At each place the next token, if it is the answer's.
+            marks += [IGNORED] * (asked - 1) + ids[asked:] + [IGNORED]
+        starts = self._starts(rows)
+        kept = self._room(int(starts[-1]))
+        for index, hidden, _, _ in self._lower(rows):
+            for i, states in zip(index.tolist(), hidden.to(kept.dtype).cpu(), strict=False):
+                kept[starts[i] : starts[i + 1]] = states[: len(rows[i])]
+        return Encoded(
+            torch.arange(len(rows))[:, None], torch.zeros(len(rows), 0), kept, starts,
+            torch.tensor(marks),
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of what the user says, in the model's chat template if it has one."""
+        tokenizer = self.backbone.tokenizer
+        if not tokenizer.chat_template:
+            start = f"{self.system}\n\n" if self.system else ""
+            plain: list[int] = tokenizer(f"{start}{text}\n")["input_ids"]
+            return plain
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        said.append({"role": "user", "content": text})
+        words = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        found: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+        return found
+
+    def tokens(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of both and how many are the prompt's. Of one that is too long the beginning
+        is left out, of an answer the end."""
+        tokenizer = self.backbone.tokenizer
+        answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        answered = [*answered[: self.max_tokens // ANSWER_SHARE - 1], tokenizer.eos_token_id]
+        asked = self.prompt(prompt)[-(self.max_tokens - len(answered)) :]
+        return [*asked, *answered], len(asked)
+
+    def forward(
+        self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the next token, [len(index), T, V]."""
+        states, _ = self._upper(encoded, encoded.texts[index, 0], self._width(encoded, index))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = nn.functional.linear(states, self._unembedding[0])
+        return logits
+
+    def targets(self, encoded: Encoded, labels: Tensor, index: Tensor) -> Tensor:
+        assert encoded.marks is not None
+        return encoded.padded(
+            encoded.marks, encoded.texts[index, 0], self._width(encoded, index), IGNORED
+        )
+
+    @torch.no_grad()
+    def answer(self, prompt: str, most: int = 64) -> str:
+        """Greedy decoding, token by token, through frozen and adapted layers alike."""
+        ids, base = self.prompt(prompt)[-self.max_tokens :], self.backbone
+        start, mask = len(ids), torch.ones(1, 1, dtype=torch.bool, device=self.device)
+        layers: Any = [*base.layers[: self.first_adapted], *self.top]
+        for _ in range(most):
+            around = base.around(mask.expand(1, len(ids)))
+            states = base.embed(torch.tensor([ids], device=self.device))
+            last = base.last(self._layers(states, around, layers))[0, -1]
+            ids.append(int((self._unembedding[0] @ last).argmax()))
+            if ids[-1] == base.tokenizer.eos_token_id:
+                break
+        found: str = base.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        return found.strip()

@@ -1,0 +1,274 @@
+"""What a contract asks of each record: the task, its public labels or bounds, its target column.
+
+A target is read from one cell of the task's `label_column` by `target`; ValueError says what is
+allowed there. `metrics` are what tables show of a task, `answers` is what it tells, in words. What
+is learnt from targets is in common/tasks/, how it is scored in common/metrics.py. Optional settings
+are None when absent, so that older contracts keep their hash.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from silotune.common.fields import Flag, Frozen, Name, Number, Positive, kind_or
+
+Target = Any  # int, float, a list of ints or text, by task
+
+Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
+OUTSIDE = "O"  # a word that belongs to no entity
+
+
+class Label(Frozen):
+    """One public class: its name and the raw values in the label column that mean it."""
+
+    name: Name
+    values: tuple[str, ...] = Field(min_length=1)
+
+
+def _distinct(labels: tuple[Label, ...]) -> None:
+    names = [label.name for label in labels]
+    values = [value for label in labels for value in label.values]
+    for what, found in (("name", names), ("value", values)):
+        twice = sorted({x for x in found if found.count(x) > 1})
+        if twice:
+            raise ValueError(f"label {what} {twice[0]!r} stands twice")
+
+
+class Classification(Frozen):
+    """One of the labels a record. class_weights: what each label's records count, in their order.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "auc", "auprc", "accuracy", "macro_f1", "calibration", "loss",
+    )
+    kind: Literal["classification"] = "classification"
+    label_column: str
+    labels: tuple[Label, ...] = Field(min_length=2)
+    class_weights: tuple[Positive, ...] | None = None
+    label_smoothing: Smoothing | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct(self.labels)
+        if self.class_weights and len(self.class_weights) != len(self.labels):
+            raise ValueError(
+                f"class_weights needs one weight for each of {len(self.labels)} labels, has "
+                f"{len(self.class_weights)}"
+            )
+        return self
+
+    @property
+    def answers(self) -> str:
+        return ", ".join(label.name for label in self.labels)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    def target(self, cell: str) -> int:
+        for at, label in enumerate(self.labels):
+            if cell.strip() in label.values:
+                return at
+        allowed = ", ".join(value for label in self.labels for value in label.values)
+        raise ValueError(f"one of the contract's labels ({allowed})")
+
+
+class MultiLabel(Frozen):
+    """Any number of the labels a record, their raw values between separators."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "micro_f1", "macro_f1", "accuracy", "exact_match", "loss",
+    )
+    kind: Literal["multi-label"] = "multi-label"
+    label_column: str
+    labels: tuple[Label, ...] = Field(min_length=2)
+    separator: Annotated[str, Field(min_length=1, max_length=4)] = "|"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct(self.labels)
+        return self
+
+    @property
+    def answers(self) -> str:
+        return "any of " + ", ".join(label.name for label in self.labels)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    def target(self, cell: str) -> list[int]:
+        """1 for each label that the record has, else 0."""
+        found = [0] * len(self.labels)
+        places = {value: at for at, label in enumerate(self.labels) for value in label.values}
+        for value in filter(None, map(str.strip, cell.split(self.separator))):
+            if value not in places:
+                raise ValueError(
+                    f"the contract's labels ({', '.join(places)}) between '{self.separator}'"
+                )
+            found[places[value]] = 1
+        return found
+
+
+class Tokens(Frozen):
+    """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
+    spaces in the input's column, as many tags in the label column."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "f1", "precision", "recall", "accuracy", "loss",
+    )
+    kind: Literal["tokens"] = "tokens"
+    label_column: str
+    entities: tuple[Name, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        for name in self.entities:
+            if self.entities.count(name) > 1:
+                raise ValueError(f"entity {name!r} stands twice")
+            if " " in name:
+                raise ValueError(f"entity {name!r} has a space in it; tags stand between spaces")
+        return self
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return (OUTSIDE, *(f"{part}-{name}" for name in self.entities for part in "BI"))
+
+    @property
+    def answers(self) -> str:
+        return ", ".join(self.tags)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tags)
+
+    def target(self, cell: str) -> list[int]:
+        """The tags' numbers, word by word."""
+        try:
+            return [self.tags.index(tag) for tag in cell.split()]
+        except ValueError:
+            raise ValueError(f"the tags {', '.join(self.tags)} between spaces") from None
+
+
+class Regression(Frozen):
+    """A number between public bounds; what is outside counts as the bound. With `log` the model
+    learns log(1 + number), so that a bill of 50 is not drowned by one of 50,000."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "r2", "mae", "rmse", "loss",
+    )
+    kind: Literal["regression"] = "regression"
+    label_column: str
+    lowest: Number
+    highest: Number
+    log: Flag | None = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if not self.lowest < self.highest:
+            raise ValueError("lowest must be below highest")
+        if self.log and self.lowest <= -1:
+            raise ValueError("log = true needs lowest above -1: it learns log(1 + number)")
+        return self
+
+    @property
+    def answers(self) -> str:
+        return f"{self.lowest:g} to {self.highest:g}" + " (log)" * bool(self.log)
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def target(self, cell: str) -> float:
+        """The place between the bounds, 0 to 1, on the scale that is learnt."""
+        try:
+            number = float(cell)
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):
+            raise ValueError("numbers")
+        low, high = self._scale(self.lowest), self._scale(self.highest)
+        return (self._scale(min(max(number, self.lowest), self.highest)) - low) / (high - low)
+
+    def number(self, place: float) -> float:
+        """The number at a place between the bounds: the inverse of `target`."""
+        low, high = self._scale(self.lowest), self._scale(self.highest)
+        learnt = low + min(max(place, 0.0), 1.0) * (high - low)
+        return math.expm1(learnt) if self.log else learnt
+
+    def _scale(self, number: float) -> float:
+        return math.log1p(number) if self.log else number
+
+
+class Ranking(Frozen):
+    """Does the second text of a pair belong to the first? `relevant` are the raw values that say
+    so, `others` those that do not; candidates are ranked among those with the same `query`."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "mrr", "ndcg", "recall_at_10", "auc", "loss",
+    )
+    kind: Literal["ranking"] = "ranking"
+    label_column: str
+    query_column: str
+    relevant: tuple[str, ...] = Field(min_length=1)
+    others: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        both = sorted(set(self.relevant) & set(self.others))
+        if both:
+            raise ValueError(f"value {both[0]!r} is both relevant and not")
+        return self
+
+    @property
+    def answers(self) -> str:
+        return f"relevant or not, ranked within each {self.query_column}"
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def target(self, cell: str) -> int:
+        cell = cell.strip()
+        if cell not in (*self.relevant, *self.others):
+            raise ValueError(", ".join((*self.relevant, *self.others)))
+        return int(cell in self.relevant)
+
+
+class Language(Frozen):
+    """An answer to each prompt, by a causal language model: the loss is on the answer alone.
+
+    The input's column is what the user says, `system` what the model is told before. Both are put
+    into the model's own chat template.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "accuracy", "exact_match", "perplexity", "rouge_l", "loss",
+    )
+    kind: Literal["language"] = "language"
+    label_column: str
+    system: str | None = None
+
+    @property
+    def answers(self) -> str:
+        return "answers"
+
+    @property
+    def outputs(self) -> int:
+        return 0
+
+    def target(self, cell: str) -> str:
+        if not cell.strip():
+            raise ValueError("a text that is not empty")
+        return cell
+
+
+Task = Annotated[
+    Annotated[Classification, Tag("classification")] | Annotated[MultiLabel, Tag("multi-label")]
+    | Annotated[Tokens, Tag("tokens")] | Annotated[Regression, Tag("regression")]
+    | Annotated[Ranking, Tag("ranking")] | Annotated[Language, Tag("language")],
+    Discriminator(kind_or("classification")),
+]

@@ -1,0 +1,20 @@
+"""Any number of labels a record."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from silotune.common.tasks.objective import Objective
+
+
+class Labels(Objective):
+    """The mean over the labels of each one's logistic loss."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(
+            outputs, targets, reduction="none"
+        ).mean(dim=1)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of labels told rightly."""
+        return ((outputs > 0) == (targets > 0.5)).float().mean(dim=1)

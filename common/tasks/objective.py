@@ -1,0 +1,38 @@
+"""What a task learns: each record's loss, a function of that record alone.
+
+Guarantee: `losses` of a record depends on its own outputs and target and on public constants, never
+on the batch it stands in. Sensitivity rests on it (client/dp.py), and client/selftest.py checks it.
+
+Shapes: n records, T tokens, L outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Objective:
+    """of_tokens: outputs are [n, T, L], one for each token, instead of [n, L]."""
+
+    of_tokens = False
+
+    def tensor(self, targets: Sequence[Any]) -> Tensor:
+        """The records' targets (common/task.py) as a tensor [N, ...]."""
+        return torch.tensor(np.asarray(targets), dtype=torch.float32)
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n]"""
+        raise NotImplementedError
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n], 0 to 1: how much of each record is told rightly; a contract may have it released."""
+        raise NotImplementedError
+
+    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+        """Of each record what common/metrics.py scores."""
+        return list(outputs.float().numpy(force=True))
