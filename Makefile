@@ -5,13 +5,16 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test soak check bench-ledger bench-dp bench-secagg bench-rounds install clean FORCE
+.PHONY: demo test nightly soak check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
 
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup
+
+nightly: $(INSTALLED)  ## what takes minutes: two million rows
+	$(BIN)/pytest -m nightly
 
 soak: $(INSTALLED)  ## every fault to real federations, as root; writes simulations/benchmarks/results/soak.json
 	$(BIN)/python -m tests.system.soak
@@ -29,6 +32,9 @@ bench-ledger: $(INSTALLED)  ## what a charge costs; writes simulations/benchmark
 
 bench-secagg: $(INSTALLED)  ## what masking costs beside Flower's SecAgg+; writes results/secagg.json
 	$(BIN)/python -m silotune.simulations.benchmarks.secagg
+
+bench-deidentify: $(INSTALLED)  ## how much of what is personal is found; writes results/deidentify.json
+	$(BIN)/python -m silotune.simulations.benchmarks.deidentify
 
 bench-dp: $(INSTALLED)  ## what a private step costs; writes simulations/benchmarks/results/dp.json
 	$(BIN)/python -m silotune.simulations.benchmarks.dp

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
@@ -39,9 +40,12 @@ def site() -> None:
     """Run a site."""
 
 
+site.add_command(prepare)
+
+
 @site.command()
 @click.option("--name", required=True, help="This site's name in the contract.")
-@click.option("--data", default="records.csv", help="The records, CSV.")
+@click.option("--data", default="records.csv", help="The records, a file.")
 @click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where to make it.")
 @JSON
 def init(name: str, data: str, folder: Path, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
@@ -66,13 +66,16 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     return Lineage(basis, np.unique(prints), len(table.rows))
 
 
-def of_rows(table: Table, key: Sequence[str], secret: bytes) -> tuple[str, Fingerprints]:
-    """The basis and each row's fingerprint, in the order of the rows; else as `of_table`."""
+def of_rows(
+    table: Table, key: Sequence[str], secret: bytes, apart: Collection[str] = ()
+) -> tuple[str, Fingerprints]:
+    """The basis and each row's fingerprint, in the order of the rows; else as `of_table`. apart:
+    columns that tell rows apart also where they might only number them."""
     names = [canonical(name) for name in table.header]
     wanted = set(_key_columns(table, key))
     if not wanted:
         # By name: of two columns of one name it could be this one today and that one tomorrow.
-        numbering = {names[i] for i in _numbering(table)}
+        numbering = {names[i] for i in _numbering(table)} - set(map(canonical, apart))
         wanted = set(names) - numbering or set(names)
     chosen = sorted(wanted)
     # A name that stands twice takes part with each of its columns, in a fixed order.

@@ -246,6 +246,9 @@ class Policy(Frozen):
              "permits.allow_inexact_clipping does not allow"),
             (self.performance.gradients == "ghost" and entity is not None,
              "performance.gradients = \"ghost\" has no gradient of an entity"),
+            (self.performance.gradients == "ghost" and contract.reads_apart,
+             "performance.gradients = \"ghost\" has no gradient of pairs read apart, whose two "
+             "texts go through the same layers"),
             (contract.task.kind not in permits.tasks,
              f"task '{contract.task.kind}' is not in permits.tasks"),
             (not isinstance(contract.model, OneHotModel) and bool(permits.models)

@@ -214,7 +214,7 @@ def _rows(contract: Contract) -> tuple[Inputs, list[Target]]:
                 for number, text in zip(numbers, inputs, strict=True)
             ]
         if isinstance(task, Language):
-            targets = [f"the answer is {number}" for number in numbers]
+            targets = [" ".join([f"the answer is {n}"] * (n % 4 + 1)) for n in numbers]
             inputs = list(zip(inputs, targets, strict=True))
         elif isinstance(contract.input, PairInput):
             inputs = [(text, f"another one, {row % 5}") for row, text in enumerate(inputs)]

@@ -64,7 +64,13 @@ class Bert(Backbone):
         return found
 
     def embed(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.base.embeddings(input_ids=ids)
+        """What is behind the first separator is a pair's second text: of the second segment, where
+        the model knows two."""
+        ends = (ids == self.tokenizer.sep_token_id).long()
+        known = "token_type_ids" in self.tokenizer.model_input_names
+        most = self.base.config.type_vocab_size - 1 if known else 0
+        segments = (ends.cumsum(1) - ends).clamp(max=most)
+        found: Tensor = self.base.embeddings(input_ids=ids, token_type_ids=segments)
         return found
 
     def around(self, mask: Tensor) -> Around:

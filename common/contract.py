@@ -192,6 +192,11 @@ class Contract(Frozen):
         return columns_of(self.input)
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether a record's two texts go through the layers each by itself."""
+        return isinstance(self.input, PairInput) and self.input.by == "bi"
+
+    @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
         trained = " and ".join(dict.fromkeys(phase.trains for phase in self.phases))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def _answers(given: dict[str, Any], names: list[str]) -> Any:
     missing = [key for key, _ in asks if given[key] is None]
     missing += [key for key in ("sites",) if not given[key]]
     missing += ["text or column"] if not (given["text"] or given["columns"]) else []
-    if missing and not click.get_text_stream("stdin").isatty():
+    if missing and not sys.stdin.isatty():
         raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
     for key, question in asks:
         if given[key] is None:

@@ -126,7 +126,7 @@ class Encoder(Adapted):
         more: dict[str, Any] = {"truncation": True, "max_length": self.max_tokens}
         if self.objective.of_tokens:
             found = self.backbone.tokenizer(
-                [text.split() for text in texts], is_split_into_words=True, **more
+                self._words(texts), is_split_into_words=True, **more
             )
             marks = [first for i in range(len(texts)) for first in _firsts(found.word_ids(i))]
             return found["input_ids"], torch.tensor(marks)
@@ -134,6 +134,18 @@ class Encoder(Adapted):
             first, second = zip(*texts, strict=True)
             return self.backbone.tokenizer(list(first), list(second), **more)["input_ids"], None
         return self.backbone.tokenizer(texts, **more)["input_ids"], None
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        """The words of each text. One of which the tokenizer makes nothing, an invisible character,
+        is an unknown one: else the tags of those behind it would move up."""
+        tokenizer, words = self.backbone.tokenizer, [text.split() for text in texts]
+        distinct = list({word: None for own in words for word in own})
+        if not distinct:
+            return words
+        pieces = tokenizer(distinct, add_special_tokens=False)["input_ids"]
+        empty = {word for word, own in zip(distinct, pieces, strict=True) if not own}
+        unknown = tokenizer.unk_token or "?"
+        return [[unknown if word in empty else word for word in own] for own in words]
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """The mean of the tokens' states [n, T, H], standardised: [n, H]; mask [n, T]."""
@@ -157,7 +169,10 @@ class Encoder(Adapted):
         )
         adapter, self.adapter = self.adapter, None  # only features are needed here
         try:
-            x = self.encode(inputs).features.double()
+            encoded = self.encode(inputs)
+            x = encoded.features.double()
+            if not self.objective.of_tokens:  # each text as often as it stands there
+                x = x[encoded.texts[:, 0]]
         finally:
             self.adapter = adapter
         mean, size = x.mean(0), x.shape[1]

@@ -69,12 +69,12 @@ CODES: dict[str, str] = {
     "E309": "The device that performance.device names is not there.",
     "E310": "The model is not one that this contract can be carried out with: another type, fewer "
     "layers, or other names of them. Name another model, or correct [adapter].",
-    "E311": "A data source holds what is no table of single values: a line that is no JSON object or "
-    "has other keys, a column of lists or bytes. The row numbers are in the message.",
-    "E312": "A database cannot be read: [data] url or query in site.toml, the environment variables "
-    "it names, the server, or the user's rights. What the server said is on your screen only.",
-    "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml does "
-    "not say what to do with them. The report lists all of them by row number.",
+    "E311": "A data source holds what is no table of single values: a line that is no JSON object "
+    "or has other keys, a column of lists or bytes. The row numbers are in the message.",
+    "E312": "A database cannot be read: [data] url or query in site.toml, the environment "
+    "variables it names, the server, or the user's rights. What the server said is on your screen.",
+    "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "
+    "does not say what to do with them. The report lists all of them by row number.",
     "E401": "The worker of this site does not answer on its socket. Start it with "
     "`silotune site start`.",
     "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "

@@ -6,7 +6,6 @@ Shapes: N records, n in a block, T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,9 @@ class LanguageModel(Adapted):
         for pair in inputs:
             ids, asked = self.tokens(*map(str, pair))
             rows.append(ids)
-            # At each place the next token, if it is the answer's.
-            marks += [IGNORED] * (asked - 1) + ids[asked:] + [IGNORED]
+            # At each place the next token, if it is the answer's. Before an answer to nothing there
+            # is no place for its first.
+            marks += [IGNORED] * (asked - 1) + ids[max(asked, 1) :] + [IGNORED]
         starts = self._starts(rows)
         kept = self._room(int(starts[-1]))
         for index, hidden, _, _ in self._lower(rows):
@@ -103,11 +103,13 @@ class LanguageModel(Adapted):
         """Greedy decoding, token by token, through frozen and adapted layers alike."""
         ids, base = self.prompt(prompt)[-self.max_tokens :], self.backbone
         start, mask = len(ids), torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        layers: Any = [*base.layers[: self.first_adapted], *self.top]
         for _ in range(most):
-            around = base.around(mask.expand(1, len(ids)))
             states = base.embed(torch.tensor([ids], device=self.device))
-            last = base.last(self._layers(states, around, layers))[0, -1]
+            for layers in (base.layers[: self.first_adapted], self.top):
+                if layers is self.top and self.virtual is not None:
+                    states = self.virtual.before(states)
+                states = self._layers(states, base.around(mask.expand(1, states.shape[1])), layers)
+            last = base.last(states)[0, -1]
             ids.append(int((self._unembedding[0] @ last).argmax()))
             if ids[-1] == base.tokenizer.eos_token_id:
                 break

@@ -127,7 +127,7 @@ def _tokens(task: Tokens, outputs: Sequence[Any], targets: Sequence[NDArray[np.i
     strict = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
     return {
         "loss": float(np.mean([loss for loss, _ in outputs])),
-        "accuracy": float(np.mean([a == b for a, b in pairs])),
+        "accuracy": float(np.mean([a == b for a, b in pairs])) if pairs else None,
         "precision": float(precision_score(truth, found, **strict)),
         "recall": float(recall_score(truth, found, **strict)),
         "f1": float(f1_score(truth, found, **strict)),
@@ -195,11 +195,11 @@ def _language(outputs: NDArray[np.float64], targets: Any) -> Scores:
     """outputs [N, 3]: of each answer the negative log likelihood, its tokens, and how many of them
     are the likeliest after those before. If all are, greedy decoding gives the answer exactly."""
     nll, tokens, right = outputs.T.astype(np.float64)
-    counted = np.maximum(tokens, 1)
+    counted = max(tokens.sum(), 1)
     return {
-        "loss": float((nll / counted).mean()),
-        "perplexity": float(np.exp(nll.sum() / counted.sum())),
-        "accuracy": float(right.sum() / counted.sum()),
+        "loss": float((nll / np.maximum(tokens, 1)).mean()),
+        "perplexity": float(np.exp(nll.sum() / counted)),
+        "accuracy": float(right.sum() / counted),
         "exact_match": float((right == tokens).mean()),
         "rouge_l": None,
         "predicted_classes": 2,

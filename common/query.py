@@ -92,14 +92,13 @@ def read(
         with engine.connect() as connection:
             result = connection.exec_driver_sql(
                 query.strip(),
-                execution_options={
-                    "stream_results": True, "yield_per": BLOCK_ROWS, "no_parameters": True,
-                },
+                execution_options={"stream_results": True, "no_parameters": True},
             )
             if not result.returns_rows:
                 raise DataError(f"{SOURCE} gives no rows: it is no SELECT.", code="E312")
             header = list(result.keys())
-            for rows in result.partitions():
+            # By a method: as an option it does not count for statements that are text.
+            for rows in result.yield_per(BLOCK_ROWS).partitions():
                 for row in rows:
                     builder.add(line, [cell(value) for value in row])
                     line += 1

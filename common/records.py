@@ -56,31 +56,9 @@ def read(path: Path, contract: Contract) -> Records:
 
 def parse(table: Table, contract: Contract) -> Records:
     """Check a table by the contract's schema; DataError with every problem found."""
-    source, header, rows = table.source, table.header, table.rows
-    spec, task = contract.input, contract.task
+    check_header(table, contract)
+    header, rows, spec, task = table.header, table.rows, contract.input, contract.task
     query = task.query_column if isinstance(task, Ranking) else None
-    wanted = [*contract.columns, task.label_column, *([query] if query else [])]
-    needed = list(dict.fromkeys(wanted))
-    absent = [c for c in needed if c not in header]
-    if absent:
-        raise DataError(
-            " ".join(f"Column '{c}' is not in {source}." for c in absent)
-            + f" The contract '{contract.name}' names its columns in [input] and [task]. "
-            "Stopped before training; ε spent: 0.",
-            code="E302",
-            # A file without a header has a record there.
-            local=f"it has: {', '.join(header[:20])}."
-            + "".join(did_you_mean(c, header) for c in absent),
-        )
-    twice = [c for c in needed if header.count(c) > 1]
-    if twice:
-        raise DataError(f"Column '{twice[0]}' stands twice in the header of {source}.", code="E302")
-    if not rows:
-        raise DataError(
-            f"{source} has no rows; a site without records cannot take part. "
-            "Take it out of the contract's sites, or fill it.",
-            code="E304",
-        )
     problems = Problems()
     label_at, query_at = header.index(task.label_column), header.index(query) if query else 0
     target, inputs_of = _targets(task), _inputs(spec, task, header, problems)
@@ -105,8 +83,36 @@ def parse(table: Table, contract: Contract) -> Records:
                 "E303", f"column '{task.label_column}' needs as many tags as "
                 f"'{contract.columns[0]}' has words", line, label,
             )
-    problems.raise_if_any(f"{source} does not fit the contract '{contract.name}'")
+    problems.raise_if_any(f"{table.source} does not fit the contract '{contract.name}'")
     return Records(inputs, labels, tuple(queries))
+
+
+def check_header(table: Table, contract: Contract) -> None:
+    """DataError unless the contract's columns are there, each once, and there are rows."""
+    source, header, task = table.source, table.header, contract.task
+    query = [task.query_column] if isinstance(task, Ranking) else []
+    wanted = [*contract.columns, task.label_column, *query]
+    needed = list(dict.fromkeys(wanted))
+    absent = [c for c in needed if c not in header]
+    if absent:
+        raise DataError(
+            " ".join(f"Column '{c}' is not in {source}." for c in absent)
+            + f" The contract '{contract.name}' names its columns in [input] and [task]. "
+            "Stopped before training; ε spent: 0.",
+            code="E302",
+            # A file without a header has a record there.
+            local=f"it has: {', '.join(header[:20])}."
+            + "".join(did_you_mean(c, header) for c in absent),
+        )
+    twice = [c for c in needed if header.count(c) > 1]
+    if twice:
+        raise DataError(f"Column '{twice[0]}' stands twice in the header of {source}.", code="E302")
+    if not table.rows:
+        raise DataError(
+            f"{source} has no rows; a site without records cannot take part. "
+            "Take it out of the contract's sites, or fill it.",
+            code="E304",
+        )
 
 
 def _targets(task: Task) -> Callable[[str], Target]:

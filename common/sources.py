@@ -244,7 +244,9 @@ def _parquet(path: Path, _: str) -> tuple[list[str], Rows]:
                 for cells in zip(*columns, strict=True):
                     builder.add(line, cells)
                     line += 1
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the system's; pyarrow has none for damage
         raise DataError(
             f"Data file {path.name} cannot be read as Parquet ({type(error).__name__}): it is cut "
             f"short, damaged, or something else. Rows read before: {line - 1:,}."

@@ -1,12 +1,15 @@
 """The arms of a comparison: each is a contract of its own, run by the same worker and server code.
 
-federated-lora      the recipe's contract
+federated-lora      the recipe's contract, also where it trains a head alone
 alone               the same plan and epsilon, each site by itself; scored on its own test rows
 alone-tuned         the same with learning rates chosen for a site alone
-federated-head      DP, frozen encoder, only the head
-federated-one-hot   DP, logistic regression on the one-hot public bins (tables only)
+federated-head      DP, frozen encoder, only the head, where the recipe's contract adapts layers
+federated-one-hot   DP, regression on the one-hot public bins (tables only)
 federated-no-dp     the contract without clipping and noise
 pooled-no-dp        the same with all rows in one place
+
+The first three and the last two are of every recipe but for alone-tuned, which like the others is
+there if recipe.toml has its phases.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
-from silotune.common.inputs import TableInput
 from silotune.common.performance import Performance
 from silotune.server.rounds import RoundFacts
 
+MAIN = "federated-lora"
 POOLED = "all sites"
 
 
@@ -34,7 +38,7 @@ class Arm:
 
     @property
     def main(self) -> bool:
-        return self.name == "federated-lora"
+        return self.name == MAIN
 
 
 @dataclass(frozen=True)
@@ -80,29 +84,37 @@ class JobResult:
     pid: int
 
 
+def trained(contract: Contract) -> str:
+    """What a contract trains, in a word."""
+    if contract.adapter:
+        return "LoRA"
+    return "one-hot" if isinstance(contract.model, OneHotModel) else "head"
+
+
 def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
-    arms = [Arm("federated-lora", "Federated DP-LoRA", True, False, (contract,))]
-    for name, label, plan in (
-        ("alone", "Alone, DP-LoRA, same plan", contract),
-        (
-            "alone-tuned", "Alone, DP-LoRA, own rates",
-            contract.changed(phases=plans["alone-tuned"]["phases"]),
-        ),
-    ):
-        alone = tuple(
+    what = trained(contract)
+    private = "DP-LoRA" if what == "LoRA" else f"DP {what}"
+    arms = [Arm(MAIN, f"Federated {private}", True, False, (contract,))]
+    alone = {"alone": (f"Alone, {private}, same plan", contract)}
+    if "alone-tuned" in plans:
+        tuned = contract.changed(phases=plans["alone-tuned"]["phases"])
+        alone["alone-tuned"] = (f"Alone, {private}, own rates", tuned)
+    for name, (label, plan) in alone.items():
+        own = tuple(
             plan.changed(
                 sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1,
                 secure_aggregation=None,
             ) for s in contract.sites
         )
-        arms.append(Arm(name, label, True, False, alone))
-    head = contract.changed(adapter=None, phases=plans["head"]["phases"])
-    arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
-    if isinstance(contract.input, TableInput):
-        one_hot = contract.changed(adapter=None, phases=plans["one-hot"]["phases"])
+        arms.append(Arm(name, label, True, False, own))
+    if "head" in plans:
+        head = contract.changed(adapter=None, phases=plans["head"]["phases"])
+        arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
+    if "one-hot" in plans:
         one_hot = Contract.model_validate(
-            {**one_hot.model_dump(mode="json"), "model": {"kind": "one-hot"}}
+            contract.model_dump(mode="json") | plans["one-hot"]
+            | {"adapter": None, "model": {"kind": "one-hot"}}
         )
         arms.append(
             Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
@@ -111,12 +123,12 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
         privacy={"mode": "none", "adaptive": None}, phases=plans["no-dp"]["phases"],
         secure_aggregation=None,
     )
-    arms.append(Arm("federated-no-dp", "Federated LoRA without DP", False, False, (plain,)))
+    arms.append(Arm("federated-no-dp", f"Federated {what} without DP", False, False, (plain,)))
     # One place holds the rows of all: the divisor grows with them.
     pooled = plain.changed(
         sites=[{"name": POOLED}],
         quorum=1,
         privacy={"expected_records": plain.privacy.expected_records * len(plain.sites)},
     )
-    arms.append(Arm("pooled-no-dp", "Pooled LoRA without DP", False, False, (pooled,)))
+    arms.append(Arm("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled,)))
     return arms

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from silotune.common.cli import emit
+from silotune.common.errors import UsageError
 from silotune.simulations import data as sources
 
 
@@ -21,7 +22,7 @@ def sim() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
-    from silotune.simulations.run import load_recipe, recipe_names
+    from silotune.simulations.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
     emit(
@@ -33,26 +34,35 @@ def sim_ls(as_json: bool) -> None:
 
 
 @sim.command("run")
-@click.argument("recipe")
+@click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run a recipe with all its arms.
+    """Run a recipe, or a contract on a table of one's own, with all arms of a comparison.
 
     Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
-    masked, insecure_seed; and how to compute: device, bf16, gradients, checkpointing, compile,
+    masked, insecure_seed; for a contract: data, a CSV file, and site_column, or rows are dealt to
+    the sites at random; and how to compute: device, bf16, gradients, checkpointing, compile,
     micro_batch, cache_megabytes, cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
     $ silotune sim run service-sentiment gradients=hooks bf16=off
+    $ silotune sim run loans.toml data=loans.csv site_column=branch
     """
-    from silotune.simulations.run import Options, load_recipe, run
+    from silotune.simulations.recipe import load_recipe, own_recipe
+    from silotune.simulations.run import Options, run
 
-    found, options = load_recipe(recipe), Options.parse(settings)
+    options = Options.parse(settings)
+    if options.data is not None:
+        found = own_recipe(Path(recipe), options.data, options.site_column)
+    elif Path(recipe).suffix in (".toml", ".json"):
+        raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
+    else:
+        found = load_recipe(recipe)
     command = "silotune " + shlex.join(sys.argv[1:])
-    result = run(found, options, out or Path("runs") / recipe, command, quiet=as_json)
+    result = run(found, options, out or Path("runs") / found.name, command, quiet=as_json)
     if as_json:
         emit(result, True, "")
 
@@ -71,7 +81,7 @@ def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
     ✓ data/contract.json  ✓ data/records/{cleveland,hungary,…}.csv  ✓ data/test.csv
     """
     from silotune.simulations.export import export
-    from silotune.simulations.run import load_recipe
+    from silotune.simulations.recipe import load_recipe
 
     sites = export(load_recipe(recipe), arm, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"

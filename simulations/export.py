@@ -12,7 +12,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
 from silotune.simulations import data
 from silotune.simulations.arms import arms_of
-from silotune.simulations.run import Recipe
+from silotune.simulations.recipe import Recipe
 from silotune.simulations.split import split
 from silotune.simulations.tables import TABLES
 

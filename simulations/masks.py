@@ -16,10 +16,13 @@ from silotune.common.contract import Contract
 SigningKeys = dict[str, bytes]  # site -> private key, 32 bytes
 
 
-def masked(contract: Contract, insecure_seed: int | None) -> tuple[Contract, SigningKeys]:
+def masked(
+    contract: Contract, insecure_seed: int | None, bound: float | None = None
+) -> tuple[Contract, SigningKeys]:
     """The contract with secure aggregation and a roster of new keys, and their private halves.
 
     The threshold is the usual one, or the contract's quorum where that is lower and still enough.
+    bound: of an update's entries, where the plan's rates need another than the usual.
     """
     sites = [site.name for site in contract.sites]
     usual = default_threshold(len(sites))
@@ -34,7 +37,7 @@ def masked(contract: Contract, insecure_seed: int | None) -> tuple[Contract, Sig
     ]
     found = contract.changed(
         sites=roster, quorum=max(contract.quorum, threshold),
-        secure_aggregation={"threshold": threshold},
+        secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
     )
     return found, keys
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
 from silotune.server.rounds import RoundFacts
@@ -49,9 +50,10 @@ class Progress:
         c, say = self.contract, self.console.print
         records = sum(int(k["train"]) + int(k["test"]) for k in counts)
         say(f"Silotune · CPU, {os.cpu_count()} cores · nothing keeps running afterwards")
-        model = getattr(c.model, "name", "one-hot")
-        sha = getattr(c.model, "sha256", "")[:4]
-        say(f"Model  {model} (sha256 {sha}…)   Data  {self.facts['title']}, {records:,} records")
+        model = "one-hot public bins"
+        if not isinstance(c.model, OneHotModel):
+            model = f"{c.model.name} (sha256 {c.model.sha256[:4]}…)"
+        say(f"Model  {model}   Data  {self.facts['title']}, {records:,} records")
         p = c.privacy
         lora = f"{c.adapter.words} · " if c.adapter else ""
         say(

@@ -11,39 +11,27 @@ import resource
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from silotune.common import contract as contracts
-from silotune.common.architecture import EncoderModel
-from silotune.common.contract import Contract
+from silotune.common.architecture import OneHotModel
 from silotune.common.errors import RunError, UsageError, did_you_mean
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
+from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.progress import Progress
-from silotune.simulations.split import split
+from silotune.simulations.recipe import Recipe
 from silotune.simulations.summary import summarise
-from silotune.simulations.tables import TABLES
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A shipped recipe: its folder, contract and the facts of recipe.toml."""
-
-    name: str
-    contract: Contract
-    facts: dict[str, Any]
 
 
 @dataclass
@@ -59,6 +47,8 @@ class Options:
     processes: int = 0
     insecure_seed: int | None = None
     masked: bool = True
+    data: Path | None = None
+    site_column: str | None = None
     performance: Performance = field(default_factory=Performance)
 
     @classmethod
@@ -69,6 +59,7 @@ class Options:
             "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
             "evaluate_every": int, "processes": int, "insecure_seed": int,
             "arms": lambda text: text.split(","), "masked": _flag,
+            "data": Path, "site_column": str,
         }
         for word in words:
             key, equals, value = word.partition("=")
@@ -111,24 +102,6 @@ def _performance(words: dict[str, str]) -> Performance:
         raise contract_error(error, "key=value", Performance) from None
 
 
-def recipe_names() -> list[str]:
-    root = resources.files("silotune.simulations.recipes")
-    return sorted(p.name for p in root.iterdir() if (p / "recipe.toml").is_file())
-
-
-def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name; UsageError if there is none."""
-    if name not in recipe_names():
-        raise UsageError(
-            f"There is no recipe '{name}'.{did_you_mean(name, recipe_names())} "
-            f"Known: {', '.join(recipe_names())}."
-        )
-    folder = resources.files("silotune.simulations.recipes") / name
-    text = (folder / "contract.toml").read_text(encoding="utf-8")
-    facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts)
-
-
 def run(
     recipe: Recipe, options: Options, folder: Path, command: str, *, quiet: bool = False
 ) -> dict[str, Any]:
@@ -141,7 +114,7 @@ def run(
     }
     contract, keys = recipe.contract.changed(privacy=privacy), SigningKeys()
     if options.masked and len(contract.sites) >= 3:
-        contract, keys = masked(contract, options.insecure_seed)
+        contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
     arms = arms_of(contract, recipe.facts["arms"])
     if options.arms:
         known = [arm.name for arm in arms]
@@ -155,14 +128,11 @@ def run(
     progress = Progress(recipe.facts, contract, quiet=quiet)
     _set_aside(folder)
     model_folder = None
-    if isinstance(contract.model, EncoderModel):
+    if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"model {contract.model.name}"):
             model_folder = data.fetch(contract.model.name)
-    table = recipe.facts["table"]
-    source = data.SOURCES[TABLES[table].source]
-    with progress.busy(f"data {source.name}"):
-        rows = data.home() / "splits" / table
-        counts = split(table, rows)
+    with progress.busy(f"data {recipe.facts['title']}"):
+        counts, rows = recipe.rows(folder)
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
     if unknown:
@@ -171,7 +141,7 @@ def run(
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     progress.start(counts, jobs, processes)
     try:
-        results = _run_jobs(jobs, processes, progress)
+        results = run_jobs(jobs, processes, progress)
     finally:
         progress.stop()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
@@ -185,7 +155,7 @@ def run(
         "about": recipe.facts["about"].strip(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {_processor()}",
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": memory,
@@ -198,10 +168,7 @@ def run(
             contract.model_dump(mode="json"), indent=1, ensure_ascii=False
         ),
         "model": contract.model.model_dump(mode="json"),
-        "data": {
-            "name": source.about, "sha256": source.sha256,
-            "source": f"{source.requirement or source.path}, {source.main}; {source.licence}", "sites": counts,
-        },
+        "data": recipe.source | {"sites": counts},
     }
     result["privacy"]["insecure"] = options.insecure_seed is not None
     if options.insecure_seed is not None:
@@ -246,7 +213,15 @@ def _jobs(
     yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))
 
 
-def _run_jobs(jobs: list[Job], processes: int, progress: Progress) -> list[JobResult]:
+class Watcher(Protocol):
+    """Who is told of the rounds and the ends of jobs."""
+
+    def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None: ...
+
+    def done(self, result: JobResult) -> None: ...
+
+
+def run_jobs(jobs: list[Job], processes: int, progress: Watcher) -> list[JobResult]:
     """All jobs over a pool of processes; each loads the base model once."""
     context = mp.get_context("spawn")
     channel = context.Queue()
@@ -272,7 +247,7 @@ def _run_jobs(jobs: list[Job], processes: int, progress: Progress) -> list[JobRe
     return results
 
 
-def _drain(channel: Any, progress: Progress) -> None:
+def _drain(channel: Any, progress: Watcher) -> None:
     while True:
         try:
             arm, repeat, cost, facts = channel.get_nowait()
@@ -288,7 +263,7 @@ def _set_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the source tree this runs from, with + for changes; 'unknown' outside one."""
     root = Path(__file__).resolve().parent
     done = subprocess.run(

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from silotune.common.contract import Contract
+from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.simulations.tables import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
 
 SEED = 2026
+LEAST = 8  # rows of a site: a quarter of them is for tests
 
 
 def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
@@ -24,33 +27,81 @@ def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
     own test rows, so that no figure is read off a site's training records. Returns site, train and
     test counts in order of site name.
     """
+    kind = TABLES[table_name]
+    rows = kind.make()
+    site, own = rows.pop("site"), rows.pop("split") if "split" in rows else None
+    return _write(
+        rows, site, folder, persons=rows[kind.entity] if kind.entity else None,
+        public=None if own is None else own == "test",
+    )
+
+
+def of_file(
+    table: Path, contract: Contract, site_column: str | None, folder: Path
+) -> list[dict[str, int | str]]:
+    """The same of a CSV file of one's own, for the contract's sites. Without `site_column` each
+    row, or entity, goes to a site drawn by a fixed seed. UsageError, DataError."""
     import pandas as pd
 
-    kind = TABLES[table_name]
-    table = kind.make()
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+    sites, entity = list(contract.weights()), contract.privacy.entity
+    for column in [*(entity.key if entity else ()), *([site_column] if site_column else [])]:
+        if column not in rows:
+            raise UsageError(
+                f"Column '{column}' is not in {table.name}."
+                + did_you_mean(column, list(map(str, rows.columns)))
+            )
+    persons = rows[list(entity.key)].agg("\0".join, axis=1) if entity else None
+    if site_column is None:
+        who = rows.index.to_series() if persons is None else persons
+        people = who.unique()
+        drawn = np.random.default_rng(SEED).permutation(len(people)) % len(sites)
+        of = {person: sites[at] for person, at in zip(people, drawn, strict=True)}
+        site = who.map(of)
+    else:
+        site = rows[site_column]
+    few = [name for name in sites if (site == name).sum() < LEAST]
+    if few:
+        raise DataError(
+            f"{table.name} has fewer than {LEAST} rows for: {', '.join(few)}.", code="E304"
+        )
+    kept = site.isin(sites)
+    return _write(
+        rows[kept], site[kept], folder, persons=None if persons is None else persons[kept]
+    )
+
+
+def _write(
+    table: pd.DataFrame, site: pd.Series[str], folder: Path, *,
+    persons: pd.Series[str] | None = None, public: pd.Series[bool] | None = None,
+) -> list[dict[str, int | str]]:
+    """site, persons, public: of each row its site, whose it is, and whether it is a test row."""
+    import pandas as pd
+
     rng = np.random.default_rng(SEED)
     counts: list[dict[str, int | str]] = []
     pooled: list[pd.DataFrame] = []
-    sites = sorted(table["site"].unique())
+    sites = sorted(site.unique())
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in (folder / part).glob("*.csv"):
             if file.stem not in sites:  # from when the table had other ones
                 file.unlink()
-    for site in sites:
-        rows = table[table["site"] == site].drop(columns="site")
-        if "split" in rows:
-            test = (rows.pop("split") == "test").to_numpy()
-        elif kind.entity:
-            people = rows[kind.entity].unique()
+    for name in sites:
+        own = site == name
+        rows = table[own]
+        if public is not None:
+            test = public[own].to_numpy()
+        elif persons is not None:
+            people = persons[own].unique()
             drawn = rng.permutation(len(people))[: len(people) // 4]
-            test = rows[kind.entity].isin(people[drawn]).to_numpy()
+            test = persons[own].isin(people[drawn]).to_numpy()
         else:
             test = np.zeros(len(rows), dtype=bool)
             test[rng.permutation(len(rows))[: len(rows) // 4]] = True
-        rows[test].to_csv(folder / "test" / f"{site}.csv", index=False)
-        rows[~test].to_csv(folder / "train" / f"{site}.csv", index=False)
+        rows[test].to_csv(folder / "test" / f"{name}.csv", index=False)
+        rows[~test].to_csv(folder / "train" / f"{name}.csv", index=False)
         pooled.append(rows[~test])
-        counts.append({"site": site, "train": int((~test).sum()), "test": int(test.sum())})
+        counts.append({"site": name, "train": int((~test).sum()), "test": int(test.sum())})
     pd.concat(pooled).to_csv(folder / "pooled.csv", index=False)
     return counts

@@ -9,7 +9,7 @@ from typing import Any
 
 from silotune.common import records
 from silotune.common.contract import Contract
-from silotune.common.metrics import METRICS, Scores, constant, score
+from silotune.common.metrics import LOWER_IS_BETTER, METRICS, Scores, constant, score
 from silotune.common.records import Records
 from silotune.simulations.arms import Arm, JobResult
 from silotune.simulations.verdict import verdict
@@ -59,10 +59,14 @@ def summarise(
                 for s in sites
             ],
         },
-        "metric": {"name": metric, "label": METRICS[metric], "higher_is_better": True},
+        "metric": {
+            "name": metric, "label": METRICS[metric],
+            "higher_is_better": metric not in LOWER_IS_BETTER,
+        },
         "verdict": verdict(
             rows, results, metric, contract,
             [label for found in public.values() for label in found.labels],
+            len({query for found in public.values() for query in found.queries}),
         ),
         "arms": rows,
         "curve": [

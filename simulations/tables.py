@@ -102,15 +102,23 @@ def _card_fraud() -> pd.DataFrame:
 
 
 def _medical_cost() -> pd.DataFrame:
-    """A row is a person's year. Left out: the parts of the bill and the visits, which are what is
-    to be predicted, columns that are others' logarithms, and `tookphys`, `ghindx` (see xghindx)."""
+    """A row is a person's year. `stage` joins sex and age, whose effects do not add up; `place` is
+    the site again, to predict by. Left out: race; the parts of the bill and the visits, which are
+    what is to be predicted; columns that are functions of others."""
+    import pandas as pd
+
     table = _read("rand-hie", pickled_table.CSV)
+    ages = ("child", "teenager", "young", "thirties", "middle-aged", "old")
+    age = pd.cut(
+        table["xage"].astype(float), [-1, 13, 18, 30, 40, 55, 99], right=False, labels=ages
+    )
+    sex = table["female"].map({"0": "male", "1": "female"})
     kept = [
-        "zper", "year", "plan", "coins", "idp", "mdeoff", "pioff", "xage", "female", "child",
-        "black", "educdec", "income", "num", "xghindx", "disea", "physlm", "mhi", "hlthg", "hlthf",
-        "hlthp", "meddol",
+        "zper", "year", "coins", "idp", "mdeoff", "pioff", "xage", "educdec", "income", "num",
+        "xghindx", "disea", "physlm", "mhi", "hlthg", "hlthf", "hlthp", "meddol",
     ]
-    return table[kept].assign(site="Site " + table["site"])
+    stage = sex + " " + age.astype(str)
+    return table[kept].assign(stage=stage, place=table["site"], site="Site " + table["site"])
 
 
 def _ratings() -> pd.DataFrame:

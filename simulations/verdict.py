@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.common.contract import Contract
-from silotune.common.metrics import METRICS
-from silotune.simulations.arms import JobResult
+from silotune.common.metrics import LOWER_IS_BETTER, METRICS
+from silotune.simulations.arms import MAIN, JobResult, trained
 
 OTHERS = {
     "alone-tuned": "sites alone",
@@ -17,6 +17,7 @@ OTHERS = {
     "federated-no-dp": "without DP",
     "pooled-no-dp": "pooled without DP",
 }
+LOG_LOSS = ("classification", "multi-label", "ranking")  # of these the loss is a log loss
 SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with rates of its own"}
 BASELINES = {
     "federated-head": "the DP head on the frozen encoder",
@@ -26,17 +27,23 @@ BASELINES = {
 
 def verdict(
     rows: Sequence[Mapping[str, Any]], results: Sequence[JobResult], metric: str,
-    contract: Contract, labels: Sequence[Any],
+    contract: Contract, labels: Sequence[Any], queries: int = 0,
 ) -> dict[str, Any]:
-    """rows: the arms of result.json; labels: the public rows' targets. Word, lines and warnings.
+    """rows: the arms of result.json; labels: the public rows' targets; queries: how many there are
+    to rank for. Word, lines and warnings.
 
     word: "useless" if the metric is not above always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
     """
     by_name = {row["name"]: row for row in rows}
     means = {name: row["metrics"][metric]["mean"] for name, row in by_name.items()}
-    main, here, name = by_name["federated-lora"], means["federated-lora"], METRICS[metric]
-    runs = [r for r in results if r.arm == "federated-lora"]
+    main, here, name = by_name[MAIN], means[MAIN], METRICS[metric]
+    runs = [r for r in results if r.arm == MAIN]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+
+    def lead(other: float) -> float:
+        """How much better the federation is."""
+        return float(sign * (here - other))
 
     plus_minus = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
     parts = [f"{name} {here:.3f}{plus_minus}"]
@@ -45,15 +52,16 @@ def verdict(
         what = "always-majority" if contract.task.kind == "classification" else "always the same"
         parts.append(f"{what} {same:.3f}")
     parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
-    error = standard_error(metric, here, labels)
+    error = standard_error(metric, here, labels, queries)
     lines, warnings = [" · ".join(parts)], []
-    lines.append(
-        f"± is the spread over runs. {len(labels):,} public rows leave a standard error of "
-        f"{error:.3f} on each figure besides."
-    )
+    if error is not None:
+        lines.append(
+            f"± is the spread over runs. {len(labels):,} public rows leave a standard error of "
+            f"{error:.3f} on each figure besides."
+        )
 
     alone = {arm: by_name[arm] for arm in ("alone", "alone-tuned") if arm in by_name}
-    if alone:
+    if alone and all(row["sites_mean"] for row in (main, *alone.values())):
         defined = sum(cell is not None for cell in main["sites"].values())
         own = {arm: row["sites_mean"]["mean"] for arm, row in {**alone, main["name"]: main}.items()}
         lines.append(
@@ -65,9 +73,9 @@ def verdict(
             + ", ".join(f"{means[a]:.3f} {SHORT[a]}" for a in alone)
             + "."
         )
-        best = max(alone, key=lambda arm: own[arm])
+        best = max(alone, key=lambda arm: sign * own[arm])
         noise = max(row["sites_mean"]["sd"] for row in (main, alone[best]))
-        if own[main["name"]] <= own[best] + noise:
+        if sign * (own[main["name"]] - own[best]) <= noise:
             warnings.append(
                 f"On their own rows sites gain nothing that exceeds the spread over "
                 f"{SHORT[best]}: {own[main['name']] - own[best]:+.3f} ±{noise:.3f}."
@@ -77,26 +85,32 @@ def verdict(
         lines.append(
             f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}, and a log loss "
             f"of {losses[0]:.2f} against {losses[1]:.2f}: the noise makes it overconfident."
-            if losses[0] > losses[1]
+            if losses[0] > losses[1] and contract.task.kind in LOG_LOSS and metric != "loss"
             else f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}."
         )
     lines += [
-        _against(words, here - means[arm], main, by_name[arm], metric, error)
+        _against(trained(contract), words, lead(means[arm]), main, by_name[arm], metric, error)
         for arm, words in BASELINES.items()
         if arm in means
     ]
-    one_class = [r for r in runs if r.scores[""]["predicted_classes"] == 1]
+    one_class = [
+        r for r in runs
+        if r.scores[""]["predicted_classes"] == 1 and contract.task.kind != "ranking"
+    ]
     if one_class:
+        what = "the same number" if contract.task.kind == "regression" else "only one class"
         warnings.append(
-            f"The model predicts only one class in {len(one_class)} of {len(runs)} runs. "
+            f"The model predicts {what} in {len(one_class)} of {len(runs)} runs. "
             "Likely: too much noise for this many records."
         )
     failed = sorted({site for r in runs for facts in r.rounds for site in facts.failed})
     if failed:
         warnings.append(f"Some rounds went on without: {', '.join(failed)}.")
-    useless = same is not None and here <= same + 0.01
+    # What is no share is in a unit of its own.
+    least = 0.01 * abs(same) if same is not None and metric in LOWER_IS_BETTER else 0.01
+    useless = same is not None and lead(same) <= least
     if useless:
-        warnings.append(f"{name} is not above always giving the same answer.")
+        warnings.append(f"{name} is not better than always giving the same answer.")
     spent = [e for r in runs for e in r.rounds[-1].epsilon.values() if e is not None]
     if spent:
         p = contract.privacy
@@ -106,7 +120,7 @@ def verdict(
             "repeats compare on public data; on real records each would cost as much again, and "
             "so would choosing the learning rates."
         )
-    weak = bool(one_class) or any(here <= means[arm] for arm in alone)
+    weak = bool(one_class) or any(lead(means[arm]) <= 0 for arm in alone)
     return {
         "word": "useless" if useless else "weak" if weak else "usable",
         "lines": lines,
@@ -115,27 +129,35 @@ def verdict(
 
 
 def _against(
-    words: str, gain: float, main: Mapping[str, Any], other: Mapping[str, Any], metric: str,
-    error: float,
+    ours: str, words: str, gain: float, main: Mapping[str, Any], other: Mapping[str, Any],
+    metric: str, error: float | None,
 ) -> str:
-    """LoRA against a baseline. A lead must exceed the spread over runs and the standard error of
-    the public rows (which is cautious: both arms are judged on the same rows)."""
-    noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"], error)
+    """The main arm against a baseline. A lead must exceed the spread over runs and the standard
+    error of the public rows (which is cautious: both arms are judged on the same rows)."""
+    noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"], error or 0.0)
     won = "beats" if gain > noise else "does not beat"
-    return f"LoRA {won} {words} on this data: {gain:+.3f} (noticeable from {noise:.3f} on)."
+    subject = ours if ours == "LoRA" else f"The {ours}"
+    return f"{subject} {won} {words} on this data: {gain:+.3f} (noticeable from {noise:.3f} on)."
 
 
-def standard_error(metric: str, value: float, labels: Sequence[Any]) -> float:
-    """The error of a metric that comes from having only these public rows.
+def standard_error(
+    metric: str, value: float, labels: Sequence[Any], queries: int = 0
+) -> float | None:
+    """The error of a metric that comes from having only these public rows; None where it is not
+    known (errors in a unit of their own).
 
     AUC: Hanley and McNeil 1982 (doi:10.1148/radiology.143.1.7063747). R²: Wishart 1931, for many
-    rows. Others: binomial.
+    rows. AUPRC: binomial over the rows of the class (Boyd, Eng and Page 2013). Ranking: binomial
+    over the queries, more than which a mean of numbers from 0 to 1 cannot have. Others: binomial.
     """
     rows = len(labels)
+    if metric in LOWER_IS_BETTER:
+        return None
     if metric == "r2":
         return 2 * math.sqrt(max(value, 0.0) / rows) * (1 - max(value, 0.0))
     if metric != "auc":
-        return math.sqrt(max(value * (1 - value), 0.0) / rows)
+        n = sum(label != 0 for label in labels) if metric == "auprc" else queries or rows
+        return math.sqrt(max(value * (1 - value), 0.0) / n)
     n = sum(label != 0 for label in labels)
     m = rows - n
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)

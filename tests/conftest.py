@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
+from silotune.common import cli
 from silotune.common.contract import Contract, parse
 from silotune.common.errors import SilotuneError
 from silotune.simulations import data
@@ -127,3 +129,22 @@ def lora_contract(table_contract: Contract) -> Contract:
             ],
         }
     )
+
+
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """run(*words) -> exit code, stdout, stderr of `silotune words`."""
+
+    def call(*words: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["silotune", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return (code, *capsys.readouterr())
+
+    return call

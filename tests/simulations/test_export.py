@@ -10,7 +10,7 @@ from silotune.common import contract as contracts
 from silotune.common import records
 from silotune.common.errors import UsageError
 from silotune.simulations.export import export
-from silotune.simulations.run import load_recipe
+from silotune.simulations.recipe import load_recipe
 
 pytestmark = pytest.mark.download
 

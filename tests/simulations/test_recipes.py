@@ -12,9 +12,15 @@ import psutil
 import pytest
 
 from silotune.client.accounting import epsilon, plan
-from silotune.common.errors import UsageError
-from silotune.simulations.arms import arms_of
-from silotune.simulations.run import Options, _set_aside, load_recipe, recipe_names
+from silotune.common.architecture import OneHotModel
+from silotune.common.errors import DataError, UsageError
+from silotune.common.inputs import TableInput
+from silotune.simulations import data
+from silotune.simulations.arms import Job, arms_of
+from silotune.simulations.jobs import run_job
+from silotune.simulations.recipe import load_recipe, recipe_names
+from silotune.simulations.run import Options, _set_aside
+from silotune.simulations.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +31,15 @@ def test_every_arm_of_a_recipe_is_a_contract_within_its_budget(name: str) -> Non
     arms = arms_of(recipe.contract, recipe.facts["arms"])
     assert arms[0].main
     names = {arm.name for arm in arms}
-    assert {"alone", "alone-tuned", "federated-head", "federated-no-dp", "pooled-no-dp"} <= names
+    assert {"alone", "alone-tuned", "federated-no-dp", "pooled-no-dp"} <= names
+    # A contract that trains a head alone is its own head arm, and a one-hot one its own one-hot.
+    adapts = recipe.contract.adapter is not None
+    has_head = recipe.contract.task.kind != "language"
+    assert ("federated-head" in names) == (adapts and has_head)
+    one_hot = isinstance(recipe.contract.model, OneHotModel)
+    is_table = isinstance(recipe.contract.input, TableInput)
+    assert ("federated-one-hot" in names) == (is_table and not one_hot)
+    assert ("LoRA" in arms[0].label) == adapts
     for arm in arms:
         for contract in arm.contracts:
             assert (contract.privacy.mode == "dp") == arm.private
@@ -34,6 +48,53 @@ def test_every_arm_of_a_recipe_is_a_contract_within_its_budget(name: str) -> Non
                 assert contract.privacy.delta == recipe.contract.privacy.delta
                 spent = epsilon(plan(contract), contract.privacy.delta)
                 assert spent <= contract.privacy.epsilon
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_complete(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == recipe.contract.name == name
+    assert recipe.facts["table"] in TABLES
+    assert recipe.facts["metric"] in recipe.contract.task.metrics
+    assert {"title", "about", "repeats", "cheap_repeats", "evaluate_every"} <= set(recipe.facts)
+    entity = recipe.contract.privacy.entity
+    assert (TABLES[recipe.facts["table"]].entity or None) == (entity and entity.key[0])
+    page = (ROOT / "simulations" / "recipes" / name / "README.md").read_text(encoding="utf-8")
+    assert f"silotune sim run {name}" in page
+    for part in ("What it is.", "What it is not.", "Sites.", "Unit.", "Licence.", "Limits."):
+        assert f"**{part}**" in page
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("tables")
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    contract = recipe.contract.changed(phases=[
+        phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases
+    ])
+    model = None
+    try:
+        table = TABLES[recipe.facts["table"]].make()
+        if not isinstance(contract.model, OneHotModel):
+            model = data.fetch(contract.model.name)
+    except DataError as error:
+        pytest.skip(f"it cannot be had: {error}")
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for site in contract.weights():
+            rows = table[table["site"] == site].drop(columns="site")
+            rows.sample(8, random_state=len(part)).to_csv(tmp_path / part / f"{site}.csv")
+    job = Job("federated-lora", 0, contract, tmp_path / "run", model, tmp_path, True, 1)
+    result = run_job(job, lambda *_: None)
+    assert len(result.rounds) == len(contract.phases)
+    assert recipe.facts["metric"] in result.scores[""]
+    assert set(result.scores) == {"", *contract.weights()}
+    spent = result.rounds[-1].epsilon
+    assert set(spent) == set(contract.weights())
+    for site, value in spent.items():
+        assert value is not None
+        assert 0 < value <= contract.target_of(site).epsilon
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def words(rows: list[dict[str, Any]], contract: Contract, **kind: Any) -> dict[s
     return verdict(rows, [job(**kind)], "auc", contract, [0] * 107 + [1] * 122)
 
 
-def test_a_lead_within_the_error_of_the_rows_is_no_lead(table_contract: Contract) -> None:
+def test_a_lead_within_the_error_of_the_rows_is_no_lead(lora_contract: Contract) -> None:
+    table_contract = lora_contract
     rows = [row("majority", 0.5), row("federated-lora", 0.91), row("federated-head", 0.90)]
     text = " ".join(words(rows, table_contract)["lines"])
     assert "LoRA does not beat the DP head" in text
@@ -65,6 +66,31 @@ def test_an_epsilon_is_never_without_delta_unit_and_accountant(table_contract: C
     for line in found["lines"]:
         if "ε" in line:
             assert all(word in line for word in ("δ", "per record", "RDP"))
+
+
+def test_where_less_is_better_a_smaller_number_leads(table_contract: Contract) -> None:
+    def of(name: str, value: float) -> dict[str, Any]:
+        found = row(name, 0.0)
+        found["metrics"]["mae"] = {"mean": value, "sd": 1.0, "values": [value]}
+        found["sites_mean"]["mean"] = value
+        return found
+
+    def verdict_of(main: float, alone: float) -> dict[str, Any]:
+        rows = [of("majority", 200.0), of("federated-lora", main), of("alone", alone)]
+        return verdict(rows, [job()], "mae", table_contract, [0.1, 0.2])
+
+    assert verdict_of(150.0, 170.0)["word"] == "usable"
+    assert verdict_of(150.0, 140.0)["word"] == "weak"
+    assert verdict_of(199.0, 210.0)["word"] == "useless"
+    assert not any("standard error" in line for line in verdict_of(150.0, 170.0)["lines"])
+    assert any("gain nothing" in line for line in verdict_of(150.0, 140.0)["warnings"])
+
+
+def test_a_recipe_without_an_adapter_does_not_speak_of_lora(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.8), row("federated-one-hot", 0.9)]
+    text = " ".join(words(rows, table_contract)["lines"])
+    assert "LoRA" not in text
+    assert "The one-hot does not beat" in text
 
 
 @pytest.mark.parametrize("shift", [0.8, 1.8])

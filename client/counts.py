@@ -1,0 +1,198 @@
+"""What is in prepared records: choices, labels, tokens, and how many were charged before.
+
+Counts of private records, for the site's own report (client/prepare_report.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from silotune.client import lineage
+from silotune.client.ledger import Ledger
+from silotune.client.lineage import Lineage
+from silotune.client.prepare import blocks
+from silotune.common import records, schema
+from silotune.common.contract import Contract
+from silotune.common.inputs import CategoryColumn, NumberColumn, PairInput, TableInput, TextInput
+from silotune.common.records import REMEMBERED, Table
+from silotune.common.task import (
+    Classification,
+    Language,
+    MultiLabel,
+    Ranking,
+    Regression,
+    Task,
+    Tokens,
+)
+
+MISSING = ""  # stands for an empty cell, which no choice is
+BINS = 10  # of a regression's targets
+
+
+@dataclass(frozen=True)
+class Counts:
+    """choices: of each column its choices in words, in their order; of a text only MISSING and
+    others. targets: likewise. tokens: [T], how many texts have t tokens, empty if there is no
+    tokenizer; most_tokens: where the model cuts, 0 if it takes none."""
+
+    rows: int
+    choices: dict[str, dict[str, int]]
+    targets: dict[str, int]
+    tokens: list[int]
+    most_tokens: int
+
+    @property
+    def missing(self) -> dict[str, int]:
+        return {name: counts.get(MISSING, 0) for name, counts in self.choices.items()}
+
+    @property
+    def cut(self) -> int:
+        """Texts that are longer than the model reads."""
+        return sum(self.tokens[self.most_tokens + 1 :])
+
+    @property
+    def texts(self) -> int:
+        return sum(self.tokens)
+
+
+def count(table: Table, contract: Contract, model: Path | None) -> Counts:
+    """model: the folder with tokenizer.json, if there is one."""
+    spec, task = contract.input, contract.task
+    columns: dict[str, NumberColumn | CategoryColumn | None] = dict.fromkeys(contract.columns)
+    if isinstance(spec, TableInput):
+        columns = {column.name: column for column in spec.columns}
+    meanings = {name: lru_cache(REMEMBERED)(partial(_meaning, c)) for name, c in columns.items()}
+    targets = lru_cache(REMEMBERED)(_target_words(task))
+    found = {name: Counter[str]() for name in columns}
+    labels, lengths = Counter[str](), Counter[int]()
+    at = {name: table.header.index(name) for name in [*columns, task.label_column]}
+    most = getattr(contract.model, "max_tokens", 0)
+    tokenizer = _tokenizer(model) if most and model else None
+    for block in blocks(table.rows):
+        for name, counter in found.items():
+            place = at[name]
+            counter.update(map(meanings[name], [cells[place] for _, cells in block]))
+        for _, cells in block:
+            labels.update(targets(cells[at[task.label_column]]))
+        if tokenizer is not None:
+            inputs = records.parse(Table(table.source, table.header, block), contract).inputs
+            texts = Counter(text for row in inputs for text in _texts(contract, row))
+            for n, coded in zip(
+                texts.values(), tokenizer.encode_batch(list(texts)), strict=True
+            ):
+                lengths[len(coded.ids)] += n
+    return Counts(
+        rows=len(table.rows),
+        choices={name: _in_order(columns[name], counter) for name, counter in found.items()},
+        targets={word: labels[word] for word in dict.fromkeys([*_words(task), *labels])},
+        tokens=[lengths[n] for n in range(max(lengths) + 1)] if lengths else [],
+        most_tokens=most,
+    )
+
+
+def _meaning(column: NumberColumn | CategoryColumn | None, text: str) -> str:
+    """The choice a cell falls into, in words; of a text whether it is there."""
+    if column is None:
+        return "there" if text.strip() else MISSING
+    choice = schema.choice_of(column, text)
+    return MISSING if choice is None else column.choices[choice]
+
+
+def _in_order(column: NumberColumn | CategoryColumn | None, counts: Counter[str]) -> dict[str, int]:
+    words = column.choices if column is not None else ("there",)
+    return {word: counts[word] for word in (*words, MISSING)}
+
+
+def _words(task: Task) -> tuple[str, ...]:
+    """The labels in the contract's order, with none that a record may lack."""
+    if isinstance(task, (Classification, MultiLabel)):
+        return tuple(label.name for label in task.labels)
+    if isinstance(task, Tokens):
+        return task.tags
+    if isinstance(task, Ranking):
+        return "relevant", "not relevant"
+    if isinstance(task, Regression):
+        return tuple(_bin(task, at) for at in range(BINS))
+    return ("answer",)
+
+
+def _bin(task: Regression, at: int) -> str:
+    return f"{task.number(at / BINS):.4g} to {task.number((at + 1) / BINS):.4g}"
+
+
+def _target_words(task: Task) -> Callable[[str], Sequence[str]]:
+    """What a label's cell says, in words."""
+    words = _words(task)
+
+    def read(text: str) -> Sequence[str]:
+        target: Any = task.target(text)
+        if isinstance(task, MultiLabel):
+            return [word for word, has in zip(words, target, strict=True) if has] or ["none"]
+        if isinstance(task, Tokens):
+            return [words[tag] for tag in target]
+        if isinstance(task, Regression):
+            return [words[min(int(target * BINS), BINS - 1)]]
+        if isinstance(task, Ranking):
+            return [words[1 - target]]
+        return [words[0 if isinstance(task, Language) else target]]
+
+    return read
+
+
+def _texts(contract: Contract, row: Any) -> Sequence[Any]:
+    """What the model reads of a record, as common/encoder.py has it; of a language model's chat
+    template nothing."""
+    if isinstance(contract.input, TableInput):
+        return [schema.to_text(contract.input, row)]
+    if isinstance(contract.input, PairInput):
+        return row if contract.input.by == "bi" else [row]
+    return [row]
+
+
+def made_up(contract: Contract, n: int = 2) -> list[str]:
+    """How rows read to the model, of rows that are drawn from the contract and are nobody's."""
+    spec = contract.input
+    if isinstance(spec, TableInput):
+        return [schema.to_text(spec, row) for row in schema.synthetic(spec, n, seed=1)]
+    if isinstance(spec, TextInput):
+        return [f"⟨the text in '{spec.column}' as it stands⟩"]
+    return [f"⟨the text in '{spec.first}'⟩ ⟨the text in '{spec.second}'⟩"]
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Charged:
+    """Of the prepared records, how many this site's ledger has charges of; None without a ledger.
+    name: of this set of records, by keyed fingerprints."""
+
+    records: int
+    before: int | None
+    name: str
+
+
+def charged(table: Table, key: Sequence[str], ledger: Ledger | None) -> Charged:
+    """DataError: no such key column."""
+    found: Lineage = lineage.of_table(table, key, ledger.fingerprint_key if ledger else bytes(32))
+    if ledger is None:
+        return Charged(len(found.fingerprints), None, "")
+    before = np.zeros(len(found.fingerprints), dtype=bool)
+    for charge in ledger.lineages().values():
+        before |= lineage.shared(found, ledger.lineage(charge))
+    return Charged(len(found.fingerprints), int(before.sum()), found.id)

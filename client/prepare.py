@@ -1,0 +1,179 @@
+"""Records made ready for a contract: checked, and cleaned by the owner's rules.
+
+Nothing is guessed: rows are changed only as [prepare] in site.toml says, and every problem is found
+in one reading. All counts in here are of private records: they are for the site's own report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from silotune.client import lineage
+from silotune.client.columns import Columns, Rule
+from silotune.client.policy import Prepare
+from silotune.common import records
+from silotune.common.cells import BLOCK_ROWS, Builder, Row
+from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
+from silotune.common.records import Table
+from silotune.common.sources import SHOWN_ROWS, rows_in_words
+
+T = TypeVar("T")
+REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
+
+
+@dataclass
+class Problem:
+    """What is wrong with `count` rows, the first of them by number, and what was done about it.
+
+    Where rows are refused nothing is prepared.
+    """
+
+    column: str
+    what: str
+    done: str
+    code: str = ""
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    @property
+    def sentence(self) -> str:
+        return f"column '{self.column}' {self.what}" if self.column else self.what
+
+    @property
+    def places(self) -> str:
+        return rows_in_words(self.rows, self.count)
+
+    def add(self, line: int) -> None:
+        self.count += 1
+        if self.count <= SHOWN_ROWS:
+            self.rows.append(line)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """read: how many rows the source has. table: those that are kept, cleaned. left_out: how many
+    are not, each counted under one reason."""
+
+    read: int
+    table: Table
+    problems: list[Problem]
+    left_out: dict[str, int]
+
+    @property
+    def refused(self) -> list[Problem]:
+        """What the owner has to decide first."""
+        return [problem for problem in self.problems if problem.done == REFUSED]
+
+
+def prepare(table: Table, contract: Contract, rules: Prepare, key: Sequence[str]) -> Prepared:
+    """Check and clean all rows; key: the columns that tell records apart (data.key). DataError if
+    the header does not fit, or there is no row."""
+    records.check_header(table, contract)
+    cleaned = _cleaned(table, contract, rules)
+    return _without_copies(cleaned, rules, (*contract.columns, contract.task.label_column, *key))
+
+
+def _cleaned(table: Table, contract: Contract, rules: Prepare) -> Prepared:
+    columns, header = Columns(contract, table.header), table.header
+    ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302")
+    found = {rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code)
+             for rule in columns.rules}
+    places = {rule: header.index(rule.column) for rule in columns.rules}
+    builder, reasons = Builder(), Counter[str]()
+    for block in blocks(table.rows):
+        rows: list[Row] = []
+        for line, cells in block:
+            if len(cells) != len(header):
+                ragged.add(line)
+            else:
+                rows.append((line, [c.strip() for c in cells] if rules.trim else list(cells)))
+        left_out: dict[int, str] = {}
+        for rule, misfits in columns.misfits(cells for _, cells in rows).items():
+            problem = found[rule]
+            for at in misfits:
+                problem.add(rows[at][0])
+                if problem.done == EMPTIED:
+                    rows[at][1][places[rule]] = ""
+                elif problem.done != LEFT:
+                    left_out.setdefault(at, problem.sentence)
+        reasons.update(left_out.values())
+        for at, (line, cells) in enumerate(rows):
+            if at not in left_out:
+                builder.add(line, cells)
+    if ragged.count:
+        reasons[ragged.sentence] = ragged.count
+    problems = [p for p in (ragged, *found.values()) if p.count]
+    kept = Table(table.source, header, builder.rows())
+    return Prepared(len(table.rows), kept, problems, dict(reasons))
+
+
+def _done(rule: Rule, rules: Prepare) -> str:
+    """What the owner's rules say of cells that break a rule."""
+    if rule.kind == "bound":
+        return LEFT
+    if rule.kind == "outside" and rules.outside == "missing":
+        return EMPTIED
+    if rule.kind == "no target" and rules.missing_target == "drop":
+        return DROPPED
+    return REFUSED
+
+
+def _without_copies(found: Prepared, rules: Prepare, apart: Sequence[str]) -> Prepared:
+    """Rows that are equal in every column stand once, if the owner says so. Columns that only
+    number the rows do not tell them apart, unless they are named."""
+    table, drop = found.table, rules.duplicates == "drop"
+    copies = Problem("", "rows repeat an earlier one", DROPPED if drop else LEFT, "E307")
+    while not (first := _first(table, apart)).all():
+        builder = Builder()
+        for (line, cells), is_first in zip(table.rows, first.tolist(), strict=True):
+            if is_first:
+                builder.add(line, cells)
+            else:
+                copies.add(line)
+        if not drop:
+            break
+        # Once more: without its copies a column may turn out only to number the rows.
+        table = Table(table.source, table.header, builder.rows())
+    if not copies.count:
+        return found
+    copies.rows.sort()
+    left_out = found.left_out | ({copies.sentence: copies.count} if drop else {})
+    return Prepared(found.read, table, [*found.problems, copies], left_out)
+
+
+def _first(table: Table, apart: Sequence[str]) -> NDArray[np.bool_]:
+    """[N] whether a row is the first of those that are equal to it."""
+    _, prints = lineage.of_rows(table, (), bytes(32), apart)  # no secret: none of them leaves this
+    first = np.zeros(len(prints), dtype=bool)
+    first[np.unique(prints, return_index=True)[1]] = True
+    return first
+
+
+def write(table: Table, path: Path) -> None:
+    """The rows as a Parquet file of text columns, readable by this user alone."""
+    kind = pa.schema([(name, pa.string()) for name in table.header])
+    sink = pa.BufferOutputStream()
+    with parquet.ParquetWriter(sink, kind, compression="zstd") as writer:
+        for block in blocks(table.rows):
+            columns = list(zip(*(cells for _, cells in block), strict=True))
+            arrays = [pa.array(column, pa.string()) for column in columns]
+            writer.write_batch(pa.record_batch(arrays, schema=kind))
+    write_durably(path, sink.getvalue().to_pybytes())
+
+
+def blocks(rows: Iterable[T]) -> Iterator[list[T]]:
+    """Some rows at a time."""
+    found = iter(rows)
+    while block := list(islice(found, BLOCK_ROWS)):
+        yield block

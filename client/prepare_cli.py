@@ -1,0 +1,133 @@
+"""`silotune site prepare`: records checked, cleaned and written for the worker, with a report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from silotune.common import contract as contracts
+from silotune.common.cli import emit
+from silotune.common.errors import DataError
+
+if TYPE_CHECKING:
+    from silotune.client.ledger import Ledger
+    from silotune.client.policy import Data
+    from silotune.client.site import Site
+
+MARKS = {"refused": "✗", "dropped": "!", "set to missing": "!", "left as they are": "!"}
+
+
+@click.command()
+@click.argument("contract", type=click.Path(path_type=Path))
+@click.option("--config", default="site.toml", type=click.Path(path_type=Path),
+              help="The site's policy.")
+@click.option("--out", default=None, type=click.Path(path_type=Path),
+              help="The folder to write to; 'prepared' beside site.toml.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: counts of private records.")
+def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> None:
+    """Check all records against a contract, clean them by [prepare] in site.toml, and write them
+    with a report. Both stay here; nothing is sent, nothing is spent.
+
+    \b
+    $ silotune site prepare heart.toml
+      Problem                                       rows  done
+    ! column 'chol' is below 1: counts as missing     12  left as they are: rows 4, 9, …
+    ! rows repeat an earlier one                       2  dropped: rows 88, 103
+    ✓ 226 of 228 rows kept · 226 records, 0 of them charged before
+    report    prepared/report.html  (counts of private records: it must not leave this site)
+    records   prepared/records.parquet
+    next:   set file = "prepared/records.parquet" in [data] of site.toml, then: silotune site sign
+    """
+    from silotune.client import counts, prepare_report
+    from silotune.client import policy as policies
+    from silotune.client import prepare as preparing
+    from silotune.client.keys import make_private_folder
+    from silotune.client.site import Site
+    from silotune.common import query
+    from silotune.common.durable import write_durably
+
+    agreed, policy, site = contracts.load(contract), policies.load(config), Site(config)
+    ledger = _ledger(site)
+    data, folder = policy.data, out or site.folder / "prepared"
+    file = folder / f"{data.file.stem if data.file else policy.name}.parquet"
+    prepared = preparing.prepare(data.table(), agreed, policy.prepare, data.key)
+    found = counts.count(prepared.table, agreed, policy.model.folder)
+    charged = counts.charged(prepared.table, data.key, ledger)
+    refused = prepared.refused
+    facts = {
+        "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
+        "file": str(file), "key": data.key, "charged": charged, "made_up": counts.made_up(agreed),
+        "when": time.strftime("%Y-%m-%d %H:%M"), "numbering": _numbering(data),
+        "rules": ", ".join(f"{k} = {v}".lower() for k, v in policy.prepare.model_dump().items()),
+    }
+    page = prepare_report.render(facts, prepared, found)
+    if not folder.exists():
+        make_private_folder(folder)
+    report = folder / "report.html"
+    write_durably(report, page.encode())
+    if not refused and found.rows:
+        preparing.write(prepared.table, file)
+    lines = []
+    wide = max((len(p.sentence) for p in prepared.problems), default=0)
+    if prepared.problems:
+        lines.append(f"  {'Problem':<{wide}}     rows  done")
+    for p in prepared.problems:
+        lines.append(f"{MARKS[p.done]} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
+    if data.query and not query.ordered(data.query):
+        lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
+    before = "no ledger yet" if charged.before is None else f"{charged.before:,} charged before"
+    lines.append(
+        f"{'✗' if refused else '✓'} {found.rows:,} of {prepared.read:,} rows "
+        f"{'fit' if refused else 'kept'} · {charged.records:,} records, {before}"
+    )
+    if found.texts:
+        lines.append(f"{'!' if found.cut else '✓'} {found.cut:,} of {found.texts:,} texts are "
+                     f"longer than the model's {found.most_tokens} tokens")
+    lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
+    if not refused and found.rows:
+        lines += [
+            f"records   {file} (0600)",
+            f"next:   set file = \"{_from(site.folder, file)}\" in [data] of {config}, then: "
+            f"silotune site sign --config {config}",
+        ]
+    emit(
+        {"prepared": not refused, "read": prepared.read, "kept": found.rows,
+         "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
+         "cut": found.cut, "texts": found.texts, "report": str(report), "file": str(file)},
+        as_json, "\n".join(lines),
+    )
+    if refused:
+        raise DataError(
+            f"{data.source} has {len(refused)} kind{'s' * (len(refused) != 1)} of problem: nothing "
+            "was prepared. Correct the rows, or say in [prepare] of site.toml what to do with them "
+            "(outside, missing_target).", code="E313",
+        )
+    if not found.rows:
+        raise DataError(f"No row of {data.source} is left; nothing was prepared.", code="E304")
+
+
+def _ledger(site: Site) -> Ledger | None:
+    """This site's ledger, verified; None before `site init`."""
+    from silotune.client.keys import Keys
+    from silotune.client.ledger import Ledger
+
+    return Ledger.open(site.state, Keys.load(site.keys)) if site.keys.is_dir() else None
+
+
+def _numbering(data: Data) -> str:
+    """What a row's number counts."""
+    if data.file is None:
+        return "the rows of the query's result, from 1, in the order of that reading"
+    if data.file.suffix.lower() == ".parquet":
+        return "its rows, from 1"
+    return "the line of the file on which the row starts"
+
+
+def _from(folder: Path, file: Path) -> Path:
+    """The file's path as site.toml has it: from its own folder on, if it lies there."""
+    file = file.resolve()
+    return file.relative_to(folder) if file.is_relative_to(folder) else file

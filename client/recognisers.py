@@ -1,0 +1,315 @@
+"""What finds personal details in a text by their form: Presidio recognisers of our own.
+
+Presidio's own ones fetch a list of top-level domains from the network, miss an IBAN with words
+behind it, log the text they could not check, and have none for Chinese. These are patterns, check
+digits (client/check_digits.py) and the words before a number; client/person_names.py finds people.
+The text they see is one that `Deidentifier` has made plain: half-width digits, simple hyphens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import phonenumbers
+from phonenumbers import PhoneNumberMatcher
+from presidio_analyzer import (
+    EntityRecognizer,
+    LocalRecognizer,
+    Pattern,
+    PatternRecognizer,
+    RecognizerResult,
+)
+
+from silotune.client.check_digits import (
+    IBAN_LENGTHS,
+    is_card,
+    is_day,
+    is_iban,
+    is_resident_id,
+    is_ssn,
+)
+from silotune.client.person_names import ChineseNames, EnglishNames, Found, Names
+
+LANGUAGE = "xx"  # Presidio wants one; the settings choose recognisers, so all of them share it
+BEFORE = 40  # characters in which a word says what the number after it is
+
+Rule = Callable[[str], bool]
+
+
+class Shape(PatternRecognizer):
+    """Patterns with a score each. `proof`: check digits, which settle it either way; `possible`:
+    what a match must be at least; `near`: words just before that raise the score.
+
+    A pattern's match begins at \\K where it has one.
+    """
+
+    def __init__(
+        self, kind: str, *patterns: tuple[str, float], proof: Rule | None = None,
+        possible: Rule | None = None, near: str = "", ignore_case: bool = True,
+    ) -> None:
+        super().__init__(
+            supported_entity=kind, supported_language=LANGUAGE,
+            patterns=[Pattern(kind, pattern, score) for pattern, score in patterns],
+            global_regex_flags=int(re.MULTILINE | (re.IGNORECASE if ignore_case else 0)),
+        )
+        self.proof, self.possible = proof, possible
+        self.near = re.compile(near, re.IGNORECASE) if near else None
+
+    def validate_result(self, pattern_text: str) -> bool | None:
+        return self.proof(plain(pattern_text)) if self.proof else None
+
+    def invalidate_result(self, pattern_text: str) -> bool | None:
+        return not self.possible(pattern_text) if self.possible else None
+
+    def enhance_using_context(
+        self, text: str, raw_recognizer_results: list[RecognizerResult],
+        other_raw_recognizer_results: list[RecognizerResult], nlp_artifacts: Any,
+        context: list[str] | None = None,
+    ) -> list[RecognizerResult]:
+        for found in raw_recognizer_results:
+            if self.near and self.near.search(text, max(0, found.start - BEFORE), found.start):
+                found.score = min(1.0, found.score + 0.4)
+        return raw_recognizer_results
+
+
+class Finder(LocalRecognizer):
+    """A recogniser made of a function from a text to what it found there."""
+
+    def __init__(self, kind: str, find: Callable[[str], Iterator[Found]]) -> None:
+        self.find = find
+        super().__init__(supported_entities=[kind], supported_language=LANGUAGE, name=kind)
+
+    def load(self) -> None:
+        """Nothing to load: the lists came with the function."""
+
+    def analyze(
+        self, text: str, entities: list[str], nlp_artifacts: Any = None
+    ) -> list[RecognizerResult]:
+        kind = self.supported_entities[0]
+        return [RecognizerResult(kind, start, end, score) for start, end, score in self.find(text)]
+
+
+def plain(value: str) -> str:
+    """Without spaces and hyphens."""
+    return re.sub(r"[ -]", "", value)
+
+
+# ── Numbers ───────────────────────────────────────────────────────────────────────────────────────
+
+CARDS = (  # as they are printed, or in one piece; nothing of a longer number
+    (r"(?<![\d.])\d{13,19}(?!\d)", 0.3),
+    (r"(?<![\d.])(?<!\d[ -])\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?!\d|\1\d{4}(?!\d))", 0.3),
+    (r"(?<![\d.])(?<!\d[ -])\d{4}([ -])\d{4}\1\d{4}\1\d{4}\1\d{1,3}(?!\d)", 0.3),
+    (r"(?<![\d.])(?<!\d[ -])\d{4}([ -])\d{6}\1\d{4,5}(?!\d)", 0.3),
+    (r"(?<![\d.])(?<!\d[ -])\d{6}([ -])\d{10,13}(?!\d)", 0.3),
+)
+_SSN_NEAR = r"\bssn\b|social\s+security|\bss\s?(?:#|no)"
+_PHONE_NEAR = (
+    r"\b(?:tel|tele?phone|phone|call(?:ed|back)?|mob(?:ile)?|cell|fax|ring|text|contact|number is"
+    r"|reach(?:ed)?)\b|电话|手机|座机|传真|致电|联系"
+)
+MOBILES = (
+    (r"(?<![\dA-Z.])(?<!\d-)(?:\+?86[ -]?)?1[3-9]\d([ -]?)\d{4}\1\d{4}(?!-?\d)", 0.8),
+    (r"(?:tel|phone|mobile|mob|cell)[.:# ]*\K1[3-9]\d{9}(?!\d)", 0.9),
+)
+LANDLINES = (
+    (r"(?<![\d.-])(?:\+?86[ -]?)?\(?0(?:10|2\d|[3-9]\d{2})(?:\)|[ -]|\) ?)[2-9]\d{6,7}(?:-\d{1,5})?"
+     r"(?!\d)", 0.75),
+    (r"(?<![\d.-])0(?:10|2\d|[3-9]\d{2})[2-9]\d{6,7}(?!\d)", 0.4),
+    (r"(?<![\d.-])[48]00-?\d{3,4}-?\d{3,4}(?!\d)", 0.3),
+)
+# Beside the plans of phonenumbers: ranges that are newer than it, and those kept for examples.
+ENGLISH_PHONES = (
+    (r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|0)7\d{3}[ -]?\d{3}[ -]?\d{3}(?![\d-])", 0.7),
+    (r"(?<![\w.,/-])(?:\+?1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([-. ]))"
+     r"[2-9]\d{2}[-. ]\d{4}(?![\d-])", 0.6),
+)
+_CODE_NUMBER = r"(?:\d{3} \d{3} \d{4}|[A-Z]{0,4}-?\d[\dA-Z]*(?:[-/][\dA-Z]+)*)(?![\dA-Z])"
+RECORDS = (
+    (r"\b(?:MRN|medical\s+rec(?:ord)?|health\s+record|patient|hospital|chart|record|case\s+note|"
+     r"encounter|accession|unit|NHS|PAS)\s*(?:(?:number|num|no\b|nr\b|id|identifier|#)\.?\s*)+"
+     rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}", 0.85),
+    (rf"\b(?:MRN|MR\s?#|medical\s+record|NHS)\s*[:=#]*\s*(?:is\s+)?\K{_CODE_NUMBER}", 0.85),
+    (r"(?:病历|病案|住院|门诊|就诊卡?|登记|病人|患者|诊疗卡|医保卡?|影像|检查|标本)(?:编?号码?|ID|卡号)"
+     rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
+)
+
+
+def ibans(text: str) -> Iterator[Found]:
+    """By country, length and check digits, in groups or not, whatever follows."""
+    for found in re.finditer(r"(?<![A-Za-z0-9])([A-Za-z]{2})\d{2}", text):
+        size = IBAN_LENGTHS.get(found[1].upper(), 0)
+        whole = re.compile(rf"(?:[A-Za-z0-9][ -]?){{{max(size - 1, 0)}}}[A-Za-z0-9](?![A-Za-z0-9])")
+        if size and (match := whole.match(text, found.start())) and is_iban(plain(match[0])):
+            yield Found(match.start(), match.end(), 1.0)
+
+
+def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Found]]:
+    """Numbers that exist in the plans of `regions`, or of any country when they begin with +."""
+    near = re.compile(_PHONE_NEAR, re.IGNORECASE)
+
+    def find(text: str) -> Iterator[Found]:
+        if not re.search(r"\d(?:\D{0,3}\d){6}", text):  # the library's search takes its time
+            return
+        for region in regions:
+            for match in PhoneNumberMatcher(text, region, phonenumbers.Leniency.VALID):
+                score = 0.45
+                if re.search(r"[ ().-]", match.raw_string):
+                    score = 0.7
+                if match.raw_string.startswith("+"):
+                    score = 0.95
+                elif near.search(text, max(0, match.start - BEFORE), match.start):
+                    score = min(1.0, score + 0.4)
+                yield Found(match.start, match.end, score)
+
+    return find
+
+
+# ── Dates ─────────────────────────────────────────────────────────────────────────────────────────
+
+_MONTHS = """
+    January February March April May June July August September October November December
+"""
+_MONTH = "(?:" + "|".join(
+    form
+    for name in _MONTHS.split()
+    for form in (name, name.upper(), name[:3] + r"\b\.?", name[:3].upper() + r"\b\.?")
+) + r"|Sept\b\.?)"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_ORDINAL = rf"{_DAY}(?:st|nd|rd|th)?"
+NUMERIC_DATES = (
+    (rf"(?<![\d.,/-])\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.8),
+    (r"(?<![\d.,/-])\d{1,2}([-/])\d{1,2}\1(?:\d{4}|\d{2})(?![\d/-]|\.\d)", 0.7),
+    (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{4}(?![\d/-]|\.\d)", 0.7),
+    (r"(?:出生|生日|生于|born|birth|dob)[^\d\n]{0,12}\K(?:19|20)\d{6}(?!\d)", 0.7),
+)
+WRITTEN_DATES = (
+    (rf"(?<![\w.,/-]){_ORDINAL}(?: of)?[ -]{_MONTH}"
+     r"(?:,?[ -](?:\d{4}|'?\d{2})(?![\d:]))?", 0.75),
+    (rf"\b{_MONTH} {_ORDINAL}(?![\d.%]| ?(?:mg|ml|patients)\b)(?:,? \d{{4}}(?!\d))?", 0.75),
+    (rf"\b{_MONTH},? (?:of )?(?:19|20)\d{{2}}(?!\d)", 0.65),
+)
+_ZH_NUMBER = "[〇零一二三四五六七八九十]"
+CHINESE_DATES = (
+    (rf"(?<!\d)(?:\d{{4}}|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
+     rf"(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号])?", 0.8),
+    (rf"(?<!\d)(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号]", 0.7),
+)
+
+
+def is_numeric_date(value: str) -> bool:
+    """Year first, or day and month in either order."""
+    parts = re.findall(r"\d+", value)
+    if len(parts) == 1:
+        parts = [value[:4], value[4:6], value[6:]]
+    if len(parts[0]) == 4:
+        year, month, day = (int(part) for part in parts)
+        return is_day(year, month, day)
+    one, other, year = (int(part) for part in parts)
+    year += 2000 * (year < 100)  # which century does not matter, save for 29 February
+    return is_day(year, other, one) or is_day(year, one, other)
+
+
+def is_chinese_date(value: str) -> bool:
+    """The month and day that are written in digits can be."""
+    found = re.search(r"(\d+) ?月(?: ?(\d+))?", value)
+    return not found or (1 <= int(found[1]) <= 12 and 1 <= int(found[2] or 1) <= 31)
+
+
+# ── Addresses ─────────────────────────────────────────────────────────────────────────────────────
+
+_STATES = (
+    "(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|"
+    "T[NX]|UT|V[AT]|W[AIVY])"
+)
+_ZIP = rf"{_STATES} \d{{5}}(?:-\d{{4}})?(?!\d)"
+_POSTCODE = r"\b[A-Z]{1,2}\d[A-Z\d]? ?\d[ABD-HJLNP-UW-Z]{2}\b"
+_WAY = (
+    "(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Square|Sq|"
+    r"Terrace|Close|Crescent|Cres|Gardens|Gdns|Grove|Way|Parkway|Pkwy|Circle|Cir|Highway|Hwy|Row|"
+    r"Mews|Hill|Walk|Trail|Broadway)\b\.?"
+)
+_ROOM = r"(?:Flat|Apt|Apartment|Unit|Suite|Ste|Room|Rm|Floor|#)\.? ?#?[A-Z\d]{1,5}\b"
+_TOWN = r"[A-Z][\w'.-]+(?: (?:[A-Z][\w'.-]+|upon|on|of|the|under|le|de|la)){0,3}"
+STREETS = (
+    (rf"(?:\b{_ROOM},? )?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,? "
+     rf"(?:(?:[A-Z][\w'.]*|\d{{1,3}}(?:st|nd|rd|th)|of|the|de|la) ){{1,4}}?{_WAY}"
+     rf"(?:,? {_ROOM})?(?:(?:,? {_TOWN}){{0,2}},? (?:{_ZIP}|{_POSTCODE})|, {_TOWN}, {_STATES}\b)?",
+     0.9),
+    (r"\b(?:P\.? ?O\.? ?|Post Office )Box \d{1,6}"
+     rf"(?:(?:,? {_TOWN}){{0,2}},? (?:{_ZIP}|{_POSTCODE}))?", 0.8),
+    (rf"\b{_TOWN}, {_ZIP}", 0.7),
+    (rf"(?:{_TOWN}, )?{_POSTCODE.replace(' ?', ' ')}", 0.6),
+    (r"\b(?:[Zz]ip|ZIP)(?: [Cc]ode)?[: ]+\K\d{5}(?:-\d{4})?(?!\d)", 0.7),
+)
+_H = "[\u4e00-\u9fff]"
+_DOOR = (
+    rf"(?:{_H}{{0,8}}?(?:\d{{1,5}}|{_ZH_NUMBER}{{1,4}}|[A-Z甲乙丙丁])(?:-\d{{1,4}})*"
+    r"(?:号楼|号院|号|弄|栋|幢|座|单元|室|楼|层|组|户))"
+)
+_ZH_WAY = "(?:大街|大道|路|街|巷|弄|胡同|里|道|村|庄|小区|社区|新村|花园|苑|公寓|广场)"
+
+
+def chinese_streets(places: str) -> tuple[tuple[str, float], ...]:
+    """Patterns of addresses that begin with one of `places` ('北京|上海|…'), or have a sign."""
+    rest = (
+        rf"(?:{_H}{{1,12}}?{_ZH_WAY})(?:{_H}{{1,8}}?{_ZH_WAY})?{_DOOR}{{0,5}}"
+        r"(?:\d{3,4}(?!\d))?"
+    )
+    levels = (
+        rf"(?:{_H}{{1,6}}?(?:市|州|盟|地区))?(?:{_H}{{1,6}}?(?:区|县|旗|市))?"
+        rf"(?:{_H}{{1,6}}?(?:街道|镇|乡))?"
+    )
+    region = rf"(?:{places})(?:省|市|(?:壮族|回族|维吾尔)?自治区|特别行政区)?"
+    return (
+        (rf"{region}{levels}(?:{rest}|{_DOOR}{{1,5}})", 0.8),
+        (r"(?:住址|地址|住所|家住|现住|居住地|户籍地?|籍贯|寄[到往至]|送[到至]|位于|家在)"
+         rf"[为是在于:\s]*\K{levels}{rest}", 0.8),
+        (rf"{_H}{{2,4}}?(?:路|街|大道|巷|胡同)\d{{1,5}}号{_DOOR}{{0,4}}", 0.6),
+    )
+
+
+def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[EntityRecognizer]:
+    """Those of a language ("en", "zh", "both") that find `kinds`."""
+    english, chinese = language != "zh", language != "en"
+    host = r"(?:[A-Z0-9](?:[A-Z0-9-]{0,61}[A-Z0-9])?\.){1,8}[A-Z]{2,24}(?![A-Z0-9-])"
+    found: list[EntityRecognizer] = [
+        Shape("email", (rf"(?<![A-Z0-9._%+-])[A-Z0-9._%+'-]{{1,64}}@{host}", 0.95)),
+        Finder("iban", ibans),
+        Shape("card", *CARDS, proof=is_card),
+        Shape("date", *NUMERIC_DATES, possible=is_numeric_date),
+        Shape("record_number", *RECORDS),
+        # A call from abroad is one in any language; so is a number that begins with +.
+        Finder("phone", phones(("US", "GB") if english else ("ZZ",))),
+    ]
+    if english:
+        found += [
+            Finder("person", EnglishNames(names).find),
+            Shape(
+                "ssn", (r"(?<![\d.-])\d{3}-\d{2}-\d{4}(?![\d-])", 0.65),
+                (r"(?<![\d.-])\d{3} \d{2} \d{4}(?!\d)", 0.3), (r"(?<![\d.A-Z-])\d{9}(?!\d)", 0.2),
+                possible=lambda value: is_ssn(plain(value)), near=_SSN_NEAR,
+            ),
+            Shape("phone", *ENGLISH_PHONES, near=_PHONE_NEAR),
+            Shape("date", *WRITTEN_DATES, ignore_case=False),
+            Shape("address", *STREETS, ignore_case=False),
+        ]
+    if chinese:
+        found += [
+            Finder("person", ChineseNames(names).find),
+            Shape(
+                "resident_id",
+                (r"(?<!\d)\d{6}([ -]?)(?:18|19|20)\d{6}\1\d{3}[\dX](?![\dX])", 0.5),
+                proof=is_resident_id,
+            ),
+            Shape(
+                "resident_id", (r"(?<!\d)\d{15}(?!\d)", 0.2), possible=is_resident_id,
+                near="身份证|证件|resident id|identity",
+            ),
+            Shape("phone", *MOBILES, *LANDLINES, near=_PHONE_NEAR),
+            Shape("date", *CHINESE_DATES, possible=is_chinese_date),
+            Shape("address", *chinese_streets("|".join(names.places))),
+        ]
+    return [one for one in found if one.supported_entities[0] in kinds]

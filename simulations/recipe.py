@@ -1,0 +1,88 @@
+"""A recipe: a contract, the rows it is run on, and the facts of its page.
+
+Shipped ones lie in recipes/, each in a folder with contract.toml, recipe.toml and README.md. One of
+one's own is a contract file and a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from silotune.common import contract as contracts
+from silotune.common.contract import Contract
+from silotune.common.errors import UsageError, did_you_mean
+from silotune.simulations import data, split
+from silotune.simulations.tables import TABLES
+
+Counts = list[dict[str, int | str]]
+OWN_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """facts: those of recipe.toml. source: of the data, for a report. rows: given the folder of a
+    run it writes the split (simulations/split.py) and gives the sites' counts and where it lies."""
+
+    name: str
+    contract: Contract
+    facts: dict[str, Any]
+    source: dict[str, Any]
+    rows: Callable[[Path], tuple[Counts, Path]]
+
+
+def recipe_names() -> list[str]:
+    root = resources.files("silotune.simulations.recipes")
+    return sorted(p.name for p in root.iterdir() if (p / "recipe.toml").is_file())
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name; UsageError if there is none."""
+    if name not in recipe_names():
+        raise UsageError(
+            f"There is no recipe '{name}'.{did_you_mean(name, recipe_names())} "
+            f"Known: {', '.join(recipe_names())}."
+        )
+    folder = resources.files("silotune.simulations.recipes") / name
+    text = (folder / "contract.toml").read_text(encoding="utf-8")
+    facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    found = data.SOURCES[TABLES[facts["table"]].source]
+
+    def rows(_: Path) -> tuple[Counts, Path]:
+        place = data.home() / "splits" / facts["table"]
+        return split.split(facts["table"], place), place
+
+    source = {
+        "name": found.about, "sha256": found.sha256,
+        "source": f"{found.requirement or found.path}, {found.main}; {found.licence}",
+    }
+    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts, source, rows)
+
+
+def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
+    """A contract file and a CSV file: every arm has the contract's plan, the figure is the task's
+    first metric. Without `site_column` each row, or entity, goes to a site drawn by a fixed seed.
+    """
+    contract = contracts.load(file)
+    if not table.is_file():
+        raise UsageError(f"data={table} is no file. Name a CSV file.")
+    phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
+    facts: dict[str, Any] = {
+        "title": table.name, "metric": contract.task.metrics[0], "evaluate_every": 1,
+        "repeats": OWN_REPEATS, "cheap_repeats": OWN_REPEATS,
+        "about": "A table of one's own, in a simulation: nothing left this machine.",
+        "arms": {"no-dp": {"phases": phases}},
+    }
+
+    def rows(folder: Path) -> tuple[Counts, Path]:
+        place = folder / "split"
+        return split.of_file(table, contract, site_column, place), place
+
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
+    return Recipe(file.stem, contract, facts, source, rows)

@@ -1,0 +1,158 @@
+"""`make recipes`: what each recipe reaches, pooled, alone, federated, and federated under DP.
+
+    python -m silotune.simulations.table [RECIPE …]      all of them if none is named
+
+Columns, each with the recipe's own contract and the phases that recipe.toml has for it: pooled (all
+rows in one place, no DP), alone (each site by itself, no DP, on everybody's public rows), federated
+(no DP), and federated with DP at ε 8 and 3, updates masked where there are three sites. Each figure
+is the mean over runs with fresh noise, with its spread. A recipe's row is written as soon as it is
+done and stays until it is run again; the commit is that of the row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from silotune.common.architecture import OneHotModel
+from silotune.common.contract import Contract
+from silotune.common.metrics import METRICS
+from silotune.simulations import data
+from silotune.simulations.arms import Arm, Job, JobResult, arms_of
+from silotune.simulations.masks import SigningKeys, masked
+from silotune.simulations.recipe import Recipe, load_recipe, recipe_names
+from silotune.simulations.run import commit, run_jobs
+
+RESULTS = Path("simulations/studies")
+EPSILONS = (8.0, 3.0)
+COLUMNS = ("pooled", "alone", "federated", *(f"epsilon {e:g}" for e in EPSILONS))
+
+
+class Lines:
+    """A line for each run that ends."""
+
+    def round(self, *_: object) -> None:
+        pass
+
+    def done(self, result: JobResult) -> None:
+        scores = {k: round(v, 3) for k, v in result.scores[""].items() if v is not None}
+        print(f"  {result.arm} {result.repeat} ({result.seconds:.0f} s) {scores}", flush=True)
+
+
+def arms_for(recipe: Recipe) -> list[tuple[Arm, SigningKeys]]:
+    """The columns' contracts, and the keys of those that are masked."""
+    found = {arm.name: arm for arm in arms_of(recipe.contract, recipe.facts["arms"])}
+    plain = found["federated-no-dp"].contracts[0]
+    alone = tuple(
+        plain.changed(sites=[{"name": site.name}], quorum=1) for site in plain.sites
+    )
+    arms: list[tuple[Arm, SigningKeys]] = [
+        (_named(found["pooled-no-dp"], "pooled"), {}),
+        (Arm("alone", "alone", False, False, alone), {}),
+        (_named(found["federated-no-dp"], "federated"), {}),
+    ]
+    for epsilon in EPSILONS:
+        contract, keys = recipe.contract.changed(privacy={"epsilon": epsilon}), SigningKeys()
+        if len(contract.sites) >= 3:
+            contract, keys = masked(contract, None, recipe.facts.get("bound"))
+        arms.append((Arm(f"epsilon {epsilon:g}", "", True, False, (contract,)), keys))
+    return arms
+
+
+def _named(arm: Arm, name: str) -> Arm:
+    return Arm(name, name, arm.private, arm.cheap, arm.contracts)
+
+
+def row(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """One recipe's figures: column -> metric -> mean, sd and values."""
+    began, contract = time.perf_counter(), recipe.contract
+    model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
+    with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
+        counts, table = recipe.rows(Path(folder))
+        jobs = [
+            Job(
+                arm.name, repeat, own, Path(folder) / f"{arm.name}-{repeat}-{at}", model, table,
+                federated=len(own.sites) > 1, evaluate_every=own.rounds, keys=keys,
+            )
+            for arm, keys in arms_for(recipe)
+            for repeat in range(recipe.facts["repeats"])
+            for at, own in enumerate(arm.contracts)
+        ]
+        results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, Lines())
+    return {
+        "recipe": recipe.name, "title": recipe.facts["title"], "metric": recipe.facts["metric"],
+        "unit": contract.privacy.unit, "delta": contract.privacy.delta, "rows": counts,
+        "repeats": recipe.facts["repeats"], "contract": contract.hash, "commit": commit(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - began),
+        "columns": {name: _figures(contract, results, name) for name in COLUMNS},
+    }
+
+
+def _figures(contract: Contract, results: list[JobResult], column: str) -> dict[str, Any]:
+    """Of sites alone one run's value is the mean over the sites' models."""
+    found: dict[str, Any] = {}
+    for metric in contract.task.metrics:
+        of_repeat: dict[int, list[float]] = {}
+        for result in results:
+            value = result.scores[""].get(metric)
+            if result.arm == column and value is not None:
+                of_repeat.setdefault(result.repeat, []).append(value)
+        values = [statistics.fmean(own) for _, own in sorted(of_repeat.items())]
+        if values:
+            sd = statistics.stdev(values) if len(values) > 1 else 0.0
+            found[metric] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for a README."""
+    lines = [
+        "| recipe | metric | pooled | alone | federated | ε 8 | ε 3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found["recipes"]:
+        metric = one["metric"]
+        cells = []
+        for column in COLUMNS:
+            figure = one["columns"][column].get(metric)
+            cells.append(f"{figure['mean']:.3f} ± {figure['sd']:.3f}" if figure else "–")
+        lines.append(f"| {one['recipe']} | {METRICS[metric]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> int:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / "recipes.json"
+    known = json.loads(file.read_text())["recipes"] if file.exists() else []
+    rows = {one["recipe"]: one for one in known}
+    missed = 0
+    for name in names or recipe_names():
+        recipe = load_recipe(name)
+        print(f"{name}: {recipe.facts['title']}", flush=True)
+        rows[name] = found = row(recipe, os.cpu_count() or 1)
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "command": "make recipes", "recipes": [rows[key] for key in sorted(rows)],
+        }
+        file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
+        metric, expect = recipe.facts["metric"], recipe.facts["expect"]
+        pooled = found["columns"]["pooled"][metric]["mean"]
+        if pooled < expect - recipe.facts.get("within", 0.015):
+            print(f"✗ {name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
+            missed += 1
+    print(markdown(result))
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

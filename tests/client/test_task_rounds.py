@@ -1,0 +1,211 @@
+"""Rounds of real workers for every task: what leaves a site is the phase's tensors and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
+from silotune.common import messages, vector
+from silotune.common.adapter import trained_names
+from silotune.common.contract import Contract
+from silotune.common.errors import RefusalError
+from silotune.common.messages import Arrays, Message, Refusal, Train, Update
+from silotune.common.model import build
+from silotune.common.performance import Performance
+from silotune.server.evaluate import PublicTest
+from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
+from silotune.server.rounds import RoundFacts, Run
+from tests import tiny
+
+EXACT = Performance(bf16="off", device="cpu", micro_batch=4)
+SITES = ("north", "south", "east")
+Answer = Callable[[bytes], bytes]
+
+
+def worker_of(
+    contract: Contract, kind: str, model: str, folder: Path, site: str = "north",
+    ledger: Ledger | None = None, seed: int = 0,
+) -> Worker:
+    file = tiny.write(folder / f"{site}.csv", tiny.rows_of(kind, 24, seed))
+    policy = permitting(
+        contract, site, file, None if model == "one-hot" else tiny.folder_of(model), EXACT
+    )
+    return Worker(policy, contract, ledger or Ledger.in_memory(site), insecure_seed=seed + 1)
+
+
+def ask(worker: Worker, number: int, arrays: Arrays) -> Message:
+    header = Train(contract=worker.contract.hash, run="r", round=number)
+    return messages.unpack(worker.handle(messages.pack(Message(header, arrays))))
+
+
+@pytest.mark.parametrize("unit", ["record", "entity"])
+@pytest.mark.parametrize(("kind", "model"), tiny.CASES)
+def test_a_run_of_every_task(kind: str, model: str, unit: str, tmp_path: Path) -> None:
+    contract = tiny.contract_of(kind, model, unit=unit)
+    worker = worker_of(contract, kind, model, tmp_path)
+    arrays = worker.model.initial_arrays()
+    for number in range(1, contract.rounds + 1):
+        phase = contract.phase_of(number)
+        sent = {n: a for n, a in arrays.items() if n.startswith("head.") or phase.adapts}
+        reply = ask(worker, number, sent)
+        assert isinstance(reply.header, Update)
+        assert sorted(reply.arrays) == trained_names(arrays, phase.trains)
+        if kind == "language":
+            assert all(name.endswith(".lora_B") for name in reply.arrays)
+        for name, change in reply.arrays.items():
+            assert change.shape == arrays[name].shape
+            assert np.isfinite(change).all()
+            assert change.any()
+            arrays[name] = arrays[name] + change
+        assert reply.header.metrics == {}
+        assert 0 < (reply.header.epsilon or 0) <= contract.privacy.epsilon
+    assert reply.header.epsilon == pytest.approx(contract.privacy.epsilon, rel=1e-4)
+    # Another run finds no budget left.
+    wire = messages.pack(Message(Train(contract=contract.hash, run="s", round=1), sent))
+    other = messages.unpack(worker.handle(wire)).header
+    assert isinstance(other, Refusal)
+
+
+@pytest.mark.parametrize(("kind", "released"), [
+    ("classification", ("loss", "accuracy")), ("multi-label", ("loss", "accuracy")),
+    ("tokens", ("loss", "accuracy")), ("regression", ("loss",)), ("bi", ("loss", "accuracy")),
+    ("language", ("loss", "accuracy")),
+])
+def test_metrics_that_a_contract_pays_for(
+    kind: str, released: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Without privacy they are the means over the units of what the task's objective says."""
+    model = "llama" if kind == "language" else "bert"
+    contract = tiny.contract_of(
+        kind, model, releases=[{"metric": m, "share": 0.1, "bound": 9.0} for m in released],
+    ).changed(privacy={"mode": "none", "expected_records": 24.0})
+    worker = worker_of(contract, kind, model, tmp_path)
+    arrays = tiny.moved(worker.model)
+    number, trains = contract.rounds, contract.phases[-1].trains
+    reply = ask(worker, number, arrays).header
+    assert isinstance(reply, Update)
+    network, data = worker.model, worker.data
+    network.load(arrays)
+    values: dict[str, list[float]] = {"loss": [], "accuracy": []}
+    for block, n in network.micro_batches(
+        data.encoded, data.units.members, adapter=trains != "head"
+    ):
+        outputs = network(data.encoded, block, adapter=True)
+        targets = network.targets(data.encoded, data.labels, block)
+        values["loss"] += network.objective.losses(outputs, targets)[:n].tolist()
+        if "accuracy" in released:
+            values["accuracy"] += network.objective.right(outputs, targets)[:n].tolist()
+    assert set(reply.metrics) == set(released)
+    for name in released:
+        assert reply.metrics[name] == pytest.approx(np.mean(values[name]), rel=1e-3)
+
+
+def test_without_noise_a_task_of_each_kind_is_learnt(tmp_path: Path) -> None:
+    """The steps go downhill: the loss on the records themselves gets smaller."""
+    for kind, model in tiny.CASES:
+        rates = {"head_rate": 0.2} | ({} if model == "one-hot" else {"adapter_rate": 0.1})
+        contract = tiny.contract_of(kind, model).changed(
+            privacy={"mode": "none", "expected_records": 24.0})
+        (*_, last) = contract.model_dump(mode="json")["phases"]
+        rates = {k: v for k, v in rates.items() if last[k] is not None}
+        phase = last | rates | {"rounds": 1, "local_steps": 12, "budget": 1.0}
+        contract = contract.changed(phases=[phase])
+        worker = worker_of(contract, kind, model, tmp_path)
+        arrays = worker.model.initial_arrays()
+        reply = ask(worker, 1, arrays)
+        after = arrays | {n: arrays[n] + c for n, c in reply.arrays.items()}
+        test = PublicTest(contract, worker.model, {"own": tmp_path / "north.csv"})
+        losses = [test.metrics(a, model != "one-hot")["loss"] for a in (arrays, after)]
+        assert losses[1] < losses[0], (kind, model)  # type: ignore[operator]
+
+
+# --- masked ------------------------------------------------------------------------------------
+
+
+def play(
+    contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
+) -> tuple[Arrays, list[RoundFacts], list[Message]]:
+    """A whole run: the adapter, the rounds' facts, what the sites replied."""
+    folder.mkdir()
+    workers = {
+        site: worker_of(contract, kind, model, folder, site,
+                        Ledger.in_memory(site, keys[site]), place)
+        for place, site in enumerate(SITES)
+    }
+    seen: list[Message] = []
+
+    def answer(site: str, wire: bytes) -> bytes:
+        reply = workers[site].handle(wire)
+        seen.append(messages.unpack(reply))
+        return reply
+
+    handles: dict[str, Answer] = {s: lambda wire, s=s: answer(s, wire) for s in SITES}
+    network = build(contract, tiny.folder_of(model), EXACT)
+    run = Run(
+        contract, Registry.create(folder / "run", contract), "run-1", network.initial_arrays()
+    )
+    facts = []
+    while not run.done:
+        facts.append(carry_out(run.stages(list(handles)), handles))
+    return run.registry.adapter(), facts, seen
+
+
+@pytest.mark.parametrize(("kind", "model"), [
+    ("tokens", "bert"), ("regression", "bert"), ("language", "llama"),
+])
+def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
+    kind: str, model: str, tmp_path: Path
+) -> None:
+    keys = {site: Keys.in_memory() for site in SITES}
+    plain = tiny.contract_of(kind, model).changed(
+        sites=[{"name": site, "public_key": keys[site].public} for site in SITES], quorum=3
+    )
+    masked = plain.changed(secure_aggregation={"bound": 16.0})
+    first, facts, seen = play(masked, kind, model, tmp_path / "masked", keys)
+    second, _, others = play(plain, kind, model, tmp_path / "plain", keys)
+    assert [sorted(f.sites) for f in facts] == [sorted(SITES)] * plain.rounds
+    assert not any(f.failed for f in facts)
+    masks = [message for message in seen if message.header.kind == "masked"]
+    assert len(masks) == len(SITES) * plain.rounds
+    assert not any(message.arrays for message in seen)  # nothing in the clear
+    assert sum(bool(message.arrays) for message in others) == len(SITES) * plain.rounds
+    # A unit of the ring a site and round, and what momentum makes of it.
+    off = 3 * 2.8 * len(SITES) / 2 / vector.factor(masked, 1.0) + 1e-6
+    initial = build(plain, tiny.folder_of(model), EXACT).initial_arrays()
+    for name in trained_names(initial, plain.phases[-1].trains):
+        assert float(np.abs(first[name] - second[name]).max()) <= off
+        assert float(np.abs(second[name] - initial[name]).max()) > 10 * off
+
+
+# --- permissions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "model"), tiny.CASES)
+def test_a_site_takes_part_in_the_tasks_and_models_that_it_permits(kind: str, model: str) -> None:
+    contract = tiny.contract_of(kind, model)
+    policy = permitting(contract, "north", Path("rows.csv"), None)
+
+    def refusals(**permits: Any) -> list[str]:
+        own = policy.model_copy(update={"permits": policy.permits.model_copy(update=permits)})
+        found = own.refusals(contract)
+        assert all(isinstance(refusal, RefusalError) for refusal in found)
+        return [str(refusal) for refusal in found]
+
+    assert refusals() == []
+    (sentence,) = refusals(tasks=("nothing",))
+    assert f"task '{contract.task.kind}' is not in permits.tasks" in sentence
+    if model == "one-hot":
+        assert refusals(models=("0" * 64,)) == []
+        return
+    assert refusals(models=(tiny.sha256(tiny.folder_of(model)),)) == []
+    (sentence,) = refusals(models=("0" * 64,))
+    assert "its model's SHA-256 is not in permits.models" in sentence

@@ -1,0 +1,149 @@
+"""A contract from a header and answers: it is valid, and no value of the table has a part in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from silotune.common import draft
+from silotune.common.contract import parse
+from silotune.common.draft import Answers, Column
+from silotune.common.errors import UsageError
+from silotune.common.inputs import NumberColumn, TableInput
+from silotune.common.plan import Entity
+
+FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+SITES = {"sites": ("a", "b"), "records": 500}
+TABLE = {
+    "name": "loans", "task": "classification", "label": "status", "labels": ("good", "bad"),
+    "columns": (
+        Column.parse("age: 25, 40.5"), Column.parse("Home status: rent, own, with parents"),
+    ), **SITES,
+}
+
+
+def test_a_table() -> None:
+    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    assert isinstance(found.input, TableInput)
+    age, home = found.input.columns
+    assert isinstance(age, NumberColumn)
+    assert age.words == ("below 25", "25 to 40.5", "40.5 or more")
+    assert (home.phrase, home.choices) == ("home status", ("rent", "own", "with parents"))
+    assert [label.values for label in found.task.labels] == [("good",), ("bad",)]  # type: ignore[union-attr]
+    assert (found.privacy.expected_records, found.quorum) == (500, 2)
+
+
+TEXT = {"columns": (), "text": "message"}
+
+
+@pytest.mark.parametrize(("more", "kind"), [
+    ({**TEXT}, "classification"),
+    ({**TEXT, "task": "multi-label"}, "multi-label"),
+    ({**TEXT, "task": "tokens", "labels": ("Disease",)}, "tokens"),
+    ({**TEXT, "task": "language", "labels": ()}, "language"),
+    ({"task": "regression", "labels": (), "bounds": (0.0, 1e5), "log": True}, "regression"),
+])
+def test_each_task(more: dict[str, object], kind: str) -> None:
+    found = parse(draft.draft(Answers.model_validate(TABLE | more)))
+    assert found.task.kind == kind
+
+
+def test_an_entity() -> None:
+    answers = Answers.model_validate(TABLE | {"entity": ("patient",), "cap": 4})
+    found = parse(draft.draft(answers)).privacy
+    assert found.entity == Entity(key=("patient",), cap=4)
+
+
+names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1,
+                max_size=12).map(str.strip).filter(bool)
+
+
+@FUZZ
+@given(st.lists(names, min_size=2, max_size=4, unique=True), names)
+def test_any_words_give_a_valid_contract(values: list[str], column: str) -> None:
+    """Quotes, backslashes, braces and other scripts in names and values."""
+    if len({value.strip() for value in values}) < len(values) or column == "status":
+        return
+    given_answers = TABLE | {"columns": (Column(name=column, values=tuple(values)),)}
+    found = parse(draft.draft(Answers.model_validate(given_answers)))
+    assert found.columns == (column,)
+    assert found.input.columns[0].choices == tuple(values)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ("age", "says nothing"), ("age:", "says nothing"), ("age: 40, 30", "must increase"),
+    ("sex: male", "two values"),
+])
+def test_a_column_that_says_too_little(answer: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Column.parse(answer)
+
+
+Ran = tuple[int, str, str]
+CANARY = "canary-7731"
+WORDS = [
+    "--task", "classification", "--label", "status", "--labels", "good,bad", "--column",
+    "age: 30, 50", "--site", "a", "--site", "b", "--records", "100",
+]
+
+
+def table(folder: Path) -> Path:
+    text = io.StringIO()
+    csv.writer(text).writerows([["age", "status"], [CANARY, "good"], ["41", CANARY]])
+    path = folder / "loans.csv"
+    path.write_text(text.getvalue())
+    return path
+
+
+def new(path: Path, out: Path, *more: str) -> list[str]:
+    return ["contract", "new", "--from", str(path), "--out", str(out), *more]
+
+
+def test_the_command_reads_the_header_alone(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    path, out, again = table(tmp_path), tmp_path / "loans.toml", tmp_path / "again.toml"
+    code, said, wrong = run(*new(path, out, *WORDS))
+    assert code == 0, wrong
+    drafted = out.read_text()
+    assert CANARY not in drafted + said + wrong
+    assert "next:  silotune sim run" in said
+    path.write_text("age,status\n1,2\n")  # other rows, the same header: the same contract
+    assert run(*new(path, again, "--name", "loans", *WORDS))[0] == 0
+    assert again.read_text() == drafted
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--label", "Status"], "Did you mean 'status'?"), (["--column", "Age: 1, 2"], "'Age'"),
+    (["--task", "sorting"], "task"), (["--records", "0"], "records"),
+    (["--epsilon", "-1"], "epsilon"),
+])
+def test_wrong_answers(
+    tmp_path: Path, run: Callable[..., Ran], change: list[str], words: str
+) -> None:
+    out = tmp_path / "loans.toml"
+    code, said, wrong = run(*new(table(tmp_path), out, *WORDS, *change))
+    assert code == 2, said
+    assert words in wrong
+    assert CANARY not in said + wrong
+    assert not out.exists()
+
+
+def test_what_is_missing_is_told_where_nobody_can_be_asked(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    code, _, wrong = run(*new(table(tmp_path), tmp_path / "x.toml"))
+    assert code == 2
+    for word in ("--task", "--label", "--labels", "--records", "--sites", "text or column"):
+        assert word in wrong
+
+
+def test_no_file_is_written_over(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    out = tmp_path / "loans.toml"
+    out.write_text("mine")
+    assert run(*new(table(tmp_path), out, *WORDS))[0] == 2
+    assert out.read_text() == "mine"

@@ -1,0 +1,69 @@
+"""The split of a table: fixed, disjoint, by person where there are persons, the source's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from silotune.simulations.split import split
+from silotune.simulations.tables import TABLES, Table
+
+
+def rows_of(*files: Path) -> list[str]:
+    return [row for file in files for row in pd.read_csv(file, dtype=str)["row"]]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """A table 'made-up' of two sites and 61 rows, by `person` of several rows each."""
+    table = pd.DataFrame({
+        "site": ["b"] * 40 + ["a"] * 21,
+        "row": [str(i) for i in range(61)],
+        "person": [f"b{i % 12}" for i in range(40)] + [f"a{i % 9}" for i in range(21)],
+    })
+    monkeypatch.setitem(TABLES, "made-up", Table("heart-disease-uci", table.copy))
+    return table
+
+
+def test_the_split_is_fixed_disjoint_and_a_quarter(made_up: pd.DataFrame, tmp_path: Path) -> None:
+    counts = split("made-up", tmp_path / "one")
+    assert counts == [{"site": "a", "train": 16, "test": 5}, {"site": "b", "train": 30, "test": 10}]
+    split("made-up", tmp_path / "two")
+    for path in (tmp_path / "one").rglob("*.csv"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == other.read_bytes()
+    files = {part: sorted((tmp_path / "one" / part).iterdir()) for part in ("train", "test")}
+    assert sorted(rows_of(*files["train"], *files["test"]), key=int) == list(made_up["row"])
+    assert sorted(rows_of(tmp_path / "one" / "pooled.csv")) == sorted(rows_of(*files["train"]))
+
+
+def test_a_person_is_on_one_side_with_all_rows(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_person = Table("heart-disease-uci", made_up.copy, entity="person")
+    monkeypatch.setitem(TABLES, "made-up", by_person)
+    split("made-up", tmp_path)
+    for site, people in (("a", 9), ("b", 12)):
+        files = [tmp_path / part / f"{site}.csv" for part in ("train", "test")]
+        sides = [set(pd.read_csv(file)["person"]) for file in files]
+        assert not sides[0] & sides[1]
+        assert [len(side) for side in sides] == [people - people // 4, people // 4]
+
+
+def test_the_split_of_the_source_is_taken(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = made_up.assign(split=["test" if i % 10 == 0 else "train" for i in range(61)])
+    monkeypatch.setitem(TABLES, "made-up", Table("heart-disease-uci", own.copy))
+    split("made-up", tmp_path)
+    assert rows_of(tmp_path / "test" / "b.csv") == ["0", "10", "20", "30"]
+    assert list(pd.read_csv(tmp_path / "test" / "b.csv").columns) == ["row", "person"]
+
+
+def test_files_of_sites_that_are_gone_are_removed(made_up: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.csv").write_text("row\n1\n")
+    split("made-up", tmp_path)
+    assert [path.name for path in sorted((tmp_path / "test").iterdir())] == ["a.csv", "b.csv"]
