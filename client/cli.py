@@ -252,16 +252,20 @@ def start(
     from silotune.client import policy as policies
     from silotune.client.site import Site
     from silotune.client.supervisor import Supervisor, Users
+    from silotune.common import query
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
-    server = policies.load(config).server
-    if server is None:
+    policy = policies.load(config)
+    if policy.server is None:
         raise UsageError(f"{config} has no [server]: address and ca say where to connect.")
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
         _stop_unless(_preflight(config, contract, say=journal.say))
     site_, file = Site(config.resolve()), contract.resolve()
-    sys.exit(Supervisor(site_, file, server, users, journal, metrics_port).run())
+    secrets = query.variables(policy.data.url or "")
+    sys.exit(
+        Supervisor(site_, file, policy.server, users, journal, metrics_port, secrets).run()
+    )
 
 
 @site.command()

@@ -76,7 +76,8 @@ _TITLE = re.compile(
 _LABEL = re.compile(
     r"(?:\b(?:name|patient|pt|client|customer|beneficiary|payee|payer|"
     r"(?:card|account|policy) ?holder|next of kin|attending(?: physician)?|physician|surgeon|"
-    r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|applicant|employee|member|contact|author|"
+    r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|"
+    r"applicant|employee|member|contact|author|"
     r"emergency contact)(?: name)?\s*[:=]\s*"
     r"|\bDear |\b(?:[Rr]egards|[Ss]incerely|[Tt]hanks|[Cc]heers|[Yy]ours),?\s+"
     r"|\b(?:[Mm]y name is|[Tt]his is|[Ss]igned by|[Nn]amed|[Cc]alled) )$",
@@ -96,8 +97,8 @@ _RELATIVE = re.compile(
 )
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
-    r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|asked|wrote|"
-    r"lives|works|states|requested|confirmed|who|aged|born|DOB|MD\b|RN\b|\()"
+    r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
+    r"asked|wrote|lives|works|states|requested|confirmed|who|aged|born|DOB|MD\b|RN\b|\()"
 )
 _NO_PERSON = re.compile(  # eponyms, organisations and places
     r"(?:'s)?[ -](?:and \w+ )?(?:[a-z]+ )?(?:disease|syndrome|lymphoma|palsy|sign|test|score|scale|"
@@ -140,10 +141,10 @@ class EnglishNames:
         before = text[max(0, start - 40) : start]
         if _TITLE.search(before):
             yield Found(start, _end_of_name(words), 0.9)
-        elif _LABEL.search(before):
+        elif _LABEL.search(before) and (before.rstrip()[-1:] in ":=" or not _all_upper(words)):
             upper = re.match(r", ([A-Z][A-Za-z'-]+)", text[end:])  # Name: SMITH, JOHN
             yield Found(start, end + (upper.end() if upper else 0), 0.85)
-        elif _NO_PERSON.match(text, end):
+        elif _NO_PERSON.match(text, end) or re.search(r"\b(?:St|Saint)\.? $", before):
             return
         else:
             yield from self._by_lists(text, before, words)
@@ -172,11 +173,13 @@ class EnglishNames:
                 yield Found(start, end, 0.6)
             elif rest and _KIN.search(before):
                 yield Found(start, end, 0.55)
-            elif _KIN.search(before) and re.search(r"(?:by|with|son|ter|er|wife|and) $", before):
-                yield Found(start, end, 0.45)
+            elif start == words[0].start() and _RELATIVE.search(before):
+                yield Found(start, end, 0.6)
         elif len(named) >= 2 and self._family(named[-1][0]):
             # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
             yield Found(words[0].start(), end, 0.6 if _KIN.search(before) else 0.5)
+        elif len(words) == 1 and self._family(words[0][0]) and not self._sometimes(words[0][0]):
+            yield Found(*words[0].span(), 0.5 if _RELATIVE.search(before) else 0.4)
         elif _mixed_case(text) and (
             (len(named) >= 2 and (_KIN.search(before) or _DOES.match(text, end)))
             or (len(words) == 1 and _RELATIVE.search(before))
@@ -210,6 +213,11 @@ def _is_title(word: str) -> bool:
 def _end_of_name(words: list[re.Match[str]]) -> int:
     """After a title at most three words are the name."""
     return words[: 3 if len(words) > 3 else len(words)][-1].end()
+
+
+def _all_upper(words: list[re.Match[str]]) -> bool:
+    """An abbreviation, or somebody who shouts."""
+    return all(word[0].isupper() for word in words)
 
 
 def _mixed_case(text: str) -> bool:

@@ -123,6 +123,8 @@ LANDLINES = (
 # Beside the plans of phonenumbers: ranges that are newer than it, and those kept for examples.
 ENGLISH_PHONES = (
     (r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|0)7\d{3}[ -]?\d{3}[ -]?\d{3}(?![\d-])", 0.7),
+    (r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|\(?0)(?:2\d\)? ?\d{4} \d{4}|1\d{2}\)? ?\d{3} \d{4}"
+     r"|1\d{3}\)? ?\d{6})(?![\d-])", 0.6),
     (r"(?<![\w.,/-])(?:\+?1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([-. ]))"
      r"[2-9]\d{2}[-. ]\d{4}(?![\d-])", 0.6),
 )
@@ -195,7 +197,8 @@ _ZH_NUMBER = "[〇零一二三四五六七八九十]"
 CHINESE_DATES = (
     (rf"(?<!\d)(?:\d{{4}}|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
      rf"(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号])?", 0.8),
-    (rf"(?<!\d)(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号]", 0.7),
+    (rf"(?<!\d)(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
+     rf" ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号]", 0.7),
 )
 
 
@@ -222,7 +225,7 @@ def is_chinese_date(value: str) -> bool:
 
 _STATES = (
     "(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|"
-    "T[NX]|UT|V[AT]|W[AIVY])"
+    "T[NX]|UT|V[AIT]|W[AIVY]|A[AEPS]|GU|M[HP]|P[RW])"
 )
 _ZIP = rf"{_STATES} \d{{5}}(?:-\d{{4}})?(?!\d)"
 _POSTCODE = r"\b[A-Z]{1,2}\d[A-Z\d]? ?\d[ABD-HJLNP-UW-Z]{2}\b"
@@ -231,15 +234,24 @@ _WAY = (
     r"Terrace|Close|Crescent|Cres|Gardens|Gdns|Grove|Way|Parkway|Pkwy|Circle|Cir|Highway|Hwy|Row|"
     r"Mews|Hill|Walk|Trail|Broadway)\b\.?"
 )
-_ROOM = r"(?:Flat|Apt|Apartment|Unit|Suite|Ste|Room|Rm|Floor|#)\.? ?#?[A-Z\d]{1,5}\b"
+_ROOM = (
+    r"(?:Flat|Studio|Apt|Apartment|Unit|Suite|Ste|Room|Rm|Floor|#)\.? ?#?"
+    r"\d{0,4}[A-Za-z]?\d{0,4}\b"
+)
 _TOWN = r"[A-Z][\w'.-]+(?: (?:[A-Z][\w'.-]+|upon|on|of|the|under|le|de|la)){0,3}"
+_PART = r"(?:[A-Z\d#][\w'#.-]*|upon|on|of|the|under|le|de|la)"
+_WORDS = rf"{_PART}(?: {_PART}){{0,5}}"
 STREETS = (
-    (rf"(?:\b{_ROOM},? )?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,? "
+    (rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,? "
      rf"(?:(?:[A-Z][\w'.]*|\d{{1,3}}(?:st|nd|rd|th)|of|the|de|la) ){{1,4}}?{_WAY}"
-     rf"(?:,? {_ROOM})?(?:(?:,? {_TOWN}){{0,2}},? (?:{_ZIP}|{_POSTCODE})|, {_TOWN}, {_STATES}\b)?",
-     0.9),
+     rf"(?:,?\s{_ROOM})?"
+     rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE})|,\s{_TOWN}, {_STATES}\b)?", 0.9),
+    # Whatever the street is called: from a house's number to a postcode within a few commas.
+    (rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?,? {_WORDS}"
+     rf"(?:(?:,\s|\n){_WORDS}){{0,4}}?,?\s(?:{_ZIP}|{_POSTCODE})", 0.8),
+    (rf"\b{_ROOM}(?:(?:,\s|\n){_WORDS}){{1,4}}?,?\s(?:{_ZIP}|{_POSTCODE})", 0.8),
     (r"\b(?:P\.? ?O\.? ?|Post Office )Box \d{1,6}"
-     rf"(?:(?:,? {_TOWN}){{0,2}},? (?:{_ZIP}|{_POSTCODE}))?", 0.8),
+     rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE}))?", 0.8),
     (rf"\b{_TOWN}, {_ZIP}", 0.7),
     (rf"(?:{_TOWN}, )?{_POSTCODE.replace(' ?', ' ')}", 0.6),
     (r"\b(?:[Zz]ip|ZIP)(?: [Cc]ode)?[: ]+\K\d{5}(?:-\d{4})?(?!\d)", 0.7),

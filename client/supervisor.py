@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,10 +98,12 @@ class Supervisor:
 
     def __init__(
         self, site: Site, contract: Path, server: Server, users: Users, journal: Journal,
-        metrics_port: int | None = None,
+        metrics_port: int | None = None, secrets: Sequence[str] = (),
     ) -> None:
+        """secrets: names of environment variables that the worker gets, and the relay does not."""
         self.site, self.contract, self.server, self.users = site, contract, server, users
         self.journal, self.say, self.metrics_port = journal, journal.say, metrics_port
+        self.secrets = secrets
         self.running = metrics.Running(worker=False, relay=False)
         self.folder = Path()
         self._stopping = False
@@ -200,7 +202,8 @@ class Supervisor:
         PeerError if it ends before.
         """
         readable, writable = os.pipe()
-        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
+        wanted = [*PASSED_ON, *self.secrets]
+        environment = {name: os.environ[name] for name in wanted if name in os.environ} | {
             "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(self.site.state), "LANG": "C.UTF-8",
             "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
         }

@@ -17,6 +17,7 @@ from typing import Any
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
+from silotune.common.task import Task
 from silotune.simulations import data, split
 from silotune.simulations.tables import TABLES
 
@@ -66,14 +67,14 @@ def load_recipe(name: str) -> Recipe:
 
 def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
     """A contract file and a CSV file: every arm has the contract's plan, the figure is the task's
-    first metric. Without `site_column` each row, or entity, goes to a site drawn by a fixed seed.
+    first metric that it defines. Without `site_column` each row, or entity, goes to a site drawn by a fixed seed.
     """
     contract = contracts.load(file)
     if not table.is_file():
         raise UsageError(f"data={table} is no file. Name a CSV file.")
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     facts: dict[str, Any] = {
-        "title": table.name, "metric": contract.task.metrics[0], "evaluate_every": 1,
+        "title": table.name, "metric": _metric(contract.task), "evaluate_every": 1,
         "repeats": OWN_REPEATS, "cheap_repeats": OWN_REPEATS,
         "about": "A table of one's own, in a simulation: nothing left this machine.",
         "arms": {"no-dp": {"phases": phases}},
@@ -86,3 +87,9 @@ def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
     digest = hashlib.sha256(table.read_bytes()).hexdigest()
     source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
     return Recipe(file.stem, contract, facts, source, rows)
+
+
+def _metric(task: Task) -> str:
+    """The first of the task's; the areas under curves are of two classes only."""
+    areas = ("auc", "auprc") if task.kind == "classification" and task.outputs > 2 else ()
+    return next(name for name in task.metrics if name not in areas)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from silotune.common import records
 from silotune.common.contract import Contract
 from silotune.common.metrics import LOWER_IS_BETTER, METRICS, Scores, constant, score
 from silotune.common.records import Records
+from silotune.common.task import Ranking
 from silotune.simulations.arms import Arm, JobResult
 from silotune.simulations.verdict import verdict
 
@@ -140,10 +143,15 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
 def _same_answer(
     public: dict[str, Records], contract: Contract, metric: str
 ) -> dict[str, Any] | None:
-    """Always giving the best same answer (common/metrics.py); None where there is none."""
+    """Always giving the best same answer (common/metrics.py); None where there is none. For a
+    ranking it is a random order: with equal scores the relevant candidates count as the last."""
     task = contract.task
     labels = [label for found in public.values() for label in found.labels]
-    outputs = constant(task, labels)
+    if isinstance(task, Ranking):
+        drawn = np.random.default_rng(0).random((len(labels), 1)).astype(np.float32)
+        outputs: list[Any] | None = list(drawn)
+    else:
+        outputs = constant(task, labels)
     if outputs is None:
         return None
 
@@ -157,10 +165,10 @@ def _same_answer(
         by_site[site], first = spread([of([found], own).get(metric)]), first + len(found)
     known = [v["mean"] for v in by_site.values() if v]
     overall = of(list(public.values()), outputs)
-    label = "Always the majority class" if task.kind == "classification" else "Always the same"
+    labels_of = {"classification": "Always the majority class", "ranking": "A random order"}
     return {
         "name": "majority",
-        "label": label,
+        "label": labels_of.get(task.kind, "Always the same"),
         "main": False,
         "private": True,
         "repeats": 1,

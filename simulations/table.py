@@ -33,7 +33,7 @@ from silotune.simulations.run import commit, run_jobs
 
 RESULTS = Path("simulations/studies")
 EPSILONS = (8.0, 3.0)
-COLUMNS = ("pooled", "alone", "federated", *(f"epsilon {e:g}" for e in EPSILONS))
+COLUMNS = ("pooled", "alone", "federated", *(f"epsilon-{e:g}" for e in EPSILONS))
 
 
 class Lines:
@@ -63,7 +63,7 @@ def arms_for(recipe: Recipe) -> list[tuple[Arm, SigningKeys]]:
         contract, keys = recipe.contract.changed(privacy={"epsilon": epsilon}), SigningKeys()
         if len(contract.sites) >= 3:
             contract, keys = masked(contract, None, recipe.facts.get("bound"))
-        arms.append((Arm(f"epsilon {epsilon:g}", "", True, False, (contract,)), keys))
+        arms.append((Arm(f"epsilon-{epsilon:g}", "", True, False, (contract,)), keys))
     return arms
 
 

@@ -32,7 +32,7 @@ def verdict(
     """rows: the arms of result.json; labels: the public rows' targets; queries: how many there are
     to rank for. Word, lines and warnings.
 
-    word: "useless" if the metric is not above always giving the same answer; "weak" if a
+    word: "useless" if the metric is not better than always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
     """
     by_name = {row["name"]: row for row in rows}
@@ -49,7 +49,9 @@ def verdict(
     parts = [f"{name} {here:.3f}{plus_minus}"]
     same = means.get("majority")
     if same is not None:
-        what = "always-majority" if contract.task.kind == "classification" else "always the same"
+        what = {"classification": "always-majority", "ranking": "a random order"}.get(
+            contract.task.kind, "always the same"
+        )
         parts.append(f"{what} {same:.3f}")
     parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
     error = standard_error(metric, here, labels, queries)
@@ -93,9 +95,10 @@ def verdict(
         for arm, words in BASELINES.items()
         if arm in means
     ]
+    ranking = contract.task.kind == "ranking"
     one_class = [
         r for r in runs
-        if r.scores[""]["predicted_classes"] == 1 and contract.task.kind != "ranking"
+        if r.scores[""]["predicted_classes"] == 1 and not ranking
     ]
     if one_class:
         what = "the same number" if contract.task.kind == "regression" else "only one class"
@@ -110,7 +113,10 @@ def verdict(
     least = 0.01 * abs(same) if same is not None and metric in LOWER_IS_BETTER else 0.01
     useless = same is not None and lead(same) <= least
     if useless:
-        warnings.append(f"{name} is not better than always giving the same answer.")
+        warnings.append(
+            f"{name} is not better than "
+            + ("a random order." if ranking else "always giving the same answer.")
+        )
     spent = [e for r in runs for e in r.rounds[-1].epsilon.values() if e is not None]
     if spent:
         p = contract.privacy

@@ -33,7 +33,7 @@ supervisor.BIN = folder / "bin"
 sys.exit(supervisor.Supervisor(
     Site(folder / "site.toml"), folder / "contract.toml",
     Server(address="127.0.0.1:1", ca=folder / "ca.crt"), supervisor.Users(),
-    Journal("supervisor", as_json=as_json), port or None,
+    Journal("supervisor", as_json=as_json), port or None, ["DATABASE_PASSWORD"],
 ).run())
 """
 WORKER = """
@@ -49,12 +49,14 @@ tally.ready()
 answered = Answered("train", "ok", 0.5, "r", 1, 1, 0.25)
 tally.note(answered)
 print("a warning of some library", flush=True)
+(folder / "worker-has").write_text(" ".join(os.environ))
 journal.say(answered.text, "answered", answered.facts)
 os.write(int(said[said.index("--ready-fd") + 1]), b"1")
 signal.pause()
 """
 RELAY = """
-import signal
+import os, pathlib, signal
+pathlib.Path("{forged}").with_name("relay-has").write_text(" ".join(os.environ))
 print(open("{forged}").read(), flush=True)
 signal.pause()
 """
@@ -69,6 +71,7 @@ class Started:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SUPERVISOR, str(folder), str(port), how],
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"DATABASE_PASSWORD": "secret", "ANOTHER": "one"},
             )
 
     def wait_for(self, word: str) -> None:
@@ -211,3 +214,15 @@ def test_a_port_in_use_stops_it_before_anything_starts(start: Callable[..., Star
         assert started.process.wait(60) != 0
     assert "Address already in use" in started.log.read_text()
     assert not (started.folder / "state" / "metrics").exists()
+
+
+def test_a_databases_password_is_the_workers_alone(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    started = start()
+    started.wait_for("forged by the relay")
+    assert started.end() == 0
+    worker, relay = ((tmp_path / f"{who}-has").read_text().split() for who in ("worker", "relay"))
+    assert "DATABASE_PASSWORD" in worker
+    assert "DATABASE_PASSWORD" not in relay
+    assert "ANOTHER" not in [*worker, *relay]

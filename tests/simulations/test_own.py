@@ -100,6 +100,14 @@ def test_rows_are_split_by_entity(
         assert sum(map(len, drawn)) == len(set().union(*drawn))
 
 
+@pytest.mark.parametrize(("labels", "metric"), [("good,bad", "auc"), ("good,bad,odd", "accuracy")])
+def test_the_figure_is_one_that_the_task_has(
+    table: Path, contract_of: Callable[..., Path], labels: str, metric: str
+) -> None:
+    found = own_recipe(contract_of(table, "--labels", labels), table, None)
+    assert found.facts["metric"] == metric
+
+
 def test_what_does_not_fit(
     table: Path, tmp_path: Path, contract_of: Callable[..., Path], run: Callable[..., Ran]
 ) -> None:

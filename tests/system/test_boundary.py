@@ -5,6 +5,7 @@ Needs root, to be three users: root supervises, 61001 is the worker, 61002 the r
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -190,6 +191,7 @@ class Deployment:
         return Path(line.removeprefix("HOME="))
 
     def ledger(self) -> Ledger:
+        codecs.lookup("ascii")  # its module lies where the worker's user may not read
         os.seteuid(WORKER)  # root is refused: what it wrote would be closed to the worker
         try:
             return Ledger.open(self.site / "state", Keys.load(self.site / "keys"))
