@@ -116,6 +116,11 @@ class Ledger:
         return self._keys.derive("fingerprints")
 
     @property
+    def pseudonyms_key(self) -> bytes:
+        """For client/deidentify.py."""
+        return self._keys.derive("pseudonyms")
+
+    @property
     def site(self) -> str:
         first = self.entries[0]
         assert isinstance(first, Opened)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from silotune.client import keys, lineage
 from silotune.client.budget import Limit
+from silotune.client.deidentify import Deidentify
 from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
@@ -91,12 +92,14 @@ class Prepare(Frozen):
 
     duplicates: rows that are equal in every column but those that number them. missing_target: rows
     whose label is empty. outside: cells that the contract's public schema does not know.
+    deidentify: what is taken out of the contract's columns of text.
     """
 
     trim: Flag = True
     duplicates: Literal["report", "drop"] = "report"
     missing_target: Literal["refuse", "drop"] = "refuse"
     outside: Literal["refuse", "missing"] = "refuse"
+    deidentify: Deidentify | None = None
 
 
 class Model(Frozen):

@@ -20,16 +20,21 @@ from pyarrow import parquet
 
 from silotune.client import lineage
 from silotune.client.columns import Columns, Rule
+from silotune.client.deidentify import Deidentifier, Deidentify
 from silotune.client.policy import Prepare
 from silotune.common import records
 from silotune.common.cells import BLOCK_ROWS, Builder, Row
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
+from silotune.common.errors import UsageError
+from silotune.common.inputs import TableInput
 from silotune.common.records import Table
 from silotune.common.sources import SHOWN_ROWS, rows_in_words
+from silotune.common.task import Language, Tokens
 
 T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
+REPLACED = "replaced"
 
 
 @dataclass
@@ -76,15 +81,64 @@ class Prepared:
         return [problem for problem in self.problems if problem.done == REFUSED]
 
 
-def prepare(table: Table, contract: Contract, rules: Prepare, key: Sequence[str]) -> Prepared:
-    """Check and clean all rows; key: the columns that tell records apart (data.key). DataError if
-    the header does not fit, or there is no row."""
+def prepare(
+    table: Table, contract: Contract, rules: Prepare, key: Sequence[str],
+    pseudonyms: bytes | None = None,
+) -> Prepared:
+    """Check and clean all rows; key: the columns that tell records apart (data.key); pseudonyms:
+    the site's key for them. DataError if the header does not fit, or there is no row; UsageError if
+    rules.deidentify does not go with the task, or needs a key that is not there."""
     records.check_header(table, contract)
-    cleaned = _cleaned(table, contract, rules)
+    texts = _Texts(table, contract, rules.deidentify, pseudonyms)
+    cleaned = _cleaned(table, contract, rules, texts)
     return _without_copies(cleaned, rules, (*contract.columns, contract.task.label_column, *key))
 
 
-def _cleaned(table: Table, contract: Contract, rules: Prepare) -> Prepared:
+class _Texts:
+    """The contract's columns of text, and what is found and replaced in them."""
+
+    def __init__(
+        self, table: Table, contract: Contract, settings: Deidentify | None, key: bytes | None
+    ) -> None:
+        actions = {settings.action_for(kind) for kind in settings.kinds} if settings else set()
+        if "pseudonymise" in actions and key is None:
+            raise UsageError(
+                "[prepare.deidentify] in site.toml: pseudonyms need the site's own key, which "
+                "`silotune site init` makes. Anybody could try names on those of a known one."
+            )
+        self.cleaner = Deidentifier(settings, key or bytes(32)) if settings else None
+        columns = contract.columns if not isinstance(contract.input, TableInput) else ()
+        if isinstance(contract.task, Language):
+            columns = (*columns, contract.task.label_column)
+        if isinstance(contract.task, Tokens) and actions - {"mask", "block"}:
+            raise UsageError(
+                "[prepare.deidentify] in site.toml: this contract has a tag for each word, and "
+                'only action = "mask" leaves as many words as there were.'
+            )
+        self.places = [(column, table.header.index(column)) for column in columns]
+        self.problems: dict[tuple[str, str], Problem] = {}
+
+    def clean(self, rows: Sequence[Row]) -> dict[int, str]:
+        """Replace what is found in a block's cells; the rows to leave out, and why."""
+        left_out: dict[int, str] = {}
+        for column, place in self.places if self.cleaner else ():
+            for at, (line, cells) in enumerate(rows):
+                assert self.cleaner is not None
+                cleaned = self.cleaner.clean(cells[place])
+                cells[place] = cleaned.text
+                for kind in cleaned.counts:
+                    done = DROPPED if cleaned.blocked else REPLACED
+                    what = f"holds what looks like a personal detail ({kind})"
+                    problem = self.problems.setdefault(
+                        (column, f"{kind} {done}"), Problem(column, what, done)
+                    )
+                    problem.add(line)
+                    if cleaned.blocked:
+                        left_out.setdefault(at, problem.sentence)
+        return left_out
+
+
+def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) -> Prepared:
     columns, header = Columns(contract, table.header), table.header
     ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302")
     found = {rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code)
@@ -98,7 +152,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare) -> Prepared:
                 ragged.add(line)
             else:
                 rows.append((line, [c.strip() for c in cells] if rules.trim else list(cells)))
-        left_out: dict[int, str] = {}
+        left_out = texts.clean(rows)
         for rule, misfits in columns.misfits(cells for _, cells in rows).items():
             problem = found[rule]
             for at in misfits:
@@ -113,7 +167,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare) -> Prepared:
                 builder.add(line, cells)
     if ragged.count:
         reasons[ragged.sentence] = ragged.count
-    problems = [p for p in (ragged, *found.values()) if p.count]
+    problems = [p for p in (ragged, *found.values(), *texts.problems.values()) if p.count]
     kept = Table(table.source, header, builder.rows())
     return Prepared(len(table.rows), kept, problems, dict(reasons))
 

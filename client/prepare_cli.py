@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from silotune.client.policy import Data
     from silotune.client.site import Site
 
-MARKS = {"refused": "✗", "dropped": "!", "set to missing": "!", "left as they are": "!"}
+MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 
 
 @click.command()
@@ -54,7 +54,8 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     ledger = _ledger(site)
     data, folder = policy.data, out or site.folder / "prepared"
     file = folder / f"{data.file.stem if data.file else policy.name}.parquet"
-    prepared = preparing.prepare(data.table(), agreed, policy.prepare, data.key)
+    pseudonyms = ledger.pseudonyms_key if ledger else None
+    prepared = preparing.prepare(data.table(), agreed, policy.prepare, data.key, pseudonyms)
     found = counts.count(prepared.table, agreed, policy.model.folder)
     charged = counts.charged(prepared.table, data.key, ledger)
     refused = prepared.refused
@@ -76,7 +77,8 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     if prepared.problems:
         lines.append(f"  {'Problem':<{wide}}     rows  done")
     for p in prepared.problems:
-        lines.append(f"{MARKS[p.done]} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
+        mark = MARKS.get(p.done, "!")
+        lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
     if data.query and not query.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     before = "no ledger yet" if charged.before is None else f"{charged.before:,} charged before"

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from silotune.client.counts import MISSING, Counts
-from silotune.client.prepare import DROPPED, EMPTIED, LEFT, REFUSED, Prepared, Problem
+from silotune.client.prepare import DROPPED, EMPTIED, LEFT, REFUSED, REPLACED, Prepared, Problem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ LONGEST = 30  # characters of a bar's name; all of it stands in the table beside
 # is drawn as #0101NN and replaced in the SVG.
 NAMES = ("ink", "muted", "line", "accent", "good", "fair", "bad")
 PAINT = {name: f"#0101{i:02d}" for i, name in enumerate(NAMES)}
-COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", LEFT: "muted"}
+COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", REPLACED: "fair", LEFT: "muted"}
 
 
 @dataclass(frozen=True)

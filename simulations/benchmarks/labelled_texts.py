@@ -5,6 +5,14 @@ template: `development` is what the recognisers were written by, `heldout` was w
 and its single findings were not looked at, only its figures. The names here were written apart
 from client/names.toml and many are not in it. All the same one hand wrote both, and no template
 has the disorder of real notes: read the figures as an upper bound.
+
+How far above, from texts by others (November 2026; not in this repository): on 183 English
+templates of microsoft/presidio-research with Faker's US and UK values people were found with recall
+0.80 and 0.76 (full names 0.95 to 0.97, first names alone 0.73 to 0.85, family names alone 0.14) and
+precision 0.87, addresses with 0.94 and 0.99, phones with 1.00 and 0.93, numbers with check digits
+with 1.00; addresses, phones and one rule of names were mended after a first run of it.
+In 10,003 questions to a bank (banking77) there were 8 findings, of which one was a name; in 5,432
+sentences of medical abstracts (NCBI disease corpus) 64, most of them places and abbreviations.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.client import counts, prepare_report
+from silotune.client.deidentify import Deidentify
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import of_table
@@ -28,7 +29,7 @@ from silotune.client.site import Site
 from silotune.common import records
 from silotune.common.cli import silotune
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, UsageError
 from silotune.common.records import Table
 
 CANARY = "Kanarienvogel77"
@@ -216,6 +217,61 @@ def test_counts(bounded: Contract) -> None:
                                                                             "": 1}}
     assert (found.missing, found.targets) == ({"age": 2, "smoker": 1}, {"well": 1, "ill": 3})
     assert (found.rows, found.texts, found.cut) == (4, 0, 0)
+
+
+TEXT = {
+    "task": {"kind": "classification", "label_column": "outcome", "labels": [
+        {"name": "well", "values": ["0"]}, {"name": "ill", "values": ["1"]},
+    ]},
+    "input": {"kind": "text", "column": "note"},
+    "model": {"kind": "encoder", "name": "m", "sha256": "0" * 64, "max_tokens": 32},
+}
+NOTES = [["Dr. Mary Smith saw him, call 415-555-0132", "1"], ["no complaints", "0"],
+         ["paid by card 4111 1111 1111 1111", "0"]]
+
+
+def notes() -> Table:
+    return table(*[list(row) for row in NOTES], header=["note", "outcome"])
+
+
+def test_personal_details_are_taken_out_of_the_text(table_contract: Contract) -> None:
+    rules = Prepare(deidentify=Deidentify(actions={"card": "block"}, language="en"))
+    found = prepare(notes(), changed(table_contract, **TEXT), rules, ())
+    texts = [cells[0] for _, cells in found.table.rows]
+    assert texts == ["Dr. <PERSON> saw him, call <PHONE>", "no complaints"]
+    assert told(found) == {
+        "column 'note' holds what looks like a personal detail (person)": ("replaced", "row 2"),
+        "column 'note' holds what looks like a personal detail (phone)": ("replaced", "row 2"),
+        "column 'note' holds what looks like a personal detail (card)": ("dropped", "row 4"),
+    }
+    assert sum(found.left_out.values()) == 1
+    without = prepare(notes(), changed(table_contract, **TEXT), Prepare(), ())
+    assert [cells for _, cells in without.table.rows] == NOTES
+
+
+def test_pseudonyms_need_the_sites_key(table_contract: Contract) -> None:
+    rules = Prepare(deidentify=Deidentify(action="pseudonymise"))
+    contract = changed(table_contract, **TEXT)
+    with pytest.raises(UsageError, match="site init"):
+        prepare(notes(), contract, rules, ())
+    one, same, other = (
+        [cells[0] for _, cells in prepare(notes(), contract, rules, (), key).table.rows]
+        for key in (bytes(32), bytes(32), bytes([1] * 32))
+    )
+    assert one == same != other
+    assert "Smith" not in " ".join(one)
+
+
+def test_a_word_for_each_tag_stays_one(table_contract: Contract) -> None:
+    contract = changed(table_contract, **TEXT | {
+        "task": {"kind": "tokens", "label_column": "outcome", "entities": ["X"]},
+    })
+    row = ["Dr. Mary Smith saw him", "O B-X I-X O O"]
+    given = table(row, header=["note", "outcome"])
+    with pytest.raises(UsageError, match='action = "mask"'):
+        prepare(given, contract, Prepare(deidentify=Deidentify()), ())
+    found = prepare(given, contract, Prepare(deidentify=Deidentify(action="mask")), ())
+    assert found.table.rows[0][1] == ["Dr. **** ***** saw him", row[1]]
 
 
 @pytest.mark.download
