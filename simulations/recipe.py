@@ -67,7 +67,8 @@ def load_recipe(name: str) -> Recipe:
 
 def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
     """A contract file and a CSV file: every arm has the contract's plan, the figure is the task's
-    first metric that it defines. Without `site_column` each row, or entity, goes to a site drawn by a fixed seed.
+    first metric that it defines. Without `site_column` each row, or entity, goes to a site drawn
+    by a fixed seed. UsageError if there is no such file.
     """
     contract = contracts.load(file)
     if not table.is_file():

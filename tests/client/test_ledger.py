@@ -345,7 +345,7 @@ def test_a_copy_of_an_entry_cannot_be_put_in(home: Home, sequence: int, of: int)
 def test_the_number_of_an_entrys_row_cannot_be_changed(home: Home, change: str) -> None:
     ledger = home.open()
     with home.tampering() as database:
-        database.execute(f"UPDATE entries SET {change}")  # noqa: S608
+        database.execute(f"UPDATE entries SET {change}")
     assert home.refuses()
     with pytest.raises(RefusalError) as refusal:
         charge(ledger, 9, lineage_of(1))
@@ -389,7 +389,7 @@ def test_a_value_of_another_type_is_refused(home: Home, change: str) -> None:
         "DROP TABLE entries; ALTER TABLE loose RENAME TO entries;"
     )
     with home.tampering() as database:
-        database.executescript(f"{loose} UPDATE entries SET {change};")  # noqa: S608
+        database.executescript(f"{loose} UPDATE entries SET {change};")
     assert home.refuses()
 
 
@@ -397,7 +397,7 @@ def test_a_value_of_another_type_is_refused(home: Home, change: str) -> None:
 def test_fingerprints_of_another_type_are_refused(home: Home, change: str) -> None:
     with home.tampering() as database:
         database.executescript(
-            "CREATE TABLE loose AS SELECT * FROM lineages; DROP TABLE lineages;"  # noqa: S608
+            "CREATE TABLE loose AS SELECT * FROM lineages; DROP TABLE lineages;"
             f"ALTER TABLE loose RENAME TO lineages; UPDATE lineages SET fingerprints = {change};"
         )
     assert home.refuses()

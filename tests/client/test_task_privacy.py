@@ -24,7 +24,7 @@ from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
-from silotune.common.errors import RefusalError
+from silotune.common.errors import DataError, RefusalError
 from silotune.common.model import build
 from silotune.common.network import Network
 from silotune.common.performance import Performance
@@ -136,6 +136,52 @@ def test_so_it_is_with_other_engines(kind: str, model: str, performance: dict[st
     contract = tiny.contract_of(kind, model)
     settings = Performance.model_validate({"device": "cpu", "micro_batch": 4} | performance)
     check_sensitivity(contract, model_of(contract, model, settings), kind)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rslora": {"rank": 2, "targets": "…"}, "ia3": {"targets": "…"}, "prefix": {"length": 3},
+    "prompt": {"length": 3},
+}
+
+
+def with_method(contract: Contract, method: str, model: str) -> Contract:
+    adapter = {"kind": method, "layers": 2, **METHODS[method]}
+    if "targets" in adapter:
+        adapter["targets"] = tiny.TARGETS[model]
+    return Contract.model_validate(contract.model_dump(mode="json") | {"adapter": adapter})
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "model"), [
+    ("classification", "bert"), ("tokens", "llama"), ("language", "llama"),
+])
+def test_so_it_is_with_other_adapters(kind: str, model: str, method: str, unit: str) -> None:
+    contract = with_method(tiny.contract_of(kind, model, unit=unit), method, model)
+    network = model_of(contract, model)
+    check_sensitivity(contract, network, kind)
+    selftest.check(contract, network)
+
+
+@pytest.mark.parametrize("method", ["ia3", "prefix", "prompt"])
+def test_other_adapters_need_the_expanded_engine(method: str) -> None:
+    contract = with_method(tiny.contract_of("classification", "bert"), method, "bert")
+    hooks = EXACT.model_copy(update={"gradients": "hooks"})
+    with pytest.raises(DataError, match="expanded"):
+        model_of(contract, "bert", hooks)
+
+
+@pytest.mark.parametrize("method", ["rslora", "ia3"])
+def test_at_first_the_adapter_changes_nothing(method: str) -> None:
+    """So that phases that train the head alone and those behind them go together."""
+    contract = with_method(tiny.contract_of("classification", "bert"), method, "bert")
+    model = model_of(contract, "bert")
+    data = tiny.load(tiny.rows_of("classification", 6), contract, model)
+    model.load(model.initial_arrays())
+    for row in range(6):
+        index = torch.tensor([row])
+        before, after = (model.features(data.encoded, index, adapter=a) for a in (False, True))
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", UNITS)

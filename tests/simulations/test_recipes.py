@@ -12,12 +12,14 @@ import psutil
 import pytest
 
 from silotune.client.accounting import epsilon, plan
+from silotune.client.masking import check_bound
 from silotune.common.architecture import OneHotModel
 from silotune.common.errors import DataError, UsageError
 from silotune.common.inputs import TableInput
 from silotune.simulations import data
 from silotune.simulations.arms import Job, arms_of
 from silotune.simulations.jobs import run_job
+from silotune.simulations.masks import masked
 from silotune.simulations.recipe import load_recipe, recipe_names
 from silotune.simulations.run import Options, _set_aside
 from silotune.simulations.tables import TABLES
@@ -31,14 +33,14 @@ def test_every_arm_of_a_recipe_is_a_contract_within_its_budget(name: str) -> Non
     arms = arms_of(recipe.contract, recipe.facts["arms"])
     assert arms[0].main
     names = {arm.name for arm in arms}
-    assert {"alone", "alone-tuned", "federated-no-dp", "pooled-no-dp"} <= names
+    assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
     # A contract that trains a head alone is its own head arm, and a one-hot one its own one-hot.
     adapts = recipe.contract.adapter is not None
     has_head = recipe.contract.task.kind != "language"
-    assert ("federated-head" in names) == (adapts and has_head)
+    assert "federated-head" not in names or (adapts and has_head)
     one_hot = isinstance(recipe.contract.model, OneHotModel)
     is_table = isinstance(recipe.contract.input, TableInput)
-    assert ("federated-one-hot" in names) == (is_table and not one_hot)
+    assert "federated-one-hot" not in names or (is_table and not one_hot)
     assert ("LoRA" in arms[0].label) == adapts
     for arm in arms:
         for contract in arm.contracts:
@@ -57,6 +59,8 @@ def test_a_recipe_is_complete(name: str) -> None:
     assert recipe.facts["table"] in TABLES
     assert recipe.facts["metric"] in recipe.contract.task.metrics
     assert {"title", "about", "repeats", "cheap_repeats", "evaluate_every"} <= set(recipe.facts)
+    hidden, _ = masked(recipe.contract, 1, recipe.facts.get("bound"))
+    check_bound(hidden, plan(hidden))  # or every site would refuse it
     entity = recipe.contract.privacy.entity
     assert (TABLES[recipe.facts["table"]].entity or None) == (entity and entity.key[0])
     page = (ROOT / "simulations" / "recipes" / name / "README.md").read_text(encoding="utf-8")
