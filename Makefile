@@ -19,6 +19,9 @@ nightly: $(INSTALLED)  ## what takes minutes: two million rows
 soak: $(INSTALLED)  ## every fault to real federations, as root; writes simulations/benchmarks/results/soak.json
 	$(BIN)/python -m tests.system.soak
 
+recipes: $(INSTALLED)  ## every recipe pooled, alone, federated, with DP; writes simulations/studies/recipes.{json,md}
+	$(BIN)/python -m silotune.simulations.table
+
 bench-rounds: $(INSTALLED)  ## what a round costs beyond training; writes results/rounds.json
 	$(BIN)/python -m silotune.simulations.benchmarks.rounds
 
