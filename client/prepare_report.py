@@ -6,20 +6,17 @@ and texts of rows that are drawn from the public schema. Nothing is loaded and n
 
 from __future__ import annotations
 
-import io
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from silotune.client.counts import MISSING, Counts
 from silotune.client.prepare import DROPPED, EMPTIED, LEFT, REFUSED, REPLACED, Prepared, Problem
+from silotune.common.figures import Plot, paint, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WIDTH = 8.2  # inches; at the page's width a point is then about a CSS point
 LINE = 0.27  # inches of height for each bar
@@ -27,20 +24,9 @@ MAX_COLUMNS = 24  # whose choices are drawn
 MAX_BARS = 30
 LONGEST = 30  # characters of a bar's name; all of it stands in the table beside
 
-# matplotlib wants colours, the page CSS variables that follow its light or dark scheme: each name
-# is drawn as #0101NN and replaced in the SVG.
 NAMES = ("ink", "muted", "line", "accent", "good", "fair", "bad")
-PAINT = {name: f"#0101{i:02d}" for i, name in enumerate(NAMES)}
+PAINT = paint(NAMES)
 COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", REPLACED: "fair", LEFT: "muted"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure. `alt` says what it shows; without anything to show `svg` is empty."""
-
-    title: str
-    alt: str
-    svg: str = ""
 
 
 def render(facts: Mapping[str, Any], prepared: Prepared, counts: Counts) -> str:
@@ -146,7 +132,7 @@ def _choices(counts: Counts) -> Plot:
                               va="center", fontsize=7.5, color=PAINT["muted"])
     more = len(found) - len(shown)
     alt = f"{len(shown)} columns" + (f"; {more} more are not drawn." if more else ".")
-    return Plot(title, alt, _svg(figure))
+    return Plot(title, alt, svg_of(figure, NAMES))
 
 
 def _tokens(counts: Counts) -> Plot:
@@ -179,7 +165,7 @@ def _tokens(counts: Counts) -> Plot:
     axes.locator_params(axis="y", nbins=5, integer=True)
     share = counts.cut / counts.texts
     return Plot(title, f"{counts.cut:,} of {counts.texts:,} texts ({share:.1%}) are longer than "
-                f"{limit} tokens and lose their end.", _svg(figure))
+                f"{limit} tokens and lose their end.", svg_of(figure, NAMES))
 
 
 def _bars(bars: Sequence[tuple[str, int, str]], whole: int = 0) -> str:
@@ -199,24 +185,9 @@ def _bars(bars: Sequence[tuple[str, int, str]], whole: int = 0) -> str:
         share = f" · {n / whole:.1%}" if whole else ""
         axes.annotate(f"{n:,}{share}", (n, at), xytext=(4, 0), textcoords="offset points",
                       va="center", color=PAINT["muted"])
-    return _svg(figure)
+    return svg_of(figure, NAMES)
 
 
 def _short(text: str, length: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element for a page: no date, no ids but its own, the page's fonts."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg",
-                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg"):]
-    # The first four match tags only: "<" is escaped in text.
-    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1>', svg)
-    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*(; )?', r"\1", svg)
-    return re.sub(r": #0101(\d\d)", lambda m: f": var(--{NAMES[int(m[1])]})", svg)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from silotune.common.figures import Plot, paint, svg_of
 from silotune.server.words import DASH, finite, number, small
 
 if TYPE_CHECKING:
@@ -20,20 +18,10 @@ if TYPE_CHECKING:
 MAX_PANELS = 12  # what fits on one printed page
 WIDTH = 8.2  # inches; at the page's width a point is then about a CSS point
 
-# matplotlib wants colours, the page wants CSS variables that follow its light or dark scheme: each
-# name is drawn as #0101NN and replaced in the SVG. s0 to s5 are Okabe and Ito's, without yellow.
+# s0 to s5 are Okabe and Ito's, without yellow.
 NAMES = ("ink", "muted", "line", "band", "accent", "paper", "s0", "s1", "s2", "s3", "s4", "s5")
-PAINT = {name: f"#0101{i:02d}" for i, name in enumerate(NAMES)}
+PAINT = paint(NAMES)
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure. `alt` says what it shows; without data `svg` is empty and `alt` says so."""
-
-    title: str
-    alt: str
-    svg: str = ""
 
 
 def rows_of(result: Mapping[str, Any], *keys: str) -> Sequence[Mapping[str, Any]]:
@@ -130,7 +118,7 @@ def _draw_curve(result: Mapping[str, Any]) -> Plot:
         f"Line plot. {label} is {number(first)} in round {a} and {number(last)} in round {b}; "
         f"lowest {number(least)} in round {c}, highest {number(most)} in round {d}."
     )
-    return Plot(title, alt, _svg(figure))
+    return Plot(title, alt, svg_of(figure, NAMES))
 
 
 def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
@@ -174,7 +162,7 @@ def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
         f"Line plot of the ε spent so far, at {terms}. Budget {number(privacy.get('epsilon'), 2)}. "
         f"At the end, {'; '.join(ends)}."
     )
-    return Plot(title, alt, _svg(figure))
+    return Plot(title, alt, svg_of(figure, NAMES))
 
 
 def _draw_arms(result: Mapping[str, Any]) -> Plot:
@@ -235,7 +223,7 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
         f"Dot plot with error bars of {label} for {len(arms)} arms, in panels for "
         f"{', '.join(name for name, _ in panels)}. The numbers stand in the table below."
     )
-    return Plot(title, alt, _svg(figure))
+    return Plot(title, alt, svg_of(figure, NAMES))
 
 
 def _figure(inches: float) -> Figure:
@@ -265,18 +253,3 @@ def _round_axes(curve: Sequence[Mapping[str, Any]], inches: float, right: float)
     axes.locator_params(axis="y", nbins=6)
     axes.set_xlabel("Round")
     return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element for a page: no date, no ids but its own, the page's fonts."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg",
-                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg"):]
-    # The first four match tags only: "<" is escaped in text.
-    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1>', svg)
-    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*(; )?', r"\1", svg)
-    return re.sub(r": #0101(\d\d)", lambda m: f": var(--{NAMES[int(m[1])]})", svg)

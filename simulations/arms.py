@@ -119,10 +119,11 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
         arms.append(
             Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
         )
+    # Without noise an adapter may pay that with it does not: [arms.no-dp] may have one of its own.
     plain = contract.changed(
-        privacy={"mode": "none", "adaptive": None}, phases=plans["no-dp"]["phases"],
-        secure_aggregation=None,
+        privacy={"mode": "none", "adaptive": None}, secure_aggregation=None, **plans["no-dp"],
     )
+    what = trained(plain)
     arms.append(Arm("federated-no-dp", f"Federated {what} without DP", False, False, (plain,)))
     # One place holds the rows of all: the divisor grows with them.
     pooled = plain.changed(
