@@ -24,7 +24,7 @@ NETWORKS: tuple[tuple[str, str, frozenset[int]], ...] = (
 _NETWORKS = [(re.compile(start), sizes) for _, start, sizes in NETWORKS]
 
 # Country → length of its IBANs (SWIFT's IBAN registry).
-_REGISTRY = """
+_LENGTHS = """
     AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22
     DJ27 DK18 DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28
     HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25
@@ -32,7 +32,7 @@ _REGISTRY = """
     RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29
     VA22 VG24 XK20 YE30
 """
-IBAN_LENGTHS = {found[:2]: int(found[2:]) for found in _REGISTRY.split()}
+IBAN_LENGTHS = {found[:2]: int(found[2:]) for found in _LENGTHS.split()}
 
 # Codes of China's provinces (GB/T 2260), and 83 of the residence permits of Taiwan's.
 _PROVINCES = """

@@ -19,7 +19,7 @@ METRICS = {
     "micro_f1": "micro F1", "f1": "entity F1", "precision": "entity precision",
     "recall": "entity recall", "exact_match": "exact match", "r2": "R²", "mae": "MAE",
     "rmse": "RMSE", "mrr": "MRR", "ndcg": "NDCG@10", "recall_at_10": "recall@10",
-    "perplexity": "perplexity", "rouge_l": "ROUGE-L", "calibration": "calibration error",
+    "perplexity": "perplexity", "calibration": "calibration error",
     "loss": "log loss",
 }
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "perplexity", "calibration"})
@@ -201,6 +201,5 @@ def _language(outputs: NDArray[np.float64], targets: Any) -> Scores:
         "perplexity": float(np.exp(nll.sum() / counted)),
         "accuracy": float(right.sum() / counted),
         "exact_match": float((right == tokens).mean()),
-        "rouge_l": None,
         "predicted_classes": 2,
     }

@@ -246,7 +246,7 @@ class Language(Frozen):
     """
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "accuracy", "exact_match", "perplexity", "rouge_l", "loss",
+        "accuracy", "exact_match", "perplexity", "loss",
     )
     kind: Literal["language"] = "language"
     label_column: str

@@ -6,7 +6,7 @@ Columns, each with the recipe's own contract and the phases that recipe.toml has
 rows in one place, no DP), alone (each site by itself, no DP, on everybody's public rows), federated
 (no DP), and federated with DP at ε 8 and 3, updates masked where there are three sites. Each figure
 is the mean over runs with fresh noise, with its spread. A recipe's row is written as soon as it is
-done and stays until it is run again; the commit is that of the row.
+done; a column is run again when what it asks for has changed, and says of which commit it is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
@@ -64,33 +63,50 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
     ]
 
 
-def arms_for(recipe: Recipe) -> list[tuple[Arm, SigningKeys]]:
-    """The columns' contracts, and the keys of those that are masked."""
+class Column(NamedTuple):
+    """One of COLUMNS: its arm, the keys if it is masked, and a hash of what was asked for."""
+
+    arm: Arm
+    keys: SigningKeys
+    asked: str
+
+    @classmethod
+    def of(cls, name: str, contracts: tuple[Contract, ...], bound: float | None = None) -> Column:
+        asked = ",".join(contract.hash[:16] for contract in contracts)
+        private, keys = contracts[0].privacy.mode == "dp", SigningKeys()
+        if private and len(contracts[0].sites) >= 3:
+            contract, keys = masked(contracts[0], None, bound)
+            contracts = (contract,)
+        return cls(Arm(name, name, private, False, contracts), keys, asked)
+
+
+def columns_of(recipe: Recipe) -> list[Column]:
     found = {arm.name: arm for arm in arms_of(recipe.contract, recipe.facts["arms"])}
     plain = found["federated-no-dp"].contracts[0]
-    alone = tuple(
-        plain.changed(sites=[{"name": site.name}], quorum=1) for site in plain.sites
-    )
-    arms: list[tuple[Arm, SigningKeys]] = [
-        (_named(found["pooled-no-dp"], "pooled"), {}),
-        (Arm("alone", "alone", False, False, alone), {}),
-        (_named(found["federated-no-dp"], "federated"), {}),
+    alone = tuple(plain.changed(sites=[{"name": site.name}], quorum=1) for site in plain.sites)
+    private = [
+        Column.of(
+            f"epsilon-{epsilon:g}", (recipe.contract.changed(privacy={"epsilon": epsilon}),),
+            recipe.facts.get("bound"),
+        ) for epsilon in EPSILONS
     ]
-    for epsilon in EPSILONS:
-        contract, keys = recipe.contract.changed(privacy={"epsilon": epsilon}), SigningKeys()
-        if len(contract.sites) >= 3:
-            contract, keys = masked(contract, None, recipe.facts.get("bound"))
-        arms.append((Arm(f"epsilon-{epsilon:g}", "", True, False, (contract,)), keys))
-    return arms
+    return [
+        Column.of("pooled", found["pooled-no-dp"].contracts), Column.of("alone", alone),
+        Column.of("federated", (plain,)), *private,
+    ]
 
 
-def _named(arm: Arm, name: str) -> Arm:
-    return Arm(name, name, arm.private, arm.cheap, arm.contracts)
-
-
-def row(recipe: Recipe, processes: int) -> dict[str, Any]:
-    """One recipe's figures: column -> metric -> mean, sd and values."""
-    began, contract = time.perf_counter(), recipe.contract
+def row(recipe: Recipe, processes: int, known: dict[str, Any]) -> dict[str, Any]:
+    """One recipe's figures: column -> metric -> mean, sd and values. `known`, the row of before,
+    keeps its columns where the same was asked for and as many runs."""
+    contract, repeats = recipe.contract, recipe.facts["repeats"]
+    columns = columns_of(recipe)
+    kept = {
+        column.arm.name: before for column in columns
+        if (before := known.get("columns", {}).get(column.arm.name))
+        and (before["asked"], before["repeats"]) == (column.asked, repeats)
+    }
+    missing = [column for column in columns if column.arm.name not in kept]
     model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
     with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
         counts, table = recipe.rows(Path(folder))
@@ -99,18 +115,23 @@ def row(recipe: Recipe, processes: int) -> dict[str, Any]:
                 arm.name, repeat, own, Path(folder) / f"{arm.name}-{repeat}-{at}", model, table,
                 federated=len(own.sites) > 1, evaluate_every=own.rounds, keys=keys,
             )
-            for arm, keys in arms_for(recipe)
-            for repeat in range(recipe.facts["repeats"])
+            for arm, keys, _ in missing
+            for repeat in range(repeats)
             for at, own in enumerate(arm.contracts)
         ]
         results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, Lines())
+    made = {
+        column.arm.name: {
+            "asked": column.asked, "repeats": repeats, "commit": commit(),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(sum(r.seconds for r in results if r.arm == column.arm.name)),
+            "metrics": _figures(contract, results, column.arm.name),
+        } for column in missing
+    }
     return {
         "recipe": recipe.name, "title": recipe.facts["title"], "metric": recipe.facts["metric"],
         "unit": contract.privacy.unit, "delta": contract.privacy.delta, "rows": counts,
-        "repeats": recipe.facts["repeats"], "contract": contract.hash, "commit": commit(),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - began),
-        "columns": {name: _figures(contract, results, name) for name in COLUMNS},
+        "columns": {name: (kept | made)[name] for name in COLUMNS},
     }
 
 
@@ -140,7 +161,7 @@ def markdown(found: dict[str, Any]) -> str:
         metric = one["metric"]
         cells = []
         for column in COLUMNS:
-            figure = one["columns"][column].get(metric)
+            figure = one["columns"][column]["metrics"].get(metric)
             cells.append(f"{figure['mean']:.3f} ± {figure['sd']:.3f}" if figure else "–")
         lines.append(f"| {one['recipe']} | {METRICS[metric]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -155,7 +176,8 @@ def main(names: list[str]) -> int:
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:
         print(f"{recipe.name}: {recipe.facts['title']}", flush=True)
-        rows[recipe.name] = made = row(recipe, os.cpu_count() or 1)
+        made = row(recipe, os.cpu_count() or 1, rows.get(recipe.name, {}))
+        rows[recipe.name] = made
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "command": "make recipes", "recipes": [rows[key] for key in sorted(rows)],
@@ -163,7 +185,7 @@ def main(names: list[str]) -> int:
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
         metric, expect = recipe.facts["metric"], recipe.facts["expect"]
-        pooled = made["columns"]["pooled"][metric]["mean"]
+        pooled = made["columns"]["pooled"]["metrics"][metric]["mean"]
         if expect and pooled < expect - recipe.facts.get("within", 0.015):
             print(f"✗ {recipe.name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
             missed += 1
