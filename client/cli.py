@@ -263,6 +263,12 @@ def start(
         _stop_unless(_preflight(config, contract, say=journal.say))
     site_, file = Site(config.resolve()), contract.resolve()
     secrets = query.variables(policy.data.url or "")
+    if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
+        # Of root's environment the policy, whose signature the worker checks later, names parts.
+        raise UsageError(
+            f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
+            "names begin with SILOTUNE_ alone."
+        )
     sys.exit(
         Supervisor(site_, file, policy.server, users, journal, metrics_port, secrets).run()
     )

@@ -46,7 +46,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Between findings of equal score and length the earlier of these names them.
 _RANK = {kind: rank for rank, kind in enumerate(("resident_id", "iban", "card", "ssn", *KINDS))}
 _TOKEN = re.compile(
-    "|".join(rf"<{kind.upper()}>|\\b{kind.upper()}_[a-p]{{10}}\\b" for kind in KINDS), re.ASCII
+    "|".join(rf"<{kind.upper()}>|\b{kind.upper()}_[a-p]{{10}}\b" for kind in KINDS), re.ASCII
 )
 _HYPHENS = dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
 _QUOTES = dict.fromkeys(map(ord, "‘’‛ʼ"), "'")

@@ -29,7 +29,7 @@ from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
 from silotune.common.inputs import PairInput, TableInput
-from silotune.common.network import Network
+from silotune.common.network import Encoded, Network
 from silotune.common.records import Inputs
 from silotune.common.task import Classification, Language, MultiLabel, Target, Tokens
 
@@ -104,6 +104,7 @@ class _MadeUp:
         self.contract, self.model = contract, model
         inputs, targets = _rows(contract)
         self.encoded, self.labels = model.encode(inputs), model.objective.tensor(targets)
+        self._check_frozen(inputs)
         entity = contract.privacy.entity
         self.units = of_records(ROWS)
         if entity:
@@ -116,6 +117,16 @@ class _MadeUp:
             name: (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
             for name, a in self.initial.items()
         })
+
+    def _check_frozen(self, inputs: Inputs) -> None:
+        """What the frozen layers give for a record is the same to the bit among other records, in
+        another order, and with one of them gone."""
+        for others in (range(ROWS - 1, -1, -1), range(1, ROWS)):
+            again = self.model.encode([inputs[row] for row in others])  # type: ignore[arg-type]
+            for place, row in enumerate(others):
+                pairs = zip(_frozen(self.encoded, row), _frozen(again, place), strict=True)
+                if not all(torch.equal(a, b) for a, b in pairs):
+                    raise _broken("the frozen layers", "a record's outputs depend on others")
 
     def check(self, trains: str) -> None:
         model, engine = self.model, self.model.performance.gradients
@@ -192,6 +203,20 @@ class _MadeUp:
         starts = self.units.starts.tolist()
         for begin, end in pairwise(starts):
             yield self.units.members[begin:end].tolist()
+
+
+def _frozen(encoded: Encoded, row: int) -> Iterator[Tensor]:
+    """All that a record has of what the frozen layers gave."""
+    for text in encoded.texts[row].tolist():
+        part = slice(None)
+        if encoded.starts is not None:
+            part = slice(int(encoded.starts[text]), int(encoded.starts[text + 1]))
+            by_token = len(encoded.features) == int(encoded.starts[-1])
+            yield encoded.features[part] if by_token else encoded.features[text]
+        else:
+            yield encoded.features[text]
+        if encoded.hidden is not None:
+            yield encoded.hidden[part]
 
 
 def _rows(contract: Contract) -> tuple[Inputs, list[Target]]:

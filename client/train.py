@@ -208,7 +208,7 @@ def _rate(phase: Phase, name: str) -> float:
 
 def _kept(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
     """What the head's inputs are multiplied by in a step: dropout with one mask for all records,
-    drawn from the public round and step."""
+    drawn from the round's public place in its phase and the step."""
     if not phase.dropout:
         return None
     size = next(m.in_features for m in model.head.modules() if isinstance(m, nn.Linear))

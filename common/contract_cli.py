@@ -99,7 +99,7 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
     if out.exists():
         raise UsageError(f"{out} is there already; name a new file.")
     names = draft.header(data)
-    answers = _answers(given | {"name": given["name"] or data.stem}, names)
+    answers = _answers(given | {"name": given["name"] or data.stem})
     draft.check_header(names, answers, data.name)
     write_durably(out, draft.draft(answers).encode())
     found = contracts.load(out)
@@ -112,13 +112,13 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
     )
 
 
-def _answers(given: dict[str, Any], names: list[str]) -> Any:
+def _answers(given: dict[str, Any]) -> Any:
     """The answers, asked for where they are missing and somebody is there. UsageError."""
     from silotune.common.draft import Answers, Column
 
     asks: list[tuple[str, str]] = [
         ("task", "Task (classification, multi-label, tokens, regression, language)"),
-        ("label", f"Which column holds it ({', '.join(names[:20])})"),
+        ("label", "Which column holds it"),
         ("records", "How many records a site is to have, roughly"),
     ]
     if given["task"] in (None, "classification", "multi-label", "tokens"):

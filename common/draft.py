@@ -125,12 +125,15 @@ def header(path: Path) -> list[str]:
 
 
 def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
-    """UsageError for each column of the answers that is not there."""
+    """DataError E302 for each column of the answers that is not there. A file without a header has
+    a record in its first line, so what there is stands in `local` alone."""
     absent = [name for name in answers.used if name not in names]
     if absent:
-        raise UsageError(" ".join(
-            f"Column '{name}' is not in {source}.{did_you_mean(name, names)}" for name in absent
-        ) + f" It has: {', '.join(names[:40])}.")
+        raise DataError(
+            " ".join(f"Column '{name}' is not in {source}." for name in absent), code="E302",
+            local=f"its first line has: {', '.join(names[:40])}."
+            + "".join(did_you_mean(name, names) for name in absent),
+        )
 
 
 def draft(answers: Answers) -> str:

@@ -122,18 +122,20 @@ class Encoder(Adapted):
 
     def _tokens(self, texts: list[Any]) -> tuple[list[list[int]], Tensor | None]:
         """Token numbers of each text, and for a task of tokens [sum of T] the word that each token
-        is the first of, else NO_WORD."""
+        is the first of, else NO_WORD. A text of which the tokenizer makes nothing has one token
+        that fills: there is no reading nothing."""
+        tokenizer, marks = self.backbone.tokenizer, None
         more: dict[str, Any] = {"truncation": True, "max_length": self.max_tokens}
         if self.objective.of_tokens:
-            found = self.backbone.tokenizer(
-                self._words(texts), is_split_into_words=True, **more
-            )
-            marks = [first for i in range(len(texts)) for first in _firsts(found.word_ids(i))]
-            return found["input_ids"], torch.tensor(marks)
-        if self.pair == "cross" and not isinstance(texts[0], str):
+            found = tokenizer(self._words(texts), is_split_into_words=True, **more)
+            firsts = [_firsts(found.word_ids(i)) or [NO_WORD] for i in range(len(texts))]
+            marks = torch.tensor([first for own in firsts for first in own])
+        elif self.pair == "cross" and not isinstance(texts[0], str):
             first, second = zip(*texts, strict=True)
-            return self.backbone.tokenizer(list(first), list(second), **more)["input_ids"], None
-        return self.backbone.tokenizer(texts, **more)["input_ids"], None
+            found = tokenizer(list(first), list(second), **more)
+        else:
+            found = tokenizer(texts, **more)
+        return [row or [tokenizer.pad_token_id] for row in found["input_ids"]], marks
 
     def _words(self, texts: list[str]) -> list[list[str]]:
         """The words of each text. One of which the tokenizer makes nothing, an invisible character,

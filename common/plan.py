@@ -121,7 +121,8 @@ class Adam(Frozen):
 
 class Schedule(Frozen):
     """What the rates of a phase are multiplied by, round by round: up from 0 over `warm_up` rounds,
-    then down to `last` along a line or half a cosine, or not at all."""
+    then down towards `last` along a line or half a cosine, or not at all. `last` is what one more
+    round would have: a round at rate 0 would be paid for and change nothing."""
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
     warm_up: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
@@ -133,7 +134,7 @@ class Schedule(Frozen):
             return place / (self.warm_up + 1)
         if self.shape == "constant":
             return 1.0
-        done = (place - self.warm_up - 1) / max(rounds - self.warm_up - 1, 1)
+        done = (place - self.warm_up - 1) / (rounds - self.warm_up)
         left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.last + (1 - self.last) * left
 
@@ -173,6 +174,8 @@ class Phase(Frozen):
                 raise ValueError(
                     f"{part}_rate goes with a phase that trains the {part}, and only with it"
                 )
+        if self.schedule and self.schedule.warm_up >= self.rounds:
+            raise ValueError("schedule.warm_up must be less than the phase's rounds")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:

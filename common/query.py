@@ -132,7 +132,10 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
         if name == "sqlite":
             path = found.database or ""
             if not Path(path).is_file():
-                raise DataError(f"The database file {path} does not exist (data.url).", code="E312")
+                raise DataError(
+                    "The database file that data.url names does not exist.", code="E312",
+                    local=f"it looked for {path}",
+                )
             return sqlalchemy.create_engine(
                 "sqlite://", creator=lambda: _reading_only(path), **options
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, did_you_mean
 from silotune.simulations.tables import TABLES
 
 if TYPE_CHECKING:
@@ -40,16 +40,17 @@ def of_file(
     table: Path, contract: Contract, site_column: str | None, folder: Path
 ) -> list[dict[str, int | str]]:
     """The same of a CSV file of one's own, for the contract's sites. Without `site_column` each
-    row, or entity, goes to a site drawn by a fixed seed. UsageError, DataError."""
+    row, or entity, goes to a site drawn by a fixed seed. DataError."""
     import pandas as pd
 
     rows = pd.read_csv(table, dtype=str, keep_default_na=False)
     sites, entity = list(contract.weights()), contract.privacy.entity
     for column in [*(entity.key if entity else ()), *([site_column] if site_column else [])]:
         if column not in rows:
-            raise UsageError(
-                f"Column '{column}' is not in {table.name}."
-                + did_you_mean(column, list(map(str, rows.columns)))
+            raise DataError(
+                f"Column '{column}' is not in {table.name}.", code="E302",
+                local=f"its first line has: {', '.join(map(str, rows.columns[:40]))}."
+                + did_you_mean(column, list(map(str, rows.columns))),
             )
     persons = rows[list(entity.key)].agg("\0".join, axis=1) if entity else None
     if site_column is None:

@@ -3,10 +3,11 @@
     python -m silotune.simulations.table [RECIPE …]      all of them if none is named
 
 Columns, each with the recipe's own contract and the phases that recipe.toml has for it: pooled (all
-rows in one place, no DP), alone (each site by itself, no DP, on everybody's public rows), federated
-(no DP), and federated with DP at ε 8 and 3, updates masked where there are three sites. Each figure
-is the mean over runs with fresh noise, with its spread. A recipe's row is written as soon as it is
-done; a column is run again when what it asks for has changed, and says of which commit it is.
+rows in one place, no DP), alone (each site by itself, no DP, at the federation's rates, on
+everybody's public rows), federated (no DP), and federated with DP at ε 8 and 3, updates masked
+where there are three sites. Each figure is the mean over runs with fresh noise, with its spread. A
+recipe's row is written as soon as it is done; a column is run again when what it asks for has
+changed, and says of which commit it is.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def _figures(contract: Contract, results: list[JobResult], column: str) -> dict[
 def markdown(found: dict[str, Any]) -> str:
     """The table for a README."""
     lines = [
-        "| recipe | metric | pooled | alone | federated | ε 8 | ε 3 |",
+        "| recipe | metric | pooled | alone, same rates | federated | ε 8 | ε 3 |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in found["recipes"]:

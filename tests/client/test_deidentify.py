@@ -226,6 +226,12 @@ def test_cleaning_cleaned_text_changes_nothing(
         assert one.clean(once).text == once
 
 
+def test_what_a_pseudonym_stands_beside_does_not_change_it() -> None:
+    one = made(action="pseudonymise")
+    for text in ("at 12 DATE_jjeabmpnhl Road, Boston", "John DATE_jjeabmpnhl came"):
+        assert "DATE_jjeabmpnhl" in one.clean(text).text
+
+
 # ── Nothing gets out ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -19,6 +19,7 @@ from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
 from silotune.client.worker import Worker
 from silotune.common.contract import Contract
+from silotune.common.encoder import Encoder
 from silotune.common.errors import RefusalError
 from silotune.common.model import build
 from silotune.common.tasks import classification
@@ -163,3 +164,19 @@ def test_a_worker_does_not_start_with_a_broken_engine(
     no_clipping(monkeypatch)
     with pytest.raises(RefusalError, match="self-test"):
         make_worker(table_contract, write_rows(tmp_path / "rows.csv", 50))
+
+
+def test_frozen_layers_that_mix_records_are_refused(
+    lora_contract: Contract, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rounding by a record's place in its block, before anything is trained."""
+    original, model = Encoder._pooled, build(lora_contract, encoder_folder)
+
+    def broken(self: Encoder, hidden: Tensor, mask: Tensor) -> Tensor:
+        places = torch.arange(len(hidden), dtype=torch.float32)[:, None]
+        return original(self, hidden, mask) * (1 + 1e-6 * places)
+
+    monkeypatch.setattr(Encoder, "_pooled", broken)
+    with pytest.raises(RefusalError, match="frozen layers") as refused:
+        selftest.check(lora_contract, model)
+    assert refused.value.code == "E208"

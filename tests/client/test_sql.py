@@ -371,7 +371,7 @@ def test_nobody_listens(refused: Callable[..., DataError]) -> None:
     ("no url at all " + CANARY, "is no URL of a database"),
     ("postgresql+psycopg://u:p@host:port/db", "is no URL of a database"),
     ("postgresql+psycopg://u:${NO_SUCH_WORD}@host/db", "names ${NO_SUCH_WORD}, which is not set"),
-    ("sqlite:///no/such.db", "no/such.db does not exist"),
+    ("sqlite:///no/such.db", "does not exist"),
     ("sqlite://", "does not exist"),
 ])
 def test_urls_that_lead_nowhere(

@@ -509,7 +509,7 @@ VARIANTS: dict[type, Callable[[Any], list[Any]]] = {
 
 
 # Fields that allow one value only, or change only together with another (tested below).
-FIXED = {"format", "kind", "unit", "method", "trains", "budget"}
+FIXED = {"format", "kind", "unit", "method", "trains", "budget", "whiten"}
 
 
 @pytest.mark.parametrize("path", [*RECIPES, None], ids=lambda p: p.parent.name if p else "small")

@@ -118,7 +118,6 @@ def test_the_command_reads_the_header_alone(tmp_path: Path, run: Callable[..., R
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (["--label", "Status"], "Did you mean 'status'?"), (["--column", "Age: 1, 2"], "'Age'"),
     (["--task", "sorting"], "task"), (["--records", "0"], "records"),
     (["--epsilon", "-1"], "epsilon"),
 ])
@@ -130,6 +129,20 @@ def test_wrong_answers(
     assert code == 2, said
     assert words in wrong
     assert CANARY not in said + wrong
+    assert not out.exists()
+
+
+def test_a_first_line_that_is_a_record_is_shown_to_its_owner_alone(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    path, out = tmp_path / "loans.csv", tmp_path / "loans.toml"
+    path.write_text(f"63,{CANARY}\n")
+    code, said, wrong = run(*new(path, out, *WORDS))
+    assert code == 1
+    sentence, local = wrong.splitlines()
+    assert "Column 'age' is not in loans.csv." in sentence
+    assert CANARY not in said + sentence
+    assert local.strip().startswith("on your screen only:")
     assert not out.exists()
 
 

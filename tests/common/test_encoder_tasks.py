@@ -324,6 +324,20 @@ def test_of_what_is_too_long_the_prompts_beginning_is_left_out() -> None:
     assert before == 4
 
 
+@pytest.mark.parametrize("model", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["classification", "tokens", "cross", "bi"])
+def test_a_text_of_nothing_is_read_too(kind: str, model: str) -> None:
+    """Llama's tokenizers put nothing before or behind it. One such record must not stop a site."""
+    contract = tiny.contract_of(kind, model)
+    network = Encoder(contract, tiny.folder_of(model), EXACT)
+    pair = kind in ("cross", "bi")
+    texts: list[Any] = [("", ""), ("no pain", "")] if pair else ["", "no pain", " "]
+    encoded = network.encode(texts)
+    for adapter in (False, True):
+        found = network.features(encoded, torch.tensor([0]), adapter=adapter)
+        assert torch.isfinite(found).all()
+
+
 def test_an_empty_prompt_moves_no_other_records_marks() -> None:
     """Where a tokenizer makes nothing of it, the answer's first token has nothing before it."""
     model = language_model()
