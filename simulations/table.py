@@ -162,8 +162,10 @@ def markdown(found: dict[str, Any]) -> str:
         metric = one["metric"]
         cells = []
         for column in COLUMNS:
-            figure = one["columns"][column]["metrics"].get(metric)
-            cells.append(f"{figure['mean']:.3f} ± {figure['sd']:.3f}" if figure else "–")
+            own = one["columns"][column]
+            figure = own["metrics"].get(metric)
+            spread = f" ± {figure['sd']:.3f}" if figure and own["repeats"] > 1 else ""
+            cells.append(f"{figure['mean']:.3f}{spread}" if figure else "–")
         lines.append(f"| {one['recipe']} | {METRICS[metric]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
