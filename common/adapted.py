@@ -145,6 +145,12 @@ class Adapted(Network):
             folder=self.performance.cache_folder,
         )
 
+    @staticmethod
+    def _keep(place: Tensor, values: Tensor, index: Tensor, starts: Tensor) -> None:
+        """Put the texts' values [n, T, ...] where they belong in what is by token."""
+        for i, states in zip(index.tolist(), values.to(place.dtype).cpu(), strict=False):
+            place[starts[i] : starts[i + 1]] = states[: int(starts[i + 1] - starts[i])]
+
     def _upper(self, encoded: Encoded, texts: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The adapted layers on texts [n] of one bucket: [n, width, H], and their mask."""
         assert encoded.hidden is not None

@@ -74,12 +74,6 @@ class Encoder(Adapted):
                 self._keep(kept, hidden, index, starts)
         return Encoded(torch.tensor(records), features, kept, starts, marks)
 
-    @staticmethod
-    def _keep(place: Tensor, values: Tensor, index: Tensor, starts: Tensor) -> None:
-        """Put the texts' values [n, T, ...] where they belong in what is by token."""
-        for i, states in zip(index.tolist(), values.to(place.dtype).cpu(), strict=False):
-            place[starts[i] : starts[i + 1]] = states[: int(starts[i + 1] - starts[i])]
-
     def features(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Tensor:
         texts = encoded.texts[index]
         if self.objective.of_tokens:

@@ -54,8 +54,7 @@ class LanguageModel(Adapted):
         starts = self._starts(rows)
         kept = self._room(int(starts[-1]))
         for index, hidden, _, _ in self._lower(rows):
-            for i, states in zip(index.tolist(), hidden.to(kept.dtype).cpu(), strict=False):
-                kept[starts[i] : starts[i + 1]] = states[: len(rows[i])]
+            self._keep(kept, hidden, index, starts)
         return Encoded(
             torch.arange(len(rows))[:, None], torch.zeros(len(rows), 0), kept, starts,
             torch.tensor(marks),
