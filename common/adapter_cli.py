@@ -18,17 +18,23 @@ def adapter() -> None:
     """Use the adapter of a run."""
 
 
+_run = click.argument("run", type=click.Path(path_type=Path))
+_data = click.argument("data", type=click.Path(path_type=Path))
+_model = click.option("--model", type=click.Path(path_type=Path), help="Folder of the base model.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 @adapter.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--model", type=click.Path(path_type=Path), help="Folder of the base model.")
+@_run
+@_data
+@_model
 @click.option("--order-by", "column", help="Column of the rows' time; else they are in order.")
 @click.option("--false-alarms", default=0.01, show_default=True,
               type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Bound for each look at a label (ADWIN's delta).")
 @click.option("--out", default=Path("watch"), show_default=True, type=click.Path(path_type=Path),
               help="Folder of the result.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def watch(
     run: Path, data: Path, model: Path | None, column: str | None, false_alarms: float, out: Path,
     as_json: bool,
@@ -72,6 +78,86 @@ def watch(
         f"{a.since + 1:,}" for a in alerts
     ]
     lines.append(f"picture  {out / 'watch.svg'}")
+    emit(result, as_json, "\n".join(lines))
+
+
+@adapter.command()
+@_run
+@_data
+@click.argument("queries", nargs=-1, required=True)
+@_model
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Items a query.")
+@click.option("--index", type=click.Path(path_type=Path),
+              help="File that keeps the items' vectors for the next time.")
+@_json
+def search(
+    run: Path, data: Path, queries: tuple[str, ...], model: Path | None, k: int,
+    index: Path | None, as_json: bool,
+) -> None:
+    """Rank the items of DATA for each of the QUERIES, by the adapter of a run of a ranking with
+    input.by = "bi". DATA has a column of the items' texts, named as in the contract.
+
+    \b
+    $ silotune adapter search runs/recommend/arms/federated-lora-0 films.csv "woman, teens, artist"
+    1.92  Schindler's List (1993): Drama, War
+    """
+    from silotune.common import model as models
+    from silotune.common import records
+    from silotune.common.retrieval import Index, check_contract
+
+    contract = contracts.load(run / "contract.json")
+    column = check_contract(contract).second
+    items = list(dict.fromkeys(records.column(records.table(data), column)))
+    network = models.build(contract, model)
+    found = Index(contract, network, _arrays(run, network))
+    found.read(items, index)
+    results: list[dict[str, Any]] = [
+        {"query": query, "items": [{"text": items[f.item], "score": f.score} for f in best]}
+        for query, best in zip(queries, found.search(queries, k), strict=True)
+    ]
+    lines = []
+    for result in results:
+        lines += [f"{result['query']}  ({len(items):,} items)"] * (len(queries) > 1)
+        lines += [f"{item['score']:5.2f}  {item['text']}" for item in result["items"]]
+    emit(results, as_json, "\n".join(lines))
+
+
+@adapter.command()
+@_run
+@_data
+@_model
+@click.option("--rows", type=click.IntRange(1), help="The first rows alone.")
+@click.option("--most", default=64, show_default=True, type=click.IntRange(1),
+              help="Tokens of an answer.")
+@_json
+def answer(
+    run: Path, data: Path, model: Path | None, rows: int | None, most: int, as_json: bool
+) -> None:
+    """Answer each row of DATA by the adapter of a run of a language model, greedily. Where DATA has
+    answers too it says how far they are from these: ROUGE-1 and ROUGE-L (Lin 2004), exact matches.
+    """
+    from silotune.common import model as models
+    from silotune.common import records
+    from silotune.common.language import LanguageModel
+    from silotune.common.rouge import rouge
+
+    contract = contracts.load(run / "contract.json")
+    if contract.task.kind != "language":
+        raise UsageError(f"'{contract.name}' is a task of {contract.task.kind}: it has no answers.")
+    table = records.table(data)
+    prompts = records.column(table, contract.columns[0])[:rows]
+    network = models.build(contract, model)
+    assert isinstance(network, LanguageModel)
+    with network.lock:
+        network.load(_arrays(run, network))
+        answers = [network.answer(prompt, most) for prompt in prompts]
+    result: dict[str, Any] = {"answers": answers}
+    lines = [f"{prompt}\n  → {found}" for prompt, found in zip(prompts, answers, strict=True)]
+    if contract.task.label_column in table.header:
+        wanted = records.column(table, contract.task.label_column)[:rows]
+        result["scores"] = rouge(answers, wanted)
+        lines.append("  ".join(f"{name} {value:.3f}" for name, value in result["scores"].items())
+                     + f"  ({len(answers):,} rows)")
     emit(result, as_json, "\n".join(lines))
 
 

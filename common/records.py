@@ -68,6 +68,22 @@ def unlabelled(table: Table, contract: Contract) -> Inputs:
     return inputs
 
 
+def column(table: Table, name: str) -> list[str]:
+    """The cells of one column. DataError if it is not there, or a row has other fields."""
+    if name not in table.header:
+        raise DataError(
+            f"Column '{name}' is not in {table.source}.", code="E302",
+            local=f"it has: {', '.join(table.header[:20])}."
+            + did_you_mean(name, table.header),
+        )
+    problems, at = Problems(), table.header.index(name)
+    for line, cells in table.rows:
+        if len(cells) != len(table.header):
+            problems.add(*_ragged(table.header), line, ",".join(cells))
+    problems.raise_if_any(f"{table.source} is no table", "Correct those rows.")
+    return [cells[at] for _, cells in table.rows]
+
+
 def parse(table: Table, contract: Contract) -> Records:
     """Check a table by the contract's schema; DataError with every problem found."""
     check_header(table, contract)

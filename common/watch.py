@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from silotune.common import records
 from silotune.common.contract import Contract
 from silotune.common.drift import Alert
 from silotune.common.errors import DataError, UsageError
@@ -38,13 +39,7 @@ def check_task(contract: Contract) -> None:
 def ordered(table: Table, column: str) -> Table:
     """The table's rows by a column of numbers or, if not all are, of times written so that their
     text sorts (ISO 8601); equal ones stay as they stand. DataError if it is not there."""
-    if column not in table.header:
-        raise DataError(
-            f"Column '{column}' is not in {table.source}.", code="E302",
-            local=f"it has: {', '.join(table.header[:20])}.",
-        )
-    at = table.header.index(column)
-    cells = [cells[at].strip() for _, cells in table.rows]
+    cells = [cell.strip() for cell in records.column(table, column)]
     if not all(cells):
         empty = sum(not cell for cell in cells)
         raise DataError(
