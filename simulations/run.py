@@ -49,6 +49,7 @@ class Options:
     masked: bool = True
     data: Path | None = None
     site_column: str | None = None
+    model: Path | None = None
     performance: Performance = field(default_factory=Performance)
 
     @classmethod
@@ -59,7 +60,7 @@ class Options:
             "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
             "evaluate_every": int, "processes": int, "insecure_seed": int,
             "arms": lambda text: text.split(","), "masked": _flag,
-            "data": Path, "site_column": str,
+            "data": Path, "site_column": str, "model": Path,
         }
         for word in words:
             key, equals, value = word.partition("=")
@@ -130,7 +131,7 @@ def run(
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"model {contract.model.name}"):
-            model_folder = data.fetch(contract.model.name)
+            model_folder = options.model or data.fetch(contract.model.name)
     with progress.busy(f"data {recipe.facts['title']}"):
         counts, rows = recipe.rows(folder)
     sites = {str(c["site"]) for c in counts}
