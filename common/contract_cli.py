@@ -66,9 +66,14 @@ def validate(file: Path, as_json: bool) -> None:
               help="A CSV file; its header is read and nothing else.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
 @click.option("--name", help="Of the contract; the file's if not given.")
-@click.option("--task", help="classification, multi-label, tokens, regression or language.")
+@click.option("--task",
+              help="classification, multi-label, tokens, regression, ranking or language.")
 @click.option("--label", help="The column that holds what is to be learnt.")
-@click.option("--labels", help="Its values, or name=value, between commas; entities for tokens.")
+@click.option("--labels", help="Its values, or name=value, between commas; entities for tokens; of "
+              "a ranking the values that say a pair belongs together.")
+@click.option("--others", help="Of a ranking: the values that say it does not.")
+@click.option("--pair", nargs=2, metavar="FIRST SECOND", help="Of a ranking: its columns of text.")
+@click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
 @click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
 @click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
 @click.option("--text", help="The column of text.")
@@ -103,7 +108,8 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
     draft.check_header(names, answers, data.name)
     write_durably(out, draft.draft(answers).encode())
     found = contracts.load(out)
-    what = f"column '{answers.text}'" if answers.text else f"{len(answers.columns)} columns"
+    texts = answers.pair or ((answers.text,) if answers.text else ())
+    what = f"{len(texts) or len(answers.columns)} columns"
     emit(
         {"file": str(out), "sha256": found.hash}, as_json,
         f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…\n"
@@ -117,22 +123,23 @@ def _answers(given: dict[str, Any]) -> Any:
     from silotune.common.draft import Answers, Column
 
     asks: list[tuple[str, str]] = [
-        ("task", "Task (classification, multi-label, tokens, regression, language)"),
+        ("task", "Task (classification, multi-label, tokens, regression, ranking, language)"),
         ("label", "Which column holds it"),
         ("records", "How many records a site is to have, roughly"),
     ]
-    if given["task"] in (None, "classification", "multi-label", "tokens"):
+    if given["task"] not in ("regression", "language"):
         asks.insert(2, ("labels", "Its labels, between commas"))
     missing = [key for key, _ in asks if given[key] is None]
     missing += [key for key in ("sites",) if not given[key]]
-    missing += ["text or column"] if not (given["text"] or given["columns"]) else []
+    inputs = given["text"] or given["columns"] or given["pair"]
+    missing += [] if inputs else ["text or column or pair"]
     if missing and not sys.stdin.isatty():
         raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
     for key, question in asks:
         if given[key] is None:
             answer: Any = click.prompt(question)
             given[key] = int(answer) if key == "records" and answer.isdigit() else answer
-    if not (given["text"] or given["columns"]):
+    if not inputs:
         given["text"] = click.prompt("Column of text (empty for a table)", default="") or None
         while given["text"] is None:
             answer = click.prompt("A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)",
@@ -144,6 +151,7 @@ def _answers(given: dict[str, Any]) -> Any:
     values = given | {
         "columns": [Column.parse(answer) for answer in given["columns"]],
         "labels": _list(given["labels"]), "entity": _list(given["entity"]),
+        "others": _list(given["others"]),
     }
     try:
         return Answers.model_validate({k: v for k, v in values.items() if v is not None})

@@ -66,15 +66,22 @@ class Column(Frozen):
 
 
 class Answers(Frozen):
-    """What a draft is made of. labels: the values of the label column, or 'name=value'."""
+    """What a draft is made of. labels: the values of the label column, or 'name=value'; of a
+    ranking those that say a pair belongs together, and `others` those that do not. pair: its two
+    columns of text, query: the column that says whose candidates are ranked together."""
 
     name: Name
-    task: Literal["classification", "multi-label", "tokens", "regression", "language"]
+    task: Literal[
+        "classification", "multi-label", "tokens", "regression", "ranking", "language"
+    ]
     label: str
     labels: tuple[str, ...] = ()
     bounds: tuple[Number, Number] | None = None
     log: bool = False
     text: str | None = None
+    others: tuple[str, ...] = ()
+    pair: tuple[str, str] | None = None
+    query: str | None = None
     columns: tuple[Column, ...] = ()
     entity: tuple[str, ...] = ()
     cap: Count = 10
@@ -86,9 +93,14 @@ class Answers(Frozen):
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
-        if (self.text is None) == (not self.columns):
-            raise ValueError("name the column of text, or the columns of a table, and not both")
-        if self.task in ("classification", "multi-label", "tokens") and not self.labels:
+        if (self.text is not None) + bool(self.columns) + (self.pair is not None) != 1:
+            raise ValueError(
+                "name the column of text, the two of a pair, or those of a table: one of these"
+            )
+        of_ranking = (bool(self.others), self.pair is not None, self.query is not None)
+        if any(of_ranking) != (self.task == "ranking") or len(set(of_ranking)) > 1:
+            raise ValueError("others, pair and query go with a ranking, which needs all three")
+        if self.task not in ("regression", "language") and not self.labels:
             raise ValueError(f"a task of kind \"{self.task}\" needs its labels")
         if (self.task == "regression") != (self.bounds is not None):
             raise ValueError("bounds go with a regression, and only with it")
@@ -99,8 +111,10 @@ class Answers(Frozen):
     @property
     def used(self) -> list[str]:
         """The columns that the contract names."""
-        inputs = [self.text] if self.text else [column.name for column in self.columns]
-        return [*inputs, self.label, *self.entity]
+        texts = self.pair or ((self.text,) if self.text else ())
+        tables = (column.name for column in self.columns)
+        query = (self.query,) if self.query else ()
+        return [*texts, *tables, *query, self.label, *self.entity]
 
     @property
     def named_labels(self) -> list[tuple[str, str]]:

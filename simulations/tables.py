@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import string
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,16 +91,18 @@ BLOCK = 12 * 3600  # seconds
 
 
 def _card_fraud() -> pd.DataFrame:
-    """Four "banks", each half a day of the same two days. 1,081 rows stand there twice: one each is
-    kept. Three decimals are more than any bin edge needs."""
+    """Four "banks", each half a day of the same two days. Of rows that are equal but for the hour,
+    to three decimals, the first is kept: more decimals than any bin edge needs, and no payment
+    stands on both sides of the split."""
     import pandas as pd
 
-    table = pd.read_csv(data.fetch("card-fraud") / "creditcard.csv", dtype={"Class": str})
-    table = table.drop_duplicates()
-    block = (table["Time"] // BLOCK).clip(upper=BANKS - 1).astype(int)
+    table = pd.read_csv(data.fetch("card-fraud") / "creditcard.csv", dtype={"Class": str}).round(3)
+    time = table.pop("Time")
+    table = table[~table.duplicated()]
+    block = (time[table.index] // BLOCK).clip(upper=BANKS - 1).astype(int)
     site = "Bank " + block.map(dict(enumerate(string.ascii_uppercase)))
-    hour = (table["Time"] // 3600 % 24).astype(int)
-    return table.drop(columns="Time").round(3).assign(hour=hour, site=site)
+    hour = (time[table.index] // 3600 % 24).astype(int)
+    return table.assign(hour=hour, site=site)
 
 
 def _medical_cost() -> pd.DataFrame:
@@ -222,6 +226,22 @@ def _banking77() -> pd.DataFrame:
     return table.assign(text=text, site=_drawn(len(table), 5, "Bank"))
 
 
+def replies() -> dict[str, str]:
+    """The written reply for each intent of Banking77 that service-answers takes."""
+    recipe = resources.files("silotune.simulations.recipes") / "service-answers"
+    found: dict[str, str] = tomllib.loads((recipe / "replies.toml").read_text("utf-8"))["replies"]
+    return found
+
+
+def _service_answers() -> pd.DataFrame:
+    """The questions of some intents, at the banks where service-intents has them, and the reply
+    written for each intent: the one value of these tables that is in no source."""
+    table = _banking77()
+    reply = table["category"].map(replies())
+    table = table.assign(reply=reply)[reply.notna()].rename(columns={"text": "query"})
+    return table[["site", "split", "query", "reply"]]
+
+
 def _ncbi_disease() -> pd.DataFrame:
     """A row is a sentence: its words and their tags. The files do not say where an abstract ends,
     so the sites are four blocks of equal length, and at a border one may be cut."""
@@ -272,5 +292,6 @@ TABLES: dict[str, Table] = {
     "market": Table("reuters-r8", _market),
     "chinese": Table("chinese-reviews", _chinese),
     "banking77": Table("banking77", _banking77),
+    "service-answers": Table("banking77", _service_answers),
     "ncbi-disease": Table("ncbi-disease", _ncbi_disease),
 }

@@ -48,6 +48,8 @@ TEXT = {"columns": (), "text": "message"}
     ({**TEXT, "task": "tokens", "labels": ("Disease",)}, "tokens"),
     ({**TEXT, "task": "language", "labels": ()}, "language"),
     ({"task": "regression", "labels": (), "bounds": (0.0, 1e5), "log": True}, "regression"),
+    ({"task": "ranking", "labels": ("4", "5"), "others": ("1",), "columns": (), "query": "who",
+      "pair": ("user", "item")}, "ranking"),
 ])
 def test_each_task(more: dict[str, object], kind: str) -> None:
     found = parse(draft.draft(Answers.model_validate(TABLE | more)))
@@ -151,7 +153,7 @@ def test_what_is_missing_is_told_where_nobody_can_be_asked(
 ) -> None:
     code, _, wrong = run(*new(table(tmp_path), tmp_path / "x.toml"))
     assert code == 2
-    for word in ("--task", "--label", "--labels", "--records", "--sites", "text or column"):
+    for word in ("--task", "--label", "--labels", "--records", "--sites", "text or column or pair"):
         assert word in wrong
 
 
