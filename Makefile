@@ -48,7 +48,7 @@ install: $(INSTALLED)  ## .venv with the pinned versions
 .venv/files: FORCE
 	@mkdir -p .venv
 	@find common client server simulations -name '*.py' -o -name '*.toml' -o -name '*.md' \
-	    -o -name '*.j2' -o -path '*/deploy/*' | sort > $@.new
+	    -o -name '*.j2' -o -path '*/deploy/*' -o -path '*/models/*' | sort > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(INSTALLED): pyproject.toml constraints.txt .venv/files

@@ -217,10 +217,14 @@ SOURCES = {
             SHIPPED,
             "models/chinese-characters",
             ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
-            "TODO",
-            "Chinese encoder of characters, 1.4 M parameters",
+            "ca50021cb6891922f2f1cce3161821329a629781d8cf8a73a2d1b82ba8b4a177",
+            "Chinese encoder of characters, 1.5 M parameters",
             "Apache-2.0; pre-trained on peoples-daily",
-            others=("TODO",),
+            others=(
+                "1785a5d3f72d98e69a9569f09d0741a443525bd85aac57d952f24ab0e88406c3",
+                "3c3f9d6e029ee4129755f8653bd00148f46b4f2f7d737b88ab5e4113634a4ff9",
+                "f0c9d6389f7bbc05ef51605a9c1db499b00e8b053aa6cba23212247f22d41423",
+            ),
         ),
         Source(
             "banking77",
