@@ -57,7 +57,7 @@ def check(contract: Contract, model: Network) -> None:
         _check_noise()
         with model.lock:
             made_up = _MadeUp(contract, model)
-            for trains in dict.fromkeys(phase.trains for phase in contract.phases):
+            for trains in contract.trainings:
                 made_up.check(trains)
         passed.add(contract.hash)
 
@@ -129,9 +129,12 @@ class _MadeUp:
                     raise _broken("the frozen layers", "a record's outputs depend on others")
 
     def check(self, trains: str) -> None:
+        names = trained_names(self.initial, trains)
+        with self.model.requiring(names):
+            self._check(trains, [self.model.named_tensors()[name] for name in names])
+
+    def _check(self, trains: str, parameters: list[torch.nn.Parameter]) -> None:
         model, engine = self.model, self.model.performance.gradients
-        tensors = model.named_tensors()
-        parameters = [tensors[name] for name in trained_names(self.initial, trains)]
         factors = torch.ones(ROWS)  # of the records' losses
 
         def losses(index: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def train_round(
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
     values each one can be told (tests/client/test_lattice.py).
     """
-    names = trained_names(adapter, phase.trains)
+    trains = contract.trains_at(phase, place)
+    names = trained_names(adapter, trains)
     with_adapter = phase.adapts
     divisor = contract.privacy.expected_records * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
@@ -76,7 +77,7 @@ def train_round(
         measured.see(index, outputs, targets)
         return model.objective.losses(outputs, targets)
 
-    with model.lock:
+    with model.lock, model.requiring(names):
         model.load(adapter)
         tensors = {name: model.named_tensors()[name] for name in names}
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -108,7 +109,7 @@ def train_round(
             ))
             if optimizer is not None:
                 private_gradient(
-                    model.trained_modules(phase.trains), optimizer, groups, losses,
+                    model.trained_modules(trains), optimizer, groups, losses,
                     gradients=model.performance.gradients,
                 )
             else:
@@ -116,6 +117,9 @@ def train_round(
             measured.step(groups, optimizer)
             for name, tensor in tensors.items():
                 moved[name].grad = tensor.grad
+                if phase.proximal and tensor.grad is not None:
+                    # What has moved so far is made of noised sums: pulling it back costs nothing.
+                    moved[name].grad = tensor.grad + phase.proximal * moved[name]
             inner.step()
             with torch.no_grad():
                 for name, tensor in tensors.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from silotune.common import adapters, backbone
+from silotune.common.adapter import trained_names
 from silotune.common.architecture import Lora, OneHotModel
 from silotune.common.backbone import Around
 from silotune.common.cache import allocate
@@ -80,8 +81,9 @@ class Adapted(Network):
                 )
             self.virtual = adapters.inject(self.adapter, self.top, base.size)
         self.requires_grad_(False)
-        for name, parameter in self.named_tensors().items():
-            parameter.requires_grad_(not name.endswith(".lora_A"))
+        tensors = self.named_tensors()
+        for name in trained_names(tensors, "head+adapter"):
+            tensors[name].requires_grad_()
         self.eval()
         self.to(self.device)
         self._compiled = torch.compile(self._layers, dynamic=False) if performance.compile else None
@@ -102,8 +104,10 @@ class Adapted(Network):
         return found
 
     def trained_modules(self, trains: str) -> list[nn.Module]:
-        found = super().trained_modules(trains)
-        if trains != "head":
+        found, parts = super().trained_modules(trains), trains.split("+")
+        if "A" in parts:
+            found += adapters.downs_of(self.top)
+        if "adapter" in parts:
             found += adapters.parts_of(self.top)
             found += [self.virtual] if self.virtual is not None else []
         return found
@@ -112,8 +116,16 @@ class Adapted(Network):
         """The head zero; the adapter such that it changes nothing, or little, at first."""
         arrays = super().initial_arrays()
         if self.adapter:
-            adapters.begin(arrays, self.adapter)
+            adapters.begin(arrays, self.adapter, dict(self._named_layers()))
         return arrays
+
+    def _named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the adapted layers by their public names."""
+        for name, module in self.top.named_modules():
+            if name:
+                number, _, rest = name.partition(".")
+                layer = f"{self.backbone.prefix}.{self.first_adapted + int(number)}"
+                yield f"{layer}.{rest}" if rest else layer, module
 
     @staticmethod
     def _starts(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -1,7 +1,8 @@
 """Adapters as named float32 arrays, and the check every set of arrays passes at each side.
 
 Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the encoder
-`m.lora_A` [r, in] and `m.lora_B` [out, r]. L labels, F features, r rank.
+`m.lora_A` [r, in] and `m.lora_B` [out, r], or `m.core` [r, r] with `m.ends.down` [r, in] and
+`m.ends.up` [out, r]. L labels, F features, r rank.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
 
 
 def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
-    """Which tensors a phase changes, in sorted order: A is frozen, so B and the head."""
-    of_head, of_adapter = trains != "adapter", trains != "head"
-    return sorted(
-        name for name in arrays
-        if (of_head if name.startswith("head.") else of_adapter and not name.endswith(".lora_A"))
-    )
+    """Which tensors a round changes, in sorted order; trains: see Contract.trains_at."""
+    parts = trains.split("+")
+    return sorted(name for name in arrays if _part(name) in parts)
+
+
+def _part(name: str) -> str:
+    """What a tensor is of."""
+    if name.startswith("head."):
+        return "head"
+    if name.endswith((".ends.down", ".ends.up")):
+        return "frozen"
+    return "A" if name.endswith(".lora_A") else "adapter"
 
 
 def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:
-    """Which tensors a site needs for a phase: the head alone while the adapter is still zero."""
+    """Which tensors a site needs for a round: the head alone while the adapter is still zero."""
     return sorted(n for n in arrays if n.startswith("head.") or trains != "head")
 
 

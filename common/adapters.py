@@ -9,6 +9,7 @@ Shapes: n examples, T tokens, H hidden size, P virtual tokens, h heads of size d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from silotune.common.adapter import orthonormal
-from silotune.common.architecture import IA3, Adapter, Lora, Prefix, Prompt
+from silotune.common.architecture import IA3, Adapter, Core, Lora, Prefix, Prompt
 from silotune.common.errors import DataError
 from silotune.common.layers import fuse_lora
 from silotune.common.messages import Arrays
@@ -46,6 +47,38 @@ class Scale(Part):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
         return out + out * self.own("ia3", len(x))[:, None, :]
+
+
+class Ends(nn.Module):
+    """Frozen factors: `down` [r, in], `up` [out, r]."""
+
+    def __init__(self, rank: int, base: nn.Linear) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(rank, base.in_features), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank), requires_grad=False)
+
+
+class Between(Part):
+    """A Linear's outputs plus scale * up core down x; `core` [r, r] is zero at first."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base, scale
+        self.ends = Ends(rank, base).to(base.weight.device)
+        self.core = nn.Parameter(torch.zeros(rank, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.ends.down)
+        middle = torch.matmul(low, self.own("core", len(x)).transpose(1, 2).to(low.dtype))
+        out: Tensor = self.base_layer(x)
+        return out + self.scale * nn.functional.linear(middle, self.ends.up)
+
+    @torch.no_grad()
+    def singular(self) -> tuple[np.ndarray, np.ndarray]:
+        """down and up: the base weight's first singular vectors."""
+        u, _, v = np.linalg.svd(self.base_layer.weight.double().numpy(force=True))
+        rank = len(self.core)
+        return v[:rank].astype(np.float32), u[:, :rank].astype(np.float32)
 
 
 class VirtualKeys(Part):
@@ -102,10 +135,14 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
             f"None of adapter.targets ({', '.join(adapter.targets)}) is a layer of this model. It "
             f"has: {known}.", code="E310",
         )
-    if isinstance(adapter, IA3):
+    if isinstance(adapter, IA3 | Core):
         for name in chosen:
             place, _, last = name.rpartition(".")
-            setattr(top.get_submodule(place), last, Scale(linears[name]))
+            base = linears[name]
+            part = Scale(base) if isinstance(adapter, IA3) else Between(
+                base, adapter.rank, adapter.alpha / adapter.rank
+            )
+            setattr(top.get_submodule(place), last, part)
         return None
     config = LoraConfig(
         r=adapter.rank,
@@ -127,22 +164,31 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     ]
 
 
+def downs_of(module: nn.Module) -> list[nn.Module]:
+    """LoRA's A."""
+    return [found for name, found in module.named_modules() if name.endswith(".lora_A.default")]
+
+
 def public_name(name: str) -> str | None:
     """The name of one of the layers' parameters in a message, None for a frozen one."""
     for suffix in (".lora_A.default.weight", ".lora_B.default.weight"):
         if name.endswith(suffix):
             return name.removesuffix(".default.weight")
     last = name.rsplit(".", 2)
-    return name if last[-1] == "ia3" or last[-2] == "prefix" else None
+    return name if last[-1] in ("ia3", "core") or last[-2] in ("prefix", "ends") else None
 
 
-def begin(arrays: Arrays, adapter: Adapter) -> None:
+def begin(arrays: Arrays, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Give the adapter's arrays, all zero, their first values, from the contract's public seed: A
-    orthonormal (B stays zero), virtual tokens small and random (IA3's stay zero)."""
+    orthonormal (B stays zero), virtual tokens small and random (IA3's stay zero), a core's ends the
+    base's singular vectors. modules: by the names that their arrays begin with."""
+    for name, module in modules.items():
+        if isinstance(module, Between):
+            arrays[f"{name}.ends.down"], arrays[f"{name}.ends.up"] = module.singular()
     rng = np.random.default_rng(adapter.seed)
     for name in sorted(arrays):
         shape: Any = arrays[name].shape
         if name.endswith(".lora_A"):
             arrays[name] = orthonormal(shape[0], shape[1], rng)
-        elif not isinstance(adapter, Lora | IA3) and not name.startswith("head."):
+        elif not isinstance(adapter, Lora | IA3 | Core) and not name.startswith("head."):
             arrays[name] = (STD * rng.standard_normal(shape)).astype(np.float32)

@@ -91,6 +91,25 @@ class Lora(Frozen):
         return f"{name} r={self.rank}, top {self.layers} layers, A frozen"
 
 
+class Core(Frozen):
+    """LoRA whose factors are both frozen, with a trained core between them: B R A, R [r, r]
+    (LoRA-XS, arXiv 2405.17604; federated as Fed-SB, arXiv 2502.15436). A and B are the frozen
+    weight's own first singular vectors, which are public. The mean of cores is exact, and r^2
+    numbers take less noise than r (in + out).
+    """
+
+    kind: Literal["core"]
+    rank: Count = 16
+    alpha: Positive = 16.0
+    layers: Count = 2
+    targets: tuple[str, ...] = Field(min_length=1)
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"core of {self.rank} x {self.rank}, top {self.layers} layers, both ends frozen"
+
+
 class IA3(Frozen):
     """Outputs of the targets, times 1 + a trained vector (arXiv 2205.05638)."""
 
@@ -132,7 +151,8 @@ class Prompt(Frozen):
 
 
 Adapter = Annotated[
-    Annotated[Lora, Tag("lora")] | Annotated[Lora, Tag("rslora")] | Annotated[IA3, Tag("ia3")]
-    | Annotated[Prefix, Tag("prefix")] | Annotated[Prompt, Tag("prompt")],
+    Annotated[Lora, Tag("lora")] | Annotated[Lora, Tag("rslora")] | Annotated[Core, Tag("core")]
+    | Annotated[IA3, Tag("ia3")] | Annotated[Prefix, Tag("prefix")]
+    | Annotated[Prompt, Tag("prompt")],
     Discriminator(kind_or("lora")),
 ]

@@ -17,7 +17,14 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common import agreement, fields
-from silotune.common.architecture import Adapter, EncoderModel, LanguageModel, Model, OneHotModel
+from silotune.common.architecture import (
+    Adapter,
+    EncoderModel,
+    LanguageModel,
+    Lora,
+    Model,
+    OneHotModel,
+)
 from silotune.common.fields import (
     Count,
     Delta,
@@ -29,6 +36,7 @@ from silotune.common.fields import (
 )
 from silotune.common.inputs import Input, PairInput, TableInput, TextInput, columns_of
 from silotune.common.plan import (
+    BY_ONE,
     Aggregation,
     Metric,
     Phase,
@@ -106,6 +114,7 @@ class Contract(Frozen):
                  "phases that train only the head must come first: they use the frozen features")
             )
         wrong += self._wrong_with_task()
+        wrong += self._wrong_with_aggregation()
         if abs(sum(phase.budget for phase in self.phases) - 1) > 1e-9:
             wrong.append(("phases", "the phases' budget shares must add up to 1"))
         if one_hot and not isinstance(self.input, TableInput):
@@ -159,6 +168,30 @@ class Contract(Frozen):
                           f"got \"{stop.metric}\""))
         return wrong
 
+    def _wrong_with_aggregation(self) -> list[tuple[str, str]]:
+        """Methods that cannot go together, or not with what else the contract says."""
+        settings, wrong = self.aggregation, []
+        method, robust, sites = settings.method, settings.robust, len(self.sites)
+        if method != "ffa" and not isinstance(self.adapter, Lora):
+            wrong.append(f'method = "{method}" is about LoRA\'s two factors, and there is no LoRA')
+        if method in ("fedsvd", "flexlora") and settings.adaptive:
+            wrong.append(f'method = "{method}" turns the factors\' coordinates each round, and '
+                         "adaptive keeps a rate for each coordinate")
+        if method == "flexlora" and settings.momentum:
+            wrong.append('method = "flexlora" sets the factors anew each round: momentum = 0')
+        alone = robust.rule if robust else method if method in BY_ONE else None
+        if alone and self.secure_aggregation is not None:
+            wrong.append(f'"{alone}" needs each site\'s update by itself, and secure_aggregation '
+                         "hides it: take out one of the two")
+        if robust and method in BY_ONE:
+            wrong.append(f'robust rules are for means of updates, and method = "{method}" is none')
+        if robust and robust.rule != "norm":
+            least = 2 * robust.byzantine + (3 if "krum" in robust.rule else 1)
+            if self.quorum < least:
+                wrong.append(f'rule = "{robust.rule}" against {robust.byzantine} sites needs '
+                             f"{least} updates at least, and quorum is {self.quorum} of {sites}")
+        return [("aggregation", why) for why in wrong]
+
     def _wrong_with_masks(self) -> list[tuple[str, str]]:
         secure, sites = self.secure_aggregation, len(self.sites)
         if secure is None:
@@ -199,7 +232,7 @@ class Contract(Frozen):
     @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
-        trained = " and ".join(dict.fromkeys(phase.trains for phase in self.phases))
+        trained = " and ".join(self.trainings)
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
         metrics = ", ".join(self.metrics)
@@ -307,6 +340,28 @@ class Contract(Frozen):
                 return round_number
             round_number -= phase.rounds
         raise ValueError(f"the plan has {self.rounds} rounds")
+
+    def trains_at(self, phase: Phase, place: int) -> str:
+        """What the round at a 1-based place of a phase trains: "head", "adapter" (LoRA's B, or all
+        of another adapter) and "A" (LoRA's A), joined by "+"."""
+        method = self.aggregation.method
+        if not phase.adapts or method in ("ffa", "fedsvd"):
+            return phase.trains
+        if method == "rolora":
+            return phase.trains if place % 2 else phase.trains.replace("adapter", "A")
+        return f"{phase.trains}+A"
+
+    def trains_in(self, round_number: int) -> str:
+        """The same of a 1-based round; ValueError outside the plan."""
+        return self.trains_at(self.phase_of(round_number), self.place_in_phase(round_number))
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """All that is trained together in some round of the plan."""
+        return tuple(dict.fromkeys(
+            self.trains_at(phase, place)
+            for phase in self.phases for place in range(1, min(phase.rounds, 2) + 1)
+        ))
 
     def weights(self) -> dict[str, float]:
         return {site.name: site.weight for site in self.sites}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,10 +176,23 @@ class Network(nn.Module):
         return {f"head.{name}": p for name, p in self.head.named_parameters()}
 
     def trained_modules(self, trains: str) -> list[nn.Module]:
-        """The modules whose parameters a phase trains."""
-        if trains == "adapter":
+        """The modules whose parameters a round trains (Contract.trains_at)."""
+        if "head" not in trains.split("+"):
             return []
         return [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+
+    @contextmanager
+    def requiring(self, names: Collection[str]) -> Iterator[None]:
+        """Within, these tensors alone have gradients."""
+        tensors = self.named_tensors()
+        before = {name: parameter.requires_grad for name, parameter in tensors.items()}
+        try:
+            for name, parameter in tensors.items():
+                parameter.requires_grad_(name in names)
+            yield
+        finally:
+            for name, parameter in tensors.items():
+                parameter.requires_grad_(before[name])
 
     def initial_arrays(self) -> Arrays:
         """Zeros: every class is equally likely at first."""

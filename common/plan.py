@@ -150,6 +150,8 @@ class Phase(Frozen):
     cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`); the
     next starts there, at rest. `dropout` is the share of the head's inputs left out in a step: the
     same for all its records, drawn from public numbers, so that no record has a part in it.
+    With `proximal` = mu each local step's gradient has mu times the way that the round has already
+    come added to it (FedProx, arXiv 1812.06127): post-processing of what is noised.
     """
 
     trains: Literal["head", "head+adapter", "adapter"]
@@ -162,6 +164,7 @@ class Phase(Frozen):
     adapter_rate: LearningRate | None = None
     adam: Adam | None = None
     schedule: Schedule | None = None
+    proximal: Positive | None = None
     dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @model_validator(mode="after")
@@ -176,6 +179,8 @@ class Phase(Frozen):
                 )
         if self.schedule and self.schedule.warm_up >= self.rounds:
             raise ValueError("schedule.warm_up must be less than the phase's rounds")
+        if self.proximal and self.local_steps == 1:
+            raise ValueError("proximal pulls back from the second local step on; there is one")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
@@ -213,15 +218,44 @@ class EarlyStop(Frozen):
     patience: Count = 5
 
 
+class Robust(Frozen):
+    """A mean that up to `byzantine` of the sites cannot carry away (server/robust.py). Each of them
+    needs to see the updates one by one, so it goes without masks; `most` is the norm that "norm"
+    cuts updates to."""
+
+    rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"]
+    byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    most: Positive | None = None
+
+    @model_validator(mode="after")
+    def _bound(self) -> Self:
+        if (self.rule == "norm") != (self.most is not None):
+            raise ValueError('most goes with rule = "norm", and only with it')
+        return self
+
+
+# What the methods train of LoRA's factors, and what the server makes of it (server/aggregate.py).
+Method = Literal["ffa", "fedsvd", "rolora", "fedavg", "flexlora"]
+BY_ONE = ("flexlora",)  # need each site's update by itself
+
+
 class Aggregation(Frozen):
     """Mean of the sites' updates with public weights, then the server's heavy ball, or `adaptive`.
+
+    method, of LoRA's B A:
+    ffa        A is frozen, the mean is B's (FFA-LoRA, arXiv 2403.12313)
+    fedsvd     the same, and after each round B A is factored anew by SVD (arXiv 2505.12805)
+    rolora     B in odd rounds of a phase, A in even ones (RoLoRA, arXiv 2409.02346)
+    fedavg     both, averaged apart: the mean of products is not the product of means
+    flexlora   both, and the mean of the products is factored by SVD (arXiv 2402.11505)
 
     A phase's result is the mean of its iterates from the fraction `average_from` on. All act on
     noised sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update
     with a larger L2 norm does not count.
     """
 
-    method: Literal["ffa"] = "ffa"
+    method: Method = "ffa"
+    robust: Robust | None = None
     momentum: Fraction = 0.9
     adaptive: Adaptive | None = None
     average_from: Fraction = 0.5

@@ -36,11 +36,12 @@ def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -
 def heavy_ball(
     adapter: Arrays, velocity: Arrays, change: Arrays, momentum: float
 ) -> tuple[Arrays, Arrays]:
-    """v <- momentum v + change; x <- x + v (Polyak 1964). Tensors not in `change` stay.
+    """v <- momentum v + change; x <- x + v (Polyak 1964). Tensors not in `change` stay, and so
+    do their velocities.
 
     Returns the next adapter and velocity.
     """
-    next_velocity = {
+    next_velocity = velocity | {
         name: momentum * velocity.get(name, np.zeros_like(step)) + step
         for name, step in change.items()
     }

@@ -13,7 +13,7 @@ from silotune.common import adapter
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.plan import Metric, Phase
-from silotune.server import aggregate
+from silotune.server import aggregate, factors
 
 
 class Iterate:
@@ -55,7 +55,7 @@ class Iterate:
     @property
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors that this round trains."""
-        names = adapter.trained_names(self.shapes, self.phase.trains)
+        names = adapter.trained_names(self.shapes, self.contract.trains_in(self.number))
         return {name: self.shapes[name] for name in names}
 
     def released(self) -> Arrays:
@@ -75,12 +75,18 @@ class Iterate:
                 self.adapter, self._velocity, change, settings.momentum
             )
         adapter.check(moved, self.shapes, "The aggregate")
-        adapter.check(velocity, adapter.shapes_of(change), "The momentum")
+        adapter.check(velocity, adapter.shapes_of(velocity), "The momentum")
         self.adapter, self._velocity, self._second = moved, velocity, second
         place = self.contract.place_in_phase(self.number)
-        if place > self.phase.rounds * self.contract.aggregation.average_from:
+        # FlexLoRA's factors of one round have nothing to do with those of another.
+        averages = settings.method != "flexlora" or not self.phase.adapts
+        if averages and place > self.phase.rounds * settings.average_from:
             self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
+        if settings.method == "fedsvd" and self.phase.adapts:
+            self.adapter, self._velocity, self._mean = factors.turned(
+                self.adapter, self._velocity, self._mean
+            )
         if self.contract.privacy.adaptive:
             self.clip_norm = aggregate.next_clip_norm(
                 self.clip_norm, figures["unclipped"], self.contract.privacy.adaptive

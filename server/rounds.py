@@ -27,7 +27,7 @@ from silotune.common.messages import (
 )
 from silotune.common.plan import Metric
 from silotune.common.signing import verifies
-from silotune.server import aggregate, replies
+from silotune.server import aggregate, factors, replies, robust
 from silotune.server.gate import Gate
 from silotune.server.iterate import Iterate
 from silotune.server.masking import MaskedRound, Masking
@@ -53,6 +53,7 @@ class RoundFacts:
     # site -> metrics; of masked updates only the mean is known, under ""
     released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)
     clip_norm: float | None = None  # with adaptive clipping
+    residual: float | None = None  # of averaging LoRA's factors apart, where updates can be seen
 
 
 class Run:
@@ -267,9 +268,12 @@ class Run:
                 f"{len(self._open)} of {len(self.contract.sites)} sites counted "
                 f"({self.exchange.reasons()}), the quorum is {self.contract.quorum}.", "E402",
             )
+        residual = None
         if mean is None:
             weights = self.contract.weights()
-            change = aggregate.weighted_mean(self._open, weights)
+            change = self._combined(weights)
+            if self.iterate.phase.adapts:
+                residual = factors.residual(self.adapter, self._open, weights)
             figures: Mapping[Metric, float] = aggregate.mean_figures(
                 self._metrics, weights, self.contract.metric_ranges
             )
@@ -291,10 +295,20 @@ class Run:
             self.number, tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
             dict(self._epsilon), self.exchange.bytes_up, self.exchange.bytes_down,
-            time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm,
+            time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm, residual,
         )
         self._commit(facts)
         return facts
+
+    def _combined(self, weights: Mapping[str, float]) -> Arrays:
+        """The change that the contract's method makes of the sites' updates."""
+        settings = self.contract.aggregation
+        if settings.robust:
+            return robust.combined(self._open, settings.robust)
+        mean = aggregate.weighted_mean(self._open, weights)
+        if settings.method == "flexlora":
+            return factors.flex_change(self.adapter, self._open, weights, mean)
+        return mean
 
     def _stalled(self, metrics: Mapping[str, float | None]) -> bool:
         """Whether the contract's metric on public rows has not been better for long enough."""

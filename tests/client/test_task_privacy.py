@@ -59,8 +59,8 @@ def model_of(
     return build(contract, None if kind == "one-hot" else tiny.folder_of(kind), performance)
 
 
-def phases_of(contract: Contract) -> list[str]:
-    return [phase.trains for phase in contract.phases]
+def phases_of(contract: Contract) -> tuple[str, ...]:
+    return contract.trainings
 
 
 def clipped_sum(
@@ -69,10 +69,12 @@ def clipped_sum(
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
     tensors, with_adapter = model.named_tensors(), trains != "head"
-    optimizer = Summed(
-        torch.optim.SGD([tensors[name] for name in trained_names(tensors, trains)], lr=1.0),
-        source=Silent(site="x"), noise_multiplier=1e-6, clip_norm=CLIP, divisor=1.0,
-    )
+    names = trained_names(tensors, trains)
+    with model.requiring(names):  # Opacus' optimizer takes no others
+        optimizer = Summed(
+            torch.optim.SGD([tensors[name] for name in names], lr=1.0),
+            source=Silent(site="x"), noise_multiplier=1e-6, clip_norm=CLIP, divisor=1.0,
+        )
 
     def losses(index: Tensor) -> Tensor:
         outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
@@ -82,10 +84,11 @@ def clipped_sum(
     groups = data.units.groups(
         drawn, lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter)
     )
-    private_gradient(
-        model.trained_modules(trains), optimizer, groups, losses,
-        gradients=model.performance.gradients,
-    )
+    with model.requiring(names):
+        private_gradient(
+            model.trained_modules(trains), optimizer, groups, losses,
+            gradients=model.performance.gradients,
+        )
     return optimizer.total, optimizer
 
 
@@ -139,8 +142,8 @@ def test_so_it_is_with_other_engines(kind: str, model: str, performance: dict[st
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "rslora": {"rank": 2, "targets": "…"}, "ia3": {"targets": "…"}, "prefix": {"length": 3},
-    "prompt": {"length": 3},
+    "rslora": {"rank": 2, "targets": "…"}, "core": {"rank": 3, "targets": "…"},
+    "ia3": {"targets": "…"}, "prefix": {"length": 3}, "prompt": {"length": 3},
 }
 
 
@@ -163,7 +166,29 @@ def test_so_it_is_with_other_adapters(kind: str, model: str, method: str, unit: 
     selftest.check(contract, network)
 
 
-@pytest.mark.parametrize("method", ["ia3", "prefix", "prompt"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(("method", "trained"), [
+    ("rolora", "A"), ("fedavg", "adapter+A"), ("flexlora", "adapter+A"), ("fedsvd", "adapter"),
+])
+@pytest.mark.parametrize(("kind", "model"), [
+    ("classification", "bert"), ("tokens", "llama"), ("language", "llama"), ("bi", "bert"),
+])
+def test_so_it_is_with_whichever_factor_of_lora_is_trained(
+    kind: str, model: str, method: str, trained: str, unit: str
+) -> None:
+    contract = tiny.contract_of(kind, model, unit=unit)
+    phases = [p | {"rounds": 2} for p in contract.model_dump(mode="json")["phases"]]
+    contract = contract.changed(
+        phases=phases, aggregation={"method": method, "momentum": 0.0}
+    )
+    head = "" if kind == "language" else "head+"
+    assert f"{head}{trained}" in contract.trainings
+    network = model_of(contract, model)
+    check_sensitivity(contract, network, kind)
+    selftest.check(contract, network)
+
+
+@pytest.mark.parametrize("method", ["core", "ia3", "prefix", "prompt"])
 def test_other_adapters_need_the_expanded_engine(method: str) -> None:
     contract = with_method(tiny.contract_of("classification", "bert"), method, "bert")
     hooks = EXACT.model_copy(update={"gradients": "hooks"})
@@ -171,7 +196,7 @@ def test_other_adapters_need_the_expanded_engine(method: str) -> None:
         model_of(contract, "bert", hooks)
 
 
-@pytest.mark.parametrize("method", ["rslora", "ia3"])
+@pytest.mark.parametrize("method", ["rslora", "core", "ia3"])
 def test_at_first_the_adapter_changes_nothing(method: str) -> None:
     """So that phases that train the head alone and those behind them go together."""
     contract = with_method(tiny.contract_of("classification", "bert"), method, "bert")

@@ -186,6 +186,140 @@ def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
         assert float(np.abs(second[name] - initial[name]).max()) > 10 * off
 
 
+# --- methods -----------------------------------------------------------------------------------
+
+
+def of_method(method: str, keys: dict[str, Keys], **more: Any) -> Contract:
+    """Two phases, the second of four rounds that train LoRA."""
+    plain = tiny.contract_of("classification", "bert")
+    head, both = plain.model_dump(mode="json")["phases"]
+    rates = {"head_rate": 0.1, "adapter_rate": 3.0}
+    return plain.changed(
+        sites=[{"name": site, "public_key": keys[site].public} for site in SITES], quorum=3,
+        phases=[head, both | rates | {"rounds": 4}],
+        aggregation={"method": method, "momentum": 0.0, "average_from": 0.75}, **more,
+    )
+
+
+@pytest.mark.parametrize(("method", "exact"), [
+    ("ffa", True), ("fedsvd", True), ("rolora", True), ("fedavg", False), ("flexlora", False),
+])
+def test_a_run_of_each_method_and_what_averaging_loses(
+    method: str, exact: bool, tmp_path: Path
+) -> None:
+    """Each round trains the factors that its method says; where all sites share one of them the
+    mean of the products is the product of the means, and else it is not."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+    adapter, facts, seen = play(contract, "classification", "bert", tmp_path / "run", keys)
+    assert facts[0].residual is None  # the head's
+    assert facts[1].residual == pytest.approx(0, abs=1e-6)  # B was zero: A's gradients are, too
+    for fact in facts[2:]:
+        assert fact.residual is not None
+        assert (fact.residual < 1e-6) == exact
+    trained = [
+        {name.rsplit(".", 1)[-1] for name in message.arrays if "lora" in name}
+        for message in seen if message.arrays
+    ]
+    rounds = [trained[at] for at in range(0, len(trained), len(SITES))]
+    both, b, a = {"lora_A", "lora_B"}, {"lora_B"}, {"lora_A"}
+    expected = {"rolora": [b, a, b, a], "fedavg": [both] * 4, "flexlora": [both] * 4}
+    assert rounds[1:] == expected.get(method, [b] * 4)
+    if method in ("fedsvd", "flexlora"):
+        for name, array in adapter.items():
+            if name.endswith("lora_A"):
+                np.testing.assert_allclose(array @ array.T, np.eye(len(array)), atol=1e-4)
+
+
+def test_fedsvd_is_ffa_in_other_coordinates_through_real_workers(tmp_path: Path) -> None:
+    """Without noise, for noise is drawn in coordinates: A is orthonormal from the beginning."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    adapters = []
+    for method in ("ffa", "fedsvd"):
+        contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+        contract = contract.changed(aggregation={"momentum": 0.9})
+        adapters.append(play(contract, "classification", "bert", tmp_path / method, keys)[0])
+    first, second = adapters
+    for name in first:
+        if name.endswith("lora_B"):
+            low = name.removesuffix("B") + "A"
+            product = first[name] @ first[low]
+            assert np.abs(product).max() > 1e-3
+            np.testing.assert_allclose(second[name] @ second[low], product, atol=1e-5)
+        elif name.startswith("head."):
+            np.testing.assert_allclose(second[name], first[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedsvd", "rolora", "fedavg"])
+def test_a_masked_run_of_a_method_of_sums(method: str, tmp_path: Path) -> None:
+    keys = {site: Keys.in_memory() for site in SITES}
+    plain = of_method(method, keys)
+    masked = plain.changed(secure_aggregation={"bound": 16.0})
+    first, facts, seen = play(masked, "classification", "bert", tmp_path / "masked", keys)
+    second, _, _ = play(plain, "classification", "bert", tmp_path / "plain", keys)
+    assert not any(f.failed for f in facts)
+    assert not any(message.arrays for message in seen)
+    assert all(fact.residual is None for fact in facts)  # nobody can know
+    # A rounding of the ring turns FedSVD's coordinates a little, and the noise is drawn in them.
+    off = 2e-2 if method == "fedsvd" else 1e-3
+    for name in first:
+        if method != "fedsvd" or name.startswith("head."):
+            np.testing.assert_allclose(first[name], second[name], atol=off)
+
+
+def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> None:
+    """One of three sends its change a thousand times over; the median does not follow."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    plain = of_method("ffa", keys, privacy={"mode": "none", "expected_records": 24.0})
+    robust = plain.changed(aggregation={"robust": {"rule": "median"}})
+    found = {}
+    for name, contract in (("plain", plain), ("robust", robust)):
+        initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
+        folder = tmp_path / name
+        folder.mkdir()
+        workers = {
+            site: worker_of(contract, "classification", "bert", folder, site,
+                            Ledger.in_memory(site, keys[site]), place)
+            for place, site in enumerate(SITES)
+        }
+
+        def poisoned(wire: bytes, site: str = "east", workers: Any = workers) -> bytes:
+            reply = messages.unpack(workers[site].handle(wire))
+            if not isinstance(reply.header, Update):
+                return messages.pack(reply)
+            arrays = {n: np.float32(1000) * a for n, a in reply.arrays.items()}
+            return messages.pack(
+                messages.signed(Message(reply.header, arrays), workers[site].ledger.sign)
+            )
+
+        handles = {site: workers[site].handle for site in SITES} | {"east": poisoned}
+        run = Run(contract, Registry.create(folder / "run", contract), "r", initial)
+        while not run.done:
+            assert not carry_out(run.stages(list(handles)), handles).failed
+        found[name] = max(float(np.abs(a).max()) for a in run.registry.adapter().values())
+    assert found["plain"] > 100
+    assert found["robust"] < 10
+
+
+def test_a_proximal_term_holds_local_steps_back(tmp_path: Path) -> None:
+    """Equal gradients g, rate h and n steps go n h g; with mu h = 1 every step goes back all the
+    way that came before, so that the round comes no further than one step."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    moved = {}
+    for proximal in (None, 10.0):
+        contract = of_method("ffa", keys, privacy={"mode": "none", "expected_records": 24.0})
+        phase = contract.model_dump(mode="json")["phases"][0] | {
+            "head_rate": 0.1, "local_steps": 8, "budget": 1.0, "proximal": proximal,
+        }
+        contract = contract.changed(phases=[phase], adapter=None)
+        folder = tmp_path / str(proximal)
+        folder.mkdir()
+        worker = worker_of(contract, "classification", "bert", folder)
+        reply = ask(worker, 1, worker.model.initial_arrays())
+        moved[proximal] = float(np.linalg.norm(reply.arrays["head.weight"]))
+    assert 0 < moved[10.0] < 0.3 * moved[None]
+
+
 # --- permissions -------------------------------------------------------------------------------
 
 

@@ -500,7 +500,7 @@ def leaves(
 VARIANTS: dict[type, Callable[[Any], list[Any]]] = {
     bool: lambda v: [not v],
     int: lambda v: [v + 1, v - 1],
-    float: lambda v: [v / 2, v + 0.001, v * 2],
+    float: lambda v: [v / 2, v + 0.0013, v * 2],
     str: lambda v: [v + "x", ("1" if v[:1] == "0" else "0") + v[1:], "none",
                     *sorted({"first", "last", "bi", "cross", "mean", "sum"} - {v})],
     list: lambda v: [v[::-1], v[:-1], [*v, "more"]],
