@@ -1,10 +1,11 @@
 """A causal language model that learns to answer: loss on the answer's tokens alone.
 
-Shapes: N records, n in a block, T tokens, H hidden size, V vocabulary.
+Shapes: N records, n in a block, T tokens, K of an answer, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from silotune.common.adapted import Adapted
 from silotune.common.backbone import Llama
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError
-from silotune.common.network import Encoded
+from silotune.common.network import BUCKET, Block, Encoded, blocks_of
 from silotune.common.performance import Performance
 from silotune.common.records import Inputs
 from silotune.common.task import Language
@@ -85,17 +86,43 @@ class LanguageModel(Adapted):
     def forward(
         self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
     ) -> Tensor:
-        """Logits of the next token, [len(index), T, V]."""
+        """Logits of the next token, [len(index), K, V], at the answers' places alone: a vocabulary
+        has several layers' worth of products, and most tokens are the prompt's."""
         states, _ = self._upper(encoded, encoded.texts[index, 0], self._width(encoded, index))
+        rows, places = torch.arange(len(index))[:, None], self._places(encoded, index)
+        states = states[rows, places.clamp(min=0)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = nn.functional.linear(states, self._unembedding[0])
         return logits
 
     def targets(self, encoded: Encoded, labels: Tensor, index: Tensor) -> Tensor:
         assert encoded.marks is not None
-        return encoded.padded(
+        marks = encoded.padded(
             encoded.marks, encoded.texts[index, 0], self._width(encoded, index), IGNORED
         )
+        places = self._places(encoded, index)
+        return marks.gather(1, places.clamp(min=0)).masked_fill(places < 0, IGNORED)
+
+    def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Block]:
+        """Blocks of one bucket, and of one bucket of answers: K must not depend on who else is in
+        a block, or roundings would."""
+        buckets = -(-self._answers(encoded, index) // BUCKET)
+        for bucket in sorted(set(buckets.tolist())):
+            part = index[buckets == bucket]
+            yield from blocks_of(part, encoded.lengths(part), self.performance.micro_batch)
+
+    def _answers(self, encoded: Encoded, index: Tensor) -> Tensor:
+        """[len(index)] tokens of each record's answer, with its end."""
+        assert encoded.starts is not None
+        assert encoded.marks is not None
+        before = nn.functional.pad((encoded.marks != IGNORED).cumsum(0), (1, 0))
+        return before[encoded.starts].diff()[encoded.texts[index, 0]]
+
+    def _places(self, encoded: Encoded, index: Tensor) -> Tensor:
+        """[len(index), K], the places before each text's last one, at which an answer is told; K is
+        a multiple of BUCKET. Below 0 for a shorter text's."""
+        most = -(-int(self._answers(encoded, index).max()) // BUCKET) * BUCKET
+        return encoded.lengths(index)[:, None] - 1 - most + torch.arange(most)
 
     @torch.no_grad()
     def answer(self, prompt: str, most: int = 64) -> str:
