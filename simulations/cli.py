@@ -68,6 +68,33 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
         emit(result, True, "")
 
 
+@sim.command("compare")
+@click.argument("study", metavar="STUDY|STUDY.toml")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
+@click.option("--processes", default=0, help="At once; as many as there are cores if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def sim_compare(study: str, out: Path | None, processes: int, as_json: bool) -> None:
+    """Run a study: arms × ε × partitions × seeds of a recipe. It goes on where it was stopped.
+
+    It writes study.json, a table (study.md) and pictures: the metric by ε, by round and by bytes,
+    with 95 % intervals, and who has which rows.
+
+    \b
+    $ silotune sim compare heart-methods
+    """
+    from silotune.simulations.study import compare, load_study, study_file
+    from silotune.simulations.study_page import draw, markdown
+
+    file = study_file(study)
+    folder = out or Path("runs") / "studies" / file.stem
+    found = compare(load_study(file), folder, processes)
+    text = markdown(found)
+    (folder / "study.md").write_text(text, encoding="utf-8")
+    pictures = draw(found, folder)
+    shown = " ".join(str(picture) for picture in pictures)
+    emit(found, as_json, f"{text}\npictures  {shown}")
+
+
 @sim.command("export")
 @click.argument("recipe")
 @click.option("--arm", default="federated-lora", show_default=True, help="Whose contract.")

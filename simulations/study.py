@@ -1,0 +1,265 @@
+"""A study: a recipe's arms × ε × partitions × seeds, each cell run once, kept, and compared.
+
+A cell's result is written as soon as it is there, with a hash of what was asked for: a study that
+was stopped goes on, and one that was changed runs what is new in it. Each repeat has fresh noise;
+repeat s of a partition is dealt by seed s, and is the same for all arms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from silotune.common import fields
+from silotune.common.architecture import OneHotModel
+from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
+from silotune.common.errors import UsageError
+from silotune.common.fields import Count, Frozen, Name
+from silotune.common.problems import contract_error
+from silotune.server.rounds import RoundFacts
+from silotune.simulations import data
+from silotune.simulations.arms import POOLED, Job, JobResult
+from silotune.simulations.partition import Partition, draw, repartition
+from silotune.simulations.recipe import Recipe, load_recipe
+from silotune.simulations.run import commit, run_jobs
+
+REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
+Budget = Annotated[float, Field(gt=0)]  # inf: without DP
+
+
+class StudyArm(Frozen):
+    """What differs from the recipe's contract; an empty section is left out. plain: what differs
+    besides without DP, where other rates are right. rows: who trains, all sites together, each
+    alone, or one with the rows of all."""
+
+    about: str = ""
+    contract: dict[str, Any] = Field(default_factory=dict)
+    plain: dict[str, Any] = Field(default_factory=dict)
+    rows: Literal["federated", "alone", "pooled"] = "federated"
+
+
+class Study(Frozen):
+    title: str
+    recipe: Name
+    repeats: Count = 5
+    evaluate_every: Count = 5
+    epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
+    partitions: dict[Name, Partition] = Field(
+        default_factory=lambda: {"natural": Partition()}, min_length=1
+    )
+    arms: dict[Name, StudyArm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if len(set(self.epsilons)) != len(self.epsilons):
+            raise ValueError("an ε stands twice")
+        return self
+
+
+class Cell(NamedTuple):
+    """One value of the grid, of one repeat. `contracts` has one for each site where they are alone.
+    """
+
+    arm: str
+    epsilon: float
+    partition: str
+    repeat: int
+    contracts: tuple[Contract, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.arm} | ε {self.epsilon:g} | {self.partition} | {self.repeat}"
+
+
+class Shown:
+    """A line for each job that ends, with the time left."""
+
+    def __init__(
+        self, jobs: list[Job], cells: list[Cell], take: Callable[[JobResult], None]
+    ) -> None:
+        self.cells, self.left = cells, sum(job.cost for job in jobs)
+        self.whole, self.take, self.began = self.left, take, datetime.now(UTC)
+        self.costs = {(job.arm, job.contract.sites[0].name): job.cost for job in jobs}
+
+    def round(self, *_: object) -> None:
+        pass
+
+    def done(self, result: JobResult) -> None:
+        self.take(result)
+        self.left -= self.costs[result.arm, result.sites[0]]
+        spent = (datetime.now(UTC) - self.began).total_seconds()
+        minutes = spent * self.left / max(self.whole - self.left, 1e-9) / 60
+        key = self.cells[int(result.arm)].key
+        print(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left", flush=True)
+
+
+def load_study(file: Path) -> Study:
+    """UsageError or ContractError for a file that is none."""
+    found: Study = fields.parse(fields.read_text(file, "Study"), file.name, Study)
+    return found
+
+
+def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
+    """The grid, repeat by repeat: what is stopped half way has fewer repeats of everything."""
+    for repeat in range(study.repeats):
+        for partition in study.partitions:
+            for name, arm in study.arms.items():
+                for epsilon in study.epsilons:
+                    yield Cell(
+                        name, epsilon, partition, repeat, contracts_of(recipe, arm, epsilon, name)
+                    )
+
+
+def contracts_of(
+    recipe: Recipe, arm: StudyArm, epsilon: float, name: str
+) -> tuple[Contract, ...]:
+    """The contracts of an arm at an ε. ContractError that names the arm if one is not valid."""
+    found = recipe.contract.model_dump(mode="json") | {"secure_aggregation": None}
+    plain = math.isinf(epsilon)
+    privacy: dict[str, Any] = {"mode": "none", "adaptive": None} if plain else {"epsilon": epsilon}
+    for change in (arm.contract, arm.plain if plain else {}, {"privacy": privacy}):
+        for key, value in change.items():
+            merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
+            found[key] = ({**found[key], **value} if merged else value) or None
+    try:
+        whole = Contract.model_validate(found)
+    except ValidationError as error:
+        raise contract_error(error, f"the study's arm '{name}'", Contract) from None
+    if arm.rows == "federated":
+        return (whole,)
+    own = {"quorum": 1, "sites": [{"name": POOLED}]}
+    if arm.rows == "pooled":
+        many = whole.privacy.expected_records * len(whole.sites)
+        return (whole.changed(**own, privacy={"expected_records": many}),)
+    return tuple(whole.changed(**own | {"sites": [{"name": s.name}]}) for s in whole.sites)
+
+
+def asked(cell: Cell, partition: Partition) -> str:
+    """A hash of what a cell asks for."""
+    parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def compare(
+    study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """Run what is missing of the study and write `folder`/study.json; returns its content."""
+    recipe = recipe or load_recipe(study.recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "study.json"
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {"cells": {}}
+    found |= {
+        "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
+        "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "study": study.model_dump(mode="json"),
+    }
+    cells = {cell.key: cell for cell in cells_of(study, recipe)}
+    wanted = {key: asked(cell, study.partitions[cell.partition]) for key, cell in cells.items()}
+    found["cells"] = {
+        key: cell for key, cell in found["cells"].items() if wanted.get(key) == cell["asked"]
+    }
+    # A job's `arm` is the place of its cell here.
+    missing = [cell for key, cell in cells.items() if key not in found["cells"]]
+    print(f"{study.title}: {len(cells)} cells, {len(missing)} to run", flush=True)
+    parts: dict[str, list[JobResult]] = {}
+
+    def take(result: JobResult) -> None:
+        own = parts.setdefault(result.arm, [])
+        own.append(result)
+        cell = missing[int(result.arm)]
+        if len(own) == len(cell.contracts):
+            found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": commit()} | _facts(
+                cell, own
+            )
+            text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True)
+            write_durably(file, text.encode() + b"\n")
+
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="study-") as work:
+            jobs = list(_jobs(study, recipe, missing, Path(work), folder))
+            run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
+    return found
+
+
+def _jobs(
+    study: Study, recipe: Recipe, cells: list[Cell], work: Path, folder: Path
+) -> Iterator[Job]:
+    _, natural = recipe.rows(work)
+    places: dict[tuple[str, int], Path] = {}
+    for number, cell in enumerate(cells):
+        contract = cell.contracts[0]
+        model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
+        dealt = (cell.partition, cell.repeat)
+        if dealt not in places:
+            partition = study.partitions[cell.partition]
+            places[dealt] = repartition(
+                natural, work / f"rows-{cell.partition}-{cell.repeat}", recipe.contract, partition,
+                cell.repeat,
+            )
+            if cell.repeat == 0:
+                draw(places[dealt], recipe.contract, partition.words,
+                     folder / f"rows-{cell.partition}.svg")
+        for at, own in enumerate(cell.contracts):
+            yield Job(
+                str(number), cell.repeat, own, work / f"job-{number}-{at}", model, places[dealt],
+                federated=False,  # the same messages and checks, without Flower's queues
+                evaluate_every=study.evaluate_every,
+            )
+
+
+def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
+    """What is kept of a cell: scores on all public rows (of sites alone the mean over them), by
+    site, and the curve of the first job."""
+    overall: dict[str, list[float]] = {}
+    for result in results:
+        for metric, value in result.scores[""].items():
+            if value is not None:
+                overall.setdefault(metric, []).append(value)
+    by_site: dict[str, dict[str, float | None]] = {}
+    for result in results:
+        own = result.sites if len(results) > 1 else [s for s in result.scores if s]
+        by_site |= {site: dict(result.scores[site]) for site in own}
+    return {
+        "arm": cell.arm, "epsilon": cell.epsilon if math.isfinite(cell.epsilon) else None,
+        "partition": cell.partition, "repeat": cell.repeat,
+        "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
+        "sites": by_site, "curve": _curve(results[0].rounds),
+        "seconds": round(sum(result.seconds for result in results), 1),
+    }
+
+
+def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:
+    """Where it was evaluated: the round, kilobytes up and down until then, scores, the residual."""
+    found, sent = [], 0
+    for facts in rounds:
+        sent += facts.bytes_up + facts.bytes_down
+        if facts.metrics:
+            found.append({
+                "round": facts.round, "kilobytes": round(sent / 1000), "scores": facts.metrics,
+                "residual": facts.residual,
+            })
+    return found
+
+
+def study_file(name: str) -> Path:
+    """A study's file: a path, or the name of a shipped one. UsageError if there is none."""
+    path = Path(name)
+    shipped = Path(__file__).parent / "studies" / f"{name}.toml"
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.toml")))
+    raise UsageError(f"There is no study '{name}'. Name a .toml file, or: {known or 'none'}.")

@@ -1,0 +1,154 @@
+"""A study's table and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.common.metrics import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's, without yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95 % confidence interval (Student's t, n - 1 degrees of
+    freedom; of more than ten values 1.96): 0 for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def values_of(found: dict[str, Any], arm: str, epsilon: float, partition: str) -> list[float]:
+    """The metric of each repeat that is there."""
+    asked = None if math.isinf(epsilon) else epsilon
+    return [
+        cell["scores"][found["metric"]] for cell in found["cells"].values()
+        if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
+        and found["metric"] in cell["scores"]
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A table for each partition: arms by ε, mean ± half the 95 % interval."""
+    study, metric = found["study"], METRICS[found["metric"]]
+    epsilons = [math.inf if e in (None, "inf", "Infinity") else float(e) for e in study["epsilons"]]
+    commits = sorted({cell["commit"] for cell in found["cells"].values()})
+    lines = [
+        f"# {found['title']}", "",
+        f"{metric} on the public rows of `{found['recipe']}`; {study['repeats']} repeats, ± half "
+        f"the 95 % interval of the mean; δ {found['delta']:g}, RDP, per {found['unit']}. "
+        f"Commit {', '.join(commits)}; {found['machine']}.",
+    ]
+    for partition in study["partitions"]:
+        lines += ["", f"**{partition}**", "",
+                  "| arm | " + " | ".join(
+                      "no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons) + " |",
+                  "|---" * (len(epsilons) + 1) + "|"]
+        for arm in study["arms"]:
+            cells = []
+            for epsilon in epsilons:
+                values = values_of(found, arm, epsilon, partition)
+                mean, half = interval(values) if values else (math.nan, 0.0)
+                cells.append(f"{mean:.3f} ± {half:.3f}" if values else "–")
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    lost = residuals(found)
+    if lost:
+        lines += ["", "What averaging the factors apart makes wrong, as a share of a round's step "
+                  "(largest of any round): " + ", ".join(
+                      f"{arm} {value:.2g}" for arm, value in lost.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def residuals(found: dict[str, Any]) -> dict[str, float]:
+    """The largest residual of each arm that has any."""
+    largest: dict[str, float] = {}
+    for cell in found["cells"].values():
+        values = [p["residual"] for p in cell["curve"] if p.get("residual") is not None]
+        if values:
+            largest[cell["arm"]] = max(largest.get(cell["arm"], 0.0), *values)
+    return largest
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+    """epsilon.svg: the metric by ε; rounds.svg and bytes.svg: its way there at the largest finite
+    ε. A panel for each partition; bands are 95 % intervals."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    files, study = [], found["study"]
+    partitions = list(study["partitions"])
+    private = [e for e in study["epsilons"] if e not in (None, "inf", "Infinity")]
+    kinds = ["epsilon"] + (["rounds", "bytes"] if private else [])
+    for kind in kinds:
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
+            figure = Figure(figsize=(4.6 * len(partitions) + 1.6, 3.6), layout="constrained")
+            panels = figure.subplots(1, len(partitions), sharey=True, squeeze=False)[0]
+            for axes, partition in zip(panels, partitions, strict=True):
+                if kind == "epsilon":
+                    _by_epsilon(axes, found, partition)
+                else:
+                    _by_way(axes, found, partition, kind, max(map(float, private)))
+                axes.set_title(partition, loc="left", fontsize=10)
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
+            panels[0].set_ylabel(METRICS[found["metric"]])
+            panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+            files.append(folder / f"{kind}.svg")
+            figure.savefig(files[-1], format="svg", metadata={"Date": None})
+    return files
+
+
+def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
+    epsilons = [math.inf if e in (None, "inf", "Infinity") else float(e)
+                for e in found["study"]["epsilons"]]
+    epsilons.sort(reverse=True)
+    for place, arm in enumerate(found["study"]["arms"]):
+        points = [
+            (x, *interval(values)) for x, epsilon in enumerate(epsilons)
+            if (values := values_of(found, arm, epsilon, partition))
+        ]
+        _band(axes, points, arm, place, marker="o")
+    axes.set_xticks(range(len(epsilons)),
+                    ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons])
+
+
+def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilon: float) -> None:
+    metric = found["metric"]
+    for place, arm in enumerate(found["study"]["arms"]):
+        curves = [
+            cell["curve"] for cell in found["cells"].values()
+            if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, epsilon, partition)
+        ]
+        points = []
+        for at in zip(*curves, strict=False):
+            values = [p["scores"][metric] for p in at if p["scores"].get(metric) is not None]
+            if values:
+                x = at[0]["round"] if kind == "rounds" else at[0]["kilobytes"] / 1000
+                points.append((x, *interval(values)))
+        _band(axes, points, arm, place)
+    axes.set_xlabel(
+        f"round, at ε {epsilon:g}" if kind == "rounds" else f"MB up and down, at ε {epsilon:g}"
+    )
+
+
+def _band(
+    axes: Axes, points: Sequence[tuple[float, float, float]], label: str, place: int,
+    marker: str = "",
+) -> None:
+    colour = COLOURS[place % len(COLOURS)]
+    x, mean, half = zip(*points, strict=True) if points else ((), (), ())
+    style = "-" if place < len(COLOURS) else "--"
+    axes.plot(x, mean, style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
+    axes.fill_between(
+        x, [m - h for m, h in zip(mean, half, strict=True)],
+        [m + h for m, h in zip(mean, half, strict=True)], color=colour, alpha=0.13, linewidth=0,
+    )

@@ -1,0 +1,145 @@
+"""`sim compare`: every cell of the grid once, kept where it was stopped, and told as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silotune.common.contract import Contract
+from silotune.common.errors import ContractError, UsageError
+from silotune.simulations import study as studies
+from silotune.simulations import study_page
+from silotune.simulations.recipe import Recipe
+from silotune.simulations.study import Study, cells_of, compare, load_study, study_file
+from tests.simulations.test_partition import contract_of, split_of
+
+TOML = """
+title = "A small one"
+recipe = "heart-diagnosis"
+repeats = 2
+evaluate_every = 1
+epsilons = [inf, 8.0]
+[partitions.natural]
+[partitions.skewed]
+kind = "labels"
+alpha = 1.0
+[arms.together]
+about = "the contract as it is"
+[arms.alone]
+rows = "alone"
+[arms.pooled]
+rows = "pooled"
+plain = { phases = [{ trains = "head", rounds = 2, sampling_rate = 1.0, head_rate = 2.0 }] }
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    (tmp_path / "small.toml").write_text(TOML)
+    return load_study(tmp_path / "small.toml")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    source = split_of(tmp_path / "rows")
+    return Recipe("small", contract_of(), {"metric": "accuracy"}, {}, lambda _: ([], source))
+
+
+def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
+    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    original = studies.run_jobs
+
+    def counted(jobs: list[Any], *args: Any) -> Any:
+        ran.extend(jobs)
+        return original(jobs, *args)
+
+    monkeypatch.setattr(studies, "run_jobs", counted)
+    found = compare(study, tmp_path / "out", 1, recipe)
+    assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, arms, ε
+    assert len(ran) == 2 * 2 * 2 * (1 + 2 + 1)  # two sites alone are two jobs
+    alone = found["cells"]["alone | ε 8 | natural | 0"]
+    assert set(alone["sites"]) == {"a", "b"}
+    assert alone["epsilon"] == 8.0
+    assert found["cells"]["alone | ε inf | natural | 0"]["epsilon"] is None
+    assert [p["round"] for p in found["cells"]["pooled | ε inf | natural | 0"]["curve"]] == [1, 2]
+    # Stopped after some: the rest runs, and nothing twice.
+    file = tmp_path / "out" / "study.json"
+    kept = json.loads(file.read_text())
+    gone = ["alone | ε 8 | skewed | 1", "together | ε inf | natural | 0"]
+    for key in gone:
+        del kept["cells"][key]
+    file.write_text(json.dumps(kept))
+    ran.clear()
+    again = compare(study, tmp_path / "out", 1, recipe)
+    assert len(ran) == 3  # two sites alone, and all together
+    assert set(again["cells"]) == set(found["cells"])
+    # Changed: what is new is run.
+    ran.clear()
+    changed = study.model_copy(update={"arms": study.arms | {
+        "together": study.arms["together"].model_copy(update={"contract": {"quorum": 2}})}})
+    compare(changed, tmp_path / "out", 1, recipe)
+    assert [job.contract.quorum for job in ran] == [2] * 8
+    text = study_page.markdown(found)
+    assert "| together | " in text
+    assert "**skewed**" in text
+    files = study_page.draw(found, tmp_path / "out")
+    assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
+    assert all(">together<" in f.read_text() for f in files)
+    assert (tmp_path / "out" / "rows-skewed.svg").is_file()
+
+
+def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
+    cells = {cell.key: cell for cell in cells_of(study, recipe)}
+    (whole,) = cells["together | ε 8 | natural | 0"].contracts
+    assert (whole.privacy.epsilon, whole.privacy.mode) == (8.0, "dp")
+    (plain,) = cells["together | ε inf | natural | 0"].contracts
+    assert plain.privacy.mode == "none"
+    assert plain.phases == whole.phases
+    (pooled,) = cells["pooled | ε inf | natural | 0"].contracts
+    assert pooled.rounds == 2
+    assert pooled.privacy.expected_records == 2 * whole.privacy.expected_records
+    assert cells["pooled | ε 8 | natural | 0"].contracts[0].rounds == 1
+    assert [c.sites[0].name for c in cells["alone | ε 8 | natural | 1"].contracts] == ["a", "b"]
+
+
+def test_repeats_come_one_after_the_other(study: Study, recipe: Recipe) -> None:
+    """So that a study that is stopped has all arms, with fewer repeats."""
+    repeats = [cell.repeat for cell in cells_of(study, recipe)]
+    assert repeats == sorted(repeats)
+
+
+def test_an_interval_is_students(tmp_path: Path) -> None:
+    mean, half = study_page.interval([0.7, 0.72, 0.74, 0.76, 0.78])
+    assert mean == pytest.approx(0.74)
+    assert half == pytest.approx(2.776 * 0.0316228 / math.sqrt(5), rel=1e-2)
+    assert study_page.interval([0.5]) == (0.5, 0.0)
+
+
+def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text(TOML.replace("repeats = 2", "repeats = 0"))
+    with pytest.raises(ContractError, match="repeats"):
+        load_study(file)
+    file.write_text(TOML.replace('rows = "alone"', 'contract = { quorum = 9 }'))
+    with pytest.raises(ContractError, match="the study's arm 'alone'"):
+        list(cells_of(load_study(file), recipe))
+    with pytest.raises(UsageError, match="There is no study 'nothing'"):
+        study_file("nothing")
+
+
+def test_the_shipped_studies_are_valid() -> None:
+    from silotune.simulations.recipe import load_recipe
+
+    names = [p.stem for p in (Path(studies.__file__).parent / "studies").glob("*.toml")]
+    assert names
+    for name in names:
+        found = load_study(study_file(name))
+        assert found.repeats >= 5
+        for cell in cells_of(found, load_recipe(found.recipe)):
+            assert all(isinstance(c, Contract) for c in cell.contracts)
