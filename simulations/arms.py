@@ -23,6 +23,7 @@ from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.performance import Performance
 from silotune.server.rounds import RoundFacts
+from silotune.simulations.poison import Poison
 
 MAIN = "federated-lora"
 POOLED = "all sites"
@@ -56,6 +57,7 @@ class Job:
     insecure_seed: int | None = None
     performance: Performance = field(default_factory=Performance)
     keys: Mapping[str, bytes] = field(default_factory=dict)  # of the roster's sites, if it has any
+    poison: Poison | None = None  # goes with federated = False
 
     @property
     def cost(self) -> float:
@@ -72,7 +74,8 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """scores: "" is all public test rows, then each test group -> metric -> value."""
+    """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
+    is the rows with a backdoor's trigger, where there are some."""
 
     arm: str
     repeat: int

@@ -25,6 +25,7 @@ from silotune.server.rounds import RoundFacts, Run
 from silotune.server.strategy import SilotuneStrategy
 from silotune.simulations.arms import POOLED, Job, JobResult
 from silotune.simulations.engine import simulate
+from silotune.simulations.poison import TRIGGERED, liars, lying
 
 
 def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
@@ -63,12 +64,21 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         )
         simulate(SilotuneStrategy(run).start, client, len(workers))
     else:
-        handles = {site: worker.handle for site, worker in workers.items()}
+        handles: dict[str, Callable[[bytes], bytes]] = {
+            site: worker.handle for site, worker in workers.items()
+        }
+        for site in liars(contract, job.poison):
+            assert job.poison is not None
+            handles[site] = lying(handles[site], job.poison)
         while not run.done:
             carry_out(run.stages(handles), handles)
     seconds = time.perf_counter() - began
     with_adapter = contract.adapter is not None
     scores = test.scores(run.registry.adapter(), with_adapter=with_adapter)
+    if (job.data / TRIGGERED).is_dir():
+        triggered = _public_test(model, contract, job.data / TRIGGERED)
+        adapter = run.registry.adapter()
+        scores[TRIGGERED] = triggered.scores(adapter, with_adapter=with_adapter)[""]
     return JobResult(
         job.arm,
         job.repeat,

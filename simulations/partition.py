@@ -80,19 +80,20 @@ def deal(
 
 
 def repartition(
-    source: Path, folder: Path, contract: Contract, partition: Partition, seed: int
+    source: Path, folder: Path, contract: Contract, sites: list[str], partition: Partition,
+    seed: int,
 ) -> Path:
-    """The recipe's split (simulations/split.py) in `source`, with its training rows dealt anew;
-    returns where it lies: `source` itself if it is to stay natural. DataError without the column.
+    """The recipe's split (simulations/split.py) in `source`, with its training rows dealt anew to
+    these sites; returns where it lies: `source` itself if it is to stay natural. contract: the
+    recipe's. DataError without the column.
     """
     if partition.kind == "natural":
         return source
     import pandas as pd
 
-    sites = list(contract.weights())
     rows = pd.concat(
         [pd.read_csv(source / "train" / f"{site}.csv", dtype=str, keep_default_na=False)
-         for site in sites], ignore_index=True,
+         for site in contract.weights()], ignore_index=True,
     )
     column = partition.column or contract.task.label_column
     if column not in rows:
@@ -111,11 +112,10 @@ def repartition(
     return folder
 
 
-def draw(folder: Path, contract: Contract, title: str, file: Path) -> None:
+def draw(folder: Path, contract: Contract, sites: list[str], title: str, file: Path) -> None:
     """How many training rows of each label every site has, as an SVG."""
     import pandas as pd
 
-    sites = list(contract.weights())
     counts: dict[str, pd.Series[int]] = {}
     for site in sites:
         rows = pd.read_csv(folder / "train" / f"{site}.csv", dtype=str, keep_default_na=False)

@@ -31,6 +31,7 @@ from silotune.server.rounds import RoundFacts
 from silotune.simulations import data
 from silotune.simulations.arms import POOLED, Job, JobResult
 from silotune.simulations.partition import Partition, draw, repartition
+from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
 from silotune.simulations.recipe import Recipe, load_recipe
 from silotune.simulations.run import commit, run_jobs
 
@@ -47,6 +48,7 @@ class StudyArm(Frozen):
     contract: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
     rows: Literal["federated", "alone", "pooled"] = "federated"
+    poison: Poison | None = None
 
 
 class Study(Frozen):
@@ -54,6 +56,7 @@ class Study(Frozen):
     recipe: Name
     repeats: Count = 5
     evaluate_every: Count = 5
+    sites: Count | None = None  # so many instead of the recipe's: the rows must be dealt anew
     epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
     partitions: dict[Name, Partition] = Field(
         default_factory=lambda: {"natural": Partition()}, min_length=1
@@ -64,6 +67,8 @@ class Study(Frozen):
     def _apart(self) -> Self:
         if len(set(self.epsilons)) != len(self.epsilons):
             raise ValueError("an ε stands twice")
+        if self.sites and any(p.kind == "natural" for p in self.partitions.values()):
+            raise ValueError('with sites rows cannot stay natural: name partitions of other kinds')
         return self
 
 
@@ -116,16 +121,17 @@ def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
         for partition in study.partitions:
             for name, arm in study.arms.items():
                 for epsilon in study.epsilons:
-                    yield Cell(
-                        name, epsilon, partition, repeat, contracts_of(recipe, arm, epsilon, name)
-                    )
+                    found = contracts_of(recipe, arm, epsilon, name, study.sites)
+                    yield Cell(name, epsilon, partition, repeat, found)
 
 
 def contracts_of(
-    recipe: Recipe, arm: StudyArm, epsilon: float, name: str
+    recipe: Recipe, arm: StudyArm, epsilon: float, name: str, sites: int | None = None
 ) -> tuple[Contract, ...]:
     """The contracts of an arm at an ε. ContractError that names the arm if one is not valid."""
     found = recipe.contract.model_dump(mode="json") | {"secure_aggregation": None}
+    if sites:
+        found |= {"sites": [{"name": name} for name in _numbered(sites)], "quorum": sites}
     plain = math.isinf(epsilon)
     privacy: dict[str, Any] = {"mode": "none", "adaptive": None} if plain else {"epsilon": epsilon}
     for change in (arm.contract, arm.plain if plain else {}, {"privacy": privacy}):
@@ -145,9 +151,15 @@ def contracts_of(
     return tuple(whole.changed(**own | {"sites": [{"name": s.name}]}) for s in whole.sites)
 
 
-def asked(cell: Cell, partition: Partition) -> str:
+def _numbered(sites: int) -> list[str]:
+    return [f"Site {number + 1:02d}" for number in range(sites)]
+
+
+def asked(cell: Cell, study: Study) -> str:
     """A hash of what a cell asks for."""
+    partition, poison = study.partitions[cell.partition], study.arms[cell.arm].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
+    parts += [poison.model_dump_json()] if poison else []
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
@@ -166,7 +178,7 @@ def compare(
         "study": study.model_dump(mode="json"),
     }
     cells = {cell.key: cell for cell in cells_of(study, recipe)}
-    wanted = {key: asked(cell, study.partitions[cell.partition]) for key, cell in cells.items()}
+    wanted = {key: asked(cell, study) for key, cell in cells.items()}
     found["cells"] = {
         key: cell for key, cell in found["cells"].items() if wanted.get(key) == cell["asked"]
     }
@@ -197,25 +209,29 @@ def _jobs(
     study: Study, recipe: Recipe, cells: list[Cell], work: Path, folder: Path
 ) -> Iterator[Job]:
     _, natural = recipe.rows(work)
+    sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
     places: dict[tuple[str, int], Path] = {}
     for number, cell in enumerate(cells):
-        contract = cell.contracts[0]
+        contract, poison = cell.contracts[0], study.arms[cell.arm].poison
         model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
         dealt = (cell.partition, cell.repeat)
         if dealt not in places:
             partition = study.partitions[cell.partition]
             places[dealt] = repartition(
-                natural, work / f"rows-{cell.partition}-{cell.repeat}", recipe.contract, partition,
-                cell.repeat,
+                natural, work / f"rows-{cell.partition}-{cell.repeat}", recipe.contract, sites,
+                partition, cell.repeat,
             )
             if cell.repeat == 0:
-                draw(places[dealt], recipe.contract, partition.words,
+                draw(places[dealt], recipe.contract, sites, partition.words,
                      folder / f"rows-{cell.partition}.svg")
+        rows = places[dealt]
+        if poison:
+            rows = poisoned_rows(rows, work / f"poisoned-{number}", contract, poison)
         for at, own in enumerate(cell.contracts):
             yield Job(
-                str(number), cell.repeat, own, work / f"job-{number}-{at}", model, places[dealt],
+                str(number), cell.repeat, own, work / f"job-{number}-{at}", model, rows,
                 federated=False,  # the same messages and checks, without Flower's queues
-                evaluate_every=study.evaluate_every,
+                evaluate_every=study.evaluate_every, poison=poison,
             )
 
 
@@ -229,12 +245,15 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
                 overall.setdefault(metric, []).append(value)
     by_site: dict[str, dict[str, float | None]] = {}
     for result in results:
-        own = result.sites if len(results) > 1 else [s for s in result.scores if s]
-        by_site |= {site: dict(result.scores[site]) for site in own}
+        own = result.sites if len(results) > 1 else [
+            s for s in result.scores if s not in ("", TRIGGERED)
+        ]
+        by_site |= {site: dict(result.scores[site]) for site in own if site in result.scores}
     return {
         "arm": cell.arm, "epsilon": cell.epsilon if math.isfinite(cell.epsilon) else None,
         "partition": cell.partition, "repeat": cell.repeat,
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
+        "triggered": dict(results[0].scores.get(TRIGGERED, {})),
         "sites": by_site, "curve": _curve(results[0].rounds),
         "seconds": round(sum(result.seconds for result in results), 1),
     }

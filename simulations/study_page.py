@@ -60,6 +60,16 @@ def markdown(found: dict[str, Any]) -> str:
                 mean, half = interval(values) if values else (math.nan, 0.0)
                 cells.append(f"{mean:.3f} ± {half:.3f}" if values else "–")
             lines.append(f"| {arm} | {' | '.join(cells)} |")
+    fooled = {
+        arm: [c["triggered"]["accuracy"] for c in found["cells"].values()
+              if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None]
+        for arm in study["arms"]
+    }
+    if any(fooled.values()):
+        lines += ["", "Rows with the trigger that are told as the attacker's label (all ε and "
+                  "partitions): " + ", ".join(
+                      f"{arm} {statistics.fmean(values):.0%}"
+                      for arm, values in fooled.items() if values) + "."]
     lost = residuals(found)
     if lost:
         lines += ["", "What averaging the factors apart makes wrong, as a share of a round's step "

@@ -116,7 +116,8 @@ def test_files_hold_all_training_rows_once_and_no_entity_is_cut(
     tmp_path: Path, partition: dict[str, object], unit: str
 ) -> None:
     source, contract = split_of(tmp_path / "natural"), contract_of(unit)
-    made = repartition(source, tmp_path / "new", contract, Partition.model_validate(partition), 0)
+    made = repartition(source, tmp_path / "new", contract, ["a", "b"],
+                       Partition.model_validate(partition), 0)
     rows = {s: pd.read_csv(made / "train" / f"{s}.csv", dtype=str) for s in ("a", "b")}
     before = pd.read_csv(source / "pooled.csv", dtype=str)
     assert sorted(pd.concat(rows.values())["id"]) == sorted(before["id"])
@@ -124,13 +125,13 @@ def test_files_hold_all_training_rows_once_and_no_entity_is_cut(
         assert not set(rows["a"]["who"]) & set(rows["b"]["who"])
     for file in ("test/a.csv", "test/b.csv", "pooled.csv"):
         assert (made / file).read_bytes() == (source / file).read_bytes()
-    draw(made, contract, "rows", tmp_path / "rows.svg")
+    draw(made, contract, ["a", "b"], "rows", tmp_path / "rows.svg")
     assert "training rows" in (tmp_path / "rows.svg").read_text()
 
 
 def test_natural_rows_stay_where_they_are_and_an_unknown_column_is_named(tmp_path: Path) -> None:
     source, contract = split_of(tmp_path / "natural"), contract_of()
-    assert repartition(source, tmp_path / "new", contract, Partition(), 0) == source
+    assert repartition(source, tmp_path / "new", contract, ["a", "b"], Partition(), 0) == source
     with pytest.raises(DataError, match="'age' is not in"):
-        repartition(source, tmp_path / "new", contract,
+        repartition(source, tmp_path / "new", contract, ["a", "b"],
                     Partition(kind="column", alpha=1.0, column="age"), 0)
