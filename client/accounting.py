@@ -179,6 +179,20 @@ def plan(contract: Contract, target: Target | None = None) -> list[Mechanism]:
     return at(_smallest(at, epsilon_, delta))
 
 
+def quietest_weights(contract: Contract) -> dict[str, float]:
+    """The public weights under which the mean's noise is least: site i's noise has the standard
+    deviation s_i (of `plan`, alike for all phases), the mean's variance is sum w_i^2 s_i^2 over
+    (sum w_i)^2, and by Cauchy and Schwarz that is least where w_i is proportional to 1 / s_i^2. The
+    largest is 1. Sites that allow less ε then count for less: what is quiet is not what is fair.
+    """
+    noise = {
+        site.name: plan(contract, contract.target_of(site.name))[0].noise_multiplier
+        for site in contract.sites
+    }
+    least = min(noise.values())
+    return {name: (least / s) ** 2 if s else 1.0 for name, s in noise.items()}
+
+
 def shares(mechanisms: Sequence[Mechanism], delta: float) -> list[float]:
     """What part of a plan's Rényi divergence each mechanism takes, at the plan's best order."""
     order = best_order(mechanisms, delta)

@@ -115,7 +115,7 @@ def plan(
         except ValidationError as error:
             what = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise UsageError(f"{name} {what}, got {value}.") from None
-    unit = "record"
+    unit, weights = "record", dict[str, float]()
     if contract is not None:
         found = contracts.load(contract)
         unit = found.privacy.unit
@@ -126,6 +126,8 @@ def plan(
                              f"{', '.join(found.weights())}.")
         target = found.target_of(site or "")
         delta, mechanisms = target.delta, accounting.plan(found, target)
+        if len({found.target_of(name) for name in found.weights()}) > 1:
+            weights = accounting.quietest_weights(found)
     elif (epsilon is None) == (noise_multiplier is None):
         raise UsageError("Give --contract, or one of --epsilon and --noise-multiplier.")
     else:
@@ -139,7 +141,7 @@ def plan(
         "unit": unit, "adjacency": "add or remove one", "delta": delta, "epsilon_rdp": rdp,
         "epsilon_prv": prv, "mechanisms": [
             {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
-        ],
+        ], **({"quietest_weights": weights} if weights else {}),
     }
     emit(facts, as_json, "\n".join([
         *(f"{m.steps} steps, sampling rate {m.sampling_rate:g}, noise multiplier "
@@ -147,6 +149,9 @@ def plan(
           + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
           for m, share in zip(mechanisms, shares, strict=True)),
         f"  ε {rdp:.2f} (RDP) · {prv:.2f} (PRV) at δ = {delta:g} per {unit}, add or remove one",
+        *(["  sites' weights with the least noise in the mean: "
+           + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())]
+          if weights else []),
     ]))
 
 

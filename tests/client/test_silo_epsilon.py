@@ -15,7 +15,15 @@ from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
 from silotune.client import accounting
 from silotune.client import policy as policies
-from silotune.client.accounting import Mechanism, epsilon, mechanism_of, plan, rounds_in, shares
+from silotune.client.accounting import (
+    Mechanism,
+    epsilon,
+    mechanism_of,
+    plan,
+    quietest_weights,
+    rounds_in,
+    shares,
+)
 from silotune.client.budget import mechanism_of as charged
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Policy, permitting
@@ -439,3 +447,33 @@ def test_the_shares_of_a_sampled_plan_are_what_each_part_takes_alone(decaying: C
         for k in range(len(found))
     ]
     np.testing.assert_allclose(parts, np.array(costs) / sum(costs), rtol=1e-6)
+
+
+def test_no_other_weights_have_less_noise_in_the_mean(silos: Contract) -> None:
+    found = quietest_weights(silos)
+    assert found["west"] == 1.0 == max(found.values())
+    assert found["south"] < found["east"] < found["north"] < 1
+    noise = np.array([
+        plan(silos, silos.target_of(name))[0].noise_multiplier for name in found
+    ])
+
+    def variance(weights: np.ndarray) -> float:
+        return float((weights**2 * noise**2).sum() / weights.sum() ** 2)
+
+    best = variance(np.array(list(found.values())))
+    assert best < 0.9 * variance(np.ones(4))
+    rng = np.random.default_rng(0)
+    assert all(variance(rng.uniform(0.01, 1, 4)) >= best for _ in range(500))
+    assert set(quietest_weights(silos.changed(privacy={"mode": "none"})).values()) == {1.0}
+
+
+def test_the_weights_are_told_where_sites_differ(
+    silos: Contract, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    file = tmp_path / "c.json"
+    alone = silos.changed(sites=[{"name": "north"}], quorum=1)
+    for contract, told in ((silos, True), (alone, False)):
+        file.write_text(contract.model_dump_json(exclude_none=True))
+        code, text, _ = run("privacy", "plan", "--contract", str(file))
+        assert code == 0
+        assert ("least noise in the mean: north 0." in text) == told
