@@ -65,6 +65,8 @@ def markdown(found: dict[str, Any]) -> str:
               if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None]
         for arm in study["arms"]
     }
+    if any(arm["rows"] != "federated" for arm in study["arms"].values()):
+        lines += _of_sites(found, epsilons)
     if any(fooled.values()):
         lines += ["", "Rows with the trigger that are told as the attacker's label (all ε and "
                   "partitions): " + ", ".join(
@@ -76,6 +78,31 @@ def markdown(found: dict[str, Any]) -> str:
                   "(largest of any round): " + ", ".join(
                       f"{arm} {value:.2g}" for arm, value in lost.items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
+    """What each site's own public rows get: of sites alone from the site's model."""
+    study, lines = found["study"], []
+    sites = list(dict.fromkeys(s for cell in found["cells"].values() for s in cell["sites"]))
+    for partition in study["partitions"]:
+        for epsilon in epsilons:
+            asked = None if math.isinf(epsilon) else epsilon
+            title = "no DP" if asked is None else f"ε {epsilon:g}"
+            lines += ["", f"**{partition}, each site's own rows, {title}**", "",
+                      "| arm | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
+            for arm in study["arms"]:
+                cells = []
+                for site in sites:
+                    values = [
+                        value for cell in found["cells"].values()
+                        if (cell["arm"], cell["epsilon"], cell["partition"]) == (
+                            arm, asked, partition)
+                        and (value := cell["sites"].get(site, {}).get(found["metric"])) is not None
+                    ]
+                    mean, half = interval(values) if values else (math.nan, 0.0)
+                    cells.append(f"{mean:.3f} ± {half:.3f}" if values else "–")
+                lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
 
 
 def residuals(found: dict[str, Any]) -> dict[str, float]:

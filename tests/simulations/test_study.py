@@ -88,6 +88,7 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     text = study_page.markdown(found)
     assert "| together | " in text
     assert "**skewed**" in text
+    assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
     files = study_page.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
     assert all(">together<" in f.read_text() for f in files)
