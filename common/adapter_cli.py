@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from silotune.common import contract as contracts
+from silotune.common.adapter import check
 from silotune.common.cli import emit
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ProtocolError, UsageError
 
 
 @click.group()
@@ -68,8 +69,11 @@ def watch(
         "alerts": [alert._asdict() | {"row": alert.row + 1, "since": alert.since + 1}
                    for alert in alerts],
     }
-    (out / "watch.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n",
-                                    encoding="utf-8")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    for file in (out / "watch.json", out / "watch.svg"):  # the rows may be private
+        file.touch(mode=0o600)
+        file.chmod(0o600)
+    (out / "watch.json").write_text(text, encoding="utf-8")
     streams.draw(values, alerts, out / "watch.svg")
     wide = max(map(len, values))
     lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
@@ -139,13 +143,16 @@ def answer(
     from silotune.common import model as models
     from silotune.common import records
     from silotune.common.language import LanguageModel
-    from silotune.common.rouge import rouge
+    from silotune.common.rouge import require_rouge, rouge
 
     contract = contracts.load(run / "contract.json")
     if contract.task.kind != "language":
         raise UsageError(f"'{contract.name}' is a task of {contract.task.kind}: it has no answers.")
-    table = records.table(data)
+    table, label = records.table(data), contract.task.label_column
     prompts = records.column(table, contract.columns[0])[:rows]
+    wanted = records.column(table, label)[:rows] if label in table.header else None
+    if wanted:
+        require_rouge()  # before minutes of writing
     network = models.build(contract, model)
     assert isinstance(network, LanguageModel)
     with network.lock:
@@ -153,8 +160,7 @@ def answer(
         answers = [network.answer(prompt, most) for prompt in prompts]
     result: dict[str, Any] = {"answers": answers}
     lines = [f"{prompt}\n  → {found}" for prompt, found in zip(prompts, answers, strict=True)]
-    if contract.task.label_column in table.header:
-        wanted = records.column(table, contract.task.label_column)[:rows]
+    if wanted:
         result["scores"] = rouge(answers, wanted)
         lines.append("  ".join(f"{name} {value:.3f}" for name, value in result["scores"].items())
                      + f"  ({len(answers):,} rows)")
@@ -174,8 +180,8 @@ def _arrays(run: Path, network: Any) -> Any:
     except SafetensorError:
         raise DataError(f"{file} is damaged: copy it again.", code="E305") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in network.named_tensors().items()}
-    if {name: array.shape for name, array in arrays.items()} != shapes:
-        raise DataError(
-            f"{file} holds other tensors than the contract beside it asks for.", code="E305"
-        )
+    try:
+        check(arrays, shapes, str(file))
+    except ProtocolError as error:
+        raise DataError(f"{error} The contract beside it asks for another.", code="E305") from None
     return arrays

@@ -9,7 +9,7 @@ Shapes: n examples, T tokens, H hidden size, P virtual tokens, h heads of size d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from silotune.common.architecture import IA3, Adapter, Core, Lora, Prefix, Promp
 from silotune.common.errors import DataError
 from silotune.common.layers import fuse_lora
 from silotune.common.messages import Arrays
+from silotune.common.rows import ALIGNED
 
 STD = 0.02  # of the first virtual tokens
 
@@ -68,10 +69,14 @@ class Between(Part):
         self.core = nn.Parameter(torch.zeros(rank, rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(x, self.ends.down)
-        middle = torch.matmul(low, self.own("core", len(x)).transpose(1, 2).to(low.dtype))
+        # Filled up with zeros, or roundings would depend on a row's place (common/rows.py).
+        core, fill = self.own("core", len(x)), -len(self.core) % ALIGNED
+        core = nn.functional.pad(core, (0, fill, 0, fill))
+        low = nn.functional.linear(x, nn.functional.pad(self.ends.down, (0, 0, 0, fill)))
+        middle = torch.matmul(low, core.transpose(1, 2).to(low.dtype))
         out: Tensor = self.base_layer(x)
-        return out + self.scale * nn.functional.linear(middle, self.ends.up)
+        up = nn.functional.pad(self.ends.up, (0, fill))
+        return out + self.scale * nn.functional.linear(middle, up)
 
     @torch.no_grad()
     def singular(self) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +140,7 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
             f"None of adapter.targets ({', '.join(adapter.targets)}) is a layer of this model. It "
             f"has: {known}.", code="E310",
         )
+    _check_rank(adapter, [linears[name] for name in chosen])
     if isinstance(adapter, IA3 | Core):
         for name in chosen:
             place, _, last = name.rpartition(".")
@@ -154,6 +160,16 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
     inject_adapter_in_model(config, top)
     fuse_lora(top)
     return None
+
+
+def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
+    """DataError E310 if a rank is beyond what a layer has."""
+    most = min(min(linear.in_features, linear.out_features) for linear in linears)
+    if isinstance(adapter, Lora | Core) and adapter.rank > most:
+        raise DataError(
+            f"adapter.rank = {adapter.rank} is more than the {most} inputs or outputs of a layer "
+            "it is for. Lower it, or take that layer out of adapter.targets.", code="E310",
+        )
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

@@ -185,6 +185,13 @@ class Contract(Frozen):
                          "hides it: take out one of the two")
         if robust and method in BY_ONE:
             wrong.append(f'robust rules are for means of updates, and method = "{method}" is none')
+        if robust and self.metrics:
+            wrong.append("robust rules are for updates: a released metric, or adaptive clipping, "
+                         "would still be a plain mean that one site can carry away")
+        if robust and len(set(self.weights().values())) > 1:
+            wrong.append("robust rules count every site once: leave out the sites' weights")
+        if method == "rolora" and any(p.adapts and p.rounds < 2 for p in self.phases):
+            wrong.append('method = "rolora" needs two rounds in a phase, or A is never trained')
         if robust and robust.rule != "norm":
             least = 2 * robust.byzantine + (3 if "krum" in robust.rule else 1)
             if self.quorum < least:

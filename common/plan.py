@@ -249,9 +249,10 @@ class Aggregation(Frozen):
     fedavg     both, averaged apart: the mean of products is not the product of means
     flexlora   both, and the mean of the products is factored by SVD (arXiv 2402.11505)
 
-    A phase's result is the mean of its iterates from the fraction `average_from` on. All act on
-    noised sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update
-    with a larger L2 norm does not count.
+    A phase's result is the mean of its iterates from the fraction `average_from` on; where A moves,
+    a mean of factors would be no mean of products, and it is the last iterate. All act on noised
+    sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update with a
+    larger L2 norm does not count.
     """
 
     method: Method = "ffa"

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import nn
 
 from silotune.common.contract import Contract
-from silotune.common.errors import UsageError
+from silotune.common.durable import write_durably
+from silotune.common.errors import DataError, UsageError
 from silotune.common.inputs import PairInput
 from silotune.common.messages import Arrays
 from silotune.common.network import Network
@@ -54,14 +55,17 @@ class Index:
 
     def read(self, items: Sequence[str], file: Path | None = None) -> bool:
         """Index these texts. With `file` they are taken from there if it was made from the same
-        texts, adapter and contract, else made and written there; True if they were taken."""
+        texts, adapter and contract, else made and written there; True if they were taken.
+        UsageError if what is there is no index: it is left as it is."""
+        if not items:
+            raise DataError("There is no item to index.", code="E304")
         made_from = self._fingerprint(items)
-        if file is not None and (kept := _load(file, made_from)) is not None:
+        if file is not None and (kept := _load(file, made_from, len(items))) is not None:
             self.vectors = kept
             return True
         self.vectors = self._features(items)
         if file is not None:
-            save_file({"items": self.vectors}, file, metadata={"made_from": made_from})
+            write_durably(file, save({"items": self.vectors}, metadata={"made_from": made_from}))
         return False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
@@ -101,12 +105,14 @@ class Index:
         return digest.hexdigest()
 
 
-def _load(file: Path, made_from: str) -> NDArray[np.float32] | None:
+def _load(file: Path, made_from: str, n: int) -> NDArray[np.float32] | None:
+    """The vectors, or None if there are none or they were made from something else."""
+    if not file.exists():
+        return None
     try:
         with safe_open(file, framework="numpy") as found:
-            if (found.metadata() or {}).get("made_from") != made_from:
-                return None
+            made = (found.metadata() or {})["made_from"]
             vectors: NDArray[np.float32] = found.get_tensor("items")
-            return vectors
-    except (FileNotFoundError, SafetensorError):
-        return None
+    except (OSError, SafetensorError, KeyError):
+        raise UsageError(f"{file} is no index of items. Name another file.") from None
+    return vectors if made == made_from and len(vectors) == n else None

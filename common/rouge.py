@@ -13,6 +13,15 @@ WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 KINDS = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
 
 
+def require_rouge() -> None:
+    """UsageError if the package is not there."""
+    if find_spec("rouge_score") is None:
+        raise UsageError(
+            "Answers are compared by rouge-score, which is not installed: `pip install "
+            "rouge-score`, or install Silotune with its extra 'llm'.", code="E103",
+        )
+
+
 class Words:
     """rouge-score's own words are of Latin letters alone."""
 
@@ -24,11 +33,7 @@ def rouge(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """Over N >= 1 pairs the mean F measure of ROUGE-1 and ROUGE-L (Lin 2004; words in lower case
     without stems, each Chinese character is one) and the share of answers that are the wanted text.
     UsageError if the package rouge-score is not installed."""
-    if find_spec("rouge_score") is None:
-        raise UsageError(
-            "Answers are compared by rouge-score, which is not installed: `pip install "
-            "rouge-score`, or install Silotune with its extra 'llm'.", code="E103",
-        )
+    require_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(KINDS), tokenizer=Words())

@@ -9,7 +9,9 @@ Shapes: N rows in their order.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,28 @@ def check_task(contract: Contract) -> None:
 
 
 def ordered(table: Table, column: str) -> Table:
-    """The table's rows by a column of numbers or, if not all are, of times written so that their
-    text sorts (ISO 8601); equal ones stay as they stand. DataError if it is not there."""
-    cells = [cell.strip() for cell in records.column(table, column)]
-    if not all(cells):
-        empty = sum(not cell for cell in cells)
+    """The table's rows by a column of numbers, or of times in ISO 8601; equal ones stay as they
+    stand. DataError if it is not there, or holds anything else."""
+    keys = _keys([cell.strip() for cell in records.column(table, column)])
+    if keys is None:
         raise DataError(
-            f"Column '{column}' of {table.source} is empty in {empty} rows; each row needs its "
-            "place in time.", code="E302",
+            f"Column '{column}' of {table.source} does not put the rows in order: each needs a "
+            "number, or each a time as 2026-11-22 or 2026-11-22T14:05:00, all with a zone or all "
+            "without.", code="E302",
         )
-    keys: Sequence[Any] = cells
-    with contextlib.suppress(ValueError):
-        keys = [float(cell) for cell in cells]
-    order = sorted(range(len(cells)), key=keys.__getitem__)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     return Table(table.source, table.header, [table.rows[row] for row in order])
+
+
+def _keys(cells: Sequence[str]) -> list[Any] | None:
+    """What to sort by: all numbers, or all times; None if they are neither."""
+    with contextlib.suppress(ValueError):
+        numbers = [float(cell) for cell in cells]
+        return numbers if all(map(math.isfinite, numbers)) else None
+    with contextlib.suppress(ValueError):
+        times = [datetime.fromisoformat(cell) for cell in cells]
+        return times if len({time.tzinfo is None for time in times}) < 2 else None
+    return None
 
 
 def told(contract: Contract, model: Network, arrays: Any, inputs: Inputs) -> dict[str, list[float]]:
@@ -102,7 +112,7 @@ def draw(values: Mapping[str, Sequence[float]], alerts: Sequence[Alert], file: P
                     textcoords="offset points", va="top", fontsize=8, color="#a3180c",
                 )
             axes.set_ylim(0, top)
-            axes.set_xlim(1, n)
+            axes.set_xlim(1, max(n, 2))
             axes.set_title(label, loc="left", fontsize=9, weight="bold", pad=3)
             axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
             axes.locator_params(axis="y", nbins=3)

@@ -78,8 +78,8 @@ class Iterate:
         adapter.check(velocity, adapter.shapes_of(velocity), "The momentum")
         self.adapter, self._velocity, self._second = moved, velocity, second
         place = self.contract.place_in_phase(self.number)
-        # FlexLoRA's factors of one round have nothing to do with those of another.
-        averages = settings.method != "flexlora" or not self.phase.adapts
+        # Where A moves, a mean of factors is not the factors of a mean.
+        averages = settings.method in ("ffa", "fedsvd") or not self.phase.adapts
         if averages and place > self.phase.rounds * settings.average_from:
             self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1

@@ -59,7 +59,8 @@ def krum_scores(vectors: Vectors, f: int) -> NDArray[np.float64]:
     k = len(vectors)
     if k < 2 * f + 3:
         raise ValueError(f"Krum against {f} sites needs {2 * f + 3} updates, there are {k}")
-    apart = ((vectors[:, None] - vectors[None]) ** 2).sum(axis=2)
+    # One at a time: all differences at once would be k times as large as the updates.
+    apart = np.stack([((vectors - own) ** 2).sum(axis=1) for own in vectors])
     np.fill_diagonal(apart, np.inf)
     return np.asarray(np.sort(apart, axis=1)[:, : k - f - 2].sum(axis=1))
 

@@ -272,7 +272,8 @@ class Run:
         if mean is None:
             weights = self.contract.weights()
             change = self._combined(weights)
-            if self.iterate.phase.adapts:
+            settings = self.contract.aggregation
+            if self.iterate.phase.adapts and settings.method != "flexlora" and not settings.robust:
                 residual = factors.residual(self.adapter, self._open, weights)
             figures: Mapping[Metric, float] = aggregate.mean_figures(
                 self._metrics, weights, self.contract.metric_ranges

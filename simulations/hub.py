@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import NamedTuple
+from urllib.parse import quote
 
 from silotune.common.backbone import WEIGHTS
 from silotune.common.errors import DataError, UsageError
@@ -37,19 +40,24 @@ def fetch_model(model: str) -> HubModel:
     if not match:
         raise UsageError(f"'{model}' is no hub's model: write OWNER/NAME or OWNER/NAME@REVISION.")
     repo, revision = match["repo"], match["revision"]
-    folder = home() / "hub" / model.replace("/", "--")
-    if not (folder / WEIGHTS).is_file():
+    folder = home() / "hub" / quote(model, safe="@")
+    if not folder.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(mkdtemp(dir=folder.parent)) / "model"  # it is there whole, or not at all
         try:
-            snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=FILES)
+            snapshot_download(repo, revision=revision, local_dir=half, allow_patterns=FILES)
+            half.rename(folder)
         except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
             raise DataError(
                 f"The model '{model}' could not be fetched: {reason} Is there a network? Without "
                 "one, copy the model's folder from a machine that has it.", code="E306",
             ) from None
+        finally:
+            rmtree(half.parent)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise DataError(

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Frozen, Positive
+from silotune.common.task import Classification, Ranking
 from silotune.simulations.split import LEAST
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def repartition(
         [pd.read_csv(source / "train" / f"{site}.csv", dtype=str, keep_default_na=False)
          for site in contract.weights()], ignore_index=True,
     )
+    if partition.kind == "labels" and not isinstance(contract.task, Classification | Ranking):
+        raise UsageError(
+            f"A partition by labels is of few of them; '{contract.name}' is a task of "
+            f"{contract.task.kind}."
+        )
     column = partition.column or contract.task.label_column
     if column not in rows:
         raise DataError(f"Column '{column}' is not in the recipe's table.", code="E302")

@@ -50,6 +50,12 @@ class StudyArm(Frozen):
     rows: Literal["federated", "alone", "pooled"] = "federated"
     poison: Poison | None = None
 
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.poison and self.rows != "federated":
+            raise ValueError('poison is of one among others: rows = "federated"')
+        return self
+
 
 class Study(Frozen):
     title: str
@@ -155,10 +161,11 @@ def _numbered(sites: int) -> list[str]:
     return [f"Site {number + 1:02d}" for number in range(sites)]
 
 
-def asked(cell: Cell, study: Study) -> str:
-    """A hash of what a cell asks for."""
+def asked(cell: Cell, study: Study, rows: str) -> str:
+    """A hash of what a cell asks for. rows: the SHA-256 of the recipe's split."""
     partition, poison = study.partitions[cell.partition], study.arms[cell.arm].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
+    parts += [rows, str(study.evaluate_every)]
     parts += [poison.model_dump_json()] if poison else []
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
@@ -170,15 +177,26 @@ def compare(
     recipe = recipe or load_recipe(study.recipe)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "study.json"
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {"cells": {}}
+    found = _before(file)
     found |= {
         "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
         "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "study": study.model_dump(mode="json"),
+        "study": study.model_dump(mode="json") | {"epsilons": [_finite(e) for e in study.epsilons]},
     }
     cells = {cell.key: cell for cell in cells_of(study, recipe)}
-    wanted = {key: asked(cell, study) for key, cell in cells.items()}
+    with tempfile.TemporaryDirectory(prefix="study-") as work:
+        return _complete(study, recipe, cells, found, Path(work), file, processes)
+
+
+def _complete(
+    study: Study, recipe: Recipe, cells: dict[str, Cell], found: dict[str, Any], work: Path,
+    file: Path, processes: int,
+) -> dict[str, Any]:
+    """Run the cells that are missing in `found`, or were made from something else."""
+    _, natural = recipe.rows(work)
+    rows = _digest(natural)
+    wanted = {key: asked(cell, study, rows) for key, cell in cells.items()}
     found["cells"] = {
         key: cell for key, cell in found["cells"].items() if wanted.get(key) == cell["asked"]
     }
@@ -195,20 +213,43 @@ def compare(
             found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": commit()} | _facts(
                 cell, own
             )
-            text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True)
+            text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
             write_durably(file, text.encode() + b"\n")
 
     if missing:
-        with tempfile.TemporaryDirectory(prefix="study-") as work:
-            jobs = list(_jobs(study, recipe, missing, Path(work), folder))
-            run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
+        jobs = list(_jobs(study, recipe, missing, natural, work, file.parent))
+        run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
     return found
 
 
+def _before(file: Path) -> dict[str, Any]:
+    """What a study's file holds so far. UsageError if it cannot be read."""
+    if not file.exists():
+        return {"cells": {}}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        if isinstance(found["cells"], dict):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(f"{file} is no result of a study. Move it away, or name another folder.")
+
+
+def _digest(rows: Path) -> str:
+    """SHA-256 of a split's files."""
+    digest = hashlib.sha256()
+    for file in sorted(rows.rglob("*.csv")):
+        digest.update(f"{file.relative_to(rows)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
+
+
 def _jobs(
-    study: Study, recipe: Recipe, cells: list[Cell], work: Path, folder: Path
+    study: Study, recipe: Recipe, cells: list[Cell], natural: Path, work: Path, folder: Path
 ) -> Iterator[Job]:
-    _, natural = recipe.rows(work)
     sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
     places: dict[tuple[str, int], Path] = {}
     for number, cell in enumerate(cells):
@@ -237,7 +278,7 @@ def _jobs(
 
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     """What is kept of a cell: scores on all public rows (of sites alone the mean over them), by
-    site, and the curve of the first job."""
+    site, and the curve of arms that train together."""
     overall: dict[str, list[float]] = {}
     for result in results:
         for metric, value in result.scores[""].items():
@@ -250,11 +291,11 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
         ]
         by_site |= {site: dict(result.scores[site]) for site in own if site in result.scores}
     return {
-        "arm": cell.arm, "epsilon": cell.epsilon if math.isfinite(cell.epsilon) else None,
+        "arm": cell.arm, "epsilon": _finite(cell.epsilon),
         "partition": cell.partition, "repeat": cell.repeat,
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
         "triggered": dict(results[0].scores.get(TRIGGERED, {})),
-        "sites": by_site, "curve": _curve(results[0].rounds),
+        "sites": by_site, "curve": _curve(results[0].rounds) if len(results) == 1 else [],
         "seconds": round(sum(result.seconds for result in results), 1),
     }
 

@@ -15,16 +15,30 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, without yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean and half the width of its 95 % confidence interval (Student's t, n - 1 degrees of
-    freedom; of more than ten values 1.96): 0 for one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+    freedom); 0 for one value, which has none. It is of fresh noise, and fresh partitions where rows
+    are dealt; the public test rows are always the same."""
+    from scipy.stats import t
+
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
         return mean, 0.0
-    return mean, T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+
+
+def _told(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean, half = interval(values)
+    return f"{mean:.3f} ± {half:.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def epsilons_of(found: dict[str, Any]) -> list[float]:
+    """As they are in the study; without DP is infinity."""
+    return [math.inf if e is None else float(e) for e in found["study"]["epsilons"]]
 
 
 def values_of(found: dict[str, Any], arm: str, epsilon: float, partition: str) -> list[float]:
@@ -40,12 +54,13 @@ def values_of(found: dict[str, Any], arm: str, epsilon: float, partition: str) -
 def markdown(found: dict[str, Any]) -> str:
     """A table for each partition: arms by ε, mean ± half the 95 % interval."""
     study, metric = found["study"], METRICS[found["metric"]]
-    epsilons = [math.inf if e in (None, "inf", "Infinity") else float(e) for e in study["epsilons"]]
+    epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
     lines = [
         f"# {found['title']}", "",
         f"{metric} on the public rows of `{found['recipe']}`; {study['repeats']} repeats, ± half "
-        f"the 95 % interval of the mean; δ {found['delta']:g}, RDP, per {found['unit']}. "
+        f"the 95 % interval of the mean over fresh noise (and fresh partitions), the test rows "
+        f"being the same; δ {found['delta']:g}, RDP, per {found['unit']}. "
         f"Commit {', '.join(commits)}; {found['machine']}.",
     ]
     for partition in study["partitions"]:
@@ -56,9 +71,7 @@ def markdown(found: dict[str, Any]) -> str:
         for arm in study["arms"]:
             cells = []
             for epsilon in epsilons:
-                values = values_of(found, arm, epsilon, partition)
-                mean, half = interval(values) if values else (math.nan, 0.0)
-                cells.append(f"{mean:.3f} ± {half:.3f}" if values else "–")
+                cells.append(_told(values_of(found, arm, epsilon, partition)))
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     fooled = {
         arm: [c["triggered"]["accuracy"] for c in found["cells"].values()
@@ -99,8 +112,7 @@ def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                             arm, asked, partition)
                         and (value := cell["sites"].get(site, {}).get(found["metric"])) is not None
                     ]
-                    mean, half = interval(values) if values else (math.nan, 0.0)
-                    cells.append(f"{mean:.3f} ± {half:.3f}" if values else "–")
+                    cells.append(_told(values))
                 lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -123,7 +135,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
     files, study = [], found["study"]
     partitions = list(study["partitions"])
-    private = [e for e in study["epsilons"] if e not in (None, "inf", "Infinity")]
+    private = [e for e in epsilons_of(found) if math.isfinite(e)]
     kinds = ["epsilon"] + (["rounds", "bytes"] if private else [])
     for kind in kinds:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
@@ -133,7 +145,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
                 if kind == "epsilon":
                     _by_epsilon(axes, found, partition)
                 else:
-                    _by_way(axes, found, partition, kind, max(map(float, private)))
+                    _by_way(axes, found, partition, kind, max(private))
                 axes.set_title(partition, loc="left", fontsize=10)
                 axes.spines[["top", "right"]].set_visible(False)
                 axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
@@ -145,9 +157,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
-    epsilons = [math.inf if e in (None, "inf", "Infinity") else float(e)
-                for e in found["study"]["epsilons"]]
-    epsilons.sort(reverse=True)
+    epsilons = sorted(epsilons_of(found), reverse=True)
     for place, arm in enumerate(found["study"]["arms"]):
         points = [
             (x, *interval(values)) for x, epsilon in enumerate(epsilons)
@@ -165,12 +175,15 @@ def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilo
             cell["curve"] for cell in found["cells"].values()
             if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, epsilon, partition)
         ]
-        points = []
-        for at in zip(*curves, strict=False):
-            values = [p["scores"][metric] for p in at if p["scores"].get(metric) is not None]
-            if values:
-                x = at[0]["round"] if kind == "rounds" else at[0]["kilobytes"] / 1000
-                points.append((x, *interval(values)))
+        at: dict[int, list[dict[str, Any]]] = {}
+        for point in (p for curve in curves for p in curve):
+            if point["scores"].get(metric) is not None:
+                at.setdefault(point["round"], []).append(point)
+        points = [
+            (number if kind == "rounds" else own[0]["kilobytes"] / 1000,
+             *interval([p["scores"][metric] for p in own]))
+            for number, own in sorted(at.items())
+        ]
         _band(axes, points, arm, place)
     axes.set_xlabel(
         f"round, at ε {epsilon:g}" if kind == "rounds" else f"MB up and down, at ε {epsilon:g}"

@@ -166,6 +166,25 @@ def test_so_it_is_with_other_adapters(kind: str, model: str, method: str, unit: 
     selftest.check(contract, network)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 7, 9, 11, 16])
+def test_so_it_is_with_a_core_of_any_rank(rank: int) -> None:
+    """A row of 5 numbers begins where memory is not aligned, and its product rounds otherwise."""
+    contract = with_method(tiny.contract_of("classification", "bert"), "core", "bert")
+    contract = contract.changed(adapter={"rank": rank})
+    network = model_of(contract, "bert")
+    check_sensitivity(contract, network, "classification")
+    selftest.check(contract, network)
+
+
+@pytest.mark.parametrize("kind", ["lora", "core"])
+def test_a_rank_beyond_a_layers_size_is_told(kind: str) -> None:
+    contract = tiny.contract_of("classification", "bert")
+    adapter = {"kind": kind, "rank": 17, "layers": 2, "targets": ["query"]}
+    contract = Contract.model_validate(contract.model_dump(mode="json") | {"adapter": adapter})
+    with pytest.raises(DataError, match="more than the 16 inputs or outputs"):
+        model_of(contract, "bert")
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("method", "trained"), [
     ("rolora", "A"), ("fedavg", "adapter+A"), ("flexlora", "adapter+A"), ("fedsvd", "adapter"),

@@ -213,10 +213,14 @@ def test_a_run_of_each_method_and_what_averaging_loses(
     contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
     adapter, facts, seen = play(contract, "classification", "bert", tmp_path / "run", keys)
     assert facts[0].residual is None  # the head's
-    assert facts[1].residual == pytest.approx(0, abs=1e-6)  # B was zero: A's gradients are, too
-    for fact in facts[2:]:
-        assert fact.residual is not None
-        assert (fact.residual < 1e-6) == exact
+    if method == "flexlora":  # which averages nothing apart
+        assert all(fact.residual is None for fact in facts)
+    else:
+        # While B is zero A's gradients are, too.
+        assert facts[1].residual == pytest.approx(0, abs=1e-6)
+        for fact in facts[2:]:
+            assert fact.residual is not None
+            assert (fact.residual < 1e-6) == exact
     trained = [
         {name.rsplit(".", 1)[-1] for name in message.arrays if "lora" in name}
         for message in seen if message.arrays
@@ -229,6 +233,34 @@ def test_a_run_of_each_method_and_what_averaging_loses(
         for name, array in adapter.items():
             if name.endswith("lora_A"):
                 np.testing.assert_allclose(array @ array.T, np.eye(len(array)), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fedsvd", "rolora", "fedavg", "flexlora"])
+def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path: Path) -> None:
+    """After each round another server reads the files and goes on, to the same bits."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+    contract = contract.changed(aggregation={"momentum": 0.0 if method == "flexlora" else 0.9})
+    whole, _, _ = play(contract, "classification", "bert", tmp_path / "whole", keys)
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    workers = {
+        site: worker_of(contract, "classification", "bert", folder, site,
+                        Ledger.in_memory(site, keys[site]), place)
+        for place, site in enumerate(SITES)
+    }
+    handles: dict[str, Answer] = {site: worker.handle for site, worker in workers.items()}
+    initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
+    registry = Registry.create(folder / "run", contract)
+    for number in range(contract.rounds):
+        run = Run(contract, registry, "run-1", initial)
+        assert run.restore() == number
+        carry_out(run.stages(list(handles)), handles)
+        registry.close()
+        registry = Registry.open(folder / "run", contract)
+    found = registry.adapter()
+    assert found.keys() == whole.keys()
+    assert all(found[name].tobytes() == whole[name].tobytes() for name in whole)
 
 
 def test_fedsvd_is_ffa_in_other_coordinates_through_real_workers(tmp_path: Path) -> None:
@@ -260,11 +292,16 @@ def test_a_masked_run_of_a_method_of_sums(method: str, tmp_path: Path) -> None:
     assert not any(f.failed for f in facts)
     assert not any(message.arrays for message in seen)
     assert all(fact.residual is None for fact in facts)  # nobody can know
-    # A rounding of the ring turns FedSVD's coordinates a little, and the noise is drawn in them.
-    off = 2e-2 if method == "fedsvd" else 1e-3
     for name in first:
-        if method != "fedsvd" or name.startswith("head."):
-            np.testing.assert_allclose(first[name], second[name], atol=off)
+        if method != "fedsvd":
+            np.testing.assert_allclose(first[name], second[name], atol=1e-3)
+        elif name.endswith("lora_B"):
+            # A rounding of the ring turns its coordinates a little, and the noise is drawn in them:
+            # the products are near each other, beside how far they have come.
+            low = name.removesuffix("B") + "A"
+            products = [run[name] @ run[low] for run in (first, second)]
+            apart = np.linalg.norm(products[0] - products[1])
+            assert apart < 0.1 * np.linalg.norm(products[0])
 
 
 def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract, parse
 from silotune.common.errors import ContractError, SilotuneError, UsageError
+from tests import tiny
 
 RECIPES = sorted(
     (Path(__file__).parents[2] / "simulations" / "recipes").glob("*/contract.toml")
@@ -647,3 +648,44 @@ def test_any_value_of_any_key(value: str) -> None:
         key, equals, _ = old.partition(" = ")
         if equals:
             parses_or_tells("\n".join([*lines[:number], f"{key} = {value}", *lines[number + 1 :]]))
+
+
+ROBUST = {"robust": {"rule": "median"}}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"aggregation": {"method": "fedsvd"}, "adapter": None}, "there is no LoRA"),
+    ({"aggregation": {"method": "rolora"}, "adapter": {"kind": "ia3", "targets": ["query"]}},
+     "there is no LoRA"),
+    ({"aggregation": {"method": "fedsvd", "adaptive": {"kind": "adam", "rate": 0.1}}},
+     "a rate for each coordinate"),
+    ({"aggregation": {"method": "flexlora"}}, "momentum = 0"),
+    ({"aggregation": {"method": "flexlora", "momentum": 0.0}, "secure_aggregation": {}},
+     "take out one of the two"),
+    ({"aggregation": ROBUST, "secure_aggregation": {}}, "take out one of the two"),
+    ({"aggregation": ROBUST | {"method": "flexlora", "momentum": 0.0}}, "is none"),
+    ({"aggregation": {"robust": {"rule": "krum"}}}, "needs 5 updates"),
+    ({"aggregation": {"robust": {"rule": "norm"}}}, "most goes with"),
+    ({"aggregation": ROBUST, "releases": [{"metric": "loss", "share": 0.1}]}, "carry away"),
+    ({"aggregation": ROBUST, "privacy": {"expected_records": 9.0, "adaptive": {}}}, "carry away"),
+    ({"aggregation": {"method": "rolora"}}, "A is never trained"),
+])
+def test_an_impossible_pair_is_refused_with_the_reason(change: dict[str, Any], words: str) -> None:
+    """Three sites that train LoRA for one round."""
+    plain = tiny.contract_of("classification", "bert").model_dump(mode="json")
+    plain |= {"quorum": 3, "sites": [
+        {"name": name, "public_key": f"{at}" * 64} for at, name in enumerate("abc", start=1)
+    ]}
+    Contract.model_validate(plain)
+    with pytest.raises(ValidationError) as error:
+        Contract.model_validate(plain | change)
+    assert words in str(error.value)
+
+
+def test_robust_rules_know_no_weights() -> None:
+    plain = tiny.contract_of("classification", "bert").model_dump(mode="json")
+    plain |= {"quorum": 3, "aggregation": ROBUST, "sites": [{"name": name} for name in "abc"]}
+    Contract.model_validate(plain)
+    plain["sites"][0]["weight"] = 2.0
+    with pytest.raises(ValidationError, match="count every site once"):
+        Contract.model_validate(plain)

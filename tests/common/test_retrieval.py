@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from silotune.common import model as models
 from silotune.common import retrieval
 from silotune.common.adapter_cli import adapter
-from silotune.common.errors import UsageError
+from silotune.common.errors import DataError, UsageError
 from silotune.common.retrieval import Index
 from tests import tiny
 
@@ -67,8 +67,18 @@ def test_a_kept_index_is_taken_only_if_nothing_it_was_made_from_is_other(tmp_pat
     assert not Index(contract, model, tiny.moved(model, seed=1)).read(ITEMS[:-1], file)
     other = contract.changed(name="another")
     assert not Index(other, model, tiny.moved(model, seed=1)).read(ITEMS[:-1], file)
-    file.write_bytes(file.read_bytes()[:40])
-    assert not again.read(ITEMS, file)
+    for foreign in (file.read_bytes()[:40], b"text,user\n"):
+        file.write_bytes(foreign)
+        with pytest.raises(UsageError, match="is no index of items"):
+            again.read(ITEMS, file)
+        assert file.read_bytes() == foreign  # nobody's file is written over
+    save_file({"items": np.zeros((2, 3), np.float32)}, file)
+    with pytest.raises(UsageError, match="is no index"):
+        again.read(ITEMS, file)
+    with pytest.raises(UsageError, match="is no index"):
+        again.read(ITEMS, tmp_path)
+    with pytest.raises(DataError, match="no item"):
+        again.read([])
 
 
 def test_texts_that_are_read_together_have_no_index() -> None:

@@ -114,6 +114,9 @@ def test_text_output_names_rows_from_one(tmp_path: Path) -> None:
     done = call(run, file, "--out", tmp_path)
     assert "200 rows of s.csv · 2 changes" in done.output
     assert "since row 101" in done.output
+    assert all(f.stat().st_mode & 0o077 == 0 for f in tmp_path.glob("watch.*"))
+    one = rows(tmp_path / "one.csv", [("1", "yes")])
+    assert "1 rows of one.csv · 0 changes" in call(run, one, "--out", tmp_path).output
 
 
 def test_a_task_without_few_answers_is_refused(tmp_path: Path) -> None:
@@ -136,7 +139,11 @@ def test_bad_input_is_one_sentence_and_shows_no_value(tmp_path: Path) -> None:
         return str(found)
 
     assert "Column 'hour' is not in s.csv" in error(run, file, "--order-by", "hour")
-    assert "empty in 1 rows" in error(run, file, "--order-by", "day")
+    for day in ("", "nan", "n/a", "inf", "22/11/2026"):
+        odd = rows(tmp_path / "odd.csv", [("1", "yes"), (day, "no")])
+        assert "does not put the rows in order" in error(run, odd, "--order-by", "day")
+    times = rows(tmp_path / "t.csv", [("2026-11-22T10:00", "yes"), ("2026-11-22T09:00Z", "no")])
+    assert "all with a zone" in error(run, times, "--order-by", "day")
     bad = rows(tmp_path / "bad.csv", [("1", "perhaps")])
     said = error(run, bad)
     assert "smoker" in said
@@ -144,7 +151,9 @@ def test_bad_input_is_one_sentence_and_shows_no_value(tmp_path: Path) -> None:
     assert "Column 'smoker' is not in" in error(run, _file(tmp_path / "x.csv", "day\n1\n"))
     arrays = load_file(run / "adapter.safetensors")
     save_file({"head.weight": arrays["head.weight"]}, run / "adapter.safetensors")
-    assert "other tensors" in error(run, file)
+    assert "1 tensors missing" in error(run, file)
+    save_file(arrays | {"head.bias": np.full(2, np.nan, np.float32)}, run / "adapter.safetensors")
+    assert "not finite" in error(run, file)
     (run / "adapter.safetensors").write_bytes(b"no")
     assert "is damaged" in error(run, file)
     (run / "adapter.safetensors").unlink()

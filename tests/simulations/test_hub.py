@@ -100,7 +100,7 @@ def test_a_model_is_fetched_once_with_its_hash_and_without_code(
     assert done.returncode == 0, done.stderr
     sha256 = hashlib.sha256(files["model.safetensors"]).hexdigest()
     assert f'sha256 = "{sha256}"' in done.stdout
-    folder = tmp_path / "hub" / "acme--tiny"
+    folder = tmp_path / "hub" / "acme%2Ftiny"
     assert str(folder) in done.stdout
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert (folder / "config.json").is_file()
@@ -125,10 +125,29 @@ def test_weights_in_several_files_are_refused(
     import huggingface_hub
 
     monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, local_dir, **__: local_dir.mkdir()
+    )
     with pytest.raises(DataError, match=r"has no model\.safetensors") as error:
         hub.fetch_model("acme/sharded@main")
     assert error.value.code == "E310"
+
+
+def test_a_download_that_breaks_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def broken(*_: object, local_dir: Path, **__: object) -> None:
+        local_dir.mkdir()
+        (local_dir / "model.safetensors").write_bytes(b"half")
+        raise OSError("the line went dead")
+
+    monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(DataError, match="the line went dead"):
+        hub.fetch_model("acme/tiny")
+    assert list((tmp_path / "hub").iterdir()) == []
 
 
 def test_another_form_of_name_is_refused() -> None:

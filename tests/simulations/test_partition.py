@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, UsageError
 from silotune.simulations.partition import Partition, deal, draw, repartition
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
@@ -127,6 +127,14 @@ def test_files_hold_all_training_rows_once_and_no_entity_is_cut(
         assert (made / file).read_bytes() == (source / file).read_bytes()
     draw(made, contract, ["a", "b"], "rows", tmp_path / "rows.svg")
     assert "training rows" in (tmp_path / "rows.svg").read_text()
+
+
+def test_labels_are_of_few(tmp_path: Path) -> None:
+    source, data = split_of(tmp_path / "natural"), contract_of().model_dump(mode="json")
+    data["task"] = {"kind": "regression", "label_column": "ill", "lowest": 0.0, "highest": 1.0}
+    with pytest.raises(UsageError, match="a task of regression"):
+        repartition(source, tmp_path / "new", Contract.model_validate(data), ["a", "b"],
+                    Partition(kind="labels", alpha=1.0), 0)
 
 
 def test_natural_rows_stay_where_they_are_and_an_unknown_column_is_named(tmp_path: Path) -> None:

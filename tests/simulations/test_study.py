@@ -13,6 +13,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.simulations import study as studies
 from silotune.simulations import study_page
+from silotune.simulations.partition import Partition
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.study import Study, cells_of, compare, load_study, study_file
 from tests.simulations.test_partition import contract_of, split_of
@@ -92,7 +93,53 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     files = study_page.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
     assert all(">together<" in f.read_text() for f in files)
+    assert "at ε 8" in files[1].read_text()
+    json.loads((tmp_path / "out" / "study.json").read_text(), parse_constant=pytest.fail)
     assert (tmp_path / "out" / "rows-skewed.svg").is_file()
+
+
+def test_lines_have_a_point_for_each_round_that_is_known(
+    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where repeats were evaluated in different rounds."""
+    found = compare(study, tmp_path / "out", 1, recipe)
+    longer = found["cells"]["pooled | ε 8 | natural | 1"]["curve"]
+    found["cells"]["pooled | ε 8 | natural | 0"]["curve"] = [longer[0] | {"round": 7}]
+    drawn: list[tuple[str, list[float]]] = []
+    original = study_page._band
+
+    def seen(axes: Any, points: Any, label: str, *args: Any, **more: Any) -> None:
+        drawn.append((label, [x for x, *_ in points]))
+        original(axes, points, label, *args, **more)
+
+    monkeypatch.setattr(study_page, "_band", seen)
+    study_page.draw(found, tmp_path / "out")
+    assert ("pooled", [1, 7]) in drawn
+    assert ("together", [1]) in drawn
+    assert ("alone", []) in drawn  # each goes its own way
+
+
+def test_other_rows_or_rounds_of_evaluation_are_run_anew(
+    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    original = studies.run_jobs
+    monkeypatch.setattr(
+        studies, "run_jobs", lambda jobs, *args: ran.append(len(jobs)) or original(jobs, *args)
+    )
+    small = study.model_copy(update={"repeats": 1, "partitions": {"natural": Partition()}})
+    compare(small, tmp_path / "out", 1, recipe)
+    compare(small, tmp_path / "out", 1, recipe)
+    assert ran == [8]
+    compare(small.model_copy(update={"evaluate_every": 2}), tmp_path / "out", 1, recipe)
+    assert ran == [8, 8]
+    file = tmp_path / "rows" / "train" / "a.csv"
+    file.write_text(file.read_text().replace("yes", "no"))
+    compare(small, tmp_path / "out", 1, recipe)
+    assert ran == [8, 8, 8]
+    (tmp_path / "out" / "study.json").write_text('{"cells": ')
+    with pytest.raises(UsageError, match="is no result of a study"):
+        compare(small, tmp_path / "out", 1, recipe)
 
 
 def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
@@ -120,12 +167,16 @@ def test_an_interval_is_students(tmp_path: Path) -> None:
     assert mean == pytest.approx(0.74)
     assert half == pytest.approx(2.776 * 0.0316228 / math.sqrt(5), rel=1e-2)
     assert study_page.interval([0.5]) == (0.5, 0.0)
+    assert study_page._told([0.5]) == "0.500"  # one value has no interval
 
 
 def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text(TOML.replace("repeats = 2", "repeats = 0"))
     with pytest.raises(ContractError, match="repeats"):
+        load_study(file)
+    file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\npoison = { kind = "sign" }'))
+    with pytest.raises(ContractError, match="poison is of one among others"):
         load_study(file)
     file.write_text(TOML.replace('rows = "alone"', 'contract = { quorum = 9 }'))
     with pytest.raises(ContractError, match="the study's arm 'alone'"):
