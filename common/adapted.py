@@ -80,6 +80,8 @@ class Adapted(Network):
                     code="E310",
                 )
             self.virtual = adapters.inject(self.adapter, self.top, base.size)
+            if contract.aggregation.method == "fedex":
+                adapters.correct(self.top)
         self.requires_grad_(False)
         tensors = self.named_tensors()
         for name in trained_names(tensors, "head+adapter"):

@@ -2,7 +2,7 @@
 
 Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the encoder
 `m.lora_A` [r, in] and `m.lora_B` [out, r], or `m.core` [r, r] with `m.ends.down` [r, in] and
-`m.ends.up` [out, r]. L labels, F features, r rank.
+`m.ends.up` [out, r]; with FedEx-LoRA also `m.residual` [out, in]. L labels, F features, r rank.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _part(name: str) -> str:
     """What a tensor is of."""
     if name.startswith("head."):
         return "head"
-    if name.endswith((".ends.down", ".ends.up")):
+    if name.endswith((".ends.down", ".ends.up", ".residual")):
         return "frozen"
     return "A" if name.endswith(".lora_A") else "adapter"
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from silotune.common.adapter import orthonormal
@@ -84,6 +85,19 @@ class Between(Part):
         u, _, v = np.linalg.svd(self.base_layer.weight.double().numpy(force=True))
         rank = len(self.core)
         return v[:rank].astype(np.float32), u[:, :rank].astype(np.float32)
+
+
+class Corrected(nn.Module):
+    """A frozen Linear and what is added to its weight: `residual` [out, in], zero at first, which
+    the server sets (FedEx-LoRA)."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.residual = nn.Parameter(torch.zeros_like(base.weight), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.base.weight + self.residual, self.base.bias)
 
 
 class VirtualKeys(Part):
@@ -162,6 +176,14 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
     return None
 
 
+def correct(top: nn.Module) -> None:
+    """Let the Linears that carry LoRA have a residual."""
+    for module in top.modules():
+        if isinstance(module, LoraLinear):
+            assert isinstance(module.base_layer, nn.Linear)
+            module.base_layer = Corrected(module.base_layer)
+
+
 def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
     """DataError E310 if a rank is beyond what a layer has."""
     most = min(min(linear.in_features, linear.out_features) for linear in linears)
@@ -190,6 +212,8 @@ def public_name(name: str) -> str | None:
     for suffix in (".lora_A.default.weight", ".lora_B.default.weight"):
         if name.endswith(suffix):
             return name.removesuffix(".default.weight")
+    if name.endswith(".base_layer.residual"):
+        return name.replace(".base_layer.residual", ".residual")
     last = name.rsplit(".", 2)
     return name if last[-1] in ("ia3", "core") or last[-2] in ("prefix", "ends") else None
 

@@ -86,6 +86,11 @@ class Lora(Frozen):
     seed: int = 0
 
     @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
+
+    @property
     def words(self) -> str:
         name = "rsLoRA" if self.kind == "rslora" else "LoRA"
         return f"{name} r={self.rank}, top {self.layers} layers, A frozen"

@@ -174,11 +174,11 @@ class Contract(Frozen):
         method, robust, sites = settings.method, settings.robust, len(self.sites)
         if method != "ffa" and not isinstance(self.adapter, Lora):
             wrong.append(f'method = "{method}" is about LoRA\'s two factors, and there is no LoRA')
-        if method in ("fedsvd", "flexlora") and settings.adaptive:
+        if method in ("fedsvd", *BY_ONE) and settings.adaptive:
             wrong.append(f'method = "{method}" turns the factors\' coordinates each round, and '
                          "adaptive keeps a rate for each coordinate")
-        if method == "flexlora" and settings.momentum:
-            wrong.append('method = "flexlora" sets the factors anew each round: momentum = 0')
+        if method in BY_ONE and settings.momentum:
+            wrong.append(f'method = "{method}" sets the weights anew each round: momentum = 0')
         alone = robust.rule if robust else method if method in BY_ONE else None
         if alone and self.secure_aggregation is not None:
             wrong.append(f'"{alone}" needs each site\'s update by itself, and secure_aggregation '

@@ -23,6 +23,7 @@ def build(
     """
     performance = performance or Performance()
     parts = contract.model_dump(mode="json", include={"model", "adapter", "input", "task"})
+    parts["corrected"] = contract.aggregation.method == "fedex"
     key = json.dumps([parts, str(folder), performance.model_dump(mode="json")], sort_keys=True)
     if key not in _built:
         if isinstance(contract.model, OneHotModel):

@@ -235,8 +235,8 @@ class Robust(Frozen):
 
 
 # What the methods train of LoRA's factors, and what the server makes of it (server/aggregate.py).
-Method = Literal["ffa", "fedsvd", "rolora", "fedavg", "flexlora"]
-BY_ONE = ("flexlora",)  # need each site's update by itself
+Method = Literal["ffa", "fedsvd", "rolora", "fedavg", "flexlora", "fedex"]
+BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 
 
 class Aggregation(Frozen):
@@ -248,6 +248,8 @@ class Aggregation(Frozen):
     rolora     B in odd rounds of a phase, A in even ones (RoLoRA, arXiv 2409.02346)
     fedavg     both, averaged apart: the mean of products is not the product of means
     flexlora   both, and the mean of the products is factored by SVD (arXiv 2402.11505)
+    fedex      both, averaged apart, and what that loses goes into the frozen weight (FedEx-LoRA,
+               arXiv 2410.09432): exact, at the price of sending a matrix as large as the weight
 
     A phase's result is the mean of its iterates from the fraction `average_from` on; where A moves,
     a mean of factors would be no mean of products, and it is the last iterate. All act on noised

@@ -6,7 +6,8 @@ Pure functions on named float32 arrays, float64 inside; of what the sites have m
 they cost no privacy (post-processing).
 
 A sum of products is kept as one product X Y of the factors beside one another, and with X = Q R and
-Y^T = P S everything about X Y is in R S^T, which is small: no [out, in] is ever made.
+Y^T = P S everything about X Y is in R S^T, which is small: but for FedEx-LoRA's no [out, in] is
+made.
 
 Shapes: A [r, in], B [out, r]; r rank; X [out, m], Y [m, in], m the ranks of all that is added.
 """
@@ -22,7 +23,7 @@ from silotune.common.messages import Arrays
 
 Matrix = NDArray[np.float64]
 Product = tuple[Matrix, Matrix]  # X, Y
-A, B = ".lora_A", ".lora_B"
+A, B, RESIDUAL = ".lora_A", ".lora_B", ".residual"
 
 
 def pairs(arrays: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -96,6 +97,23 @@ def flex_change(
             rank = len(adapter[a])
             change[a] = (v[:rank] @ p.T - adapter[a]).astype(np.float32)
             change[b] = (q @ u[:, :rank] * d[:rank] - adapter[b]).astype(np.float32)
+    return change
+
+
+def exact_change(
+    adapter: Arrays, updates: Mapping[str, Arrays], weights: Mapping[str, float], mean: Arrays,
+    scale: float,
+) -> Arrays:
+    """FedEx-LoRA (arXiv 2410.09432): A and B go to their means, and `residual`, which is added to
+    the frozen weight, takes up scale (mean(B_i A_i) - mean(B_i) mean(A_i)). scale: what the model
+    multiplies B A by. Returns the change, `mean` with the residuals'."""
+    change = dict(mean)
+    for a, b in pairs(adapter):
+        if a in mean:
+            product = _mean_product(adapter, updates, weights, a, b)
+            apart = tuple(_mean(adapter, updates, weights, name) for name in (b, a))
+            x, y = _minus(product, apart)
+            change[a.removesuffix(A) + RESIDUAL] = (scale * (x @ y)).astype(np.float32)
     return change
 
 

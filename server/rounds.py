@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from silotune.common import adapter, messages
+from silotune.common.architecture import Lora
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.messages import (
@@ -25,7 +26,7 @@ from silotune.common.messages import (
     Train,
     Update,
 )
-from silotune.common.plan import Metric
+from silotune.common.plan import BY_ONE, Metric
 from silotune.common.signing import verifies
 from silotune.server import aggregate, factors, replies, robust
 from silotune.server.gate import Gate
@@ -273,7 +274,7 @@ class Run:
             weights = self.contract.weights()
             change = self._combined(weights)
             settings = self.contract.aggregation
-            if self.iterate.phase.adapts and settings.method != "flexlora" and not settings.robust:
+            if self.iterate.phase.adapts and settings.method not in BY_ONE and not settings.robust:
                 residual = factors.residual(self.adapter, self._open, weights)
             figures: Mapping[Metric, float] = aggregate.mean_figures(
                 self._metrics, weights, self.contract.metric_ranges
@@ -309,6 +310,10 @@ class Run:
         mean = aggregate.weighted_mean(self._open, weights)
         if settings.method == "flexlora":
             return factors.flex_change(self.adapter, self._open, weights, mean)
+        if settings.method == "fedex":
+            spec = self.contract.adapter
+            assert isinstance(spec, Lora)
+            return factors.exact_change(self.adapter, self._open, weights, mean, spec.scale)
         return mean
 
     def _stalled(self, metrics: Mapping[str, float | None]) -> bool:

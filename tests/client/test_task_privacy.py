@@ -188,6 +188,7 @@ def test_a_rank_beyond_a_layers_size_is_told(kind: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("method", "trained"), [
     ("rolora", "A"), ("fedavg", "adapter+A"), ("flexlora", "adapter+A"), ("fedsvd", "adapter"),
+    ("fedex", "adapter+A"),
 ])
 @pytest.mark.parametrize(("kind", "model"), [
     ("classification", "bert"), ("tokens", "llama"), ("language", "llama"), ("bi", "bert"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
@@ -203,6 +204,7 @@ def of_method(method: str, keys: dict[str, Keys], **more: Any) -> Contract:
 
 @pytest.mark.parametrize(("method", "exact"), [
     ("ffa", True), ("fedsvd", True), ("rolora", True), ("fedavg", False), ("flexlora", False),
+    ("fedex", False),
 ])
 def test_a_run_of_each_method_and_what_averaging_loses(
     method: str, exact: bool, tmp_path: Path
@@ -213,7 +215,7 @@ def test_a_run_of_each_method_and_what_averaging_loses(
     contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
     adapter, facts, seen = play(contract, "classification", "bert", tmp_path / "run", keys)
     assert facts[0].residual is None  # the head's
-    if method == "flexlora":  # which averages nothing apart
+    if method in ("flexlora", "fedex"):  # which lose nothing of it
         assert all(fact.residual is None for fact in facts)
     else:
         # While B is zero A's gradients are, too.
@@ -227,20 +229,23 @@ def test_a_run_of_each_method_and_what_averaging_loses(
     ]
     rounds = [trained[at] for at in range(0, len(trained), len(SITES))]
     both, b, a = {"lora_A", "lora_B"}, {"lora_B"}, {"lora_A"}
-    expected = {"rolora": [b, a, b, a], "fedavg": [both] * 4, "flexlora": [both] * 4}
-    assert rounds[1:] == expected.get(method, [b] * 4)
+    expected = {"rolora": [b, a, b, a], "ffa": [b] * 4, "fedsvd": [b] * 4}
+    assert rounds[1:] == expected.get(method, [both] * 4)
+    assert not any("residual" in name for message in seen for name in message.arrays)
     if method in ("fedsvd", "flexlora"):
         for name, array in adapter.items():
             if name.endswith("lora_A"):
                 np.testing.assert_allclose(array @ array.T, np.eye(len(array)), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["fedsvd", "rolora", "fedavg", "flexlora"])
+@pytest.mark.parametrize("method", ["fedsvd", "rolora", "fedavg", "flexlora", "fedex"])
 def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path: Path) -> None:
     """After each round another server reads the files and goes on, to the same bits."""
     keys = {site: Keys.in_memory() for site in SITES}
     contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
-    contract = contract.changed(aggregation={"momentum": 0.0 if method == "flexlora" else 0.9})
+    contract = contract.changed(
+        aggregation={"momentum": 0.0 if method in ("flexlora", "fedex") else 0.9}
+    )
     whole, _, _ = play(contract, "classification", "bert", tmp_path / "whole", keys)
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -261,6 +266,63 @@ def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path:
     found = registry.adapter()
     assert found.keys() == whole.keys()
     assert all(found[name].tobytes() == whole[name].tobytes() for name in whole)
+
+
+def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
+    """One round of both factors: every adapted layer does to an input what the mean of the sites'
+    layers does, and with plain averages it does not."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    off = {}
+    for method in ("fedex", "fedavg"):
+        contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+        phase = contract.model_dump(mode="json")["phases"][1] | {"rounds": 1, "budget": 1.0}
+        contract = contract.changed(phases=[phase])
+        folder = tmp_path / method
+        folder.mkdir()
+        workers = {
+            site: worker_of(contract, "classification", "bert", folder, site,
+                            Ledger.in_memory(site, keys[site]), place)
+            for place, site in enumerate(SITES)
+        }
+        network = build(contract, tiny.folder_of("bert"), EXACT)
+        start, moved = tiny.moved(network), []
+
+        def answer(
+            wire: bytes, site: str, workers: Any = workers, start: Any = start, moved: Any = moved
+        ) -> bytes:
+            reply: bytes = workers[site].handle(wire)
+            change = messages.unpack(reply).arrays
+            if change:
+                moved.append(start | {n: start[n] + c for n, c in change.items()})
+            return reply
+
+        handles: dict[str, Answer] = {s: lambda wire, s=s: answer(wire, s) for s in SITES}
+        run = Run(contract, Registry.create(folder / "run", contract), "r", start)
+        while not run.done:
+            assert not carry_out(run.stages(list(handles)), handles).failed
+        layer = next(n for n in start if n.endswith("query.lora_A")).removesuffix(".lora_A")
+
+        def weight(arrays: Arrays, layer: str = layer, scale: float = 4.0) -> Any:
+            return scale * (arrays[f"{layer}.lora_B"] @ arrays[f"{layer}.lora_A"]) + arrays.get(
+                f"{layer}.residual", np.float32(0)
+            )
+
+        mean = np.mean([weight(arrays) for arrays in moved], axis=0)
+        off[method] = np.linalg.norm(weight(run.registry.adapter()) - mean) / np.linalg.norm(
+            mean - weight(start))
+        if method == "fedex":  # and so does the network itself
+            arrays = run.registry.adapter()
+            network.load(arrays)
+            module = dict(network._named_layers())[layer]
+            x = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
+            found = module(torch.from_numpy(x)).numpy(force=True)
+            plain = module.base_layer.base
+            base = plain.weight.numpy(force=True) + weight(arrays)
+            np.testing.assert_allclose(
+                found, x @ base.T + plain.bias.numpy(force=True), atol=1e-5
+            )
+    assert off["fedex"] < 1e-5
+    assert off["fedavg"] > 1e-3
 
 
 def test_fedsvd_is_ffa_in_other_coordinates_through_real_workers(tmp_path: Path) -> None:
