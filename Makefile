@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly soak check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds install clean FORCE
+.PHONY: demo test nightly soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
