@@ -213,7 +213,8 @@ def _complete(
             found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": commit()} | _facts(
                 cell, own
             )
-            text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
+            found["cells"] = dict(sorted(found["cells"].items()))
+            text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
             write_durably(file, text.encode() + b"\n")
 
     if missing:

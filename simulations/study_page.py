@@ -194,8 +194,10 @@ def _band(
     axes: Axes, points: Sequence[tuple[float, float, float]], label: str, place: int,
     marker: str = "",
 ) -> None:
+    if not points:
+        return
     colour = COLOURS[place % len(COLOURS)]
-    x, mean, half = zip(*points, strict=True) if points else ((), (), ())
+    x, mean, half = zip(*points, strict=True)
     style = "-" if place < len(COLOURS) else "--"
     axes.plot(x, mean, style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
     axes.fill_between(
