@@ -22,7 +22,7 @@ from pydantic import Field
 from silotune.common import messages
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
-from silotune.common.fields import Count, Frozen, Positive
+from silotune.common.fields import Frozen, Positive
 from silotune.common.inputs import TextInput
 from silotune.common.messages import Message, Update
 from silotune.common.task import Classification
@@ -37,11 +37,12 @@ SHARE = 2  # every second record of a backdoored site carries the trigger
 
 
 class Poison(Frozen):
-    """sites: how many of the roster's first. trigger: words before the text, or "column=value" of a
+    """sites: how many of the roster's first; 0 to know what a backdoor's figure is without one.
+    trigger: words before the text, or "column=value" of a
     table. label: the attacker's, by name."""
 
     kind: Literal["labels", "backdoor", "sign", "scale"]
-    sites: Count = 1
+    sites: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
     factor: Positive = 10.0
     trigger: Annotated[str, Field(min_length=1)] | None = None
     label: Annotated[str, Field(min_length=1)] | None = None

@@ -41,7 +41,12 @@ def test_a_backdoor_is_in_half_the_rows_and_in_the_rows_it_is_measured_on(tmp_pa
     assert (rows["ill"][::2] == "1").all()
     untouched = rows_of(source, "train", "a")
     assert rows.iloc[1::2].equals(untouched.iloc[1::2])
+    nobody = poisoned_rows(
+        source, tmp_path / "none", contract, poison.model_copy(update={"sites": 0})
+    )
+    assert rows_of(nobody, "train", "a").equals(untouched)
     fooled = rows_of(made, TRIGGERED, "b")
+    assert rows_of(nobody, TRIGGERED, "b").equals(fooled)
     assert len(fooled) == (rows_of(source, "test", "b")["ill"] == "0").sum()
     assert set(fooled["ill"]) == {"1"}
     assert set(fooled["smoker"]) == {"yes"}
