@@ -81,8 +81,8 @@ def markdown(found: dict[str, Any]) -> str:
     if any(arm["rows"] != "federated" for arm in study["arms"].values()):
         lines += _of_sites(found, epsilons)
     if any(fooled.values()):
-        lines += ["", "Rows with the backdoor's trigger that are told as the attacker's label (all ε "
-                  "and partitions; of honest arms what the trigger does by itself): " + ", ".join(
+        lines += ["", "Rows with the backdoor's trigger that are told as the attacker's label (all "
+                  "ε and partitions; of honest arms what the trigger does by itself): " + ", ".join(
                       f"{arm} {statistics.fmean(values):.0%}"
                       for arm, values in fooled.items() if values) + "."]
     lost = residuals(found)
