@@ -88,7 +88,7 @@ def sim_compare(study: str, out: Path | None, processes: int, as_json: bool) -> 
     file = study_file(study)
     folder = out or Path("runs") / "studies" / file.stem
     found = compare(load_study(file), folder, processes)
-    text = markdown(found)
+    text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"
     (folder / "study.md").write_text(text, encoding="utf-8")
     pictures = draw(found, folder)
     shown = " ".join(str(picture) for picture in pictures)
