@@ -13,6 +13,7 @@ from silotune.common.metrics import METRICS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST_LINES = 12  # that can be told apart
 # Okabe and Ito's, without yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -129,27 +130,34 @@ def residuals(found: dict[str, Any]) -> dict[str, float]:
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """epsilon.svg: the metric by ε; rounds.svg and bytes.svg: its way there at the largest finite
-    ε. A panel for each partition; bands are 95 % intervals."""
+    ε. A panel for each partition; bands are 95 % intervals. Of more arms than lines can be told
+    apart there is epsilon.svg alone, with a row for each."""
     import matplotlib
     from matplotlib.figure import Figure
 
     files, study = [], found["study"]
     partitions = list(study["partitions"])
     private = [e for e in epsilons_of(found) if math.isfinite(e)]
-    kinds = ["epsilon"] + (["rounds", "bytes"] if private else [])
+    many = len(study["arms"]) > MOST_LINES
+    kinds = ["epsilon"] + (["rounds", "bytes"] if private and not many else [])
     for kind in kinds:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
-            figure = Figure(figsize=(4.6 * len(partitions) + 1.6, 3.6), layout="constrained")
+            height = 0.24 * len(study["arms"]) + 1 if many else 3.6
+            figure = Figure(figsize=(4.6 * len(partitions) + 1.6, height), layout="constrained")
             panels = figure.subplots(1, len(partitions), sharey=True, squeeze=False)[0]
             for axes, partition in zip(panels, partitions, strict=True):
-                if kind == "epsilon":
+                if many:
+                    _dots(axes, found, partition)
+                elif kind == "epsilon":
                     _by_epsilon(axes, found, partition)
                 else:
                     _by_way(axes, found, partition, kind, max(private))
                 axes.set_title(partition, loc="left", fontsize=10)
                 axes.spines[["top", "right"]].set_visible(False)
-                axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
-            panels[0].set_ylabel(METRICS[found["metric"]])
+                axes.grid(color="#e3e7eb", linewidth=0.7, axis="x" if many else "y")
+                if many:
+                    axes.set_xlabel(METRICS[found["metric"]])
+            panels[0].set_ylabel("" if many else METRICS[found["metric"]])
             panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
             files.append(folder / f"{kind}.svg")
             figure.savefig(files[-1], format="svg", metadata={"Date": None})
@@ -166,6 +174,26 @@ def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
         _band(axes, points, arm, place, marker="o")
     axes.set_xticks(range(len(epsilons)),
                     ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons])
+
+
+def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
+    arms = list(found["study"]["arms"])
+    epsilons = epsilons_of(found)
+    for place, epsilon in enumerate(epsilons):
+        points = [
+            (y, *interval(values)) for y, arm in enumerate(arms)
+            if (values := values_of(found, arm, epsilon, partition))
+        ]
+        if points:
+            y, mean, half = zip(*points, strict=True)
+            shift = 0.3 * (place / max(len(epsilons) - 1, 1) - 0.5)
+            axes.errorbar(
+                mean, [at + shift for at in y], xerr=half, fmt="o", markersize=4, linewidth=1.2,
+                color=COLOURS[place % len(COLOURS)],
+                label="no DP" if math.isinf(epsilon) else f"ε {epsilon:g}",
+            )
+    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
 
 
 def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilon: float) -> None:

@@ -119,6 +119,18 @@ def test_lines_have_a_point_for_each_round_that_is_known(
     assert ("alone", []) in drawn  # each goes its own way
 
 
+def test_many_arms_have_a_row_each_and_no_lines(
+    study: Study, recipe: Recipe, tmp_path: Path
+) -> None:
+    many = study.model_copy(update={
+        "repeats": 1, "epsilons": (8.0,), "partitions": {"natural": Partition()},
+        "arms": {f"arm {k}": study.arms["together"] for k in range(study_page.MOST_LINES + 1)},
+    })
+    found = compare(many, tmp_path / "out", 1, recipe)
+    (file,) = study_page.draw(found, tmp_path / "out")
+    assert all(f">arm {k}<" in file.read_text() for k in range(study_page.MOST_LINES + 1))
+
+
 def test_other_rows_or_rounds_of_evaluation_are_run_anew(
     study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
