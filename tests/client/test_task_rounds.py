@@ -132,16 +132,23 @@ def test_without_noise_a_task_of_each_kind_is_learnt(tmp_path: Path) -> None:
 # --- masked ------------------------------------------------------------------------------------
 
 
-def play(
+def team(
     contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
-) -> tuple[Arrays, list[RoundFacts], list[Message]]:
-    """A whole run: the adapter, the rounds' facts, what the sites replied."""
+) -> dict[str, Worker]:
+    """A worker for each site, with rows of its own in a new folder."""
     folder.mkdir()
-    workers = {
+    return {
         site: worker_of(contract, kind, model, folder, site,
                         Ledger.in_memory(site, keys[site]), place)
         for place, site in enumerate(SITES)
     }
+
+
+def play(
+    contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
+) -> tuple[Arrays, list[RoundFacts], list[Message]]:
+    """A whole run: the adapter, the rounds' facts, what the sites replied."""
+    workers = team(contract, kind, model, folder, keys)
     seen: list[Message] = []
 
     def answer(site: str, wire: bytes) -> bytes:
@@ -248,12 +255,7 @@ def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path:
     )
     whole, _, _ = play(contract, "classification", "bert", tmp_path / "whole", keys)
     folder = tmp_path / "broken"
-    folder.mkdir()
-    workers = {
-        site: worker_of(contract, "classification", "bert", folder, site,
-                        Ledger.in_memory(site, keys[site]), place)
-        for place, site in enumerate(SITES)
-    }
+    workers = team(contract, "classification", "bert", folder, keys)
     handles: dict[str, Answer] = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
     registry = Registry.create(folder / "run", contract)
@@ -278,12 +280,7 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
         phase = contract.model_dump(mode="json")["phases"][1] | {"rounds": 1, "budget": 1.0}
         contract = contract.changed(phases=[phase])
         folder = tmp_path / method
-        folder.mkdir()
-        workers = {
-            site: worker_of(contract, "classification", "bert", folder, site,
-                            Ledger.in_memory(site, keys[site]), place)
-            for place, site in enumerate(SITES)
-        }
+        workers = team(contract, "classification", "bert", folder, keys)
         network = build(contract, tiny.folder_of("bert"), EXACT)
         start, moved = tiny.moved(network), []
 
@@ -375,12 +372,7 @@ def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> N
     for name, contract in (("plain", plain), ("robust", robust)):
         initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
         folder = tmp_path / name
-        folder.mkdir()
-        workers = {
-            site: worker_of(contract, "classification", "bert", folder, site,
-                            Ledger.in_memory(site, keys[site]), place)
-            for place, site in enumerate(SITES)
-        }
+        workers = team(contract, "classification", "bert", folder, keys)
 
         def poisoned(wire: bytes, site: str = "east", workers: Any = workers) -> bytes:
             reply = messages.unpack(workers[site].handle(wire))
