@@ -7,7 +7,7 @@ Errors name file, column and row numbers. A record's value appears only in `Data
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -59,11 +59,8 @@ def unlabelled(table: Table, contract: Contract) -> Inputs:
     _check_columns(table, contract, contract.columns)
     problems, inputs = Problems(), []
     read = _inputs(contract.input, contract.task, table.header, problems)
-    for line, cells in table.rows:
-        if len(cells) != len(table.header):
-            problems.add(*_ragged(table.header), line, ",".join(cells))
-        else:
-            inputs.append(read(line, cells))
+    for line, cells in _whole(table, problems):
+        inputs.append(read(line, cells))
     problems.raise_if_any(f"{table.source} does not fit the contract '{contract.name}'")
     return inputs
 
@@ -77,17 +74,15 @@ def column(table: Table, name: str) -> list[str]:
             + did_you_mean(name, table.header),
         )
     problems, at = Problems(), table.header.index(name)
-    for line, cells in table.rows:
-        if len(cells) != len(table.header):
-            problems.add(*_ragged(table.header), line, ",".join(cells))
+    found = [cells[at] for _, cells in _whole(table, problems)]
     problems.raise_if_any(f"{table.source} is no table", "Correct those rows.")
-    return [cells[at] for _, cells in table.rows]
+    return found
 
 
 def parse(table: Table, contract: Contract) -> Records:
     """Check a table by the contract's schema; DataError with every problem found."""
     check_header(table, contract)
-    header, rows, spec, task = table.header, table.rows, contract.input, contract.task
+    header, spec, task = table.header, contract.input, contract.task
     query = task.query_column if isinstance(task, Ranking) else None
     problems = Problems()
     label_at, query_at = header.index(task.label_column), header.index(query) if query else 0
@@ -95,10 +90,7 @@ def parse(table: Table, contract: Contract) -> Records:
     labels: list[Target] = []
     inputs: list[Any] = []
     queries: list[str] = []
-    for line, cells in rows:
-        if len(cells) != len(header):
-            problems.add(*_ragged(header), line, ",".join(cells))
-            continue
+    for line, cells in _whole(table, problems):
         label = cells[label_at]
         try:
             labels.append(target(label))
@@ -149,8 +141,14 @@ def _check_columns(table: Table, contract: Contract, wanted: Sequence[str]) -> N
         )
 
 
-def _ragged(header: Sequence[str]) -> tuple[str, str]:
-    return "E302", f"{len(header)} fields are expected"
+def _whole(table: Table, problems: Problems) -> Iterator[Row]:
+    """The rows with a cell for each column; the others are noted."""
+    fields = len(table.header)
+    for line, cells in table.rows:
+        if len(cells) == fields:
+            yield line, cells
+        else:
+            problems.add("E302", f"{fields} fields are expected", line, ",".join(cells))
 
 
 def _targets(task: Task) -> Callable[[str], Target]:

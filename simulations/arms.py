@@ -94,23 +94,35 @@ def trained(contract: Contract) -> str:
     return "one-hot" if isinstance(contract.model, OneHotModel) else "head"
 
 
+def alone(contract: Contract) -> tuple[Contract, ...]:
+    """The same plan at each site by itself."""
+    return tuple(
+        contract.changed(
+            sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1,
+            secure_aggregation=None,
+        ) for s in contract.sites
+    )
+
+
+def pooled(contract: Contract) -> Contract:
+    """The same plan where one place holds the rows of all: the divisor grows with them."""
+    return contract.changed(
+        sites=[{"name": POOLED}], quorum=1,
+        privacy={"expected_records": contract.privacy.expected_records * len(contract.sites)},
+    )
+
+
 def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
     what = trained(contract)
     private = "DP-LoRA" if what == "LoRA" else f"DP {what}"
     arms = [Arm(MAIN, f"Federated {private}", True, False, (contract,))]
-    alone = {"alone": (f"Alone, {private}, same plan", contract)}
+    by_itself = {"alone": (f"Alone, {private}, same plan", contract)}
     if "alone-tuned" in plans:
         tuned = contract.changed(phases=plans["alone-tuned"]["phases"])
-        alone["alone-tuned"] = (f"Alone, {private}, own rates", tuned)
-    for name, (label, plan) in alone.items():
-        own = tuple(
-            plan.changed(
-                sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1,
-                secure_aggregation=None,
-            ) for s in contract.sites
-        )
-        arms.append(Arm(name, label, True, False, own))
+        by_itself["alone-tuned"] = (f"Alone, {private}, own rates", tuned)
+    for name, (label, plan) in by_itself.items():
+        arms.append(Arm(name, label, True, False, alone(plan)))
     if "head" in plans:
         head = contract.changed(adapter=None, phases=plans["head"]["phases"])
         arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
@@ -128,11 +140,5 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
     )
     what = trained(plain)
     arms.append(Arm("federated-no-dp", f"Federated {what} without DP", False, False, (plain,)))
-    # One place holds the rows of all: the divisor grows with them.
-    pooled = plain.changed(
-        sites=[{"name": POOLED}],
-        quorum=1,
-        privacy={"expected_records": plain.privacy.expected_records * len(plain.sites)},
-    )
-    arms.append(Arm("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled,)))
+    arms.append(Arm("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled(plain),)))
     return arms

@@ -29,7 +29,7 @@ from silotune.common.fields import Count, Frozen, Name
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data
-from silotune.simulations.arms import POOLED, Job, JobResult
+from silotune.simulations.arms import Job, JobResult, alone, pooled
 from silotune.simulations.partition import Partition, draw, repartition
 from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
 from silotune.simulations.recipe import Recipe, load_recipe
@@ -150,11 +150,7 @@ def contracts_of(
         raise contract_error(error, f"the study's arm '{name}'", Contract) from None
     if arm.rows == "federated":
         return (whole,)
-    own = {"quorum": 1, "sites": [{"name": POOLED}]}
-    if arm.rows == "pooled":
-        many = whole.privacy.expected_records * len(whole.sites)
-        return (whole.changed(**own, privacy={"expected_records": many}),)
-    return tuple(whole.changed(**own | {"sites": [{"name": s.name}]}) for s in whole.sites)
+    return alone(whole) if arm.rows == "alone" else (pooled(whole),)
 
 
 def _numbered(sites: int) -> list[str]:
@@ -204,13 +200,14 @@ def _complete(
     missing = [cell for key, cell in cells.items() if key not in found["cells"]]
     print(f"{study.title}: {len(cells)} cells, {len(missing)} to run", flush=True)
     parts: dict[str, list[JobResult]] = {}
+    revision = commit()
 
     def take(result: JobResult) -> None:
         own = parts.setdefault(result.arm, [])
         own.append(result)
         cell = missing[int(result.arm)]
         if len(own) == len(cell.contracts):
-            found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": commit()} | _facts(
+            found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": revision} | _facts(
                 cell, own
             )
             found["cells"] = dict(sorted(found["cells"].items()))

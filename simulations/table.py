@@ -27,7 +27,7 @@ from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
 from silotune.simulations import data
-from silotune.simulations.arms import Arm, Job, JobResult, arms_of
+from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.recipe import Recipe, load_recipe, recipe_names
 from silotune.simulations.run import commit, run_jobs
@@ -84,7 +84,6 @@ class Column(NamedTuple):
 def columns_of(recipe: Recipe) -> list[Column]:
     found = {arm.name: arm for arm in arms_of(recipe.contract, recipe.facts["arms"])}
     plain = found["federated-no-dp"].contracts[0]
-    alone = tuple(plain.changed(sites=[{"name": site.name}], quorum=1) for site in plain.sites)
     private = [
         Column.of(
             f"epsilon-{epsilon:g}", (recipe.contract.changed(privacy={"epsilon": epsilon}),),
@@ -92,7 +91,7 @@ def columns_of(recipe: Recipe) -> list[Column]:
         ) for epsilon in EPSILONS
     ]
     return [
-        Column.of("pooled", found["pooled-no-dp"].contracts), Column.of("alone", alone),
+        Column.of("pooled", found["pooled-no-dp"].contracts), Column.of("alone", alone(plain)),
         Column.of("federated", (plain,)), *private,
     ]
 
