@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common import agreement, fields
-from silotune.common.architecture import Adapter, Model
+from silotune.common.architecture import Adapter, Lora, Model
 from silotune.common.fields import (
     Count,
     Delta,
@@ -48,6 +49,8 @@ class Site(Frozen):
 
     epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
     noise follows (silo-specific privacy), so a site that allows less should have less weight.
+    rank: of LoRA at a site that can bear less than adapter.rank: it trains the first so many rows
+    of A and columns of B, and changes no others (zero-padding, arXiv 2401.06432).
     """
 
     name: Name
@@ -55,6 +58,7 @@ class Site(Frozen):
     public_key: Sha256 | None = None
     epsilon: Epsilon | None = None
     delta: Delta | None = None
+    rank: Count | None = None
 
 
 class Contract(Frozen):
@@ -93,7 +97,7 @@ class Contract(Frozen):
     @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
-        trained = " and ".join(self.trainings)
+        trained = " and ".join(self.sendings)
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
         metrics = ", ".join(self.metrics)
@@ -212,17 +216,60 @@ class Contract(Frozen):
             return phase.trains if place % 2 else phase.trains.replace("adapter", "A")
         return f"{phase.trains}+A"
 
-    def trains_in(self, round_number: int) -> str:
+    def stays_at(self, phase: Phase, place: int) -> str:
+        """What of it is each site's own and does not leave it."""
+        own = {phase.personal, "adapter" if self.aggregation.method == "fedsa" else None}
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p in own)
+
+    def sends_at(self, phase: Phase, place: int) -> str:
+        """What of it leaves a site."""
+        own = self.stays_at(phase, place).split("+")
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p not in own)
+
+    def sends_in(self, round_number: int) -> str:
         """The same of a 1-based round; ValueError outside the plan."""
-        return self.trains_at(self.phase_of(round_number), self.place_in_phase(round_number))
+        return self.sends_at(self.phase_of(round_number), self.place_in_phase(round_number))
+
+    def _planned(self) -> Iterator[tuple[str, str]]:
+        """What some round trains, and what of it is sent."""
+        for phase in self.phases:
+            for place in range(1, min(phase.rounds, 2) + 1):
+                yield self.trains_at(phase, place), self.sends_at(phase, place)
 
     @property
     def trainings(self) -> tuple[str, ...]:
         """All that is trained together in some round of the plan."""
-        return tuple(dict.fromkeys(
-            self.trains_at(phase, place)
-            for phase in self.phases for place in range(1, min(phase.rounds, 2) + 1)
-        ))
+        return tuple(dict.fromkeys(trained for trained, _ in self._planned()))
+
+    @property
+    def sendings(self) -> tuple[str, ...]:
+        """All that leaves a site together in some round of the plan."""
+        return tuple(dict.fromkeys(sent for _, sent in self._planned()))
+
+    @property
+    def personal(self) -> bool:
+        """Whether a site's model is another than the one that is released."""
+        return self.aggregation.method == "fedsa" or any(phase.personal for phase in self.phases)
+
+    def averages_in(self, round_number: int) -> bool:
+        """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
+        does: a mean of factors is not the factors of a mean."""
+        phase, settings = self.phase_of(round_number), self.aggregation
+        late = self.place_in_phase(round_number) > phase.rounds * settings.average_from
+        return late and (settings.method in ("ffa", "fedsvd") or not phase.adapts)
+
+    def at(self, name: str) -> Contract:
+        """The contract as a site's own model has it: LoRA of the site's rank, scaled alike. It is
+        for building that model; its hash is no contract's."""
+        rank = next((site.rank for site in self.sites if site.name == name), None)
+        spec = self.adapter
+        if rank is None or not isinstance(spec, Lora):
+            return self
+        by = rank / spec.rank
+        alpha = spec.alpha * (by**0.5 if spec.kind == "rslora" else by)
+        return self.model_copy(
+            update={"adapter": spec.model_copy(update={"rank": rank, "alpha": alpha})}
+        )
 
     def weights(self) -> dict[str, float]:
         return {site.name: site.weight for site in self.sites}

@@ -22,7 +22,7 @@ def misfits(contract: Contract) -> Misfits:
     return [
         *_of_sites(contract), *_of_masks(contract), *_of_releases(contract),
         *_of_phases(contract), *_of_task(contract), *_of_aggregation(contract),
-        *_of_input(contract),
+        *_of_personal(contract), *_of_input(contract),
     ]
 
 
@@ -80,6 +80,39 @@ def _of_input(contract: Contract) -> Misfits:
         wrong.append(
             ("task", f"the label column '{contract.task.label_column}' is also an input")
         )
+    return wrong
+
+
+def _of_personal(contract: Contract) -> Misfits:
+    """What of a site's own, and which corrections of drift, do not go with the method."""
+    settings, wrong, last = contract.aggregation, [], contract.phases[-1]
+    if any(phase.personal for phase in contract.phases[:-1]):
+        wrong.append(("phases", "personal is for the last phase: what comes after would begin from "
+                      "a model that no site has"))
+    if "" in contract.sendings:
+        wrong.append(("phases", "a phase trains nothing but what stays at its site: there would be "
+                      "nothing to federate"))
+    if last.personal == "copies" and (settings.momentum or settings.adaptive):
+        wrong.append(("aggregation", 'personal = "copies" needs the plain mean, or the sites\' '
+                      "copies would be pulled to where it is not: momentum = 0, no adaptive"))
+    controlled = any(phase.control for phase in contract.phases)
+    for what, wanted, methods in (
+        ("copies", last.personal == "copies", ("ffa", "fedavg")),
+        ("adapter", last.personal == "adapter", ("ffa",)),
+        ("scaffold", controlled, ("ffa", "fedavg")),
+    ):
+        if wanted and settings.method not in methods:
+            wrong.append(("aggregation", f'"{what}" is of one site\'s own coordinates from round '
+                          f'to round, which method = "{settings.method}" does not keep'))
+    if controlled and settings.robust:
+        wrong.append(("aggregation", "scaffold's corrections add up to nothing in a mean, and a "
+                      "robust rule takes none"))
+    for site in contract.sites:
+        if site.rank and not (
+            isinstance(contract.adapter, Lora) and site.rank <= contract.adapter.rank
+        ):
+            wrong.append(("sites", f"site '{site.name}' has rank = {site.rank}: it needs LoRA, of "
+                          "at least that rank"))
     return wrong
 
 
