@@ -14,6 +14,8 @@ import numpy as np
 from silotune.common.errors import ProtocolError
 from silotune.common.messages import Arrays
 
+# Before the name of a tensor: all sites' mean gradient in it, in the round before (scaffold).
+CONTROL = "control."
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -29,14 +31,13 @@ def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
 
 def _part(name: str) -> str:
     """What a tensor is of."""
+    if name.startswith(CONTROL):
+        return "control"
     if name.startswith("head."):
         return "head"
     if name.endswith((".ends.down", ".ends.up", ".residual")):
         return "frozen"
     return "A" if name.endswith(".lora_A") else "adapter"
-
-
-CONTROL = "control."  # before the name of a tensor: all sites' mean gradient of the round before
 
 
 def reshaped(shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
