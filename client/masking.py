@@ -109,9 +109,11 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
         divisor = contract.privacy.expected_records * mechanism.sampling_rate
         noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share) * clip / divisor
         rates = [rate for rate in (phase.head_rate, phase.adapter_rate) if rate is not None]
+        gradients = 3 if phase.control else 1  # with a correction: two mean gradients more
         if phase.adam is None:
             least = min(rates) * noise
-            largest = max(rates) * (mechanism.steps * clip + SPREADS * mechanism.steps**0.5 * noise)
+            spread = SPREADS * mechanism.steps**0.5 * noise
+            largest = gradients * max(rates) * (mechanism.steps * clip + spread)
         else:  # a step is its rate, or where the signal is below the floor the noise over the floor
             least = min(rates)
             largest = max(rates) * mechanism.steps * (1 + SPREADS * noise / phase.adam.floor)

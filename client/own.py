@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from safetensors.numpy import load, save
 
-from silotune.common.adapter import CONTROL, trained_names
+from silotune.common.adapter import CONTROL, fitted, shapes_of, trained_names
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 
@@ -62,8 +62,9 @@ class Own:
 
     def model(self, released: Arrays) -> Arrays:
         """What a run came to at this site: the released adapter with the site's own tensors, the
-        mean of their later iterates where the run takes means."""
-        return self.laid_over(released) | {n: a for n, a in self.mean.items() if n in released}
+        mean of their later iterates where the run takes means; those of a lower rank filled up."""
+        own = fitted(self.tensors | self.mean, shapes_of(released))
+        return released | {name: array for name, array in own.items() if name in released}
 
     def corrections(self, asked: Arrays, names: Iterable[str]) -> Arrays:
         """What is added to each step's gradient: all sites' mean gradient less this site's."""

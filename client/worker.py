@@ -55,12 +55,14 @@ class Worker:
     """One site, one contract. Records, model and ledger are read once and stay in it.
 
     insecure_seed: for simulations and tests only (client/noise.py). on_answer: is told of each
-    request before its reply leaves, and must not raise.
+    request before its reply leaves, and must not raise. lane: workers of one process that answer at
+    the same time need models of their own (common/model.py).
     """
 
     def __init__(
         self, policy: Policy, contract: Contract, ledger: Ledger, *,
         insecure_seed: int | None = None, on_answer: Callable[[Answered], object] | None = None,
+        lane: int = 0,
     ) -> None:
         for refusal in policy.refusals(contract):
             raise refusal
@@ -85,7 +87,7 @@ class Worker:
         table = policy.data.table()  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
         narrowed = contract.at(policy.name)
-        self.model: Network = build(narrowed, policy.model.folder, policy.performance)
+        self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
         self.data = dataset.load(table, contract, self.model)
         policy.check_records(self.lineage, self.unit)
         if contract.privacy.mode == "dp":

@@ -220,15 +220,19 @@ def public_name(name: str) -> str | None:
 
 def begin(arrays: Arrays, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Give the adapter's arrays, all zero, their first values, from the contract's public seed: A
-    orthonormal (B stays zero), virtual tokens small and random (IA3's stay zero), a core's ends the
-    base's singular vectors. modules: by the names that their arrays begin with."""
+    orthonormal, or as PEFT draws it (B stays zero), virtual tokens small and random (IA3's stay
+    zero), a core's ends the base's singular vectors. modules: by the names that their arrays begin
+    with."""
     for name, module in modules.items():
         if isinstance(module, Between):
             arrays[f"{name}.ends.down"], arrays[f"{name}.ends.up"] = module.singular()
     rng = np.random.default_rng(adapter.seed)
     for name in sorted(arrays):
         shape: Any = arrays[name].shape
-        if name.endswith(".lora_A"):
+        if name.endswith(".lora_A") and isinstance(adapter, Lora) and adapter.initial == "kaiming":
+            most = shape[1] ** -0.5
+            arrays[name] = rng.uniform(-most, most, shape).astype(np.float32)
+        elif name.endswith(".lora_A"):
             arrays[name] = orthonormal(shape[0], shape[1], rng)
         elif not isinstance(adapter, Lora | IA3 | Core) and not name.startswith("head."):
             arrays[name] = (STD * rng.standard_normal(shape)).astype(np.float32)

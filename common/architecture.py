@@ -73,7 +73,9 @@ Model = Annotated[EncoderModel | OneHotModel | LanguageModel, Field(discriminato
 
 
 class Lora(Frozen):
-    """LoRA on the top `layers` layers, A orthonormal and frozen (FFA-LoRA, arXiv 2403.12313).
+    """LoRA on the top `layers` layers, A orthonormal and frozen (FFA-LoRA, arXiv 2403.12313); with
+    initial = "kaiming" as PEFT and the papers draw it: uniform, its rows shorter and not at right
+    angles.
 
     B A x is scaled by alpha / rank; by alpha / sqrt(rank) with kind = "rslora" (arXiv 2312.03732).
     """
@@ -84,6 +86,7 @@ class Lora(Frozen):
     layers: Count = 2
     targets: tuple[str, ...] = Field(min_length=1)
     seed: int = 0
+    initial: Literal["kaiming"] | None = None
 
     @property
     def scale(self) -> float:

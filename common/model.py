@@ -16,14 +16,16 @@ _built: dict[str, Network] = {}
 
 
 def build(
-    contract: Contract, folder: Path | None, performance: Performance | None = None
+    contract: Contract, folder: Path | None, performance: Performance | None = None, lane: int = 0
 ) -> Network:
-    """The contract's model, built once per process and shared by every contract that needs the
-    same one. Its adapter is mutable: hold `lock` from loading arrays until done with them.
+    """The contract's model, built once per process and lane, and shared by every contract that
+    needs the same one. Its adapter is mutable: hold `lock` from loading arrays until done with
+    them. lane: for work side by side; the frozen base is one for all lanes.
     """
     performance = performance or Performance()
     parts = contract.model_dump(mode="json", include={"model", "adapter", "input", "task"})
     parts["corrected"] = contract.aggregation.method == "fedex"
+    parts["lane"] = lane
     key = json.dumps([parts, str(folder), performance.model_dump(mode="json")], sort_keys=True)
     if key not in _built:
         if isinstance(contract.model, OneHotModel):

@@ -96,8 +96,14 @@ class Exchange:
             found[site] = message.blobs
 
 
-def carry_out(stages: Stages[Result], sites: Mapping[str, Callable[[bytes], bytes]]) -> Result:
-    """Drive stages with sites of this process, in the order in which they are asked."""
+Ask = Callable[[Mapping[str, bytes]], Mapping[str, Reply]]
+
+
+def carry_out(
+    stages: Stages[Result], sites: Mapping[str, Callable[[bytes], bytes]], ask: Ask | None = None
+) -> Result:
+    """Drive stages with sites of this process, in the order in which they are asked, or by `ask`
+    all at once."""
     answers: Mapping[str, Reply] | None = None
     while True:
         try:
@@ -105,4 +111,7 @@ def carry_out(stages: Stages[Result], sites: Mapping[str, Callable[[bytes], byte
         except StopIteration as end:
             result: Result = end.value
             return result
-        answers = {site: sites[site](wire) for site, wire in asked.items()}
+        if ask is not None:
+            answers = ask(asked)
+        else:
+            answers = {site: sites[site](wire) for site, wire in asked.items()}

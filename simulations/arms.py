@@ -75,7 +75,8 @@ class Job:
 @dataclass(frozen=True)
 class JobResult:
     """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
-    is the rows with a backdoor's trigger, where there are some."""
+    is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
+    own, the same of that model, by site."""
 
     arm: str
     repeat: int
@@ -85,6 +86,7 @@ class JobResult:
     seconds: float
     peak_bytes: int
     pid: int
+    own: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
 
 def trained(contract: Contract) -> str:

@@ -8,7 +8,10 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
@@ -25,6 +28,7 @@ from silotune.server.rounds import RoundFacts, Run
 from silotune.server.strategy import SilotuneStrategy
 from silotune.simulations.arms import POOLED, Job, JobResult
 from silotune.simulations.engine import simulate
+from silotune.simulations.lanes import Lanes
 from silotune.simulations.poison import TRIGGERED, liars, lying
 
 
@@ -33,13 +37,14 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     contract = job.contract
     model = build(contract, job.model_folder, job.performance)
     seed = None if job.insecure_seed is None else job.insecure_seed + job.repeat
+    lanes = Lanes(contract.weights(), 1 if job.federated else torch.get_num_threads())
     workers = {
         site.name: Worker(
             permitting(
                 contract, site.name, training_file(job.data, site.name), job.model_folder,
                 job.performance,
             ),
-            contract, _ledger(job, site.name), insecure_seed=seed,
+            contract, _ledger(job, site.name), insecure_seed=seed, lane=lanes.of[site.name],
         )
         for site in contract.sites
     }
@@ -70,11 +75,18 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         for site in liars(contract, job.poison):
             assert job.poison is not None
             handles[site] = lying(handles[site], job.poison)
-        while not run.done:
-            carry_out(run.stages(handles), handles)
+        with lanes:
+            while not run.done:
+                carry_out(run.stages(handles), handles, partial(lanes.ask, handles))
     seconds = time.perf_counter() - began
     with_adapter = contract.adapter is not None
     scores = test.scores(run.registry.adapter(), with_adapter=with_adapter)
+    own = {}
+    if contract.personal:
+        released = run.registry.adapter()
+        for site, worker in workers.items():
+            model_of_site = worker.own(run.run_id, contract.rounds + 1).model(released)
+            own[site] = test.scores(model_of_site, with_adapter=with_adapter)
     if (job.data / TRIGGERED).is_dir():
         triggered = _public_test(model, contract, job.data / TRIGGERED)
         adapter = run.registry.adapter()
@@ -88,6 +100,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         os.getpid(),
+        own,
     )
 
 

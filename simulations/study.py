@@ -63,6 +63,7 @@ class Study(Frozen):
     repeats: Count = 5
     evaluate_every: Count = 5
     sites: Count | None = None  # so many instead of the recipe's: the rows must be dealt anew
+    by_site: bool = False  # whether the table has each site's own rows, too
     epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
     partitions: dict[Name, Partition] = Field(
         default_factory=lambda: {"natural": Partition()}, min_length=1
@@ -275,19 +276,19 @@ def _jobs(
 
 
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
-    """What is kept of a cell: scores on all public rows (of sites alone the mean over them), by
-    site, and the curve of arms that train together."""
+    """What is kept of a cell: scores on all public rows (where each site has a model of its own the
+    mean over them), by site, and the curve of arms that train together."""
+    first = results[0]
+    models = {site: result.scores for result in results for site in result.sites}
+    if len(results) == 1:
+        models = {site: first.scores for site in first.scores if site not in ("", TRIGGERED)}
+    models |= first.own
     overall: dict[str, list[float]] = {}
-    for result in results:
-        for metric, value in result.scores[""].items():
+    for scores in [result.scores for result in results] if not first.own else first.own.values():
+        for metric, value in scores[""].items():
             if value is not None:
                 overall.setdefault(metric, []).append(value)
-    by_site: dict[str, dict[str, float | None]] = {}
-    for result in results:
-        own = result.sites if len(results) > 1 else [
-            s for s in result.scores if s not in ("", TRIGGERED)
-        ]
-        by_site |= {site: dict(result.scores[site]) for site in own if site in result.scores}
+    by_site = {site: dict(scores[site]) for site, scores in models.items() if site in scores}
     return {
         "arm": cell.arm, "epsilon": _finite(cell.epsilon),
         "partition": cell.partition, "repeat": cell.repeat,

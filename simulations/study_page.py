@@ -79,7 +79,7 @@ def markdown(found: dict[str, Any]) -> str:
               if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None]
         for arm in study["arms"]
     }
-    if any(arm["rows"] != "federated" for arm in study["arms"].values()):
+    if study.get("by_site") or any(arm["rows"] != "federated" for arm in study["arms"].values()):
         lines += _of_sites(found, epsilons)
     if any(fooled.values()):
         lines += ["", "Rows with the backdoor's trigger that are told as the attacker's label (all "
@@ -95,7 +95,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
-    """What each site's own public rows get: of sites alone from the site's model."""
+    """What each site's own public rows get: from the site's model where it has one of its own."""
     study, lines = found["study"], []
     sites = list(dict.fromkeys(s for cell in found["cells"].values() for s in cell["sites"]))
     for partition in study["partitions"]:
