@@ -161,12 +161,8 @@ class Contract(Frozen):
             wrong.append(("model", "model.standardise.whiten is for pooled texts, not for tokens"))
         if isinstance(task, Regression) and any(r.metric == "accuracy" for r in self.releases):
             wrong.append(("releases", "a regression has no accuracy to release"))
-        stop = self.aggregation.early_stop
-        known = task.metrics
-        if stop is not None and stop.metric not in known:
-            wrong.append(("aggregation", f"early_stop.metric must be one of {', '.join(known)}, "
-                          f"got \"{stop.metric}\""))
-        return wrong
+        others = self.aggregation.of_other_tasks(task.metrics)
+        return wrong + [("aggregation", why) for why in others]
 
     def _wrong_with_aggregation(self) -> list[tuple[str, str]]:
         """Methods that cannot go together, or not with what else the contract says."""
