@@ -149,8 +149,11 @@ def test_each_phase_is_held_to_what_it_begins_with(table_contract: Contract) -> 
     acceptance = Acceptance(gated(table_contract), noted, before)
     assert acceptance.why_not(before, after, False) is None
     assert acceptance.why_not(after, filled(2), True) is None
-    assert acceptance.why_not(after, filled(3), False) is None
-    assert asked == [(0, False), (1, False), (1, True), (2, True), (1, False), (3, False)]
+    assert acceptance.why_not(after, last := filled(3), False) is None
+    assert acceptance.why_not(last, filled(4), False) is None  # what is in place is known
+    assert asked == [
+        (0, False), (1, False), (1, True), (2, True), (1, False), (3, False), (4, False),
+    ]
 
 
 def test_a_gate_needs_public_rows_that_define_its_metric(
