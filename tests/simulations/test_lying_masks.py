@@ -113,7 +113,7 @@ def test_a_lie_of_the_sums_bound_needs_masks() -> None:
 
 @pytest.fixture
 def study() -> Study:
-    secure = {"bound": 8.0, "colluders": 1}
+    secure = {"bound": 8.0, "colluders": 1, "threshold": 5}
     sign, gate = {"kind": "sign", "factor": 100.0}, {"metric": "accuracy", "most": 0.2}
     return Study.model_validate({
         "title": "lies", "recipe": "small", "repeats": 1, "sites": 5, "epsilons": [50.0],
@@ -166,7 +166,7 @@ def test_arms_with_masks_are_run_with_them_and_asked_once(
     for job in ran:
         secure = job.contract.secure_aggregation
         assert secure is not None
-        assert (secure.bound, secure.colluders, secure.threshold) == (8.0, 1, 4)
+        assert (secure.bound, secure.colluders, secure.threshold) == (8.0, 1, 5)
         assert set(job.keys) == set(job.contract.weights())
         rosters |= {site.public_key for site in job.contract.sites}
     (kept,) = next(cells_of(study, recipe)).contracts
