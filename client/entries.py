@@ -89,11 +89,13 @@ class Charged(EntryBase):
 
 
 class Released(EntryBase):
-    """The reply to the charge with number `charge` was durable, and may have left."""
+    """The reply to the charge with number `charge` was durable, and may have left. own: SHA-256 of
+    what stayed (client/own.py)."""
 
     state: Literal["RELEASED"] = "RELEASED"
     charge: Annotated[int, Field(ge=1, strict=True)]
     reply: Sha256
+    own: Sha256 | None = None
 
 
 Entry = Opened | Adopted | Charged | Released

@@ -24,7 +24,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -209,31 +209,53 @@ class Ledger:
                 return found
         raise damaged(f"the fingerprints of entry {charge.sequence} are not those it names")
 
-    def release(self, charge: Charged, wire: bytes) -> None:
-        """Make a reply durable, then say that it may leave. Only then may it."""
-        name = hashlib.sha256(wire).hexdigest()
-        if self._folder is None:
-            self._replies[name] = wire
-        else:
-            write_durably(self._folder / "replies" / name, wire)
+    def release(self, charge: Charged, wire: bytes, own: bytes | None = None) -> None:
+        """Make a reply, and what stays at the site, durable; then say that the reply may leave.
+        Only then may it."""
+        name, kept = self._keep(wire), None if own is None else self._keep(own)
         with self.writing():
             if charge.sequence in self.releases:
                 raise RefusalError("This charge has its reply already.", code="E204")
-            self.append(Released, charge=charge.sequence, reply=name)
+            self.append(Released, charge=charge.sequence, reply=name, own=kept)
 
     def reply(self, released: Released) -> bytes:
         """The bytes that were released; RefusalError E204 if they are not there any more."""
-        if self._folder is None:
-            return self._replies[released.reply]
-        try:
-            wire = (self._folder / "replies" / released.reply).read_bytes()
-        except OSError:
-            wire = b""
-        if hashlib.sha256(wire).hexdigest() != released.reply:
+        wire = self._kept(released.reply)
+        if wire is None:
             raise RefusalError(
                 f"The reply of entry {released.sequence} is not on disk any more.", code="E204"
             )
         return wire
+
+    def own(self, charges: Iterable[Charged]) -> bytes | None:
+        """What stayed at the site with the last of these charges that was released; None if there
+        is none. RefusalError E212 if it is not there any more."""
+        released = [r for c in charges if (r := self.releases.get(c.sequence)) and r.own]
+        if not released:
+            return None
+        last = max(released, key=lambda one: one.charge)
+        found = self._kept(last.own or "")
+        if found is None:
+            raise damaged(f"what entry {last.sequence} left at the site is not on disk any more")
+        return found
+
+    def _keep(self, content: bytes) -> str:
+        name = hashlib.sha256(content).hexdigest()
+        if self._folder is None:
+            self._replies[name] = content
+        else:
+            write_durably(self._folder / "replies" / name, content)
+        return name
+
+    def _kept(self, name: str) -> bytes | None:
+        """The content of that digest, None if it is not there."""
+        if self._folder is None:
+            return self._replies.get(name)
+        with contextlib.suppress(OSError):
+            content = (self._folder / "replies" / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() == name:
+                return content
+        return None
 
     def receipt(self) -> Receipt:
         """Where this ledger stands now, signed, for a server to keep."""

@@ -108,7 +108,7 @@ def update(
         "attempt": charge.attempt, "request": charge.request, "epsilon": epsilon,
         "receipt": receipt,
     }
-    names = adapter.trained_names(shapes, contract.trains_in(charge.round))
+    names = adapter.trained_names(shapes, contract.sends_in(charge.round))
     trained = {name: shapes[name] for name in names}
     if (mask is None) != (contract.secure_aggregation is None):
         raise ProtocolError("The contract says otherwise about masks.", code="E502")

@@ -30,6 +30,7 @@ from silotune.client.dp import (
 )
 from silotune.client.noise import NoiseSource
 from silotune.client.optimizer import NoiseCorrectedAdam
+from silotune.client.own import NOTHING, Own
 from silotune.client.units import Group, Part
 from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
@@ -49,14 +50,15 @@ def train_round(
     source: NoiseSource,
     clip_norm: float,
     place: int = 1,
+    own: Own = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the phase's trained tensors after `mechanism.steps` private steps, and the
     contract's released metrics (means over the steps of sum / expected batch). place: the round's,
-    1-based, in its phase.
+    1-based, in its phase. own: what the site has of its own, of earlier changes: it begins there.
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
-    noised sums of client/dp.py and `_Measured` alone.
+    noised sums of client/dp.py and `_Measured` alone, and of `own`, which is made of such.
 
     The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
@@ -78,12 +80,18 @@ def train_round(
         return model.objective.losses(outputs, targets)
 
     with model.lock, model.requiring(names):
-        model.load(adapter)
+        model.load(own.laid_over(adapter))
         tensors = {name: model.named_tensors()[name] for name in names}
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        factor = phase.rate_factor(place)
-        rates = [{"params": [moved[name]], "lr": factor * _rate(phase, name)} for name in names]
+        pulled = {
+            name: start[name] - _tensor(adapter[name], model)
+            for name in own.tensors if name in start
+        }
+        corrections = {
+            name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
+        }
+        rates = [{"params": [moved[name]], "lr": phase.rate(name, place)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         inner: torch.optim.Optimizer
         if phase.adam:
@@ -117,9 +125,14 @@ def train_round(
             measured.step(groups, optimizer)
             for name, tensor in tensors.items():
                 moved[name].grad = tensor.grad
-                if phase.proximal and tensor.grad is not None:
-                    # What has moved so far is made of noised sums: pulling it back costs nothing.
-                    moved[name].grad = tensor.grad + phase.proximal * moved[name]
+                if tensor.grad is None:
+                    continue
+                # What has moved so far is made of noised sums: pulling it back costs nothing.
+                if phase.proximal:
+                    away = moved[name] + pulled.get(name, 0.0)
+                    moved[name].grad = tensor.grad + phase.proximal * away
+                elif name in corrections:
+                    moved[name].grad = tensor.grad + corrections[name]
             inner.step()
             with torch.no_grad():
                 for name, tensor in tensors.items():
@@ -204,10 +217,8 @@ def noisy_total(
     return float(noised(total, noise_multiplier * bound, source) if noise_multiplier else total)
 
 
-def _rate(phase: Phase, name: str) -> float:
-    rate = phase.head_rate if name.startswith("head.") else phase.adapter_rate
-    assert rate is not None
-    return rate
+def _tensor(array: np.ndarray, model: Network) -> Tensor:
+    return torch.from_numpy(array).to(model.device)
 
 
 def _kept(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:

@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from silotune.client import accounting, budget, dataset, lineage, release, selftest
@@ -24,13 +25,16 @@ from silotune.client.ledger import Ledger
 from silotune.client.masking import Masking, check_bound
 from silotune.client.metrics import Answered
 from silotune.client.noise import NoiseSource
+from silotune.client.own import Own
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
 from silotune.common import adapter, messages
+from silotune.common.architecture import Lora
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.messages import (
     Agree,
+    Arrays,
     Describe,
     Endorse,
     Endorsement,
@@ -44,6 +48,7 @@ from silotune.common.messages import (
 )
 from silotune.common.model import build
 from silotune.common.network import Network
+from silotune.common.plan import Phase
 
 
 class Worker:
@@ -79,7 +84,8 @@ class Worker:
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         table = policy.data.table()  # once: what is fingerprinted is what is trained on
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
-        self.model: Network = build(contract, policy.model.folder, policy.performance)
+        narrowed = contract.at(policy.name)
+        self.model: Network = build(narrowed, policy.model.folder, policy.performance)
         self.data = dataset.load(table, contract, self.model)
         policy.check_records(self.lineage, self.unit)
         if contract.privacy.mode == "dp":
@@ -88,7 +94,9 @@ class Worker:
         self.budget = Budget(ledger, self.lineage, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
             self._check_budget(self.plan, "This contract's plan")
-        self.shapes = adapter.shapes_of(self.model.initial_arrays())
+        self.own_shapes = self.shapes = adapter.shapes_of(self.model.initial_arrays())
+        if isinstance(contract.adapter, Lora):
+            self.shapes = adapter.reshaped(self.own_shapes, contract.adapter.rank)
         self._lock, self._on_answer = threading.Lock(), on_answer
 
     @property
@@ -151,26 +159,49 @@ class Worker:
             phase = self.contract.phase_of(request.round)
         except ValueError as error:
             raise RefusalError(str(error)) from None
-        needed = adapter.needed_names(self.shapes, phase.trains)
-        adapter.check(arrays, {n: self.shapes[n] for n in needed}, "The server's adapter")
+        place = self.contract.place_in_phase(request.round)
+        self._check_arrays(phase, place, arrays)
+        asked, own = adapter.fitted(arrays, self.own_shapes), self.own(request.run, request.round)
         clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
         charge, known = self._charge(request, message.blobs, digest, mechanism)
         if known is not None:
             return known
         change, metrics = train_round(
-            self.contract, phase, mechanism, self.model, self.data, arrays, self.source, clip_norm,
-            self.contract.place_in_phase(request.round),
+            self.contract, phase, mechanism, self.model, self.data, asked, self.source, clip_norm,
+            place, own,
         )
+        stay = adapter.trained_names(change, self.contract.stays_at(phase, place))
+        sent = {name: array for name, array in change.items() if name not in stay}
         reply = release.update(
-            self.contract, self.policy.name, charge, change, metrics, self.shapes,
+            self.contract, self.policy.name, charge, adapter.fitted(sent, self.shapes), metrics,
+            self.shapes,
             epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
             sign=self.ledger.sign,
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )
-        self.ledger.release(charge, reply)
+        stays = self.contract.personal or phase.control
+        after = own.after(self.contract, request.round, asked, change).content() if stays else None
+        self.ledger.release(charge, reply, after)
         return reply
+
+    def own(self, run: str, before: int) -> Own:
+        """What a run has left here before a round. RefusalError E212 if it is not there any more.
+        """
+        charges = [charge for charge in self._run_charges(run) if charge.round < before]
+        found = Own.read(self.ledger.own(charges))
+        # A mean gradient of longer ago is not what the server's is of.
+        return found if found.round == before - 1 else replace(found, gradient={})
+
+    def _check_arrays(self, phase: Phase, place: int, arrays: Arrays) -> None:
+        """ProtocolError E502 unless they are what the round needs: the adapter's, and with scaffold
+        all or none of the mean gradients."""
+        needed = {n: self.shapes[n] for n in adapter.needed_names(self.shapes, phase.trains)}
+        if phase.control and any(name.startswith(adapter.CONTROL) for name in arrays):
+            trained = adapter.trained_names(self.shapes, self.contract.sends_at(phase, place))
+            needed |= {adapter.CONTROL + name: self.shapes[name] for name in trained}
+        adapter.check(arrays, needed, "The server's adapter")
 
     def _clip_norm(self, request: Train) -> float:
         """What to clip to. Any norm is as private as any other; the owner's limit bounds it."""

@@ -14,6 +14,8 @@ import numpy as np
 from silotune.common.errors import ProtocolError
 from silotune.common.messages import Arrays
 
+# Before the name of a tensor: all sites' mean gradient in it, in the round before (scaffold).
+CONTROL = "control."
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -29,11 +31,37 @@ def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
 
 def _part(name: str) -> str:
     """What a tensor is of."""
+    if name.startswith(CONTROL):
+        return "control"
     if name.startswith("head."):
         return "head"
     if name.endswith((".ends.down", ".ends.up", ".residual")):
         return "frozen"
     return "A" if name.endswith(".lora_A") else "adapter"
+
+
+def reshaped(shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes with LoRA of another rank."""
+    return {
+        name: (rank, shape[1]) if name.endswith(".lora_A")
+        else (shape[0], rank) if name.endswith(".lora_B") else shape
+        for name, shape in shapes.items()
+    }
+
+
+def fitted(arrays: Arrays, shapes: Shapes) -> Arrays:
+    """The arrays cut to `shapes`, or filled up with zeros: the first rows of A, columns of B. What
+    is not in `shapes` stays as it is, for `check` to find."""
+    found = {}
+    for name, array in arrays.items():
+        shape = shapes.get(name.removeprefix(CONTROL), array.shape)
+        if array.shape == tuple(shape):
+            found[name] = array
+            continue
+        most = tuple(slice(min(pair)) for pair in zip(array.shape, shape, strict=True))
+        found[name] = np.zeros(shape, dtype=np.float32)
+        found[name][most] = array[most]
+    return found
 
 
 def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:

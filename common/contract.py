@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,14 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common import agreement, fields
-from silotune.common.architecture import (
-    Adapter,
-    EncoderModel,
-    LanguageModel,
-    Lora,
-    Model,
-    OneHotModel,
-)
+from silotune.common.architecture import Adapter, Lora, Model
 from silotune.common.fields import (
     Count,
     Delta,
@@ -34,9 +28,9 @@ from silotune.common.fields import (
     Positive,
     Sha256,
 )
-from silotune.common.inputs import Input, PairInput, TableInput, TextInput, columns_of
+from silotune.common.inputs import Input, PairInput, columns_of
+from silotune.common.misfits import misfits
 from silotune.common.plan import (
-    BY_ONE,
     Aggregation,
     Metric,
     Phase,
@@ -46,9 +40,7 @@ from silotune.common.plan import (
     Target,
 )
 from silotune.common.problems import MISFITS, contract_error
-from silotune.common.task import Language, Ranking, Regression, Task, Tokens
-
-MOST_UNEQUAL = 10  # weights under secure aggregation
+from silotune.common.task import Task
 
 
 class Site(Frozen):
@@ -57,6 +49,8 @@ class Site(Frozen):
 
     epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
     noise follows (silo-specific privacy), so a site that allows less should have less weight.
+    rank: of LoRA at a site that can bear less than adapter.rank: it trains the first so many rows
+    of A and columns of B, and changes no others (zero-padding, arXiv 2401.06432).
     """
 
     name: Name
@@ -64,6 +58,7 @@ class Site(Frozen):
     public_key: Sha256 | None = None
     epsilon: Epsilon | None = None
     delta: Delta | None = None
+    rank: Count | None = None
 
 
 class Contract(Frozen):
@@ -84,143 +79,10 @@ class Contract(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """What must fit together; every misfit is reported, under the key to look at."""
-        wrong: list[tuple[str, str]] = []
-        names = [site.name for site in self.sites]
-        if len(set(names)) != len(names):
-            wrong.append(("sites", "a name stands twice in the roster"))
-        if self.quorum > len(names):
-            wrong.append(
-                ("quorum", f"quorum is {self.quorum}, but the roster has {len(names)} sites")
-            )
-        wrong += self._wrong_with_masks()
-        metrics = [released.metric for released in self.releases]
-        if len(set(metrics)) != len(metrics):
-            wrong.append(("releases", "a metric stands twice"))
-        if self.released_share > 0.5:
-            wrong.append(("releases", "the shares add up to more than half of the budget"))
-        with_adapter = [phase.adapts for phase in self.phases]
-        one_hot = isinstance(self.model, OneHotModel)
-        if one_hot and self.adapter is not None:
-            wrong.append(("adapter", "the one-hot model has no layers for an [adapter]"))
-        elif any(with_adapter) != (self.adapter is not None):
-            wrong.append(
-                ("adapter" if self.adapter else "phases",
-                 "an [adapter] and a phase that trains it go together")
-            )
-        if with_adapter != sorted(with_adapter):
-            wrong.append(
-                ("phases",
-                 "phases that train only the head must come first: they use the frozen features")
-            )
-        wrong += self._wrong_with_task()
-        wrong += self._wrong_with_aggregation()
-        if abs(sum(phase.budget for phase in self.phases) - 1) > 1e-9:
-            wrong.append(("phases", "the phases' budget shares must add up to 1"))
-        if one_hot and not isinstance(self.input, TableInput):
-            wrong.append(("input", "the one-hot model needs input.kind = \"table\""))
-        if (
-            not isinstance(self.input, TableInput)
-            and isinstance(self.model, EncoderModel)
-            and self.model.standardise is not None
-            and not self.model.standardise.sentences
-        ):
-            wrong.append(("model", "model.standardise needs public sentences for free text"))
-        if self.task.label_column in self.columns:
-            wrong.append(
-                ("task", f"the label column '{self.task.label_column}' is also an input")
-            )
+        wrong = misfits(self)
         if wrong:
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self
-
-    def _wrong_with_task(self) -> list[tuple[str, str]]:
-        """What the task does not go with."""
-        task, wrong = self.task, []
-        language = isinstance(task, Language)
-        if language != isinstance(self.model, LanguageModel):
-            wrong.append(("model", "a task of kind \"language\" and a model of kind "
-                          "\"language-model\" go together"))
-        for at, phase in enumerate(self.phases):
-            if language != (phase.trains == "adapter"):
-                wrong.append((
-                    "phases", f"phase {at + 1} trains \"{phase.trains}\": a language model's "
-                    "phases train \"adapter\", for it has no head, and no others do",
-                ))
-        if isinstance(task, Ranking) != isinstance(self.input, PairInput) and (
-            isinstance(task, Ranking) or (self.input.kind == "pair" and self.input.by == "bi")
-        ):
-            wrong.append(("input", "a task of kind \"ranking\" needs input.kind = \"pair\", and "
-                          "pairs read apart (by = \"bi\") are for ranking"))
-        if isinstance(task, Tokens | Language) and not isinstance(self.input, TextInput):
-            wrong.append(("input", f"a task of kind \"{task.kind}\" needs input.kind = \"text\""))
-        if (
-            isinstance(task, Tokens) and isinstance(self.model, EncoderModel)
-            and self.model.standardise and self.model.standardise.whiten
-        ):
-            wrong.append(("model", "model.standardise.whiten is for pooled texts, not for tokens"))
-        if isinstance(task, Regression) and any(r.metric == "accuracy" for r in self.releases):
-            wrong.append(("releases", "a regression has no accuracy to release"))
-        others = self.aggregation.of_other_tasks(task.metrics)
-        return wrong + [("aggregation", why) for why in others]
-
-    def _wrong_with_aggregation(self) -> list[tuple[str, str]]:
-        """Methods that cannot go together, or not with what else the contract says."""
-        settings, wrong = self.aggregation, []
-        method, robust, sites = settings.method, settings.robust, len(self.sites)
-        if method != "ffa" and not isinstance(self.adapter, Lora):
-            wrong.append(f'method = "{method}" is about LoRA\'s two factors, and there is no LoRA')
-        if method in ("fedsvd", *BY_ONE) and settings.adaptive:
-            wrong.append(f'method = "{method}" turns the factors\' coordinates each round, and '
-                         "adaptive keeps a rate for each coordinate")
-        if method in BY_ONE and settings.momentum:
-            wrong.append(f'method = "{method}" sets the weights anew each round: momentum = 0')
-        alone = robust.rule if robust else method if method in BY_ONE else None
-        if alone and self.secure_aggregation is not None:
-            wrong.append(f'"{alone}" needs each site\'s update by itself, and secure_aggregation '
-                         "hides it: take out one of the two")
-        if robust and method in BY_ONE:
-            wrong.append(f'robust rules are for means of updates, and method = "{method}" is none')
-        if robust and self.metrics:
-            wrong.append("robust rules are for updates: a released metric, or adaptive clipping, "
-                         "would still be a plain mean that one site can carry away")
-        if robust and len(set(self.weights().values())) > 1:
-            wrong.append("robust rules count every site once: leave out the sites' weights")
-        if method == "rolora" and any(p.adapts and p.rounds < 2 for p in self.phases):
-            wrong.append('method = "rolora" needs two rounds in a phase, or A is never trained')
-        if robust and robust.rule != "norm":
-            least = 2 * robust.byzantine + (3 if "krum" in robust.rule else 1)
-            if self.quorum < least:
-                wrong.append(f'rule = "{robust.rule}" against {robust.byzantine} sites needs '
-                             f"{least} updates at least, and quorum is {self.quorum} of {sites}")
-        return [("aggregation", why) for why in wrong]
-
-    def _wrong_with_masks(self) -> list[tuple[str, str]]:
-        secure, sites = self.secure_aggregation, len(self.sites)
-        if secure is None:
-            return []
-        wrong = []
-        keys = [site.public_key for site in self.sites]
-        why = agreement.problem_with(sites, self.threshold, secure.colluders)
-        if why:
-            wrong.append(("secure_aggregation", why))
-        if None in keys or len(set(keys)) != sites:
-            wrong.append(("sites", "secure_aggregation needs a public_key of each site's own"))
-        if self.aggregation.largest_norm is not None:
-            wrong.append(("aggregation", "nobody can see a masked update's norm: use "
-                          "secure_aggregation.bound instead of aggregation.largest_norm"))
-        weights = self.weights().values()
-        if max(weights) > MOST_UNEQUAL * min(weights):
-            wrong.append((
-                "sites", f"with secure_aggregation a weight may be at most {MOST_UNEQUAL} times "
-                "another, or the sum is hardly more than the heaviest site's update",
-            ))
-        if self.quorum < self.threshold:
-            wrong.append((
-                "quorum", f"quorum is {self.quorum}, but {self.threshold} sites must answer for a "
-                "masked sum to open (secure_aggregation.threshold)",
-            ))
-        return wrong
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -235,7 +97,7 @@ class Contract(Frozen):
     @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
-        trained = " and ".join(self.trainings)
+        trained = " and ".join(self.sendings)
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
         metrics = ", ".join(self.metrics)
@@ -354,17 +216,60 @@ class Contract(Frozen):
             return phase.trains if place % 2 else phase.trains.replace("adapter", "A")
         return f"{phase.trains}+A"
 
-    def trains_in(self, round_number: int) -> str:
+    def stays_at(self, phase: Phase, place: int) -> str:
+        """What of it is each site's own and does not leave it."""
+        own = {phase.personal, "adapter" if self.aggregation.method == "fedsa" else None}
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p in own)
+
+    def sends_at(self, phase: Phase, place: int) -> str:
+        """What of it leaves a site."""
+        own = self.stays_at(phase, place).split("+")
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p not in own)
+
+    def sends_in(self, round_number: int) -> str:
         """The same of a 1-based round; ValueError outside the plan."""
-        return self.trains_at(self.phase_of(round_number), self.place_in_phase(round_number))
+        return self.sends_at(self.phase_of(round_number), self.place_in_phase(round_number))
+
+    def _planned(self) -> Iterator[tuple[str, str]]:
+        """What some round trains, and what of it is sent."""
+        for phase in self.phases:
+            for place in range(1, min(phase.rounds, 2) + 1):
+                yield self.trains_at(phase, place), self.sends_at(phase, place)
 
     @property
     def trainings(self) -> tuple[str, ...]:
         """All that is trained together in some round of the plan."""
-        return tuple(dict.fromkeys(
-            self.trains_at(phase, place)
-            for phase in self.phases for place in range(1, min(phase.rounds, 2) + 1)
-        ))
+        return tuple(dict.fromkeys(trained for trained, _ in self._planned()))
+
+    @property
+    def sendings(self) -> tuple[str, ...]:
+        """All that leaves a site together in some round of the plan."""
+        return tuple(dict.fromkeys(sent for _, sent in self._planned()))
+
+    @property
+    def personal(self) -> bool:
+        """Whether a site's model is another than the one that is released."""
+        return self.aggregation.method == "fedsa" or any(phase.personal for phase in self.phases)
+
+    def averages_in(self, round_number: int) -> bool:
+        """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
+        does: a mean of factors is not the factors of a mean."""
+        phase, settings = self.phase_of(round_number), self.aggregation
+        late = self.place_in_phase(round_number) > phase.rounds * settings.average_from
+        return late and (settings.method in ("ffa", "fedsvd") or not phase.adapts)
+
+    def at(self, name: str) -> Contract:
+        """The contract as a site's own model has it: LoRA of the site's rank, scaled alike. It is
+        for building that model; its hash is no contract's."""
+        rank = next((site.rank for site in self.sites if site.name == name), None)
+        spec = self.adapter
+        if rank is None or not isinstance(spec, Lora):
+            return self
+        by = rank / spec.rank
+        alpha = spec.alpha * (by**0.5 if spec.kind == "rslora" else by)
+        return self.model_copy(
+            update={"adapter": spec.model_copy(update={"rank": rank, "alpha": alpha})}
+        )
 
     def weights(self) -> dict[str, float]:
         return {site.name: site.weight for site in self.sites}

@@ -151,8 +151,17 @@ class Phase(Frozen):
     cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`); the
     next starts there, at rest. `dropout` is the share of the head's inputs left out in a step: the
     same for all its records, drawn from public numbers, so that no record has a part in it.
-    With `proximal` = mu each local step's gradient has mu times the way that the round has already
-    come added to it (FedProx, arXiv 1812.06127): post-processing of what is noised.
+    With `proximal` = mu each local step's gradient has mu times the way from what the server sent
+    added to it (FedProx, arXiv 1812.06127). With control = "scaffold" each step is corrected
+    by how the site's mean gradient of the round before differed from all sites' (SCAFFOLD, arXiv
+    1910.06378, option II); over all sites the corrections add up to nothing, and with them the
+    noise that is in them. Both are post-processing of what is noised.
+
+    `personal`, in the last phase, leaves each site something of its own (client/own.py), which is
+    clipped and noised with all else: "head" or "adapter" do not leave the site at all; with
+    "copies" a site has its own copy of all that is trained, sends how it changed, and `proximal`
+    pulls it to the mean: from a model for each (towards 0) to one for all (MR-MTL, Liu, Hu, Wu and
+    Smith 2022, arXiv 2206.07902).
     """
 
     trains: Literal["head", "head+adapter", "adapter"]
@@ -166,6 +175,8 @@ class Phase(Frozen):
     adam: Adam | None = None
     schedule: Schedule | None = None
     proximal: Positive | None = None
+    control: Literal["scaffold"] | None = None
+    personal: Literal["head", "adapter", "copies"] | None = None
     dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @model_validator(mode="after")
@@ -180,8 +191,15 @@ class Phase(Frozen):
                 )
         if self.schedule and self.schedule.warm_up >= self.rounds:
             raise ValueError("schedule.warm_up must be less than the phase's rounds")
-        if self.proximal and self.local_steps == 1:
+        if self.personal == "copies" and not self.proximal:
+            raise ValueError('personal = "copies" needs proximal, which pulls them to their mean')
+        if self.personal not in (None, "copies", *self.trains.split("+")):
+            raise ValueError(f'personal = "{self.personal}" is not what this phase trains')
+        if self.proximal and self.local_steps == 1 and self.personal != "copies":
             raise ValueError("proximal pulls back from the second local step on; there is one")
+        if self.control and (self.local_steps == 1 or self.adam or self.proximal or self.personal):
+            raise ValueError("control is for several plain local steps from one model: without "
+                             "adam, proximal and personal")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
@@ -195,8 +213,11 @@ class Phase(Frozen):
         """Whether layers are adapted, or the frozen ones' outputs are all that is needed."""
         return self.trains != "head"
 
-    def rate_factor(self, place: int) -> float:
-        return self.schedule.factor(place, self.rounds) if self.schedule else 1.0
+    def rate(self, name: str, place: int) -> float:
+        """What a step multiplies a tensor's gradient by, in the round at a 1-based place."""
+        rate = self.head_rate if name.startswith("head.") else self.adapter_rate
+        assert rate is not None
+        return rate * (self.schedule.factor(place, self.rounds) if self.schedule else 1.0)
 
 
 class Adaptive(Frozen):
@@ -249,7 +270,7 @@ class Robust(Frozen):
 
 
 # What the methods train of LoRA's factors, and what the server makes of it (server/aggregate.py).
-Method = Literal["ffa", "fedsvd", "rolora", "fedavg", "flexlora", "fedex"]
+Method = Literal["ffa", "fedsvd", "rolora", "fedsa", "fedavg", "flexlora", "fedex"]
 BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 
 
@@ -260,6 +281,7 @@ class Aggregation(Frozen):
     ffa        A is frozen, the mean is B's (FFA-LoRA, arXiv 2403.12313)
     fedsvd     the same, and after each round B A is factored anew by SVD (arXiv 2505.12805)
     rolora     B in odd rounds of a phase, A in even ones (RoLoRA, arXiv 2409.02346)
+    fedsa      both; A is averaged, each site's B is its own (FedSA-LoRA, arXiv 2410.01463)
     fedavg     both, averaged apart: the mean of products is not the product of means
     flexlora   both, and the mean of the products is factored by SVD (arXiv 2402.11505)
     fedex      both, averaged apart, and what that loses goes into the frozen weight (FedEx-LoRA,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from silotune.common import adapter
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
@@ -29,6 +31,8 @@ class Iterate:
         self._second: Arrays = {}
         self._mean: Arrays = {}
         self._averaged = 0
+        self._control: Arrays = {}  # scaffold: the sites' mean gradient in round _control_of
+        self._control_of = 0
         self._ended = False
 
     @property
@@ -53,10 +57,19 @@ class Iterate:
         return self.contract.phase_of(self.number)
 
     @property
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that this round trains."""
-        names = adapter.trained_names(self.shapes, self.contract.trains_in(self.number))
+    def sent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors whose change the sites send this round."""
+        names = adapter.trained_names(self.shapes, self.contract.sends_in(self.number))
         return {name: self.shapes[name] for name in names}
+
+    def asked(self) -> Arrays:
+        """What a site needs for this round; with scaffold also the mean gradient of the round
+        before, if all sites had a part in it: then their corrections add up to nothing."""
+        needed = adapter.needed_names(self.adapter, self.phase.trains)
+        found = {name: self.adapter[name] for name in needed}
+        if self._control_of == self.number - 1:
+            found |= {adapter.CONTROL + name: a for name, a in self._control.items()}
+        return found
 
     def released(self) -> Arrays:
         """What the phase has come to: the mean of its later iterates, once there is one."""
@@ -64,10 +77,11 @@ class Iterate:
 
     def step(
         self, change: Arrays, figures: Mapping[Metric, float],
-        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
+        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None, *,
+        whole: bool = False,
     ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
-        nothing has changed then.
+        nothing has changed then. whole: whether all sites' changes are in it.
 
         why_not: is asked with the adapter, the one that the step leads to, and whether it adapts
         layers. What it says against the step is returned; then nothing of the round is kept, and
@@ -90,10 +104,14 @@ class Iterate:
             self._velocity, self._second = {}, {}
             return declined
         self.adapter, self._velocity, self._second = moved, velocity, second
-        place = self.contract.place_in_phase(self.number)
-        # Where A moves, a mean of factors is not the factors of a mean.
-        averages = settings.method in ("ffa", "fedsvd") or not self.phase.adapts
-        if averages and place > self.phase.rounds * settings.average_from:
+        place, phase = self.contract.place_in_phase(self.number), self.phase
+        if phase.control and whole and place < phase.rounds:
+            # A step is -rate (gradient + correction), and the corrections' mean is zero.
+            self._control_of, self._control = self.number, {
+                name: -array / np.float32(phase.local_steps * phase.rate(name, place))
+                for name, array in change.items()
+            }
+        if self.contract.averages_in(self.number):
             self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
         if settings.method == "fedsvd" and self.phase.adapts:
@@ -118,14 +136,15 @@ class Iterate:
         return {
             f"{kind}/{name}": array
             for kind, arrays in (
-                ("velocity", self._velocity), ("second", self._second), ("mean", self._mean)
+                ("velocity", self._velocity), ("second", self._second), ("mean", self._mean),
+                ("control", self._control),
             ) for name, array in arrays.items()
         }
 
     def standing(self) -> dict[str, Any]:
         """… and numbers."""
         return {"averaged": self._averaged, "next_clip_norm": self.clip_norm,
-                "ended": self._ended}
+                "ended": self._ended, "control_of": self._control_of}
 
     def restore(
         self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
@@ -133,10 +152,11 @@ class Iterate:
         """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
         adapter.check(arrays, self.shapes, "The stored adapter")
         self.number, self.adapter = number, arrays
-        self._velocity, self._second, self._mean = (
+        self._velocity, self._second, self._mean, self._control = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
-            for kind in ("velocity/", "second/", "mean/")
+            for kind in ("velocity/", "second/", "mean/", "control/")
         )
+        self._control_of = int(standing.get("control_of", 0))
         self._ended = bool(standing.get("ended"))
         self._averaged = int(standing["averaged"])
         self.clip_norm = float(standing["next_clip_norm"])

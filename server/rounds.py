@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from silotune.common import adapter, messages
+from silotune.common import messages
 from silotune.common.architecture import Lora
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
@@ -152,7 +152,7 @@ class Run:
                      and (told is None or site in told)]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
-                self.contract, self.masking.agreement, self.number, self.iterate.trained_shapes,
+                self.contract, self.masking.agreement, self.number, self.iterate.sent_shapes,
                 self.digest(), self.exchange,
             )
         for attempt in range(1, ATTEMPTS + 1):
@@ -203,8 +203,7 @@ class Run:
             clip_norm=self.iterate.clip_norm if self.contract.privacy.adaptive else None,
             agreement=self.masking.transcript if self.masking else None,
         )
-        needed = adapter.needed_names(self.adapter, self.iterate.phase.trains)
-        return header, {name: self.adapter[name] for name in needed}
+        return header, self.iterate.asked()
 
     def digest(self, attempt: int = 1) -> str:
         """Of what this round asks of every site alike, in that attempt."""
@@ -224,7 +223,7 @@ class Run:
             message = replies.read(self.contract, reply)
             update = self.gate.check(
                 message, site, self.number, attempt, self.digest(attempt),
-                self.iterate.trained_shapes,
+                self.iterate.sent_shapes,
             )
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
@@ -284,7 +283,10 @@ class Run:
             self._metrics = {"": figures}
         clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
         try:
-            declined = self.iterate.step(change, figures, self._acceptance.why_not)
+            declined = self.iterate.step(
+                change, figures, self._acceptance.why_not,
+                whole=len(self._open) == len(self.contract.sites),
+            )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
         metrics: Mapping[str, float | None] = {}

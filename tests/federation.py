@@ -1,0 +1,88 @@
+"""Small federations of real workers, in this process: for tests of whole rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
+from silotune.client.policy import permitting
+from silotune.client.worker import Worker
+from silotune.common import messages
+from silotune.common.contract import Contract
+from silotune.common.messages import Arrays, Message, Train
+from silotune.common.model import build
+from silotune.common.performance import Performance
+from silotune.server.registry import Registry
+from silotune.server.replies import carry_out
+from silotune.server.rounds import RoundFacts, Run
+from tests import tiny
+
+EXACT = Performance(bf16="off", device="cpu", micro_batch=4)
+SITES = ("north", "south", "east")
+Answer = Callable[[bytes], bytes]
+
+
+def worker_of(
+    contract: Contract, kind: str, model: str, folder: Path, site: str = "north",
+    ledger: Ledger | None = None, seed: int = 0,
+) -> Worker:
+    file = tiny.write(folder / f"{site}.csv", tiny.rows_of(kind, 24, seed))
+    policy = permitting(
+        contract, site, file, None if model == "one-hot" else tiny.folder_of(model), EXACT
+    )
+    return Worker(policy, contract, ledger or Ledger.in_memory(site), insecure_seed=seed + 1)
+
+
+def ask(worker: Worker, number: int, arrays: Arrays) -> Message:
+    header = Train(contract=worker.contract.hash, run="r", round=number)
+    return messages.unpack(worker.handle(messages.pack(Message(header, arrays))))
+
+
+def team(
+    contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
+) -> dict[str, Worker]:
+    """A worker for each site, with rows of its own in a new folder."""
+    folder.mkdir()
+    return {
+        site: worker_of(contract, kind, model, folder, site,
+                        Ledger.in_memory(site, keys[site]), place)
+        for place, site in enumerate(SITES)
+    }
+
+
+def play(
+    contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
+) -> tuple[Arrays, list[RoundFacts], list[Message]]:
+    """A whole run: the adapter, the rounds' facts, what the sites replied."""
+    workers = team(contract, kind, model, folder, keys)
+    seen: list[Message] = []
+
+    def answer(site: str, wire: bytes) -> bytes:
+        reply = workers[site].handle(wire)
+        seen.append(messages.unpack(reply))
+        return reply
+
+    handles: dict[str, Answer] = {s: lambda wire, s=s: answer(s, wire) for s in SITES}
+    network = build(contract, tiny.folder_of(model), EXACT)
+    run = Run(
+        contract, Registry.create(folder / "run", contract), "run-1", network.initial_arrays()
+    )
+    facts = []
+    while not run.done:
+        facts.append(carry_out(run.stages(list(handles)), handles))
+    return run.registry.adapter(), facts, seen
+
+
+def of_method(method: str, keys: dict[str, Keys], **more: Any) -> Contract:
+    """Two phases, the second of four rounds that train LoRA."""
+    plain = tiny.contract_of("classification", "bert")
+    head, both = plain.model_dump(mode="json")["phases"]
+    rates = {"head_rate": 0.1, "adapter_rate": 3.0}
+    return plain.changed(
+        sites=[{"name": site, "public_key": keys[site].public} for site in SITES], quorum=3,
+        phases=[head, both | rates | {"rounds": 4}],
+        aggregation={"method": method, "momentum": 0.0, "average_from": 0.75}, **more,
+    )
