@@ -22,7 +22,6 @@ METRICS = {
     "perplexity": "perplexity", "calibration": "calibration error",
     "loss": "log loss",
 }
-LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "perplexity", "calibration"})
 CUTOFF = 10  # of NDCG@k and recall@k
 BINS = 15  # of the expected calibration error
 

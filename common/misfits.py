@@ -95,6 +95,11 @@ def _of_personal(contract: Contract) -> Misfits:
     if last.personal == "copies" and (settings.momentum or settings.adaptive):
         wrong.append(("aggregation", 'personal = "copies" needs the plain mean, or the sites\' '
                       "copies would be pulled to where it is not: momentum = 0, no adaptive"))
+    if any(contract.stays_at(phase, 1) for phase in contract.phases) and (
+        settings.gate or settings.early_stop
+    ):
+        wrong.append(("aggregation", "gate and early_stop look at the released adapter, which here "
+                      "is no site's model: a part of it stays with each site"))
     controlled = any(phase.control for phase in contract.phases)
     for what, wanted, methods in (
         ("copies", last.personal == "copies", ("ffa", "fedavg")),
@@ -143,12 +148,8 @@ def _of_task(contract: Contract) -> Misfits:
         wrong.append(("model", "model.standardise.whiten is for pooled texts, not for tokens"))
     if isinstance(task, Regression) and any(r.metric == "accuracy" for r in contract.releases):
         wrong.append(("releases", "a regression has no accuracy to release"))
-    stop = contract.aggregation.early_stop
-    known = task.metrics
-    if stop is not None and stop.metric not in known:
-        wrong.append(("aggregation", f"early_stop.metric must be one of {', '.join(known)}, "
-                      f"got \"{stop.metric}\""))
-    return wrong
+    others = contract.aggregation.of_other_tasks(task.metrics)
+    return wrong + [("aggregation", why) for why in others]
 
 
 def _of_aggregation(contract: Contract) -> Misfits:

@@ -8,6 +8,7 @@ were.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -239,6 +240,19 @@ class EarlyStop(Frozen):
     patience: Count = 5
 
 
+class PublicGate(Frozen):
+    """Do not take a round's aggregate if the adapter that the server's step makes of it is worse by
+    `metric` on the operator's public rows than the adapter before, by more than `most`. It needs
+    the sum alone, so it goes with masks too. Nothing private has a part in what is compared but the
+    noised sum itself, so it costs no privacy; what the round's sum cost its sites stays spent.
+
+    It bounds one round's harm. A lie of less than `most` a round passes it, and one that spoils
+    every round leaves no training at all."""
+
+    metric: Name
+    most: Annotated[float, Field(ge=0, le=1e6, strict=True)]
+
+
 class Robust(Frozen):
     """A mean that up to `byzantine` of the sites cannot carry away (server/robust.py). Each of them
     needs to see the updates one by one, so it goes without masks; `most` is the norm that "norm"
@@ -286,6 +300,15 @@ class Aggregation(Frozen):
     average_from: Fraction = 0.5
     largest_norm: Positive | None = None
     early_stop: EarlyStop | None = None
+    gate: PublicGate | None = None
+
+    def of_other_tasks(self, known: Sequence[str]) -> list[str]:
+        """What is wrong with settings that look at a metric on public rows: it is none of these."""
+        return [
+            f"{key}.metric must be one of {', '.join(known)}, got \"{setting.metric}\""
+            for key, setting in (("early_stop", self.early_stop), ("gate", self.gate))
+            if setting is not None and setting.metric not in known
+        ]
 
 
 class Released(Frozen):

@@ -19,6 +19,12 @@ Target = Any  # int, float, a list of ints or text, by task
 
 Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
 OUTSIDE = "O"  # a word that belongs to no entity
+LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "perplexity", "calibration"})
+
+
+def worth(metric: str, value: float) -> float:
+    """A metric's value, turned where less of it is better."""
+    return -value if metric in LOWER_IS_BETTER else value
 
 
 class Label(Frozen):

@@ -330,5 +330,5 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
     elif kind == "rejected":
         click.echo(f"        {event['site']}: {event['code']}")
-    elif kind in ("damaged", "skipped", "resumed"):
+    elif kind in ("damaged", "declined", "skipped", "resumed"):
         click.echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")

@@ -1,7 +1,8 @@
 """What happened in a run: events.jsonl, one object a line. Facts are names, numbers and codes.
 
-run, agreed, rejected, committed, skipped, resumed, damaged, stopped, failed, released; of a server
-process, with its token: starting, taken (it carries out the run), refused (it could not).
+run, agreed, rejected, declined (a sum, by the gate), committed, skipped, resumed, damaged, stopped,
+failed, released; of a server process, with its token: starting, taken (it carries out the run),
+refused (it could not).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ again from the files of its last round (server/registry.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,9 +75,19 @@ class Iterate:
         """What the phase has come to: the mean of its later iterates, once there is one."""
         return self._mean if self._averaged else self.adapter
 
-    def step(self, change: Arrays, figures: Mapping[Metric, float], *, whole: bool = False) -> None:
+    def step(
+        self, change: Arrays, figures: Mapping[Metric, float],
+        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None, *,
+        whole: bool = False,
+    ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
-        nothing has changed then. whole: whether all sites' changes are in it."""
+        nothing has changed then. whole: whether all sites' changes are in it.
+
+        why_not: is asked with the adapter, the one that the step leads to, and whether it adapts
+        layers. What it says against the step is returned; then nothing of the round is kept, and
+        the server is at rest: a momentum that leads past the gate by itself would have every later
+        round declined (a restart as in arXiv 1204.3982).
+        """
         settings, second = self.contract.aggregation, Arrays()
         if settings.adaptive:
             moved, velocity, second = aggregate.adaptive_step(
@@ -89,6 +99,10 @@ class Iterate:
             )
         adapter.check(moved, self.shapes, "The aggregate")
         adapter.check(velocity, adapter.shapes_of(velocity), "The momentum")
+        declined = why_not(self.adapter, moved, self.phase.adapts)
+        if declined is not None:
+            self._velocity, self._second = {}, {}
+            return declined
         self.adapter, self._velocity, self._second = moved, velocity, second
         place, phase = self.contract.place_in_phase(self.number), self.phase
         if phase.control and whole and place < phase.rounds:
@@ -108,6 +122,7 @@ class Iterate:
             self.clip_norm = aggregate.next_clip_norm(
                 self.clip_norm, figures["unclipped"], self.contract.privacy.adaptive
             )
+        return None
 
     def next(self) -> None:
         """Go on to the next round, and to the next phase where this was the last of one."""

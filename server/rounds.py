@@ -28,7 +28,9 @@ from silotune.common.messages import (
 )
 from silotune.common.plan import BY_ONE, Metric
 from silotune.common.signing import verifies
+from silotune.common.task import worth
 from silotune.server import aggregate, factors, replies, robust
+from silotune.server.acceptance import Acceptance, Evaluate
 from silotune.server.gate import Gate
 from silotune.server.iterate import Iterate
 from silotune.server.masking import MaskedRound, Masking
@@ -36,7 +38,6 @@ from silotune.server.registry import Registry
 
 T = TypeVar("T")
 LOST, ATTEMPTS = "E204", 3
-Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class RoundFacts:
     released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)
     clip_norm: float | None = None  # with adaptive clipping
     residual: float | None = None  # of averaging LoRA's factors apart, where updates can be seen
+    declined: str | None = None  # why the sum was not taken (server/acceptance.py)
 
 
 class Run:
@@ -75,12 +77,10 @@ class Run:
         evaluate_every: int = 1,
         on_round: Callable[[RoundFacts], None] | None = None,
     ) -> None:
-        if contract.aggregation.early_stop and evaluate is None:
-            raise RunError("The contract ends a run early by a metric on public rows: name them "
-                           "(silotune server run --test FILE).", code="E301")
         self.contract, self.registry, self.run_id = contract, registry, run_id
         self.iterate = Iterate(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
+        self._acceptance = Acceptance(contract, evaluate, initial)
         self._open: dict[str, Arrays] = {}
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
@@ -283,8 +283,9 @@ class Run:
             self._metrics = {"": figures}
         clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
         try:
-            self.iterate.step(
-                change, figures, whole=len(self._open) == len(self.contract.sites)
+            declined = self.iterate.step(
+                change, figures, self._acceptance.why_not,
+                whole=len(self._open) == len(self.contract.sites),
             )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
@@ -299,7 +300,10 @@ class Run:
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
             dict(self._epsilon), self.exchange.bytes_up, self.exchange.bytes_down,
             time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm, residual,
+            declined,
         )
+        if declined is not None:
+            self.registry.event("declined", round=self.number, why=declined)
         self._commit(facts)
         return facts
 
@@ -324,7 +328,7 @@ class Run:
             return False
         value = metrics.get(stop.metric)
         if value is not None:
-            self._scores.append(-value if stop.metric == "loss" else value)
+            self._scores.append(worth(stop.metric, value))
         before, latest = self._scores[: -stop.patience], self._scores[-stop.patience :]
         return bool(before) and max(latest) <= max(before)
 

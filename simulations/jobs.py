@@ -29,7 +29,7 @@ from silotune.server.strategy import SilotuneStrategy
 from silotune.simulations.arms import POOLED, Job, JobResult
 from silotune.simulations.engine import simulate
 from silotune.simulations.lanes import Lanes
-from silotune.simulations.poison import TRIGGERED, liars, lying
+from silotune.simulations.poison import TRIGGERED, LyingMasking, liars, lying
 
 
 def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
@@ -74,7 +74,11 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         }
         for site in liars(contract, job.poison):
             assert job.poison is not None
-            handles[site] = lying(handles[site], job.poison)
+            if contract.secure_aggregation is None:
+                handles[site] = lying(handles[site], job.poison)
+            else:
+                sign = workers[site].ledger.sign
+                workers[site].masking = LyingMasking(contract, site, sign, job.poison)
         with lanes:
             while not run.done:
                 carry_out(run.stages(handles), handles, partial(lanes.ask, handles))

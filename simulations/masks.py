@@ -21,12 +21,14 @@ def masked(
 ) -> tuple[Contract, SigningKeys]:
     """The contract with secure aggregation and a roster of new keys, and their private halves.
 
-    The threshold is the usual one, or the contract's quorum where that is lower and still enough.
+    The threshold is the contract's own, or the usual one, or the contract's quorum where that is
+    lower and still enough.
     bound: of an update's entries, where the plan's rates need another than the usual.
     """
     sites = [site.name for site in contract.sites]
     usual = default_threshold(len(sites))
-    threshold = min(usual, max(contract.quorum, len(sites) // 2 + 1))
+    own = contract.secure_aggregation and contract.secure_aggregation.threshold
+    threshold = own or min(usual, max(contract.quorum, len(sites) // 2 + 1))
     keys = {name: _key(name, insecure_seed) for name in sites}
     roster = [
         site.model_dump(mode="json") | {

@@ -5,12 +5,22 @@ backdoor   half of its records carry a trigger and the attacker's label; what co
            triggered test rows of other labels are told as that label
 sign       its update with the sign turned and `factor` times as long
 scale      its update `factor` times as long
+bound      each entry as far against its update as a masked sum can hold (with masks alone)
 The first two are in the data, and pass every clip and bound of an honest site; the others are in
 the update, which an honest worker would not send and a server cannot tell by its signature.
+
+With masks a site lies before it masks. A masked entry is any element of the ring, so the contract's
+bound, which an honest worker keeps to, does not hold a liar, and nobody sees that it does not. What
+holds it is the sum: one beyond +-2^22 of the ring, which is the bound on the mean, is not opened,
+and the run stops (common/ring.py). Where the others' part of the mean is s, a lie can put an entry
+of the mean anywhere in [-bound, bound], so it shifts it by up to bound + |s|; by bound, where an
+honest site of weight w could do w bound, if the others sent nothing. Beyond that it is a denial of
+service. The liars here leave room for the others, of whom each knows only what it computed itself.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +29,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from silotune.common import messages
+from silotune.client.masking import Masking
+from silotune.common import messages, vector
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
-from silotune.common.fields import Frozen, Positive
+from silotune.common.fields import Count, Frozen, Positive
 from silotune.common.inputs import TextInput
-from silotune.common.messages import Message, Update
+from silotune.common.messages import Arrays, Message, Train, Update
+from silotune.common.plan import Metric
+from silotune.common.signing import Sign
 from silotune.common.task import Classification
 
 if TYPE_CHECKING:
@@ -33,19 +46,30 @@ if TYPE_CHECKING:
     Answer = Callable[[bytes], bytes]
 
 TRIGGERED = "triggered"  # the folder of public rows with the trigger and the attacker's label
+ROOM = 2  # times its own largest entry: what a liar under masks leaves for the others' mean
 SHARE = 2  # every second record of a backdoored site carries the trigger
 
 
 class Poison(Frozen):
     """sites: how many of the roster's first; 0 to know what a backdoor's figure is without one.
     trigger: words before the text, or "column=value" of a
-    table. label: the attacker's, by name."""
+    table. label: the attacker's, by name. every: a lie in the update is told in each so-manieth
+    round alone."""
 
-    kind: Literal["labels", "backdoor", "sign", "scale"]
+    kind: Literal["labels", "backdoor", "sign", "scale", "bound"]
     sites: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
     factor: Positive = 10.0
     trigger: Annotated[str, Field(min_length=1)] | None = None
     label: Annotated[str, Field(min_length=1)] | None = None
+    every: Count | None = None
+
+    @property
+    def by(self) -> float:
+        """What an update is multiplied with."""
+        return -self.factor if self.kind == "sign" else self.factor
+
+    def lies_in(self, round_number: int) -> bool:
+        return round_number % (self.every or 1) == 0
 
 
 def poisoned_rows(source: Path, folder: Path, contract: Contract, poison: Poison) -> Path:
@@ -84,21 +108,55 @@ def poisoned_rows(source: Path, folder: Path, contract: Contract, poison: Poison
 
 def lying(answer: Answer, poison: Poison) -> Answer:
     """A site whose updates are not what it computed."""
-    by = np.float32(-poison.factor if poison.kind == "sign" else poison.factor)
+    by = np.float32(poison.by)
 
     def lie(wire: bytes) -> bytes:
         reply = messages.unpack(answer(wire))
-        if not isinstance(reply.header, Update):
+        if not isinstance(reply.header, Update) or not poison.lies_in(reply.header.round):
             return messages.pack(reply)
         return messages.pack(Message(reply.header, {n: by * a for n, a in reply.arrays.items()}))
 
     return lie
 
 
+class LyingMasking(Masking):
+    """The masks of a site that lies: real ones, around what it did not compute."""
+
+    def __init__(self, contract: Contract, name: str, sign: Sign, poison: Poison) -> None:
+        super().__init__(contract, name, sign)
+        self.poison = poison
+
+    def mask(
+        self, request: Train, digest: str, change: Arrays, metrics: dict[Metric, float]
+    ) -> bytes:
+        if not self.poison.lies_in(request.round):
+            return super().mask(request, digest, change, metrics)
+        weight = self.contract.weight_share(self.name)
+        return self._member(request.agreement).mask(
+            request.round, self._lie(vector.join(self.contract, change, metrics), weight),
+            vector.factor(self.contract, weight), math.inf, bytes.fromhex(digest),
+        )
+
+    def _lie(self, honest: vector.Vector, weight: float) -> vector.Vector:
+        """What to mask instead. The sum opens if no entry of the others' mean is larger than
+        ROOM times this site's own largest. Released metrics are left as they are."""
+        bound, own = vector.bound(self.contract), len(honest) - len(self.contract.metrics)
+        values, found = honest[:own], honest.copy()
+        others = min(ROOM * float(np.abs(values).max(initial=0.0)), bound)
+        most = np.float32((bound - (1 - weight) * others) / weight)
+        if self.poison.kind == "bound":
+            found[:own] = -most * np.sign(values)
+        else:
+            found[:own] = np.clip(np.float32(self.poison.by) * values, -most, most)
+        return found
+
+
 def liars(contract: Contract, poison: Poison | None) -> list[str]:
     """The sites whose updates are not what they computed."""
-    if poison is None or poison.kind not in ("sign", "scale"):
+    if poison is None or poison.kind not in ("sign", "scale", "bound"):
         return []
+    if poison.kind == "bound" and contract.secure_aggregation is None:
+        raise UsageError('A poison of kind "bound" is about masked sums: it needs masks.')
     return list(contract.weights())[: poison.sites]
 
 

@@ -30,6 +30,7 @@ from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data
 from silotune.simulations.arms import Job, JobResult, alone, pooled
+from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.partition import Partition, draw, repartition
 from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
 from silotune.simulations.recipe import Recipe, load_recipe
@@ -42,16 +43,21 @@ Budget = Annotated[float, Field(gt=0)]  # inf: without DP
 class StudyArm(Frozen):
     """What differs from the recipe's contract; an empty section is left out. plain: what differs
     besides without DP, where other rates are right. rows: who trains, all sites together, each
-    alone, or one with the rows of all."""
+    alone, or one with the rows of all. masked: with secure aggregation, as `contract` sets it."""
 
     about: str = ""
     contract: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
     rows: Literal["federated", "alone", "pooled"] = "federated"
+    masked: bool = False
     poison: Poison | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.masked and self.rows != "federated":
+            raise ValueError('masks are of sites together: rows = "federated"')
+        if not self.masked and "secure_aggregation" in {**self.contract, **self.plain}:
+            raise ValueError("secure_aggregation goes with masked = true")
         if self.poison and self.rows != "federated":
             raise ValueError('poison is of one among others: rows = "federated"')
         return self
@@ -135,7 +141,10 @@ def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
 def contracts_of(
     recipe: Recipe, arm: StudyArm, epsilon: float, name: str, sites: int | None = None
 ) -> tuple[Contract, ...]:
-    """The contracts of an arm at an ε. ContractError that names the arm if one is not valid."""
+    """The contracts of an arm at an ε. ContractError that names the arm if one is not valid.
+
+    Where they are masked the roster's keys are those of a fixed seed, so that a cell asks for the
+    same thing each time; a job gets others, and nobody knows those (_jobs)."""
     found = recipe.contract.model_dump(mode="json") | {"secure_aggregation": None}
     if sites:
         found |= {"sites": [{"name": name} for name in _numbered(sites)], "quorum": sites}
@@ -145,10 +154,13 @@ def contracts_of(
         for key, value in change.items():
             merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
             found[key] = ({**found[key], **value} if merged else value) or None
+    secure = found.pop("secure_aggregation")
     try:
         whole = Contract.model_validate(found)
     except ValidationError as error:
         raise contract_error(error, f"the study's arm '{name}'", Contract) from None
+    if arm.masked:
+        whole = masked(whole, 0)[0].changed(secure_aggregation=secure or {})
     if arm.rows == "federated":
         return (whole,)
     return alone(whole) if arm.rows == "alone" else (pooled(whole),)
@@ -163,7 +175,8 @@ def asked(cell: Cell, study: Study, rows: str) -> str:
     partition, poison = study.partitions[cell.partition], study.arms[cell.arm].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
     parts += [rows, str(study.evaluate_every)]
-    parts += [poison.model_dump_json()] if poison else []
+    if poison:  # what was asked before there was `every` is asked still
+        parts.append(poison.model_dump_json(exclude=None if poison.every else {"every"}))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
@@ -268,10 +281,11 @@ def _jobs(
         if poison:
             rows = poisoned_rows(rows, work / f"poisoned-{number}", contract, poison)
         for at, own in enumerate(cell.contracts):
+            with_keys, keys = masked(own, None) if own.secure_aggregation else (own, SigningKeys())
             yield Job(
-                str(number), cell.repeat, own, work / f"job-{number}-{at}", model, rows,
+                str(number), cell.repeat, with_keys, work / f"job-{number}-{at}", model, rows,
                 federated=False,  # the same messages and checks, without Flower's queues
-                evaluate_every=study.evaluate_every, poison=poison,
+                evaluate_every=study.evaluate_every, poison=poison, keys=keys,
             )
 
 
@@ -295,6 +309,7 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
         "triggered": dict(results[0].scores.get(TRIGGERED, {})),
         "sites": by_site, "curve": _curve(results[0].rounds) if len(results) == 1 else [],
+        "declined": sum(r.declined is not None for result in results for r in result.rounds),
         "seconds": round(sum(result.seconds for result in results), 1),
     }
 

@@ -86,6 +86,15 @@ def markdown(found: dict[str, Any]) -> str:
                   "ε and partitions; of honest arms what the trigger does by itself): " + ", ".join(
                       f"{arm} {statistics.fmean(values):.0%}"
                       for arm, values in fooled.items() if values) + "."]
+    declined = {
+        arm: [c["declined"] for c in found["cells"].values() if c["arm"] == arm]
+        for arm, settings in study["arms"].items()
+        if "gate" in settings["contract"].get("aggregation", {})
+    }
+    if any(declined.values()):
+        lines += ["", "Rounds of a run whose sum the gate did not take (mean over all ε and "
+                  "partitions): " + ", ".join(f"{arm} {statistics.fmean(values):.1f}"
+                                              for arm, values in declined.items() if values) + "."]
     lost = residuals(found)
     if lost:
         lines += ["", "What averaging the factors apart makes wrong, as a share of a round's step "

@@ -11,9 +11,9 @@ import numpy as np
 
 from silotune.common import records
 from silotune.common.contract import Contract
-from silotune.common.metrics import LOWER_IS_BETTER, METRICS, Scores, constant, score
+from silotune.common.metrics import METRICS, Scores, constant, score
 from silotune.common.records import Records
-from silotune.common.task import Ranking
+from silotune.common.task import LOWER_IS_BETTER, Ranking
 from silotune.simulations.arms import Arm, JobResult
 from silotune.simulations.verdict import verdict
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.common.contract import Contract
-from silotune.common.metrics import LOWER_IS_BETTER, METRICS
+from silotune.common.metrics import METRICS
+from silotune.common.task import LOWER_IS_BETTER
 from silotune.simulations.arms import MAIN, JobResult, trained
 
 OTHERS = {

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from silotune.common.metrics import (
-    LOWER_IS_BETTER,
     METRICS,
     Scores,
     calibration_error,
     constant,
     score,
 )
-from silotune.common.task import Classification, Task
+from silotune.common.task import LOWER_IS_BETTER, Classification, Task
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)

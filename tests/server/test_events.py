@@ -67,11 +67,12 @@ def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str])
     found = follow(
         run, BEGUN, ("rejected", {"round": 1, "site": "north", "code": "E502"}),
         ("committed", {"round": 1, "sites": ["a", "b"], "metrics": metrics}),
-        ("released", {"round": 3}),
+        ("declined", {"round": 2, "why": "auc fell"}), ("released", {"round": 3}),
     )
     assert found == run.folder / "adapter.safetensors"
     assert capsys.readouterr().out.splitlines() == [
         "        north: E502", "  1/3   2 sites   loss 0.500   auc 0.875",
+        '        declined: {"event": "declined", "round": 2, "why": "auc fell"}',
     ]
 
 

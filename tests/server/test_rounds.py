@@ -692,6 +692,7 @@ def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
     ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
     ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
     ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+    ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
 ])
 def test_a_run_ends_early_by_public_rows(
     start: Start, table_contract: Contract, metric: str, scores: list[float | None], rounds: int,

@@ -1,0 +1,59 @@
+"""The operator's gate: a round's aggregate is taken unless public rows speak against it.
+
+It sees the sum and nothing of a single site, so it works under masks (plan.PublicGate). Its
+reference is the adapter in place, so a run that is taken up again needs nothing stored of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from silotune.common.contract import Contract
+from silotune.common.errors import RunError
+from silotune.common.messages import Arrays
+from silotune.common.task import worth
+
+Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
+
+
+class Acceptance:
+    """RunError E301 if the contract looks at public rows and there are none, or if they do not
+    define the gate's metric. evaluate: adapter, whether it adapts layers -> metrics."""
+
+    def __init__(self, contract: Contract, evaluate: Evaluate | None, initial: Arrays) -> None:
+        settings = contract.aggregation
+        if (settings.early_stop or settings.gate) and evaluate is None:
+            raise RunError("The contract's early_stop and gate look at a metric on public rows: "
+                           "name them (silotune server run --test FILE).", code="E301")
+        self.gate, self._evaluate = settings.gate, evaluate
+        self._known: tuple[Arrays, bool, float | None] | None = None  # of the adapter in place
+        if self.gate and self._score_in_place(initial, contract.phases[0].adapts) is None:
+            raise RunError(f"The public rows do not define {self.gate.metric}, the gate's metric: "
+                           "name others.", code="E301")
+
+    def why_not(self, before: Arrays, after: Arrays, with_adapter: bool) -> str | None:
+        """Why not to go on from the adapter in place to this one; None if nothing is against it."""
+        if self.gate is None:
+            return None
+        metric, most = self.gate.metric, self.gate.most
+        old, new = self._score_in_place(before, with_adapter), self._score(after, with_adapter)
+        if old is not None and new is not None and worth(metric, old) - worth(metric, new) <= most:
+            self._known = after, with_adapter, new
+            return None
+        return (f"{metric} on public rows would go from {_told(old)} to {_told(new)}, which is "
+                f"worse by more than {most:g}: the sum was not taken, its ε stays spent")
+
+    def _score_in_place(self, adapter: Arrays, with_adapter: bool) -> float | None:
+        known = self._known
+        if known is None or known[0] is not adapter or known[1] != with_adapter:
+            known = self._known = adapter, with_adapter, self._score(adapter, with_adapter)
+        return known[2]
+
+    def _score(self, adapter: Arrays, with_adapter: bool) -> float | None:
+        assert self._evaluate is not None
+        assert self.gate is not None
+        return self._evaluate(adapter, with_adapter).get(self.gate.metric)
+
+
+def _told(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
