@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
@@ -30,9 +31,7 @@ LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one 
 PORT = click.IntRange(1, 65535)
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 LOG_BYTES, LOGS = 10 << 20, 5
-KEY = click.option(
-    "--key", type=click.Path(path_type=Path), help="The owner's key, wherever it is."
-)
+KEY = click.option("--key", type=click.Path(path_type=Path), help="The owner's key's file.")
 
 
 @click.group()
@@ -41,6 +40,7 @@ def site() -> None:
 
 
 site.add_command(prepare)
+site.add_command(own)
 
 
 @site.command()
@@ -312,9 +312,9 @@ def worker(
         found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    own = logging.getLogger("silotune")
-    own.addHandler(handler)
-    own.propagate = False  # Opacus gives the root logger a handler that writes to stderr
+    log = logging.getLogger("silotune")
+    log.addHandler(handler)
+    log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
     tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
 
     def told(answered: metrics.Answered) -> None:

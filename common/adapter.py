@@ -8,10 +8,13 @@ Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import DataError, ProtocolError, UsageError
 from silotune.common.messages import Arrays
 
 # Before the name of a tensor: all sites' mean gradient in it, in the round before (scaffold).
@@ -96,6 +99,17 @@ def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
             raise ProtocolError(
                 f"{what}: '{name}' has values beyond {LARGEST:g}.", code="E502"
             )
+
+
+def load(file: Path) -> Arrays:
+    """The adapter in a file; UsageError if there is none, DataError E305 if it is damaged."""
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist: a run has it when it is done.")
+    try:
+        arrays: Arrays = load_file(file)
+    except SafetensorError:
+        raise DataError(f"{file} is damaged: copy it again.", code="E305") from None
+    return arrays
 
 
 def orthonormal(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.adapter import check
+from silotune.common.adapter import check, load
 from silotune.common.cli import emit
 from silotune.common.errors import DataError, ProtocolError, UsageError
 
@@ -169,16 +169,8 @@ def answer(
 
 def _arrays(run: Path, network: Any) -> Any:
     """The run's adapter; DataError unless it is the contract's."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     file = run / "adapter.safetensors"
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist: a run has it when it is done.")
-    try:
-        arrays = load_file(file)
-    except SafetensorError:
-        raise DataError(f"{file} is damaged: copy it again.", code="E305") from None
+    arrays = load(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.named_tensors().items()}
     try:
         check(arrays, shapes, str(file))

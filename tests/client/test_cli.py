@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
 
 from silotune.client import wire
+from silotune.client.own import Own
 from silotune.client.site import Site
 from silotune.client.worker import Worker
 from silotune.common import messages
@@ -286,3 +289,38 @@ def test_metrics_need_a_worker_that_has_run(run: Run, site: Site) -> None:
     assert "the site's worker makes it" in str(result.exception)
     for port in ("0", "65536", "x"):
         run("site", "metrics", "--config", site.config, "--port", port, code=2)
+
+
+def test_a_sites_own_model(
+    run: Run, site: Site, table_contract: Contract, tmp_path: Path
+) -> None:
+    """What the run left here, in the place of what was released, for `silotune adapter` to use."""
+    last = table_contract.model_dump(mode="json")["phases"][-1]
+    contract = table_contract.changed(
+        phases=[last | {"personal": "copies", "proximal": 0.1, "budget": 1.0}],
+        aggregation={"momentum": 0.0},
+    )
+    edit(site, table_contract.hash, contract.hash)
+    run("site", "sign", "--config", site.config)
+    released = tmp_path / "released"
+    released.mkdir()
+    (released / "contract.json").write_text(contract.model_dump_json())
+    words = ("site", "own", "released", "--config", site.config)
+    assert "none" in str(run(*words, code=1).exception)
+    train(site, contract, 2)
+    assert "adapter.safetensors" in str(run(*words, code=1).exception)
+    zeros = build(contract, None).initial_arrays()
+    save_file(zeros | {"other": np.zeros(1, np.float32)}, released / "adapter.safetensors")
+    assert "r's" not in run(*words, "--run", "s", code=1).output
+    assert "own model of r: 2 of 3 tensors" in run(*words).output
+    found = load_file(tmp_path / "own" / "adapter.safetensors")
+    charges = site.open()[1].charges.values()
+    kept = Own.read(site.open()[1].own(charges))
+    assert kept.averaged
+    for name in zeros:
+        assert np.array_equal(found[name], kept.mean[name])
+        assert found[name].any()
+    assert not found["other"].any()
+    for path in (tmp_path / "own", *(tmp_path / "own").iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert "exists" in str(run(*words, code=1).exception)

@@ -1,0 +1,62 @@
+"""`silotune site own`: a site's own model, of the released adapter and what stayed at the site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from silotune.common import contract as contracts
+from silotune.common.adapter import load
+from silotune.common.cli import emit
+from silotune.common.errors import UsageError
+
+
+@click.command()
+@click.argument("released", type=click.Path(path_type=Path))
+@click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
+@click.option("--config", default="site.toml", type=click.Path(path_type=Path),
+              help="The site's policy.")
+@click.option("--out", default=Path("own"), show_default=True, type=click.Path(path_type=Path),
+              help="A new folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:
+    """Put what a run left at this site (`personal` in the contract, or method fedsa) into the
+    adapter that it released. RELEASED is the operator's folder: contract.json,
+    adapter.safetensors. What it writes is used like any run's folder (silotune adapter).
+
+    It is as private as what left the site: trained with the same noise, and paid for.
+
+    \b
+    $ silotune site own released --out own
+    ✓ own  hospital-a's own model of heart-diagnosis-20261122-1015: 2 of 10 tensors
+    """
+    from safetensors.numpy import save
+
+    from silotune.client.own import Own
+    from silotune.client.site import Site
+    from silotune.common.durable import write_durably
+
+    contract = contracts.load(released / "contract.json")
+    policy, ledger, _ = Site(config).open()
+    charges = [c for c in ledger.charges.values() if c.contract == contract.hash]
+    left = {
+        c.run: None for c in charges
+        if (entry := ledger.releases.get(c.sequence)) is not None and entry.own
+    }
+    if name is None and len(left) == 1:
+        (name,) = left
+    if name not in left:
+        known = ", ".join(left) or "none: the contract leaves nothing, or the site had no part"
+        raise UsageError(f"Name the run with --run; runs that left something here: {known}.")
+    found = Own.read(ledger.own(c for c in charges if c.run == name))
+    arrays = load(released / "adapter.safetensors")
+    own_names = sorted(set(found.tensors) & set(arrays))
+    if out.exists():
+        raise UsageError(f"{out} exists. Name a new folder with --out.")
+    out.mkdir(mode=0o700, parents=True)
+    write_durably(out / "contract.json", (released / "contract.json").read_bytes())
+    write_durably(out / "adapter.safetensors", save(found.model(arrays)))
+    facts = {"run": name, "site": policy.name, "own": own_names, "tensors": len(arrays)}
+    emit(facts, as_json, f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of "
+         f"{len(arrays)} tensors")
