@@ -21,7 +21,8 @@ products have eight bits. Not equal: ours pads to a multiple of 16 tokens, 16 te
 others to the client's longest, all 64 at once. Stock sends A back, too.
 
 Memory is by how much a process grows beyond its libraries, at its peak; of stock, all of Ray's
-together (PSS). `memory/CASE` is ours over the model's float32 weights and the encoded texts.
+together (PSS). `memory/CASE` is ours over the model's float32 weights and the encoded texts;
+`memory/CASE/data` is the same without the libraries' own code, which is read as it is used.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def cell(blocks: list[Block]) -> dict[str, Any]:
     peak = max(block["memory"]["peak"] for block in blocks)
     found = {"rounds": len(later)} | {name: round(value, 5) for name, value in seconds.items()}
     found["memory_mb"] = round(peak / 1e6, 1)
+    found["code_mb"] = round(max(b["memory"].get("code", 0) for b in blocks) / 1e6, 1)
     if "model" in blocks[0]:
         found["model_and_data_mb"] = round((blocks[0]["model"] + blocks[0]["data"]) / 1e6, 1)
     return found
@@ -118,6 +120,8 @@ def ratios(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
             own = cells[f"{side}/{case}"]["client_round"]
             found[f"{side}/{OURS}/{case}"] = own / ours["client_round"]
         found[f"memory/{case}"] = ours["memory_mb"] / ours["model_and_data_mb"]
+        own = ours["memory_mb"] - ours["code_mb"]
+        found[f"memory/{case}/data"] = own / ours["model_and_data_mb"]
     return {name: round(value, 5) for name, value in found.items()}
 
 

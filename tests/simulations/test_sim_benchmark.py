@@ -14,7 +14,7 @@ FIRST = {"head.weight": [[0.0, 0.0]], "q.lora_A": [[1.0, 0.0]], "q.lora_B": [[0.
 
 
 def block(*marks: float, **more: int) -> Block:
-    return {"marks": list(marks), "memory": {"peak": 200_000_000}, **more}
+    return {"marks": list(marks), "memory": {"peak": 200_000_000, "code": 50_000_000}, **more}
 
 
 def weights(**changed: list[list[float]]) -> sim_workload.Weights:
@@ -29,9 +29,19 @@ def test_the_first_round_stands_apart_and_counts_in_the_whole() -> None:
     assert found == {
         "rounds": 4, "first": 20.0, "round": 5.5, "least": 4.0, "most": 8.0,
         "client_round": 0.275, "whole": round((20.0 + 19 * 5.5) / 400, 5),
-        "a_second": round(20 / 5.5, 5), "memory_mb": 200.0, "model_and_data_mb": 100.0,
+        "a_second": round(20 / 5.5, 5), "memory_mb": 200.0, "code_mb": 50.0,
+        "model_and_data_mb": 100.0,
     }
     assert "model_and_data_mb" not in sim.cell([block(10.0, 14.0)])
+
+
+def test_memory_tells_the_libraries_code_from_the_rest() -> None:
+    memory = sim_workload.Memory()
+    held = np.ones(50_000_000, np.uint8)
+    found = memory.found()
+    del held
+    assert found["peak"] >= found["after"] > 40_000_000
+    assert found["code"] < 10_000_000
 
 
 def test_ratios_are_ours_over_theirs() -> None:
@@ -49,6 +59,7 @@ def test_ratios_are_ours_over_theirs() -> None:
     for name, value in expected.items():
         for case in sim.CASES:
             assert found[f"{name}/{case}"] == pytest.approx(value)
+    assert found["memory/adapter/data"] == 1.5
     assert found["whole/pfl/head"] == pytest.approx((5 + 19) / (5 + 19 * 4), abs=1e-3)
 
 
