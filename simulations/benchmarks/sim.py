@@ -16,7 +16,7 @@ Ray starts. `whole` is a client and round with all of that in a run of 20 rounds
 others. Ours scores 64 public texts in its last round and writes each round durably.
 
 The sides' weights after two rounds are compared with pfl's in float32: they may differ by a
-thousandth of the way that these have moved, by a fiftieth where layers computed in bfloat16, whose
+thousandth of the way that these have moved, by a twentieth where layers computed in bfloat16, whose
 products have eight bits. Not equal: ours pads to a multiple of 16 tokens, 16 texts at once; the
 others to the client's longest, all 64 at once. Stock sends A back, too.
 
@@ -65,7 +65,7 @@ MODULES = dict.fromkeys((OURS, QUEUES, FLOAT32, PRIVATE), "sim_ours") | {
 }
 WHOLE = 20  # rounds; all of them run where they are quick
 ROUNDS = dict.fromkeys(MODULES, WHOLE) | {STOCK: 3, PFL: 6, BF16: 6}
-TOLERANCE = dict.fromkeys(MODULES, 0.02) | {STOCK: 0.001, FLOAT32: 0.001}
+TOLERANCE = dict.fromkeys(MODULES, 0.05) | {STOCK: 0.001, FLOAT32: 0.001}
 
 Block = dict[str, Any]  # a side's last line (sim_workload.report)
 
