@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds install clean FORCE
+.PHONY: demo test nightly soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -24,6 +24,15 @@ recipes: $(INSTALLED)  ## every recipe pooled, alone, federated, with DP; writes
 
 bench-rounds: $(INSTALLED)  ## what a round costs beyond training; writes results/rounds.json
 	$(BIN)/python -m silotune.simulations.benchmarks.rounds
+
+# pfl wants an older dp-accounting than dev has: of both the bench needs nothing, so without what
+# it depends on; the extra has the rest.
+bench-sim: $(INSTALLED)  ## a simulated client beside Flower's and pfl-research's; writes results/sim.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --config-settings editable_mode=strict -e '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --no-deps pfl
+	$(BIN)/python -m silotune.simulations.benchmarks.sim
 
 check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 	$(BIN)/ruff check .
