@@ -43,12 +43,14 @@ Budget = Annotated[float, Field(gt=0)]  # inf: without DP
 class StudyArm(Frozen):
     """What differs from the recipe's contract; an empty section is left out. plain: what differs
     besides without DP, where other rates are right. rows: who trains, all sites together, each
-    alone, or one with the rows of all. masked: with secure aggregation, as `contract` sets it."""
+    alone, or one with the rows of all. epsilons: if not all of the study's. masked: with secure
+    aggregation, as `contract` sets it."""
 
     about: str = ""
     contract: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
     rows: Literal["federated", "alone", "pooled"] = "federated"
+    epsilons: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     masked: bool = False
     poison: Poison | None = None
 
@@ -133,7 +135,7 @@ def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
     for repeat in range(study.repeats):
         for partition in study.partitions:
             for name, arm in study.arms.items():
-                for epsilon in study.epsilons:
+                for epsilon in arm.epsilons or study.epsilons:
                     found = contracts_of(recipe, arm, epsilon, name, study.sites)
                     yield Cell(name, epsilon, partition, repeat, found)
 
