@@ -79,9 +79,10 @@ def train_round(
         measured.see(index, outputs, targets)
         return model.objective.losses(outputs, targets)
 
-    with model.lock, model.requiring(names):
+    with model.lock, model.requiring(names), model.unmixed(private):
         model.load(own.laid_over(adapter))
-        tensors = {name: model.named_tensors()[name] for name in names}
+        known = model.named_tensors()
+        tensors = {name: known[name] for name in names}
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
         pulled = {

@@ -35,6 +35,8 @@ from silotune.common.network import (
 )
 from silotune.common.performance import Performance
 
+STEP = 4  # BUCKET where nothing is private
+
 
 class Lower(NamedTuple):
     """A block of texts behind the frozen layers. rows: their numbers, [n]; hidden [n, T, H]."""
@@ -182,7 +184,8 @@ class Adapted(Network):
 
     def _width(self, encoded: Encoded, index: Tensor) -> int:
         """The padded length of a block of records, which are all of one bucket."""
-        return -(-int(encoded.lengths(index).max()) // BUCKET) * BUCKET
+        step = BUCKET if self.private else STEP
+        return -(-int(encoded.lengths(index).max()) // step) * step
 
     def _layers(self, hidden: Tensor, around: Around, layers: Iterable[nn.Module]) -> Tensor:
         """hidden [n, T, H] through layers."""

@@ -118,6 +118,7 @@ class Network(nn.Module):
     """A linear head on features; with `top`, on the adapted layers' output."""
 
     bf16 = False  # whether any product is computed in bfloat16
+    private = True  # whether a record's outputs must not depend on which others are there
 
     def __init__(self, n_features: int, task: Task, performance: Performance) -> None:
         super().__init__()
@@ -151,7 +152,14 @@ class Network(nn.Module):
         return labels[index]
 
     def micro_batches(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Iterator[Block]:
-        """`index` in blocks that fit in memory."""
+        """`index` in blocks that fit in memory; where nothing is private in blocks without filling,
+        each of texts of like lengths."""
+        if not self.private:
+            lengths = encoded.lengths(index) if adapter or self.objective.of_tokens else index
+            size = self.performance.micro_batch if adapter else HEAD_BATCH
+            for part in torch.split(index[lengths.argsort()], size) if len(index) else ():
+                yield Block(part, len(part))
+            return
         if not (adapter or self.objective.of_tokens):
             for part in torch.split(index, HEAD_BATCH) if len(index) else ():
                 fill = part[:1].expand(-len(part) % HEAD_FILL)
@@ -180,6 +188,15 @@ class Network(nn.Module):
         if "head" not in trains.split("+"):
             return []
         return [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+
+    @contextmanager
+    def unmixed(self, private: bool) -> Iterator[None]:
+        """Within, whether each record is kept from moving another's roundings."""
+        before, self.private = self.private, private
+        try:
+            yield
+        finally:
+            self.private = before
 
     @contextmanager
     def requiring(self, names: Collection[str]) -> Iterator[None]:

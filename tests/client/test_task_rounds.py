@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 import torch
 
 from silotune.client.keys import Keys
+from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.common import messages, vector
 from silotune.common.adapter import trained_names
 from silotune.common.errors import RefusalError
 from silotune.common.messages import Arrays, Message, Refusal, Train, Update
 from silotune.common.model import build
+from silotune.common.network import Block, Network
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -338,6 +342,44 @@ def test_a_proximal_term_holds_local_steps_back(tmp_path: Path) -> None:
         reply = ask(worker, 1, worker.model.initial_arrays())
         moved[proximal] = float(np.linalg.norm(reply.arrays["head.weight"]))
     assert 0 < moved[10.0] < 0.3 * moved[None]
+
+
+@pytest.mark.parametrize("mode", ["dp", "none"])
+def test_blocks_are_filled_wherever_records_are_private(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one shape keep a record from moving the roundings of others. Where nothing is
+    private they are not needed: the gradient is the same but for roundings, with fewer rows."""
+    keys = {site: Keys.in_memory() for site in SITES}
+    more: dict[str, Any] = {} if mode == "dp" else {"privacy": {
+        "mode": "none", "expected_records": 24.0}}
+    contract = of_method("ffa", keys, **more)
+    worker = worker_of(contract, "classification", "bert", tmp_path, "north",
+                       Ledger.in_memory("north", keys["north"]))
+    network, sizes = worker.model, []
+    batches = Network.micro_batches
+
+    def seen(self: Network, *args: Any, **kwargs: Any) -> Iterator[Block]:
+        for block in batches(self, *args, **kwargs):
+            sizes.append((len(block.rows), block.n))
+            yield block
+
+    monkeypatch.setattr(Network, "micro_batches", seen)
+    start = tiny.moved(network)
+    reply = ask(worker, contract.rounds, start)
+    assert sum(n for _, n in sizes) <= 24
+    if mode == "dp":
+        assert {rows for rows, _ in sizes} == {EXACT.micro_batch}
+        assert any(n < rows for rows, n in sizes)
+        return
+    assert all(rows == n for rows, n in sizes)
+    assert network.private
+    monkeypatch.setattr(Network, "unmixed", lambda *_: nullcontext())
+    filled = worker_of(contract, "classification", "bert", tmp_path, "north",
+                       Ledger.in_memory("north", keys["north"]))
+    again = ask(filled, contract.rounds, start)
+    for name, change in reply.arrays.items():
+        np.testing.assert_allclose(change, again.arrays[name], atol=1e-5)
 
 
 # --- permissions -------------------------------------------------------------------------------
