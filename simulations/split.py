@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from silotune.common.contract import Contract
+from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, did_you_mean
 from silotune.simulations.tables import TABLES
 
@@ -100,9 +101,14 @@ def _write(
         else:
             test = np.zeros(len(rows), dtype=bool)
             test[rng.permutation(len(rows))[: len(rows) // 4]] = True
-        rows[test].to_csv(folder / "test" / f"{name}.csv", index=False)
-        rows[~test].to_csv(folder / "train" / f"{name}.csv", index=False)
+        _put(rows[test], folder / "test" / f"{name}.csv")
+        _put(rows[~test], folder / "train" / f"{name}.csv")
         pooled.append(rows[~test])
         counts.append({"site": name, "train": int((~test).sum()), "test": int(test.sum())})
-    pd.concat(pooled).to_csv(folder / "pooled.csv", index=False)
+    _put(pd.concat(pooled), folder / "pooled.csv")
     return counts
+
+
+def _put(rows: pd.DataFrame, file: Path) -> None:
+    """Whole or not at all: another process may be reading the same split."""
+    write_durably(file, rows.to_csv(index=False).encode())

@@ -67,3 +67,26 @@ def test_files_of_sites_that_are_gone_are_removed(made_up: pd.DataFrame, tmp_pat
     (tmp_path / "test" / "c.csv").write_text("row\n1\n")
     split("made-up", tmp_path)
     assert [path.name for path in sorted((tmp_path / "test").iterdir())] == ["a.csv", "b.csv"]
+
+
+def test_another_process_never_reads_half_a_file(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies that start at the same time split the same table: each file is put there whole."""
+    split("made-up", tmp_path)
+    held = {file: file.open("rb") for file in tmp_path.rglob("*.csv")}
+    before = {file: file.read_bytes() for file in held}
+
+    def write(*_: object, **__: object) -> int:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", write)
+        with pytest.raises(OSError, match="no space"):
+            split("made-up", tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.csv")} == before
+    split("made-up", tmp_path)
+    for file, stream in held.items():
+        with stream:
+            assert stream.read() == before[file]  # what was open stays what it was
+            assert file.stat().st_ino != Path(f"/proc/self/fd/{stream.fileno()}").stat().st_ino
