@@ -25,7 +25,7 @@ from silotune.client.ledger import Ledger
 from silotune.client.masking import Masking, check_bound
 from silotune.client.metrics import Answered
 from silotune.client.noise import NoiseSource
-from silotune.client.own import Own
+from silotune.client.own import NOTHING, Own
 from silotune.client.policy import Policy
 from silotune.client.train import train_round
 from silotune.common import adapter, messages
@@ -183,14 +183,17 @@ class Worker:
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )
-        stays = self.contract.personal or phase.control
-        after = own.after(self.contract, request.round, asked, change).content() if stays else None
-        self.ledger.release(charge, reply, after)
+        after = own.after(self.contract, request.round, asked, change)
+        self.ledger.release(charge, reply, after.content() if self.contract.keeps else None)
         return reply
 
     def own(self, run: str, before: int) -> Own:
         """What a run has left here before a round. RefusalError E212 if it is not there any more.
         """
+        if not self.contract.keeps:
+            return NOTHING
+        with self.ledger.writing():  # another worker of the site may have done the round before
+            pass
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
         found = Own.read(self.ledger.own(charges))
         # A mean gradient of longer ago is not what the server's is of.

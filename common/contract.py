@@ -251,6 +251,11 @@ class Contract(Frozen):
         """Whether a site's model is another than the one that is released."""
         return self.aggregation.method == "fedsa" or any(phase.personal for phase in self.phases)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a round leaves something at its site for the next (client/own.py)."""
+        return self.personal or any(phase.control for phase in self.phases)
+
     def averages_in(self, round_number: int) -> bool:
         """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
         does: a mean of factors is not the factors of a mean."""
