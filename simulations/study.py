@@ -293,7 +293,8 @@ def _jobs(
 
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     """What is kept of a cell: scores on all public rows (where each site has a model of its own the
-    mean over them), by site, and the curve of arms that train together."""
+    mean over them), by site (`released`: where the site's own model stands in `sites`), and the
+    curve of arms that train together."""
     first = results[0]
     models = {site: result.scores for result in results for site in result.sites}
     if len(results) == 1:
@@ -310,7 +311,9 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
         "partition": cell.partition, "repeat": cell.repeat,
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
         "triggered": dict(results[0].scores.get(TRIGGERED, {})),
-        "sites": by_site, "curve": _curve(results[0].rounds) if len(results) == 1 else [],
+        "sites": by_site,
+        "released": {site: dict(first.scores[site]) for site in first.own if site in first.scores},
+        "curve": _curve(results[0].rounds) if len(results) == 1 else [],
         "declined": sum(r.declined is not None for result in results for r in result.rounds),
         "seconds": round(sum(result.seconds for result in results), 1),
     }

@@ -81,6 +81,7 @@ def markdown(found: dict[str, Any]) -> str:
     }
     if study.get("by_site") or any(arm["rows"] != "federated" for arm in study["arms"].values()):
         lines += _of_sites(found, epsilons)
+    lines += _gains(found, epsilons)
     if any(fooled.values()):
         lines += ["", "Rows with the backdoor's trigger that are told as the attacker's label (all "
                   "ε and partitions; of honest arms what the trigger does by itself): " + ", ".join(
@@ -125,6 +126,32 @@ def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                     cells.append(_told(values))
                 lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
+
+
+def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
+    """How much more a site's own model has on the site's rows than the released one of its run."""
+    cells, metric = found["cells"].values(), found["metric"]
+    sites = list(dict.fromkeys(site for cell in cells for site in cell.get("released", {})))
+    lines = ["", "**What a site's own model gains over the released one, on the site's rows**", "",
+             "| arm | " + " | ".join([*sites, "mean"]) + " |", "|---" * (len(sites) + 2) + "|"]
+    for partition in found["study"]["partitions"]:
+        for arm in found["study"]["arms"]:
+            for epsilon in epsilons:
+                asked = None if math.isinf(epsilon) else epsilon
+                gains = [
+                    {site: cell["sites"][site][metric] - own[metric]
+                     for site, own in cell["released"].items() if own.get(metric) is not None}
+                    for cell in cells if cell.get("released")
+                    and (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
+                ]
+                if not gains:
+                    continue
+                columns = [[g[site] for g in gains if site in g] for site in sites]
+                columns.append([statistics.fmean(g.values()) for g in gains])
+                budget = "no DP" if asked is None else f"ε {epsilon:g}"
+                lines.append(f"| {arm}, {partition}, {budget} | "
+                             + " | ".join(map(_told, columns)) + " |")
+    return lines if sites else []
 
 
 def residuals(found: dict[str, Any]) -> dict[str, float]:

@@ -207,3 +207,37 @@ def test_the_shipped_studies_are_valid() -> None:
         assert found.repeats >= 5
         for cell in cells_of(found, load_recipe(found.recipe)):
             assert all(isinstance(c, Contract) for c in cell.contracts)
+
+
+def test_a_model_of_each_sites_own_and_what_it_gains(recipe: Recipe, tmp_path: Path) -> None:
+    """By site stands the site's own model, beside it what was released; overall the mean over the
+    sites' models. An arm may have its own ε."""
+    (tmp_path / "own.toml").write_text("""
+title = "Own"
+recipe = "heart-diagnosis"
+repeats = 2
+by_site = true
+epsilons = [inf, 8.0]
+[arms.together]
+epsilons = [3.0]
+[arms.copies.contract]
+aggregation = { momentum = 0.0 }
+phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_rate = 2.0, personal = "copies", proximal = 0.1 }]
+""")  # noqa: E501 - a table stands on one line
+    study = load_study(tmp_path / "own.toml")
+    assert [(c.arm, c.epsilon) for c in cells_of(study, recipe) if c.repeat == 0] == [
+        ("together", 3.0), ("copies", math.inf), ("copies", 8.0)]
+    found = compare(study, tmp_path / "out", 1, recipe)
+    for cell in found["cells"].values():
+        assert set(cell["sites"]) == {"a", "b"}
+        assert set(cell["released"]) == ({"a", "b"} if cell["arm"] == "copies" else set())
+    plain = found["cells"]["copies | ε inf | natural | 0"]
+    assert any(plain["sites"][site]["loss"] != plain["released"][site]["loss"] for site in "ab")
+    text = study_page.markdown(found)
+    gain = [
+        sum(c["sites"][s]["accuracy"] - c["released"][s]["accuracy"] for s in "ab") / 2
+        for c in found["cells"].values() if (c["arm"], c["epsilon"]) == ("copies", 8.0)
+    ]
+    shown = next(line for line in text.splitlines() if line.startswith("| copies, natural, ε 8"))
+    assert shown.split("|")[-2].strip().startswith(f"{sum(gain) / 2:.3f} ±")
+    assert "| together, natural" not in text
