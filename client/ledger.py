@@ -228,16 +228,20 @@ class Ledger:
         return wire
 
     def own(self, charges: Iterable[Charged]) -> bytes | None:
-        """What stayed at the site with the last of these charges that was released; None if there
+        """What stayed at the site with the latest round of these that was released; None if there
         is none. RefusalError E212 if it is not there any more."""
-        released = [r for c in charges if (r := self.releases.get(c.sequence)) and r.own]
-        if not released:
+        last = max((c for c in charges if self._left(c)), default=None,
+                   key=lambda c: (c.round, c.sequence))
+        if last is None:
             return None
-        last = max(released, key=lambda one: one.charge)
-        found = self._kept(last.own or "")
+        found = self._kept(self._left(last) or "")
         if found is None:
             raise damaged(f"what entry {last.sequence} left at the site is not on disk any more")
         return found
+
+    def _left(self, charge: Charged) -> str | None:
+        released = self.releases.get(charge.sequence)
+        return None if released is None else released.own
 
     def _keep(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()

@@ -1,7 +1,9 @@
 """What of a run stays at its site: tensors of the site's own, and its last mean gradient.
 
-All of it is made of changes that `train_round` returned, so of noised sums that the ledger charged:
-it is as private as what leaves, and a site may serve its own model to whom it likes.
+All of it is made of changes that `train_round` returned, so in mode "dp" of noised sums that the
+ledger charged: it is as private as what leaves, and a site may serve its own model to anybody.
+Assumption of "copies": the server takes what was sent. A reply that is lost on its way, or a round
+that the operator skips, leaves the copies' mean that much off the server's.
 The ledger names it with the reply that it belongs to, so that a round which was lost before its
 reply could leave has left nothing here either.
 """

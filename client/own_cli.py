@@ -25,7 +25,8 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     adapter that it released. RELEASED is the operator's folder: contract.json,
     adapter.safetensors. What it writes is used like any run's folder (silotune adapter).
 
-    It is as private as what left the site: trained with the same noise, and paid for.
+    It is as private as what left the site: trained with the same noise, and paid for; under a
+    contract without DP as trained.
 
     \b
     $ silotune site own released --out own
@@ -58,5 +59,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     write_durably(out / "contract.json", (released / "contract.json").read_bytes())
     write_durably(out / "adapter.safetensors", save(found.model(arrays)))
     facts = {"run": name, "site": policy.name, "own": own_names, "tensors": len(arrays)}
+    if contract.privacy.mode == "none":
+        click.echo("! The contract trains without DP: this model can give records away.", err=True)
     emit(facts, as_json, f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of "
          f"{len(arrays)} tensors")

@@ -163,12 +163,12 @@ class Worker:
             raise RefusalError(str(error)) from None
         place = self.contract.place_in_phase(request.round)
         self._check_arrays(phase, place, arrays)
-        asked, own = adapter.fitted(arrays, self.own_shapes), self.own(request.run, request.round)
+        asked = adapter.fitted(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
-        charge, known = self._charge(request, message.blobs, digest, mechanism)
-        if known is not None:
-            return known
+        charge, own = self._charge(request, message.blobs, digest, mechanism)
+        if isinstance(own, bytes):
+            return own
         change, metrics = train_round(
             self.contract, phase, mechanism, self.model, self.data, asked, self.source, clip_norm,
             place, own,
@@ -192,8 +192,6 @@ class Worker:
         """
         if not self.contract.keeps:
             return NOTHING
-        with self.ledger.writing():  # another worker of the site may have done the round before
-            pass
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
         found = Own.read(self.ledger.own(charges))
         # A mean gradient of longer ago is not what the server's is of.
@@ -221,8 +219,9 @@ class Worker:
 
     def _charge(
         self, request: Train, shares: messages.Blobs, digest: str, mechanism: Mechanism
-    ) -> tuple[Charged, bytes | None]:
-        """The charge for a request, and the reply if it had one before. Raises RefusalError.
+    ) -> tuple[Charged, Own | bytes]:
+        """The charge for a request, and what the run left here before it; or the charge it had
+        before, with its reply. Raises RefusalError.
 
         In one transaction: what is spent is read, checked and written with nobody in between.
         """
@@ -251,13 +250,14 @@ class Worker:
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism)
+            own = self.own(request.run, request.round)  # refused before anything is charged
             return self.ledger.charge(
                 self.lineage, source=self.source_name, unit=self.unit,
                 contract=self.contract.hash, run=request.run, round=request.round,
                 attempt=request.attempt, request=digest, order=self.order,
                 noise_multiplier=mechanism.noise_multiplier,
                 sampling_rate=mechanism.sampling_rate, steps=mechanism.steps,
-            ), None
+            ), own
 
     def _check_run(self, request: Train, mechanism: Mechanism) -> None:
         """RefusalError E210 unless the round fits the contract's ε for this run and, with all that

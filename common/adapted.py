@@ -183,7 +183,7 @@ class Adapted(Network):
         return self.backbone.last(states)[:, more:], mask
 
     def _width(self, encoded: Encoded, index: Tensor) -> int:
-        """The padded length of a block of records, which are all of one bucket."""
+        """The padded length of a block of records; where they are private all of one bucket."""
         step = BUCKET if self.private else STEP
         return -(-int(encoded.lengths(index).max()) // step) * step
 

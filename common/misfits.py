@@ -22,7 +22,7 @@ def misfits(contract: Contract) -> Misfits:
     return [
         *_of_sites(contract), *_of_masks(contract), *_of_releases(contract),
         *_of_phases(contract), *_of_task(contract), *_of_aggregation(contract),
-        *_of_personal(contract), *_of_input(contract),
+        *_of_personal(contract), *_of_ranks(contract), *_of_input(contract),
     ]
 
 
@@ -92,32 +92,55 @@ def _of_personal(contract: Contract) -> Misfits:
     if "" in contract.sendings:
         wrong.append(("phases", "a phase trains nothing but what stays at its site: there would be "
                       "nothing to federate"))
-    if last.personal == "copies" and (settings.momentum or settings.adaptive):
-        wrong.append(("aggregation", 'personal = "copies" needs the plain mean, or the sites\' '
-                      "copies would be pulled to where it is not: momentum = 0, no adaptive"))
+    if last.personal == "copies" and (
+        settings.momentum or settings.adaptive or settings.robust or settings.largest_norm
+        or settings.gate
+    ):
+        wrong.append(("aggregation", 'personal = "copies" needs the plain mean of what is sent, or '
+                      "the sites' copies would be pulled to where it is not: momentum = 0, and no "
+                      "adaptive, robust, largest_norm or gate"))
     if any(contract.stays_at(phase, 1) for phase in contract.phases) and (
         settings.gate or settings.early_stop
     ):
         wrong.append(("aggregation", "gate and early_stop look at the released adapter, which here "
                       "is no site's model: a part of it stays with each site"))
-    controlled = any(phase.control for phase in contract.phases)
+    controlled = any(phase.control and phase.adapts for phase in contract.phases)
     for what, wanted, methods in (
         ("copies", last.personal == "copies", ("ffa", "fedavg")),
         ("adapter", last.personal == "adapter", ("ffa",)),
         ("scaffold", controlled, ("ffa", "fedavg")),
     ):
         if wanted and settings.method not in methods:
-            wrong.append(("aggregation", f'"{what}" is of one site\'s own coordinates from round '
-                          f'to round, which method = "{settings.method}" does not keep'))
-    if controlled and settings.robust:
+            wrong.append(("aggregation", f'"{what}" does not go with method = "{settings.method}", '
+                          f"but with {' and '.join(methods)}"))
+    if any(phase.control for phase in contract.phases) and settings.robust:
         wrong.append(("aggregation", "scaffold's corrections add up to nothing in a mean, and a "
                       "robust rule takes none"))
+    return wrong
+
+
+def _of_ranks(contract: Contract) -> Misfits:
+    """Sites that train less of LoRA than others."""
+    spec, wrong = contract.adapter, []
     for site in contract.sites:
-        if site.rank and not (
-            isinstance(contract.adapter, Lora) and site.rank <= contract.adapter.rank
-        ):
+        if site.rank and not (isinstance(spec, Lora) and site.rank <= spec.rank):
             wrong.append(("sites", f"site '{site.name}' has rank = {site.rank}: it needs LoRA, of "
                           "at least that rank"))
+    if wrong or not isinstance(spec, Lora):
+        return wrong
+    ranks = [site.rank or spec.rank for site in contract.sites]
+    if max(ranks) < spec.rank:
+        wrong.append(("sites", f"no site has the whole adapter.rank = {spec.rank}: nobody would "
+                      "train the rest"))
+    for what, there in (
+        ('method = "fedex"', contract.aggregation.method == "fedex"),
+        ("robust", contract.aggregation.robust is not None),
+        ("control", any(phase.control for phase in contract.phases)),
+        ('personal = "head"', any(phase.personal == "head" for phase in contract.phases)),
+    ):
+        if there and min(ranks) < spec.rank:
+            wrong.append(("sites", f"{what} needs sites of one rank: what a site of a lower one "
+                          "sends has zeros that are no measurement"))
     return wrong
 
 

@@ -154,14 +154,14 @@ class Phase(Frozen):
     With `proximal` = mu each local step's gradient has mu times the way from what the server sent
     added to it (FedProx, arXiv 1812.06127). With control = "scaffold" each step is corrected
     by how the site's mean gradient of the round before differed from all sites' (SCAFFOLD, arXiv
-    1910.06378, option II); over all sites the corrections add up to nothing, and with them the
-    noise that is in them. Both are post-processing of what is noised.
+    1910.06378, option II); where all sites answer in both rounds the corrections add up to nothing,
+    and with them the noise that is in them. Both are post-processing of what is noised.
 
     `personal`, in the last phase, leaves each site something of its own (client/own.py), which is
     clipped and noised with all else: "head" or "adapter" do not leave the site at all; with
     "copies" a site has its own copy of all that is trained, sends how it changed, and `proximal`
-    pulls it to the mean: from a model for each (towards 0) to one for all (MR-MTL, Liu, Hu, Wu and
-    Smith 2022, arXiv 2206.07902).
+    pulls it to the mean: from a model for each (towards 0) to nearly one for all (MR-MTL, Liu, Hu,
+    Wu and Smith 2022, arXiv 2206.07902). Where a part stays, public metrics are of the rest.
     """
 
     trains: Literal["head", "head+adapter", "adapter"]
@@ -197,9 +197,17 @@ class Phase(Frozen):
             raise ValueError(f'personal = "{self.personal}" is not what this phase trains')
         if self.proximal and self.local_steps == 1 and self.personal != "copies":
             raise ValueError("proximal pulls back from the second local step on; there is one")
-        if self.control and (self.local_steps == 1 or self.adam or self.proximal or self.personal):
-            raise ValueError("control is for several plain local steps from one model: without "
-                             "adam, proximal and personal")
+        # Beyond that a step passes what it is pulled to, and two of them could cancel: what a site
+        # sends would lie on a float32 grid as coarse as the weights that a server chose for it.
+        if self.proximal and self.proximal * max(self.head_rate or 0, self.adapter_rate or 0) > 1:
+            raise ValueError("proximal times a rate is more than 1: a step would overshoot")
+        if self.adam and self.personal == "copies":
+            raise ValueError('adam would measure the pull of personal = "copies", not the gradient')
+        if self.control and (
+            self.local_steps == 1 or self.rounds == 1 or self.adam or self.proximal or self.personal
+        ):
+            raise ValueError("control is for several rounds of several plain local steps from one "
+                             "model: without adam, proximal and personal")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:

@@ -6,6 +6,7 @@ reference is the adapter in place, so a run that is taken up again needs nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from silotune.common.contract import Contract
@@ -52,7 +53,8 @@ class Acceptance:
     def _score(self, adapter: Arrays, with_adapter: bool) -> float | None:
         assert self._evaluate is not None
         assert self.gate is not None
-        return self._evaluate(adapter, with_adapter).get(self.gate.metric)
+        found = self._evaluate(adapter, with_adapter).get(self.gate.metric)
+        return found if found is not None and math.isfinite(found) else None
 
 
 def _told(value: float | None) -> str:

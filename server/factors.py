@@ -84,7 +84,8 @@ def turned(adapter: Arrays, *carried: Arrays) -> list[Arrays]:
 def flex_change(
     adapter: Arrays, updates: Mapping[str, Arrays], weights: Mapping[str, float], mean: Arrays
 ) -> Arrays:
-    """FlexLoRA (arXiv 2402.11505, for sites of one rank): the next A and B are those of the mean of
+    """FlexLoRA (arXiv 2402.11505; what a site of lower rank is not sent counts, in its product, as
+    it was): the next A and B are those of the mean of
     the products, the nearest of their rank (Eckart and Young 1936), A with orthonormal rows. `mean`
     is the plain mean change, of which what is no factor is kept. Returns the change that leads
     there."""

@@ -78,10 +78,10 @@ class Iterate:
     def step(
         self, change: Arrays, figures: Mapping[Metric, float],
         why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None, *,
-        whole: bool = False,
+        present: float = 1.0,
     ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
-        nothing has changed then. whole: whether all sites' changes are in it.
+        nothing has changed then. present: the share of all weights whose changes are in it.
 
         why_not: is asked with the adapter, the one that the step leads to, and whether it adapts
         layers. What it says against the step is returned; then nothing of the round is kept, and
@@ -89,6 +89,9 @@ class Iterate:
         round declined (a restart as in arXiv 1204.3982).
         """
         settings, second = self.contract.aggregation, Arrays()
+        if self.phase.personal == "copies":
+            # Copies of sites that are not there have not moved: so much less does their mean.
+            change = {name: np.float32(present) * array for name, array in change.items()}
         if settings.adaptive:
             moved, velocity, second = aggregate.adaptive_step(
                 self.adapter, self._velocity, self._second, change, settings.adaptive
@@ -105,7 +108,7 @@ class Iterate:
             return declined
         self.adapter, self._velocity, self._second = moved, velocity, second
         place, phase = self.contract.place_in_phase(self.number), self.phase
-        if phase.control and whole and place < phase.rounds:
+        if phase.control and present == 1 and place < phase.rounds:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
             self._control_of, self._control = self.number, {
                 name: -array / np.float32(phase.local_steps * phase.rate(name, place))

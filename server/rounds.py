@@ -285,7 +285,7 @@ class Run:
         try:
             declined = self.iterate.step(
                 change, figures, self._acceptance.why_not,
-                whole=len(self._open) == len(self.contract.sites),
+                present=self._present(),
             )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
@@ -306,6 +306,11 @@ class Run:
             self.registry.event("declined", round=self.number, why=declined)
         self._commit(facts)
         return facts
+
+    def _present(self) -> float:
+        """The share of all weights whose sites count; exactly 1 where all do."""
+        weights = self.contract.weights()
+        return sum(weights[s] for s in weights if s in self._open) / sum(weights.values())
 
     def _combined(self, weights: Mapping[str, float]) -> Arrays:
         """The change that the contract's method makes of the sites' updates."""

@@ -21,6 +21,7 @@ class Lanes:
     def __init__(self, sites: Iterable[str], count: int) -> None:
         self.count = count
         self.of = {site: place % count for place, site in enumerate(sites)}
+        self._before = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(
             count, initializer=torch.set_num_threads, initargs=(1,), thread_name_prefix="lane"
         )
@@ -30,6 +31,7 @@ class Lanes:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
+        torch.set_num_threads(self._before)  # a lane's setting is that of all threads to come
 
     def ask(self, handles: Mapping[str, Handle], requests: Mapping[str, bytes]) -> dict[str, bytes]:
         """Each site's answer to its request, in the order of the requests."""

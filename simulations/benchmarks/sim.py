@@ -3,26 +3,30 @@
 Twenty clients with 64 airline tweets each (cut at 48 tokens), MiniLM, one step of SGD a round over
 all of a client's texts at one rate: of a three-class head on the normalised mean token alone, or of
 it and LoRA r=8 in the top two layers (A frozen, B trained). Each side is a process of its own; in
-blocks, by turns, run
+two blocks, by turns (ours of other kinds in the first alone), run
 
 - ours: run_job, what studies run, without Flower; `ours-queues`, the same through Flower's queues;
   `ours-float32`, where the processor's bfloat16 would be taken; `ours-dp`, with noise (sim_ours.py)
 - stock: Flower's simulation, whose client builds its model in each message (sim_stock.py)
 - pfl: pfl-research's simulator, float32 as by default, and with its bfloat16 (sim_pfl.py)
 
-`client_round` is the median of rounds but each block's first, over the clients. `first` is that
+`client_round` is the median of rounds but each block's first, over the clients: ours has the frozen
+layers' outputs then, and the others, which do not keep them, run all six layers in every round. All
+twenty clients take part in every round, which is what keeping them is best at. `first` is that
 round, from the libraries' import on: model and texts are read in it, ours runs its frozen layers,
 Ray starts. `whole` is a client and round with all of that in a run of 20 rounds: a first and 19
-like the others. Ours scores 64 public texts in its last round and writes each round durably.
+like the median. Ours scores 64 public texts in its last round and writes each round durably.
 
 The sides' weights after two rounds are compared with pfl's in float32: they may differ by a
 thousandth of the way that these have moved, by a twentieth where layers computed in bfloat16, whose
-products have eight bits. Not equal: ours pads to a multiple of 16 tokens, 16 texts at once; the
-others to the client's longest, all 64 at once. Stock sends A back, too.
+products have eight bits. Not equal: ours takes a client's texts by length, 16 at once, padded to a
+multiple of 4 tokens (of 16, in filled blocks, through the frozen layers and under DP); the others
+all 64 at once, padded to the client's longest. Stock sends A back, too.
 
 Memory is by how much a process grows beyond its libraries, at its peak; of stock, all of Ray's
-together (PSS). `memory/CASE` is ours over the model's float32 weights and the encoded texts;
-`memory/CASE/data` is the same without the libraries' own code, which is read as it is used.
+processes together (PSS), whose own libraries count as growth: no other side has such processes.
+`memory/CASE` is ours over the model's float32 weights and the encoded texts; `memory/CASE/data` is
+the same without the libraries' own code, which is read as it is used.
 """
 
 from __future__ import annotations

@@ -396,12 +396,20 @@ def test_sites_of_lower_rank_under_masks(keys: dict[str, Keys], tmp_path: Path) 
 
 @pytest.mark.parametrize(("method", "last", "more", "why"), [
     ("ffa", {"personal": "copies"}, {}, "needs proximal"),
-    ("ffa", {"personal": "copies", "proximal": 1.0}, {"momentum": 0.9}, "plain mean"),
-    ("fedsvd", {"personal": "copies", "proximal": 1.0}, {}, "coordinates"),
-    ("fedavg", {"personal": "adapter"}, {}, "coordinates"),
-    ("fedsvd", {"control": "scaffold", "local_steps": 2}, {}, "coordinates"),
+    ("ffa", {"personal": "copies", "proximal": 0.1}, {"momentum": 0.9}, "plain mean"),
+    ("ffa", {"personal": "copies", "proximal": 0.1}, {"robust": {"rule": "median"}}, "plain mean"),
+    ("ffa", {"personal": "copies", "proximal": 0.1}, {"largest_norm": 1.0}, "plain mean"),
+    ("ffa", {"personal": "copies", "proximal": 0.1}, {"gate": {"metric": "auc", "most": 0.1}},
+     "plain mean"),
+    ("ffa", {"personal": "copies", "proximal": 0.5}, {}, "overshoot"),
+    ("ffa", {"proximal": 0.5, "local_steps": 2}, {}, "overshoot"),
+    ("ffa", {"personal": "copies", "proximal": 0.1, "adam": {}}, {}, "not the gradient"),
+    ("fedsvd", {"personal": "copies", "proximal": 0.1}, {}, "does not go with"),
+    ("fedavg", {"personal": "adapter"}, {}, "does not go with"),
+    ("fedsvd", {"control": "scaffold", "local_steps": 2}, {}, "does not go with"),
+    ("ffa", {"control": "scaffold", "local_steps": 2, "rounds": 1}, {}, "several rounds"),
     ("ffa", {"control": "scaffold"}, {}, "several plain local steps"),
-    ("ffa", {"control": "scaffold", "local_steps": 2, "proximal": 1.0}, {}, "several plain"),
+    ("ffa", {"control": "scaffold", "local_steps": 2, "proximal": 0.1}, {}, "several plain"),
     ("fedsa", {}, {"gate": {"metric": "auc", "most": 0.1}}, "no site's model"),
     ("ffa", {"personal": "head"}, {"early_stop": {"metric": "auc"}}, "no site's model"),
     ("ffa", {"control": "scaffold", "local_steps": 2}, {"robust": {"rule": "median"}}, "add up"),
@@ -432,13 +440,69 @@ def test_other_impossible_plans(keys: dict[str, Keys]) -> None:
         contract.changed(sites=sites, adapter=None, phases=[head | {"budget": 1.0}])
 
 
+@pytest.mark.parametrize(("method", "last", "more"), [
+    ("fedex", {}, {}), ("ffa", {}, {"robust": {"rule": "median"}}),
+    ("ffa", {"control": "scaffold", "local_steps": 2}, {}), ("ffa", {"personal": "head"}, {}),
+])
+def test_what_zeros_of_a_lower_rank_would_spoil(
+    method: str, last: dict[str, Any], more: dict[str, Any], keys: dict[str, Keys]
+) -> None:
+    with_last(of_method(method, keys).changed(aggregation=more), **last)  # of one rank it may be
+    contract = ranked(keys)
+    with pytest.raises(ContractError, match="one rank"):
+        with_last(contract, **last).changed(aggregation={"method": method} | more)
+
+
+def test_somebody_must_train_each_rank(keys: dict[str, Keys]) -> None:
+    with pytest.raises(ContractError, match="nobody would train the rest"):
+        ranked(keys).changed(sites=[{"name": site, "rank": 2} for site in SITES])
+
+
+def test_the_mean_of_copies_holds_when_a_site_is_missing(
+    keys: dict[str, Keys], tmp_path: Path
+) -> None:
+    """A copy that has not moved counts in the mean as it is."""
+    contract = with_last(
+        of_method("ffa", keys, privacy=PLAIN), personal="copies", proximal=1.0, head_rate=0.2,
+        adapter_rate=0.2, rounds=5,
+    ).changed(quorum=2, aggregation={"average_from": 0.9})
+    workers = team(contract, "classification", "bert", tmp_path / "w", keys)
+    handles: dict[str, Any] = {site: worker.handle for site, worker in workers.items()}
+    initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
+    run = Run(contract, Registry.create(tmp_path / "run", contract), "run-1", initial)
+    before = contract.phases[0].rounds
+    while run.number < contract.rounds:
+        gone = {"east": lambda _: SILENT} if run.number == before + 2 else {}
+        carry_out(run.stages(SITES), handles | gone)
+    copies = [own_of(worker).tensors for worker in workers.values()]
+    for name in copies[0]:
+        mean = np.mean([copy[name] for copy in copies], axis=0)
+        np.testing.assert_allclose(run.adapter[name], mean, atol=1e-5)
+
+
 def test_a_request_that_asks_again_gets_the_same_bytes(
     keys: dict[str, Keys], tmp_path: Path
 ) -> None:
+    """Also where what the round before left is gone, and the latest round counts, not the latest
+    charge."""
     contract = of_method("fedsa", keys)
     worker = worker_of(contract, "classification", "bert", tmp_path, "north",
                        Ledger.in_memory("north", keys["north"]))
-    header = Train(contract=contract.hash, run="r", round=contract.rounds)
-    wire = messages.pack(Message(header, tiny.moved(worker.model)))
-    assert worker.handle(wire) == worker.handle(wire)
-    assert len(worker.ledger.charges) == 1
+    start, first = tiny.moved(worker.model), contract.phases[0].rounds + 1
+
+    def asked(number: int, attempt: int = 1) -> bytes:
+        header = Train(contract=contract.hash, run="r", round=number, attempt=attempt)
+        return worker.handle(messages.pack(Message(header, start)))
+
+    asked(first)
+    last = asked(first + 1)
+    kept = own_of(worker, "r")
+    assert isinstance(messages.unpack(asked(first, 2)).header, Update)
+    assert own_of(worker, "r").content() == kept.content()
+    charges = len(worker.ledger.charges)
+    worker.ledger._replies = {
+        name: content for name, content in worker.ledger._replies.items() if content == last
+    }
+    assert asked(first + 1) == last
+    assert isinstance(messages.unpack(asked(first + 2)).header, Refusal)
+    assert len(worker.ledger.charges) == charges

@@ -162,8 +162,10 @@ def test_a_gate_needs_public_rows_that_define_its_metric(
     with pytest.raises(RunError, match="--test FILE") as caught:
         begin(gated(table_contract), tmp_path / "none", evaluate=None)
     assert caught.value.code == "E301"
-    with pytest.raises(RunError, match="do not define loss"):
-        begin(gated(table_contract), tmp_path / "other", evaluate=lambda *_: {"loss": None})
+    for at, value in enumerate((None, math.nan, math.inf)):
+        with pytest.raises(RunError, match="do not define loss"):
+            begin(gated(table_contract), tmp_path / str(at), evaluate=lambda *_, v=value: {
+                "loss": v})
 
 
 def test_a_contract_without_a_gate_keeps_its_hash(table_contract: Contract) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
@@ -63,3 +64,21 @@ def test_lanes_answer_at_the_same_time_and_in_order() -> None:
 
         with pytest.raises(OSError, match="a"):
             lanes.ask(dict.fromkeys(sites, broken), {"a": b"a"})
+
+
+def test_lanes_leave_the_process_its_cores() -> None:
+    def seen() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with Lanes(("a", "b"), 2) as lanes:
+            lanes.ask({"a": lambda wire: wire}, {"a": b""})
+        assert (seen(), torch.get_num_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
