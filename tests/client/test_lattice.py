@@ -22,9 +22,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common import vector
+from silotune.common import messages, vector
 from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
+from silotune.common.messages import Arrays, Message, Train
 from silotune.common.model import build
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -104,3 +104,32 @@ def test_differences_of_weights_would_give_every_site_away(
 ) -> None:
     monkeypatch.setattr(workers, "train_round", as_differences)
     assert told_of(table_contract, tmp_path, write_rows, monkeypatch) > 0.8
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("pull", [0.5, 1.0])
+def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
+    pull: float, steps: int, table_contract: Contract, tmp_path: Path,
+    write_rows: Callable[..., Path],
+) -> None:
+    """A copy is pulled to the server's weights by up to the whole way, so what it sends is as large
+    as they are far: beyond the bound, or with the noise's own digits. (With a pull of more than
+    once the way two steps would cancel, and leave the grid alone: contracts refuse that.)"""
+    keys = Keys.in_memory()
+    contract = table_contract.changed(
+        sites=[{"name": "north", "public_key": keys.public}], quorum=1,
+        aggregation={"momentum": 0.0},
+        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 0.5, "head_rate": 2.0,
+                 "local_steps": steps, "personal": "copies", "proximal": pull / 2.0}],
+    )
+    policy = permitting(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
+    for shift in (1.0, 12.0, 3e4):
+        worker = Worker(policy, contract, Ledger.in_memory("north", keys))
+        start = build(contract, None).initial_arrays()
+        for number, arrays in (
+            (1, start), (2, {n: a + np.float32(shift) for n, a in start.items()}),
+        ):
+            header = Train(contract=contract.hash, run="r", round=number)
+            reply = messages.unpack(worker.handle(messages.pack(Message(header, arrays))))
+        sent = np.concatenate([a.ravel() for a in reply.arrays.values()])
+        assert (np.abs(sent) > 16).all() or len(np.unique(sent)) == len(sent)
