@@ -523,7 +523,7 @@ def test_clock_change(home: Home, monkeypatch: pytest.MonkeyPatch, now: float) -
 def test_crash_between_charge_and_release(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, computed = home.worker(), []
 
-    def fails(self: Ledger, charge: Charged, reply: bytes) -> None:
+    def fails(self: Ledger, charge: Charged, reply: bytes, own: bytes | None) -> None:
         computed.append(reply)
         raise OSError("power cut")
 

@@ -201,9 +201,9 @@ def sends_first() -> None:
     """Sends the reply, then makes it durable and releases it."""
     original = Ledger.release
 
-    def release(self: Ledger, charge: Charged, wire: bytes) -> None:
+    def release(self: Ledger, charge: Charged, wire: bytes, own: bytes | None) -> None:
         say(f"reply {charge.round}.{charge.attempt} {wire.hex()}")
-        original(self, charge, wire)
+        original(self, charge, wire, own)
 
     Ledger.release = release  # type: ignore[method-assign]
 
