@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from silotune.common.contract import Contract
@@ -20,7 +19,7 @@ from silotune.simulations.poison import LyingMasking, Poison, liars, lying
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.study import Study, asked, cells_of, compare
 from tests.client.test_masking import SITES, Federation
-from tests.simulations.test_partition import contract_of, split_of
+from tests.simulations.test_partition import contract_of, split_where_smokers_are_ill
 
 Mean = Callable[..., np.ndarray]
 SECURE = {"bound": 4.0}
@@ -132,11 +131,7 @@ def study() -> Study:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """Smokers are ill here, so that there is something to learn."""
-    source = split_of(tmp_path / "rows")
-    for file in [*source.glob("t*/*.csv"), source / "pooled.csv"]:
-        rows = pd.read_csv(file, dtype=str)
-        rows["ill"] = (rows["smoker"] == "yes").astype(int)
-        rows.to_csv(file, index=False)
+    source = split_where_smokers_are_ill(tmp_path / "rows")
     base = contract_of().changed(
         phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 2.0}],
         aggregation={"momentum": 0.0},

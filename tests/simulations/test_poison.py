@@ -14,7 +14,7 @@ from silotune.common.messages import Message, Receipt, Refusal, Update
 from silotune.simulations.poison import TRIGGERED, Poison, liars, lying, poisoned_rows
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.study import Study, compare
-from tests.simulations.test_partition import contract_of, split_of
+from tests.simulations.test_partition import contract_of, split_of, split_where_smokers_are_ill
 
 
 def rows_of(folder: Path, part: str, site: str) -> pd.DataFrame:
@@ -85,11 +85,7 @@ def test_an_update_is_longer_or_turned_and_a_refusal_is_passed_on() -> None:
 def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) -> None:
     """Seven sites of which one sends its update backwards and a hundred times over. Smokers are ill
     here, so that there is something to learn."""
-    source = split_of(tmp_path / "rows")
-    for file in [*source.glob("t*/*.csv"), source / "pooled.csv"]:
-        rows = pd.read_csv(file, dtype=str)
-        rows["ill"] = (rows["smoker"] == "yes").astype(int)
-        rows.to_csv(file, index=False)
+    source = split_where_smokers_are_ill(tmp_path / "rows")
     base = contract_of().changed(
         phases=[{"trains": "head", "rounds": 6, "sampling_rate": 1.0, "head_rate": 2.0}],
         aggregation={"momentum": 0.0},
