@@ -20,7 +20,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Frozen, Positive
 from silotune.common.task import Classification, Ranking
-from silotune.simulations.split import LEAST
+from silotune.simulations.split import LEAST, units
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -104,12 +104,10 @@ def repartition(
     column = partition.column or contract.task.label_column
     if column not in rows:
         raise DataError(f"Column '{column}' is not in the recipe's table.", code="E302")
-    entity = contract.privacy.entity
-    who = rows[list(entity.key)].agg("\0".join, axis=1) if entity else rows.index.astype(str)
-    units = pd.Series(who).factorize()[0]
-    first = np.unique(units, return_index=True)[1]  # an entity goes by its first row
+    who = units(rows, contract).factorize()[0]
+    first = np.unique(who, return_index=True)[1]  # an entity goes by its first row
     groups = rows[column].iloc[first].factorize(sort=True)[0]
-    site = deal(groups, len(sites), partition, np.random.default_rng((2026, seed)))[units]
+    site = deal(groups, len(sites), partition, np.random.default_rng((2026, seed)))[who]
     (folder / "train").mkdir(parents=True)
     for at, name in enumerate(sites):
         rows[site == at].to_csv(folder / "train" / f"{name}.csv", index=False)

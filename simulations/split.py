@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,10 +29,10 @@ def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
     test counts in order of site name.
     """
     kind = TABLES[table_name]
-    rows = kind.make()
+    rows = kind.make().reset_index(drop=True)
     site, own = rows.pop("site"), rows.pop("split") if "split" in rows else None
     return _write(
-        rows, site, folder, persons=rows[kind.entity] if kind.entity else None,
+        rows, site, folder, rows[kind.entity] if kind.entity else rows.index.to_series(),
         public=None if own is None else own == "test",
     )
 
@@ -53,9 +53,8 @@ def of_file(
                 local=f"its first line has: {', '.join(map(str, rows.columns[:40]))}."
                 + did_you_mean(column, list(map(str, rows.columns))),
             )
-    persons = rows[list(entity.key)].agg("\0".join, axis=1) if entity else None
+    who = units(rows, contract)
     if site_column is None:
-        who = rows.index.to_series() if persons is None else persons
         people = who.unique()
         drawn = np.random.default_rng(SEED).permutation(len(people)) % len(sites)
         of = {person: sites[at] for person, at in zip(people, drawn, strict=True)}
@@ -68,16 +67,36 @@ def of_file(
             f"{table.name} has fewer than {LEAST} rows for: {', '.join(few)}.", code="E304"
         )
     kept = site.isin(sites)
-    return _write(
-        rows[kept], site[kept], folder, persons=None if persons is None else persons[kept]
-    )
+    return _write(rows[kept], site[kept], folder, who[kept])
+
+
+def validation(source: Path, contract: Contract, folder: Path) -> Path:
+    """The split in `source` without its public rows: a quarter of each site's training rows, drawn
+    as they were, stands for them. What is chosen by these rows was not chosen by the public ones.
+    """
+    import pandas as pd
+
+    own = {
+        site: pd.read_csv(source / "train" / f"{site}.csv", dtype=str, keep_default_na=False)
+        for site in contract.weights()
+    }
+    rows = pd.concat(own.values(), ignore_index=True)
+    site = pd.Series([name for name, part in own.items() for _ in range(len(part))])
+    _write(rows, site, folder, units(rows, contract))
+    return folder
+
+
+def units(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:
+    """Whose each row is, where the contract has entities; else each is its own."""
+    entity = contract.privacy.entity
+    return rows[list(entity.key)].agg("\0".join, axis=1) if entity else rows.index.to_series()
 
 
 def _write(
-    table: pd.DataFrame, site: pd.Series[str], folder: Path, *,
-    persons: pd.Series[str] | None = None, public: pd.Series[bool] | None = None,
+    table: pd.DataFrame, site: pd.Series[str], folder: Path, who: pd.Series[Any],
+    public: pd.Series[bool] | None = None,
 ) -> list[dict[str, int | str]]:
-    """site, persons, public: of each row its site, whose it is, and whether it is a test row."""
+    """site, who, public: of each row its site, whose it is, and whether it is a test row."""
     import pandas as pd
 
     rng = np.random.default_rng(SEED)
@@ -94,13 +113,10 @@ def _write(
         rows = table[own]
         if public is not None:
             test = public[own].to_numpy()
-        elif persons is not None:
-            people = persons[own].unique()
-            drawn = rng.permutation(len(people))[: len(people) // 4]
-            test = persons[own].isin(people[drawn]).to_numpy()
         else:
-            test = np.zeros(len(rows), dtype=bool)
-            test[rng.permutation(len(rows))[: len(rows) // 4]] = True
+            people = who[own].unique()
+            drawn = rng.permutation(len(people))[: len(people) // 4]
+            test = who[own].isin(people[drawn]).to_numpy()
         _put(rows[test], folder / "test" / f"{name}.csv")
         _put(rows[~test], folder / "train" / f"{name}.csv")
         pooled.append(rows[~test])

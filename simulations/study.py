@@ -13,22 +13,23 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PlainSerializer, ValidationError, model_validator
 
 from silotune.common import fields
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
-from silotune.common.fields import Count, Frozen, Name
+from silotune.common.fields import Count, Frozen, Name, Positive
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
-from silotune.simulations import data
+from silotune.simulations import data, split
 from silotune.simulations.arms import Job, JobResult, alone, pooled
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.partition import Partition, draw, repartition
@@ -37,20 +38,23 @@ from silotune.simulations.recipe import Recipe, load_recipe
 from silotune.simulations.run import commit, run_jobs
 
 REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
-Budget = Annotated[float, Field(gt=0)]  # inf: without DP
+# Infinity is without DP; JSON has none.
+Budget = Annotated[float, Field(gt=0), PlainSerializer(lambda e: e if math.isfinite(e) else None)]
 
 
 class StudyArm(Frozen):
     """What differs from the recipe's contract; an empty section is left out. plain: what differs
-    besides without DP, where other rates are right. rows: who trains, all sites together, each
-    alone, or one with the rows of all. epsilons: if not all of the study's. masked: with secure
-    aggregation, as `contract` sets it."""
+    besides without DP, where other rates are right. rates: what its phases' learning rates are
+    multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the rows of
+    all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract` sets
+    it."""
 
     about: str = ""
     contract: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
+    rates: dict[Annotated[float, Field(gt=0)], Positive] = Field(default_factory=dict)
     rows: Literal["federated", "alone", "pooled"] = "federated"
-    epsilons: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    epsilons: tuple[Budget, ...] = ()
     masked: bool = False
     poison: Poison | None = None
 
@@ -72,6 +76,7 @@ class Study(Frozen):
     evaluate_every: Count = 5
     sites: Count | None = None  # so many instead of the recipe's: the rows must be dealt anew
     by_site: bool = False  # whether the table has each site's own rows, too
+    validation: bool = False  # scored on a quarter of the training rows: rates are chosen by that
     epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
     partitions: dict[Name, Partition] = Field(
         default_factory=lambda: {"natural": Partition()}, min_length=1
@@ -130,6 +135,20 @@ def load_study(file: Path) -> Study:
     return found
 
 
+def rates_of(study: Study, factors: Sequence[float]) -> Study:
+    """The study by which rates are chosen: each arm with its learning rates times each of these,
+    once, scored on a quarter of the training rows."""
+    arms = {
+        f"{name} x{factor:g}": arm.model_copy(update={
+            "rates": {e: arm.rates.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons}
+        })
+        for name, arm in study.arms.items() for factor in factors
+    }
+    return study.model_copy(update={
+        "title": f"{study.title}: rates", "arms": arms, "repeats": 1, "validation": True,
+    })
+
+
 def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
     """The grid, repeat by repeat: what is stopped half way has fewer repeats of everything."""
     for repeat in range(study.repeats):
@@ -157,6 +176,8 @@ def contracts_of(
             merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
             found[key] = ({**found[key], **value} if merged else value) or None
     secure = found.pop("secure_aggregation")
+    if epsilon in arm.rates:
+        found["phases"] = [_slower(phase, arm.rates[epsilon]) for phase in found["phases"]]
     try:
         whole = Contract.model_validate(found)
     except ValidationError as error:
@@ -166,6 +187,12 @@ def contracts_of(
     if arm.rows == "federated":
         return (whole,)
     return alone(whole) if arm.rows == "alone" else (pooled(whole),)
+
+
+def _slower(phase: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The phase with its learning rates times `factor`."""
+    rates = {key: phase[key] * factor for key in ("head_rate", "adapter_rate") if phase.get(key)}
+    return phase | rates
 
 
 def _numbered(sites: int) -> list[str]:
@@ -183,9 +210,12 @@ def asked(cell: Cell, study: Study, rows: str) -> str:
 
 
 def compare(
-    study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None
+    study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run what is missing of the study and write `folder`/study.json; returns its content."""
+    """Run what is missing of the study and write `folder`/study.json; returns its content. only:
+    patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
+    """
     recipe = recipe or load_recipe(study.recipe)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "study.json"
@@ -194,26 +224,31 @@ def compare(
         "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
         "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "study": study.model_dump(mode="json") | {"epsilons": [_finite(e) for e in study.epsilons]},
+        "study": study.model_dump(mode="json"),
     }
     cells = {cell.key: cell for cell in cells_of(study, recipe)}
     with tempfile.TemporaryDirectory(prefix="study-") as work:
-        return _complete(study, recipe, cells, found, Path(work), file, processes)
+        return _complete(study, recipe, cells, found, Path(work), file, processes, only)
 
 
 def _complete(
     study: Study, recipe: Recipe, cells: dict[str, Cell], found: dict[str, Any], work: Path,
-    file: Path, processes: int,
+    file: Path, processes: int, only: Sequence[str],
 ) -> dict[str, Any]:
     """Run the cells that are missing in `found`, or were made from something else."""
     _, natural = recipe.rows(work)
+    if study.validation:
+        natural = split.validation(natural, recipe.contract, work / "validation")
     rows = _digest(natural)
     wanted = {key: asked(cell, study, rows) for key, cell in cells.items()}
     found["cells"] = {
         key: cell for key, cell in found["cells"].items() if wanted.get(key) == cell["asked"]
     }
     # A job's `arm` is the place of its cell here.
-    missing = [cell for key, cell in cells.items() if key not in found["cells"]]
+    missing = [
+        cell for key, cell in cells.items() if key not in found["cells"]
+        and (not only or any(fnmatchcase(key, pattern) for pattern in only))
+    ]
     print(f"{study.title}: {len(cells)} cells, {len(missing)} to run", flush=True)
     parts: dict[str, list[JobResult]] = {}
     revision = commit()

@@ -57,10 +57,12 @@ def markdown(found: dict[str, Any]) -> str:
     study, metric = found["study"], METRICS[found["metric"]]
     epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
+    held = study.get("validation")
+    rows = "a quarter of the training rows" if held else "the public rows"
     lines = [
         f"# {found['title']}", "",
-        f"{metric} on the public rows of `{found['recipe']}`; {study['repeats']} repeats, ± half "
-        f"the 95 % interval of the mean over fresh noise (and fresh partitions), the test rows "
+        f"{metric} on {rows} of `{found['recipe']}`; {study['repeats']} repeats, ± half "
+        f"the 95 % interval of the mean over fresh noise (and fresh partitions), the rows scored "
         f"being the same; δ {found['delta']:g}, RDP, per {found['unit']}. "
         f"Commit {', '.join(commits)}; {found['machine']}.",
     ]
