@@ -183,8 +183,10 @@ class Worker:
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )
-        after = own.after(self.contract, request.round, asked, change)
-        self.ledger.release(charge, reply, after.content() if self.contract.keeps else None)
+        kept = None
+        if self.contract.keeps:
+            kept = own.after(self.contract, request.round, asked, change).content()
+        self.ledger.release(charge, reply, kept)
         return reply
 
     def own(self, run: str, before: int) -> Own:

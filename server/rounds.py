@@ -284,8 +284,7 @@ class Run:
         clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
         try:
             declined = self.iterate.step(
-                change, figures, self._acceptance.why_not,
-                present=self._present(),
+                change, figures, self._acceptance.why_not, present=self._present()
             )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None

@@ -13,7 +13,6 @@ from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
 from silotune.server.replies import carry_out
 from silotune.simulations import poison as poisons
-from silotune.simulations import study as studies
 from silotune.simulations.arms import Job
 from silotune.simulations.poison import LyingMasking, Poison, liars, lying
 from silotune.simulations.recipe import Recipe
@@ -140,16 +139,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_arms_with_masks_are_run_with_them_and_asked_once(
-    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
-    ran: list[Job] = []
-    original = studies.run_jobs
-
-    def counted(jobs: list[Job], *args: Any) -> Any:
-        ran.extend(jobs)
-        return original(jobs, *args)
-
-    monkeypatch.setattr(studies, "run_jobs", counted)
     found = compare(study, tmp_path / "out", 1, recipe)
     cells = {cell["arm"]: cell for cell in found["cells"].values()}
     accuracy = {arm: cell["scores"]["accuracy"] for arm, cell in cells.items()}

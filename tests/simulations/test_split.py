@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from silotune.simulations.split import split
+from silotune.simulations.split import split, validation
 from silotune.simulations.tables import TABLES, Table
+from tests.simulations.test_partition import contract_of, split_of
 
 
 def rows_of(*files: Path) -> list[str]:
@@ -50,6 +51,26 @@ def test_a_person_is_on_one_side_with_all_rows(
         sides = [set(pd.read_csv(file)["person"]) for file in files]
         assert not sides[0] & sides[1]
         assert [len(side) for side in sides] == [people - people // 4, people // 4]
+
+
+@pytest.mark.parametrize("unit", ["record", "entity"])
+def test_rows_to_choose_by_are_training_rows_of_nobody_who_is_trained_on(
+    tmp_path: Path, unit: str
+) -> None:
+    source, column = split_of(tmp_path / "rows"), "who" if unit == "entity" else "id"
+    found = validation(source, contract_of(unit), tmp_path / "found")
+    for site in ("a", "b"):
+        before, train, test = (
+            pd.read_csv(folder / f"{site}.csv")
+            for folder in (source / "train", found / "train", found / "test")
+        )
+        assert sorted([*train["id"], *test["id"]]) == sorted(before["id"])
+        assert not set(train[column]) & set(test[column])
+        assert len(set(test[column])) == len(set(before[column])) // 4
+    rows = pd.read_csv(found / "pooled.csv")["id"]
+    assert sorted(rows) == sorted(
+        row for site in "ab" for row in pd.read_csv(found / "train" / f"{site}.csv")["id"]
+    )
 
 
 def test_the_split_of_the_source_is_taken(

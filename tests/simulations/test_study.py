@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, UsageError
-from silotune.simulations import study as studies
 from silotune.simulations import study_page
+from silotune.simulations.arms import Job
 from silotune.simulations.partition import Partition
 from silotune.simulations.recipe import Recipe
-from silotune.simulations.study import Study, cells_of, compare, load_study, study_file
+from silotune.simulations.study import Study, cells_of, compare, load_study, rates_of, study_file
 from tests.simulations.test_partition import contract_of, split_of
 
 TOML = """
@@ -51,16 +52,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
-    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
-    ran: list[Any] = []
-    original = studies.run_jobs
-
-    def counted(jobs: list[Any], *args: Any) -> Any:
-        ran.extend(jobs)
-        return original(jobs, *args)
-
-    monkeypatch.setattr(studies, "run_jobs", counted)
     found = compare(study, tmp_path / "out", 1, recipe)
     assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, arms, ε
     assert len(ran) == 2 * 2 * 2 * (1 + 2 + 1)  # two sites alone are two jobs
@@ -132,23 +125,18 @@ def test_many_arms_have_a_row_each_and_no_lines(
 
 
 def test_other_rows_or_rounds_of_evaluation_are_run_anew(
-    study: Study, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
-    ran: list[int] = []
-    original = studies.run_jobs
-    monkeypatch.setattr(
-        studies, "run_jobs", lambda jobs, *args: ran.append(len(jobs)) or original(jobs, *args)
-    )
     small = study.model_copy(update={"repeats": 1, "partitions": {"natural": Partition()}})
     compare(small, tmp_path / "out", 1, recipe)
     compare(small, tmp_path / "out", 1, recipe)
-    assert ran == [8]
+    assert len(ran) == 8
     compare(small.model_copy(update={"evaluate_every": 2}), tmp_path / "out", 1, recipe)
-    assert ran == [8, 8]
+    assert len(ran) == 16
     file = tmp_path / "rows" / "train" / "a.csv"
     file.write_text(file.read_text().replace("yes", "no"))
     compare(small, tmp_path / "out", 1, recipe)
-    assert ran == [8, 8, 8]
+    assert len(ran) == 24
     (tmp_path / "out" / "study.json").write_text('{"cells": ')
     with pytest.raises(UsageError, match="is no result of a study"):
         compare(small, tmp_path / "out", 1, recipe)
@@ -166,6 +154,48 @@ def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
     assert pooled.privacy.expected_records == 2 * whole.privacy.expected_records
     assert cells["pooled | ε 8 | natural | 0"].contracts[0].rounds == 1
     assert [c.sites[0].name for c in cells["alone | ε 8 | natural | 1"].contracts] == ["a", "b"]
+
+
+def test_rates_are_chosen_without_the_public_rows(
+    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
+) -> None:
+    """Each arm once at each rate, where there is no public row left to look at."""
+    shutil.rmtree(tmp_path / "rows" / "test")
+    faster = study.arms["together"].model_copy(update={"rates": {8.0: 3.0}})
+    small = study.model_copy(update={
+        "partitions": {"natural": Partition()}, "arms": study.arms | {"together": faster},
+    })
+    asked = rates_of(small, [0.5, 2.0])
+    found = compare(asked, tmp_path / "out", 1, recipe)
+    assert {cell["repeat"] for cell in found["cells"].values()} == {0}
+    assert len(ran) == 2 * 2 * (1 + 2 + 1)  # rates, ε, arms
+    rates = {
+        (cell.arm, cell.epsilon): cell.contracts[0].phases[0].head_rate
+        for cell in cells_of(asked, recipe)
+    }
+    assert rates["together x0.5", math.inf] == 0.5
+    assert rates["together x2", 8.0] == 6.0
+    assert rates["pooled x2", math.inf] == 4.0  # of `plain`
+    text = study_page.markdown(found)
+    assert "on a quarter of the training rows of" in text
+    assert "| pooled x0.5 | " in text
+
+
+def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
+    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
+) -> None:
+    small = study.model_copy(update={"partitions": {"natural": Partition()}})
+    first = compare(small, tmp_path / "out", 1, recipe, only=["pooled *", "* | ε inf | *| 1"])
+    assert set(first["cells"]) == {
+        "pooled | ε inf | natural | 0", "pooled | ε inf | natural | 1",
+        "pooled | ε 8 | natural | 0", "pooled | ε 8 | natural | 1",
+        "alone | ε inf | natural | 1", "together | ε inf | natural | 1",
+    }
+    ran.clear()
+    second = compare(small, tmp_path / "out", 1, recipe, only=["together | ε 8 | * | 0"])
+    assert len(ran) == 1
+    assert set(second["cells"]) == set(first["cells"]) | {"together | ε 8 | natural | 0"}
+    assert "| together | " in study_page.markdown(second)
 
 
 def test_repeats_come_one_after_the_other(study: Study, recipe: Recipe) -> None:
@@ -200,7 +230,7 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
 def test_the_shipped_studies_are_valid() -> None:
     from silotune.simulations.recipe import load_recipe
 
-    names = [p.stem for p in (Path(studies.__file__).parent / "studies").glob("*.toml")]
+    names = [p.stem for p in (Path(study_page.__file__).parent / "studies").glob("*.toml")]
     assert names
     for name in names:
         found = load_study(study_file(name))
