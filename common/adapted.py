@@ -72,7 +72,7 @@ class Adapted(Network):
                 code="E310",
             )
         adapted = base.layers[self.first_adapted :]
-        self.top = nn.ModuleList(copy.deepcopy(layer) for layer in adapted)
+        self.top = nn.ModuleList(_sharing(layer) for layer in adapted)
         self.virtual = None
         if self.adapter:
             if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":
@@ -198,3 +198,9 @@ class Adapted(Network):
                 else:
                     hidden = base.through(layer, hidden, around)
         return hidden.float()
+
+
+def _sharing(layer: nn.Module) -> nn.Module:
+    """A layer of its own, to put an adapter into, on the same frozen weights."""
+    weights = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in weights})

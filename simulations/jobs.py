@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -38,16 +38,15 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     model = build(contract, job.model_folder, job.performance)
     seed = None if job.insecure_seed is None else job.insecure_seed + job.repeat
     lanes = Lanes(contract.weights(), 1 if job.federated else torch.get_num_threads())
-    workers = {
-        site.name: Worker(
-            permitting(
-                contract, site.name, training_file(job.data, site.name), job.model_folder,
-                job.performance,
-            ),
-            contract, _ledger(job, site.name), insecure_seed=seed, lane=lanes.of[site.name],
+    workers: dict[str, Worker] = {}
+    for site in contract.weights():
+        policy = permitting(
+            contract, site, training_file(job.data, site), job.model_folder, job.performance
         )
-        for site in contract.sites
-    }
+        workers[site] = Worker(
+            policy, contract, _ledger(job, site), insecure_seed=seed, lane=lanes.of[site]
+        )
+        _give_back_freed_memory()
     test = _public_test(model, contract, job.data / "test")
     rounds: list[RoundFacts] = []
     began = time.perf_counter()
@@ -116,9 +115,14 @@ def _give_back_freed_memory() -> None:
     """Return freed pages to the system: batches of many lengths leave glibc's heap in pieces,
     and a process would keep several times what it uses. Does nothing where there is no glibc.
     """
-    libc = ctypes.util.find_library("c")
-    if libc and hasattr(trim := ctypes.CDLL(libc), "malloc_trim"):
-        trim.malloc_trim(0)
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    name = ctypes.util.find_library("c")
+    return ctypes.CDLL(name) if name else None
 
 
 _tests: dict[tuple[int, Path], PublicTest] = {}

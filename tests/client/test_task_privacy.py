@@ -22,6 +22,7 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
+from silotune.common.adapted import Adapted
 from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError, RefusalError
@@ -98,10 +99,16 @@ def without(rows: Rows, unit: int, of: str) -> Rows:
     return [row for row in rows if row["person"] != f"p{unit}"]
 
 
+def base_of(model: Network) -> list[Tensor]:
+    """The frozen weights that the adapted layers stand on."""
+    return list(model.backbone.base.parameters()) if isinstance(model, Adapted) else []
+
+
 def check_sensitivity(
     contract: Contract, model: Network, kind: str, kept: Tensor | None = None, n: int = 20
 ) -> None:
     rows, of = tiny.rows_of(kind, n), contract.privacy.unit
+    frozen = {tensor: tensor.clone() for tensor in base_of(model)}
     model.load(tiny.moved(model))
     data = tiny.load(rows, contract, model)
     for trains in phases_of(contract):
@@ -116,6 +123,11 @@ def check_sensitivity(
             rest, _ = clipped_sum(model, less, trains, kept=kept)
             # To the bit: what is left out is this unit's part and nothing else.
             assert torch.equal(whole - rest, alone)
+    # All models of this process are made on these weights, and all lanes.
+    for tensor, before in frozen.items():
+        assert torch.equal(tensor, before)
+        assert tensor.grad is None
+        assert not tensor.requires_grad
 
 
 # --- every task, unit and model ----------------------------------------------------------------
