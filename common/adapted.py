@@ -71,8 +71,8 @@ class Adapted(Network):
                 f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
                 code="E310",
             )
-        adapted = base.layers[self.first_adapted :]
-        self.top = nn.ModuleList(_sharing(layer) for layer in adapted)
+        adapted = range(self.first_adapted, len(base.layers))
+        self.top = nn.ModuleList(_sharing(base.held(number)) for number in adapted)
         self.virtual = None
         if self.adapter:
             if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":

@@ -6,6 +6,7 @@ folder whose weights have the contract's hash. Shapes: n rows, T tokens, H hidde
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,14 @@ class Backbone:
         self.size = int(base.config.hidden_size)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._held: dict[int, nn.Module] = {}
+
+    def held(self, number: int) -> nn.Module:
+        """A layer whose weights are in this process's own memory, the same at each call. The base's
+        own are the file, mapped: what a round computes with must not change with that."""
+        if number not in self._held:
+            self._held[number] = copy.deepcopy(self.layers[number])
+        return self._held[number]
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -1,7 +1,7 @@
 """Simulated sites side by side: a thread for each core, with a model of its own.
 
 One site's products are small: two cores work faster on two sites than on one. The frozen base and
-its outputs are one for all lanes; only the adapted layers are there once in each.
+its outputs are one for all lanes; only the adapter is there once in each.
 """
 
 from __future__ import annotations

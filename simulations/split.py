@@ -71,8 +71,9 @@ def of_file(
 
 
 def validation(source: Path, contract: Contract, folder: Path) -> Path:
-    """The split in `source` without its public rows: a quarter of each site's training rows, drawn
-    as they were, stands for them. What is chosen by these rows was not chosen by the public ones.
+    """The split in `source` without its public rows: a quarter of each site's training rows, or
+    entities, drawn at random stands for them. What is chosen by these rows was not chosen by the
+    public ones. A table whose source has a split of its own, by day say, is easier here than there.
     """
     import pandas as pd
 

@@ -8,7 +8,6 @@ repeat s of a partition is dealt by seed s, and is the same for all arms.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -24,13 +23,13 @@ from pydantic import Field, PlainSerializer, ValidationError, model_validator
 from silotune.common import fields
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
 from silotune.common.fields import Count, Frozen, Name, Positive
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, split
 from silotune.simulations.arms import Job, JobResult, alone, pooled
+from silotune.simulations.kept import Kept
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.partition import Partition, draw, repartition
 from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
@@ -87,6 +86,9 @@ class Study(Frozen):
     def _apart(self) -> Self:
         if len(set(self.epsilons)) != len(self.epsilons):
             raise ValueError("an ε stands twice")
+        for name, arm in self.arms.items():
+            if other := set(arm.rates) - set(arm.epsilons or self.epsilons):
+                raise ValueError(f"arm '{name}' has rates for ε {min(other):g}, at which it is not")
         if self.sites and any(p.kind == "natural" for p in self.partitions.values()):
             raise ValueError('with sites rows cannot stay natural: name partitions of other kinds')
         return self
@@ -137,7 +139,8 @@ def load_study(file: Path) -> Study:
 
 def rates_of(study: Study, factors: Sequence[float]) -> Study:
     """The study by which rates are chosen: each arm with its learning rates times each of these,
-    once, scored on a quarter of the training rows."""
+    once, scored on a quarter of the training rows. With three quarters of the rows and the whole
+    noise, rates that are right here are a little low for all rows."""
     arms = {
         f"{name} x{factor:g}": arm.model_copy(update={
             "rates": {e: arm.rates.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons}
@@ -176,10 +179,11 @@ def contracts_of(
             merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
             found[key] = ({**found[key], **value} if merged else value) or None
     secure = found.pop("secure_aggregation")
-    if epsilon in arm.rates:
-        found["phases"] = [_slower(phase, arm.rates[epsilon]) for phase in found["phases"]]
     try:
         whole = Contract.model_validate(found)
+        if epsilon in arm.rates:
+            phases = whole.model_dump(mode="json")["phases"]
+            whole = whole.changed(phases=[_slower(p, arm.rates[epsilon]) for p in phases])
     except ValidationError as error:
         raise contract_error(error, f"the study's arm '{name}'", Contract) from None
     if arm.masked:
@@ -213,40 +217,42 @@ def compare(
     study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run what is missing of the study and write `folder`/study.json; returns its content. only:
+    """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
+    UsageError for a pattern that no key is like.
     """
     recipe = recipe or load_recipe(study.recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "study.json"
-    found = _before(file)
-    found |= {
+    head = {
         "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
         "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "study": study.model_dump(mode="json"),
     }
-    cells = {cell.key: cell for cell in cells_of(study, recipe)}
+    kept, cells = Kept(folder, head), {cell.key: cell for cell in cells_of(study, recipe)}
+    left_out = [p for p in only if not any(fnmatchcase(key, p) for key in cells)]
+    if left_out:
+        raise UsageError(
+            f"--only '{left_out[0]}' is like no cell. A cell is called, for instance, "
+            f"'{next(iter(cells))}'."
+        )
     with tempfile.TemporaryDirectory(prefix="study-") as work:
-        return _complete(study, recipe, cells, found, Path(work), file, processes, only)
+        return head | {"cells": _complete(study, recipe, cells, kept, Path(work), processes, only)}
 
 
 def _complete(
-    study: Study, recipe: Recipe, cells: dict[str, Cell], found: dict[str, Any], work: Path,
-    file: Path, processes: int, only: Sequence[str],
+    study: Study, recipe: Recipe, cells: dict[str, Cell], kept: Kept, work: Path, processes: int,
+    only: Sequence[str],
 ) -> dict[str, Any]:
-    """Run the cells that are missing in `found`, or were made from something else."""
+    """Run the cells that are not there, or were made from something else; returns the study's."""
     _, natural = recipe.rows(work)
     if study.validation:
         natural = split.validation(natural, recipe.contract, work / "validation")
     rows = _digest(natural)
     wanted = {key: asked(cell, study, rows) for key, cell in cells.items()}
-    found["cells"] = {
-        key: cell for key, cell in found["cells"].items() if wanted.get(key) == cell["asked"]
-    }
+    found = {key: c for key, c in kept.cells().items() if wanted.get(key) == c["asked"]}
     # A job's `arm` is the place of its cell here.
     missing = [
-        cell for key, cell in cells.items() if key not in found["cells"]
+        cell for key, cell in cells.items() if key not in found
         and (not only or any(fnmatchcase(key, pattern) for pattern in only))
     ]
     print(f"{study.title}: {len(cells)} cells, {len(missing)} to run", flush=True)
@@ -258,30 +264,14 @@ def _complete(
         own.append(result)
         cell = missing[int(result.arm)]
         if len(own) == len(cell.contracts):
-            found["cells"][cell.key] = {"asked": wanted[cell.key], "commit": revision} | _facts(
-                cell, own
-            )
-            found["cells"] = dict(sorted(found["cells"].items()))
-            text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
-            write_durably(file, text.encode() + b"\n")
+            made = {"asked": wanted[cell.key], "commit": revision} | _facts(cell, own)
+            found[cell.key] = made
+            kept.put(cell.key, made)
 
     if missing:
-        jobs = list(_jobs(study, recipe, missing, natural, work, file.parent))
+        jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent))
         run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
-    return found
-
-
-def _before(file: Path) -> dict[str, Any]:
-    """What a study's file holds so far. UsageError if it cannot be read."""
-    if not file.exists():
-        return {"cells": {}}
-    try:
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        if isinstance(found["cells"], dict):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UsageError(f"{file} is no result of a study. Move it away, or name another folder.")
+    return dict(sorted(found.items()))
 
 
 def _digest(rows: Path) -> str:
@@ -327,7 +317,7 @@ def _jobs(
 
 
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
-    """What is kept of a cell: scores on all public rows (where each site has a model of its own the
+    """What is kept of a cell: scores on all scored rows (where each site has a model of its own the
     mean over them), by site (`released`: where the site's own model stands in `sites`), and the
     curve of arms that train together."""
     first = results[0]

@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean and half the width of its 95 % confidence interval (Student's t, n - 1 degrees of
     freedom); 0 for one value, which has none. It is of fresh noise, and fresh partitions where rows
-    are dealt; the public test rows are always the same."""
+    are dealt; the rows scored are always the same."""
     from scipy.stats import t
 
     n, mean = len(values), statistics.fmean(values)
@@ -59,6 +59,8 @@ def markdown(found: dict[str, Any]) -> str:
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"
+    whole = study["repeats"] * len(study["partitions"]) * sum(
+        len(arm.get("epsilons") or epsilons) for arm in study["arms"].values())
     lines = [
         f"# {found['title']}", "",
         f"{metric} on {rows} of `{found['recipe']}`; {study['repeats']} repeats, ± half "
@@ -66,6 +68,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"being the same; δ {found['delta']:g}, RDP, per {found['unit']}. "
         f"Commit {', '.join(commits)}; {found['machine']}.",
     ]
+    if len(found["cells"]) < whole:
+        lines.append(f"{len(found['cells'])} of {whole} cells are there.")
     for partition in study["partitions"]:
         lines += ["", f"**{partition}**", "",
                   "| arm | " + " | ".join(

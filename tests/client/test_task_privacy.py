@@ -101,7 +101,11 @@ def without(rows: Rows, unit: int, of: str) -> Rows:
 
 def base_of(model: Network) -> list[Tensor]:
     """The frozen weights that the adapted layers stand on."""
-    return list(model.backbone.base.parameters()) if isinstance(model, Adapted) else []
+    if not isinstance(model, Adapted):
+        return []
+    held = range(model.first_adapted, len(model.backbone.layers))
+    layers = [model.backbone.base, *map(model.backbone.held, held)]
+    return [tensor for layer in layers for tensor in layer.parameters()]
 
 
 def check_sensitivity(

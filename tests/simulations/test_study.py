@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.simulations import study_page
 from silotune.simulations.arms import Job
+from silotune.simulations.kept import Kept
 from silotune.simulations.partition import Partition
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.study import Study, cells_of, compare, load_study, rates_of, study_file
@@ -195,7 +197,23 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
     second = compare(small, tmp_path / "out", 1, recipe, only=["together | ε 8 | * | 0"])
     assert len(ran) == 1
     assert set(second["cells"]) == set(first["cells"]) | {"together | ε 8 | natural | 0"}
-    assert "| together | " in study_page.markdown(second)
+    assert "\n7 of 12 cells are there.\n" in study_page.markdown(second)
+    with pytest.raises(UsageError, match="--only 'together' is like no cell"):
+        compare(small, tmp_path / "out", 1, recipe, only=["* | ε 8 | *", "together"])
+    # Of another grid in the same folder: both are kept, and each tells its own.
+    other = small.model_copy(update={"arms": {"pooled": study.arms["pooled"]}, "repeats": 1})
+    third = compare(other, tmp_path / "out", 1, recipe)
+    assert set(third["cells"]) == {"pooled | ε inf | natural | 0", "pooled | ε 8 | natural | 0"}
+    assert compare(small, tmp_path / "out", 1, recipe, only=["pooled *"]) == second
+
+
+def test_no_cell_is_lost_where_several_write(tmp_path: Path) -> None:
+    kept = [Kept(tmp_path, {"title": "one"}) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for n in range(20):
+            threads.submit(kept[n % 4].put, f"cell {n}", {"asked": str(n)})
+    assert set(kept[0].cells()) == {f"cell {n}" for n in range(20)}
+    assert json.loads(kept[0].file.read_text())["title"] == "one"
 
 
 def test_repeats_come_one_after_the_other(study: Study, recipe: Recipe) -> None:
@@ -223,6 +241,9 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
     file.write_text(TOML.replace('rows = "alone"', 'contract = { quorum = 9 }'))
     with pytest.raises(ContractError, match="the study's arm 'alone'"):
         list(cells_of(load_study(file), recipe))
+    file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\nrates = { 2 = 0.5 }'))
+    with pytest.raises(ContractError, match="arm 'alone' has rates for ε 2, at which it is not"):
+        load_study(file)
     with pytest.raises(UsageError, match="There is no study 'nothing'"):
         study_file("nothing")
 
