@@ -59,13 +59,16 @@ def markdown(found: dict[str, Any]) -> str:
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"
+    runs = "one run each" if study["repeats"] == 1 else (
+        f"{study['repeats']} repeats, ± half the 95 % interval of the mean over fresh noise (and "
+        "fresh partitions), the rows scored being the same"
+    )
     whole = study["repeats"] * len(study["partitions"]) * sum(
         len(arm.get("epsilons") or epsilons) for arm in study["arms"].values())
     lines = [
         f"# {found['title']}", "",
-        f"{metric} on {rows} of `{found['recipe']}`; {study['repeats']} repeats, ± half "
-        f"the 95 % interval of the mean over fresh noise (and fresh partitions), the rows scored "
-        f"being the same; δ {found['delta']:g}, RDP, per {found['unit']}. "
+        f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
+        f"{found['unit']}. "
         f"Commit {', '.join(commits)}; {found['machine']}.",
     ]
     if len(found["cells"]) < whole:

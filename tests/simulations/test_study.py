@@ -179,7 +179,7 @@ def test_rates_are_chosen_without_the_public_rows(
     assert rates["together x2", 8.0] == 6.0
     assert rates["pooled x2", math.inf] == 4.0  # of `plain`
     text = study_page.markdown(found)
-    assert "on a quarter of the training rows of" in text
+    assert "on a quarter of the training rows of `heart-diagnosis`; one run each; δ" in text
     assert "| pooled x0.5 | " in text
 
 
