@@ -216,7 +216,7 @@ def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
             (x, *interval(values)) for x, epsilon in enumerate(epsilons)
             if (values := values_of(found, arm, epsilon, partition))
         ]
-        _band(axes, points, arm, place, marker="o")
+        _band(axes, points, arm, place, marked=True)
     axes.set_xticks(range(len(epsilons)),
                     ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons])
 
@@ -265,14 +265,19 @@ def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilo
 
 def _band(
     axes: Axes, points: Sequence[tuple[float, float, float]], label: str, place: int,
-    marker: str = "",
+    marked: bool = False,
 ) -> None:
     if not points:
         return
     colour = COLOURS[place % len(COLOURS)]
     x, mean, half = zip(*points, strict=True)
-    style = "-" if place < len(COLOURS) else "--"
-    axes.plot(x, mean, style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
+    style, marker = ("-", "o") if place < len(COLOURS) else ("--", "D")
+    axes.plot(
+        x, mean, style, color=colour, label=label, marker=marker if marked else "", markersize=4,
+        linewidth=1.5,
+    )
+    if len(points) == 1:  # of which a band would not be seen
+        axes.errorbar(x, mean, half, color=colour, linewidth=1.2, capsize=3)
     axes.fill_between(
         x, [m - h for m, h in zip(mean, half, strict=True)],
         [m + h for m, h in zip(mean, half, strict=True)], color=colour, alpha=0.13, linewidth=0,
