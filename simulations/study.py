@@ -37,8 +37,14 @@ from silotune.simulations.recipe import Recipe, load_recipe
 from silotune.simulations.run import commit, run_jobs
 
 REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
-# Infinity is without DP; JSON has none.
-Budget = Annotated[float, Field(gt=0), PlainSerializer(lambda e: e if math.isfinite(e) else None)]
+
+
+def _finite(epsilon: float) -> float | None:
+    """None for infinity, which is without DP: JSON has none."""
+    return epsilon if math.isfinite(epsilon) else None
+
+
+Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 
 class StudyArm(Frozen):
@@ -280,10 +286,6 @@ def _digest(rows: Path) -> str:
     for file in sorted(rows.rglob("*.csv")):
         digest.update(f"{file.relative_to(rows)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _finite(epsilon: float) -> float | None:
-    return epsilon if math.isfinite(epsilon) else None
 
 
 def _jobs(
