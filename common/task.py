@@ -9,6 +9,7 @@ are None when absent, so that older contracts keep their hash.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -43,6 +44,15 @@ def _distinct(labels: tuple[Label, ...]) -> None:
             raise ValueError(f"label {what} {twice[0]!r} stands twice")
 
 
+def _one_weight_each(
+    weights: Sequence[float] | None, classes: Sequence[object], what: str
+) -> None:
+    if weights and len(weights) != len(classes):
+        raise ValueError(
+            f"class_weights needs one weight for each of {len(classes)} {what}, has {len(weights)}"
+        )
+
+
 class Classification(Frozen):
     """One of the labels a record. class_weights: what each label's records count, in their order.
     """
@@ -59,11 +69,7 @@ class Classification(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _distinct(self.labels)
-        if self.class_weights and len(self.class_weights) != len(self.labels):
-            raise ValueError(
-                f"class_weights needs one weight for each of {len(self.labels)} labels, has "
-                f"{len(self.class_weights)}"
-            )
+        _one_weight_each(self.class_weights, self.labels, "labels")
         return self
 
     @property
@@ -121,7 +127,9 @@ class MultiLabel(Frozen):
 
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
-    spaces in the input's column, as many tags in the label column."""
+    spaces in the input's column, as many tags in the label column. class_weights: what a word of
+    each tag counts, in the order O, B-x, I-x of the first entity, and so on.
+    """
 
     metrics: ClassVar[tuple[str, ...]] = (
         "f1", "precision", "recall", "accuracy", "loss",
@@ -129,6 +137,7 @@ class Tokens(Frozen):
     kind: Literal["tokens"] = "tokens"
     label_column: str
     entities: tuple[Name, ...] = Field(min_length=1)
+    class_weights: tuple[Positive, ...] | None = None
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -137,6 +146,7 @@ class Tokens(Frozen):
                 raise ValueError(f"entity {name!r} stands twice")
             if " " in name:
                 raise ValueError(f"entity {name!r} has a space in it; tags stand between spaces")
+        _one_weight_each(self.class_weights, self.tags, "tags")
         return self
 
     @property

@@ -76,7 +76,7 @@ class Job:
 class JobResult:
     """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
     is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
-    own, the same of that model, by site."""
+    own, the same of that model, by site. gpu: its name, where one computed."""
 
     arm: str
     repeat: int
@@ -87,6 +87,7 @@ class JobResult:
     peak_bytes: int
     pid: int
     own: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    gpu: str = ""
 
 
 def trained(contract: Contract) -> str:

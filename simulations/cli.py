@@ -70,6 +70,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 
 @sim.command("compare")
 @click.argument("study", metavar="STUDY|STUDY.toml")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
 @click.option("--processes", default=0, help="At once; as many as there are cores if not given.")
 @click.option("--only", multiple=True, metavar="PATTERN",
@@ -78,8 +79,8 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
               help="Try the arms' learning rates times this, to choose by.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sim_compare(
-    study: str, out: Path | None, processes: int, only: tuple[str, ...], rates: tuple[float, ...],
-    as_json: bool,
+    study: str, settings: tuple[str, ...], out: Path | None, processes: int, only: tuple[str, ...],
+    rates: tuple[float, ...], as_json: bool,
 ) -> None:
     """Run a study: arms × ε × partitions × seeds of a recipe. It goes on where it was stopped.
 
@@ -89,17 +90,24 @@ def sim_compare(
     With --rates each arm is run once at each of them and scored on a quarter of the training rows,
     so that what is chosen by that was not chosen by the rows of the study's own table.
 
+    Settings say how to compute, as those of `sim run` do: device, bf16, micro_batch and so on.
+
     \b
     $ silotune sim compare heart-methods
+    $ silotune sim compare ner-methods micro_batch=256 --processes 16
     $ silotune sim compare heart-methods --rates 0.5 --rates 1 --rates 2
     """
+    from silotune.simulations.run import computing
     from silotune.simulations.study import compare, load_study, rates_of, study_file
     from silotune.simulations.study_page import draw, markdown
 
     file = study_file(study)
     folder = out or Path("runs") / "studies" / (f"{file.stem}-rates" if rates else file.stem)
     asked = load_study(file)
-    found = compare(rates_of(asked, rates) if rates else asked, folder, processes, only=only)
+    found = compare(
+        rates_of(asked, rates) if rates else asked, folder, processes, only=only,
+        performance=computing(settings),
+    )
     text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"
     (folder / "study.md").write_text(text, encoding="utf-8")
     pictures = draw(found, folder)

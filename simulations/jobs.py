@@ -104,6 +104,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         os.getpid(),
         own,
+        torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
     )
 
 

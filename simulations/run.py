@@ -63,13 +63,7 @@ class Options:
             "data": Path, "site_column": str, "model": Path,
         }
         for word in words:
-            key, equals, value = word.partition("=")
-            known = [*readers, *Performance.model_fields]
-            if not equals or key not in known:
-                raise UsageError(
-                    f"'{word}' is not a setting. Use key=value with one of: {', '.join(known)}."
-                    + did_you_mean(key, known)
-                )
+            key, value = _setting(word, [*readers, *Performance.model_fields])
             if key in Performance.model_fields:
                 computing[key] = value
                 continue
@@ -82,6 +76,21 @@ class Options:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
         options.performance = _performance(computing)
         return options
+
+
+def computing(words: tuple[str, ...]) -> Performance:
+    """From `key=value` words, of which none may be other than how to compute."""
+    return _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
+
+
+def _setting(word: str, known: list[str]) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or key not in known:
+        raise UsageError(
+            f"'{word}' is not a setting. Use key=value with one of: {', '.join(known)}."
+            + did_you_mean(key, known)
+        )
+    return key, value
 
 
 def _flag(word: str) -> bool:

@@ -25,6 +25,7 @@ from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.fields import Count, Frozen, Name, Positive
+from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, split
@@ -221,11 +222,12 @@ def asked(cell: Cell, study: Study, rows: str) -> str:
 
 def compare(
     study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None,
-    only: Sequence[str] = (),
+    only: Sequence[str] = (), performance: Performance | None = None,
 ) -> dict[str, Any]:
     """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
-    UsageError for a pattern that no key is like.
+    performance: how to compute; a cell stays the same cell. UsageError for a pattern that no key is
+    like.
     """
     recipe = recipe or load_recipe(study.recipe)
     head = {
@@ -234,6 +236,7 @@ def compare(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "study": study.model_dump(mode="json"),
     }
+    performance = performance or Performance()
     kept, cells = Kept(folder, head), {cell.key: cell for cell in cells_of(study, recipe)}
     left_out = [p for p in only if not any(fnmatchcase(key, p) for key in cells)]
     if left_out:
@@ -242,12 +245,13 @@ def compare(
             f"'{next(iter(cells))}'."
         )
     with tempfile.TemporaryDirectory(prefix="study-") as work:
-        return head | {"cells": _complete(study, recipe, cells, kept, Path(work), processes, only)}
+        found = _complete(study, recipe, cells, kept, Path(work), processes, only, performance)
+        return head | {"cells": found}
 
 
 def _complete(
     study: Study, recipe: Recipe, cells: dict[str, Cell], kept: Kept, work: Path, processes: int,
-    only: Sequence[str],
+    only: Sequence[str], performance: Performance,
 ) -> dict[str, Any]:
     """Run the cells that are not there, or were made from something else; returns the study's."""
     _, natural = recipe.rows(work)
@@ -275,7 +279,7 @@ def _complete(
             kept.put(cell.key, made)
 
     if missing:
-        jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent))
+        jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent, performance))
         run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
     return dict(sorted(found.items()))
 
@@ -289,7 +293,8 @@ def _digest(rows: Path) -> str:
 
 
 def _jobs(
-    study: Study, recipe: Recipe, cells: list[Cell], natural: Path, work: Path, folder: Path
+    study: Study, recipe: Recipe, cells: list[Cell], natural: Path, work: Path, folder: Path,
+    performance: Performance,
 ) -> Iterator[Job]:
     sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
     places: dict[tuple[str, int], Path] = {}
@@ -315,6 +320,7 @@ def _jobs(
                 str(number), cell.repeat, with_keys, work / f"job-{number}-{at}", model, rows,
                 federated=False,  # the same messages and checks, without Flower's queues
                 evaluate_every=study.evaluate_every, poison=poison, keys=keys,
+                performance=performance,
             )
 
 
@@ -323,6 +329,7 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     mean over them), by site (`released`: where the site's own model stands in `sites`), and the
     curve of arms that train together."""
     first = results[0]
+    gpu = {"gpu": first.gpu} if first.gpu else {}
     models = {site: result.scores for result in results for site in result.sites}
     if len(results) == 1:
         models = {site: first.scores for site in first.scores if site not in ("", TRIGGERED)}
@@ -343,7 +350,7 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
         "curve": _curve(results[0].rounds) if len(results) == 1 else [],
         "declined": sum(r.declined is not None for result in results for r in result.rounds),
         "seconds": round(sum(result.seconds for result in results), 1),
-    }
+    } | gpu
 
 
 def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:

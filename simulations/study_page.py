@@ -57,6 +57,7 @@ def markdown(found: dict[str, Any]) -> str:
     study, metric = found["study"], METRICS[found["metric"]]
     epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
+    gpus = sorted({cell["gpu"] for cell in found["cells"].values() if "gpu" in cell})
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"
     runs = "one run each" if study["repeats"] == 1 else (
@@ -69,7 +70,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"# {found['title']}", "",
         f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
         f"{found['unit']}. "
-        f"Commit {', '.join(commits)}; {found['machine']}.",
+        f"Commit {', '.join(commits)}; {', '.join([found['machine'], *gpus])}.",
     ]
     if len(found["cells"]) < whole:
         lines.append(f"{len(found['cells'])} of {whole} cells are there.")

@@ -1,6 +1,8 @@
 """`make recipes`: what each recipe reaches, pooled, alone, federated, and federated under DP.
 
-    python -m silotune.simulations.table [RECIPE …]      all of them if none is named
+    python -m silotune.simulations.table [RECIPE …] [KEY=VALUE …]
+
+All recipes if none is named; settings say how to compute, as those of `silotune sim run` do.
 
 Columns, each with the recipe's own contract and the phases that recipe.toml has for it: pooled (all
 rows in one place, no DP), alone (each site by itself, no DP, at the federation's rates, on
@@ -26,11 +28,12 @@ from typing import Any, NamedTuple
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
+from silotune.common.performance import Performance
 from silotune.simulations import data
 from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.recipe import Recipe, load_recipe, recipe_names
-from silotune.simulations.run import commit, run_jobs
+from silotune.simulations.run import commit, computing, run_jobs
 
 RESULTS = Path("simulations/studies")
 EPSILONS = (8.0, 3.0)
@@ -96,7 +99,9 @@ def columns_of(recipe: Recipe) -> list[Column]:
     ]
 
 
-def row(recipe: Recipe, processes: int, known: dict[str, Any]) -> dict[str, Any]:
+def row(
+    recipe: Recipe, processes: int, performance: Performance, known: dict[str, Any]
+) -> dict[str, Any]:
     """One recipe's figures: column -> metric -> mean, sd and values. `known`, the row of before,
     keeps its columns where the same was asked for and as many runs."""
     contract, repeats = recipe.contract, recipe.facts["repeats"]
@@ -114,6 +119,7 @@ def row(recipe: Recipe, processes: int, known: dict[str, Any]) -> dict[str, Any]
             Job(
                 arm.name, repeat, own, Path(folder) / f"{arm.name}-{repeat}-{at}", model, table,
                 federated=len(own.sites) > 1, evaluate_every=own.rounds, keys=keys,
+                performance=performance,
             )
             for arm, keys, _ in missing
             for repeat in range(repeats)
@@ -126,7 +132,7 @@ def row(recipe: Recipe, processes: int, known: dict[str, Any]) -> dict[str, Any]
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(sum(r.seconds for r in results if r.arm == column.arm.name)),
             "metrics": _figures(contract, results, column.arm.name),
-        } for column in missing
+        } | ({"gpu": results[0].gpu} if results[0].gpu else {}) for column in missing
     }
     return {
         "recipe": recipe.name, "title": recipe.facts["title"], "metric": recipe.facts["metric"],
@@ -169,7 +175,9 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(names: list[str]) -> int:
+def main(words: list[str]) -> int:
+    names = [word for word in words if "=" not in word]
+    performance = computing(tuple(word for word in words if "=" in word))
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "recipes.json"
     known = json.loads(file.read_text())["recipes"] if file.exists() else []
@@ -178,7 +186,7 @@ def main(names: list[str]) -> int:
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:
         print(f"{recipe.name}: {recipe.facts['title']}", flush=True)
-        made = row(recipe, os.cpu_count() or 1, rows.get(recipe.name, {}))
+        made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
         rows[recipe.name] = made
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -24,7 +24,9 @@ def objective_of(task: Task) -> Objective:
     """What a contract's task learns."""
     if isinstance(task, Classification):
         return Classes(task)
+    if isinstance(task, Tokens):
+        return Tags(task)
     found: dict[type, type[Objective]] = {
-        MultiLabel: Labels, Tokens: Tags, Regression: Place, Ranking: Relevance, Language: Answers,
+        MultiLabel: Labels, Regression: Place, Ranking: Relevance, Language: Answers,
     }
     return found[type(task)]()

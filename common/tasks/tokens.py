@@ -14,18 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from silotune.common.task import Tokens
 from silotune.common.tasks.objective import Objective
 
 IGNORED = -100  # the label of a token that does not count: padding, a prompt, a word's later pieces
 
 
-def per_example_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over each example's counted tokens, [N]; 0 where none counts.
+def per_example_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over each example's counted tokens of their cross entropy, times the weight of the
+    token's label if there are weights: [N]; 0 where none counts. The mean is over as many tokens
+    whatever they weigh, so that an example of light ones alone counts less than another.
 
-    logits [N, T, L]; labels [N, T], int64.
+    logits [N, T, L]; labels [N, T], int64; weights [L].
     """
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1), labels.flatten(), weights, ignore_index=IGNORED,
+        reduction="none",
     )
     counts = (labels != IGNORED).sum(dim=1).clamp(min=1)
     return losses.view(labels.shape).sum(dim=1) / counts
@@ -55,13 +59,17 @@ class Tags(Objective):
 
     of_tokens = True
 
+    def __init__(self, task: Tokens) -> None:
+        self.weights = torch.tensor(task.class_weights) if task.class_weights else None
+
     def tensor(self, targets: Sequence[Any]) -> Tensor:
         # At least one place, also where no record has a word.
         rows = [torch.tensor(list(row) or [IGNORED]) for row in targets]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return per_example_loss(outputs, targets)
+        weights = None if self.weights is None else self.weights.to(outputs.device)
+        return per_example_loss(outputs, targets, weights)
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return share_right(outputs, targets)

@@ -260,6 +260,13 @@ def test_so_it_is_with_weighed_labels_and_smoothing(unit: str) -> None:
     check_sensitivity(contract, model_of(contract, "bert"), "classification")
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_so_it_is_with_weighed_tags(unit: str) -> None:
+    contract = tiny.contract_of("tokens", "bert", unit=unit).changed(
+        task={"class_weights": [0.1, 1.0, 50.0, 1.0, 1.0]})
+    check_sensitivity(contract, model_of(contract, "bert"), "tokens")
+
+
 @pytest.mark.parametrize("engine", ["expanded", "hooks", "ghost"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("kind", "model"), tiny.CASES)
@@ -280,7 +287,7 @@ def test_the_self_test_passes(
 
 def mean_of_the_batchs_tokens(patch: Patch) -> None:
     """As transformers' own loss: a long text takes weight from all others."""
-    def broken(logits: Tensor, labels: Tensor) -> Tensor:
+    def broken(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=tokens.IGNORED,
             reduction="none",

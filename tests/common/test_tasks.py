@@ -23,25 +23,31 @@ from silotune.common.tasks.tokens import IGNORED
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
-KINDS = ["classification", "weighed", "multi-label", "tokens", "regression", "ranking", "language"]
+KINDS = [
+    "classification", "weighed", "multi-label", "tokens", "weighed tokens", "regression", "ranking",
+    "language",
+]
 N, T, V = 7, 6, 11
-WEIGHTS, SMOOTHING = (0.5, 1.0, 4.0), 0.2
+WEIGHTS, SMOOTHING, TAG_WEIGHTS = (0.5, 1.0, 4.0), 0.2, (0.25, 1.0, 2.0, 0.5, 3.0)
+WEIGHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "weighed": ("classification", {"class_weights": WEIGHTS, "label_smoothing": SMOOTHING}),
+    "weighed tokens": ("tokens", {"class_weights": TAG_WEIGHTS}),
+}
 Floats = NDArray[np.float64]
 
 
 def objective(kind: str) -> Objective:
-    settings = tiny.task_of("classification" if kind == "weighed" else kind)
-    if kind == "weighed":
-        settings |= {"class_weights": WEIGHTS, "label_smoothing": SMOOTHING}
-    return objective_of(TypeAdapter(Task).validate_python(settings))
+    plain, more = WEIGHED.get(kind, (kind, {}))
+    return objective_of(TypeAdapter(Task).validate_python(tiny.task_of(plain) | more))
 
 
 def batch(kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Outputs and targets of N records as training compares them."""
     rng = np.random.default_rng(seed)
+    kind, _ = WEIGHED.get(kind, (kind, {}))
     shape = {"tokens": (N, T, 5), "language": (N, T, V), "regression": (N, 1), "ranking": (N, 1)}
     outputs = torch.tensor(rng.normal(0, 3, shape.get(kind, (N, 3))), dtype=torch.float32)
-    if kind in ("classification", "weighed"):
+    if kind == "classification":
         return outputs, torch.tensor(rng.integers(3, size=N))
     if kind in ("tokens", "language"):
         targets = rng.integers(outputs.shape[2], size=(N, T))
@@ -87,9 +93,16 @@ def of_tokens(z: Floats, y: Any) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
+def of_weighed_tokens(z: Floats, y: Any) -> float:
+    """By the number of tokens, not by what they weigh."""
+    found = [TAG_WEIGHTS[tag] * of_class(row, tag) for row, tag in zip(z, y, strict=True)
+             if tag != IGNORED]
+    return sum(found) / len(found) if found else 0.0
+
+
 FORMULAS: dict[str, Callable[[Floats, Any], float]] = {
     "classification": of_class, "weighed": of_weighed, "multi-label": of_labels,
-    "tokens": of_tokens, "language": of_tokens,
+    "tokens": of_tokens, "weighed tokens": of_weighed_tokens, "language": of_tokens,
     "regression": lambda z, y: (z[0] - y) ** 2 / 2, "ranking": lambda z, y: logistic(z[0], y),
 }
 RIGHT: dict[str, Callable[[Floats, Any], float]] = {
@@ -104,7 +117,7 @@ def share(z: Floats, y: Any) -> float:
     return sum(found) / max(len(found), 1)
 
 
-RIGHT |= {"tokens": share, "language": share}
+RIGHT |= {"tokens": share, "weighed tokens": share, "language": share}
 
 
 def by_records(formula: Callable[[Floats, Any], float], outputs: Tensor, targets: Tensor) -> Floats:
@@ -135,11 +148,12 @@ def test_a_number_is_never_right() -> None:
         objective("regression").right(*batch("regression"))
 
 
-def test_weights_of_one_and_no_smoothing_change_nothing() -> None:
-    settings = tiny.task_of("classification") | {"class_weights": (1.0, 1.0, 1.0)}
+@pytest.mark.parametrize(("kind", "labels"), [("classification", 3), ("tokens", 5)])
+def test_weights_of_one_and_no_smoothing_change_nothing(kind: str, labels: int) -> None:
+    settings = tiny.task_of(kind) | {"class_weights": (1.0,) * labels}
     same = objective_of(TypeAdapter(Task).validate_python(settings))
-    for outputs, targets in (batch("classification"), batch("classification", 1)):
-        expected = objective("classification").losses(outputs, targets)
+    for outputs, targets in (batch(kind), batch(kind, 1)):
+        expected = objective(kind).losses(outputs, targets)
         assert torch.equal(same.losses(outputs, targets), expected)
 
 

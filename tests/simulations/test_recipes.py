@@ -16,12 +16,13 @@ from silotune.client.masking import check_bound
 from silotune.common.architecture import OneHotModel
 from silotune.common.errors import DataError, UsageError
 from silotune.common.inputs import TableInput
+from silotune.common.performance import Performance
 from silotune.simulations import data
 from silotune.simulations.arms import Job, arms_of
 from silotune.simulations.jobs import run_job
 from silotune.simulations.masks import masked
 from silotune.simulations.recipe import load_recipe, recipe_names
-from silotune.simulations.run import Options, _set_aside
+from silotune.simulations.run import Options, _set_aside, computing
 from silotune.simulations.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +117,14 @@ def test_a_wrong_setting_is_one_sentence(words: tuple[str, ...], says: str) -> N
         Options.parse(words)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
+    assert computing(("micro_batch=64", "bf16=off")) == Performance(micro_batch=64, bf16="off")
+    for word, says in (("epsilon=3", "'epsilon=3' is not a setting"),
+                       ("micro_batsh=3", "Did you mean 'micro_batch'")):
+        with pytest.raises(UsageError, match=says):
+            computing((word,))
 
 
 def test_an_unknown_recipe_is_named() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, UsageError
+from silotune.common.performance import Performance
 from silotune.simulations import study_page
 from silotune.simulations.arms import Job
 from silotune.simulations.kept import Kept
@@ -72,8 +73,9 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
         del kept["cells"][key]
     file.write_text(json.dumps(kept))
     ran.clear()
-    again = compare(study, tmp_path / "out", 1, recipe)
-    assert len(ran) == 3  # two sites alone, and all together
+    otherwise = Performance(micro_batch=3, device="cpu")
+    again = compare(study, tmp_path / "out", 1, recipe, performance=otherwise)
+    assert [job.performance for job in ran] == [otherwise] * 3  # two sites alone, all together
     assert set(again["cells"]) == set(found["cells"])
     # Changed: what is new is run.
     ran.clear()
@@ -82,6 +84,9 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     compare(changed, tmp_path / "out", 1, recipe)
     assert [job.contract.quorum for job in ran] == [2] * 8
     text = study_page.markdown(found)
+    assert "cores.\n" in text
+    on_gpu = {key: cell | {"gpu": "H100"} for key, cell in found["cells"].items()}
+    assert "cores, H100.\n" in study_page.markdown(found | {"cells": on_gpu})
     assert "| together | " in text
     assert "**skewed**" in text
     assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
