@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from silotune.common.fields import Flag, Frozen, Name, Number, Positive, kind_or
+from silotune.common.fields import Bound, Flag, Frozen, Name, Number, Positive, kind_or
 
 Target = Any  # int, float, a list of ints or text, by task
 
@@ -54,8 +54,8 @@ def _one_weight_each(
 
 
 class Classification(Frozen):
-    """One of the labels a record. class_weights: what each label's records count, in their order.
-    """
+    """One of the labels a record. class_weights: what each label's records count in training, in
+    their order."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "auc", "auprc", "accuracy", "macro_f1", "calibration", "loss",
@@ -128,7 +128,7 @@ class MultiLabel(Frozen):
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
     spaces in the input's column, as many tags in the label column. class_weights: what a word of
-    each tag counts, in the order O, B-x, I-x of the first entity, and so on.
+    each tag counts in training, in the order O, B-x, I-x of the first entity, and so on.
     """
 
     metrics: ClassVar[tuple[str, ...]] = (
@@ -137,7 +137,7 @@ class Tokens(Frozen):
     kind: Literal["tokens"] = "tokens"
     label_column: str
     entities: tuple[Name, ...] = Field(min_length=1)
-    class_weights: tuple[Positive, ...] | None = None
+    class_weights: tuple[Bound, ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -79,8 +79,15 @@ class Options:
 
 
 def computing(words: tuple[str, ...]) -> Performance:
-    """From `key=value` words, of which none may be other than how to compute."""
-    return _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
+    """How to compute, from `key=value` words: such as may change a result by its roundings alone.
+    UsageError for others."""
+    found = _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
+    if found.gradients == "ghost":
+        raise UsageError(
+            "gradients=ghost bounds no single record's gradient: figures made with it are not "
+            "those of the contract. Use expanded or hooks."
+        )
+    return found
 
 
 def _setting(word: str, known: list[str]) -> tuple[str, str]:
@@ -103,7 +110,7 @@ def _performance(words: dict[str, str]) -> Performance:
     """From key=value words, each read as the type it has to be."""
     values = {
         key: value == "true" if value in ("true", "false")
-        else int(value) if value.isdigit() else value
+        else int(value) if value.isdecimal() else value
         for key, value in words.items()
     }
     try:
@@ -166,7 +173,10 @@ def run(
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "machine": ", ".join([
+            f"{os.cpu_count()} cores", _processor(),
+            *(sorted({r.gpu for r in results if r.gpu}) or ["no GPU used"]),
+        ]),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": memory,
         "versions": {
@@ -283,10 +293,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def machine(gpu: str) -> str:
+    """What this computes on, in a few words; gpu: its name, or nothing."""
+    return f"{platform.machine()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else "")
+
+
 def _processor() -> str:
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
-            return line.split(":", 1)[1].strip() + ", no GPU used"
+            return line.split(":", 1)[1].strip()
     return platform.processor() or sys.platform
 
 

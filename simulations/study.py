@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.partition import Partition, draw, repartition
 from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
 from silotune.simulations.recipe import Recipe, load_recipe
-from silotune.simulations.run import commit, run_jobs
+from silotune.simulations.run import commit, machine, run_jobs
 
 REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
 
@@ -226,14 +225,14 @@ def compare(
 ) -> dict[str, Any]:
     """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
-    performance: how to compute; a cell stays the same cell. UsageError for a pattern that no key is
-    like.
+    performance: how to compute; but for roundings a cell stays the same cell. UsageError for a
+    pattern that no key is like.
     """
     recipe = recipe or load_recipe(study.recipe)
     head = {
         "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
         "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(""),
         "study": study.model_dump(mode="json"),
     }
     performance = performance or Performance()
@@ -329,7 +328,6 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     mean over them), by site (`released`: where the site's own model stands in `sites`), and the
     curve of arms that train together."""
     first = results[0]
-    gpu = {"gpu": first.gpu} if first.gpu else {}
     models = {site: result.scores for result in results for site in result.sites}
     if len(results) == 1:
         models = {site: first.scores for site in first.scores if site not in ("", TRIGGERED)}
@@ -350,7 +348,8 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
         "curve": _curve(results[0].rounds) if len(results) == 1 else [],
         "declined": sum(r.declined is not None for result in results for r in result.rounds),
         "seconds": round(sum(result.seconds for result in results), 1),
-    } | gpu
+        "machine": machine(first.gpu),
+    }
 
 
 def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ def markdown(found: dict[str, Any]) -> str:
     study, metric = found["study"], METRICS[found["metric"]]
     epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
-    gpus = sorted({cell["gpu"] for cell in found["cells"].values() if "gpu" in cell})
+    # Cells of before had one machine for all of them.
+    machines = Counter(cell.get("machine", found["machine"]) for cell in found["cells"].values())
+    where = [name + f" ({n} cells)" * (len(machines) > 1) for name, n in sorted(machines.items())]
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"
     runs = "one run each" if study["repeats"] == 1 else (
@@ -70,7 +73,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"# {found['title']}", "",
         f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
         f"{found['unit']}. "
-        f"Commit {', '.join(commits)}; {', '.join([found['machine'], *gpus])}.",
+        f"Commit {', '.join(commits)}; {'; '.join(where)}.",
     ]
     if len(found["cells"]) < whole:
         lines.append(f"{len(found['cells'])} of {whole} cells are there.")

@@ -2,21 +2,20 @@
 
     python -m silotune.simulations.table [RECIPE …] [KEY=VALUE …]
 
-All recipes if none is named; settings say how to compute, as those of `silotune sim run` do.
+All recipes if none is named; settings say how to compute, as those of `silotune sim compare` do.
 
 Columns, each with the recipe's own contract and the phases that recipe.toml has for it: pooled (all
 rows in one place, no DP), alone (each site by itself, no DP, at the federation's rates, on
 everybody's public rows), federated (no DP), and federated with DP at ε 8 and 3, updates masked
 where there are three sites. Each figure is the mean over runs with fresh noise, with its spread. A
 recipe's row is written as soon as it is done; a column is run again when what it asks for has
-changed, and says of which commit it is.
+changed, and says of which commit and machine it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,13 +26,14 @@ from typing import Any, NamedTuple
 
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
+from silotune.common.errors import SilotuneError
 from silotune.common.metrics import METRICS
 from silotune.common.performance import Performance
 from silotune.simulations import data
 from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.recipe import Recipe, load_recipe, recipe_names
-from silotune.simulations.run import commit, computing, run_jobs
+from silotune.simulations.run import commit, computing, machine, run_jobs
 
 RESULTS = Path("simulations/studies")
 EPSILONS = (8.0, 3.0)
@@ -132,7 +132,8 @@ def row(
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(sum(r.seconds for r in results if r.arm == column.arm.name)),
             "metrics": _figures(contract, results, column.arm.name),
-        } | ({"gpu": results[0].gpu} if results[0].gpu else {}) for column in missing
+            "machine": machine(results[0].gpu),
+        } for column in missing
     }
     return {
         "recipe": recipe.name, "title": recipe.facts["title"], "metric": recipe.facts["metric"],
@@ -189,8 +190,8 @@ def main(words: list[str]) -> int:
         made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
         rows[recipe.name] = made
         result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "command": "make recipes", "recipes": [rows[key] for key in sorted(rows)],
+            "machine": machine(""), "command": "make recipes",
+            "recipes": [rows[key] for key in sorted(rows)],
         }
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
@@ -204,4 +205,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SilotuneError as error:
+        sys.exit(f"✗ {error}")

@@ -22,11 +22,8 @@ from silotune.common.tasks.tokens import Tags
 
 def objective_of(task: Task) -> Objective:
     """What a contract's task learns."""
-    if isinstance(task, Classification):
-        return Classes(task)
-    if isinstance(task, Tokens):
-        return Tags(task)
     found: dict[type, type[Objective]] = {
-        MultiLabel: Labels, Regression: Place, Ranking: Relevance, Language: Answers,
+        Classification: Classes, MultiLabel: Labels, Tokens: Tags, Regression: Place,
+        Ranking: Relevance, Language: Answers,
     }
-    return found[type(task)]()
+    return found[type(task)](task)

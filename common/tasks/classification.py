@@ -24,7 +24,7 @@ class Classes(Objective):
     """Cross entropy, softmax over the labels; the contract may weigh labels and smooth targets."""
 
     def __init__(self, task: Classification) -> None:
-        self.weights = torch.tensor(task.class_weights) if task.class_weights else None
+        super().__init__(task)
         self.smoothing = task.label_smoothing or 0.0
 
     def tensor(self, targets: Sequence[Any]) -> Tensor:

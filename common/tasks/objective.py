@@ -15,11 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from silotune.common.task import Task
+
 
 class Objective:
-    """of_tokens: outputs are [n, T, L], one for each token, instead of [n, L]."""
+    """of_tokens: outputs are [n, T, L], one for each token, instead of [n, L]. weights: [L], what
+    the task's labels count in `losses`, if it weighs them."""
 
     of_tokens = False
+
+    def __init__(self, task: Task) -> None:
+        weights = getattr(task, "class_weights", None)
+        self.weights = torch.tensor(weights) if weights else None
 
     def tensor(self, targets: Sequence[Any]) -> Tensor:
         """The records' targets (common/task.py) as a tensor [N, ...]."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from silotune.common.task import Tokens
 from silotune.common.tasks.objective import Objective
 
 IGNORED = -100  # the label of a token that does not count: padding, a prompt, a word's later pieces
@@ -59,9 +58,6 @@ class Tags(Objective):
 
     of_tokens = True
 
-    def __init__(self, task: Tokens) -> None:
-        self.weights = torch.tensor(task.class_weights) if task.class_weights else None
-
     def tensor(self, targets: Sequence[Any]) -> Tensor:
         # At least one place, also where no record has a word.
         rows = [torch.tensor(list(row) or [IGNORED]) for row in targets]
@@ -75,8 +71,8 @@ class Tags(Objective):
         return share_right(outputs, targets)
 
     def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
-        """(loss, the words' predicted tags)"""
-        losses, tags = self.losses(outputs, targets).tolist(), outputs.argmax(dim=2)
+        """(loss by which each word counts as much, the words' predicted tags)"""
+        losses, tags = per_example_loss(outputs, targets).tolist(), outputs.argmax(dim=2)
         return [
             (loss, row[own != IGNORED].numpy(force=True))
             for loss, row, own in zip(losses, tags, targets, strict=True)

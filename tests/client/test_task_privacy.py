@@ -261,10 +261,16 @@ def test_so_it_is_with_weighed_labels_and_smoothing(unit: str) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_so_it_is_with_weighed_tags(unit: str) -> None:
-    contract = tiny.contract_of("tokens", "bert", unit=unit).changed(
+@pytest.mark.parametrize("settings", [{}, {"bf16": "on"}, {"gradients": "hooks"}])
+def test_so_it_is_with_weighed_tags(unit: str, settings: dict[str, Any]) -> None:
+    contract = weighed_tags(unit)
+    check_sensitivity(
+        contract, model_of(contract, "bert", EXACT.model_copy(update=settings)), "tokens")
+
+
+def weighed_tags(unit: str = "record") -> Contract:
+    return tiny.contract_of("tokens", "bert", unit=unit).changed(
         task={"class_weights": [0.1, 1.0, 50.0, 1.0, 1.0]})
-    check_sensitivity(contract, model_of(contract, "bert"), "tokens")
 
 
 @pytest.mark.parametrize("engine", ["expanded", "hooks", "ghost"])
@@ -314,6 +320,30 @@ def negatives_of_the_batch(patch: Patch) -> None:
         return (targets * (outputs[:, 0].logsumexp(0) - outputs[:, 0]))
 
     patch.setattr("silotune.common.tasks.ranking.Relevance.losses", broken)
+
+
+def weights_of_the_batchs_tokens(patch: Patch) -> None:
+    """As torch's own loss with weights: over what the tokens of the batch weigh."""
+    def broken(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        assert weights is not None
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), weights, ignore_index=tokens.IGNORED,
+            reduction="none",
+        ).view(labels.shape)
+        return losses.sum(dim=1) / weights[labels[labels != tokens.IGNORED]].sum() * len(labels)
+
+    patch.setattr(tokens, "per_example_loss", broken)
+
+
+def test_the_self_test_is_by_the_contracts_weights(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(selftest, "_passed", WeakKeyDictionary())
+    contract = weighed_tags()
+    model = model_of(contract, "bert")
+    selftest.check(contract, model)
+    selftest._passed.clear()
+    weights_of_the_batchs_tokens(monkeypatch)
+    with pytest.raises(RefusalError, match="self-test"):
+        selftest.check(contract, model)
 
 
 @pytest.mark.parametrize(("kind", "model", "mutation"), [

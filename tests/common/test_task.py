@@ -139,6 +139,8 @@ TWO = [{"name": "a", "values": ["0"]}, {"name": "b", "values": ["1"]}]
     ("tokens", {"class_weights": [0.5, 1.0]},
      "class_weights needs one weight for each of 5 tags, has 2"),
     ("tokens", {"class_weights": [0.5, 1.0, -1.0, 1.0, 1.0]}, "'task.class_weights.3'"),
+    ("tokens", {"class_weights": [0.5, 1.0, 1.0, 1.0, 1e39]}, "'task.class_weights.5'"),
+    ("tokens", {"class_weights": []}, "'task.class_weights' needs at least 1, has 0"),
     ("regression", {"lowest": 100.0}, "lowest must be below highest"),
     ("regression", {"lowest": -1.0, "log": True}, "log = true needs lowest above -1"),
     ("regression", {"highest": math.inf}, "'task.highest' must be a finite number"),
@@ -183,6 +185,12 @@ def test_a_default_that_is_written_out_is_no_other_contract(table_contract: Cont
     assert Contract.model_validate(dump).hash == table_contract.hash
     for task in ({"class_weights": [1.0, 1.0]}, {"label_smoothing": 0.1}):
         assert table_contract.changed(task=task).hash != table_contract.hash
+
+
+def test_a_contract_of_before_tags_could_weigh_keeps_its_hash() -> None:
+    """At commit 8213bba."""
+    assert tiny.contract_of("tokens", "bert").hash == (
+        "15a596d29e0780a6b5d61c157495832dba4bfea40e3d1f25801529eb6db4bd69")
 
 
 HEAD = {"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 1.0}

@@ -122,7 +122,9 @@ def test_a_wrong_setting_is_one_sentence(words: tuple[str, ...], says: str) -> N
 def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
     assert computing(("micro_batch=64", "bf16=off")) == Performance(micro_batch=64, bf16="off")
     for word, says in (("epsilon=3", "'epsilon=3' is not a setting"),
-                       ("micro_batsh=3", "Did you mean 'micro_batch'")):
+                       ("micro_batsh=3", "Did you mean 'micro_batch'"),
+                       ("micro_batch=²", "'micro_batch' must be a whole number"),
+                       ("gradients=ghost", "bounds no single record's gradient")):
         with pytest.raises(UsageError, match=says):
             computing((word,))
 

@@ -19,6 +19,7 @@ from silotune.simulations.arms import Job
 from silotune.simulations.kept import Kept
 from silotune.simulations.partition import Partition
 from silotune.simulations.recipe import Recipe
+from silotune.simulations.run import machine
 from silotune.simulations.study import Study, cells_of, compare, load_study, rates_of, study_file
 from tests.simulations.test_partition import contract_of, split_of
 
@@ -61,6 +62,7 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, arms, ε
     assert len(ran) == 2 * 2 * 2 * (1 + 2 + 1)  # two sites alone are two jobs
     alone = found["cells"]["alone | ε 8 | natural | 0"]
+    assert alone["machine"] == machine("")
     assert set(alone["sites"]) == {"a", "b"}
     assert alone["epsilon"] == 8.0
     assert found["cells"]["alone | ε inf | natural | 0"]["epsilon"] is None
@@ -85,8 +87,11 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert [job.contract.quorum for job in ran] == [2] * 8
     text = study_page.markdown(found)
     assert "cores.\n" in text
-    on_gpu = {key: cell | {"gpu": "H100"} for key, cell in found["cells"].items()}
-    assert "cores, H100.\n" in study_page.markdown(found | {"cells": on_gpu})
+    gone = {key: cell | {"machine": "x, 16 cores, H100"} for key, cell in found["cells"].items()}
+    two = {**found["cells"], **dict(list(gone.items())[:5])}
+    assert "cores (19 cells); x, 16 cores, H100 (5 cells).\n" in study_page.markdown(
+        found | {"cells": two})
+    assert machine("H100").endswith(" cores, H100")
     assert "| together | " in text
     assert "**skewed**" in text
     assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
