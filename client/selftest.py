@@ -11,7 +11,6 @@ where other records lie beside it: it must be the same to the bit in any place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from weakref import WeakKeyDictionary
 
@@ -29,11 +28,11 @@ from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
 from silotune.common.inputs import PairInput, TableInput
-from silotune.common.network import Encoded, Network
+from silotune.common.network import Block, Encoded, Network
 from silotune.common.records import Inputs
 from silotune.common.task import Classification, Language, MultiLabel, Target, Tokens
 
-ROWS = 18  # more than a block at the default micro_batch
+ROWS = 18
 TINY = 1e-12
 TOLERANCE = 1e-3  # of the clip norm
 # bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.08 was seen, over
@@ -157,12 +156,16 @@ class _MadeUp:
         clip = max(0.99 * float(torch.stack([g.norm() for g in whole]).median()), TINY)
         clipped = [g * min(1.0, clip / max(float(g.norm()), TINY)) for g in whole]
 
+        def blocks(rows: Tensor) -> Iterator[Block]:
+            """More than one, also where a block would hold all the rows."""
+            for part in (rows[:-1], rows[-1:]):
+                yield from model.micro_batches(self.encoded, part, adapter=trains != "head")
+
         def step(order: Tensor) -> Tensor:
             optimizer = CryptoNoiseOptimizer(
                 torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
                 noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
             )
-            blocks = partial(model.micro_batches, self.encoded, adapter=trains != "head")
             private_gradient(
                 model.trained_modules(trains), optimizer, self.units.groups(order, blocks),
                 losses, gradients=engine,

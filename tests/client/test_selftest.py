@@ -22,6 +22,7 @@ from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
 from silotune.common.errors import RefusalError
 from silotune.common.model import build
+from silotune.common.performance import Performance
 from silotune.common.tasks import classification
 
 
@@ -132,6 +133,17 @@ def a_block_clipped_in_part(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
 
 
+def the_last_block_alone(patch: pytest.MonkeyPatch) -> None:
+    original = CryptoNoiseOptimizer.clip_and_accumulate
+
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        for p in self.params:
+            p.summed_grad = torch.zeros_like(p.summed_grad)
+        original(self)
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+
+
 def no_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(NoiseSource, "normal", lambda self, shape: np.zeros(shape))
 
@@ -143,8 +155,9 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutation",
-    [not_finite_gradients_kept, a_sum_of_floats, a_block_clipped_in_part, no_noise, half_the_noise,
-     no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix, a_padding_row_counted],
+    [not_finite_gradients_kept, a_sum_of_floats, a_block_clipped_in_part, the_last_block_alone,
+     no_noise, half_the_noise, no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix,
+     a_padding_row_counted],
     ids=lambda m: m.__name__,
 )
 def test_a_broken_step_is_refused(
@@ -155,6 +168,17 @@ def test_a_broken_step_is_refused(
     with pytest.raises(RefusalError) as refusal:
         selftest.check(table_contract, build(table_contract, None))
     assert refusal.value.code == "E208"
+
+
+def test_blocks_are_added_up_where_one_would_hold_all_rows(
+    lora_contract: Contract, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(lora_contract, encoder_folder, Performance(micro_batch=64, device="cpu"))
+    selftest.check(lora_contract, model)
+    selftest._passed.clear()
+    the_last_block_alone(monkeypatch)
+    with pytest.raises(RefusalError, match="self-test"):
+        selftest.check(lora_contract, model)
 
 
 def test_a_worker_does_not_start_with_a_broken_engine(
