@@ -22,7 +22,7 @@ from torch import Tensor
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import PER_EXAMPLE, Losses
 from silotune.client.noise import NoiseSource
-from silotune.client.units import Units, of_records
+from silotune.client.units import Group, Units, of_records
 from silotune.common import schema
 from silotune.common.adapter import trained_names
 from silotune.common.contract import Contract
@@ -157,9 +157,13 @@ class _MadeUp:
         clipped = [g * min(1.0, clip / max(float(g.norm()), TINY)) for g in whole]
 
         def blocks(rows: Tensor) -> Iterator[Block]:
-            """More than one, also where a block would hold all the rows."""
-            for part in (rows[:-1], rows[-1:]):
-                yield from model.micro_batches(self.encoded, part, adapter=trains != "head")
+            for half in rows.tensor_split(2):
+                yield from model.micro_batches(self.encoded, half, adapter=trains != "head")
+
+        def groups(order: Tensor) -> Iterator[Group]:
+            """More than one, and of more than one block, also where one would hold all the rows."""
+            for half in order.tensor_split(2):
+                yield from self.units.groups(half, blocks)
 
         def step(order: Tensor) -> Tensor:
             optimizer = CryptoNoiseOptimizer(
@@ -167,7 +171,7 @@ class _MadeUp:
                 noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
             )
             private_gradient(
-                model.trained_modules(trains), optimizer, self.units.groups(order, blocks),
+                model.trained_modules(trains), optimizer, groups(order),
                 losses, gradients=engine,
             )
             return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

@@ -54,8 +54,8 @@ def _one_weight_each(
 
 
 class Classification(Frozen):
-    """One of the labels a record. class_weights: what each label's records count in training, in
-    their order."""
+    """One of the labels a record. class_weights: what each label's records count in training, and
+    in a loss that a site releases, in their order."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "auc", "auprc", "accuracy", "macro_f1", "calibration", "loss",
@@ -128,7 +128,8 @@ class MultiLabel(Frozen):
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
     spaces in the input's column, as many tags in the label column. class_weights: what a word of
-    each tag counts in training, in the order O, B-x, I-x of the first entity, and so on.
+    each tag counts in training, and in a loss that a site releases, in the order O, B-x, I-x of the
+    first entity, and so on.
     """
 
     metrics: ClassVar[tuple[str, ...]] = (

@@ -28,18 +28,18 @@ class Kept:
         self.cells()
 
     def cells(self) -> dict[str, Any]:
-        """All that are there, also of arms that the study has no more."""
+        """All that are there, also of arms that the study has no more. Where a cell does not say on
+        which machine it was made, it was the file's."""
         if not self.file.exists():
             return {}
         try:
-            found: dict[str, Any] = json.loads(self.file.read_text("utf-8"))["cells"]
-            if isinstance(found, dict):
-                return found
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UsageError(
-            f"{self.file} is no result of a study. Move it away, or name another folder."
-        )
+            whole = json.loads(self.file.read_text("utf-8"))
+            where = {"machine": whole.get("machine", "unknown")}
+            return {key: where | cell for key, cell in whole["cells"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(
+                f"{self.file} is no result of a study. Move it away, or name another folder."
+            ) from None
 
     def put(self, key: str, cell: Mapping[str, Any]) -> None:
         """Add a cell, or put it in the place of the one that has its key."""

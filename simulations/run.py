@@ -84,8 +84,8 @@ def computing(words: tuple[str, ...]) -> Performance:
     found = _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
     if found.gradients == "ghost":
         raise UsageError(
-            "gradients=ghost bounds no single record's gradient: figures made with it are not "
-            "those of the contract. Use expanded or hooks."
+            "gradients=ghost does not clip exactly: figures made with it are not those of the "
+            "contract. Use expanded or hooks."
         )
     return found
 

@@ -58,8 +58,7 @@ def markdown(found: dict[str, Any]) -> str:
     study, metric = found["study"], METRICS[found["metric"]]
     epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
-    # Cells of before had one machine for all of them.
-    machines = Counter(cell.get("machine", found["machine"]) for cell in found["cells"].values())
+    machines = Counter(cell["machine"] for cell in found["cells"].values())
     where = [name + f" ({n} cells)" * (len(machines) > 1) for name, n in sorted(machines.items())]
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"

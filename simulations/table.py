@@ -181,8 +181,10 @@ def main(words: list[str]) -> int:
     performance = computing(tuple(word for word in words if "=" in word))
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "recipes.json"
-    known = json.loads(file.read_text())["recipes"] if file.exists() else []
-    rows = {one["recipe"]: one for one in known}
+    known = json.loads(file.read_text()) if file.exists() else {"recipes": []}
+    rows = {one["recipe"]: one for one in known["recipes"]}
+    for column in [column for one in rows.values() for column in one["columns"].values()]:
+        column.setdefault("machine", known["machine"])
     missed = 0
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:

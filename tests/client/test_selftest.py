@@ -24,6 +24,7 @@ from silotune.common.errors import RefusalError
 from silotune.common.model import build
 from silotune.common.performance import Performance
 from silotune.common.tasks import classification
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -153,11 +154,22 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(NoiseSource, "normal", lambda self, shape: original(self, shape) / 2)
 
 
+def overflows_that_count_as_one(patch: pytest.MonkeyPatch) -> None:
+    original = CryptoNoiseOptimizer.clip_and_accumulate
+
+    def broken(self: CryptoNoiseOptimizer) -> None:
+        for p in self.params:
+            p.grad_sample.nan_to_num_(1.0, 1.0, 1.0)
+        original(self)
+
+    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+
+
 @pytest.mark.parametrize(
     "mutation",
     [not_finite_gradients_kept, a_sum_of_floats, a_block_clipped_in_part, the_last_block_alone,
      no_noise, half_the_noise, no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix,
-     a_padding_row_counted],
+     a_padding_row_counted, overflows_that_count_as_one],
     ids=lambda m: m.__name__,
 )
 def test_a_broken_step_is_refused(
@@ -170,15 +182,18 @@ def test_a_broken_step_is_refused(
     assert refusal.value.code == "E208"
 
 
+@pytest.mark.parametrize("unit", ["record", "entity"])
 def test_blocks_are_added_up_where_one_would_hold_all_rows(
-    lora_contract: Contract, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(lora_contract, encoder_folder, Performance(micro_batch=64, device="cpu"))
-    selftest.check(lora_contract, model)
+    contract = tiny.contract_of("tokens", "bert", unit=unit)
+    model = build(
+        contract, tiny.folder_of("bert"), Performance(micro_batch=64, device="cpu", bf16="off"))
+    selftest.check(contract, model)
     selftest._passed.clear()
     the_last_block_alone(monkeypatch)
     with pytest.raises(RefusalError, match="self-test"):
-        selftest.check(lora_contract, model)
+        selftest.check(contract, model)
 
 
 def test_a_worker_does_not_start_with_a_broken_engine(

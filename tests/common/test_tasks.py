@@ -240,10 +240,11 @@ def test_outputs_are_kept_as_they_are(kind: str) -> None:
     assert np.array_equal(np.stack(kept), outputs.bfloat16().float().numpy())
 
 
-def test_of_tokens_the_loss_and_each_words_tag_are_kept() -> None:
+@pytest.mark.parametrize("kind", ["tokens", "weighed tokens"])
+def test_of_tokens_the_unweighed_loss_and_each_words_tag_are_kept(kind: str) -> None:
     outputs, targets = batch("tokens")
     losses = objective("tokens").losses(outputs, targets)
-    for row, (loss, tags) in enumerate(objective("tokens").kept(outputs, targets)):
+    for row, (loss, tags) in enumerate(objective(kind).kept(outputs, targets)):
         counted = [t for t in range(T) if targets[row, t] != IGNORED]
         assert loss == pytest.approx(float(losses[row]))
         assert tags.tolist() == [int(outputs[row, t].argmax()) for t in counted]

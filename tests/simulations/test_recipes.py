@@ -124,7 +124,7 @@ def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
     for word, says in (("epsilon=3", "'epsilon=3' is not a setting"),
                        ("micro_batsh=3", "Did you mean 'micro_batch'"),
                        ("micro_batch=²", "'micro_batch' must be a whole number"),
-                       ("gradients=ghost", "bounds no single record's gradient")):
+                       ("gradients=ghost", "does not clip exactly")):
         with pytest.raises(UsageError, match=says):
             computing((word,))
 

@@ -87,10 +87,18 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert [job.contract.quorum for job in ran] == [2] * 8
     text = study_page.markdown(found)
     assert "cores.\n" in text
-    gone = {key: cell | {"machine": "x, 16 cores, H100"} for key, cell in found["cells"].items()}
-    two = {**found["cells"], **dict(list(gone.items())[:5])}
-    assert "cores (19 cells); x, 16 cores, H100 (5 cells).\n" in study_page.markdown(
+    two = dict(found["cells"])
+    for key in list(two)[:5]:
+        two[key] = two[key] | {"machine": "z, 16 cores, H100"}
+    assert "cores (19 cells); z, 16 cores, H100 (5 cells).\n" in study_page.markdown(
         found | {"cells": two})
+    # Of before cells said where they were made: they were made where their file says.
+    for cell in kept["cells"].values():
+        del cell["machine"]
+    file.write_text(json.dumps(kept | {"machine": "a, 3 cores"}))
+    moved = compare(study, tmp_path / "out", 1, recipe)["cells"]
+    assert sorted(cell["machine"] for cell in moved.values()) == sorted(
+        ["a, 3 cores"] * 22 + [machine("")] * 2)
     assert machine("H100").endswith(" cores, H100")
     assert "| together | " in text
     assert "**skewed**" in text
