@@ -90,6 +90,14 @@ class JobResult:
     gpu: str = ""
 
 
+def slower(contract: Contract, factor: float) -> Contract:
+    """The contract with its learning rates times `factor`."""
+    phases = contract.model_dump(mode="json")["phases"]
+    for phase in phases:
+        phase |= {k: phase[k] * factor for k in ("head_rate", "adapter_rate") if phase.get(k)}
+    return contract.changed(phases=phases)
+
+
 def trained(contract: Contract) -> str:
     """What a contract trains, in a word."""
     if contract.adapter:

@@ -19,6 +19,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
 from silotune.common.task import Task
 from silotune.simulations import data, split
+from silotune.simulations.arms import slower
 from silotune.simulations.tables import TABLES
 
 Counts = list[dict[str, int | str]]
@@ -35,6 +36,13 @@ class Recipe:
     facts: dict[str, Any]
     source: dict[str, Any]
     rows: Callable[[Path], tuple[Counts, Path]]
+
+    def at(self, epsilon: float) -> Contract:
+        """The contract with another ε, its learning rates times what `rates` of recipe.toml says
+        for it: with more noise they must be lower."""
+        found = self.contract.changed(privacy={"epsilon": epsilon})
+        factor = self.facts.get("rates", {}).get(f"{epsilon:g}")
+        return slower(found, factor) if factor else found
 
 
 def recipe_names() -> list[str]:

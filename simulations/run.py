@@ -124,12 +124,11 @@ def run(
 ) -> dict[str, Any]:
     """Run the recipe; writes `folder`/{result.json,report.html} and returns the result."""
     began = time.perf_counter()
-    privacy = {
-        key: value
-        for key, value in (("epsilon", options.epsilon), ("delta", options.delta))
-        if value is not None
-    }
-    contract, keys = recipe.contract.changed(privacy=privacy), SigningKeys()
+    contract, keys = recipe.contract, SigningKeys()
+    if options.epsilon is not None:
+        contract = recipe.at(options.epsilon)
+    if options.delta is not None:
+        contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
         contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
     arms = arms_of(contract, recipe.facts["arms"])

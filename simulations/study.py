@@ -28,7 +28,7 @@ from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, split
-from silotune.simulations.arms import Job, JobResult, alone, pooled
+from silotune.simulations.arms import Job, JobResult, alone, pooled, slower
 from silotune.simulations.kept import Kept
 from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.partition import Partition, draw, repartition
@@ -188,8 +188,7 @@ def contracts_of(
     try:
         whole = Contract.model_validate(found)
         if epsilon in arm.rates:
-            phases = whole.model_dump(mode="json")["phases"]
-            whole = whole.changed(phases=[_slower(p, arm.rates[epsilon]) for p in phases])
+            whole = slower(whole, arm.rates[epsilon])
     except ValidationError as error:
         raise contract_error(error, f"the study's arm '{name}'", Contract) from None
     if arm.masked:
@@ -197,12 +196,6 @@ def contracts_of(
     if arm.rows == "federated":
         return (whole,)
     return alone(whole) if arm.rows == "alone" else (pooled(whole),)
-
-
-def _slower(phase: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The phase with its learning rates times `factor`."""
-    rates = {key: phase[key] * factor for key in ("head_rate", "adapter_rate") if phase.get(key)}
-    return phase | rates
 
 
 def _numbered(sites: int) -> list[str]:

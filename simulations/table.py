@@ -60,7 +60,7 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
     return [recipe] + [
         replace(
             recipe, name=f"{recipe.name} (one-hot)", contract=contract,
-            facts=recipe.facts | {"expect": None, "arms": {
+            facts=recipe.facts | {"expect": None, "rates": {}, "arms": {
                 "no-dp": {"phases": contract.model_dump(mode="json", exclude_none=True)["phases"]}
             }},
         ) for contract in one_hot
@@ -89,8 +89,7 @@ def columns_of(recipe: Recipe) -> list[Column]:
     plain = found["federated-no-dp"].contracts[0]
     private = [
         Column.of(
-            f"epsilon-{epsilon:g}", (recipe.contract.changed(privacy={"epsilon": epsilon}),),
-            recipe.facts.get("bound"),
+            f"epsilon-{epsilon:g}", (recipe.at(epsilon),), recipe.facts.get("bound"),
         ) for epsilon in EPSILONS
     ]
     return [

@@ -129,6 +129,19 @@ def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
             computing((word,))
 
 
+def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
+    recipe = load_recipe("disease-ner")
+    assert recipe.at(recipe.contract.privacy.epsilon).hash == recipe.contract.hash
+    fewer, other = recipe.at(3.0), recipe.at(2.0)
+    assert (fewer.privacy.epsilon, other.privacy.epsilon) == (3.0, 2.0)
+    for before, after, same in zip(
+        recipe.contract.phases, fewer.phases, other.phases, strict=True
+    ):
+        assert same == before
+        assert after.head_rate == before.head_rate * 0.5
+        assert after.adapter_rate == (before.adapter_rate and before.adapter_rate * 0.5)
+
+
 def test_an_unknown_recipe_is_named() -> None:
     with pytest.raises(UsageError, match="Did you mean 'heart-diagnosis'"):
         load_recipe("heart-diagnose")
