@@ -266,11 +266,12 @@ def _ncbi_disease() -> pd.DataFrame:
 
 
 def _read(source: str, file: str, **how: object) -> pd.DataFrame:
-    """All cells as the text they are."""
+    """All cells as the text they are, and as Python's own strings: what is a space to pandas'
+    others depends on what is installed beside it, and rows must be the same everywhere."""
     import pandas as pd
 
     path = data.fetch(source) / file
-    return pd.read_csv(path, dtype=str, keep_default_na=False, **how)  # type: ignore[call-overload,no-any-return]
+    return pd.read_csv(path, dtype=str, keep_default_na=False, **how).astype(object)  # type: ignore[call-overload,no-any-return]
 
 
 def _drawn(rows: int, sites: int, name: str) -> list[str]:

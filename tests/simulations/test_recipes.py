@@ -102,6 +102,20 @@ def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
         assert 0 < value <= contract.target_of(site).epsilon
 
 
+def test_rows_are_the_same_whatever_is_installed_beside_pandas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pyarrow a frame's strings can be Arrow's, to which a C1 control is no space."""
+    source = data.SOURCES["airline-tweets"]
+    (tmp_path / source.main).write_bytes(b"text,sentiment\n@United on\x85time\xa0!,positive\n")
+    monkeypatch.setattr(data, "fetch", lambda _: tmp_path)
+    table = TABLES["airlines"].make()
+    assert table.to_dict("records") == [
+        {"site": "United", "text": "@United on time !", "sentiment": "positive"}
+    ]
+    assert table["text"].dtype == object
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
