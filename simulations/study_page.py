@@ -71,8 +71,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"# {found['title']}", "",
         f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
-        f"{found['unit']}. "
-        f"Commit {', '.join(commits)}; {'; '.join(where)}.",
+        f"{found['unit']}."
+        + (f" Commit {', '.join(commits)}; {'; '.join(where)}." if commits else ""),
     ]
     if len(found["cells"]) < whole:
         lines.append(f"{len(found['cells'])} of {whole} cells are there.")
