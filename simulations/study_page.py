@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LINES = 12  # that can be told apart
+LINES = 8  # in a panel, where there are more of them
 # Okabe and Ito's, without yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -178,35 +179,44 @@ def residuals(found: dict[str, Any]) -> dict[str, float]:
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """epsilon.svg: the metric by ε; rounds.svg and bytes.svg: its way there at the largest finite
-    ε. A panel for each partition; bands are 95 % intervals. Of more arms than lines can be told
-    apart there is epsilon.svg alone, with a row for each."""
+    ε, if it was evaluated on the way. A panel for each partition; bands are 95 % intervals, on the
+    way only of three runs and more: that of two is wider than all else. Of more arms than lines can
+    be told apart epsilon.svg has a row for each, and the others a row of panels for every few."""
     import matplotlib
     from matplotlib.figure import Figure
 
     files, study = [], found["study"]
-    partitions = list(study["partitions"])
+    arms, partitions = list(study["arms"]), list(study["partitions"])
     private = [e for e in epsilons_of(found) if math.isfinite(e)]
-    many = len(study["arms"]) > MOST_LINES
-    kinds = ["epsilon"] + (["rounds", "bytes"] if private and not many else [])
-    for kind in kinds:
+    many = len(arms) > MOST_LINES
+    ways = private and any(len(cell["curve"]) > 1 for cell in found["cells"].values())
+    for kind in ["epsilon"] + (["rounds", "bytes"] if ways else []):
+        dots = many and kind == "epsilon"
+        few = LINES if many and not dots else len(arms)
+        rows = [arms[at : at + few] for at in range(0, len(arms), few)]
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
-            height = 0.24 * len(study["arms"]) + 1 if many else 3.6
+            height = 0.24 * len(arms) + 1 if dots else 3.6 * len(rows)
             figure = Figure(figsize=(4.6 * len(partitions) + 1.6, height), layout="constrained")
-            panels = figure.subplots(1, len(partitions), sharey=True, squeeze=False)[0]
-            for axes, partition in zip(panels, partitions, strict=True):
-                if many:
-                    _dots(axes, found, partition)
-                elif kind == "epsilon":
-                    _by_epsilon(axes, found, partition)
-                else:
-                    _by_way(axes, found, partition, kind, max(private))
-                axes.set_title(partition, loc="left", fontsize=10)
-                axes.spines[["top", "right"]].set_visible(False)
-                axes.grid(color="#e3e7eb", linewidth=0.7, axis="x" if many else "y")
-                if many:
-                    axes.set_xlabel(METRICS[found["metric"]])
-            panels[0].set_ylabel("" if many else METRICS[found["metric"]])
-            panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+            grid = figure.subplots(
+                len(rows), len(partitions), sharex=True, sharey=True, squeeze=False
+            )
+            for own, panels in zip(rows, grid, strict=True):
+                for axes, partition in zip(panels, partitions, strict=True):
+                    if dots:
+                        _dots(axes, found, partition)
+                    elif kind == "epsilon":
+                        _by_epsilon(axes, found, partition)
+                    else:
+                        _by_way(axes, found, own, partition, kind, max(private))
+                    axes.set_title(partition, loc="left", fontsize=10)
+                    axes.spines[["top", "right"]].set_visible(False)
+                    axes.grid(color="#e3e7eb", linewidth=0.7, axis="x" if dots else "y")
+                    if dots:
+                        axes.set_xlabel(METRICS[found["metric"]])
+                panels[0].set_ylabel("" if dots else METRICS[found["metric"]])
+                panels[-1].legend(
+                    fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+                )
             files.append(folder / f"{kind}.svg")
             figure.savefig(files[-1], format="svg", metadata={"Date": None})
     return files
@@ -244,9 +254,12 @@ def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
     axes.set_ylim(len(arms) - 0.5, -0.5)
 
 
-def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilon: float) -> None:
+def _by_way(
+    axes: Axes, found: dict[str, Any], arms: Sequence[str], partition: str, kind: str,
+    epsilon: float,
+) -> None:
     metric = found["metric"]
-    for place, arm in enumerate(found["study"]["arms"]):
+    for place, arm in enumerate(arms):
         curves = [
             cell["curve"] for cell in found["cells"].values()
             if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, epsilon, partition)
@@ -255,15 +268,17 @@ def _by_way(axes: Axes, found: dict[str, Any], partition: str, kind: str, epsilo
         for point in (p for curve in curves for p in curve):
             if point["scores"].get(metric) is not None:
                 at.setdefault(point["round"], []).append(point)
-        points = [
-            (number if kind == "rounds" else own[0]["kilobytes"] / 1000,
-             *interval([p["scores"][metric] for p in own]))
-            for number, own in sorted(at.items())
-        ]
+        points = []
+        for number, own in sorted(at.items()):
+            mean, half = interval([p["scores"][metric] for p in own])
+            x = number if kind == "rounds" else own[0]["kilobytes"] / 1000
+            points.append((x, mean, half if len(own) > 2 else 0.0))
         _band(axes, points, arm, place)
     axes.set_xlabel(
         f"round, at ε {epsilon:g}" if kind == "rounds" else f"MB up and down, at ε {epsilon:g}"
     )
+    if kind == "bytes":  # methods differ by orders of magnitude
+        axes.set_xscale("log")
 
 
 def _band(

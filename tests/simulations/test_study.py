@@ -132,7 +132,7 @@ def test_lines_have_a_point_for_each_round_that_is_known(
     assert ("alone", []) in drawn  # each goes its own way
 
 
-def test_many_arms_have_a_row_each_and_no_lines(
+def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
     study: Study, recipe: Recipe, tmp_path: Path
 ) -> None:
     many = study.model_copy(update={
@@ -140,8 +140,16 @@ def test_many_arms_have_a_row_each_and_no_lines(
         "arms": {f"arm {k}": study.arms["together"] for k in range(study_page.MOST_LINES + 1)},
     })
     found = compare(many, tmp_path / "out", 1, recipe)
-    (file,) = study_page.draw(found, tmp_path / "out")
-    assert all(f">arm {k}<" in file.read_text() for k in range(study_page.MOST_LINES + 1))
+    (file,) = study_page.draw(found, tmp_path / "out")  # of one round there is no way to draw
+    assert file.name == "epsilon.svg"
+    for cell in found["cells"].values():
+        cell["curve"].append(cell["curve"][0] | {"round": 2, "kilobytes": 2000})
+    files = study_page.draw(found, tmp_path / "out")
+    assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
+    for file in files:
+        text = file.read_text()
+        assert all(f">arm {k}<" in text for k in range(study_page.MOST_LINES + 1))
+        assert text.count(">natural<") == (1 if file.stem == "epsilon" else 2)
 
 
 def test_other_rows_or_rounds_of_evaluation_are_run_anew(
