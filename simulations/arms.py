@@ -14,7 +14,7 @@ there if recipe.toml has its phases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,13 @@ class JobResult:
 
 def slower(contract: Contract, factor: float) -> Contract:
     """The contract with its learning rates times `factor`."""
-    phases = contract.model_dump(mode="json")["phases"]
-    for phase in phases:
-        phase |= {k: phase[k] * factor for k in ("head_rate", "adapter_rate") if phase.get(k)}
-    return contract.changed(phases=phases)
+    return contract.changed(phases=slowed(contract.model_dump(mode="json")["phases"], factor))
+
+
+def slowed(phases: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
+    """Phases, as tables, with their learning rates times `factor`."""
+    rates = "head_rate", "adapter_rate"
+    return [p | {k: p[k] * factor for k in rates if p.get(k)} for p in phases]
 
 
 def trained(contract: Contract) -> str:

@@ -84,8 +84,8 @@ def sim_compare(
 ) -> None:
     """Run a study: arms × ε × partitions × seeds of a recipe. It goes on where it was stopped.
 
-    It writes study.json, a table (study.md) and pictures: the metric by ε, by round and by bytes,
-    with 95 % intervals, and who has which rows.
+    It writes study.json, a table (study.md) and pictures: the metric by ε, and by round and bytes
+    where it was evaluated on the way, with 95 % intervals; and who has which rows.
 
     With --rates each arm is run once at each of them and scored on a quarter of the training rows,
     so that what is chosen by that was not chosen by the rows of the study's own table.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
 from silotune.common.task import Task
 from silotune.simulations import data, split
-from silotune.simulations.arms import slower
+from silotune.simulations.arms import slowed, slower
 from silotune.simulations.tables import TABLES
 
 Counts = list[dict[str, int | str]]
@@ -37,12 +37,18 @@ class Recipe:
     source: dict[str, Any]
     rows: Callable[[Path], tuple[Counts, Path]]
 
-    def at(self, epsilon: float) -> Contract:
-        """The contract with another ε, its learning rates times what `rates` of recipe.toml says
-        for it: with more noise they must be lower."""
-        found = self.contract.changed(privacy={"epsilon": epsilon})
+    def at(self, epsilon: float) -> Recipe:
+        """The recipe with another ε, its learning rates under DP times what `rates` of recipe.toml
+        says for it: with more noise they must be lower, of the arms beside the contract, too."""
+        contract = self.contract.changed(privacy={"epsilon": epsilon})
         factor = self.facts.get("rates", {}).get(f"{epsilon:g}")
-        return slower(found, factor) if factor else found
+        if not factor:
+            return replace(self, contract=contract)
+        arms = {
+            name: plan | ({} if name == "no-dp" else {"phases": slowed(plan["phases"], factor)})
+            for name, plan in self.facts["arms"].items()
+        }
+        return replace(self, contract=slower(contract, factor), facts=self.facts | {"arms": arms})
 
 
 def recipe_names() -> list[str]:

@@ -124,9 +124,9 @@ def run(
 ) -> dict[str, Any]:
     """Run the recipe; writes `folder`/{result.json,report.html} and returns the result."""
     began = time.perf_counter()
-    contract, keys = recipe.contract, SigningKeys()
     if options.epsilon is not None:
-        contract = recipe.at(options.epsilon)
+        recipe = recipe.at(options.epsilon)
+    contract, keys = recipe.contract, SigningKeys()
     if options.delta is not None:
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:

@@ -187,13 +187,20 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
     files, study = [], found["study"]
     arms, partitions = list(study["arms"]), list(study["partitions"])
-    private = [e for e in epsilons_of(found) if math.isfinite(e)]
+    most = max((e for e in epsilons_of(found) if math.isfinite(e)), default=0.0)
+    ways = [arm for arm in arms if any(
+        (cell["arm"], cell["epsilon"]) == (arm, most) and len(cell["curve"]) > 1
+        for cell in found["cells"].values()
+    )]
     many = len(arms) > MOST_LINES
-    ways = private and any(len(cell["curve"]) > 1 for cell in found["cells"].values())
-    for kind in ["epsilon"] + (["rounds", "bytes"] if ways else []):
+    for kind, shown in {"epsilon": arms, "rounds": ways, "bytes": ways}.items():
+        if not shown:  # also one of before
+            (folder / f"{kind}.svg").unlink(missing_ok=True)
+            continue
         dots = many and kind == "epsilon"
-        few = LINES if many and not dots else len(arms)
-        rows = [arms[at : at + few] for at in range(0, len(arms), few)]
+        rows = [arms]  # also those without a way: an arm has one colour in all pictures
+        if many and not dots:
+            rows = [shown[at : at + LINES] for at in range(0, len(shown), LINES)]
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
             height = 0.24 * len(arms) + 1 if dots else 3.6 * len(rows)
             figure = Figure(figsize=(4.6 * len(partitions) + 1.6, height), layout="constrained")
@@ -207,15 +214,20 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
                     elif kind == "epsilon":
                         _by_epsilon(axes, found, partition)
                     else:
-                        _by_way(axes, found, own, partition, kind, max(private))
+                        _by_way(axes, found, own, partition, kind, most)
                     axes.set_title(partition, loc="left", fontsize=10)
                     axes.spines[["top", "right"]].set_visible(False)
                     axes.grid(color="#e3e7eb", linewidth=0.7, axis="x" if dots else "y")
                     if dots:
                         axes.set_xlabel(METRICS[found["metric"]])
                 panels[0].set_ylabel("" if dots else METRICS[found["metric"]])
+                told = {
+                    label: line for axes in panels
+                    for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+                }
                 panels[-1].legend(
-                    fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+                    told.values(), told, fontsize=8, frameon=False, loc="center left",
+                    bbox_to_anchor=(1, 0.5),
                 )
             files.append(folder / f"{kind}.svg")
             figure.savefig(files[-1], format="svg", metadata={"Date": None})

@@ -89,7 +89,7 @@ def columns_of(recipe: Recipe) -> list[Column]:
     plain = found["federated-no-dp"].contracts[0]
     private = [
         Column.of(
-            f"epsilon-{epsilon:g}", (recipe.at(epsilon),), recipe.facts.get("bound"),
+            f"epsilon-{epsilon:g}", (recipe.at(epsilon).contract,), recipe.facts.get("bound"),
         ) for epsilon in EPSILONS
     ]
     return [

@@ -266,8 +266,8 @@ def _ncbi_disease() -> pd.DataFrame:
 
 
 def _read(source: str, file: str, **how: object) -> pd.DataFrame:
-    """All cells as the text they are, and as Python's own strings: what is a space to pandas'
-    others depends on what is installed beside it, and rows must be the same everywhere."""
+    """All cells as the text they are, and as Python's own strings: what is a space to Arrow's
+    depends on pandas' release, and rows must be the same everywhere."""
     import pandas as pd
 
     path = data.fetch(source) / file

@@ -103,6 +103,8 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert "| together | " in text
     assert "**skewed**" in text
     assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
+    for cell in found["cells"].values():  # a way of two rounds
+        cell["curve"] += [point | {"round": 2, "kilobytes": 2000} for point in cell["curve"]]
     files = study_page.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
     assert all(">together<" in f.read_text() for f in files)
@@ -146,6 +148,15 @@ def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
         cell["curve"].append(cell["curve"][0] | {"round": 2, "kilobytes": 2000})
     files = study_page.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
+    # Of a study that is not whole the arms that are there are drawn; without any ways none is.
+    (tmp_path / "part").mkdir()
+    part = {key: cell for key, cell in found["cells"].items() if cell["arm"] == "arm 12"}
+    study_page.draw(found | {"cells": part}, tmp_path / "part")
+    text = (tmp_path / "part" / "rounds.svg").read_text()
+    assert ">arm 12<" in text
+    assert ">arm 1<" not in text
+    assert len(study_page.draw(found | {"cells": {}}, tmp_path / "part")) == 1
+    assert not (tmp_path / "part" / "rounds.svg").exists()
     for file in files:
         text = file.read_text()
         assert all(f">arm {k}<" in text for k in range(study_page.MOST_LINES + 1))
