@@ -34,8 +34,9 @@ from silotune.simulations.poison import TRIGGERED, LyingMasking, liars, lying
 
 def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     """Carry out one job. Federated jobs go through Flower's simulation runtime."""
-    # Torch keeps products prepared for each shape, in each lane; oneDNN keeps them besides, once
-    # for all. Read at a thread's first product.
+    # How many products torch keeps prepared in each thread, by shape (1024 if not said): 45 MB less
+    # in bench-sim, and no slower, as oneDNN keeps them besides, once for all threads. It is read at
+    # a thread's first product.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "4")
     contract = job.contract
     model = build(contract, job.model_folder, job.performance)
