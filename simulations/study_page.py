@@ -188,10 +188,10 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     files, study = [], found["study"]
     arms, partitions = list(study["arms"]), list(study["partitions"])
     most = max((e for e in epsilons_of(found) if math.isfinite(e)), default=0.0)
-    ways = [arm for arm in arms if any(
-        (cell["arm"], cell["epsilon"]) == (arm, most) and len(cell["curve"]) > 1
-        for cell in found["cells"].values()
-    )]
+    ways = [arm for arm in arms if len({
+        point["round"] for cell in found["cells"].values() for point in cell["curve"]
+        if (cell["arm"], cell["epsilon"]) == (arm, most)
+    }) > 1]
     many = len(arms) > MOST_LINES
     for kind, shown in {"epsilon": arms, "rounds": ways, "bytes": ways}.items():
         if not shown:  # also one of before
