@@ -1,7 +1,8 @@
 """What a set of records has spent, and whether one more step fits: the ledger's arithmetic.
 
 Unit: a record, or an entity with all its records; adjacency: add or remove one. For a unit r let
-H(r) be the charges of the ledger whose lineage holds r (client/lineage.py), in order. Each is a
+H(r) be the charges of the ledger whose lineage holds r, or a record that is the same one
+(client/lineage.py, client/identity.py), in order. Each is a
 sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
 all records are accounted is named in the ledger's first charge, before anything was released.
 `check` passes a charge only if for every unit of the data set the Rényi sum of H(r) and the charge,
@@ -21,16 +22,18 @@ not start on a contract whose whole plan does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from silotune.client import accounting
+from silotune.client import accounting, identity
 from silotune.client.accounting import Mechanism
-from silotune.client.entries import Charged
+from silotune.client.entries import Charged, Prepared
+from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
-from silotune.client.lineage import Lineage, shared
+from silotune.client.lineage import Lineage
 from silotune.common.errors import RefusalError
 from silotune.common.plan import Unit
 
@@ -62,15 +65,15 @@ class Budget:
 
     def __init__(self, ledger: Ledger, lineage: Lineage, unit: Unit) -> None:
         self.ledger, self.lineage, self.unit = ledger, lineage, unit
-        self._charged: list[str] = []
+        self._known: tuple[int, list[str]] = (0, [])
         self._groups: list[frozenset[str]] = [frozenset()]
 
     def pasts(self) -> list[Past]:
         """One for each group of records with equal charges; an empty one for records without."""
         charges = list(self.ledger.charges.values())
-        charged = list(dict.fromkeys(charge.lineage for charge in charges))
-        if charged != self._charged:
-            self._charged, self._groups = charged, self._grouped(charged)
+        known = len(self.ledger.preparations), list(self.ledger.lineages())
+        if known != self._known:
+            self._known, self._groups = known, self._grouped()
         pasts = [Past() for _ in self._groups]
         for charge in charges:
             for group, past in zip(self._groups, pasts, strict=True):
@@ -86,15 +89,13 @@ class Budget:
             self.unit == "record" or charge.basis == self.lineage.basis
         )
 
-    def _grouped(self, charged: list[str]) -> list[frozenset[str]]:
+    def _grouped(self) -> list[frozenset[str]]:
         """The sets of charged lineages that some record here is in."""
         if not len(self.lineage.fingerprints):
             return [frozenset()]
-        known = self.ledger.lineages()
         groups = [frozenset[str]()]
         number = np.zeros(len(self.lineage.fingerprints), dtype=np.int64)  # of each record's group
-        for name in charged:
-            overlap = shared(self.lineage, self.ledger.lineage(known[name]))
+        for name, overlap in overlaps(self.ledger, self.lineage).items():
             found, number = np.unique(2 * number + overlap, return_inverse=True)
             groups = [groups[n // 2] | ({name} if n % 2 else frozenset()) for n in found]
         return groups
@@ -157,6 +158,32 @@ class Budget:
             if low < mechanism.steps:
                 break
         return kept
+
+
+def overlaps(
+    ledger: Ledger, records: Lineage, more: Mapping[str, Links] | None = None
+) -> dict[str, NDArray[np.bool_]]:
+    """For each set of records that was ever charged, by its lineage's name, which of `records` it
+    holds [R]. All of them where the bases differ, and where a preparation changed one of the
+    columns that `records` are known by and kept no links for them. more: links by basis that the
+    ledger does not have yet.
+    """
+    charged = {name: ledger.lineage(entry) for name, entry in ledger.lineages().items()}
+    everything = np.ones(len(records.fingerprints), dtype=bool)
+    if any(_untraceable(records, entry) for entry in ledger.preparations):
+        return dict.fromkeys(charged, everything)
+    alike = {name: other for name, other in charged.items() if other.basis == records.basis}
+    links = ledger.links(records.basis)
+    if more and records.basis in more:
+        links.append(more[records.basis])
+    own, *others = identity.components([records, *alike.values()], links)
+    found = dict(zip(alike, (np.isin(own, other) for other in others), strict=True))
+    return {name: found.get(name, everything) for name in charged}
+
+
+def _untraceable(records: Lineage, entry: Prepared) -> bool:
+    changed = records.names & set(entry.changed) if records.names else entry.changed
+    return bool(changed) and records.basis not in entry.bases
 
 
 def mechanism_of(charge: Charged) -> Mechanism:

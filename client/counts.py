@@ -6,7 +6,7 @@ Counts of private records, for the site's own report (client/prepare_report.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from silotune.client import lineage
+from silotune.client import budget, lineage
+from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
-from silotune.client.lineage import Lineage
 from silotune.client.prepare import blocks
 from silotune.common import records, schema
 from silotune.common.contract import Contract
@@ -187,12 +187,14 @@ class Charged:
     name: str
 
 
-def charged(table: Table, key: Sequence[str], ledger: Ledger | None) -> Charged:
-    """DataError: no such key column."""
-    found: Lineage = lineage.of_table(table, key, ledger.fingerprint_key if ledger else bytes(32))
+def charged(
+    table: Table, key: Sequence[str], ledger: Ledger | None, links: Mapping[str, Links]
+) -> Charged:
+    """links: to the raw rows, by basis (client/prepare.py). DataError: no such key column."""
+    found = lineage.of_table(table, key, ledger.fingerprint_key if ledger else bytes(32))
     if ledger is None:
         return Charged(len(found.fingerprints), None, "")
     before = np.zeros(len(found.fingerprints), dtype=bool)
-    for charge in ledger.lineages().values():
-        before |= lineage.shared(found, ledger.lineage(charge))
+    for overlap in budget.overlaps(ledger, found, links).values():
+        before |= overlap
     return Charged(len(found.fingerprints), int(before.sum()), found.id)

@@ -98,7 +98,32 @@ class Released(EntryBase):
     own: Sha256 | None = None
 
 
-Entry = Opened | Adopted | Charged | Released
+class BasisLinks(Frozen):
+    """links: SHA-256 of the links (client/identity.py) between rows known by `basis`."""
+
+    basis: str
+    links: Sha256
+
+
+class Prepared(EntryBase):
+    """Rows were made of the records of `source` (client/prepare.py). changed: the columns whose
+    cells are other ones since, by their canonical names; made: which prepared row is of which raw
+    one, for each basis by which both can be known. An entry for each preparation, also where
+    nothing changed: their number depends on what the owner does, never on the records."""
+
+    state: Literal["PREPARED"] = "PREPARED"
+    source: str
+    rows: Annotated[int, Field(ge=0, strict=True)]
+    changed: tuple[str, ...]
+    made: tuple[BasisLinks, ...]
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """The digest of the links of each basis."""
+        return {one.basis: one.links for one in self.made}
+
+
+Entry = Opened | Adopted | Charged | Released | Prepared
 RequestKey = tuple[str, str, int, int]  # contract, run, round, attempt
 _READ: TypeAdapter[Any] = TypeAdapter(Annotated[Entry, Field(discriminator="state")])
 

@@ -4,11 +4,12 @@ secret.key   32 random bytes; HKDF makes the ledger's MAC key and the fingerprin
 site.key     Ed25519: signs the receipts a server keeps of the ledger
 owner.key    Ed25519: signs the policy; belongs on the owner's stick once site.toml is signed
 owner.pub    what the worker checks the policy's signature with
-head         number and digest of the ledger's last entry: a ledger behind it was rolled back
+head         number, digest and MAC of the ledger's last entry: a ledger behind it was rolled back
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 from dataclasses import dataclass
@@ -88,9 +89,11 @@ class Keys:
         assert self.folder is not None
         path = self.folder / "head"
         try:
-            number, head = path.read_text(encoding="ascii").split()
+            number, head, mac = path.read_text(encoding="ascii").split()
             if int(number) < 1 or len(bytes.fromhex(head)) != 32:
                 raise ValueError("no entry has that")
+            if not hmac.compare_digest(mac, self._head_mac(number, head)):
+                raise ValueError("it is not this site's")
             return int(number), head
         except (OSError, ValueError):
             raise UsageError(
@@ -101,7 +104,12 @@ class Keys:
 
     def write_head(self, number: int, head: str) -> None:
         if self.folder is not None:
-            write_durably(self.folder / "head", f"{number} {head}\n".encode())
+            content = f"{number} {head} {self._head_mac(str(number), head)}\n"
+            write_durably(self.folder / "head", content.encode())
+
+    def _head_mac(self, number: str, head: str) -> str:
+        """Hexadecimal; without the site's secret nobody can write a head that is believed."""
+        return hmac.digest(self.derive("head mac"), f"{number} {head}".encode(), "sha256").hex()
 
 
 def _read_key(path: Path) -> bytes:

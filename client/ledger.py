@@ -16,15 +16,17 @@ The clock is written down for people to read; nothing is computed from it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import hmac
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -32,24 +34,30 @@ from silotune.client.entries import (
     EXPORT,
     FIRST,
     Adopted,
+    BasisLinks,
     Charged,
     Entry,
     Opened,
+    Prepared,
     Released,
     RequestKey,
     chained,
     damaged,
     digest,
 )
+from silotune.client.identity import Links
 from silotune.client.keys import Keys, make_private_folder
-from silotune.client.lineage import SIZE, Lineage
+from silotune.client.lineage import SIZE, Lineage, basis_of
 from silotune.common.durable import write_durably
 from silotune.common.errors import RefusalError
 from silotune.common.messages import Receipt
 from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"
-AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released)
+BUSY_SECONDS = 30  # how long another program may hold the database
+LEAST_ROOM = 4 << 20  # bytes that the database and its log may need for an entry
+NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
+AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared)
 
 
 class Ledger:
@@ -67,6 +75,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self.charges: dict[RequestKey, Charged] = {}
         self.releases: dict[int, Released] = {}
+        self.preparations: list[Prepared] = []
 
     @classmethod
     def create(cls, folder: Path, keys: Keys, site: str) -> Self:
@@ -92,7 +101,9 @@ class Ledger:
         self._database.executescript(
             "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, "
             "mac BLOB NOT NULL) STRICT;"
-            "CREATE TABLE lineages (id TEXT PRIMARY KEY, fingerprints BLOB NOT NULL) STRICT;"
+            "CREATE TABLE lineages (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints BLOB "
+            "NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
+            "CREATE TABLE links (digest TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;"
         )
         with self.writing():
             self.append(Opened, site=site, public=self._keys.public, owner=self._keys.owner.hex())
@@ -108,7 +119,7 @@ class Ledger:
                 ledger._check_head()
                 ledger._check_lineages()
             except (sqlite3.Error, UnicodeDecodeError) as error:
-                raise damaged(type(error).__name__) from None
+                raise _refusal(error, folder) from None
         return ledger
 
     @property
@@ -156,10 +167,11 @@ class Ledger:
                     self._database.execute("ROLLBACK")
                 self._forget_after(before)
                 if isinstance(error, sqlite3.Error | UnicodeDecodeError):
-                    raise damaged(type(error).__name__) from None
+                    raise _refusal(error, self._folder) from None
                 raise
             if len(self.entries) > self._head:
-                self._keys.write_head(len(self.entries), self._digests[-1])
+                with self._storing(len(self.entries)):
+                    self._keys.write_head(len(self.entries), self._digests[-1])
                 self._head = len(self.entries)
 
     def append(self, kind: type[AnyEntry], **facts: Any) -> AnyEntry:
@@ -184,8 +196,9 @@ class Ledger:
         fingerprints. RefusalError if the request was charged before."""
         assert self._database.in_transaction
         self._database.execute(
-            "INSERT OR IGNORE INTO lineages VALUES (?, ?)",
-            (lineage.id, lineage.fingerprints.tobytes()),
+            "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
+            (lineage.id, lineage.columns, lineage.fingerprints.tobytes(),
+             lineage.readings.counts.tobytes(), lineage.readings.codes.tobytes()),
         )
         facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
         return self.append(Charged, **facts)
@@ -199,24 +212,78 @@ class Ledger:
 
     def lineage(self, charge: Charged) -> Lineage:
         """The records of a charge; RefusalError E212 if the file does not have them."""
-        with self._lock:
-            row = self._database.execute(
-                "SELECT fingerprints FROM lineages WHERE id = ?", (charge.lineage,)
-            ).fetchone()
-        if row and isinstance(row[0], bytes) and len(row[0]) % SIZE == 0:
-            found = Lineage.of_bytes(charge.basis, row[0], charge.rows)
-            if found.id == charge.lineage:
+        row = self._row(
+            "SELECT columns, fingerprints, counts, codes FROM lineages WHERE id = ?", charge.lineage
+        )
+        if row is not None and isinstance(row[0], str) and _are_blobs(row[1:], (SIZE, 4, 8)):
+            found = Lineage.of_bytes(charge.basis, row[1], charge.rows, *(row[0], *row[2:]))
+            named = not found.columns or basis_of(found.columns) == charge.basis
+            if found.id == charge.lineage and named:
                 return found
         raise damaged(f"the fingerprints of entry {charge.sequence} are not those it names")
+
+    def link(
+        self, links: Mapping[str, Links], *, source: str, rows: int, changed: Sequence[str]
+    ) -> Prepared:
+        """Note, durably, which rows `rows` prepared ones were made of (client/identity.py).
+
+        Args:
+            links: by basis.
+            source: what the raw records are called, for people.
+            changed: the canonical names of the columns whose cells are other ones since.
+        """
+        with self.writing():
+            made = []
+            for basis, found in links.items():
+                content = found.content()
+                name = hashlib.sha256(content).hexdigest()
+                self._database.execute(
+                    "INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content)
+                )
+                made.append(BasisLinks(basis=basis, links=name))
+            return self.append(
+                Prepared, source=source, rows=rows, changed=tuple(changed), made=tuple(made)
+            )
+
+    def links(self, basis: str) -> list[Links]:
+        """Those of every preparation between rows known by `basis`. RefusalError E212 if the file
+        does not have them."""
+        return [
+            self._links(entry, entry.bases[basis])
+            for entry in self.preparations if basis in entry.bases
+        ]
+
+    def _row(self, query: str, name: str) -> tuple[Any, ...] | None:
+        with self._lock:
+            try:
+                found: tuple[Any, ...] | None = self._database.execute(query, (name,)).fetchone()
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise _refusal(error, self._folder) from None
+        return found
+
+    def _links(self, entry: Prepared, name: str) -> Links:
+        row = self._row("SELECT content FROM links WHERE digest = ?", name)
+        if row is not None and isinstance(row[0], bytes) and (
+            hashlib.sha256(row[0]).hexdigest() == name
+        ):
+            return Links.of_content(row[0])
+        raise damaged(f"the links of entry {entry.sequence} are not those it names")
 
     def release(self, charge: Charged, wire: bytes, own: bytes | None = None) -> None:
         """Make a reply, and what stays at the site, durable; then say that the reply may leave.
         Only then may it."""
-        name, kept = self._keep(wire), None if own is None else self._keep(own)
+        with self._storing(charge.sequence):
+            name, kept = self._keep(wire), None if own is None else self._keep(own)
         with self.writing():
             if charge.sequence in self.releases:
                 raise RefusalError("This charge has its reply already.", code="E204")
             self.append(Released, charge=charge.sequence, reply=name, own=kept)
+
+    def check_room(self, size: int) -> None:
+        """RefusalError E216 unless the disk has room for replies of `size` bytes: asked before a
+        charge, so that a full disk spends nothing."""
+        if self._folder is not None and shutil.disk_usage(self._folder).free < size + LEAST_ROOM:
+            raise _full(self._folder, NOTHING_SPENT)
 
     def reply(self, released: Released) -> bytes:
         """The bytes that were released; RefusalError E204 if they are not there any more."""
@@ -340,6 +407,9 @@ class Ledger:
     def _check_lineages(self) -> None:
         for entry in self.lineages().values():
             self.lineage(entry)
+        for prepared in self.preparations:
+            for name in prepared.bases.values():
+                self._links(prepared, name)
 
     def _remember(self, entry: Entry, body: str, mac: bytes) -> None:
         self.entries.append(entry)
@@ -349,6 +419,8 @@ class Ledger:
             self.charges[entry.key] = entry
         elif isinstance(entry, Released):
             self.releases[entry.charge] = entry
+        elif isinstance(entry, Prepared):
+            self.preparations.append(entry)
 
     def _forget_after(self, number: int) -> None:
         for entry in self.entries[number:]:
@@ -356,10 +428,28 @@ class Ledger:
                 self.charges.pop(entry.key, None)
             elif isinstance(entry, Released):
                 self.releases.pop(entry.charge, None)
+            elif isinstance(entry, Prepared):
+                self.preparations.remove(entry)
         del self.entries[number:], self._macs[number:], self._digests[number + 1 :]
 
     def _mac(self, body: str) -> bytes:
         return hmac.digest(self._mac_key, body.encode(), "sha256")
+
+    @contextlib.contextmanager
+    def _storing(self, sequence: int) -> Iterator[None]:
+        """What follows on a committed entry: it stands also if the disk has no room for this."""
+        try:
+            yield
+        except OSError as error:
+            stands = (
+                f"Entry {sequence} of the ledger stands, so what it charged is spent; what should "
+                "follow on it was not stored."
+            )
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full(self._folder, stands) from None
+            raise RefusalError(
+                f"The disk of this site cannot be written ({error.strerror}). {stands}", code="E216"
+            ) from None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -373,7 +463,12 @@ class Ledger:
         if self._folder is None:
             yield
             return
-        descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full(self._folder, NOTHING_SPENT) from None
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -381,14 +476,56 @@ class Ledger:
             os.close(descriptor)
 
 
+def _are_blobs(cells: Sequence[object], sizes: Sequence[int]) -> bool:
+    """Whether each cell is bytes, of a whole number of items of its size."""
+    return all(
+        isinstance(cell, bytes) and len(cell) % size == 0
+        for cell, size in zip(cells, sizes, strict=True)
+    )
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(
             path.resolve().as_uri() + "?mode=rw", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=30,
+            check_same_thread=False, timeout=BUSY_SECONDS,
         )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise damaged(f"{path} cannot be opened ({type(error).__name__})") from None
+        raise _refusal(error, path.parent, f"{path} cannot be opened ") from None
     return database
+
+
+def _refusal(
+    error: sqlite3.Error | UnicodeDecodeError, folder: Path | None, what: str = ""
+) -> RefusalError:
+    """What an error of the database means: no room, in use, an unreadable disk (E216), or damage
+    (E212). Nothing was committed."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _has_no_room(folder)):
+        return _full(folder, NOTHING_SPENT)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return RefusalError(
+            f"Another program has held the ledger in {folder} for {BUSY_SECONDS} seconds. "
+            f"{NOTHING_SPENT} Close that program (a database browser, a backup), then try again.",
+            code="E216",
+        )
+    if code == sqlite3.SQLITE_IOERR:
+        return RefusalError(
+            f"The disk that holds the ledger in {folder} reports a failure to read or write. "
+            "Nothing was computed. Look at the system's log and check the disk, then try again.",
+            code="E216",
+        )
+    return damaged(f"{what}({type(error).__name__})" if what else type(error).__name__)
+
+
+def _has_no_room(folder: Path | None) -> bool:
+    return folder is not None and shutil.disk_usage(folder).free < LEAST_ROOM
+
+
+def _full(folder: Path | None, outcome: str) -> RefusalError:
+    return RefusalError(
+        f"The disk of this site is full: {folder} has no room left. {outcome} Free space there; "
+        "the site then goes on.", code="E216",
+    )

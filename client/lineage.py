@@ -1,8 +1,20 @@
 """Which records are these? Keyed fingerprints, so that a record's spending follows it.
 
 A fingerprint says what a record is, not where it lies: file name, order of rows and columns,
-encoding, quoting and the ways to write a number do not change it. Two files overlap where they
+encoding, quoting and the ways to write a value do not change it. Two files overlap where they
 share fingerprints, and the overlap inherits every charge that either took part in.
+
+What is one value (`value`): numbers by their value, not their digits; letter case; white space;
+control and invisible characters; Unicode's compatibility and composed forms; typographic quotes and
+dashes; the usual words for a missing value (MISSING_WORDS). What is not: dates in another format,
+decimal commas, pseudonyms that are new at each export.
+
+Readings. Text that was decoded by a wrong encoding is another text. So a row with a character
+beyond ASCII also has the fingerprints that it would have if its bytes were read in
+each encoding in which a file may be declared (READ_AS); where the text came as Unicode, those of
+the text before a tool took UTF-8 or Windows-1252 for Latin-1. One fingerprint in common makes two
+rows one record: a wrong declaration at either time, or at both, changes nothing. Not recognised:
+text in which bytes were replaced because they could not be decoded.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
@@ -11,18 +23,22 @@ changed cell makes a new record, which is why the owner should name a key. Finge
 different bases cannot be compared: all their records count as the same ones (fail closed).
 
 The fingerprint is BLAKE2b with the site's own key, 128 bits: without the key it cannot be tried on
-guessed records, and of 10^6 records two share one by chance with probability below 2^-88.
+guessed records. Records are compared by its first 64 bits: of 2^21 records with 2^5 readings each
+some two are one by chance with probability below 2^-12, which charges more, never less.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +48,41 @@ from silotune.common.records import Table
 
 SIZE = 16
 Fingerprints = NDArray[np.bytes_]  # [R] of 16 bytes, sorted, each once
+Codes = NDArray[np.uint64]
+
+READ_AS = (
+    "utf-8", "cp1252", "latin-1", "iso8859-15", "iso8859-2", "cp1250", "cp1251", "koi8-r",
+    "cp1253", "cp1254", "cp1255", "cp1256", "mac-roman", "cp437", "cp850", "gb18030", "big5",
+    "cp950", "shift_jis", "cp932", "euc-jp", "euc-kr", "cp949",
+)
+MISSING_WORDS = frozenset({
+    "", "nan", "na", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "null", "none", "nil", "nat",
+    "-1.#ind", "1.#ind", "-1.#qnan", "1.#qnan", "\\n",
+})
+# Unicode's categories Cc and Cf but for white space: control characters, a zero-width space.
+_UNSEEN = re.compile("[" + "".join(
+    re.escape(chr(code)) for code in (*range(0x20000), *range(0xE0000, 0xE0080))  # all there are
+    if unicodedata.category(chr(code)) in ("Cc", "Cf") and not chr(code).isspace()
+) + "]")
+_PUNCTUATION = str.maketrans({
+    **dict.fromkeys("‘’‚‛‹›`´ʹʼ′‵＇", "'"), **dict.fromkeys("“”„‟«»″‶＂", '"'),
+    **dict.fromkeys("‐‑‒–—―−﹘﹣－", "-"),
+})
+
+
+class Readings(NamedTuple):
+    """For each of R records how many codes it has [R], and the codes, record after record [C]."""
+
+    counts: NDArray[np.uint32]
+    codes: Codes
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """[C] the record of each code."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+NO_READINGS = Readings(np.zeros(0, np.uint32), np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
@@ -39,54 +90,146 @@ class Lineage:
     """The records of one file: the basis and the sorted distinct fingerprints.
 
     `rows` counts the file's rows; it is larger than len(fingerprints) where records stand twice.
+    columns: the JSON list that `basis` is the digest of; "" where it is not known.
     """
 
     basis: str
     fingerprints: Fingerprints
     rows: int
+    columns: str = ""
+    readings: Readings = NO_READINGS
 
     @cached_property
     def id(self) -> str:
         """A name of this set of records (hexadecimal); equal sets have equal names."""
-        content = self.basis.encode() + b"\0" + self.fingerprints.tobytes()
-        return hashlib.sha256(content).hexdigest()
+        content = hashlib.sha256(self.basis.encode() + b"\0" + self.fingerprints.tobytes())
+        if len(self.readings.codes):
+            content.update(b"\0" + self.readings.counts.tobytes() + self.readings.codes.tobytes())
+        return content.hexdigest()
 
     @classmethod
-    def of_bytes(cls, basis: str, fingerprints: bytes, rows: int) -> Lineage:
-        return cls(basis, _array(fingerprints), rows)
+    def of_bytes(
+        cls, basis: str, fingerprints: bytes, rows: int, columns: str = "",
+        counts: bytes = b"", codes: bytes = b"",
+    ) -> Lineage:
+        readings = Readings(np.frombuffer(counts, np.uint32), np.frombuffer(codes, np.uint64))
+        return cls(basis, _array(fingerprints), rows, columns, readings)
 
     @property
     def repeated(self) -> int:
         return self.rows - len(self.fingerprints)
 
+    @property
+    def codes(self) -> Codes:
+        """[R] the fingerprints as records are compared by."""
+        return codes_of(self.fingerprints)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The canonical names of the columns; empty where they are not known."""
+        return frozenset(name for name, _ in json.loads(self.columns)[1]) if self.columns else (
+            frozenset()
+        )
+
+
+@dataclass(frozen=True)
+class RowPrints:
+    """The fingerprint and the readings of each row, in the order of the rows."""
+
+    basis: str
+    columns: str
+    fingerprints: Fingerprints
+    readings: Readings
+
 
 def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     """The lineage of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
-    basis, prints = of_rows(table, key, secret)
-    return Lineage(basis, np.unique(prints), len(table.rows))
+    found = of_rows(table, basis_columns(table, key), secret, keyed=bool(key))
+    prints, record = np.unique(found.fingerprints, return_inverse=True)
+    owners, codes = record[found.readings.owners], found.readings.codes
+    order = np.lexsort((codes, owners))
+    owners, codes = owners[order], codes[order]
+    new = np.ones(len(codes), dtype=bool)
+    new[1:] = (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])
+    counts = np.bincount(owners[new], minlength=len(prints)).astype(np.uint32)
+    readings = Readings(counts if len(codes) else found.readings.counts[:0], codes[new])
+    return Lineage(found.basis, prints, len(table.rows), found.columns, readings)
 
 
-def of_rows(
-    table: Table, key: Sequence[str], secret: bytes, apart: Collection[str] = ()
-) -> tuple[str, Fingerprints]:
-    """The basis and each row's fingerprint, in the order of the rows; else as `of_table`. apart:
-    columns that tell rows apart also where they might only number them."""
+def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ()) -> list[str]:
+    """The canonical names of the columns that fingerprints are made of, sorted. apart: columns that
+    distinguish rows also where they might only number them. DataError: no such column."""
     names = [canonical(name) for name in table.header]
     wanted = set(_key_columns(table, key))
     if not wanted:
         # By name: of two columns of one name it could be this one today and that one tomorrow.
         numbering = {names[i] for i in _numbering(table)} - set(map(canonical, apart))
         wanted = set(names) - numbering or set(names)
-    chosen = sorted(wanted)
+    return sorted(wanted)
+
+
+def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) -> RowPrints:
+    """Each row by the chosen columns (`basis_columns`). keyed: whether the owner named them."""
+    names = [canonical(name) for name in table.header]
     # A name that stands twice takes part with each of its columns, in a fixed order.
     places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
-    columns = [[column, len(found)] for column, found in zip(chosen, places, strict=True)]
-    basis = hashlib.blake2b(json.dumps([bool(key), columns]).encode(), digest_size=SIZE).hexdigest()
-    prints = bytearray()
-    for _, cells in table.rows:
+    columns = json.dumps(
+        [keyed, [[column, len(found)] for column, found in zip(chosen, places, strict=True)]]
+    )
+    def fingerprint(cells: Sequence[str]) -> bytes:
         content = f"[{', '.join([_content(cells, found) for found in places])}]".encode()
-        prints += hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
-    return basis, _array(bytes(prints))
+        return hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
+
+    prints, counts, codes = bytearray(), array("I"), array("Q")
+    used = {place for found in places for place in found}
+    for _, cells in table.rows:
+        own = fingerprint(cells)
+        prints += own
+        others: set[bytes] = set()
+        if not "".join(cells).isascii():
+            others = {fingerprint(other) for other in _other_readings(cells, used, table.encoding)}
+            others.discard(own)
+        counts.append(len(others))
+        codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
+    return RowPrints(
+        basis_of(columns), columns, _array(bytes(prints)),
+        Readings(np.array(counts, np.uint32), np.array(codes, np.uint64)),
+    )
+
+
+def basis_of(columns: str) -> str:
+    """The digest that names a basis; columns: `Lineage.columns`."""
+    return hashlib.blake2b(columns.encode(), digest_size=SIZE).hexdigest()
+
+
+def codes_of(fingerprints: Fingerprints) -> Codes:
+    """The first 64 bits of each."""
+    return np.frombuffer(fingerprints.tobytes(), np.dtype("<u8"))[::2].astype(np.uint64)
+
+
+def _other_readings(
+    cells: Sequence[str], used: Collection[int], encoding: str
+) -> Iterator[list[str]]:
+    """The row as it is if the bytes of the `used` cells, which were read in `encoding`, are read in
+    another one."""
+    foreign = [i for i in used if i < len(cells) and not cells[i].isascii()]
+    if encoding.startswith("utf"):
+        ways = [("latin-1", ("utf-8", "cp1252")), ("cp1252", ("utf-8",))]
+    else:
+        ways = [(encoding, READ_AS)]
+    for written_as, read_as in ways if foreign else ():
+        try:
+            raw = [cells[i].encode(written_as) for i in foreign]
+        except UnicodeEncodeError:
+            continue
+        for other in read_as:
+            found = list(cells)
+            try:
+                for i, part in zip(foreign, raw, strict=True):
+                    found[i] = part.decode(other)
+            except UnicodeDecodeError:
+                continue
+            yield found
 
 
 def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -128,12 +271,12 @@ def _content(cells: Sequence[str], places: Sequence[int]) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _alone(cell: str) -> str:
-    return json.dumps([_value(cell)], ensure_ascii=False)
+    return json.dumps([value(cell)], ensure_ascii=False)
 
 
 def _cell(cells: Sequence[str], place: int) -> str:
     """A row with too few cells is refused when it is read by the contract's schema."""
-    return _value(cells[place]) if place < len(cells) else ""
+    return value(cells[place]) if place < len(cells) else ""
 
 
 def _numbering(table: Table) -> set[int]:
@@ -162,31 +305,26 @@ def _is_whole(value: str) -> bool:
     return number.is_finite() and number == number.to_integral_value()
 
 
-def shared(records: Lineage, others: Lineage) -> NDArray[np.bool_]:
-    """[R] for each of `records`, whether it is among the others; all of them if bases differ."""
-    if records.basis != others.basis:
-        return np.ones(len(records.fingerprints), dtype=bool)
-    return np.isin(records.fingerprints, others.fingerprints, assume_unique=True)
-
-
 def _array(data: bytes) -> Fingerprints:
     return np.frombuffer(data, dtype=f"S{SIZE}")
 
 
 def canonical(name: str) -> str:
-    """A column's name without its ways of writing."""
-    if name.isascii():  # nothing below has more to do then
-        return " ".join(name.lower().split())
-    text = "".join(c for c in name if unicodedata.category(c) != "Cf")  # unseen: a zero-width space
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """A name or text without its ways of writing (see above)."""
+    if not name.isprintable():
+        name = _UNSEEN.sub("", name)
+    if name.isascii():
+        return " ".join(name.lower().replace("`", "'").split())
+    text = unicodedata.normalize("NFKC", name.translate(_PUNCTUATION)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 @lru_cache(maxsize=1 << 16)
-def _value(cell: str) -> str:
+def value(cell: str) -> str:
     """A cell without its ways of writing: 5, '5.0 ' and 5e0 are one value, so are É and É."""
     text = canonical(cell)
-    if text.lstrip("+-") == "nan":
-        return ""  # a missing number, as the schema reads it
+    if text in MISSING_WORDS or text.lstrip("+-") == "nan":
+        return ""
     try:
         number = Decimal(text).normalize(Context(prec=max(28, len(text))))
     except ArithmeticError:  # no number, or one with an exponent beyond all measure

@@ -6,9 +6,10 @@ in one reading. All counts in here are of private records: they are for the site
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from pyarrow import parquet
 from silotune.client import lineage
 from silotune.client.columns import Columns, Rule
 from silotune.client.deidentify import Deidentifier, Deidentify
+from silotune.client.identity import Links, links_between
 from silotune.client.policy import Prepare
 from silotune.common import records
 from silotune.common.cells import BLOCK_ROWS, Builder, Row
@@ -68,12 +70,15 @@ class Problem:
 @dataclass(frozen=True)
 class Prepared:
     """read: how many rows the source has. table: those that are kept, cleaned. left_out: how many
-    are not, each counted under one reason."""
+    are not, each counted under one reason. cleaned: the kept rows and their copies; made_of: of
+    each of these the index of its row in the source."""
 
     read: int
     table: Table
     problems: list[Problem]
     left_out: dict[str, int]
+    cleaned: Table
+    made_of: Sequence[int]
 
     @property
     def refused(self) -> list[Problem]:
@@ -145,13 +150,16 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
              for rule in columns.rules}
     places = {rule: header.index(rule.column) for rule in columns.rules}
     builder, reasons = Builder(), Counter[str]()
+    made_of, read = array("L"), 0
     for block in blocks(table.rows):
         rows: list[Row] = []
-        for line, cells in block:
+        places_read: list[int] = []
+        for read, (line, cells) in enumerate(block, read + 1):  # noqa: B020
             if len(cells) != len(header):
                 ragged.add(line)
             else:
                 rows.append((line, [c.strip() for c in cells] if rules.trim else list(cells)))
+                places_read.append(read - 1)
         left_out = texts.clean(rows)
         for rule, misfits in columns.misfits(cells for _, cells in rows).items():
             problem = found[rule]
@@ -165,11 +173,12 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
         for at, (line, cells) in enumerate(rows):
             if at not in left_out:
                 builder.add(line, cells)
+                made_of.append(places_read[at])
     if ragged.count:
         reasons[ragged.sentence] = ragged.count
     problems = [p for p in (ragged, *found.values(), *texts.problems.values()) if p.count]
     kept = Table(table.source, header, builder.rows())
-    return Prepared(len(table.rows), kept, problems, dict(reasons))
+    return Prepared(len(table.rows), kept, problems, dict(reasons), kept, made_of)
 
 
 def _done(rule: Rule, rules: Prepare) -> str:
@@ -203,15 +212,70 @@ def _without_copies(found: Prepared, rules: Prepare, apart: Sequence[str]) -> Pr
         return found
     copies.rows.sort()
     left_out = found.left_out | ({copies.sentence: copies.count} if drop else {})
-    return Prepared(found.read, table, [*found.problems, copies], left_out)
+    problems = [*found.problems, copies]
+    return replace(found, table=table, problems=problems, left_out=left_out)
 
 
 def _first(table: Table, apart: Sequence[str]) -> NDArray[np.bool_]:
     """[N] whether a row is the first of those that are equal to it."""
-    _, prints = lineage.of_rows(table, (), bytes(32), apart)  # no secret: none of them leaves this
+    chosen = lineage.basis_columns(table, (), apart)
+    # No secret: none of them leaves this function.
+    prints = lineage.of_rows(table, chosen, bytes(32), keyed=False).fingerprints
     first = np.zeros(len(prints), dtype=bool)
     first[np.unique(prints, return_index=True)[1]] = True
     return first
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What prepared rows were made of: links by basis, and the columns that were changed, by their
+    canonical names."""
+
+    links: dict[str, Links]
+    changed: tuple[str, ...]
+
+
+def origin(raw: Table, prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
+    """For the ledger, before the prepared rows are on disk (client/identity.py). Rows are linked by
+    `key` and by all columns; a basis that raw and prepared rows do not share has no links.
+
+    Args:
+        raw: the table that was prepared.
+        key: data.key.
+        secret: 32 bytes, the site's key for fingerprints.
+    """
+    cleaned, links = prepared.cleaned, {}
+    for columns in {tuple(key), ()}:
+        chosen = lineage.basis_columns(raw, columns)
+        if chosen != lineage.basis_columns(prepared.table, columns):
+            continue
+        before, after = (
+            lineage.of_rows(table, chosen, secret, keyed=bool(columns)) for table in (raw, cleaned)
+        )
+        links[after.basis] = links_between(before, after, prepared.made_of)
+    return Origin(links, _changed(raw, prepared))
+
+
+def _changed(raw: Table, prepared: Prepared) -> tuple[str, ...]:
+    """The columns of which a cell is another value since, or may have been read wrongly: text that
+    was decoded by a declared encoding is written as Unicode, and its bytes are lost with that."""
+    foreign = not raw.encoding.startswith("utf")
+    found: set[int] = set()
+    made_of = iter(prepared.made_of)
+    index = next(made_of, None)
+    cleaned = iter(prepared.cleaned.rows)
+    for at, (_, before) in enumerate(raw.rows):
+        if at != index:
+            continue
+        _, after = next(cleaned)
+        for column, (one, other) in enumerate(zip(before, after, strict=True)):
+            if column not in found and (
+                (one != other and lineage.value(one) != lineage.value(other))
+                or (foreign and not one.isascii())
+            ):
+                found.add(column)
+        index = next(made_of, None)
+    return tuple(sorted({lineage.canonical(raw.header[column]) for column in found}))
 
 
 def write(table: Table, path: Path) -> None:

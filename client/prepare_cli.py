@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from silotune.common import contract as contracts
+from silotune.common import query
 from silotune.common.cli import emit
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from silotune.client.counts import Charged, Counts
     from silotune.client.ledger import Ledger
     from silotune.client.policy import Data
+    from silotune.client.prepare import Prepared
     from silotune.client.site import Site
 
 MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
@@ -47,7 +50,6 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     from silotune.client import prepare as preparing
     from silotune.client.keys import make_private_folder
     from silotune.client.site import Site
-    from silotune.common import query
     from silotune.common.durable import write_durably
 
     agreed, policy, site = contracts.load(contract), policies.load(config), Site(config)
@@ -55,10 +57,12 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     data, folder = policy.data, out or site.folder / "prepared"
     file = folder / f"{data.file.stem if data.file else policy.name}.parquet"
     pseudonyms = ledger.pseudonyms_key if ledger else None
-    prepared = preparing.prepare(data.table(), agreed, policy.prepare, data.key, pseudonyms)
+    raw = data.table()
+    prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
     found = counts.count(prepared.table, agreed, policy.model.folder)
-    charged = counts.charged(prepared.table, data.key, ledger)
-    refused = prepared.refused
+    secret = ledger.fingerprint_key if ledger else bytes(32)
+    origin = preparing.origin(raw, prepared, data.key, secret)
+    charged = counts.charged(prepared.table, data.key, ledger, origin.links)
     facts = {
         "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
         "file": str(file), "key": data.key, "charged": charged, "made_up": counts.made_up(agreed),
@@ -70,8 +74,45 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
         make_private_folder(folder)
     report = folder / "report.html"
     write_durably(report, page.encode())
-    if not refused and found.rows:
+    written = not prepared.refused and found.rows > 0 and ledger is not None
+    if written:
+        assert ledger is not None
+        # Before the rows are on disk: no prepared row may exist that the ledger does not know.
+        ledger.link(origin.links, source=data.source, rows=found.rows, changed=origin.changed)
         preparing.write(prepared.table, file)
+    lines = _lines(data, prepared, found, charged)
+    lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
+    if written:
+        lines += [
+            f"records   {file} (0600)",
+            f"next:   set file = \"{_from(site.folder, file)}\" in [data] of {config}, then: "
+            f"silotune site sign --config {config}",
+        ]
+    emit(
+        {"prepared": written, "read": prepared.read, "kept": found.rows,
+         "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
+         "cut": found.cut, "texts": found.texts, "report": str(report), "file": str(file)},
+        as_json, "\n".join(lines),
+    )
+    if refused := prepared.refused:
+        raise DataError(
+            f"{data.source} has {len(refused)} kind{'s' * (len(refused) != 1)} of problem: nothing "
+            "was prepared. Correct the rows, or say in [prepare] of site.toml what to do with them "
+            "(outside, missing_target).", code="E313",
+        )
+    if not found.rows:
+        raise DataError(f"No row of {data.source} is left; nothing was prepared.", code="E304")
+    if ledger is None:
+        raise UsageError(
+            f"Nothing was prepared: {site.keys} does not exist, and only this site's ledger can "
+            "remember which record a prepared row is. `silotune site init` makes keys, ledger and "
+            "site.toml in a new folder; copy [data] and [prepare] into that site.toml.",
+            code="E214",
+        )
+
+
+def _lines(data: Data, prepared: Prepared, found: Counts, charged: Charged) -> list[str]:
+    """The problems, and what is kept."""
     lines = []
     wide = max((len(p.sentence) for p in prepared.problems), default=0)
     if prepared.problems:
@@ -81,6 +122,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
     if data.query and not query.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
+    refused = prepared.refused
     before = "no ledger yet" if charged.before is None else f"{charged.before:,} charged before"
     lines.append(
         f"{'✗' if refused else '✓'} {found.rows:,} of {prepared.read:,} rows "
@@ -89,27 +131,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     if found.texts:
         lines.append(f"{'!' if found.cut else '✓'} {found.cut:,} of {found.texts:,} texts are "
                      f"longer than the model's {found.most_tokens} tokens")
-    lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
-    if not refused and found.rows:
-        lines += [
-            f"records   {file} (0600)",
-            f"next:   set file = \"{_from(site.folder, file)}\" in [data] of {config}, then: "
-            f"silotune site sign --config {config}",
-        ]
-    emit(
-        {"prepared": not refused, "read": prepared.read, "kept": found.rows,
-         "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
-         "cut": found.cut, "texts": found.texts, "report": str(report), "file": str(file)},
-        as_json, "\n".join(lines),
-    )
-    if refused:
-        raise DataError(
-            f"{data.source} has {len(refused)} kind{'s' * (len(refused) != 1)} of problem: nothing "
-            "was prepared. Correct the rows, or say in [prepare] of site.toml what to do with them "
-            "(outside, missing_target).", code="E313",
-        )
-    if not found.rows:
-        raise DataError(f"No row of {data.source} is left; nothing was prepared.", code="E304")
+    return lines
 
 
 def _ledger(site: Site) -> Ledger | None:

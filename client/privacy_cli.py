@@ -165,7 +165,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
 
     \b
     $ silotune privacy verify
-    ✓ 124 entries: chain, MACs, head and fingerprints hold · 60 charges, 59 released
+    ✓ 124 entries: chain, MACs, head, fingerprints and links hold · 60 charges, 59 released
     """
     from silotune.client.entries import Charged, Released, verify_export
     from silotune.client.keys import Keys
@@ -182,7 +182,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     else:
         site = Site(config)
         entries = Ledger.open(site.state, Keys.load(site.keys)).entries
-        what = "chain, MACs, head and fingerprints hold"
+        what = "chain, MACs, head, fingerprints and links hold"
     charges = sum(isinstance(entry, Charged) for entry in entries)
     released = sum(isinstance(entry, Released) for entry in entries)
     emit(

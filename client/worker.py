@@ -50,6 +50,8 @@ from silotune.common.model import build
 from silotune.common.network import Network
 from silotune.common.plan import Phase
 
+ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a mean gradient
+
 
 class Worker:
     """One site, one contract. Records, model and ledger are read once and stay in it.
@@ -99,6 +101,9 @@ class Worker:
         self.own_shapes = self.shapes = adapter.shapes_of(self.model.initial_arrays())
         if isinstance(contract.adapter, Lora):
             self.shapes = adapter.reshaped(self.own_shapes, contract.adapter.rank)
+        # A reply and what stays here are each at most some copies of the adapter in float32.
+        entries = sum(math.prod(shape) for shape in self.own_shapes.values())
+        self._reply_room = 4 * ADAPTER_COPIES * entries
         self._lock, self._on_answer = threading.Lock(), on_answer
 
     @property
@@ -253,6 +258,7 @@ class Worker:
                 raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism)
             own = self.own(request.run, request.round)  # refused before anything is charged
+            self.ledger.check_room(self._reply_room)
             return self.ledger.charge(
                 self.lineage, source=self.source_name, unit=self.unit,
                 contract=self.contract.hash, run=request.run, round=request.round,

@@ -50,6 +50,10 @@ CODES: dict[str, str] = {
     "signs a policy; each signature has a higher number, and an older one counts no more. A worker "
     "and a run that began under an earlier one do not go on under another.",
     "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
+    "E216": "The site's ledger cannot be read or written at this moment: its disk is full or "
+    "failing, or another program holds it. The ledger itself is not in question: restore nothing. "
+    "Free space, close the other program or check the disk, then try again; the message says "
+    "whether anything was spent.",
     "E301": "A data file does not exist or cannot be read.",
     "E302": "A column the contract names is not in the data, a value lies outside the public "
     "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "

@@ -7,6 +7,7 @@ Errors name file, column and row numbers. A record's value appears only in `Data
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -42,11 +43,13 @@ class Records:
 
 @dataclass(frozen=True)
 class Table:
-    """A source as it stands: the header, and each row's number and cells (common/sources.py)."""
+    """A source as it stands: the header, and each row's number and cells (common/sources.py).
+    encoding: in which its text was decoded; "utf-8" where it came as Unicode."""
 
     source: str
     header: list[str]
     rows: Sequence[Row]
+    encoding: str = "utf-8"
 
 
 def read(path: Path, contract: Contract) -> Records:
@@ -199,4 +202,6 @@ def _inputs(
 
 def table(path: Path, encoding: str = "utf-8") -> Table:
     """Read a file (common/sources.py). DataError if there is none or it has no header."""
-    return Table(path.name, *sources.read(path, encoding))
+    header, rows = sources.read(path, encoding)
+    is_unicode = path.suffix.lower() == ".parquet"
+    return Table(path.name, header, rows, "utf-8" if is_unicode else codecs.lookup(encoding).name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 import threading
@@ -556,21 +557,34 @@ def test_crashes_are_paid_for(home: Home, monkeypatch: pytest.MonkeyPatch, where
 
 
 def test_a_full_disk_lets_nothing_leave(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head cannot be written: the charge stands, and no reply leaves until it can."""
+    """The head or the reply cannot be written: the charge stands, and no reply leaves until it can."""
 
     def fails(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     worker = home.worker()
     with monkeypatch.context() as patch:
         patch.setattr("silotune.client.ledger.write_durably", fails)
-        assert code(worker) == "E500"
+        assert code(worker) == "E216"
     assert code(worker) == "E204"
     with monkeypatch.context() as patch:
         patch.setattr("silotune.client.keys.write_durably", fails)
-        assert code(worker, 1, 2) == "E500"
+        assert code(worker, 1, 2) == "E216"
     assert code(worker, 1, 2) == "E204"
     assert len(home.charges()) == 2
+
+
+def test_a_disk_without_room_for_the_reply_spends_nothing(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked before the charge; once there is room the same request is answered."""
+    worker = home.worker()
+    free = shutil.disk_usage(home.state)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: free._replace(free=1 << 20))
+        assert code(worker) == "E216"
+    assert home.charges() == []
+    assert code(worker) == ""
 
 
 def test_two_workers_at_once(home: Home) -> None:

@@ -46,7 +46,7 @@ def tight_oracle(history: Sequence[Mechanism], delta: float) -> float:
 
 
 def lineage_of(numbers: Sequence[int], basis: str = "basis") -> Lineage:
-    found = b"".join(int(number).to_bytes(16, "big") for number in sorted(numbers))
+    found = b"".join(int(number).to_bytes(16, "little") for number in sorted(numbers))
     return Lineage.of_bytes(basis, found, len(numbers))
 
 

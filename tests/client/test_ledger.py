@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hmac
 import json
 import math
 import os
@@ -492,27 +493,33 @@ def test_an_older_copy_put_in_place_of_an_open_ledger_is_refused(
 HEADS: dict[str, Callable[[int, str], str | None]] = {
     "missing": lambda n, last: None,
     "empty": lambda n, last: "",
-    "no number": lambda n, last: f"x {last}\n",
-    "no digest": lambda n, last: f"{n}\n",
-    "no hexadecimal": lambda n, last: f"{n} {last[:-1]}g\n",
-    "a number ahead": lambda n, last: f"{n + 1} {last}\n",
-    "a number behind": lambda n, last: f"{n - 1} {last}\n",
-    "zero": lambda n, last: f"0 {last}\n",
-    "minus": lambda n, last: f"-1 {last}\n",
-    "another digest": lambda n, last: f"{n} {'0' * 64}\n",
-    "a shorter digest": lambda n, last: f"{n} {last[:-2]}\n",
-    "words": lambda n, last: f"{n} {last} é\n",
+    "no number": lambda n, last: f"x {last}",
+    "no digest": lambda n, last: f"{n}",
+    "no hexadecimal": lambda n, last: f"{n} {last[:-1]}g",
+    "a number ahead": lambda n, last: f"{n + 1} {last}",
+    "a number behind": lambda n, last: f"{n - 1} {last}",
+    "zero": lambda n, last: f"0 {last}",
+    "minus": lambda n, last: f"-1 {last}",
+    "another digest": lambda n, last: f"{n} {'0' * 64}",
+    "a shorter digest": lambda n, last: f"{n} {last[:-2]}",
+    "words": lambda n, last: f"{n} {last} é",
 }
+
+
+def head_mac(home: Home, content: str) -> str:
+    """As client/keys.py makes it."""
+    return hmac.digest(Keys.load(home.keys).derive("head mac"), content.encode(), "sha256").hex()
 
 
 @pytest.mark.parametrize("how", HEADS)
 def test_a_head_that_is_not_the_ledgers_is_refused(home: Home, how: str) -> None:
+    """Also with the site's own MAC."""
     head = home.keys / "head"
-    number, last = head.read_text().split()
+    number, last, _ = head.read_text().split()
     content = HEADS[how](int(number), last)
     head.unlink()
     if content is not None:
-        head.write_text(content)
+        head.write_text(f"{content} {head_mac(home, content)}\n")
     with pytest.raises((RefusalError, UsageError)) as refusal:
         home.open()
     assert refusal.value.code == "E212"
@@ -520,8 +527,25 @@ def test_a_head_that_is_not_the_ledgers_is_refused(home: Home, how: str) -> None
 
 def test_a_head_with_the_last_entrys_mac_is_refused(home: Home) -> None:
     """Not its digest: the MAC alone does not name the body."""
-    (home.keys / "head").write_text(f"5 {home.rows()[4][2].hex()}\n")
+    content = f"5 {home.rows()[4][2].hex()}"
+    (home.keys / "head").write_text(f"{content} {head_mac(home, content)}\n")
     assert home.refuses()
+
+
+@pytest.mark.parametrize("mac", ["", "0" * 64, "é", "of the entry after it"])
+def test_a_head_without_the_sites_mac_is_refused(home: Home, mac: str) -> None:
+    """Who can write keys/ but not read the secret cannot move the head back to an older entry."""
+    head = home.keys / "head"
+    number, _, after = head.read_text().split()
+    ledger = home.open()
+    older = f"{int(number) - 1} {ledger._digests[int(number) - 1]}"
+    close(ledger)
+    head.write_text(f"{older} {after if mac.startswith('of') else mac}\n")
+    with pytest.raises(UsageError, match="missing or damaged") as refusal:
+        home.open()
+    assert refusal.value.code == "E212"
+    head.write_text(f"{older} {head_mac(home, older)}\n")
+    close(home.open())  # by the MAC alone it was refused
 
 
 def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
@@ -530,8 +554,9 @@ def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
     ledger = home.open()
     with monkeypatch.context() as patch:
         patch.setattr(Keys, "write_head", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(RefusalError, match="Entry 6 of the ledger stands") as refusal:
             charge(ledger, 9, lineage_of(1))
+    assert refusal.value.code == "E216"
     close(ledger)
     again = home.open()
     assert len(again.entries) == 6  # what was committed stands

@@ -283,7 +283,7 @@ def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Pat
     found = counts.count(rows, contract, encoder_folder)
     assert {n: k for n, k in enumerate(found.tokens) if k} == {5: 2, 42: 1}  # with [CLS] and [SEP]
     assert (found.texts, found.cut, found.most_tokens) == (3, 1, 8)
-    plot = prepare_report.draw(Prepared(3, rows, [], {}), found)[-1]
+    plot = prepare_report.draw(Prepared(3, rows, [], {}, rows, range(3)), found)[-1]
     assert "1 of 3 texts (33.3%) are longer than 8 tokens" in plot.alt
 
 
