@@ -557,7 +557,7 @@ def test_crashes_are_paid_for(home: Home, monkeypatch: pytest.MonkeyPatch, where
 
 
 def test_a_full_disk_lets_nothing_leave(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head or the reply cannot be written: the charge stands, and no reply leaves until it can."""
+    """Head or reply cannot be written: the charge stands, and no reply leaves until they can."""
 
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")

@@ -1,0 +1,604 @@
+"""A record is the same one through every tool of ours: what it has spent follows it.
+
+The commands are run from end to end: spend on one form of the records, make another form of
+them, and ask `site check` and a worker what is left.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from silotune.client import identity, lineage
+from silotune.client.budget import Budget, overlaps
+from silotune.client.identity import Links, components
+from silotune.client.ledger import Ledger
+from silotune.client.lineage import READ_AS, Lineage, of_table
+from silotune.client.policy import Prepare
+from silotune.client.prepare import Prepared, origin, prepare
+from silotune.client.site import Site
+from silotune.client.worker import Worker
+from silotune.common import messages, records
+from silotune.common.cli import silotune
+from silotune.common.contract import Contract
+from silotune.common.errors import RefusalError
+from silotune.common.messages import Message, Train, Update
+from silotune.common.records import Table
+from tests import tiny
+
+ROWS = 104
+NAMES = ["Müller", "Smith", "O’Brien", "Garcia"]
+LIMIT = 8.0
+
+
+# Components ------------------------------------------------------------------------------------
+
+
+def file_of(codes: Sequence[int], readings: Sequence[Sequence[int]] = ()) -> Lineage:
+    """A lineage whose records have these codes."""
+    order = sorted(codes, key=lambda code: code.to_bytes(8, "little"))
+    prints = b"".join(code.to_bytes(8, "little") + bytes(8) for code in order)
+    own = dict(zip(codes, readings, strict=True)) if readings else {}
+    counts = np.array([len(own.get(code, ())) for code in order], np.uint32)
+    flat = np.array([r for code in order for r in own.get(code, ())], np.uint64)
+    return Lineage.of_bytes("b", prints, len(codes), "", counts.tobytes(), flat.tobytes())
+
+
+def links_of(stars: dict[int, list[int]]) -> Links:
+    return Links(
+        np.array(list(stars), np.uint64), np.array([len(s) for s in stars.values()], np.uint32),
+        np.array([node for star in stars.values() for node in star], np.uint64),
+    )
+
+
+def partition(edges: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """An independent way to components: merge until nothing changes."""
+    label = {node: node for edge in edges for node in edge}
+    changed = True
+    while changed:
+        changed = False
+        for one, other in edges:
+            low = min(label[one], label[other])
+            changed |= label[one] != low or label[other] != low
+            label[one] = label[other] = low
+    return label
+
+
+codes = st.integers(1, 12)
+files = st.lists(
+    st.dictionaries(codes, st.lists(codes, max_size=2), min_size=1, max_size=5), min_size=1,
+    max_size=3,
+)
+
+
+@given(files, st.lists(st.dictionaries(codes, st.lists(codes, min_size=1, max_size=3), max_size=3),
+                       max_size=2))
+def test_records_are_one_where_a_path_joins_them(
+    found: list[dict[int, list[int]]], stars: list[dict[int, list[int]]]
+) -> None:
+    lineages = [file_of(list(f), list(f.values())) for f in found]
+    edges = [(code, other) for f in found for code, own in f.items() for other in [code, *own]]
+    edges += [(code, other) for star in stars for code, nodes in star.items() for other in nodes]
+    label = partition(edges)
+    numbers = components(lineages, [links_of(star) for star in stars])
+    pairs = [
+        (label[int(code)], int(number))
+        for file, own in zip(lineages, numbers, strict=True)
+        for code, number in zip(file.codes, own, strict=True)
+    ]
+    for one in pairs:
+        for other in pairs:
+            assert (one[0] == other[0]) == (one[1] == other[1])
+
+
+@given(st.dictionaries(codes, st.lists(codes, max_size=4), max_size=5))
+def test_links_are_read_back_from_their_bytes(stars: dict[int, list[int]]) -> None:
+    found = links_of(stars)
+    again = Links.of_content(found.content())
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    with pytest.raises(ValueError, match="cut short"):
+        Links.of_content(found.content() + b"\0" * 8)
+
+
+# Any chain of our tools ------------------------------------------------------------------------
+
+SECRET = bytes(range(32))
+letters = st.text("ab ÄÖéñ€“’ß", min_size=1, max_size=6)
+rows_of_text = st.lists(
+    st.tuples(letters, letters, st.sampled_from(["ill", "well"])), min_size=1, max_size=5
+)
+
+
+def table_of(rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> Table:
+    numbered = [(line, list(row)) for line, row in enumerate(rows, start=2)]
+    return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding)
+
+
+def declared(table: Table, written: str, read: str) -> Table:
+    """The table as it is read if its file was written in one encoding and declared as another."""
+    rows = [[cell.encode(written).decode(read) for cell in cells] for _, cells in table.rows]
+    return table_of(rows, "utf-8" if read == "utf-8" else read)
+
+
+def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]) -> Prepared:
+    rows = [
+        (line, [change(cell) if i in columns else cell for i, cell in enumerate(cells)])
+        for line, cells in raw.rows
+    ]
+    cleaned = Table(raw.source, raw.header, rows)
+    return Prepared(len(rows), cleaned, [], {}, cleaned, range(len(rows)))
+
+
+CHANGES: dict[str, Callable[[str], str]] = {
+    "redact": lambda cell: cell.replace("a", "<PERSON>"), "mask": lambda cell: "*" * len(cell),
+    "missing": lambda _: "", "trim": str.strip, "nothing": lambda cell: cell,
+}
+steps = st.lists(st.one_of(
+    st.tuples(st.just("prepare"), st.sampled_from(sorted(CHANGES)),
+              st.sampled_from([(0,), (0, 1)])),
+    st.tuples(st.just("declare"), st.sampled_from(["cp1252", "utf-8"]),
+              st.sampled_from(["latin-1", "cp1252", "cp850", "koi8-r", "mac-roman"])),
+), max_size=4)
+
+
+def charge(ledger: Ledger, found: Lineage) -> None:
+    with ledger.writing():
+        ledger.charge(
+            found, source="notes.csv", contract="0" * 64, run="r", round=1,
+            attempt=len(ledger.charges) + 1, request="0" * 64, unit="record", noise_multiplier=1.0,
+            sampling_rate=0.5, steps=1, order=4.0,
+        )
+
+
+def all_charged(ledger: Ledger, table: Table, key: Sequence[str] = ()) -> bool:
+    found = of_table(table, key, ledger.fingerprint_key)
+    (overlap,) = overlaps(ledger, found).values()
+    return bool(overlap.all())
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows_of_text, steps, st.data())
+def test_every_form_of_a_charged_table_is_charged(
+    rows: list[tuple[str, str, str]], chain: list[tuple[Any, ...]], data: st.DataObject
+) -> None:
+    """A wrong declaration is of a file as it was written, so it ends at the next preparation."""
+    ledger = Ledger.in_memory("north")
+    forms, true = [table_of(rows)], table_of(rows)
+    for kind, what, where in chain:
+        if kind == "declare":
+            try:
+                forms.append(declared(true, what, where))
+            except UnicodeError:
+                continue
+        else:
+            raw = data.draw(st.sampled_from(forms))
+            done = prepared_by(CHANGES[what], raw, where)
+            made = origin(raw, done, (), ledger.fingerprint_key)
+            ledger.link(made.links, source="notes.csv", rows=len(rows), changed=made.changed)
+            forms.append(done.table)
+            true = done.table
+    first = data.draw(st.integers(0, len(forms) - 1))
+    charge(ledger, of_table(forms[first], (), ledger.fingerprint_key))
+    for form in forms:
+        assert all_charged(ledger, form)
+
+
+def misreadings() -> list[tuple[str, str, str]]:
+    """A text, the encoding its file has, and another one in which the bytes are text, too."""
+    found = []
+    for true in ("utf-8", "cp1252", "gb18030", "shift_jis"):
+        text = "熱がある" if true in ("gb18030", "shift_jis") else "Ärger “über” 5 € – naïve"
+        for wrong in READ_AS:
+            try:
+                text.encode(true).decode(wrong).encode(wrong)
+            except UnicodeError:
+                continue
+            found.append((text, true, wrong))
+    return found
+
+
+@pytest.mark.parametrize(("text", "true", "wrong"), misreadings())
+def test_a_wrong_encoding_then_the_right_one_is_no_fresh_budget(
+    text: str, true: str, wrong: str
+) -> None:
+    """And the other way round, and then by way of a format that has Unicode only."""
+    right = table_of([[text, "x", "ill"]], true)
+    misread = declared(right, true, wrong)
+    unicode = table_of([[text, "x", "ill"]])
+    for one in (right, misread, unicode):
+        for other in (right, misread, unicode):
+            ledger = Ledger.in_memory("north")
+            charge(ledger, of_table(one, (), ledger.fingerprint_key))
+            assert all_charged(ledger, other)
+
+
+def test_text_that_a_tool_decoded_wrongly_and_saved_as_unicode_is_known() -> None:
+    for text in ("Ärger", "“quoted” – 5 €"):
+        right = table_of([[text, "x", "ill"]])
+        for written, read in (("utf-8", "latin-1"), ("utf-8", "cp1252"), ("cp1252", "latin-1")):
+            try:
+                wrong = [[text.encode(written).decode(read), "x", "ill"]]
+            except UnicodeError:
+                continue
+            for one, other in ((right, table_of(wrong)), (table_of(wrong), right)):
+                ledger = Ledger.in_memory("north")
+                charge(ledger, of_table(one, (), ledger.fingerprint_key))
+                assert all_charged(ledger, other)
+
+
+SAME_CELL = {
+    "NUL padding": ("Ärger", "Ärger\0\0"), "control characters": ("note", "\x02no\x1bte\x7f"),
+    "quotes": ("O'Brien \"said\"", "O’Brien “said”"), "dashes": ("A-B", "A–B"),
+    "ligature": ("fi", "ﬁ"), "fullwidth": ("ABC 5", "ＡＢＣ　５"),
+    **{f"missing as {word}": ("", word) for word in (
+        "NULL", "NA", "None", "N/A", "nan", "#N/A", "<NA>", " null ", "NaT", "\\N",
+    )},
+}
+
+
+@pytest.mark.parametrize("how", SAME_CELL)
+def test_ways_to_write_a_cell_are_no_fresh_budget(how: str) -> None:
+    one, other = SAME_CELL[how]
+    ledger = Ledger.in_memory("north")
+    charge(ledger, of_table(table_of([[one, "x", "ill"]]), (), ledger.fingerprint_key))
+    assert all_charged(ledger, table_of([[other, "x", "ill"]]))
+    assert not all_charged(ledger, table_of([["another note", "x", "ill"]]))
+
+
+def test_other_records_are_not_charged_by_a_link() -> None:
+    """Links join what is one record, and no more."""
+    ledger = Ledger.in_memory("north")
+    raw = table_of([["a b", "x", "ill"], ["b é", "y", "well"]])
+    done = prepared_by(CHANGES["redact"], raw, (0,))
+    made = origin(raw, done, (), ledger.fingerprint_key)
+    ledger.link(made.links, source="notes.csv", rows=2, changed=made.changed)
+    charge(ledger, of_table(table_of([["a b", "x", "ill"]]), (), ledger.fingerprint_key))
+    found = of_table(done.table, (), ledger.fingerprint_key)
+    (overlap,) = overlaps(ledger, found).values()
+    assert int(overlap.sum()) == 1
+
+
+def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charged() -> None:
+    """Prepared without a key, then known by a column that it changed: nothing can be compared."""
+    ledger = Ledger.in_memory("north")
+    raw = table_of([["a b", "x", "ill"], ["b a", "y", "well"]])
+    charge(ledger, of_table(raw, ["note"], ledger.fingerprint_key))
+    done = prepared_by(CHANGES["redact"], raw, (0,))
+    made = origin(raw, done, (), ledger.fingerprint_key)
+    assert made.changed == ("note",)
+    ledger.link(made.links, source="notes.csv", rows=2, changed=made.changed)
+    assert all_charged(ledger, done.table, ["note"])
+    # A key that it did not change is as good as before.
+    other = Ledger.in_memory("north")
+    charge(other, of_table(raw, ["place"], other.fingerprint_key))
+    other.link({}, source="notes.csv", rows=2, changed=("note",))
+    assert not all_charged(other, table_of([["a b", "z", "well"]]), ["place"])
+    assert all_charged(other, table_of([["<PERSON>", "x", "well"]]), ["place"])
+
+
+def test_a_preparation_before_any_charge_costs_nothing() -> None:
+    ledger = Ledger.in_memory("north")
+    raw = table_of([["a b", "x", "ill"]])
+    done = prepared_by(CHANGES["redact"], raw, (0,))
+    made = origin(raw, done, (), ledger.fingerprint_key)
+    ledger.link(made.links, source="notes.csv", rows=1, changed=made.changed)
+    found = of_table(done.table, (), ledger.fingerprint_key)
+    assert overlaps(ledger, found) == {}
+    assert Budget(ledger, found, "record").spent(1e-4) == 0
+
+
+def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: Contract) -> None:
+    """Both raw rows stand behind the prepared one."""
+    ledger = Ledger.in_memory("north")
+    header = ["age", "smoker", "outcome"]
+    rows = [["71", "often", "1"], ["71", "never", "1"], ["20", "yes", "0"]]
+    raw = Table("a.csv", header, list(enumerate(rows, start=2)))
+    rules = Prepare(duplicates="drop", outside="missing")
+    done = prepare(raw, table_contract, rules, ())
+    assert [row for _, row in done.table.rows] == [["71", "", "1"], ["20", "yes", "0"]]
+    made = origin(raw, done, (), ledger.fingerprint_key)
+    ledger.link(made.links, source="a.csv", rows=2, changed=made.changed)
+    charge(ledger, of_table(Table("a.csv", header, [(2, rows[1])]), (), ledger.fingerprint_key))
+    (overlap,) = overlaps(
+        ledger, of_table(done.table, (), ledger.fingerprint_key)
+    ).values()
+    assert int(overlap.sum()) in (1, 2)
+    assert all_charged(ledger, Table("a.csv", header, [(2, rows[0])]))
+
+
+# The ledger keeps the links --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statement", [
+    "DELETE FROM links", "UPDATE links SET content = x'00'", "DROP TABLE links",
+    "UPDATE links SET digest = lower(hex(randomblob(32)))",
+])
+def test_links_that_are_gone_or_changed_are_refused(
+    site: Site, run: Callable[..., str], statement: str
+) -> None:
+    run("prepare")
+    run("sign")
+    _, ledger, keys = site.open()
+    ledger._database.execute(statement)
+    ledger._database.close()
+    with pytest.raises(RefusalError) as refusal:
+        Ledger.open(site.state, keys)
+    assert refusal.value.code == "E212"
+
+
+def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
+    site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry comes first: where it cannot be written, no prepared file is."""
+    def fails(*_: object, **__: object) -> None:
+        raise RefusalError("full", code="E216")
+
+    monkeypatch.setattr(Ledger, "link", fails)
+    assert run("prepare", fails=True) == "E216"
+    assert not (site.folder / "prepared" / "records.parquet").exists()
+
+
+def test_every_preparation_is_one_entry_whatever_it_changed(
+    site: Site, run: Callable[..., str]
+) -> None:
+    """A receipt shows the number of entries: it must not depend on the records."""
+    for action in ("redact", "mask", "none"):
+        rule(site, action)
+        run("prepare")
+    run("prepare")
+    run("sign")
+    _, ledger, _ = site.open()
+    assert len(ledger.preparations) == 4
+    assert ledger.preparations[-1].changed == ()
+    assert ledger.preparations[0].changed == ("text",)
+    assert ledger.preparations[0].rows == ROWS
+
+
+# From end to end -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """run("prepare"): `silotune site prepare contract.json`. With fails: the code of its error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str, fails: bool = False) -> str:
+        contract = ["contract.json"] if words[0] in ("prepare", "check") else []
+        done = CliRunner().invoke(silotune, ["site", *words, *contract])
+        assert (done.exit_code != 0) == fails, done.output + repr(done.exception)
+        return str(getattr(done.exception, "code", "")) if fails else done.output
+
+    return call
+
+
+@pytest.fixture
+def contract() -> Contract:
+    return tiny.contract_of(
+        "classification", "bert", privacy={"clip_norm": 0.1, "expected_records": 16.0,
+                                           "epsilon": LIMIT, "delta": 1e-4},
+        phases=[{"trains": "head+adapter", "rounds": 2, "sampling_rate": 1.0, "head_rate": 1.0,
+                 "adapter_rate": 1.0}],
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path, run: Callable[..., str], contract: Contract) -> Site:
+    """A site with notes that each hold a name, an address and a letter beyond ASCII."""
+    (tmp_path / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
+    run("init", "--name", "north", "--folder", ".", "--data", "records.csv")
+    found = Site(tmp_path / "site.toml")
+    write_csv(tmp_path / "records.csv", raw_rows())
+    text = found.config.read_text()
+    for old, new in (
+        ("contracts = []", f'contracts = ["{contract.hash}"]'),
+        ("[model]", f'[model]\nfolder = "{tiny.folder_of("bert")}"'),
+        ("min_sites = 2", "min_sites = 1"), ("min_quorum = 2", "min_quorum = 1"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    found.config.write_text(text)
+    return found
+
+
+def raw_rows(outside: str = "") -> list[list[str]]:
+    return [
+        [f"Mr {NAMES[i % 4]} of naïve pain, {i}, mail p{i}@clinic.example", "abc"[i % 3], outside]
+        for i in range(ROWS)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> None:
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows([["text", "label", "ward"], *rows])
+    path.chmod(0o600)
+
+
+def rule(site: Site, action: str) -> None:
+    """[prepare.deidentify] with this action, or without any."""
+    text = site.config.read_text().split("\n[prepare.deidentify]")[0]
+    if action != "none":
+        text += f'\n[prepare.deidentify]\naction = "{action}"\n'
+    site.config.write_text(text)
+
+
+def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8") -> None:
+    lines = site.config.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("file = "))
+    lines[at] = f'file = "{file}"\nencoding = "{encoding}"'
+    lines = [line for i, line in enumerate(lines)
+             if not (line.startswith("encoding = ") and i != at)]
+    site.config.write_text("\n".join(lines) + "\n")
+    run("sign")
+
+
+def spend_all(site: Site, contract: Contract) -> None:
+    policy, ledger, _ = site.open()
+    worker = Worker(policy, contract, ledger)
+    for number in range(1, contract.rounds + 1):
+        assert isinstance(answer(worker, number, "first"), Update)
+    ledger._database.close()
+
+
+def answer(worker: Worker, number: int, run_id: str) -> Any:
+    header = Train(contract=worker.contract.hash, run=run_id, round=number)
+    wire = worker.handle(messages.pack(Message(header, worker.model.initial_arrays())))
+    return messages.unpack(wire).header
+
+
+def nothing_is_left(site: Site, run: Callable[..., str], contract: Contract) -> None:
+    """`site check` says so, and a worker does not start."""
+    done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
+    budget = next(c for c in json.loads(done.output)["checks"] if c["name"] == "privacy budget")
+    assert (budget["state"], budget["code"]) == ("problem", "E210")
+    assert "spent before 8.00" in budget["result"]
+    policy, ledger, _ = site.open()
+    found = of_table(policy.data.table(), policy.data.key, ledger.fingerprint_key)
+    for overlap in overlaps(ledger, found).values():
+        assert overlap.all()  # every record, not only one that no rule touched
+
+
+ACTIONS = ["redact", "mask", "pseudonymise", "none"]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("raw_first", [True, False])
+def test_prepared_records_have_spent_what_the_raw_ones_did(
+    site: Site, run: Callable[..., str], contract: Contract, action: str, raw_first: bool
+) -> None:
+    """And the raw ones what the prepared ones did."""
+    rule(site, action)
+    forms = ["records.csv", "prepared/records.parquet"]
+    first, second = forms if raw_first else forms[::-1]
+    run("prepare")
+    use(site, run, first)
+    spend_all(site, contract)
+    use(site, run, second)
+    nothing_is_left(site, run, contract)
+
+
+def test_raw_records_that_were_charged_before_they_were_prepared(
+    site: Site, run: Callable[..., str], contract: Contract
+) -> None:
+    """The way of the fault: spend all, prepare, follow `next:`."""
+    run("sign")
+    spend_all(site, contract)
+    rule(site, "redact")
+    said = run("prepare")
+    assert f"{ROWS} charged before" in said
+    assert f">{ROWS}<small>of them, in this site" in (
+        site.folder / "prepared" / "report.html").read_text()
+    use(site, run, "prepared/records.parquet")
+    nothing_is_left(site, run, contract)
+
+
+@pytest.mark.parametrize(("written", "read"), [
+    ("utf-8", "utf-8"), ("cp1252", "cp1252"), ("cp1252", "latin-1"), ("utf-8", "cp1252"),
+])
+def test_prepared_records_saved_as_csv_are_known(
+    site: Site, run: Callable[..., str], contract: Contract, written: str, read: str
+) -> None:
+    """A file beside them would be lost with that."""
+    run("sign")
+    spend_all(site, contract)
+    rule(site, "redact")
+    run("prepare")
+    prepared = parquet.read_table(site.folder / "prepared" / "records.parquet").to_pylist()
+    write_csv(site.folder / "export.csv", [list(row.values()) for row in prepared][::-1], written)
+    use(site, run, "export.csv", read)
+    nothing_is_left(site, run, contract)
+
+
+def test_records_prepared_twice_are_known(
+    site: Site, run: Callable[..., str], contract: Contract
+) -> None:
+    """Raw, then redacted, then masked; the first and the last never met."""
+    run("sign")
+    spend_all(site, contract)
+    rule(site, "redact")
+    run("prepare")
+    use(site, run, "prepared/records.parquet")
+    rule(site, "mask")
+    run("prepare", "--out", "again")
+    use(site, run, "again/records.parquet")
+    nothing_is_left(site, run, contract)
+
+
+def test_records_prepared_from_a_wrong_encoding_are_known_in_the_right_one(
+    site: Site, run: Callable[..., str], contract: Contract
+) -> None:
+    """`site prepare` writes Unicode, so the bytes that were read wrongly are in the ledger only."""
+    write_csv(site.folder / "records.csv", raw_rows(), "utf-8")
+    use(site, run, "records.csv", "cp850")
+    run("prepare")
+    use(site, run, "prepared/records.parquet")
+    spend_all(site, contract)
+    use(site, run, "records.csv", "utf-8")
+    nothing_is_left(site, run, contract)
+
+
+@pytest.mark.parametrize("raw_first", [True, False])
+def test_values_set_to_missing_are_known(
+    tmp_path: Path, run: Callable[..., str], table_contract: Contract, raw_first: bool
+) -> None:
+    """`outside = "missing"` touches every row here."""
+    (tmp_path / "contract.json").write_text(table_contract.model_dump_json(exclude_none=True))
+    run("init", "--name", "north", "--folder", ".", "--data", "records.csv")
+    found = Site(tmp_path / "site.toml")
+    rng = np.random.default_rng(0)
+    rows = [[f"{i / 7:.3f}", "often", str(int(rng.integers(2)))] for i in range(ROWS)]
+    lines = [["age", "smoker", "outcome"], *rows]
+    (tmp_path / "records.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    (tmp_path / "records.csv").chmod(0o600)
+    text = found.config.read_text().replace(
+        "contracts = []", f'contracts = ["{table_contract.hash}"]'
+    ).replace("[model]", '[prepare]\noutside = "missing"\n\n[model]')
+    found.config.write_text(text)
+    run("prepare")
+    # The raw rows do not fit the contract: they are charged as the ledger would be by another one.
+    run("sign")
+    _, ledger, _ = found.open()
+    forms = [records.table(tmp_path / name) for name in ("records.csv",
+                                                         "prepared/records.parquet")]
+    first, second = forms if raw_first else forms[::-1]
+    charge(ledger, of_table(first, (), ledger.fingerprint_key))
+    assert all_charged(ledger, second)
+
+
+def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
+    """A worker keeps its Budget: it must see links that another process writes meanwhile."""
+    ledger = Ledger.in_memory("north")
+    raw = table_of([["a b", "x", "ill"]])
+    done = prepared_by(CHANGES["redact"], raw, (0,))
+    charge(ledger, of_table(raw, (), ledger.fingerprint_key))
+    budget = Budget(ledger, of_table(done.table, (), ledger.fingerprint_key), "record")
+    assert budget.spent(1e-4) == 0
+    made = origin(raw, done, (), ledger.fingerprint_key)
+    ledger.link(made.links, source="notes.csv", rows=1, changed=made.changed)
+    assert budget.spent(1e-4) > 0
+
+
+def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_readings() -> None:
+    ledger = Ledger.in_memory("north")
+    right = table_of([["Ärger", "x", "ill"], ["plain", "x", "ill"]])
+    found = of_table(declared(right, "utf-8", "cp850"), (), ledger.fingerprint_key)
+    assert sorted(found.readings.counts.tolist())[0] == 0
+    assert max(found.readings.counts) > 3
+    charge(ledger, found)
+    (entry,) = ledger.lineages().values()
+    again = ledger.lineage(entry)
+    assert again.id == found.id
+    assert again.columns == found.columns
+    assert again.names == {"note", "place", "outcome"}
+    assert np.array_equal(again.readings.codes, found.readings.codes)
+    assert lineage.basis_of(again.columns) == again.basis
+    assert identity.components([again], [])[0].shape == (2,)
