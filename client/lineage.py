@@ -68,6 +68,7 @@ _PUNCTUATION = str.maketrans({
     **dict.fromkeys("‘’‚‛‹›`´ʹʼ′‵＇", "'"), **dict.fromkeys("“”„‟«»″‶＂", '"'),
     **dict.fromkeys("‐‑‒–—―−﹘﹣－", "-"),
 })
+_MARKS = re.compile("[" + "".join(re.escape(chr(mark)) for mark in _PUNCTUATION) + "]")
 
 
 class Readings(NamedTuple):
@@ -187,7 +188,8 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         prints += own
         others: set[bytes] = set()
         if not "".join(cells).isascii():
-            others = {fingerprint(other) for other in _other_readings(cells, used, table.encoding)}
+            found = set(_other_readings(cells, used, table.encoding))
+            others = {fingerprint(other) for other in found}
             others.discard(own)
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
@@ -209,7 +211,7 @@ def codes_of(fingerprints: Fingerprints) -> Codes:
 
 def _other_readings(
     cells: Sequence[str], used: Collection[int], encoding: str
-) -> Iterator[list[str]]:
+) -> Iterator[tuple[str, ...]]:
     """The row as it is if the bytes of the `used` cells, which were read in `encoding`, are read in
     another one."""
     foreign = [i for i in used if i < len(cells) and not cells[i].isascii()]
@@ -229,7 +231,7 @@ def _other_readings(
                     found[i] = part.decode(other)
             except UnicodeDecodeError:
                 continue
-            yield found
+            yield tuple(found)
 
 
 def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -315,8 +317,12 @@ def canonical(name: str) -> str:
         name = _UNSEEN.sub("", name)
     if name.isascii():
         return " ".join(name.lower().replace("`", "'").split())
-    text = unicodedata.normalize("NFKC", name.translate(_PUNCTUATION)).casefold()
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    text = _normalised(name.translate(_PUNCTUATION) if _MARKS.search(name) else name).casefold()
+    return " ".join(_normalised(text).split())
+
+
+def _normalised(text: str) -> str:
+    return text if unicodedata.is_normalized("NFKC", text) else unicodedata.normalize("NFKC", text)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -325,6 +331,8 @@ def value(cell: str) -> str:
     text = canonical(cell)
     if text in MISSING_WORDS or text.lstrip("+-") == "nan":
         return ""
+    if " " in text:
+        return text
     try:
         number = Decimal(text).normalize(Context(prec=max(28, len(text))))
     except ArithmeticError:  # no number, or one with an exponent beyond all measure

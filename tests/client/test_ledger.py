@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import math
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
 from silotune.client import entries
+from silotune.client import ledger as ledgers
 from silotune.client.entries import (
     FIRST,
     Charged,
@@ -1104,3 +1107,98 @@ def test_a_field_this_version_does_not_know_is_refused(home: Home) -> None:
     with pytest.raises(RefusalError, match="entry 6 is not in a ledger's form") as refusal:
         home.open()
     assert refusal.value.code == "E212"
+
+
+# No room, or in use ------------------------------------------------------------------------------
+
+
+def entries_on_disk(home: Home) -> int:
+    ledger = home.open()
+    count = len(ledger.entries)
+    close(ledger)
+    return count
+
+
+def test_a_full_disk_is_not_damage(home: Home) -> None:
+    """SQLite's own error, from its own limit on pages: nothing is spent, and there is nothing to
+    restore; with room the same charge is written."""
+    before = entries_on_disk(home)
+    ledger = home.open()
+    (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
+    ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+    many = lineage_of(*range(1, 2000))
+    with pytest.raises(RefusalError, match=r"The disk of this site is full: .* has no room") as no:
+        charge(ledger, 20, many)
+    assert no.value.code == "E216"
+    assert "nothing was spent" in str(no.value)
+    assert "estore" not in str(no.value)
+    ledger._database.execute("PRAGMA max_page_count = 100000")
+    assert charge(ledger, 20, many).sequence == before + 1
+    close(ledger)
+    assert entries_on_disk(home) == before + 1
+
+
+@pytest.mark.parametrize("opened_before", [True, False])
+def test_a_database_that_another_program_holds_is_not_damage(
+    home: Home, monkeypatch: pytest.MonkeyPatch, opened_before: bool
+) -> None:
+    """A database browser or a backup with a lock; once it is gone everything is as before."""
+    monkeypatch.setattr(ledgers, "BUSY_SECONDS", 0.1)
+    before = entries_on_disk(home)
+    ledger = home.open() if opened_before else None
+    other = sqlite3.connect(home.file, isolation_level=None)
+    if not opened_before:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    use = home.open if ledger is None else partial(charge, ledger, 20, lineage_of(1))
+    with pytest.raises(RefusalError, match="Another program has held the ledger") as busy:
+        use()
+    assert busy.value.code == "E216"
+    assert "Nothing was lost and nothing was spent" in str(busy.value)
+    other.execute("ROLLBACK")
+    other.close()
+    if ledger is not None:
+        close(ledger)
+    assert entries_on_disk(home) == before
+
+
+@pytest.mark.parametrize(("code", "free", "meant"), [
+    (sqlite3.SQLITE_FULL, 1 << 30, "E216"), (sqlite3.SQLITE_BUSY, 1 << 30, "E216"),
+    (sqlite3.SQLITE_LOCKED, 1 << 30, "E216"), (sqlite3.SQLITE_IOERR_WRITE, 1 << 30, "E216"),
+    (sqlite3.SQLITE_IOERR_SHMSIZE, 0, "E216"), (sqlite3.SQLITE_CORRUPT, 1 << 30, "E212"),
+    (sqlite3.SQLITE_NOTADB, 1 << 30, "E212"), (sqlite3.SQLITE_CANTOPEN, 1 << 30, "E212"),
+    (sqlite3.SQLITE_CORRUPT, 0, "E212"),
+])
+def test_what_an_error_of_the_database_means(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, free: int, meant: str
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    error = sqlite3.OperationalError("words")
+    error.sqlite_errorcode = code
+    found = ledgers._refusal(error, tmp_path)
+    assert found.code == meant
+    no_room = code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR_SHMSIZE and not free)
+    assert ("is full" in str(found)) == no_room
+    assert ("estore" in str(found)) == (meant == "E212")
+
+
+def test_a_reply_that_cannot_be_stored_leaves_the_charge(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so: it is spent."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ledger = home.open()
+    made = charge(ledger, 20, lineage_of(1))
+    monkeypatch.setattr(ledgers, "write_durably", full)
+    with pytest.raises(RefusalError, match=rf"Entry {made.sequence} of the ledger stands") as no:
+        ledger.release(made, b"reply")
+    assert no.value.code == "E216"
+    assert "what it charged is spent" in str(no.value)
+    assert made.sequence not in ledger.releases
+    monkeypatch.undo()
+    ledger.release(made, b"reply")
+    close(ledger)
