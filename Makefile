@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
+.PHONY: demo test nightly mutation soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -13,8 +13,13 @@ demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/repo
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup
 
-nightly: $(INSTALLED)  ## what takes minutes: two million rows
+nightly: $(INSTALLED) mutation  ## what takes minutes: two million rows, mutants
 	$(BIN)/pytest -m nightly
+
+mutation: $(INSTALLED)  ## faults put into the files that protect records; the tests must see each
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --config-settings editable_mode=strict -e '.[dev,mutation]'
+	$(BIN)/python -m tests.mutation
 
 soak: $(INSTALLED)  ## every fault to real federations, as root; writes simulations/benchmarks/results/soak.json
 	$(BIN)/python -m tests.system.soak
