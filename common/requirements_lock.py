@@ -57,7 +57,7 @@ def index_options(settings: Mapping[str, str]) -> list[str]:
     return options
 
 
-def compile_lock(root: Path, to: Path, requirements: Sequence[str], more: Sequence[str] = ()) -> None:
+def compile_lock(root: Path, to: Path, requirements: Sequence[str], more: Sequence[str]) -> None:
     """Write one lock file. UV prints what is wrong; CalledProcessError then.
 
     Args:
