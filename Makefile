@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SETTINGS ?=
 OUT ?= runs/demo
+LOCK ?= --python-version 3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly mutation soak recipes check bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
+.PHONY: demo test nightly mutation soak recipes check lock bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -38,6 +39,11 @@ bench-sim: $(INSTALLED)  ## a simulated client beside Flower's and pfl-research'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	    --no-deps pfl
 	$(BIN)/python -m silotune.simulations.benchmarks.sim
+
+# For the images: docker build installs from these files by hash where they are. For another machine
+# than this one: make lock LOCK='--python-version 3.11 --python-platform aarch64-manylinux_2_28'.
+lock: $(INSTALLED)  ## the SHA-256 of all that is installed, from pip's index; writes *requirements.lock
+	$(BIN)/python -m silotune.common.requirements_lock $(LOCK)
 
 check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from silotune.common import contract as contracts
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
 from silotune.common.journal import Journal
+from silotune.common.terminal import echo
 
 CONFIG = click.option(
     "--config", default="site.toml", type=click.Path(path_type=Path), help="The site's policy."
@@ -131,7 +132,7 @@ def fingerprint(config: Path) -> None:
     request = found.request(name)
     if file.exists() and join.load(file) != request:
         raise UsageError(f"{file} does not have this site's keys. Do not send it.")
-    click.echo(request.fingerprint)
+    echo(request.fingerprint)
 
 
 @site.command("join")
@@ -163,8 +164,8 @@ def join_(
     found = contracts.load(contract)
     enrol(Site(config), found, address=address, ca=ca, fingerprint=fingerprint,
           settings={name: value for name, _, value in pairs})
-    click.echo(f"✓ {ca} is the CA that the operator read out")
-    click.echo(f"✓ leaves the site: {found.leaves}")
+    echo(f"✓ {ca} is the CA that the operator read out")
+    echo(f"✓ leaves the site: {found.leaves}")
     _sign(config, key, contract, as_json=False)
 
 
@@ -223,7 +224,7 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     """
     _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
     if not as_json:
-        click.echo(
+        echo(
             f"next:   silotune site start {contract} --config {config} (as root) "
             "--worker-user … --relay-user …"
         )
@@ -358,12 +359,12 @@ def metrics(config: Path, port: int) -> None:
         )
     shown = SiteMonitor(file, os.geteuid())
     served = monitor.serve(port, shown.collect, shown.health)
-    click.echo(f"http://{monitor.HOST}:{served.port}/metrics")
+    echo(f"http://{monitor.HOST}:{served.port}/metrics")
     served.wait()
 
 
 def _preflight(
-    config: Path, contract: Path, *, say: Callable[[str], None] = click.echo,
+    config: Path, contract: Path, *, say: Callable[[str], None] = echo,
     as_json: bool = False, local: bool = False, network: bool = False,
 ) -> bool:
     """Print the table; True when there is no problem. local: also what no log may hold; network:

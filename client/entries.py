@@ -8,12 +8,12 @@ is verified, so entries of older versions stay valid.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from silotune.common import strict_json
 from silotune.common.errors import RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number, Rate, Sha256
 from silotune.common.messages import Receipt, Round, RunId
@@ -158,7 +158,7 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
     is believed. RefusalError E212 otherwise. The MACs need the site's secret: `Ledger.open`.
     """
     try:
-        first, *rows = [json.loads(line) for line in lines]
+        first, *rows = [strict_json.loads(line) for line in lines]
         key = str(public or first["public"])
         if first != {"silotune": EXPORT, "public": key}:
             raise ValueError("another form, or another key")
@@ -166,6 +166,7 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
         entries: list[Entry] = []
         previous = FIRST
         for body, mac in ((row.pop("body"), row.pop("mac")) for row in rows if row):
+            strict_json.loads(body)
             entries.append(chained(body, len(entries), previous))
             previous = digest(body, bytes.fromhex(mac))
         if any(rows):

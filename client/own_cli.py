@@ -10,6 +10,7 @@ from silotune.common import contract as contracts
 from silotune.common.adapter import load
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
+from silotune.common.terminal import echo
 
 
 @click.command()
@@ -60,6 +61,6 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     write_durably(out / "adapter.safetensors", save(found.model(arrays)))
     facts = {"run": name, "site": policy.name, "own": own_names, "tensors": len(arrays)}
     if contract.privacy.mode == "none":
-        click.echo("! The contract trains without DP: this model can give records away.", err=True)
+        echo("! The contract trains without DP: this model can give records away.", err=True)
     emit(facts, as_json, f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of "
          f"{len(arrays)} tensors")

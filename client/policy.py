@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from silotune.client import keys, lineage
 from silotune.client.budget import Limit
@@ -19,7 +19,7 @@ from silotune.client.deidentify import Deidentify
 from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
-from silotune.common import fields, records
+from silotune.common import fields, records, strict_json
 from silotune.common import query as queries
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
@@ -336,8 +336,8 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     text = fields.read_text(path, "Policy")
     mend = "Look at it, then let the owner sign it: silotune site sign."
     try:
-        found = Signature.model_validate_json(signature_file(path).read_bytes())
-    except (OSError, ValidationError):
+        found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
+    except (OSError, ValueError, RecursionError):
         raise RefusalError(f"{path.name} is not signed. {mend}", code="E213") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     if found.policy != digest:

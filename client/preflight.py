@@ -28,7 +28,7 @@ from silotune.common import query, records
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError, RefusalError, SilotuneError
-from silotune.common.plan import Unit
+from silotune.common.plan import Unit, delta_for, size_of_delta
 
 T = TypeVar("T")
 LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
@@ -135,8 +135,11 @@ def _check_records(
     unit = contract.privacy.unit if contract else next(iter(policy.limits))
     table.attempt("records", "data.repeated, data.key or permits.min_records in site.toml",
                   lambda: _records(policy, records_, unit))
-    if contract and ledger and contract.privacy.unit in policy.limits:
-        table.rows.append(_budget(ledger, records_, policy, contract))
+    if contract and contract.privacy.unit in policy.limits:
+        if contract.privacy.mode == "dp":
+            table.rows += _deltas(records_, policy, contract)
+        if ledger:
+            table.rows.append(_budget(ledger, records_, policy, contract))
 
 
 def _contract(file: Path) -> tuple[Contract, str]:
@@ -266,6 +269,39 @@ def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
         return None, f"{found.rows:,} rows of {len(found.fingerprints):,} entities"
     repeated = f", {found.repeated} of them repeated" if found.repeated else ""
     return None, f"{found.rows:,}{repeated}"
+
+
+def _deltas(found: Lineage, policy: Policy, contract: Contract) -> list[Check]:
+    """The delta of this run and that of the lifetime budget, each held against the number of units
+    that this site really has; that number is in `local` alone."""
+    unit = contract.privacy.unit
+    units, what = found.rows, "records"
+    if unit == "entity":
+        units, what = len(found.fingerprints), "entities"
+    fitting, of_run = delta_for(units), policy.target(contract).delta
+    budget_fix = f"set delta in [budgets.{unit}] of site.toml, then sign it"
+    if of_run > fitting:
+        budget_fix = f"first the contract's delta, then {budget_fix}"
+    checks = []
+    for name, delta, fix in (
+        ("delta of the run", of_run, "the operator sets delta in the contract's [privacy], or at "
+         "this site in [[sites]]"),
+        ("delta of the budget", policy.limits[unit].delta, budget_fix),
+    ):
+        size = size_of_delta(delta, units)
+        if size == "small":
+            checks.append(Check(name, "ok", f"{delta:g}, small for this site's number of {what}"))
+            continue
+        refused = size == "meaningless" and not contract.privacy.allow_large_delta
+        checks.append(Check(
+            name, "problem" if refused else "warning",
+            f"{delta:g} is large for this site's number of {what}: some of them could be "
+            "published whole within the guarantee",
+            fix, "E205" if refused else "",
+            f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
+            f"{fitting:g}.",
+        ))
+    return checks
 
 
 def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) -> Check:

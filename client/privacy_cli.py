@@ -12,6 +12,7 @@ import click
 from silotune.client.cli import CONFIG, JSON
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
+from silotune.common.terminal import echo
 
 
 @click.group()
@@ -213,8 +214,8 @@ def export(file: Path, config: Path) -> None:
     keys = Keys.load(site.keys)
     lines = list(Ledger.open(site.state, keys).export())
     write_durably(file, ("\n".join(lines) + "\n").encode())
-    click.echo(f"✓ {len(lines) - 2} entries in {file}")
-    click.echo(f"next:   silotune privacy verify {file} --public-key {keys.public}")
+    echo(f"✓ {len(lines) - 2} entries in {file}")
+    echo(f"next:   silotune privacy verify {file} --public-key {keys.public}")
 
 
 def _finite(value: float) -> float | None:

@@ -7,13 +7,22 @@ Exit codes: 0 done, 1 failed, 2 usage. Errors are one sentence with a code that
 from __future__ import annotations
 
 import importlib
-import json
+import io
 import sys
+import traceback
 from typing import Any
 
 import click
 
-from silotune.common.errors import CODES, DataError, SilotuneError, UsageError, did_you_mean
+from silotune.common.errors import (
+    CODES,
+    ContractError,
+    DataError,
+    SilotuneError,
+    UsageError,
+    did_you_mean,
+)
+from silotune.common.terminal import echo, escaped, escaped_json
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
@@ -82,34 +91,44 @@ def explain(code: str, as_json: bool) -> None:
 
 def emit(data: Any, as_json: bool, text: str) -> None:
     """Print JSON or text."""
-    click.echo(json.dumps(data, ensure_ascii=False) if as_json else text)
+    echo(escaped_json(data) if as_json else text)
+
+
+def _show_traceback(*error: Any) -> None:
+    echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
 
 
 def main() -> None:
     """The entry point: turns errors into one sentence and an exit code."""
     args = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(args) < len(sys.argv) - 1  # wherever it stands
+    sys.excepthook = _show_traceback
     try:
         silotune.main(args, standalone_mode=False)
     except SilotuneError as error:
         if debug:
             raise
-        click.echo(f"✗ {error.code} {error}", err=True)
+        problems = error.problems if isinstance(error, ContractError) else [str(error)]
+        sentences = "\n".join(escaped(problem, lines=False) for problem in problems)
+        echo(f"✗ {error.code} {sentences}", err=True)
         if isinstance(error, DataError) and error.local:
-            click.echo(f"  on your screen only: {error.local}", err=True)
+            local = error.local.replace("\n", "\n  ")  # no line of it looks like one of ours
+            echo(f"  on your screen only: {local}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        echo(shown.getvalue().rstrip("\n"), err=True)
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Stopped.", err=True)
+        echo("Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        click.echo(
+        echo(
             f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to "
             "see where.", err=True,
         )

@@ -32,12 +32,15 @@ from silotune.common.inputs import Input, PairInput, columns_of
 from silotune.common.misfits import misfits
 from silotune.common.plan import (
     Aggregation,
+    DeltaSize,
     Metric,
     Phase,
     Privacy,
     Released,
     SecureAggregation,
     Target,
+    delta_for,
+    size_of_delta,
 )
 from silotune.common.problems import MISFITS, contract_error
 from silotune.common.task import Task
@@ -175,6 +178,32 @@ class Contract(Frozen):
             if site.name == name:
                 target = Target(site.epsilon or target.epsilon, site.delta or target.delta)
         return target
+
+    @property
+    def largest_delta(self) -> float:
+        """The largest delta that a run has at any site."""
+        return max(self.target_of(site.name).delta for site in self.sites)
+
+    @property
+    def size_of_delta(self) -> DeltaSize:
+        """How that compares with the number of units that a site is expected to have."""
+        if self.privacy.mode == "none":
+            return "small"
+        return size_of_delta(self.largest_delta, self.privacy.expected_records)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed in the contract and weakens what its guarantee means, in sentences."""
+        p = self.privacy
+        if self.size_of_delta == "small":
+            return []
+        return [
+            f"privacy.delta = {self.largest_delta:g} times expected_records = "
+            f"{p.expected_records:g} is {self.largest_delta * p.expected_records:.3g}, more than "
+            f"0.1: that many whole {'records' if p.unit == 'record' else 'entities'} of a site "
+            f"could be published within the guarantee. Set delta to "
+            f"{delta_for(p.expected_records):g}."
+        ]
 
     @cached_property
     def hash(self) -> str:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
+from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
 from silotune.common.problems import contract_error
@@ -47,6 +48,7 @@ def show(file: Path, as_json: bool) -> None:
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  answers  {found.task.answers}",
         f"  leaves a site: {found.leaves}",
+        *_warned(found),
     ]
     data = json.loads(found.model_dump_json()) | {"sha256": found.hash}
     emit(data, as_json, "\n".join(text))
@@ -58,7 +60,10 @@ def show(file: Path, as_json: bool) -> None:
 def validate(file: Path, as_json: bool) -> None:
     """Check a contract; every problem is listed with its line, exit code 2 if there is any."""
     found = contracts.load(file)
-    emit({"valid": True, "sha256": found.hash}, as_json, f"✓ {file.name} is valid  {found.hash}")
+    emit(
+        {"valid": True, "sha256": found.hash, "warnings": found.warnings}, as_json,
+        "\n".join([f"✓ {file.name} is valid  {found.hash}", *_warned(found)]),
+    )
 
 
 @contract.command()
@@ -84,7 +89,8 @@ def validate(file: Path, as_json: bool) -> None:
 @click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
 @click.option("--records", type=int, help="How many records (or entities) a site is to have.")
 @click.option("--epsilon", type=float, default=8.0, show_default=True)
-@click.option("--delta", type=float, default=1e-4, show_default=True)
+@click.option("--delta", type=float, help="By default the largest power of ten that is at most "
+              "1 / (10 x records), and at most 1e-4.")
 @click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
@@ -111,11 +117,17 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = f"{len(texts) or len(answers.columns)} columns"
     emit(
-        {"file": str(out), "sha256": found.hash}, as_json,
-        f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…\n"
-        f"Look at edges, values and numbers: all of it is public.\n"
-        f"next:  silotune sim run {out} data={data}",
+        {"file": str(out), "sha256": found.hash, "warnings": found.warnings}, as_json,
+        "\n".join([
+            f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *_warned(found),
+            "Look at edges, values and numbers: all of it is public.",
+            f"next:  silotune sim run {out} data={data}",
+        ]),
     )
+
+
+def _warned(found: Contract) -> list[str]:
+    return [f"! {warning}" for warning in found.warnings]
 
 
 def _answers(given: dict[str, Any]) -> Any:

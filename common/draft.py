@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from silotune.common import contract as contracts
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number
+from silotune.common.plan import delta_for
 
 ENCODER = (
     "all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -68,7 +69,8 @@ class Column(Frozen):
 class Answers(Frozen):
     """What a draft is made of. labels: the values of the label column, or 'name=value'; of a
     ranking those that say a pair belongs together, and `others` those that do not. pair: its two
-    columns of text, query: the column that says whose candidates are ranked together."""
+    columns of text, query: the column that says whose candidates are ranked together. delta: by
+    default the largest power of ten that is at most min(1e-4, 1 / (10 records))."""
 
     name: Name
     task: Literal[
@@ -88,7 +90,7 @@ class Answers(Frozen):
     sites: tuple[Name, ...] = Field(min_length=1)
     records: Annotated[int, Field(ge=1, le=100_000_000)]
     epsilon: Epsilon = 8.0
-    delta: Delta = 1e-4
+    delta: Delta | None = None
     masked: bool = False
 
     @model_validator(mode="after")
@@ -159,6 +161,7 @@ def draft(answers: Answers) -> str:
     template = (resources.files("silotune.common") / "contract.toml.j2").read_text("utf-8")
     text = environment.from_string(template).render(
         a=answers, encoder=ENCODER, language=LANGUAGE,
+        delta=answers.delta or delta_for(answers.records),
         phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
         quorum=max(1, -(-2 * len(answers.sites) // 3)),
     )

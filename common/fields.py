@@ -6,7 +6,6 @@ allowed (common/problems.py).
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from silotune.common import strict_json
 from silotune.common.errors import UsageError
 from silotune.common.problems import contract_error, key_lines
 
@@ -61,7 +61,7 @@ def parse(text: str, source: str, model: type[Model]) -> Model:
     """Validate TOML, or JSON when `source` ends in .json; ContractError lists every problem."""
     kind = "JSON" if source.endswith(".json") else "TOML"
     try:
-        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+        data = strict_json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         why = str(error).splitlines()[0] if str(error) else "nested too deeply"
         raise UsageError(f"{source} is not valid {kind}: {why}.", code="E102") from None

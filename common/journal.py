@@ -2,8 +2,9 @@
 
 {"at": "2026-11-22T10:15:00.123Z", "from": "worker", "event": "ready", "text": "…", …facts}
 
-Facts are names, numbers and codes. JSON is written in ASCII: what a process wrote, whatever it is,
-can then neither end its line nor reach a terminal as a control sequence.
+Facts are names, numbers and codes. JSON is written in ASCII, text for people without colours and
+with escapes: what a process wrote, whatever it is, can then neither end its line nor reach a
+terminal as a control sequence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import click
+
+from silotune.common.terminal import echo, escaped
 
 Source = Literal["worker", "relay", "supervisor", "superlink", "nginx", "server"]
 Fact = str | int | float
@@ -37,7 +40,7 @@ class Journal:
     """Where one command, `source`, tells what happens, and repeats what its processes say."""
 
     def __init__(
-        self, source: Source, *, as_json: bool = False, write: Callable[[str], None] = click.echo
+        self, source: Source, *, as_json: bool = False, write: Callable[[str], None] = echo
     ) -> None:
         self.source, self.as_json = source, as_json
         self._write, self._lock = write, threading.Lock()
@@ -55,7 +58,8 @@ class Journal:
             said = {"at": _now(), "from": source, "event": event, "text": text}
             self._line(_json({**said, **facts}))
         else:
-            self._line(text if source == self.source else f"{source}: {text}")
+            line = text if source == self.source else f"{source}: {text}"
+            self._line(escaped(click.unstyle(line), lines=False))
 
     def pass_on(self, line: str, source: Source) -> None:
         """Repeat a line of a process that keeps a journal of its own under the name `source`: its

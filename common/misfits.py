@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from silotune.common import agreement
 from silotune.common.architecture import EncoderModel, LanguageModel, Lora, OneHotModel
 from silotune.common.inputs import PairInput, TableInput, TextInput
-from silotune.common.plan import BY_ONE
+from silotune.common.plan import BY_ONE, delta_for
 from silotune.common.task import Language, Ranking, Regression, Tokens
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Misfits = list[tuple[str, str]]  # key, why
 def misfits(contract: Contract) -> Misfits:
     """All of them; none for a contract that can be carried out."""
     return [
-        *_of_sites(contract), *_of_masks(contract), *_of_releases(contract),
+        *_of_sites(contract), *_of_delta(contract), *_of_masks(contract), *_of_releases(contract),
         *_of_phases(contract), *_of_task(contract), *_of_aggregation(contract),
         *_of_personal(contract), *_of_ranks(contract), *_of_input(contract),
     ]
@@ -35,6 +35,20 @@ def _of_sites(contract: Contract) -> Misfits:
             ("quorum", f"quorum is {contract.quorum}, but the roster has {len(names)} sites")
         )
     return wrong
+
+
+def _of_delta(contract: Contract) -> Misfits:
+    p = contract.privacy
+    largest = contract.largest_delta
+    if p.allow_large_delta or contract.size_of_delta != "meaningless":
+        return []
+    return [(
+        "privacy", f"delta = {largest:g} times expected_records = {p.expected_records:g} is "
+        f"{largest * p.expected_records:.3g}: with 1 or more, publishing a whole {p.unit} of each "
+        f"site would satisfy the guarantee. Set delta to {delta_for(p.expected_records):g}, in "
+        "[privacy] and wherever [[sites]] has one, or privacy.allow_large_delta = true if a larger "
+        "one is meant",
+    )]
 
 
 def _of_releases(contract: Contract) -> Misfits:

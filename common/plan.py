@@ -39,6 +39,30 @@ class Target(NamedTuple):
     delta: float
 
 
+def delta_for(units: float) -> float:
+    """The largest power of ten that is at most min(1e-4, 1 / (10 units))."""
+    digits = 4
+    while 10**digits < 10 * units:
+        digits += 1
+    return float(f"1e-{digits}")
+
+
+DeltaSize = Literal["small", "large", "meaningless"]
+
+
+def size_of_delta(delta: float, units: float) -> DeltaSize:
+    """How a delta compares with the number of units that it protects.
+
+    A mechanism that publishes each unit whole with probability delta is (0, delta)-DP. Of `units`
+    it publishes delta * units on average: "small" is at most 0.1 (each factor is a decimal number,
+    so the product is compared with room for its rounding), "meaningless" is 1 or more.
+    """
+    published = delta * units
+    if published >= 1 - 1e-9:
+        return "meaningless"
+    return "small" if published <= 0.1 * (1 + 1e-9) else "large"
+
+
 class Entity(Frozen):
     """The unit when somebody has several records: all rows with equal `key` columns are one entity.
 
@@ -78,6 +102,9 @@ class Privacy(Frozen):
     noise, divided by the public constant `expected_records` (how many units a site is expected to
     have: records or entities) times the sampling rate. mode "none" trains without clipping or
     noise, for comparison; a site refuses it unless its owner allows it.
+
+    allow_large_delta: permits a delta of 1 / expected_records or more, with which publishing one
+    whole record of a site would satisfy the guarantee (`size_of_delta`).
     """
 
     mode: Literal["dp", "none"] = "dp"
@@ -85,6 +112,7 @@ class Privacy(Frozen):
     entity: Entity | None = None
     epsilon: Epsilon = 8.0
     delta: Delta = 1e-4
+    allow_large_delta: Literal[True] | None = None
     clip_norm: Bound = 1.0
     adaptive: AdaptiveClipping | None = None
     expected_records: Positive

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from silotune.common.errors import ContractError, did_you_mean
+from silotune.common.terminal import escaped
 
 Lines = dict[tuple[str | int, ...], int]
 
@@ -53,13 +54,7 @@ def contract_error(
             ]
         else:
             sentences.append(_sentence(e, source, lines or {}, root))
-    return ContractError([_printable(sentence) for sentence in sentences])
-
-
-def _printable(text: str) -> str:
-    """A file that somebody else wrote must not move the cursor of who reads what is wrong with it.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return ContractError([escaped(sentence, lines=False) for sentence in sentences])
 
 
 def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:

@@ -106,7 +106,11 @@ class Total:
 
 
 def _streams(masks: Sequence[Mask]) -> list[tuple[CipherContext, bool]]:
-    """ChaCha20 (RFC 8439) from its beginning; a key makes one mask only, so the nonce is zero."""
+    """ChaCha20 (RFC 8439) from its beginning; a key makes one mask only, so the nonce is zero.
+
+    A key gives 2^32 blocks of 64 bytes, so a mask of up to 2^36 elements; an update of that size
+    would take 256 GiB of memory.
+    """
     return [
         (Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor(), minus) for key, minus in masks
     ]

@@ -205,7 +205,11 @@ def _json_lines(path: Path, encoding: str) -> tuple[list[str], Rows]:
                 if len(row) < len(found):
                     problems.add("E311", "a key stands twice in a line", line, ", ".join(row))
                     continue
-                header = header or list(row)
+                try:
+                    header = header or [cell(name) for name in row]
+                except NotTextError as error:
+                    problems.add("E311", f"a key holds {error}", line, "")
+                    continue
                 if row.keys() != set(header):
                     problems.add("E311", "a line has other keys than the first one", line,
                                  ", ".join(sorted(row.keys() ^ set(header))))

@@ -16,6 +16,7 @@ from silotune.common import contract as contracts
 from silotune.common.cli import emit
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
+from silotune.common.terminal import echo
 
 if TYPE_CHECKING:
     from silotune.server.events import Events
@@ -109,7 +110,7 @@ def fingerprint(folder: Path) -> None:
     """
     from silotune.server import authority
 
-    click.echo(authority.fingerprint((folder / "ca.crt").read_bytes()))
+    echo(authority.fingerprint((folder / "ca.crt").read_bytes()))
 
 
 @server.command("contract")
@@ -275,7 +276,7 @@ def _carry_out(
     while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # it may just be starting
     flwr(place, "run", app.resolve(), "silotune")
-    click.echo(f"run {name}")
+    echo(f"run {name}")
     try:
         adapter = _follow(where, events, rounds, token)
     except RunError as error:
@@ -284,9 +285,9 @@ def _carry_out(
                 ("model", model), ("test", test)) if value)
             skip = " --skip-round   (the sites that are missing have lost their masks)" * (
                 LOST_MASKS in str(error))
-            click.echo(f"next:   silotune server resume {name} --folder {folder}{more}{skip}")
+            echo(f"next:   silotune server resume {name} --folder {folder}{more}{skip}")
         raise
-    click.echo(f"adapter  {adapter}")
+    echo(f"adapter  {adapter}")
 
 
 def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
@@ -327,8 +328,8 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         shown = "".join(
             f"   {name} {metrics[name]:.3f}" for name in SHOWN if metrics.get(name) is not None
         )
-        click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
+        echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
     elif kind == "rejected":
-        click.echo(f"        {event['site']}: {event['code']}")
+        echo(f"        {event['site']}: {event['code']}")
     elif kind in ("damaged", "declined", "skipped", "resumed"):
-        click.echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")
+        echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from silotune.common.layers import register_attention
+from silotune.common.terminal import echo
 from silotune.simulations import data
 
 SOURCE = "peoples-daily"
@@ -237,8 +238,8 @@ def main(folder: Path) -> None:
     settings = Settings()
     words = read_words(data.fetch(SOURCE) / data.SOURCES[SOURCE].main)
     tokenizer = make_tokenizer(words, settings.known)
-    print(f"{len(words)} words, {len(tokenizer)} tokens known", flush=True)
-    save(train(words, tokenizer, settings, lambda line: print(line, flush=True)), tokenizer, folder)
+    echo(f"{len(words)} words, {len(tokenizer)} tokens known")
+    save(train(words, tokenizer, settings, echo), tokenizer, folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import click
 
 from silotune.common.cli import emit
 from silotune.common.errors import UsageError
+from silotune.common.terminal import echo
 from silotune.simulations import data as sources
 
 
@@ -133,7 +134,7 @@ def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
 
     sites = export(load_recipe(recipe), arm, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"
-    click.echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
+    echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
 
 
 @click.group()
@@ -171,6 +172,6 @@ def data_fetch(names: tuple[str, ...]) -> None:
             from silotune.simulations.hub import fetch_model
 
             model = fetch_model(name)
-            click.echo(f"✓ {name}  {model.folder}\n  sha256 = \"{model.sha256}\"")
+            echo(f"✓ {name}  {model.folder}\n  sha256 = \"{model.sha256}\"")
             continue
-        click.echo(f"✓ {name}  {sources.fetch(name)}")
+        echo(f"✓ {name}  {sources.fetch(name)}")

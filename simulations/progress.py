@@ -9,18 +9,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
+from silotune.common.terminal import escaped
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import Job, JobResult
 
 BAR = 12
+
+
+class EscapingConsole(Console):
+    """A console on which text is text: no markup, and no control sequence but rich's own."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else escaped(segment.text)
+            yield segment._replace(text=text)
 
 
 class Progress:
@@ -28,7 +41,9 @@ class Progress:
 
     def __init__(self, facts: dict[str, Any], contract: Contract, *, quiet: bool = False) -> None:
         self.facts, self.contract = facts, contract
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = EscapingConsole(
+            highlight=False, markup=False, soft_wrap=True, quiet=quiet
+        )
         if not self.console.is_terminal:
             self.console.width = 160
         self._live: Live | None = None
@@ -67,7 +82,7 @@ class Progress:
             f"{processes} at a time"
         )
         if jobs[0].insecure_seed is not None:
-            say("[bold red]insecure_seed: the noise can be removed. For tests only.[/]")
+            say("insecure_seed: the noise can be removed. For tests only.", style="bold red")
         say("")
         say(
             f"Round  sites  loss   {self._metric_label():<8} (public test)  "

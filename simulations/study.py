@@ -26,6 +26,7 @@ from silotune.common.errors import UsageError
 from silotune.common.fields import Count, Frozen, Name, Positive
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
+from silotune.common.terminal import echo
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, split
 from silotune.simulations.arms import Job, JobResult, alone, pooled, slower
@@ -134,7 +135,7 @@ class Shown:
         spent = (datetime.now(UTC) - self.began).total_seconds()
         minutes = spent * self.left / max(self.whole - self.left, 1e-9) / 60
         key = self.cells[int(result.arm)].key
-        print(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left", flush=True)
+        echo(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left")
 
 
 def load_study(file: Path) -> Study:
@@ -257,7 +258,7 @@ def _complete(
         cell for key, cell in cells.items() if key not in found
         and (not only or any(fnmatchcase(key, pattern) for pattern in only))
     ]
-    print(f"{study.title}: {len(cells)} cells, {len(missing)} to run", flush=True)
+    echo(f"{study.title}: {len(cells)} cells, {len(missing)} to run")
     parts: dict[str, list[JobResult]] = {}
     revision = commit()
 

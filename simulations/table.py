@@ -29,6 +29,7 @@ from silotune.common.contract import Contract
 from silotune.common.errors import SilotuneError
 from silotune.common.metrics import METRICS
 from silotune.common.performance import Performance
+from silotune.common.terminal import echo
 from silotune.simulations import data
 from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
 from silotune.simulations.masks import SigningKeys, masked
@@ -48,7 +49,7 @@ class Lines:
 
     def done(self, result: JobResult) -> None:
         scores = {k: round(v, 3) for k, v in result.scores[""].items() if v is not None}
-        print(f"  {result.arm} {result.repeat} ({result.seconds:.0f} s) {scores}", flush=True)
+        echo(f"  {result.arm} {result.repeat} ({result.seconds:.0f} s) {scores}")
 
 
 def with_baseline(recipe: Recipe) -> list[Recipe]:
@@ -187,7 +188,7 @@ def main(words: list[str]) -> int:
     missed = 0
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:
-        print(f"{recipe.name}: {recipe.facts['title']}", flush=True)
+        echo(f"{recipe.name}: {recipe.facts['title']}")
         made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
         rows[recipe.name] = made
         result = {
@@ -199,9 +200,9 @@ def main(words: list[str]) -> int:
         metric, expect = recipe.facts["metric"], recipe.facts["expect"]
         pooled = made["columns"]["pooled"]["metrics"][metric]["mean"]
         if expect and pooled < expect - recipe.facts.get("within", 0.015):
-            print(f"✗ {recipe.name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
+            echo(f"✗ {recipe.name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
             missed += 1
-    print(markdown(result))
+    echo(markdown(result))
     return int(missed > 0)
 
 

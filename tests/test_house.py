@@ -57,6 +57,26 @@ def test_imports_go_in_the_allowed_direction(module: str) -> None:
     assert not tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
 
+PRINTS = {
+    "common/terminal.py",  # `echo` itself
+    "simulations/progress.py",  # rich, by a console that escapes
+}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_text_reaches_a_terminal_escaped_only(module: str) -> None:
+    """By `echo` of common/terminal.py: names, files and peers can hold control sequences."""
+    if module in PRINTS or module.startswith("simulations/benchmarks/"):
+        return
+    calls = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse((ROOT / module).read_text()))
+        if isinstance(node, ast.Call)
+    }
+    names = imports(module)
+    assert not calls & {"print", "click.echo", "click.secho", "sys.stdout.write"}, module
+    assert not {name for name in names if name.startswith("rich")}, module
+
+
 def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,7 +24,10 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]
 from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
-from opacus.accountants import PRVAccountant
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis import rdp as rdp_of_opacus
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
@@ -45,6 +49,7 @@ from silotune.common.errors import UsageError
 
 DELTA = 1e-4
 WHOLE = tuple(range(2, 64))
+OPACUS = tuple(RDPAccountant.DEFAULT_ALPHAS)
 History = tuple[Mechanism, ...]
 Property = Callable[[Contract, pytest.MonkeyPatch], None]
 
@@ -94,7 +99,7 @@ def _oracle(history: History, delta: float, kind: str) -> float:
     """Epsilon by dp-accounting: "whole" or "all" orders of RDP, or "pld". Adjacency: add-remove."""
     oracle = (
         PLDAccountant(value_discretization_interval=1e-3) if kind == "pld"
-        else RdpAccountant(orders=WHOLE if kind == "whole" else ALPHAS)
+        else RdpAccountant(orders=WHOLE if kind == "whole" else OPACUS)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -216,6 +221,23 @@ def prv_agrees_with_the_oracles_pld(_: Contract, patch: pytest.MonkeyPatch) -> N
         assert tight_epsilon(history, DELTA) < epsilon(history, DELTA)
 
 
+def small_epsilons_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPatch) -> None:
+    """The noise for an epsilon from 0.01 to 0.1: RDP at the same whole orders is one, to 1e-6; by
+    PLD, which is tighter, the plan costs less, but not by more than a fifth."""
+    patch.setattr(accounting, "ALPHAS", [a for a in ALPHAS if a == int(a)])
+    for target, delta, rate, steps in (
+        (0.01, 1e-5, 0.25, 30), (0.02, 1e-6, 0.1, 100), (0.05, 1e-5, 1.0, 24), (0.1, 1e-5, 0.02, 50)
+    ):
+        noise = noise_for(target, delta, rate, steps)
+        step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+        rdp = RdpAccountant(orders=[int(a) for a in accounting.ALPHAS])
+        pld = PLDAccountant(value_discretization_interval=target / 1000)
+        for oracle in (rdp, pld):
+            oracle.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+        assert rdp.get_epsilon(delta) == pytest.approx(target, rel=1e-5)
+        assert 0.8 * target < pld.get_epsilon(delta) < target
+
+
 PROPERTIES: dict[str, Property] = {
     f.__name__: f
     for f in (
@@ -223,7 +245,7 @@ PROPERTIES: dict[str, Property] = {
         plans_cost_the_contracts_epsilon, noise_for_costs_its_target_and_no_more,
         sampling_makes_a_step_cheaper, ten_runs_cost_far_less_than_ten,
         splitting_a_history_changes_nothing, no_bound_lies_below_the_exact_value,
-        prv_agrees_with_the_oracles_pld,
+        prv_agrees_with_the_oracles_pld, small_epsilons_cost_what_the_oracle_says,
     )
 }
 
@@ -300,6 +322,10 @@ def a_plan_without_its_local_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(globals(), "plan", broken)
 
 
+def large_orders_cost_as_the_order_before(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(accounting, "_rdp_of_step", lambda s, q, a: _step(s, q, a - (a > 64)))
+
+
 def the_prvs_lower_bound(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PRVAccountant, "get_epsilon", lambda self, delta: _prv(self, delta) - 0.02)
 
@@ -328,6 +354,7 @@ MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Property, ...]] = {
     a_fixed_delta: (histories_cost_what_the_oracle_says, no_bound_lies_below_the_exact_value),
     noise_to_two_decimals: (noise_for_costs_its_target_and_no_more,),
     a_plan_without_its_local_steps: (plans_cost_the_contracts_epsilon,),
+    large_orders_cost_as_the_order_before: (small_epsilons_cost_what_the_oracle_says,),
     the_prvs_lower_bound: (no_bound_lies_below_the_exact_value, prv_agrees_with_the_oracles_pld),
 }
 
@@ -376,9 +403,59 @@ def test_no_history_costs_nothing_and_no_noise_costs_everything() -> None:
     assert epsilon([Mechanism(0.0, 0.5, 1)], DELTA) == math.inf
 
 
-def test_an_epsilon_too_small_to_account_for_is_a_usage_error(table_contract: Contract) -> None:
-    with pytest.raises(UsageError, match=r"privacy\.epsilon = 0\.01"):
-        plan(table_contract.changed(privacy={"epsilon": 0.01}))
+@given(
+    log_target=st.floats(-6, -1), log_delta=st.floats(-9, -2.5),
+    rate=st.sampled_from([1e-4, 0.02, 0.25, 0.9, 1.0]), steps=st.integers(1, 10_000),
+)
+@example(log_target=-1.0, log_delta=-5.0, rate=0.25, steps=30)
+@example(log_target=-2.0, log_delta=-5.0, rate=0.25, steps=30)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_a_small_epsilon_is_reached_or_refused_with_one_that_is(
+    log_target: float, log_delta: float, rate: float, steps: int
+) -> None:
+    target, delta = 10**log_target, 10**log_delta
+    try:
+        noise = noise_for(target, delta, rate, steps)
+    except UsageError as error:
+        refusal = error
+    else:
+        assert epsilon([Mechanism(noise, rate, steps)], delta) <= target
+        assert noise <= accounting.MOST_NOISE * (1 + 1e-5)
+        return
+    text = str(refusal)
+    assert refusal.code == "E103"
+    assert f"epsilon = {target:g} with delta = {delta:g} cannot be reached" in text
+    advised = float(re.findall(r"to at least ([0-9.e-]+)[,.]", text)[0].removesuffix("."))
+    assert target < advised
+    assert noise_for(advised, delta, rate, steps) <= accounting.MOST_NOISE * (1 + 1e-5)
+    if "fewer steps" in text:
+        assert noise_for(target, delta, rate, 1) <= accounting.MOST_NOISE * (1 + 1e-5)
+
+
+def test_a_contract_with_a_small_epsilon_has_a_plan(table_contract: Contract) -> None:
+    small = table_contract.changed(privacy={"epsilon": 0.01, "delta": 1e-5})
+    assert epsilon(plan(small), 1e-5) == pytest.approx(0.01, rel=1e-4)
+    with pytest.raises(UsageError, match=r"epsilon = 1e-05 with delta = 1e-05 cannot be reached"):
+        plan(table_contract.changed(privacy={"epsilon": 1e-5, "delta": 1e-5}))
+
+
+def test_a_ledger_that_counts_by_an_old_order_counts_as_before() -> None:
+    """The order of a ledger's first charge stays, and each of Opacus' orders is Opacus' to the bit.
+    """
+    for order in OPACUS:
+        rdp = rdp_of_opacus.compute_rdp(q=0.25, noise_multiplier=1.3, steps=1, orders=[order])
+        assert accounting._rdp_of_step(1.3, 0.25, order) == rdp[0]
+
+
+def test_beyond_opacus_orders_the_moment_is_the_same_sum() -> None:
+    """At orders that Opacus can still compute, to its rounding: its moment is near 1."""
+    for sigma, q, order in product((0.8, 3.0, 100.0), (1e-3, 0.25, 0.9), (64, 181, 1024)):
+        theirs = rdp_of_opacus.compute_rdp(
+            q=q, noise_multiplier=sigma, steps=1, orders=[order]
+        )[0]
+        assert accounting._rdp_of_step(sigma, q, order) == pytest.approx(
+            theirs, rel=1e-9, abs=1e-14
+        )
 
 
 def test_budget_shares_are_zcdp_shares_without_sampling(table_contract: Contract) -> None:
@@ -398,7 +475,6 @@ def test_equal_phases_keep_their_own_mechanisms(table_contract: Contract) -> Non
     )
 
 
-def test_the_orders_are_opacus_own() -> None:
-    from opacus.accountants.rdp import RDPAccountant
-
-    assert list(accounting.ALPHAS) == list(RDPAccountant.DEFAULT_ALPHAS)
+def test_the_orders_are_opacus_own_and_larger_ones() -> None:
+    assert ALPHAS[: len(OPACUS)] == OPACUS
+    assert all(low < high < 1.2 * low for low, high in pairwise(ALPHAS[len(OPACUS) - 1 :]))

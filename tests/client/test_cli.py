@@ -156,6 +156,42 @@ def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
     }
 
 
+def test_delta_is_held_against_the_sites_own_number_of_records(
+    run: Run, site: Site, table_contract: Contract, write_rows: Rows
+) -> None:
+    """A budget of delta 5e-3 for 120 records is 0.6, for 240 records 1.2; a run of 1e-4 is small.
+    The number of records is on the owner's screen only, and the remedy works."""
+    edit(site, "delta = 1e-4\n\n", "delta = 5e-3\n\n")
+    run("site", "sign", "--config", site.config)
+    rows = checks(run, site)
+    assert rows["delta of the run"]["state"] == "ok"
+    row = rows["delta of the budget"]
+    assert (row["state"], row["code"]) == ("warning", "")
+    assert row["local"] == "120 records times 0.005 is 0.6; delta should be 0.0001."
+    assert "120" not in row["result"] + row["fix"]
+    write_rows(site.folder / "rows.csv", 240).chmod(0o600)
+    row = checks(run, site, code=1)["delta of the budget"]
+    assert (row["state"], row["code"]) == ("problem", "E205")
+    assert row["fix"].startswith("set delta in [budgets.record] of site.toml")
+    edit(site, "delta = 5e-3\n\n", "delta = 1e-4\n\n")
+    run("site", "sign", "--config", site.config)
+    assert checks(run, site)["delta of the budget"]["state"] == "ok"
+
+
+def test_delta_of_a_run_is_refused_where_it_protects_nobody_unless_the_contract_says_so(
+    run: Run, site: Site, table_contract: Contract, write_rows: Rows
+) -> None:
+    write_rows(site.folder / "rows.csv", 240).chmod(0o600)
+    edit(site, "delta = 1e-4\n\n", "delta = 5e-3\n\n")
+    run("site", "sign", "--config", site.config)
+    for allowed, state, code in ((None, "problem", 1), (True, "warning", 1)):
+        loose = table_contract.changed(privacy={"delta": 5e-3, "allow_large_delta": allowed})
+        Path("contract.json").write_text(loose.model_dump_json())
+        rows = checks(run, site, code=code)  # also for its hash, which the policy does not permit
+        assert rows["delta of the run"]["state"] == rows["delta of the budget"]["state"] == state
+        assert rows["delta of the budget"]["fix"].startswith("first the contract's delta")
+
+
 def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract) -> None:
     edit(site, "epsilon = 8.0", "epsilon = 6.0")
     fix = checks(run, site, code=1)["privacy budget"]["fix"]

@@ -6,16 +6,20 @@ see it. The sample has its own file, test_sampling.py.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import ndtri
 
+from silotune.client import noise
 from silotune.client.noise import NoiseSource
 
 Floats = NDArray[np.float64]
@@ -260,3 +264,78 @@ def test_the_extreme_uniforms_give_finite_normals(monkeypatch: pytest.MonkeyPatc
     x = source.normal((2,))
     assert np.isfinite(x).all()
     assert np.abs(x).max() < 16.8
+
+
+# --- one key gives 2^32 blocks, a stream has no end ------------------------------------------
+
+
+def _keys_of(monkeypatch: pytest.MonkeyPatch, start: int = 0) -> list[bytes]:
+    """The keys that streams take from now on; each counts its blocks from `start` on."""
+    keys: list[bytes] = []
+
+    def cipher(key: bytes, nonce: bytes) -> ChaCha20:
+        assert nonce == bytes(16)
+        keys.append(key)
+        return ChaCha20(key, start.to_bytes(4, "little") + bytes(12))
+
+    monkeypatch.setattr(noise, "ChaCha20", cipher)
+    return keys
+
+
+def test_a_stream_goes_on_after_the_last_block_of_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = 4
+    keys = _keys_of(monkeypatch, start=2**32 - blocks)
+    monkeypatch.setattr(noise, "BLOCKS_OF_A_KEY", blocks)
+    drawn = NoiseSource(site="a").uniform(100 * blocks * noise.BLOCK // 8)
+    assert len(set(drawn)) == len(drawn)
+    assert len(set(keys)) == len(keys) == 100
+
+
+def test_a_key_changes_long_before_its_last_block() -> None:
+    assert 2 * noise.BLOCKS_OF_A_KEY <= 2**32
+    with pytest.raises(ValueError, match="counter"):  # what a stream of one key comes to
+        Cipher(ChaCha20(bytes(32), b"\xff" * 4 + bytes(12)), mode=None).encryptor().update(
+            bytes(noise.BLOCK + 1)
+        )
+
+
+def test_how_a_stream_is_cut_into_draws_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "BLOCKS_OF_A_KEY", 3)
+    numbers = 3 * noise.BLOCK // 8  # of one key
+    whole = NoiseSource(site="a", insecure_seed=7).uniform(5 * numbers)
+    source = NoiseSource(site="a", insecure_seed=7)
+    sizes = (1, numbers - 1, numbers + 1, 0, numbers - 1, 2 * numbers)
+    assert np.array_equal(np.concatenate([source.uniform(size) for size in sizes]), whole)
+
+
+def test_the_later_keys_come_from_a_secret_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "BLOCKS_OF_A_KEY", 1)
+    draws = []
+    for first in (b"a", b"b"):  # equal first keys, different second secrets, and the reverse
+        for later in (b"c", b"d"):
+            secrets = iter([later * 32, first * 32])
+            monkeypatch.setattr(noise.os, "urandom", lambda size, left=secrets: next(left))
+            draws.append(NoiseSource(site="a").uniform(24).reshape(3, 8))
+    ac, ad, bc, _ = draws
+    assert np.array_equal(ac[0], ad[0])
+    assert not np.isin(ac[1:], ad[1:]).any()
+    assert not np.isin(ac[0], bc[0]).any()
+    assert np.array_equal(ac[1:], bc[1:])
+    assert not np.isin(ac[1], ac[2]).any()
+
+
+def test_the_noise_is_right_across_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "BLOCKS_OF_A_KEY", 512)  # a thousand keys in a million numbers
+    for holds in (
+        mean_is_zero_and_standard_deviation_one, distribution_is_gaussian, no_value_repeats,
+        coordinates_are_independent, steps_are_independent,
+    ):
+        holds()
+
+
+def test_a_seed_gives_the_keystream_of_its_hash() -> None:
+    key = hashlib.sha256(b"insecure\x007\x00a").digest()
+    stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(80))
+    bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(11)
+    expected = (bits.astype(np.float64) + 0.5) * 2.0**-53
+    assert np.array_equal(NoiseSource(site="a", insecure_seed=7).uniform(10), expected)

@@ -266,7 +266,9 @@ def test_validate(run: Callable[..., Ran]) -> None:
         0, f"✓ contract.toml is valid  {heart.hash}\n", ""
     )
     code, out, _ = run("contract", "validate", HEART, "--json")
-    assert (code, json.loads(out)) == (0, {"valid": True, "sha256": heart.hash})
+    assert (code, json.loads(out)) == (
+        0, {"valid": True, "sha256": heart.hash, "warnings": []}
+    )
 
 
 @pytest.mark.parametrize("verb", ["show", "validate"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from silotune.common import draft
@@ -60,6 +63,66 @@ def test_an_entity() -> None:
     answers = Answers.model_validate(TABLE | {"entity": ("patient",), "cap": 4})
     found = parse(draft.draft(answers)).privacy
     assert found.entity == Entity(key=("patient",), cap=4)
+
+
+@FUZZ
+@given(st.integers(1, 100_000_000))
+@example(1_000)
+@example(1_001)
+@example(2_000_000)
+def test_a_drafted_delta_is_the_largest_power_of_ten_for_the_records(records: int) -> None:
+    found = parse(draft.draft(Answers.model_validate(TABLE | {"records": records})))
+    delta = Decimal(repr(found.privacy.delta))
+    assert delta <= Decimal("1e-4")
+    assert delta * 10 * records <= 1
+    assert delta == Decimal("1e-4") or delta * 10 * 10 * records > 1
+    assert delta.normalize().as_tuple().digits == (1,)
+    assert found.warnings == []
+
+
+@FUZZ
+@given(st.integers(1, 10_000_000), st.floats(-9, -2.01))
+@example(1_000, -4.0)
+@example(10_000, -4.0)
+@example(10_000, -5.0)
+@example(999, -3.0)
+def test_a_delta_that_protects_nobody_is_refused(records: int, log_delta: float) -> None:
+    """Drafted with a delta of the user's own: a warning above 0.1 / records, refused from 1 /
+    records on; the delta that either sentence names is accepted without a word."""
+    delta = float(f"{10**log_delta:.6g}")
+    answers = TABLE | {"records": records, "delta": delta}
+    product = Decimal(repr(delta)) * records
+    if product < 1:
+        warnings = parse(draft.draft(Answers.model_validate(answers))).warnings
+        assert bool(warnings) == (product > Decimal("0.1"))
+        if not warnings:
+            return
+        (sentence,) = warnings
+    else:
+        with pytest.raises(UsageError, match="allow_large_delta") as refused:
+            draft.draft(Answers.model_validate(answers))
+        sentence = str(refused.value)
+        text = draft.draft(Answers.model_validate(TABLE | {"records": records})).replace(
+            "clip_norm", "allow_large_delta = true\nclip_norm"
+        )
+        allowed = parse(text).changed(privacy={"delta": delta})
+        assert len(allowed.warnings) == 1
+    named = float(re.findall(r"Set delta to ([0-9.e-]+[0-9])", sentence)[0])
+    followed = parse(draft.draft(Answers.model_validate(answers | {"delta": named})))
+    assert followed.warnings == []
+
+
+def test_a_sites_own_delta_counts_too() -> None:
+    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    with pytest.raises(UsageError, match=r"delta = 0\.005 times expected_records = 500"):
+        found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-3}])
+    assert found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-4}]).warnings
+
+
+def test_a_contract_without_privacy_has_no_delta_to_compare() -> None:
+    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    plain = found.changed(privacy={"mode": "none", "expected_records": 1e6, "delta": 1e-4})
+    assert plain.warnings == []
 
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1,
@@ -117,6 +180,18 @@ def test_the_command_reads_the_header_alone(tmp_path: Path, run: Callable[..., R
     path.write_text("age,status\n1,2\n")  # other rows, the same header: the same contract
     assert run(*new(path, again, "--name", "loans", *WORDS))[0] == 0
     assert again.read_text() == drafted
+
+
+def test_commands_warn_of_a_large_delta(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    out = tmp_path / "loans.toml"
+    more = ("--records", "5000", "--delta", "1e-4")
+    for command in (new(table(tmp_path), out, *WORDS, *more), ["contract", "show", str(out)],
+                    ["contract", "validate", str(out)]):
+        code, said, _ = run(*command)
+        assert code == 0
+        assert "! privacy.delta = 0.0001 times expected_records = 5000 is 0.5" in said
+    code, said, _ = run("contract", "validate", str(out), "--json")
+    assert len(json.loads(said)["warnings"]) == 1
 
 
 @pytest.mark.parametrize(("change", "words"), [

