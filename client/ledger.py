@@ -37,6 +37,7 @@ from silotune.client.entries import (
     Opened,
     Released,
     RequestKey,
+    Settled,
     chained,
     damaged,
     digest,
@@ -49,7 +50,7 @@ from silotune.common.messages import Receipt
 from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"
-AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released)
+AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Settled)
 
 
 class Ledger:
@@ -67,6 +68,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self.charges: dict[RequestKey, Charged] = {}
         self.releases: dict[int, Released] = {}
+        self.settled: dict[int, Settled] = {}  # by the charge's number
 
     @classmethod
     def create(cls, folder: Path, keys: Keys, site: str) -> Self:
@@ -349,6 +351,8 @@ class Ledger:
             self.charges[entry.key] = entry
         elif isinstance(entry, Released):
             self.releases[entry.charge] = entry
+        elif isinstance(entry, Settled):
+            self.settled[entry.charge] = entry
 
     def _forget_after(self, number: int) -> None:
         for entry in self.entries[number:]:
@@ -356,6 +360,8 @@ class Ledger:
                 self.charges.pop(entry.key, None)
             elif isinstance(entry, Released):
                 self.releases.pop(entry.charge, None)
+            elif isinstance(entry, Settled):
+                self.settled.pop(entry.charge, None)
         del self.entries[number:], self._macs[number:], self._digests[number + 1 :]
 
     def _mac(self, body: str) -> bytes:

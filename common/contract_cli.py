@@ -58,7 +58,13 @@ def show(file: Path, as_json: bool) -> None:
 def validate(file: Path, as_json: bool) -> None:
     """Check a contract; every problem is listed with its line, exit code 2 if there is any."""
     found = contracts.load(file)
-    emit({"valid": True, "sha256": found.hash}, as_json, f"✓ {file.name} is valid  {found.hash}")
+    emit(
+        {"valid": True, "sha256": found.hash, "warnings": found.warnings}, as_json,
+        "\n".join([
+            f"✓ {file.name} is valid  {found.hash}",
+            *(f"! {warning}." for warning in found.warnings),
+        ]),
+    )
 
 
 @contract.command()

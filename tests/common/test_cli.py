@@ -262,11 +262,17 @@ def test_show_says_when_there_is_no_privacy(run: Callable[..., Ran], tmp_path: P
 
 def test_validate(run: Callable[..., Ran]) -> None:
     heart = contracts.load(HEART)
+    unmasked = (
+        "there is no [secure_aggregation]: sites refuse this contract unless their site.toml has "
+        "permits.masked_only = false. `silotune server contract` adds it"
+    )
     assert run("contract", "validate", HEART) == (
-        0, f"✓ contract.toml is valid  {heart.hash}\n", ""
+        0, f"✓ contract.toml is valid  {heart.hash}\n! {unmasked}.\n", ""
     )
     code, out, _ = run("contract", "validate", HEART, "--json")
-    assert (code, json.loads(out)) == (0, {"valid": True, "sha256": heart.hash})
+    assert (code, json.loads(out)) == (
+        0, {"valid": True, "sha256": heart.hash, "warnings": [unmasked]}
+    )
 
 
 @pytest.mark.parametrize("verb", ["show", "validate"])
