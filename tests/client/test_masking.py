@@ -21,7 +21,16 @@ from silotune.client.worker import Worker
 from silotune.common import messages, ring, vector
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, RefusalError, RunError
-from silotune.common.messages import Agree, Masked, Message, Refusal, Train
+from silotune.common.messages import (
+    Agree,
+    Endorse,
+    Masked,
+    Message,
+    Refusal,
+    Reveal,
+    Share,
+    Train,
+)
 from silotune.common.messages import Keys as PublicKeys
 from silotune.common.model import build
 from silotune.server.registry import Registry
@@ -523,6 +532,29 @@ def test_asking_for_keys_again_and_again_takes_no_more_memory(federation: Federa
     assert ask(1).blobs != first.blobs  # forgotten, so new ones: never the same keys twice
     beyond = Agree(contract=federation.contract.hash, run="run-1", round=4, attempt=1)
     assert refusal(north, messages.pack(Message(beyond))) == "E202"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no agreement", "another agreement"])
+def test_every_stage_of_an_unknown_agreement_is_refused(
+    federation: Federation, known: bool
+) -> None:
+    """A site that was started again has no secrets, and says so by a code of its own."""
+    wire = first_requests(federation, federation.run())["north"]
+    federation.workers["north"].handle(wire)
+    if not known:
+        federation.restart("north")
+    north, contract = federation.workers["north"], federation.contract.hash
+    survivors = tuple(sorted(SITES))
+    other = "0" * 64
+    for header in (
+        Share(contract=contract, run="run-1", round=1, attempt=10**6),
+        Share(contract=contract, run="run-2", round=1, attempt=1),
+        Endorse(contract=contract, agreement=other, round=1, survivors=survivors),
+        Reveal(contract=contract, agreement=other, round=1, survivors=survivors),
+    ):
+        assert refusal(north, messages.pack(Message(header))) == "E506", header
+    assert refusal(north, altered(wire, agreement=other, round=2)) == "E506"
+    assert not federation.ledgers["north"].settled
 
 
 # What a contract and a policy may say

@@ -163,21 +163,23 @@ def joined_while_away(d: Deployment) -> str:
     """Three of four sites agree on keys, the server is killed before it has their masked updates,
     the fourth comes, and the run is resumed twice. The round is that of the three, at one charge
     each; the fourth joins at the next."""
-    d.use(phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}])
+    d.use(deadline_seconds=45.0, phases=[
+        {"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}
+    ])
     *three, fourth = d.members.values()
     for service in (fourth.node, fourth.worker):
         service.end(signal.SIGKILL)
     three[0].stop_at("asked", 1)
     name, run = d.begin()
-    wait_for(three[0].stopped, "the first request to train", 150)
+    wait_for(three[0].stopped, "the first request to train", 240)
     assert kill(d, "ServerApp")
     three[0].go_on()
-    wait_for(lambda: all(d.computed(name)[m.name] for m in three), "three updates", 60)
+    wait_for(lambda: all(d.computed(name)[m.name] for m in three), "three updates", 120)
     fourth.start()
     d.wait_until_ready()
     three[0].stop_at("asked", 1)
     first_why, run = d.take_up(name, run)
-    wait_for(three[0].stopped, "the same request again", 150)
+    wait_for(three[0].stopped, "the same request again", 240)
     assert kill(d, "ServerApp")
     three[0].go_on()
     why, run = d.take_up(name, run)
