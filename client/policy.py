@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from silotune.client import keys, lineage
 from silotune.client.budget import Limit
@@ -38,6 +38,12 @@ def _known_encoding(name: str) -> str:
     except LookupError:
         raise ValueError(f"{name!r} is no encoding; such are utf-8, latin-1, cp1252") from None
     return name
+
+
+def _flag_or_auto(value: object) -> object:
+    if not isinstance(value, bool) and value != "auto":  # a Literal would take 1 for true
+        raise ValueError('permits.masked_only must be true, false or "auto"')
+    return value
 
 
 class Data(Frozen):
@@ -151,7 +157,7 @@ class Permits(Frozen):
     min_records: Count = 100
     min_sites: Count = 2
     min_quorum: Count = 2
-    masked_only: Literal[True, False, "auto"] = "auto"
+    masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = "auto"
     colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
     set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 20
     allow_without_dp: Flag = False

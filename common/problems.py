@@ -92,8 +92,6 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
     else:
         got = _got(error["input"])
         message = WORDS.get(kind) or error["msg"].replace("Input should be", "must be")
-        if kind == "literal_error":  # as TOML writes them
-            message = message.replace("True", "true").replace("False", "false")
         if kind == "string_pattern_mismatch":
             message = next(
                 (words for part, words in PATTERNS.items() if part in context["pattern"]),
