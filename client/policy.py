@@ -146,7 +146,10 @@ class Permits(Frozen):
     this site alone and so use up its lifetime budget; with them it needs the signatures of as many
     sites as the threshold says.) colluders: from how many other sites, working with the server, it
     must hide this site's update. set_changes: how often the set of sites in the masked sums of one
-    run may change (client/site_sets.py).
+    run may change (client/site_sets.py). The default lets ten absences with their returns pass;
+    the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1) updates
+    of one of n equal sites would without masks, three with four sites, of one a round
+    (simulations/benchmarks/differences.py).
     """
 
     contracts: tuple[Sha256, ...] = ()

@@ -7,14 +7,14 @@ protects the site's records from that is its own differential privacy; what is h
 
 Guarantee. Assume the ledger is not rolled back and the assumptions of common/secagg.py, with up to
 c sites that work with the server and 2 t > n + c. Then of the rounds of one run that began with the
-same adapter, all sums that open are of one set of sites; and the sums of one run that open change
-their set at most `permits.set_changes` times in the eyes of each honest site that has a part in
-them. Why: a sum opens only if t sites reveal, of which t - c are honest; two sums therefore have an
-honest site in common among those that revealed for both, and that site keeps each set durably
-before it reveals anything for it (an entry of the ledger), and refuses the second.
+same adapter, all sums that open are of one set of sites; and of the sums of one run for which an
+honest site reveals, at most `permits.set_changes` are of another set than the round before. Why: a
+sum opens only if t sites reveal, of which t - c are honest; two sums therefore have an honest site
+in common among those that revealed for both, and that site keeps each set durably before it
+reveals anything for it (an entry of the ledger), and refuses the second.
 
-Not covered: adapters that differ by however little, and different runs. For those only the count
-and the noise are left.
+Not covered: adapters that differ by however little, rounds that are far apart, and different runs.
+For the first the count and the noise are left, for the others the noise alone.
 """
 
 from __future__ import annotations
