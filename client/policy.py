@@ -147,8 +147,8 @@ class Permits(Frozen):
     sites as the threshold says.) colluders: from how many other sites, working with the server, it
     must hide this site's update. set_changes: how often the set of sites in the masked sums of one
     run may change (client/site_sets.py). The default lets ten absences with their returns pass;
-    the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1) updates
-    of one of n equal sites would without masks, three with four sites, of one a round
+    the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
+    updates of one of n equal sites would without masks, three with four sites, of one a round
     (simulations/benchmarks/differences.py).
     """
 

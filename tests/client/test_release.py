@@ -134,13 +134,19 @@ def test_other_metrics_than_the_contracts_do_not_leave(
     assert "not the contract's" in refused(contract, metrics=metrics)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.1e6, -1.1e6, 1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6 + 0.5, -1.1e6, 1e300])
 def test_a_metric_that_is_not_finite_or_too_large_does_not_leave(
     contract: Contract, value: float
 ) -> None:
     sentence = refused(contract, metrics={"loss": value})
     assert "not finite or too large" in sentence
     assert str(value) not in sentence
+
+
+def test_the_largest_metric_and_the_largest_norm_may_leave(contract: Contract) -> None:
+    largest = {**change(), "head.weight": np.zeros((2, 6), np.float32)}
+    largest["head.weight"][0, 0] = 1e6
+    assert update(contract, change=largest, metrics={"loss": -1e6})
 
 
 TAMPERED: dict[str, Callable[[Arrays], Arrays]] = {
@@ -353,6 +359,7 @@ def test_what_is_masked_is_held_to_the_bound_and_the_number_of_entries_is_logged
         assert update(masking(contract), change=spoilt, mask=mask, agreement="a" * 64)
     assert seen[0]["head.bias"].tolist() == [1.0, held]
     assert ("1 entries of the update were beyond" in caplog.text) == (value != held)
+    assert ("were beyond" in caplog.text) == (value != held)
 
 
 STEPS: list[type[Any]] = [Keys, Shares, Endorsement, Revealed]
