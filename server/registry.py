@@ -178,6 +178,9 @@ class Registry:
         facts = {"round": number, "adapter": adapter, "survivors": sorted(sites)}
         write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())
 
+    def forget_survivors(self) -> None:
+        (self.folder / SURVIVORS).unlink(missing_ok=True)
+
     def survivors(self, adapter: str) -> set[str] | None:
         """The sites noted for the last sum, if it began with this adapter; None otherwise."""
         try:

@@ -33,7 +33,7 @@ from silotune.server import aggregate, factors, replies, robust
 from silotune.server.acceptance import Acceptance, Evaluate
 from silotune.server.gate import Gate
 from silotune.server.iterate import Iterate
-from silotune.server.masking import CHARGED, LostSumError, MaskedRound, Masking
+from silotune.server.masking import CHARGED, OTHER_SITES, LostSumError, MaskedRound, Masking
 from silotune.server.registry import Registry
 
 T = TypeVar("T")
@@ -168,9 +168,10 @@ class Run:
         """RunError unless all that must be in the round's sum are among these."""
         if missing := self._needed - set(sites):
             raise self._stopped(
-                "its adapter is that of an earlier sum, and sites give no second sum from it "
-                f"without {', '.join(sorted(missing))} (E220). Resume the run when all are "
-                "connected, or start another.", "E402",
+                f"{', '.join(sorted(missing))} must take part, for sites may have given shares for "
+                "a sum with them from this adapter, and then give none for another set (E220). "
+                "Resume the run when all are connected; with --skip-round it goes on without them "
+                "if no site has given a share yet.", "E402",
             )
 
     def _too_few(self) -> RunError:
@@ -180,8 +181,8 @@ class Run:
         )
         if missing := self._needed - set(self._open):
             why += (
-                f" {', '.join(sorted(missing))} must be among them: the adapter is that of an "
-                "earlier sum, and sites give no second sum from it without one of its sites (E220)."
+                f" {', '.join(sorted(missing))} must be among them: sites may have given shares "
+                "for a sum with them from this adapter, and then give none for another set (E220)."
             )
         return self._stopped(why, "E402")
 
@@ -190,12 +191,14 @@ class Run:
         return len(sites) >= self.contract.quorum and self._needed <= set(sites)
 
     def _uncharged(self, sites: Collection[str], masking: Masking) -> list[str]:
-        """The sites that have no secrets of the agreement: they were not charged for this round,
-        unless they say so, and can take part in it under another one."""
+        """The sites that were not charged under this agreement and can take part under another one:
+        they have no secrets of it, are new, or refuse a sum of its members."""
+        failed = self.exchange.failed
         return [
-            site for site in sites
-            if (site in masking.lost or site not in masking.members)
-            and self.exchange.failed.get(site) != CHARGED
+            site for site in sites if failed.get(site) != CHARGED and (
+                site in masking.lost or site not in masking.members
+                or failed.get(site) == OTHER_SITES
+            )
         ]
 
     def _is_lost(self, masking: Masking) -> bool:
@@ -454,8 +457,10 @@ class Run:
         return found.number
 
     def skip(self) -> RoundFacts:
-        """Go on without the next round, because the operator says so."""
+        """Go on without the next round, because the operator says so. Whose sum it was to be is
+        forgotten: if sites have given shares for it, they refuse another set by themselves."""
         self.begin()
+        self.registry.forget_survivors()
         self.exchange.failed = dict.fromkeys(self.contract.weights(), "E402")
         return self._leave_out("the operator left it out")
 

@@ -100,7 +100,7 @@ def test_another_contracts_charge_pays_for_nothing(
 
 
 def test_a_reply_without_privacy_is_not_paid_by_a_private_charge(contract: Contract) -> None:
-    without = contract.changed(privacy={"mode": "none"})
+    without = contract.changed(privacy={"mode": "none", "epsilon": 0.5})
     free = charged(without, noise_multiplier=0.0)
     assert isinstance(messages.unpack(update(without, free, epsilon=None)).header, Update)
     assert "not what was charged" in refused(without, charged(without), epsilon=None)

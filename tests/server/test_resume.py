@@ -500,14 +500,37 @@ def test_after_a_sum_that_was_not_taken_the_next_is_of_the_same_sites_or_asked_f
     for site in SITES:
         masked.restart(site)
     run = server(masked, resume=True)
-    with pytest.raises(RunError, match=r"no second sum from it without west \(E220\)"):
+    with pytest.raises(RunError, match=r"round 2: west must take part.*\(E220\)"):
+        carry_out(run.stages(three), handles)
+    assert rounds_charged(masked, "north") == [1]
+    run.registry.close()
+    run = server(masked, resume=True)
+    run.skip()  # the sites have given shares: they refuse by themselves, and are not charged
+    with pytest.raises(RunError, match="east: E220, north: E220, south: E220"):
         carry_out(run.stages(three), handles)
     assert rounds_charged(masked, "north") == [1]
     run.registry.close()
     run = server(masked, resume=True)
     assert play(run, handles)
-    assert [len(f["sites"]) for f in run.registry.rounds()] == [4, 4, 4, 4]
-    assert not skipped(run)
+    assert [len(f["sites"]) for f in run.registry.rounds()] == [4, 0, 4, 4]
+    assert skipped(run) == ["the operator left it out"]
+
+
+def test_a_round_can_be_left_out_whose_sum_lacks_a_site_for_good_before_anybody_gave_a_share(
+    masked: Federation,
+) -> None:
+    run, handles = server(masked), masked.handles()
+    assert not play(run, handles, 3, answered=False)  # the sum of all four was to be opened
+    three = [site for site in SITES if site != "west"]
+    run = server(masked, resume=True)
+    with pytest.raises(RunError, match="west must take part"):
+        carry_out(run.stages(three), handles)
+    run.registry.close()
+    run = server(masked, resume=True)
+    run.skip()
+    while not run.done:
+        carry_out(run.stages(three), handles)
+    assert [len(f["sites"]) for f in run.registry.rounds()] == [0, 3, 3, 3]
 
 
 def test_a_round_after_a_sum_that_was_not_taken_waits_for_a_site_that_did_not_answer(
