@@ -556,3 +556,28 @@ def test_a_site_more_is_left_out_of_the_second_sum_from_one_adapter(masked: Fede
     del run.iterate.step  # type: ignore[method-assign]
     facts = [carry_out(run.stages(SITES), handles) for _ in range(2)]
     assert [len(f.sites) for f in facts] == [3, 4]
+
+
+def test_a_sum_that_may_still_open_stops_a_run_and_opens_when_it_is_resumed(
+    masked: Federation,
+) -> None:
+    """One survivor has lost its secrets, one is silent: with it, three can open the sum."""
+    run, handles = server(masked), masked.handles()
+
+    def reveals(site: str, wire: bytes) -> Any:
+        header = messages.unpack(wire).header
+        if header.kind == "reveal" and header.round == 2:
+            if site == "north":
+                return "E402"
+            if site == "west":
+                masked.restart("west")
+        return handles[site](wire)
+
+    partly: dict[str, Any] = {s: lambda wire, s=s: reveals(s, wire) for s in SITES}
+    with pytest.raises(RunError, match="does not open: Secure aggregation: 2 sites revealed"):
+        play(run, partly)
+    run.registry.close()
+    run = server(masked, resume=True)
+    assert play(run, handles)
+    assert [len(f["sites"]) for f in run.registry.rounds()] == [4, 4, 4, 4]
+    assert not skipped(run)
