@@ -6,7 +6,7 @@ LOCK ?= --python-version 3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly mutation soak recipes check lock bench-ledger bench-deidentify bench-dp bench-secagg bench-rounds bench-sim install clean FORCE
+.PHONY: demo test nightly mutation soak recipes check lock bench-ledger bench-deidentify bench-dp bench-secagg bench-differences bench-rounds bench-sim install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
@@ -55,6 +55,9 @@ bench-ledger: $(INSTALLED)  ## what a charge costs; writes simulations/benchmark
 
 bench-secagg: $(INSTALLED)  ## what masking costs beside Flower's SecAgg+; writes results/secagg.json
 	$(BIN)/python -m silotune.simulations.benchmarks.secagg
+
+bench-differences: $(INSTALLED)  ## what the difference of two masked sums shows of a site; writes results/differences.json
+	$(BIN)/python -m silotune.simulations.benchmarks.differences
 
 bench-deidentify: $(INSTALLED)  ## how much of what is personal is found; writes results/deidentify.json
 	$(BIN)/python -m silotune.simulations.benchmarks.deidentify

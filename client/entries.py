@@ -64,7 +64,8 @@ class Charged(EntryBase):
     not in an entry of their own when the records are new, so that the number of entries, which a
     receipt shows, depends on requests alone. order: the Rényi order by which all is accounted, the
     same in every charge (client/budget.py). request: SHA-256 of what was asked.
-    noise_multiplier 0: without DP.
+    noise_multiplier 0: without DP. adapter: SHA-256 of the adapter that the round began with, under
+    secure aggregation (client/site_sets.py).
     """
 
     state: Literal["CHARGED"] = "CHARGED"
@@ -82,6 +83,7 @@ class Charged(EntryBase):
     sampling_rate: Rate
     steps: Count
     order: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)]
+    adapter: Sha256 | None = None
 
     @property
     def key(self) -> RequestKey:
@@ -123,7 +125,16 @@ class Prepared(EntryBase):
         return {one.basis: one.links for one in self.made}
 
 
-Entry = Opened | Adopted | Charged | Released | Prepared
+class Settled(EntryBase):
+    """The sites of the sum in which the round of the charge with number `charge` may be opened.
+    Written before this site endorses that set, or reveals a share for it."""
+
+    state: Literal["SETTLED"] = "SETTLED"
+    charge: Annotated[int, Field(ge=1, strict=True)]
+    sites: tuple[Name, ...]
+
+
+Entry = Opened | Adopted | Charged | Released | Prepared | Settled
 RequestKey = tuple[str, str, int, int]  # contract, run, round, attempt
 _READ: TypeAdapter[Any] = TypeAdapter(Annotated[Entry, Field(discriminator="state")])
 

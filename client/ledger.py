@@ -41,6 +41,7 @@ from silotune.client.entries import (
     Prepared,
     Released,
     RequestKey,
+    Settled,
     chained,
     damaged,
     digest,
@@ -57,7 +58,7 @@ FILE = "ledger.sqlite"
 BUSY_SECONDS = 30  # how long another program may hold the database
 LEAST_ROOM = 4 << 20  # bytes that the database and its log may need for an entry
 NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
-AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared)
+AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
 
 
 class Ledger:
@@ -76,6 +77,7 @@ class Ledger:
         self.charges: dict[RequestKey, Charged] = {}
         self.releases: dict[int, Released] = {}
         self.preparations: list[Prepared] = []
+        self.settled: dict[int, Settled] = {}  # by the charge's number
 
     @classmethod
     def create(cls, folder: Path, keys: Keys, site: str) -> Self:
@@ -421,6 +423,8 @@ class Ledger:
             self.releases[entry.charge] = entry
         elif isinstance(entry, Prepared):
             self.preparations.append(entry)
+        elif isinstance(entry, Settled):
+            self.settled[entry.charge] = entry
 
     def _forget_after(self, number: int) -> None:
         for entry in self.entries[number:]:
@@ -430,6 +434,8 @@ class Ledger:
                 self.releases.pop(entry.charge, None)
             elif isinstance(entry, Prepared):
                 self.preparations.remove(entry)
+            elif isinstance(entry, Settled):
+                self.settled.pop(entry.charge, None)
         del self.entries[number:], self._macs[number:], self._digests[number + 1 :]
 
     def _mac(self, body: str) -> bytes:

@@ -75,6 +75,16 @@ class Masking:
             vector.bound(self.contract), bytes.fromhex(digest),
         )
 
+    def run_of(self, agreement: str) -> str:
+        """The run that an agreement is for. RefusalError E506 if there are no secrets of it."""
+        return self._member(agreement).terms.run
+
+    def members_of(self, agreement: str) -> tuple[str, ...]:
+        """The sites of an agreement. RefusalError E506 if there are no secrets of it."""
+        found = self._member(agreement).agreement
+        assert found is not None
+        return found.members
+
     def endorsement(self, request: Endorse) -> Blobs:
         member = self._member(request.agreement)
         return {self.name: member.endorse(request.round, request.survivors)}

@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from silotune.client import keys, lineage
 from silotune.client.budget import Limit
@@ -38,6 +38,12 @@ def _known_encoding(name: str) -> str:
     except LookupError:
         raise ValueError(f"{name!r} is no encoding; such are utf-8, latin-1, cp1252") from None
     return name
+
+
+def _flag_or_auto(value: object) -> object:
+    if not isinstance(value, bool) and value != "auto":  # a Literal would take 1 for true
+        raise ValueError('permits.masked_only must be true, false or "auto"')
+    return value
 
 
 class Data(Frozen):
@@ -135,8 +141,15 @@ class Permits(Frozen):
 
     contracts: SHA-256 (`silotune contract show`). min_sites: how many the roster must hold,
     min_quorum: how many must answer for a round to count. masked_only: updates leave by secure
-    aggregation alone; colluders: from how many other sites, working with the server, it must hide
-    this site's update.
+    aggregation alone; "auto": wherever it can be had, which is with three or more sites and without
+    a rule that needs each site's update by itself. (Without masks a program at the relay can ask
+    this site alone and so use up its lifetime budget; with them it needs the signatures of as many
+    sites as the threshold says.) colluders: from how many other sites, working with the server, it
+    must hide this site's update. set_changes: how often the set of sites in the masked sums of one
+    run may change (client/site_sets.py). The default lets ten absences with their returns pass;
+    the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
+    updates of one of n equal sites would without masks, three with four sites, of one a round
+    (simulations/benchmarks/differences.py).
     """
 
     contracts: tuple[Sha256, ...] = ()
@@ -147,8 +160,9 @@ class Permits(Frozen):
     min_records: Count = 100
     min_sites: Count = 2
     min_quorum: Count = 2
-    masked_only: Flag = False
+    masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = "auto"
     colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 20
     allow_without_dp: Flag = False
     allow_inexact_clipping: Flag = False
 
@@ -257,8 +271,13 @@ class Policy(Frozen):
             (not isinstance(contract.model, OneHotModel) and bool(permits.models)
              and contract.model.sha256 not in permits.models,
              "its model's SHA-256 is not in permits.models"),
-            (secure is None and permits.masked_only,
+            (secure is None and permits.masked_only is True,
              "it has no [secure_aggregation], and permits.masked_only = true"),
+            (secure is None and permits.masked_only == "auto" and contract.can_be_masked,
+             f"it has no [secure_aggregation], which permits.masked_only = \"auto\" asks for where "
+             f"three or more sites take part, and it has {len(contract.sites)}. The operator makes "
+             "the contract with masks by `silotune server contract`, without --unmasked; or set "
+             "permits.masked_only = false and sign"),
             (secure is not None and secure.colluders < permits.colluders,
              f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
              f"permits.colluders = {permits.colluders}"),
@@ -390,6 +409,7 @@ def permitting(
             contracts=(contract.hash,), tasks=(contract.task.kind,),
             max_clip_norm=p.largest_clip_norm, min_records=1,
             min_sites=1, metrics=contract.metrics, min_quorum=1,
+            masked_only=contract.secure_aggregation is not None, set_changes=1_000_000,
             allow_without_dp=p.mode == "none", allow_inexact_clipping=True,
         ),
     )

@@ -27,6 +27,7 @@ from silotune.client.metrics import Answered
 from silotune.client.noise import NoiseSource
 from silotune.client.own import NOTHING, Own
 from silotune.client.policy import Policy
+from silotune.client.site_sets import SiteSets
 from silotune.client.train import train_round
 from silotune.common import adapter, messages
 from silotune.common.architecture import Lora
@@ -82,6 +83,7 @@ class Worker:
             if key != ledger.public:
                 raise RefusalError("This site's key is not in the contract's roster.", code="E201")
             self.masking = Masking(contract, policy.name, ledger.sign)
+        self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accounting.best_order(self.plan, self.target.delta)
         self._first_order = budget.order_of(self.plan, self.limit)
@@ -147,10 +149,14 @@ class Worker:
             kind, blobs = Keys, masking.keys(request)
         elif isinstance(request, Share):
             kind, blobs = Shares, masking.shares(request, message.blobs)
-        elif isinstance(request, Endorse):
-            kind, blobs = Endorsement, masking.endorsement(request)
-        elif isinstance(request, Reveal):
-            kind, blobs = Revealed, masking.revealed(request, message.blobs)
+        elif isinstance(request, Endorse | Reveal):
+            if isinstance(request, Endorse):
+                kind, blobs = Endorsement, masking.endorsement(request)
+            else:
+                kind, blobs = Revealed, masking.revealed(request, message.blobs)
+            # Durable before anything that could help to open the sum leaves.
+            run = masking.run_of(request.agreement)
+            self.site_sets.settle(run, request.round, request.survivors)
         else:
             raise ProtocolError("The message is no request.")
         return release.step(self.contract, self.policy.name, kind, blobs)
@@ -171,7 +177,7 @@ class Worker:
         asked = adapter.fitted(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
-        charge, own = self._charge(request, message.blobs, digest, mechanism)
+        charge, own = self._charge(request, arrays, message.blobs, digest, mechanism)
         if isinstance(own, bytes):
             return own
         change, metrics = train_round(
@@ -225,7 +231,8 @@ class Worker:
         return asked
 
     def _charge(
-        self, request: Train, shares: messages.Blobs, digest: str, mechanism: Mechanism
+        self, request: Train, arrays: Arrays, shares: messages.Blobs, digest: str,
+        mechanism: Mechanism,
     ) -> tuple[Charged, Own | bytes]:
         """The charge for a request, and what the run left here before it; or the charge it had
         before, with its reply. Raises RefusalError.
@@ -233,27 +240,23 @@ class Worker:
         In one transaction: what is spent is read, checked and written with nobody in between.
         """
         with self.ledger.writing():
-            key = (self.contract.hash, request.run, request.round, request.attempt)
-            charge = self.ledger.charges.get(key)
+            charge = self._charged_before(request)
             if charge is not None:
-                if charge.request != digest:
-                    raise RefusalError(
-                        f"Round {request.round} was already asked with other bytes."
-                    )
-                released = self.ledger.releases.get(charge.sequence)
-                if released is None:
-                    raise RefusalError(
-                        f"Entry {charge.sequence} was charged and its reply lost before it left. "
-                        "The charge stands; another attempt is a new charge.", code="E204",
-                    )
-                return charge, self.ledger.reply(released)
+                return charge, self._reply_of(charge, request, digest)
             if self.ledger.policy != self.adopted:
                 raise RefusalError(
                     "The owner has signed another policy since this worker started. Start it "
                     "again.", code="E213",
                 )
+            adapter_sha256 = None
             if self.masking is not None:
                 self.masking.check(request, shares)
+                assert request.agreement is not None
+                adapter_sha256 = adapter.digest(arrays)
+                self.site_sets.check_members(
+                    request.run, request.round, adapter_sha256,
+                    self.masking.members_of(request.agreement),
+                )
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism)
@@ -265,7 +268,40 @@ class Worker:
                 attempt=request.attempt, request=digest, order=self.order,
                 noise_multiplier=mechanism.noise_multiplier,
                 sampling_rate=mechanism.sampling_rate, steps=mechanism.steps,
+                adapter=adapter_sha256,
             ), own
+
+    def _charged_before(self, request: Train) -> Charged | None:
+        """The charge for this round and attempt; with masks for this round, whatever the attempt:
+        two updates of one round in two sums of different sites would lay their difference open."""
+        if self.masking is None:
+            key = (self.contract.hash, request.run, request.round, request.attempt)
+            return self.ledger.charges.get(key)
+        charges = self._run_charges(request.run)
+        return next((charge for charge in charges if charge.round == request.round), None)
+
+    def _reply_of(self, charge: Charged, request: Train, digest: str) -> bytes:
+        """The reply that a charge paid for. RefusalError E202 or, with masks, E204 if it answers
+        another request; E204 if it was lost."""
+        masked = self.masking is not None
+        if charge.request != digest and not masked:
+            raise RefusalError(f"Round {request.round} was already asked with other bytes.")
+        if charge.request != digest:
+            raise RefusalError(
+                f"Round {request.round} was charged for another request (entry {charge.sequence}). "
+                "Under [secure_aggregation] a site charges a round once, whatever the attempt: "
+                "the charge stands, and the run goes on with the next round.", code="E204",
+            )
+        released = self.ledger.releases.get(charge.sequence)
+        if released is None:
+            raise RefusalError(
+                f"Entry {charge.sequence} was charged and its reply lost before it left. The "
+                "charge stands; " + (
+                    "under [secure_aggregation] the run goes on with the next round." if masked
+                    else "another attempt is a new charge."
+                ), code="E204",
+            )
+        return self.ledger.reply(released)
 
     def _check_run(self, request: Train, mechanism: Mechanism) -> None:
         """RefusalError E210 unless the round fits the contract's ε for this run and, with all that

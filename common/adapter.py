@@ -7,6 +7,7 @@ Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from silotune.common.errors import DataError, ProtocolError, UsageError
-from silotune.common.messages import Arrays
+from silotune.common.messages import Arrays, hash_arrays
 
 # Before the name of a tensor: all sites' mean gradient in it, in the round before (scaffold).
 CONTROL = "control."
@@ -24,6 +25,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: a.shape for name, a in arrays.items()}
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 of the adapter that a round begins with: its tensors, without the mean gradients that
+    may come with them."""
+    hashed = hashlib.sha256()
+    hash_arrays(hashed, {n: a for n, a in arrays.items() if not n.startswith(CONTROL)})
+    return hashed.hexdigest()
 
 
 def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:

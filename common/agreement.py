@@ -19,6 +19,7 @@ from silotune.common import ring, shamir
 from silotune.common.errors import ProtocolError
 from silotune.common.signing import verifies
 
+LEAST_SITES = 3
 MOST_ROUNDS = 64  # of one agreement
 KEY = 32
 SIGNATURE = 64
@@ -43,8 +44,8 @@ def default_threshold(sites: int) -> int:
 
 def problem_with(sites: int, threshold: int, colluders: int) -> str:
     """Why these numbers give no guarantee; '' if they do."""
-    if not 3 <= sites <= ring.MOST_SITES:
-        return f"it needs 3 to {ring.MOST_SITES} sites, not {sites}"
+    if not LEAST_SITES <= sites <= ring.MOST_SITES:
+        return f"it needs {LEAST_SITES} to {ring.MOST_SITES} sites, not {sites}"
     if colluders < 0:
         return f"colluders cannot be {colluders}"
     if threshold > sites:

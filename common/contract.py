@@ -31,6 +31,7 @@ from silotune.common.fields import (
 from silotune.common.inputs import Input, PairInput, columns_of
 from silotune.common.misfits import misfits
 from silotune.common.plan import (
+    BY_ONE,
     Aggregation,
     DeltaSize,
     Metric,
@@ -134,6 +135,40 @@ class Contract(Frozen):
         return (secure and secure.threshold) or agreement.default_threshold(sites)
 
     @property
+    def can_be_masked(self) -> bool:
+        """Whether there are sites enough for secure aggregation, and no rule that needs each site's
+        update by itself."""
+        needs_single = self.aggregation.robust or self.aggregation.method in BY_ONE
+        return len(self.sites) >= agreement.LEAST_SITES and not needs_single
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed, and what the sites should know before they agree to it, in sentences."""
+        return [*self.delta_warnings, *self.masking_warnings]
+
+    @property
+    def masking_warnings(self) -> tuple[str, ...]:
+        """Of missing secure aggregation, and of sites that must not be missing."""
+        sites, secure = len(self.sites), self.secure_aggregation
+        all_needed = f"all {sites} sites must answer in every round: one missing site stops the run"
+        if secure is None and self.can_be_masked:
+            drafted = agreement.default_threshold(sites)
+            return (
+                "there is no [secure_aggregation]: sites refuse this contract unless their "
+                "site.toml has permits.masked_only = false. `silotune server contract` adds it"
+                + (f"; then {all_needed}." if drafted == sites else "."),
+            )
+        if secure is None or self.quorum < sites:
+            return ()
+        fewer = sites - 1
+        if agreement.problem_with(sites, fewer, secure.colluders):
+            return (f"{all_needed}.",)
+        return (
+            f"{all_needed}. With quorum = {fewer} and secure_aggregation.threshold = {fewer} "
+            f"one may be missing; the server then sees sums of {fewer} sites.",
+        )
+
+    @property
     def masks(self) -> str:
         """What secure aggregation hides, in words."""
         if self.secure_aggregation is None:
@@ -192,8 +227,8 @@ class Contract(Frozen):
         return size_of_delta(self.largest_delta, self.privacy.expected_records)
 
     @property
-    def warnings(self) -> list[str]:
-        """What is allowed in the contract and weakens what its guarantee means, in sentences."""
+    def delta_warnings(self) -> list[str]:
+        """Of a δ that weakens what the guarantee means."""
         p = self.privacy
         if self.size_of_delta == "small":
             return []

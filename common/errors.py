@@ -31,7 +31,9 @@ CODES: dict[str, str] = {
     "E203": "The contract asks for training without differential privacy. A site agrees to that "
     "only when its owner sets allow_without_dp.",
     "E204": "A round was charged, but its reply was lost in a crash before it could leave. The "
-    "charge stands; only another attempt, which is a new charge with fresh noise, can replace it.",
+    "charge stands; only another attempt, which is a new charge with fresh noise, can replace it. "
+    "Under secure aggregation a site charges a round once, whatever the attempt: a round that then "
+    "lacks sites is given up, and the run goes on with the next one.",
     "E205": "The site's policy (site.toml) is narrower than the contract: unit or its key, clip "
     "norm, delta, task, model, number of sites, or how this machine may clip. The contract must "
     "fit the policy, never the reverse.",
@@ -54,6 +56,10 @@ CODES: dict[str, str] = {
     "failing, or another program holds it. The ledger itself is not in question: restore nothing. "
     "Free space, close the other program or check the disk, then try again; the message says "
     "whether anything was spent.",
+    "E220": "Under secure aggregation the difference of two sums shows a site that is in one of "
+    "them only. So a site gives shares for no sum of other sites that begins with an adapter it "
+    "gave shares for before, and for no more changes of the set of sites within a run than "
+    "permits.set_changes allows. Resume when the same sites are there, or begin another run.",
     "E301": "A data file does not exist or cannot be read.",
     "E302": "A column the contract names is not in the data, a value lies outside the public "
     "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "

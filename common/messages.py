@@ -255,11 +255,16 @@ def _json(header: Header) -> bytes:
 def digest(request: Train, arrays: Arrays) -> str:
     """SHA-256 of what a round asks of every site alike: all but a site's own receipt and shares."""
     hashed = hashlib.sha256(_json(request.model_copy(update={"receipt": None})))
+    hash_arrays(hashed, arrays)
+    return hashed.hexdigest()
+
+
+def hash_arrays(hashed: hashlib._Hash, arrays: Arrays) -> None:
+    """Put names, shapes and values of the arrays into a hash, in one order."""
     for name in sorted(arrays):
         array = np.asarray(arrays[name], dtype="<f4", order="C")
         hashed.update(json.dumps([name, array.shape]).encode())
         hashed.update(array.data)
-    return hashed.hexdigest()
 
 
 def update_statement(message: Message) -> bytes:

@@ -1,4 +1,8 @@
-"""Secure aggregation: the server learns the sum of the sites' updates, and no update by itself.
+"""Secure aggregation: it hides one update within one sum.
+
+For each round the server learns one weighted sum of the sites' updates, and from that round's
+messages nothing more about any of them. What it can compute from several sums, such as the
+difference of two, is not hidden: see "What it does not hide".
 
 Bonawitz et al. 2017 (doi:10.1145/3133956.3133982) on the complete graph, in its actively secure
 form, with keys that are signed by the roster of the contract. Two stages agree on keys for several
@@ -44,16 +48,22 @@ all but one site an adapter whose updates it knows: Pasquini et al. 2022, arXiv 
 remedy this is.) This is the hybrid argument of the first paper's Theorem 6.5, whose bounds are
 those above.
 
-What it does not hide: who takes part and when, sizes and timing, and the sums themselves. Over many
-rounds a server that chooses who survives can subtract sums of updates that hardly change and so
-come near to one of them (So et al. 2023, arXiv 2106.03328): what protects a site's records from
-that, and from the sum, is its own differential privacy. It does not stop a site from adding
-nonsense to the sum, or from ending a round by withholding or spoiling shares; a sum that does not
-open is noticed and not used.
+What it does not hide: who takes part and when, sizes and timing, and the sums themselves. A server
+chooses who survives, so it can get one sum with a site and one without it, in two rounds whose
+updates hardly differ, and subtract them. The difference is that site's update plus the noise that
+all the others added to both sums (So et al. 2023, "Securing Secure Aggregation: Mitigating
+Multi-Round Privacy Leakage in Federated Learning", arXiv 2106.03328). What protects a site's
+records from differences of sums, and from each sum, is the site's own differential privacy, which
+holds for its single update: with less noise a difference shows more, and without differential
+privacy all of it. How far one stands out of the noise: simulations/benchmarks/differences.py. It
+does not stop a site from adding nonsense to the sum, or from ending a round by withholding or
+spoiling shares; a sum that does not open is noticed and not used.
 
-A caller's duty: values are masked once. Two agreements know nothing of each other, and one update
-in two sums of different sets is laid open by their difference. (client/worker.py: another attempt
-at a round is a new charge, trained anew with fresh noise.)
+A caller's duty: values are masked once, and a round is masked once. Two agreements know nothing of
+each other, and one update in two sums of different sets is laid open by their difference; so would
+two updates of one round be, but for the noise. (client/worker.py charges a round once, whatever the
+attempt. client/site_sets.py refuses two sums of different sets from one adapter, and counts how
+often the set changes within a run.)
 
 Secrets live in memory only and go as soon as they have served: the sealing key when the shares are
 opened, a round's own when it is masked, its shares when they are revealed or a later round is

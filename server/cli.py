@@ -30,7 +30,7 @@ SHOWN = ("loss", "accuracy", "auc")  # of the public rows
 FIRST_SECONDS = 120.0  # until Flower has begun a run
 BUILD_SECONDS = 1800.0  # until its process has built the model
 RUN_NAME = r"[a-z0-9][a-z0-9-]{0,63}"
-LOST_MASKS = "does not open"
+CLOSED_SUM = "does not open"
 DIED = "The process that carried out the run ended without a word."
 
 
@@ -132,7 +132,7 @@ def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
     from silotune.server.place import Place
 
     place, wanted = Place(folder), contracts.load(draft)
-    made = place.with_roster(wanted, masked=not unmasked and len(place.roster()) > 2)
+    made = place.with_roster(wanted, masked=not unmasked)
     path = place.write_contract(made)
     names = [site.name for site in made.sites]
     absent = [site.name for site in wanted.sites if site.name not in names]
@@ -283,9 +283,11 @@ def _carry_out(
         if (where / "contract.json").is_file():
             more = "".join(f" --{option} {value}" for option, value in (
                 ("model", model), ("test", test)) if value)
-            skip = " --skip-round   (the sites that are missing have lost their masks)" * (
-                LOST_MASKS in str(error))
-            echo(f"next:   silotune server resume {name} --folder {folder}{more}{skip}")
+            resume_ = f"silotune server resume {name} --folder {folder}{more}"
+            echo(f"next:   {resume_}")
+            if CLOSED_SUM in str(error):
+                echo(f"   or   {resume_} --skip-round   (without this round; what it cost "
+                           "stays spent)")
         raise
     echo(f"adapter  {adapter}")
 
@@ -331,5 +333,7 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
     elif kind == "rejected":
         echo(f"        {event['site']}: {event['code']}")
-    elif kind in ("damaged", "declined", "skipped", "resumed"):
+    elif kind == "skipped":
+        echo(f"        round {event['round']} is left out: {event['why']}")
+    elif kind in ("damaged", "declined", "resumed"):
         echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")

@@ -32,6 +32,10 @@ from silotune.common.plan import Metric
 from silotune.common.secagg import Sum
 from silotune.server.replies import Exchange, Stages
 
+CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
+NO_SECRETS = (CHARGED, "E504", "E506", "E507")  # a member needs another agreement: it started again
+OTHER_SITES = "E220"  # a site takes no part in a sum of these sites (client/site_sets.py)
+LOST_AT_OPENING = (*NO_SECRETS, OTHER_SITES)  # a survivor will give no share of this round, ever
 ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites were asked before
 LONGEST_WAIT = 16  # rounds until a site that was left out is asked again
 
@@ -46,6 +50,10 @@ class Agreed(NamedTuple):
     sealed: dict[str, Blobs]
 
 
+class LostSumError(RunError):
+    """A round's masked updates were charged, and too few sites can open their sum, now or ever."""
+
+
 class Masking:
     """The agreement on keys that is in force, and who has to wait for another one."""
 
@@ -56,21 +64,31 @@ class Masking:
         self._published: Blobs = {}
         self._sealed: dict[str, Blobs] = {}  # by receiver
         self._answered: set[str] = set()
-        self._lost: set[str] = set()  # members that have no secrets of this agreement
+        self.lost: set[str] = set()  # members that have no secrets of this agreement
         self._waits: dict[str, tuple[int, int]] = {}  # left out: (not before this round, how long)
+        self._just_restored = False
 
-    def agree(self, sites: Collection[str], number: int) -> Stages[bool]:
+    def agree(
+        self, sites: Collection[str], number: int, needed: Collection[str] = ()
+    ) -> Stages[bool]:
         """Have the sites agree on keys for the rounds from `number` on, if that is needed: there is
-        no agreement for this round, or a site is left out that may be back. Whether they did.
+        no agreement for this round, a site is left out that may be back, or one of the `needed` is
+        no member. Whether they did.
+
+        The first round after `restore` keeps the agreement where it can: its members may have been
+        charged under it, and a site charges a round once. Who is new joins at the next round.
 
         Whoever fails a stage is left out and the rest start anew; a site that keeps failing is
         waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
         serves = (
             self.agreement is not None and self.agreement.terms.serves(number) and not self.dead
+            and set(needed) <= set(self.members)
         )
-        out = {s for s in sites if s not in self.members or s in self._lost}
-        if serves and not any(number >= self._waits.get(s, (0, 0))[0] for s in out):
+        keeps, self._just_restored = self._just_restored, False
+        out = {s for s in sites if s not in self.members or s in self.lost}
+        back = any(number >= self._waits.get(s, (0, 0))[0] for s in out)
+        if serves and (keeps or not back):
             return False
         agreed, keys = None, dict[str, bytes]()
         there = list(sites)
@@ -99,7 +117,7 @@ class Masking:
                     s: {peer: shared[peer][s] for peer in keys if peer != s} for s in keys
                 }
         if agreed is not None:
-            self.agreement, self._lost, self._answered = agreed, set(), set()
+            self.agreement, self.lost, self._answered = agreed, set(), set()
         elif not serves:
             raise RunError(
                 f"{len(keys)} of {len(self.contract.sites)} sites agreed on keys "
@@ -125,6 +143,7 @@ class Masking:
             terms = self.contract.terms(self.run_id, found.first, found.attempt)
             self.agreement = Agreement(terms, found.keys)
             self._published, self._sealed = found.keys, found.sealed
+            self._just_restored = True
 
     def _keys(self, sites: Collection[str], step: dict[str, Any]) -> Stages[dict[str, bytes]]:
         """The first stage: the keys that are signed by the roster's."""
@@ -147,8 +166,9 @@ class Masking:
 
     @property
     def dead(self) -> bool:
-        """Whether no member has its secrets any more: all were started again."""
-        return self._lost >= set(self.members)
+        """Whether fewer members have their secrets than a sum needs: others were started again."""
+        assert self.agreement is not None
+        return len(set(self.members) - self.lost) < self.agreement.terms.least
 
     @property
     def transcript(self) -> str:
@@ -166,8 +186,8 @@ class Masking:
 
     def has_failed(self, site: str, code: str) -> None:
         """A member that is there but has no secrets waits for another agreement."""
-        if code in ("E504", "E506", "E507"):
-            self._lost.add(site)
+        if code in NO_SECRETS:
+            self.lost.add(site)
 
 
 class MaskedRound:
@@ -189,7 +209,8 @@ class MaskedRound:
         self._sum.add(site, masked)
 
     def open(self) -> Stages[tuple[Arrays, dict[Metric, float]]]:
-        """The weighted mean of the round's updates and metrics. RunError if it does not open."""
+        """The weighted mean of the round's updates and metrics. RunError if it does not open;
+        LostSumError if it never will, because survivors have lost their secrets or refuse."""
         survivors = tuple(sorted(self._sum.survivors))
         threshold = self.contract.threshold
         facts: dict[str, Any] = {
@@ -220,7 +241,10 @@ class MaskedRound:
         return vector.split(self.contract, self._shapes, total)
 
     def _closed(self, why: str, code: str = "E402") -> RunError:
-        return RunError(
+        failed = self._exchange.failed
+        left = [s for s in self._sum.survivors if failed.get(s) not in LOST_AT_OPENING]
+        kind = LostSumError if len(left) < self.contract.threshold else RunError
+        return kind(
             f"the masked sum of {len(self._sum.survivors)} sites does not open: {why} "
             f"({self._exchange.reasons()}).", code=code,
         )

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
@@ -163,8 +163,8 @@ class Place:
     def with_roster(self, draft: Contract, *, masked: bool) -> Contract:
         """The contract with the keys of the admitted sites that it names, and without the others.
 
-        masked: with secure aggregation, if the draft does not say otherwise. UsageError if no site
-        of the draft is admitted, ContractError if what is left is no contract.
+        masked: with secure aggregation, where it can be had and the draft does not have it yet.
+        UsageError if no site of the draft is admitted, ContractError if no contract is left.
         """
         admitted = {request.site: request.public_key for request in self.roster()}
         sites = [
@@ -177,12 +177,13 @@ class Place:
                 f"No site of the contract is in the roster. The contract names {named}; the roster "
                 f"has {', '.join(admitted) or 'nobody'}."
             )
-        changes: dict[str, Any] = {"sites": sites, "quorum": min(draft.quorum, len(sites))}
-        if masked and draft.secure_aggregation is None:
-            threshold = default_threshold(len(sites))
-            changes["secure_aggregation"] = {"threshold": threshold}
-            changes["quorum"] = max(changes["quorum"], threshold)
-        return draft.changed(**changes)
+        found: Contract = draft.changed(sites=sites, quorum=min(draft.quorum, len(sites)))
+        if not masked or found.secure_aggregation is not None or not found.can_be_masked:
+            return found
+        threshold = default_threshold(len(sites))
+        return found.changed(
+            secure_aggregation={"threshold": threshold}, quorum=max(found.quorum, threshold)
+        )
 
     def write_contract(self, contract: Contract) -> Path:
         """contracts/<name>.json, which every site gets. UsageError if another has the name."""

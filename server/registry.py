@@ -169,16 +169,23 @@ class Registry:
                 found.sealed.setdefault(who[0], {})[who[1]] = data
         return found
 
-    def keep_survivors(self, number: int, agreement: str, sites: Collection[str]) -> None:
-        """Note whose masked updates a round's sum is of: the sites open it for no others."""
-        facts = {"round": number, "agreement": agreement, "survivors": sorted(sites)}
+    def keep_survivors(self, number: int, adapter: str, sites: Collection[str]) -> None:
+        """Note whose masked updates a round's sum is of: the sites open none of others that began
+        with the same adapter, be it in this round or in a later one.
+
+        adapter: its digest (common/adapter.py).
+        """
+        facts = {"round": number, "adapter": adapter, "survivors": sorted(sites)}
         write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())
 
-    def survivors(self, number: int, agreement: str) -> set[str] | None:
-        """The sites noted for this round under this agreement; None if there is no such note."""
+    def forget_survivors(self) -> None:
+        (self.folder / SURVIVORS).unlink(missing_ok=True)
+
+    def survivors(self, adapter: str) -> set[str] | None:
+        """The sites noted for the last sum, if it began with this adapter; None otherwise."""
         try:
             facts = json.loads((self.folder / SURVIVORS).read_text(encoding="utf-8"))
-            if (facts["round"], facts["agreement"]) == (number, agreement):
+            if facts["adapter"] == adapter:
                 return set(facts["survivors"])
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -14,6 +14,7 @@ from silotune.common.messages import Blobs, Endorsement, Keys, Message, Refusal,
 Reply = bytes | str
 SILENT = "E402"
 BROKEN = "E500"
+NO_REPLY = (SILENT, BROKEN)
 
 Result = TypeVar("Result")
 # Yields what to ask which site, is sent what came back, returns a result.
@@ -75,7 +76,7 @@ class Exchange:
             for site, wire in requests.items():
                 self._read(site, len(wire), came.get(site, SILENT), kind, found)
             requests = {
-                s: wire for s, wire in requests.items() if self.failed.get(s) in (SILENT, BROKEN)
+                s: wire for s, wire in requests.items() if self.failed.get(s) in NO_REPLY
             }
             if len(found) >= enough or not requests:
                 break

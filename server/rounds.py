@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from silotune.common import messages
+from silotune.common import adapter, messages
 from silotune.common.architecture import Lora
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
@@ -33,11 +33,11 @@ from silotune.server import aggregate, factors, replies, robust
 from silotune.server.acceptance import Acceptance, Evaluate
 from silotune.server.gate import Gate
 from silotune.server.iterate import Iterate
-from silotune.server.masking import MaskedRound, Masking
+from silotune.server.masking import CHARGED, OTHER_SITES, LostSumError, MaskedRound, Masking
 from silotune.server.registry import Registry
 
 T = TypeVar("T")
-LOST, ATTEMPTS = "E204", 3
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Run:
             Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
         self._masked: MaskedRound | None = None
+        self._needed: set[str] = set()  # whose masked updates must all be in the round's sum
+        self._gave_up = False  # the round before
         self._scores: list[float] = []  # of the last phase, higher is better
         registry.event("run", run=run_id, contract=contract.hash, rounds=contract.rounds)
 
@@ -126,52 +128,141 @@ class Run:
         return header.site
 
     def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
-        """One round with these sites, to be driven by who can reach them (replies.Stages)."""
+        """One round with these sites, to be driven by who can reach them (replies.Stages).
+
+        A masked round that can never be opened, because sites were charged and their updates or
+        secrets are lost, is given up: its charges stand, and the run goes on with the next round.
+        """
         self.begin()
+        if self.masking is None:
+            yield from self._train(sites)
+            return self.finish()
+        note = self.registry.survivors(adapter.digest(self.iterate.asked()))
+        self._needed = note or set()
+        self._check_needed(sites)
         yield from self._train(sites)
-        if self.masking is not None and self.masking.dead and not self._open:
-            yield from self._train(sites)  # under new keys; nobody was charged under the old ones
-        mean = None
-        if self._masked is not None and len(self._open) >= self.contract.quorum:
-            assert self.masking is not None
-            self.registry.keep_survivors(self.number, self.masking.transcript, self._open)
-            mean = yield from self._or_stop(self._masked.open())
+        if not self._enough(self._open) and self._enough(
+            uncharged := self._uncharged(sites, self.masking)
+        ):
+            # Under new keys, without those whose charge for this round was under the old ones.
+            for site in list(self._open):
+                self.fail(site, CHARGED)
+            self._open.clear()
+            yield from self._train(uncharged)
+        if not self._enough(self._open):
+            if self._is_lost(self.masking):
+                return self._give_up(f"updates were charged and lost ({self.exchange.reasons()})")
+            raise self._too_few()
+        assert self._masked is not None
+        begun_with = adapter.digest(self.iterate.asked())
+        self.registry.keep_survivors(self.number, begun_with, self._open)
+        try:
+            mean = yield from self._masked.open()
+        except LostSumError as error:
+            return self._give_up(str(error).removesuffix("."))
+        except RunError as error:
+            raise self._stopped(str(error), error.code) from None
         return self.finish(mean)
+
+    def _check_needed(self, sites: Collection[str]) -> None:
+        """RunError unless all that must be in the round's sum are among these."""
+        if missing := self._needed - set(sites):
+            raise self._stopped(
+                f"{', '.join(sorted(missing))} must take part, for sites may have given shares for "
+                "a sum with them from this adapter, and then give none for another set (E220). "
+                "Resume the run when all are connected; with --skip-round it goes on without them "
+                "if no site has given a share yet.", "E402",
+            )
+
+    def _too_few(self) -> RunError:
+        why = (
+            f"{len(self._open)} of {len(self.contract.sites)} sites counted "
+            f"({self.exchange.reasons()}), the quorum is {self.contract.quorum}."
+        )
+        if missing := self._needed - set(self._open):
+            why += (
+                f" {', '.join(sorted(missing))} must be among them: sites may have given shares "
+                "for a sum with them from this adapter, and then give none for another set (E220)."
+            )
+        return self._stopped(why, "E402")
+
+    def _enough(self, sites: Collection[str]) -> bool:
+        """Whether a sum of these sites counts."""
+        return len(sites) >= self.contract.quorum and self._needed <= set(sites)
+
+    def _uncharged(self, sites: Collection[str], masking: Masking) -> list[str]:
+        """The sites that were not charged under this agreement and can take part under another one:
+        they have no secrets of it, are new, or refuse a sum of its members."""
+        failed = self.exchange.failed
+        return [
+            site for site in sites if failed.get(site) != CHARGED and (
+                site in masking.lost or site not in masking.members
+                or failed.get(site) == OTHER_SITES
+            )
+        ]
+
+    def _is_lost(self, masking: Masking) -> bool:
+        """Whether no later try of this round can bring enough updates together: under these keys
+        sites that have lost their secrets or were charged are missing for good, under other keys
+        all that were charged."""
+        charged = {site for site, code in self.exchange.failed.items() if code == CHARGED}
+        same_keys = set(masking.members) - masking.lost
+        other_keys = set(self.contract.weights()) - set(self._open) - charged
+        return not self._enough(same_keys) and not self._enough(other_keys)
+
+    def _give_up(self, why: str) -> RoundFacts:
+        """Go on without the open round. RunError if the round before it was given up, too: whoever
+        loses every round would have the run spend all its ε on nothing."""
+        if self._gave_up:
+            raise self._stopped(
+                f"this round and the one before it are lost: {why}. Find out why sites fail after "
+                "they were charged; resumed, the run goes on without this round.", "E402",
+            )
+        self._gave_up = True
+        return self._leave_out(why)
 
     def _train(self, sites: Collection[str]) -> replies.Stages[None]:
         """Agree on keys where that is needed, and have the sites train."""
         asked = list(sites)
         if self.masking is not None:
-            if (yield from self._or_stop(self.masking.agree(sites, self.number))):
+            agreeing = self.masking.agree(sites, self.number, self._needed)
+            if (yield from self._or_stop(agreeing)):
                 self.registry.keep_agreement(self.masking.agreed())
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
             self._digests = {}  # of the agreement before
-            # A server before this one may have told the sites whose sum it wants.
-            told = self.registry.survivors(self.number, self.masking.transcript)
+            self._check_needed(self.masking.members)
             asked = [site for site in sites if site in self.masking.members
-                     and (told is None or site in told)]
+                     and (not self._needed or site in self._needed)]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
                 self.contract, self.masking.agreement, self.number, self.iterate.sent_shapes,
                 self.digest(), self.exchange,
             )
+            yield from self._ask(asked, 1)
+            silent = [s for s in asked if self.exchange.failed.get(s) in replies.NO_REPLY]
+            if silent and not self._enough(self._open):
+                # The same bytes again cost nothing; a site says so if it was charged and lost them.
+                yield from self._ask(silent, 1)
+            return
         for attempt in range(1, ATTEMPTS + 1):
-            wires = {site: self.request(site, attempt) for site in asked}
-            came = yield wires
-            for site, wire in wires.items():
-                self.accept(site, len(wire), came.get(site, replies.SILENT), attempt)
+            yield from self._ask(asked, attempt)
             asked = self._lost()
             if not asked:
                 break
 
+    def _ask(self, sites: Collection[str], attempt: int) -> replies.Stages[None]:
+        """Have these sites train, and take what they reply."""
+        wires = {site: self.request(site, attempt) for site in sites}
+        came = yield wires
+        for site, wire in wires.items():
+            self.accept(site, len(wire), came.get(site, replies.SILENT), attempt)
+
     def _lost(self) -> list[str]:
         """Sites that lost a charged reply in a crash and are needed for the quorum: another attempt
-        is a new charge, which they pay or refuse. Masks fit the first request alone."""
+        is a new charge, which they pay or refuse. Only without masks."""
         missing = self.contract.quorum - len(self._open)
-        lost = sorted(site for site, code in self.exchange.failed.items() if code == LOST)
-        if self.masking is not None or not 0 < missing <= len(lost):
-            return []
-        return lost[:missing]
+        lost = sorted(site for site, code in self.exchange.failed.items() if code == CHARGED)
+        return lost[:missing] if 0 < missing <= len(lost) else []
 
     def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
         try:
@@ -182,7 +273,7 @@ class Run:
     def begin(self) -> None:
         """Open the round: its clock starts, no site has answered."""
         self._open, self._epsilon, self._metrics, self._masked = {}, {}, {}, None
-        self._digests = {}
+        self._digests, self._needed = {}, set()
         self.exchange.begin()
         self._began = time.perf_counter()
 
@@ -264,10 +355,7 @@ class Run:
         mean: of masked updates and their metrics.
         """
         if len(self._open) < self.contract.quorum:
-            raise self._stopped(
-                f"{len(self._open)} of {len(self.contract.sites)} sites counted "
-                f"({self.exchange.reasons()}), the quorum is {self.contract.quorum}.", "E402",
-            )
+            raise self._too_few()
         residual = None
         if mean is None:
             weights = self.contract.weights()
@@ -301,6 +389,7 @@ class Run:
             time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm, residual,
             declined,
         )
+        self._gave_up = False
         if declined is not None:
             self.registry.event("declined", round=self.number, why=declined)
         self._commit(facts)
@@ -368,11 +457,20 @@ class Run:
         return found.number
 
     def skip(self) -> RoundFacts:
-        """Go on without the next round: its updates are lost, what they cost stays spent."""
+        """Go on without the next round, because the operator says so. Whose sum it was to be is
+        forgotten: if sites have given shares for it, they refuse another set by themselves."""
         self.begin()
-        facts = RoundFacts(self.number, (), dict.fromkeys(self.contract.weights(), "E402"), {}, 0,
-                           0, 0.0)
-        self.registry.event("skipped", round=self.number)
+        self.registry.forget_survivors()
+        self.exchange.failed = dict.fromkeys(self.contract.weights(), "E402")
+        return self._leave_out("the operator left it out")
+
+    def _leave_out(self, why: str) -> RoundFacts:
+        """Commit the open round without an update; what it cost its sites stays spent."""
+        facts = RoundFacts(
+            self.number, (), dict(self.exchange.failed), dict(self._epsilon),
+            self.exchange.bytes_up, self.exchange.bytes_down, time.perf_counter() - self._began,
+        )
+        self.registry.event("skipped", round=self.number, why=why)
         self._commit(facts)
         return facts
 

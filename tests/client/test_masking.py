@@ -21,7 +21,16 @@ from silotune.client.worker import Worker
 from silotune.common import messages, ring, vector
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, RefusalError, RunError
-from silotune.common.messages import Agree, Masked, Message, Refusal, Train
+from silotune.common.messages import (
+    Agree,
+    Endorse,
+    Masked,
+    Message,
+    Refusal,
+    Reveal,
+    Share,
+    Train,
+)
 from silotune.common.messages import Keys as PublicKeys
 from silotune.common.model import build
 from silotune.server.registry import Registry
@@ -47,6 +56,7 @@ class Federation:
         }
         self.ledgers = {s: Ledger.in_memory(s, self.keys[s]) for s in sites}
         self.workers: dict[str, Worker] = {}
+        self.permits: dict[str, Any] = {}
         for site in sites:
             self.restart(site)
 
@@ -57,6 +67,8 @@ class Federation:
 
     def restart(self, site: str) -> None:
         policy = permitting(self.contract, site, self.files[site], None)
+        permits = policy.permits.model_copy(update=self.permits)
+        policy = policy.model_copy(update={"permits": permits})
         self.workers[site] = Worker(
             policy, self.contract, self.ledgers[site], insecure_seed=1
         )
@@ -439,12 +451,11 @@ def test_the_same_request_gets_the_same_masked_bytes_and_one_charge(
     assert len(federation.ledgers["north"].charges) == 1
 
 
-def test_another_attempt_at_a_round_needs_another_agreement(federation: Federation) -> None:
-    """Two vectors under one mask would give away their difference."""
+def test_another_attempt_at_a_round_is_refused_and_not_charged(federation: Federation) -> None:
     wire = first_requests(federation, federation.run())["north"]
     north = federation.workers["north"]
     north.handle(wire)
-    assert refusal(north, altered(wire, attempt=2)) == "E504"
+    assert refusal(north, altered(wire, attempt=2)) == "E204"
     assert len(federation.ledgers["north"].charges) == 1
 
 
@@ -521,6 +532,29 @@ def test_asking_for_keys_again_and_again_takes_no_more_memory(federation: Federa
     assert ask(1).blobs != first.blobs  # forgotten, so new ones: never the same keys twice
     beyond = Agree(contract=federation.contract.hash, run="run-1", round=4, attempt=1)
     assert refusal(north, messages.pack(Message(beyond))) == "E202"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no agreement", "another agreement"])
+def test_every_stage_of_an_unknown_agreement_is_refused(
+    federation: Federation, known: bool
+) -> None:
+    """A site that was started again has no secrets, and says so by a code of its own."""
+    wire = first_requests(federation, federation.run())["north"]
+    federation.workers["north"].handle(wire)
+    if not known:
+        federation.restart("north")
+    north, contract = federation.workers["north"], federation.contract.hash
+    survivors = tuple(sorted(SITES))
+    other = "0" * 64
+    for header in (
+        Share(contract=contract, run="run-1", round=1, attempt=10**6),
+        Share(contract=contract, run="run-2", round=1, attempt=1),
+        Endorse(contract=contract, agreement=other, round=1, survivors=survivors),
+        Reveal(contract=contract, agreement=other, round=1, survivors=survivors),
+    ):
+        assert refusal(north, messages.pack(Message(header))) == "E506", header
+    assert refusal(north, altered(wire, agreement=other, round=2)) == "E506"
+    assert not federation.ledgers["north"].settled
 
 
 # What a contract and a policy may say

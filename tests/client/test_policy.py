@@ -437,3 +437,93 @@ def test_a_signed_policy_that_means_nothing_is_not_adopted(
 def test_the_signature_is_the_sites_alone_to_read(home: Home) -> None:
     home.sign()
     assert home.signature.stat().st_mode & 0o777 == 0o600
+
+
+# Masks, wherever they can be had
+
+
+def of_sites(contract: Contract, sites: int, **changes: Any) -> Contract:
+    """The contract with so many sites, whose keys are made up."""
+    names = ("north", "south", "east", "west", "centre")[:sites]
+    return contract.changed(
+        sites=[{"name": n, "public_key": str(at) * 64} for at, n in enumerate(names)],
+        quorum=sites, **changes,
+    )
+
+
+ROBUST = {"robust": {"rule": "median"}}
+MASKED: dict[str, Any] = {"secure_aggregation": {}}
+
+
+@pytest.mark.parametrize(("sites", "changes", "refused_by"), [
+    (2, {}, ["true"]),
+    (3, {}, ["true", "auto"]),
+    (5, {}, ["true", "auto"]),
+    (3, {"aggregation": ROBUST}, ["true"]),
+    (3, MASKED, []),
+    (5, MASKED, []),
+])
+def test_a_contract_without_masks_is_refused_where_it_could_have_them(
+    policy: Policy, table_contract: Contract, sites: int, changes: dict[str, Any],
+    refused_by: list[str],
+) -> None:
+    contract = of_sites(table_contract, sites, **changes)
+    for word, value in (("true", True), ("auto", "auto"), ("false", False)):
+        found = permitted(policy, contract, masked_only=value).refusals(contract)
+        assert [r.code for r in found] == (["E205"] if word in refused_by else []), word
+        assert all("has no [secure_aggregation]" in str(r) for r in found)
+
+
+@pytest.mark.parametrize("method", ["flexlora", "fedex"])
+def test_a_method_that_needs_each_update_by_itself_goes_without_masks(
+    lora_contract: Contract, method: str
+) -> None:
+    contract = of_sites(lora_contract, 3, aggregation={"method": method, "momentum": 0.0})
+    assert not contract.can_be_masked
+    assert of_sites(lora_contract, 3).can_be_masked
+
+
+def test_masks_are_asked_for_where_they_can_be_had_unless_the_owner_says_otherwise(
+    tmp_path: Path, table_contract: Contract
+) -> None:
+    contract = of_sites(table_contract, 3)
+    text = TEXT.replace('key = ["patient"]', "").replace("a" * 64, contract.hash)
+    default = policies.load(written(tmp_path / "site.toml", text))
+    assert default.permits.masked_only == "auto"
+    (found,) = default.refusals(contract)
+    # Both ways out that the sentence names.
+    assert "without --unmasked" in str(found)
+    assert "set permits.masked_only = false and sign" in str(found)
+    other = text.replace("min_records = 3", "min_records = 3\nmasked_only = false")
+    assert policies.load(written(tmp_path / "other.toml", other)).refusals(contract) == []
+    masked = contract.changed(**MASKED)
+    text = text.replace(contract.hash, masked.hash)
+    assert policies.load(written(tmp_path / "masked.toml", text)).refusals(masked) == []
+
+
+@pytest.mark.parametrize("value", ['"sometimes"', "1", "0", '"true"', '"Auto"', "1.0", "[]"])
+def test_another_word_about_masks_is_refused_with_those_that_may_stand(
+    tmp_path: Path, value: str
+) -> None:
+    text = TEXT.replace("min_records = 3", f"masked_only = {value}")
+    with pytest.raises(ContractError) as error:
+        policies.load(written(tmp_path / "site.toml", text))
+    (problem,) = error.value.problems
+    assert problem.startswith('permits.masked_only must be true, false or "auto" (site.toml:')
+
+
+@pytest.mark.parametrize(("value", "allowed"), [
+    ("0", True), ("20", True), ("1000000", True), ("-1", False), ("1000001", False),
+    ("1.5", False), ("true", False), ('"auto"', False),
+])
+def test_how_often_the_set_of_sites_may_change_is_a_whole_number(
+    tmp_path: Path, value: str, allowed: bool
+) -> None:
+    path = written(tmp_path / "site.toml", TEXT.replace(
+        "min_records = 3", f"set_changes = {value}"
+    ))
+    if allowed:
+        assert policies.load(path).permits.set_changes == int(value)
+    else:
+        with pytest.raises(ContractError, match=r"permits\.set_changes"):
+            policies.load(path)

@@ -22,7 +22,18 @@ from silotune.common.errors import (
     RefusalError,
     SilotuneError,
 )
-from silotune.common.messages import Arrays, Description, Refusal, Update
+from silotune.common.messages import (
+    Arrays,
+    Description,
+    Endorsement,
+    Keys,
+    Masked,
+    Refusal,
+    Revealed,
+    Shares,
+    Update,
+)
+from silotune.common.plan import Metric
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "head.weight": (2, 6), "head.bias": (2,), "layer.lora_A": (2, 4), "layer.lora_B": (4, 2),
@@ -89,7 +100,7 @@ def test_another_contracts_charge_pays_for_nothing(
 
 
 def test_a_reply_without_privacy_is_not_paid_by_a_private_charge(contract: Contract) -> None:
-    without = contract.changed(privacy={"mode": "none"})
+    without = contract.changed(privacy={"mode": "none", "epsilon": 0.5})
     free = charged(without, noise_multiplier=0.0)
     assert isinstance(messages.unpack(update(without, free, epsilon=None)).header, Update)
     assert "not what was charged" in refused(without, charged(without), epsilon=None)
@@ -123,13 +134,19 @@ def test_other_metrics_than_the_contracts_do_not_leave(
     assert "not the contract's" in refused(contract, metrics=metrics)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.1e6, -1.1e6, 1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6 + 0.5, -1.1e6, 1e300])
 def test_a_metric_that_is_not_finite_or_too_large_does_not_leave(
     contract: Contract, value: float
 ) -> None:
     sentence = refused(contract, metrics={"loss": value})
     assert "not finite or too large" in sentence
     assert str(value) not in sentence
+
+
+def test_the_largest_metric_and_the_largest_norm_may_leave(contract: Contract) -> None:
+    largest = {**change(), "head.weight": np.zeros((2, 6), np.float32)}
+    largest["head.weight"][0, 0] = 1e6
+    assert update(contract, change=largest, metrics={"loss": -1e6})
 
 
 TAMPERED: dict[str, Callable[[Arrays], Arrays]] = {
@@ -256,3 +273,119 @@ def test_what_only_the_owner_may_see_is_not_logged(
         release.refusal(contract, "north", DataError("A row is wrong.", local=SECRET))
     assert "A row is wrong." in caplog.text
     assert SECRET not in caplog.text
+
+
+# Masks
+
+
+def masking(contract: Contract) -> Contract:
+    return contract.changed(
+        sites=[{"name": name, "public_key": str(place) * 64}
+               for place, name in enumerate(("north", "south", "east"))],
+        quorum=3, secure_aggregation={"threshold": 3, "bound": 4.0},
+    )
+
+
+def packed(entries: int) -> Callable[[Arrays, dict[Metric, float]], bytes]:
+    """A mask that gives so many entries, whatever it is asked to mask."""
+    return lambda change, metrics: bytes(3 * entries)
+
+
+ENTRIES = 2 * 6 + 2 + 1  # head.weight, head.bias, one metric
+
+
+def test_no_update_leaves_unmasked_under_a_contract_with_masks(contract: Contract) -> None:
+    assert "otherwise about masks" in refused(masking(contract))
+    assert "otherwise about masks" in refused(masking(contract), mask=None, agreement="0" * 64)
+
+
+def test_no_update_leaves_masked_under_a_contract_without_masks(contract: Contract) -> None:
+    def called(*_: object) -> bytes:
+        raise AssertionError("it was masked")
+
+    assert "otherwise about masks" in refused(contract, mask=called, agreement="0" * 64)
+
+
+def test_a_masked_update_is_one_blob_of_three_bytes_an_entry_and_no_array(
+    contract: Contract
+) -> None:
+    contract = masking(contract)
+    seen: list[Arrays] = []
+
+    def mask(found: Arrays, metrics: dict[Metric, float]) -> bytes:
+        seen.append(found)
+        assert metrics == {"loss": 0.5}
+        return bytes(range(3 * ENTRIES))
+
+    message = messages.unpack(update(contract, mask=mask, agreement="a" * 64))
+    header = message.header
+    assert isinstance(header, Masked)
+    assert header.agreement == "a" * 64
+    assert (message.arrays, message.blobs) == ({}, {"masked": bytes(range(3 * ENTRIES))})
+    assert "metrics" not in header.model_dump()
+    assert {name: a.tolist() for name, a in seen[0].items()} == {
+        name: a.tolist() for name, a in change().items()
+    }
+    for entries in (0, ENTRIES - 1, ENTRIES + 1):
+        assert "another length" in refused(
+            contract, mask=packed(entries), agreement="a" * 64
+        )
+
+
+@pytest.mark.parametrize("how", sorted(set(TAMPERED) - {"NaN", "inf", "huge", "long in norm"}))
+def test_other_tensors_than_the_trained_ones_do_not_leave_masked(
+    contract: Contract, how: str
+) -> None:
+    contract = masking(contract)
+    with pytest.raises((ProtocolError, TypeError)):
+        update(contract, change=TAMPERED[how](change()), mask=packed(ENTRIES),
+               agreement="a" * 64)
+
+
+@pytest.mark.parametrize(("value", "held"), [
+    (np.nan, 0.0), (np.inf, 4.0), (-np.inf, -4.0), (4.0, 4.0), (4.001, 4.0), (-1e30, -4.0),
+])
+def test_what_is_masked_is_held_to_the_bound_and_the_number_of_entries_is_logged(
+    contract: Contract, value: float, held: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Arrays] = []
+
+    def mask(found: Arrays, _: dict[Metric, float]) -> bytes:
+        seen.append(found)
+        return bytes(3 * ENTRIES)
+
+    spoilt = {**change(), "head.bias": np.array([1.0, value], np.float32)}
+    with caplog.at_level(logging.WARNING):
+        assert update(masking(contract), change=spoilt, mask=mask, agreement="a" * 64)
+    assert seen[0]["head.bias"].tolist() == [1.0, held]
+    assert ("1 entries of the update were beyond" in caplog.text) == (value != held)
+    assert ("were beyond" in caplog.text) == (value != held)
+
+
+STEPS: list[type[Any]] = [Keys, Shares, Endorsement, Revealed]
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_of_secure_aggregation_leaves_for_sites_of_the_roster_only(
+    contract: Contract, kind: type[Any]
+) -> None:
+    contract = masking(contract)
+    for blobs in ({}, {"north": b"n"}, {"north": b"n", "south": b"s", "east": b"e"}):
+        message = messages.unpack(release.step(contract, "north", kind, blobs))
+        assert (message.header, message.blobs) == (
+            kind(contract=contract.hash, site="north"), blobs
+        )
+        assert not message.arrays
+    for blobs in ({SECRET: b"x"}, {"north": b"n", "west": b"w"}):
+        with pytest.raises(ProtocolError, match="not one of secure aggregation") as caught:
+            release.step(contract, "north", kind, blobs)
+        assert caught.value.code == "E502"
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_no_step_of_secure_aggregation_leaves_under_a_contract_without_it(
+    contract: Contract, kind: type[Any]
+) -> None:
+    for blobs in ({}, {"north": b"n"}, {SECRET: b"x"}):
+        with pytest.raises(ProtocolError, match="not one of secure aggregation"):
+            release.step(contract, "north", kind, blobs)

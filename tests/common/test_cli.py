@@ -18,6 +18,7 @@ import pytest
 from silotune.common import cli
 from silotune.common import contract as contracts
 from silotune.common.errors import CODES, DataError, RunError, SilotuneError
+from tests.conftest import TABLE_CONTRACT
 
 ROOT = Path(__file__).parents[2]
 HEART = ROOT / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
@@ -262,12 +263,16 @@ def test_show_says_when_there_is_no_privacy(run: Callable[..., Ran], tmp_path: P
 
 def test_validate(run: Callable[..., Ran]) -> None:
     heart = contracts.load(HEART)
+    unmasked = (
+        "there is no [secure_aggregation]: sites refuse this contract unless their site.toml has "
+        "permits.masked_only = false. `silotune server contract` adds it."
+    )
     assert run("contract", "validate", HEART) == (
-        0, f"✓ contract.toml is valid  {heart.hash}\n", ""
+        0, f"✓ contract.toml is valid  {heart.hash}\n! {unmasked}\n", ""
     )
     code, out, _ = run("contract", "validate", HEART, "--json")
     assert (code, json.loads(out)) == (
-        0, {"valid": True, "sha256": heart.hash, "warnings": []}
+        0, {"valid": True, "sha256": heart.hash, "warnings": [unmasked]}
     )
 
 
@@ -289,3 +294,52 @@ def test_a_bad_contract_is_told_in_full(
                  "bad.toml:"):
         assert part in told
     assert len(rest) == 2
+
+
+def three_sites(tmp_path: Path, sites: int, quorum: int, *lines: str) -> Path:
+    text = TABLE_CONTRACT[: TABLE_CONTRACT.index("[[sites]]")]
+    text = text.replace("quorum = 2", f"quorum = {quorum}") + "\n".join(lines) + "\n"
+    for at in range(sites):
+        text += f'[[sites]]\nname = "site-{at}"\npublic_key = "{at}{"0" * 63}"\n'
+    path = tmp_path / f"{sites}-{quorum}-{len(lines)}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_validate_says_that_one_missing_site_stops_a_masked_run_and_how_to_prevent_it(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    code, out, _ = run("contract", "validate", three_sites(tmp_path, 3, 3, "[secure_aggregation]"))
+    assert (code, out.splitlines()[1:]) == (0, [
+        "! all 3 sites must answer in every round: one missing site stops the run. With quorum = 2 "
+        "and secure_aggregation.threshold = 2 one may be missing; the server then sees sums of 2 "
+        "sites."
+    ])
+    followed = three_sites(tmp_path, 3, 2, "[secure_aggregation]", "threshold = 2")
+    code, out, _ = run("contract", "validate", followed)
+    assert (code, len(out.splitlines())) == (0, 1)
+    colluding = three_sites(tmp_path, 3, 3, "[secure_aggregation]", "colluders = 1")
+    assert run("contract", "validate", colluding)[1].splitlines()[1:] == [
+        "! all 3 sites must answer in every round: one missing site stops the run."
+    ]
+    four = three_sites(tmp_path, 4, 3, "[secure_aggregation]")
+    assert len(run("contract", "validate", four)[1].splitlines()) == 1
+
+
+@pytest.mark.parametrize(("sites", "words"), [
+    (2, ""),
+    (3, "adds it; then all 3 sites must answer in every round: one missing site stops the run."),
+    (4, "`silotune server contract` adds it."),
+])
+def test_validate_says_that_sites_refuse_a_contract_that_could_have_masks(
+    run: Callable[..., Ran], tmp_path: Path, sites: int, words: str
+) -> None:
+    code, out, _ = run("contract", "validate", three_sites(tmp_path, sites, 2))
+    said = out.splitlines()[1:]
+    assert code == 0
+    if words:
+        assert len(said) == 1
+        assert "permits.masked_only = false" in said[0]
+        assert said[0].endswith(words)
+    else:
+        assert not said

@@ -77,7 +77,7 @@ def test_a_drafted_delta_is_the_largest_power_of_ten_for_the_records(records: in
     assert delta * 10 * records <= 1
     assert delta == Decimal("1e-4") or delta * 10 * 10 * records > 1
     assert delta.normalize().as_tuple().digits == (1,)
-    assert found.warnings == []
+    assert found.delta_warnings == []
 
 
 @FUZZ
@@ -93,7 +93,7 @@ def test_a_delta_that_protects_nobody_is_refused(records: int, log_delta: float)
     answers = TABLE | {"records": records, "delta": delta}
     product = Decimal(repr(delta)) * records
     if product < 1:
-        warnings = parse(draft.draft(Answers.model_validate(answers))).warnings
+        warnings = parse(draft.draft(Answers.model_validate(answers))).delta_warnings
         assert bool(warnings) == (product > Decimal("0.1"))
         if not warnings:
             return
@@ -106,23 +106,23 @@ def test_a_delta_that_protects_nobody_is_refused(records: int, log_delta: float)
             "clip_norm", "allow_large_delta = true\nclip_norm"
         )
         allowed = parse(text).changed(privacy={"delta": delta})
-        assert len(allowed.warnings) == 1
+        assert len(allowed.delta_warnings) == 1
     named = float(re.findall(r"Set delta to ([0-9.e-]+[0-9])", sentence)[0])
     followed = parse(draft.draft(Answers.model_validate(answers | {"delta": named})))
-    assert followed.warnings == []
+    assert followed.delta_warnings == []
 
 
 def test_a_sites_own_delta_counts_too() -> None:
     found = parse(draft.draft(Answers.model_validate(TABLE)))
     with pytest.raises(UsageError, match=r"delta = 0\.005 times expected_records = 500"):
         found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-3}])
-    assert found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-4}]).warnings
+    assert found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-4}]).delta_warnings
 
 
 def test_a_contract_without_privacy_has_no_delta_to_compare() -> None:
     found = parse(draft.draft(Answers.model_validate(TABLE)))
     plain = found.changed(privacy={"mode": "none", "expected_records": 1e6, "delta": 1e-4})
-    assert plain.warnings == []
+    assert plain.delta_warnings == []
 
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1,

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import PolicyBuilder, Store
 
+from silotune.client.policy import permitting
 from silotune.common import contract as contracts
 from silotune.common import join
 from silotune.common.contract import Contract
@@ -200,3 +201,47 @@ def test_nginx_knows_the_superlink_by_a_name_of_its_certificate(tmp_path: Path) 
     (made.folder / "server.crt").write_bytes(old.certificate)
     made.write_files()
     assert "proxy_ssl_name 192.0.2.7;" in (made.folder / "nginx.conf").read_text()
+
+
+def admitted(place: Place, *names: str) -> Place:
+    for name in names:
+        found = request(name)
+        place.admit(found, found.fingerprint)
+    return place
+
+
+def test_masks_are_added_where_they_can_be_had(place: Place, table_contract: Contract) -> None:
+    """By the sites that the contract names, not by those in the roster."""
+    admitted(place, "north", "south", "east", "west")
+    two = place.with_roster(draft(table_contract, "north", "south"), masked=True)
+    assert two.secure_aggregation is None
+    robust = draft(table_contract, "north", "south", "east", quorum=3, aggregation={
+        "robust": {"rule": "median"}
+    })
+    assert place.with_roster(robust, masked=True).secure_aggregation is None
+    four = place.with_roster(
+        draft(table_contract, "north", "south", "east", "west", quorum=2), masked=True
+    )
+    assert four.secure_aggregation is not None
+    assert (four.secure_aggregation.threshold, four.quorum) == (3, 3)
+    own = draft(table_contract, "north", "south", "east", quorum=3).model_dump(mode="json")
+    for site in own["sites"]:
+        site["public_key"] = "0" * 63 + str(len(site["name"]))
+    own["sites"][0]["public_key"] = "1" * 64
+    own["secure_aggregation"] = {"threshold": 2, "bound": 2.0}
+    kept = place.with_roster(Contract.model_validate(own), masked=True)
+    assert kept.secure_aggregation is not None
+    assert (kept.secure_aggregation.threshold, kept.secure_aggregation.bound) == (2, 2.0)
+
+
+def test_a_contract_that_the_server_made_is_permitted_by_a_site_that_asks_for_masks(
+    place: Place, table_contract: Contract, tmp_path: Path
+) -> None:
+    admitted(place, "north", "south", "east")
+    wanted = draft(table_contract, "north", "south", "east", quorum=3)
+    made = place.with_roster(wanted, masked=True)
+    for contract, codes in ((made, []), (wanted, ["E205"])):
+        policy = permitting(contract, "north", tmp_path / "rows.csv", None)
+        permits = policy.permits.model_copy(update={"masked_only": "auto"})
+        found = policy.model_copy(update={"permits": permits}).refusals(contract)
+        assert [refusal.code for refusal in found] == codes

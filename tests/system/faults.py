@@ -159,6 +159,40 @@ def killed_through(process: str) -> Callable[[Deployment], str]:
     return do
 
 
+def joined_while_away(d: Deployment) -> str:
+    """Three of four sites agree on keys, the server is killed before it has their masked updates,
+    the fourth comes, and the run is resumed twice. The round is that of the three, at one charge
+    each; the fourth joins at the next."""
+    d.use(deadline_seconds=45.0, phases=[
+        {"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}
+    ])
+    *three, fourth = d.members.values()
+    for service in (fourth.node, fourth.worker):
+        service.end(signal.SIGKILL)
+    three[0].stop_at("asked", 1)
+    name, run = d.begin()
+    wait_for(three[0].stopped, "the first request to train", 240)
+    assert kill(d, "ServerApp")
+    three[0].go_on()
+    wait_for(lambda: all(d.computed(name)[m.name] for m in three), "three updates", 120)
+    fourth.start()
+    d.wait_until_ready()
+    three[0].stop_at("asked", 1)
+    first_why, run = d.take_up(name, run)
+    wait_for(three[0].stopped, "the same request again", 240)
+    assert kill(d, "ServerApp")
+    three[0].go_on()
+    why, run = d.take_up(name, run)
+    seen = ended(d, name, run)
+    sites = [f["sites"] for f in d.registry(name).rounds()]
+    assert sites == [sorted(m.name for m in three), sorted(d.members)], sites
+    charged = {m.name: len([c for c in m.ledger().charges.values() if c.run == name])
+               for m in d.members.values()}
+    assert charged == {m.name: 2 for m in three} | {fourth.name: 1}, charged
+    return (f"stopped: {first_why} / {why}; 3 sites in round 1, 4 in round 2, no second charge; "
+            f"{seen}")
+
+
 def killed_while(process: str, moment: str) -> Callable[[Deployment], str]:
     """Just before the first round gets its name, or just after."""
     def do(d: Deployment) -> str:
@@ -684,6 +718,8 @@ def faults() -> list[Fault]:
         Fault(f"masked: kill -9 of {process}, {stage}", "masked", killed_at(process, stage, 1))
         for process in ("worker", "ServerApp") for stage in STAGES
     ]
+    found.append(Fault("masked: a site joins while the server is away", "masked",
+                       joined_while_away))
     own = [
         Fault("partition that heals", "own", partitioned), Fault("fuzzed inputs", "own", fuzzed),
     ]
