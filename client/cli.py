@@ -173,7 +173,10 @@ def join_(
 @KEY
 @JSON
 def sign(config: Path, key: Path | None, as_json: bool) -> None:
-    """Sign the policy as its owner; from now on the worker follows this version and no earlier one.
+    """Sign the policy as its owner; from now on runs begin under this version and no earlier one.
+
+    A worker that is running finishes the run it has begun, as far as this version permits it:
+    refusals and tighter limits hold at once. It takes part in another run after its next start.
 
     \b
     $ silotune site sign
@@ -201,7 +204,8 @@ def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool
         {"serial": signed.serial, "policy": signed.policy, "budgets": limits}, as_json,
         f"✓ {config} is policy number {signed.serial} of {policy.name}: "
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
-        "A worker that is running follows it when it is started again.\n"
+        "A worker that is running finishes the run it has begun, as far as this policy permits "
+        "it. For another run, start it again.\n"
         f"next:   silotune site check {contract} --config {config}",
     )
 

@@ -48,7 +48,9 @@ CODES: dict[str, str] = {
     "it. Restore the newest state/ and keys/head; `silotune privacy verify` checks them.",
     "E213": "The policy (site.toml) is not the one its owner signed last. `silotune site sign` "
     "signs a policy; each signature has a higher number, and an older one counts no more. A worker "
-    "and a run that began under an earlier one do not go on under another.",
+    "that was running when its owner signed finishes the run it has begun, as far as the new "
+    "policy permits it; for another run, or other records, start the worker again. A run does not "
+    "go on with another noise ([run] epsilon).",
     "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
     "E301": "A data file does not exist or cannot be read.",
     "E302": "A column the contract names is not in the data, a value lies outside the public "
