@@ -16,6 +16,7 @@ must be a user of its own.
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from silotune.common import children, monitor
 from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, RefusalError, UsageError
 from silotune.common.journal import Journal
+from silotune.common.lock import try_lock
 
 READY_SECONDS = 600.0
 LONGEST_PAUSE = 60.0
@@ -51,6 +53,7 @@ LAST_WORDS_SECONDS = 5.0
 # What a round has been charged is lost if it does not end: the server gets its reply later.
 DRAIN_SECONDS = 300.0
 BIN = Path(sys.executable).parent
+OF_ROOT = Path("/run")  # only root can write there
 HIGHEST_USER = 2**32 - 2  # 2^32 - 1 means "do not change it"
 PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -111,13 +114,43 @@ class Supervisor:
         self._voices: list[threading.Thread] = []
 
     def run(self) -> int:
+        """Keep both processes until told to stop; 0 then, 1 if the worker has ended.
+
+        Raises:
+            UsageError: E104 if another `site start` has this site's folder or its relay's user.
+            PeerError: if the worker does not become ready.
+        """
+        with self._alone():
+            return self._run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the site's folder and the relay's user: a second relay with the same node key would
+        be refused by the server, and the first of two with one user to end would kill the other.
+        """
+        folder, user = self.site.folder, self.users.relay
+        wanted = {folder: f"Another `silotune site start` runs on {folder}. Stop it first (Ctrl-C, "
+                          "or SIGTERM to it)."}
+        if user is not None:
+            wanted[_folder_of_root() / f"silotune-relay-user-{user}.lock"] = (
+                f"Another `silotune site start` has the relay user {user}, whose processes all end "
+                "with that site. Give this site a relay user of its own (--relay-user)."
+            )
+        with contextlib.ExitStack() as held:
+            for path, refusal in wanted.items():
+                descriptor = try_lock(path)
+                if descriptor is None:
+                    raise UsageError(refusal, code="E104")
+                held.callback(os.close, descriptor)
+            yield
+
+    def _run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         children.adopt_orphans()
         children.no_new_privileges()
         served = self._serve_metrics()
-        base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else None
-        self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=base))
+        self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=_folder_of_root()))
         try:
             self._make_relay_folder()
             worker = self._start_worker()
@@ -264,6 +297,13 @@ class Supervisor:
         self._voices = [voice for voice in self._voices if voice.is_alive()]
         self._voices.append(children.repeat_lines(process, repeat))
         return process
+
+
+def _folder_of_root() -> Path:
+    """Where this process makes what nobody else may put there; the folder for temporary files if
+    it is not root."""
+    use = os.geteuid() == 0 and OF_ROOT.is_dir()
+    return OF_ROOT if use else Path(tempfile.gettempdir())
 
 
 def _certificates(path: Path) -> bytes:

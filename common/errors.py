@@ -24,6 +24,9 @@ CODES: dict[str, str] = {
     "E102": "A configuration file is missing or is not TOML. Check the path and the syntax.",
     "E103": "A contract or a policy has keys or values that are not allowed. Every problem is "
     "listed with its line; nothing was run.",
+    "E104": "Another `silotune site start` runs on this site's folder, or with its relay's user. "
+    "Stop it first, or give each site a folder and a relay user of its own; the lock ends with the "
+    "process that holds it.",
     "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
     "with the site's: `silotune contract show FILE` prints the hash of each.",
     "E202": "The request is not in the contract's plan: a round that does not exist, or one that "
