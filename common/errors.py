@@ -80,10 +80,15 @@ CODES: dict[str, str] = {
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "
     "does not say what to do with them. The report lists all of them by row number.",
-    "E401": "The worker of this site does not answer on its socket. Start it with "
+    "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",
-    "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "
-    "released; what was computed stays counted.",
+    "E402": "A site did not answer within the contract's deadline; of a run: fewer sites answered "
+    "than the contract's quorum, so it stopped. No adapter was released; what was computed stays "
+    "counted.",
+    "E403": "A site was not connected, or had not answered, when the run began, so it takes part "
+    "in none of its rounds. Once it is connected, a run that is stopped and resumed has it again.",
+    "E404": "The connection to a site's relay was lost while it was asked. `silotune site start` at "
+    "the site starts the relay again by itself; its administrator looks at what it says.",
     "E501": "A message could not be read: it is not in Silotune's format.",
     "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
     "E503": "A message belongs to another contract, run, round or site than the one expected.",
@@ -100,6 +105,8 @@ CODES: dict[str, str] = {
     "E602": "Another server process is carrying out the run in this directory.",
     "E603": "The process that carried out a run was told to stop, or ended. What it had committed "
     "stands and sites keep what they answered: `silotune server resume RUN` goes on from there.",
+    "E604": "The disk of the server is full. The open round was given up; what was committed "
+    "stands and sites keep what they answered: free space, then `silotune server resume RUN`.",
 }
 
 

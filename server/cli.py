@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from silotune.common.journal import Journal
 
 if TYPE_CHECKING:
     from silotune.server.events import Events
+    from silotune.server.place import Place
 
 FOLDER = click.option(
     "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
@@ -225,7 +228,8 @@ def status(folder: Path, as_json: bool) -> None:
 
     found = [_standing(Place(folder).runs / name) for name in _runs(folder)]
     text = "\n".join(
-        f"{s['run']}   {s['round']}/{s['rounds']}   {s['state']}" for s in found
+        f"{s['run']}   {s['round']}/{s['rounds']}   {s['state']}{_without(s['absent'])}"
+        for s in found
     )
     emit({"runs": found}, as_json, text or "no run yet")
 
@@ -237,6 +241,7 @@ def _runs(folder: Path) -> list[str]:
 
 
 def _standing(folder: Path) -> dict[str, Any]:
+    from silotune.server.disk import no_room
     from silotune.server.events import Events, standing
     from silotune.server.registry import held
 
@@ -246,9 +251,11 @@ def _standing(folder: Path) -> dict[str, Any]:
     elif held(folder):
         state = "running"
     else:
-        state = f"stopped: {found.why or DIED}"
+        state = f"stopped: {found.why or no_room(folder) or DIED}"
+    if state == "running" and found.waiting:
+        state = _waiting(found.waiting)
     return {"run": folder.name, "round": max(found.committed, default=0), "rounds": found.planned,
-            "state": state}
+            "state": state, "absent": dict(found.absent)}
 
 
 def _carry_out(
@@ -274,19 +281,44 @@ def _carry_out(
     end = time.monotonic() + FIRST_SECONDS
     while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # it may just be starting
-    flwr(place, "run", app.resolve(), "silotune")
-    click.echo(f"run {name}")
+    more = [word for option, value in (("--model", model), ("--test", test)) if value
+            for word in (option, str(value))]
+    again = shlex.join(["silotune", "server", "resume", name, "--folder", str(folder), *more])
+    flower_run = ""
     try:
+        said = flwr(place, "run", app.resolve(), "silotune", "--format", "json")
+        flower_run = json.loads(said)["run-id"]
+        click.echo(f"run {name}")
         adapter = _follow(where, events, rounds, token)
+    except KeyboardInterrupt:
+        click.echo(_detached(place, name, flower_run, again), err=True)
+        sys.exit(130)
     except RunError as error:
         if (where / "contract.json").is_file():
-            more = "".join(f" --{option} {value}" for option, value in (
-                ("model", model), ("test", test)) if value)
             skip = " --skip-round   (the sites that are missing have lost their masks)" * (
                 LOST_MASKS in str(error))
-            click.echo(f"next:   silotune server resume {name} --folder {folder}{more}{skip}")
+            click.echo(f"next:   {again}{skip}")
         raise
     click.echo(f"adapter  {adapter}")
+
+
+def _detached(place: Place, name: str, flower_run: str, again: str) -> str:
+    """What Ctrl-C has not done, and how to do it. flower_run: Flower's number of the run, or ""."""
+    from silotune.server.service import BIN, environment
+
+    folder = str(place.folder)
+    watch = shlex.join(["silotune", "server", "status", "--folder", folder])
+    if not flower_run:
+        return f"Detached before the run {name} had a number; it may have begun: {watch}"
+    kept = environment(place)
+    words = [f"{key}={shlex.quote(kept[key])}" for key in ("FLWR_HOME", "FLWR_TELEMETRY_ENABLED")]
+    stop = shlex.join([str(BIN / "flwr"), "stop", flower_run, "silotune"])
+    return "\n".join([
+        f"Detached. The run {name} goes on: its sites train, and each round spends ε.",
+        f"watch:   {watch}",
+        f"stop:    {' '.join(words)} {stop}",
+        f"resume:  {again}   (once it is stopped; what it has committed is kept)",
+    ])
 
 
 def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
@@ -294,6 +326,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
 
     token: of the process that is to carry it out. Another one may be writing here, too.
     """
+    from silotune.server.disk import no_room
     from silotune.server.registry import held
 
     end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
@@ -313,10 +346,12 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
             if kind in ("stopped", "failed"):
                 raise RunError(event["why"], code=event["code"])
         if not ours and time.monotonic() > end:
-            raise RunError("Flower did not begin the run; see what the server says.")
+            raise no_room(where.parent) or RunError(
+                "Flower did not begin the run; see what the server says."
+            )
         alone = alone + 1 if ours and not held(where) else 0
         if alone > 2:  # what it said last has been read since
-            raise RunError(DIED, code="E603")
+            raise no_room(where) or RunError(DIED, code="E603")
         time.sleep(LOOK_SECONDS)
 
 
@@ -330,5 +365,20 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         click.echo(f"{event['round']:>3}/{rounds:<3} {len(event['sites'])} sites{shown}")
     elif kind == "rejected":
         click.echo(f"        {event['site']}: {event['code']}")
+    elif kind == "waiting":
+        click.echo(_waiting(event))
+    elif kind == "absent":
+        click.echo(f"        the run goes on{_without(event['sites'])}")
     elif kind in ("damaged", "declined", "skipped", "resumed"):
         click.echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")
+
+
+def _waiting(event: Mapping[str, Any]) -> str:
+    from silotune.server.arrivals import in_words
+
+    return f"waiting for {in_words(event)}, {event['seconds']} s of {event['of']}"
+
+
+def _without(absent: dict[str, str]) -> str:
+    """" without hungary (E201), switzerland (E403)", or nothing."""
+    return " without " * bool(absent) + ", ".join(f"{s} ({c})" for s, c in sorted(absent.items()))

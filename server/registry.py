@@ -31,6 +31,7 @@ from silotune.common.errors import RunError
 from silotune.common.lock import try_lock
 from silotune.common.messages import Arrays, Receipt
 from silotune.server import events
+from silotune.server.events import Standing
 from silotune.server.masking import Agreed
 
 LOCK_SECONDS = 1.0
@@ -228,6 +229,16 @@ def held(folder: Path) -> bool:
         return True
     os.close(found)
     return False
+
+
+def died(folder: Path, found: Standing) -> bool:
+    """Whether the process that carried out the run in this folder ended and did not say so.
+
+    found: what the run's events say.
+    """
+    if not found.planned or found.why or found.released:
+        return False
+    return not (folder / "adapter.safetensors").is_file() and not held(folder)
 
 
 def _try_lock(folder: Path) -> int | None:
