@@ -19,7 +19,7 @@ from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
 from silotune.common.cli import emit
-from silotune.common.errors import UsageError
+from silotune.common.errors import SilotuneError, UsageError
 from silotune.common.journal import Journal
 
 CONFIG = click.option(
@@ -338,6 +338,23 @@ def worker(
             os.close(ready_fd)
 
     wire.serve(answering.handle, listener, say)
+
+
+@site.command(hidden=True)
+@click.option("--server", "address", required=True)
+@click.option("--ca", required=True, type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path))
+def admission(address: str, ca: Path, key: Path) -> None:
+    """Say what the server says of a node key. `site start` runs this as the relay's user."""
+    from silotune.client import admission as admissions
+    from silotune.client.policy import Server
+
+    try:
+        found = admissions.check(Server(address=address, ca=ca), key)
+    except SilotuneError as error:
+        click.echo(error)
+    else:
+        click.echo(f"{found}; after an unclean end it takes a site back within a minute")
 
 
 @site.command()

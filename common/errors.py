@@ -87,8 +87,11 @@ CODES: dict[str, str] = {
     "counted.",
     "E403": "A site was not connected, or had not answered, when the run began, so it takes part "
     "in none of its rounds. Once it is connected, a run that is stopped and resumed has it again.",
-    "E404": "The connection to a site's relay was lost while it was asked. `silotune site start` at "
-    "the site starts the relay again by itself; its administrator looks at what it says.",
+    "E404": "The connection to a site's relay was lost while it was asked. `silotune site start` "
+    "there starts the relay again by itself; the site's administrator looks at what it says.",
+    "E405": "The server does not know the site's node key: the operator has not added the site, or "
+    "has not started the server again since, or the site has made new keys. The operator adds the "
+    "site's request file (`silotune server add`) and starts the server again.",
     "E501": "A message could not be read: it is not in Silotune's format.",
     "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
     "E503": "A message belongs to another contract, run, round or site than the one expected.",

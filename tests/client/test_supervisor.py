@@ -45,6 +45,8 @@ from pathlib import Path
 from silotune.client.metrics import FILE, Answered, Tally
 from silotune.common.journal import Journal
 said = sys.argv
+if said[2] == "admission":
+    sys.exit(print("what the server \x1bsays"))
 folder = Path(said[said.index("--config") + 1]).parent
 journal = Journal("worker", as_json="--log-json" in said)
 tally = Tally(folder / "state" / FILE)
@@ -197,6 +199,8 @@ def test_a_relay_that_ends_is_counted(start: Callable[..., Started]) -> None:
     for pid in processes(started):
         os.kill(pid, signal.SIGKILL)
     started.wait_for("restarting")
+    (again,) = [e["text"] for e in events(started) if e["event"] == "restarting"]
+    assert again == "the relay ended with -9; again in 1 s (what the server says)"
     end = time.monotonic() + 60
     url = f"http://127.0.0.1:{port}/metrics"
     while "relay_restarts_total 1.0" not in httpx.get(url, trust_env=False).text:
