@@ -18,7 +18,7 @@ import click
 from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import SilotuneError, UsageError
 from silotune.common.journal import Journal
 
@@ -109,7 +109,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
         f"✓ policy  {made.config}",
         f"✓ request {file}, for the operator: public parts only",
         f"fingerprint  {request.fingerprint}  (read it out to the operator)",
-        f"next:   edit {made.config}, then: silotune site sign --config {made.config}",
+        next_step("site", "sign", "--config", made.config, first=f"edit {made.config}, then: "),
     ]))
 
 
@@ -182,10 +182,10 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
     $ silotune site sign
     ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
-    _sign(config, key, "CONTRACT", as_json=as_json)
+    _sign(config, key, None, as_json=as_json)
 
 
-def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool) -> None:
+def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: bool) -> None:
     from silotune.client import policy as policies
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
@@ -206,7 +206,8 @@ def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
         "A worker that is running finishes the run it has begun, as far as this policy permits "
         "it. For another run, start it again.\n"
-        f"next:   silotune site check {contract} --config {config}",
+        + next_step("site", "check", contract or "CONTRACT", "--config", config,
+                    note="" if contract else "CONTRACT: the file that the operator sent"),
     )
 
 
@@ -227,10 +228,10 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     """
     _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
     if not as_json:
-        click.echo(
-            f"next:   silotune site start {contract} --config {config} (as root) "
-            "--worker-user … --relay-user …"
-        )
+        click.echo(next_step(
+            "site", "start", contract, "--config", config, "--worker-user", "USER",
+            "--relay-user", "OTHER", note="as root; two users of this machine, made for this",
+        ))
 
 
 @site.command()

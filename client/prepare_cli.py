@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     if not refused and found.rows:
         lines += [
             f"records   {file} (0600)",
-            f"next:   set file = \"{_from(site.folder, file)}\" in [data] of {config}, then: "
-            f"silotune site sign --config {config}",
+            next_step("site", "sign", "--config", config, first=f"set file = \""
+                      f"{_from(site.folder, file)}\" in [data] of {config}, then: "),
         ]
     emit(
         {"prepared": not refused, "read": prepared.read, "kept": found.rows,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
 
@@ -57,7 +57,7 @@ def init(
     $ silotune server init --host fl.example.org --folder federation
     ✓ CA and certificate for fl.example.org in federation (keys 0600; they stay here)
     CA fingerprint  91:0C…  (read it out to each site)
-    next:   send federation/ca.crt to the sites; then: silotune server add REQUEST
+    next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
     from silotune.common import fields
     from silotune.server import authority
@@ -72,8 +72,11 @@ def init(
     emit({"folder": str(folder), "ca_sha256": print_}, as_json, "\n".join([
         f"✓ CA and certificate for {host} in {folder} (keys 0600; they stay here)",
         f"CA fingerprint  {print_}  (read it out to each site)",
-        f"next:   send {folder / 'ca.crt'} to the sites, have their requests sent to you, and: "
-        f"silotune server add REQUEST --folder {folder}",
+        next_step(
+            "server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", "--folder", folder,
+            first=f"send {folder / 'ca.crt'} to the sites, have their requests sent to you, then: ",
+            note="once for each request, with the fingerprint that its site reads out",
+        ),
     ]))
 
 
@@ -97,7 +100,8 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
     emit({"site": found.site, "public_key": found.public_key}, as_json, "\n".join([
         f"✓ {found.site} is in the roster; for the contract:", entry,
-        f"next:   silotune server start --folder {folder}   (again, if it runs)",
+        next_step("server", "start", "--folder", folder,
+                  note="if it runs already: stop it first"),
     ]))
 
 
@@ -143,7 +147,8 @@ def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
              f"✓ {made.name} for {', '.join(names)}"
              + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
              f"  {made.masks}", f"sha256  {made.hash}",
-             f"next:   send {path} to the sites; then: silotune server start --folder {folder}",
+             next_step("server", "start", "--folder", folder,
+                       first=f"send {path} to the sites, then: "),
          ]))
 
 
@@ -283,7 +288,7 @@ def _carry_out(
         time.sleep(LOOK_SECONDS)  # it may just be starting
     more = [word for option, value in (("--model", model), ("--test", test)) if value
             for word in (option, str(value))]
-    again = shlex.join(["silotune", "server", "resume", name, "--folder", str(folder), *more])
+    again = ["server", "resume", name, "--folder", str(folder), *more]
     flower_run = ""
     try:
         said = flwr(place, "run", app.resolve(), "silotune", "--format", "json")
@@ -291,13 +296,15 @@ def _carry_out(
         click.echo(f"run {name}")
         adapter = _follow(where, events, rounds, token)
     except KeyboardInterrupt:
-        click.echo(_detached(place, name, flower_run, again), err=True)
+        click.echo(_detached(place, name, flower_run, shlex.join(["silotune", *again])), err=True)
         sys.exit(130)
     except RunError as error:
         if (where / "contract.json").is_file():
-            skip = " --skip-round   (the sites that are missing have lost their masks)" * (
-                LOST_MASKS in str(error))
-            click.echo(f"next:   {again}{skip}")
+            skip = LOST_MASKS in str(error)
+            click.echo(next_step(
+                *again, *["--skip-round"] * skip,
+                note="the sites that are missing have lost their masks" * skip,
+            ))
         raise
     click.echo(f"adapter  {adapter}")
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.common.architecture import OneHotModel
+from silotune.common.cli import next_step
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
 from silotune.server.rounds import RoundFacts
@@ -114,7 +115,7 @@ class Progress:
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        say("next:   silotune contract show " + result["recipe"])
+        say(next_step("contract", "show", folder), markup=False)
 
     def stop(self) -> None:
         """Give the terminal back, whatever happened."""

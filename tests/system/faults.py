@@ -450,6 +450,8 @@ def interrupted(d: Deployment) -> str:
     """Ctrl-C on `server run` ends no run. It says so, and each command that it prints does what it
     says, pasted into another terminal."""
     d.use(deadline_seconds=60.0)
+    # A shell has its background ignore the signal, and so does what is started there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     first(d).stop_at("asked", 2)
     name, run = d.begin()
     wait_for(first(d).stopped, "round 2", 60)
