@@ -253,7 +253,7 @@ def _standing(folder: Path) -> dict[str, Any]:
     found = standing(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
         state = "done"
-    elif held(folder):
+    elif not found.why and held(folder):
         state = "running"
     else:
         state = f"stopped: {found.why or no_room(folder) or DIED}"

@@ -149,6 +149,15 @@ def test_the_last_event_of_a_run_has_room_on_a_full_disk(
     assert not reserve.exists()
 
 
+def test_a_run_that_has_said_why_it_stopped_does_not_count_as_running(run: Registry) -> None:
+    """Its process may take a moment to end."""
+    run.event("run", rounds=3)
+    run.event("failed", code="E604", why="the disk is full")
+    assert cli._standing(run.folder)["state"] == "stopped: the disk is full"
+    run.event("run", rounds=3)
+    assert cli._standing(run.folder)["state"] == "running"
+
+
 def test_what_a_process_said_last_is_heard(run: Registry) -> None:
     run.close()
     assert follow(run, BEGUN, ("released", {"round": 3})).name == "adapter.safetensors"
