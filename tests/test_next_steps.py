@@ -243,6 +243,51 @@ CASES: dict[str, Callable[..., None]] = {
 }
 
 
+def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract, run: Silotune
+) -> None:
+    """The same with a real run, whose commands are pasted: tests/system/faults.py, `interrupted`."""
+    scene.server()
+    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "17"}')
+    interrupted = [True, False]
+
+    def follow(where: Path, *_: Any) -> Path:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "contract.json").write_text(table_contract.model_dump_json())
+        if interrupted.pop(0):
+            raise KeyboardInterrupt
+        return where / "adapter.safetensors"
+
+    monkeypatch.setattr(server_cli, "_follow", follow)
+    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
+    assert (code, err.splitlines()[0]) == (
+        130, "Detached. The run r goes on: its sites train, and each round spends ε."
+    )
+    said = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", err, re.M))
+    scene.says(*shlex.split(said["watch"])[1:])
+    assert "adapter" in scene.says(*shlex.split(said["resume"])[1:])
+    home, telemetry, program, *words = shlex.split(said["stop"])
+    assert home == f"FLWR_HOME={scene.folder / 'server' / 'flwr'}"
+    assert telemetry == "FLWR_TELEMETRY_ENABLED=0"
+    assert os.access(program, os.X_OK)
+    assert words == ["stop", "17", "silotune"]
+
+
+def test_ctrl_c_before_flower_has_begun_a_run_says_that_it_may_have_begun(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    def flwr(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    scene.server()
+    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(service, "flwr", flwr)
+    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
+    assert code == 130
+    assert "it may have begun: silotune server status --folder server" in err
+
+
 def test_every_line_is_run() -> None:
     assert calls() == set(CASES)
 
