@@ -246,7 +246,7 @@ CASES: dict[str, Callable[..., None]] = {
 def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract, run: Silotune
 ) -> None:
-    """The same with a real run, whose commands are pasted: tests/system/faults.py, `interrupted`."""
+    """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
     scene.server()
     monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "17"}')
