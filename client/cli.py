@@ -18,8 +18,8 @@ import click
 from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
-from silotune.common.errors import UsageError
+from silotune.common.cli import emit, next_step
+from silotune.common.errors import SilotuneError, UsageError
 from silotune.common.journal import Journal
 from silotune.common.terminal import echo
 
@@ -110,7 +110,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
         f"✓ policy  {made.config}",
         f"✓ request {file}, for the operator: public parts only",
         f"fingerprint  {request.fingerprint}  (read it out to the operator)",
-        f"next:   edit {made.config}, then: silotune site sign --config {made.config}",
+        next_step("site", "sign", "--config", made.config, first=f"edit {made.config}, then: "),
     ]))
 
 
@@ -174,16 +174,19 @@ def join_(
 @KEY
 @JSON
 def sign(config: Path, key: Path | None, as_json: bool) -> None:
-    """Sign the policy as its owner; from now on the worker follows this version and no earlier one.
+    """Sign the policy as its owner; from now on runs begin under this version and no earlier one.
+
+    A worker that is running finishes the run it has begun, as far as this version permits it:
+    refusals and tighter limits hold at once. It takes part in another run after its next start.
 
     \b
     $ silotune site sign
     ✓ site.toml is policy number 2 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
-    _sign(config, key, "CONTRACT", as_json=as_json)
+    _sign(config, key, None, as_json=as_json)
 
 
-def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool) -> None:
+def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: bool) -> None:
     from silotune.client import policy as policies
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
@@ -202,8 +205,10 @@ def _sign(config: Path, key: Path | None, contract: Path | str, *, as_json: bool
         {"serial": signed.serial, "policy": signed.policy, "budgets": limits}, as_json,
         f"✓ {config} is policy number {signed.serial} of {policy.name}: "
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
-        "A worker that is running follows it when it is started again.\n"
-        f"next:   silotune site check {contract} --config {config}",
+        "A worker that is running finishes the run it has begun, as far as this policy permits "
+        "it. For another run, start it again.\n"
+        + next_step("site", "check", contract or "CONTRACT", "--config", config,
+                    note="" if contract else "CONTRACT: the file that the operator sent"),
     )
 
 
@@ -224,10 +229,10 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     """
     _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
     if not as_json:
-        echo(
-            f"next:   silotune site start {contract} --config {config} (as root) "
-            "--worker-user … --relay-user …"
-        )
+        echo(next_step(
+            "site", "start", contract, "--config", config, "--worker-user", "USER",
+            "--relay-user", "OTHER", note="as root; two users of this machine, made for this",
+        ))
 
 
 @site.command()
@@ -335,6 +340,23 @@ def worker(
             os.close(ready_fd)
 
     wire.serve(answering.handle, listener, say)
+
+
+@site.command(hidden=True)
+@click.option("--server", "address", required=True)
+@click.option("--ca", required=True, type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path))
+def admission(address: str, ca: Path, key: Path) -> None:
+    """Say what the server says of a node key. `site start` runs this as the relay's user."""
+    from silotune.client import admission as admissions
+    from silotune.client.policy import Server
+
+    try:
+        found = admissions.check(Server(address=address, ca=ca), key)
+    except SilotuneError as error:
+        echo(error)
+    else:
+        echo(f"{found}; after an unclean end it takes a site back within a minute")
 
 
 @site.command()

@@ -12,7 +12,9 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 
 import httpx
 from cryptography import x509
@@ -22,6 +24,7 @@ from silotune.client.policy import Server
 from silotune.common.errors import DataError, PeerError
 from silotune.common.join import pairs
 
+T = TypeVar("T")
 SECONDS = 10.0
 # Flower refuses a node whose signed time lies further ahead of the server's, or behind.
 MOST_AHEAD, MOST_BEHIND = 5.0, 305.0
@@ -40,18 +43,12 @@ def shake(server: Server) -> str:
         raise DataError(f"{server.ca} (server.ca) holds no certificate that can be read "
                         f"({type(error).__name__}).") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # A timeout of httpx is one for each read: whoever sends a byte now and then would keep us here.
-    answer: queue.SimpleQueue[tuple[int, bytes, str] | Exception] = queue.SimpleQueue()
-    threading.Thread(target=_greet, args=(server.address, context, answer), daemon=True).start()
     try:
-        found = answer.get(timeout=2 * SECONDS)
-    except queue.Empty:
-        found = TimeoutError()
-    if isinstance(found, httpx.InvalidURL | UnicodeError):
-        raise PeerError(f"{server.address} is no address (server.address).")
-    if isinstance(found, Exception):
-        raise PeerError(_cause(found, host.strip("[]"), port, authority))
-    status, body, date = found
+        status, body, date = within(lambda: _greet(server.address, context))
+    except (httpx.InvalidURL, UnicodeError):
+        raise PeerError(f"{server.address} is no address (server.address).") from None
+    except Exception as error:
+        raise PeerError(_cause(error, host.strip("[]"), port, authority)) from None
     took = time.perf_counter() - began
     if (status, body) != (200, b"ok\n"):
         raise PeerError(f"{server.address} answers, but not as a Silotune server does.")
@@ -66,23 +63,40 @@ def shake(server: Server) -> str:
     return f"TLS 1.3 with {server.address}, {1000 * took:.0f} ms{clock}{soon}"
 
 
-def _greet(
-    address: str, context: ssl.SSLContext,
-    answer: queue.SimpleQueue[tuple[int, bytes, str] | Exception],
-) -> None:
-    """Put the answer to GET /health, or why there is none: status, the body's first bytes as they
-    come, date."""
-    headers = {"Accept-Encoding": "identity"}
+def within(step: Callable[[], T]) -> T:
+    """What a step over the network gives, or raises; TimeoutError if it takes too long. A timeout
+    of httpx is one for each read: whoever sends a byte now and then would keep us here."""
+    answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+
+    def take() -> None:
+        try:
+            found = step()
+        except Exception as error:
+            failure = error
+
+            def again() -> T:
+                raise failure
+
+            answer.put(again)
+        else:
+            answer.put(lambda: found)
+
+    threading.Thread(target=take, daemon=True).start()
     try:
-        with (
-            httpx.Client(verify=context, timeout=SECONDS, trust_env=False,
-                         headers=headers) as client,
-            client.stream("GET", f"https://{address}/health") as reply,
-        ):
-            body = next(reply.iter_raw(64), b"")
-            answer.put((reply.status_code, body, reply.headers.get("date", "")))
-    except Exception as error:  # told by whoever waits
-        answer.put(error)
+        return answer.get(timeout=2 * SECONDS)()
+    except queue.Empty:
+        raise TimeoutError from None
+
+
+def _greet(address: str, context: ssl.SSLContext) -> tuple[int, bytes, str]:
+    """The answer to GET /health: status, the body's first bytes as they come, date."""
+    headers = {"Accept-Encoding": "identity"}
+    with (
+        httpx.Client(verify=context, timeout=SECONDS, trust_env=False, headers=headers) as client,
+        client.stream("GET", f"https://{address}/health") as reply,
+    ):
+        body = next(reply.iter_raw(64), b"")
+        return reply.status_code, body, reply.headers.get("date", "")
 
 
 def _cause(error: Exception, host: str, port: str, authority: x509.Certificate) -> str:

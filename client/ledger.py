@@ -125,6 +125,11 @@ class Ledger:
         return ledger
 
     @property
+    def folder(self) -> Path | None:
+        """Where it is kept; None for one in memory."""
+        return self._folder
+
+    @property
     def fingerprint_key(self) -> bytes:
         return self._keys.derive("fingerprints")
 
@@ -329,6 +334,15 @@ class Ledger:
             if hashlib.sha256(content).hexdigest() == name:
                 return content
         return None
+
+    def keep_policy(self, text: str) -> None:
+        """Make the text of a policy durable, before it is adopted."""
+        self._keep(text.encode())
+
+    def policy_text(self) -> str | None:
+        """The text of the policy adopted last; None if there is none, or it is not on disk."""
+        found = None if self.policy is None else self._kept(self.policy.policy)
+        return None if found is None else found.decode()
 
     def receipt(self) -> Receipt:
         """Where this ledger stands now, signed, for a server to keep."""

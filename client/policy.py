@@ -224,6 +224,23 @@ class Policy(Frozen):
                 code="E307", local=f"{found.repeated} rows repeat another one.",
             )
 
+    def for_worker_of(self, started: Policy) -> Policy:
+        """What this policy says of a worker that runs: its own rules, over the records, the model
+        and the way of computing that the worker has loaded under the policy it `started` with.
+
+        Raises:
+            RefusalError: E213 if this policy names other records than the worker has loaded.
+        """
+        loaded = started.data.model_copy(update={"repeated": self.data.repeated})
+        if self.data != loaded:
+            raise RefusalError(
+                "[data] of the policy that the owner signed last names other records than this "
+                "worker has loaded. Start the worker again.", code="E213",
+            )
+        return self.model_copy(
+            update={"model": started.model, "performance": started.performance}
+        )
+
     def refusals(self, contract: Contract) -> list[RefusalError]:
         """Every reason why this site does not take part in `contract`; empty if it does."""
         p, permits, secure = contract.privacy, self.permits, contract.secure_aggregation
@@ -381,6 +398,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
                 UnitLimit(unit=unit, epsilon=limit.epsilon, delta=limit.delta)
                 for unit, limit in policy.limits.items()
             ]
+            ledger.keep_policy(text)
             ledger.append(
                 Adopted, serial=found.serial, policy=digest, others=tuple(others), **vars(first)
             )
@@ -390,6 +408,23 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
                 f"adopted number {last.serial}. {mend}", code="E213",
             )
     return policy
+
+
+def adopted(ledger: Ledger) -> Policy:
+    """The policy that the ledger adopted last, read from the ledger's own copy: an edit of
+    site.toml that the owner has not signed has no effect.
+
+    Raises:
+        RefusalError: E213 if that copy is not on disk.
+    """
+    text = ledger.policy_text()
+    if text is None:
+        raise RefusalError(
+            "The text of the policy adopted last is not in state/ any more. Start the worker "
+            "again.", code="E213",
+        )
+    folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site.py
+    return parse(text, folder / "site.toml")
 
 
 def permitting(

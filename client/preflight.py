@@ -21,7 +21,7 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.client.masking import check_bound
-from silotune.client.policy import Data, Policy
+from silotune.client.policy import Data, Policy, Server
 from silotune.client.site import Site
 from silotune.common import contract as contracts
 from silotune.common import query, records
@@ -82,7 +82,7 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
             table.attempt("signature", "silotune site sign", lambda: _signature(site, ledger, keys))
     table.rows.append(_disk(site))
     if network and policy:
-        _check_server(table, policy)
+        _check_server(table, policy, site)
     if policy and contract:
         table.rows += _permission(policy, contract)
         table.rows.append(_roster(policy, contract, keys))
@@ -98,14 +98,22 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
     return table.rows
 
 
-def _check_server(table: _Table, policy: Policy) -> None:
+def _check_server(table: _Table, policy: Policy, site: Site) -> None:
     if policy.server is None:
         table.rows.append(Check("handshake", "warning", "[server] is not set: nothing to reach",
                                 "server.address and server.ca in site.toml"))
         return
     server = policy.server
-    table.attempt("handshake", "see the sentence; [server] in site.toml",
-                  lambda: (None, shake(server)))
+    if table.attempt("handshake", "see the sentence; [server] in site.toml",
+                     lambda: (True, shake(server))):
+        table.attempt("node key", f"see the sentence; the request is {policy.name}.request.json",
+                      lambda: (True, _admission(server, site.relay / "node.key")))
+
+
+def _admission(server: Server, node_key: Path) -> str:
+    from silotune.client import admission  # Flower: not for a worker, which has no network
+
+    return admission.check(server, node_key)
 
 
 def _check_records(

@@ -11,7 +11,7 @@ import click
 
 from silotune.common import contract as contracts
 from silotune.common import query
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     if written:
         lines += [
             f"records   {file} (0600)",
-            f"next:   set file = \"{_from(site.folder, file)}\" in [data] of {config}, then: "
-            f"silotune site sign --config {config}",
+            next_step("site", "sign", "--config", config, first=f"set file = \""
+                      f"{_from(site.folder, file)}\" in [data] of {config}, then: "),
         ]
     emit(
         {"prepared": written, "read": prepared.read, "kept": found.rows,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from silotune.client.cli import CONFIG, JSON
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.terminal import echo
 
@@ -215,7 +215,7 @@ def export(file: Path, config: Path) -> None:
     lines = list(Ledger.open(site.state, keys).export())
     write_durably(file, ("\n".join(lines) + "\n").encode())
     echo(f"✓ {len(lines) - 2} entries in {file}")
-    echo(f"next:   silotune privacy verify {file} --public-key {keys.public}")
+    echo(next_step("privacy", "verify", file, "--public-key", keys.public))
 
 
 def _finite(value: float) -> float | None:

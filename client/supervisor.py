@@ -16,6 +16,7 @@ must be a user of its own.
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from silotune.common import children, monitor
 from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, RefusalError, UsageError
 from silotune.common.journal import Journal
+from silotune.common.lock import try_lock
 
 READY_SECONDS = 600.0
 LONGEST_PAUSE = 60.0
@@ -51,6 +53,8 @@ LAST_WORDS_SECONDS = 5.0
 # What a round has been charged is lost if it does not end: the server gets its reply later.
 DRAIN_SECONDS = 300.0
 BIN = Path(sys.executable).parent
+OF_ROOT = Path("/run")  # only root can write there
+ASK_SECONDS, LONGEST_REASON = 40.0, 400
 HIGHEST_USER = 2**32 - 2  # 2^32 - 1 means "do not change it"
 PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -111,13 +115,43 @@ class Supervisor:
         self._voices: list[threading.Thread] = []
 
     def run(self) -> int:
+        """Keep both processes until told to stop; 0 then, 1 if the worker has ended.
+
+        Raises:
+            UsageError: E104 if another `site start` has this site's folder or its relay's user.
+            PeerError: if the worker does not become ready.
+        """
+        with self._alone():
+            return self._run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the site's folder and the relay's user: a second relay with the same node key would
+        be refused by the server, and the first of two with one user to end would kill the other.
+        """
+        folder, user = self.site.folder, self.users.relay
+        wanted = {folder: f"Another `silotune site start` runs on {folder}. Stop it first (Ctrl-C, "
+                          "or SIGTERM to it)."}
+        if user is not None:
+            wanted[_folder_of_root() / f"silotune-relay-user-{user}.lock"] = (
+                f"Another `silotune site start` has the relay user {user}, whose processes all end "
+                "with that site. Give this site a relay user of its own (--relay-user)."
+            )
+        with contextlib.ExitStack() as held:
+            for path, refusal in wanted.items():
+                descriptor = try_lock(path)
+                if descriptor is None:
+                    raise UsageError(refusal, code="E104")
+                held.callback(os.close, descriptor)
+            yield
+
+    def _run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         children.adopt_orphans()
         children.no_new_privileges()
         served = self._serve_metrics()
-        base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else None
-        self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=base))
+        self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=_folder_of_root()))
         try:
             self._make_relay_folder()
             worker = self._start_worker()
@@ -161,8 +195,8 @@ class Supervisor:
                 children.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
-                self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s",
-                         "restarting")
+                self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s"
+                         f"{self._of_node_key()}", "restarting")
                 end = time.monotonic() + pause
                 while time.monotonic() < end and not self._stopping and worker.poll() is None:
                     time.sleep(0.1)
@@ -232,11 +266,6 @@ class Supervisor:
 
     def _start_relay(self) -> subprocess.Popen[bytes]:
         home = self.folder / "relay"
-        environment = {
-            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(home), "USER": "silotune-relay",
-            "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-        }
         most = f"--nproc={children.MOST_PROCESSES}"  # counted over all processes of the user
         limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]
         self.running.relay, self.running.relay_starts = True, self.running.relay_starts + 1
@@ -245,25 +274,65 @@ class Supervisor:
              "--superlink", self.server.address,
              "--auth-supernode-private-key", home / "node.key", "--port", str(_free_port()),
              "--node-config", f'socket="{self.folder / "worker.sock"}"'],
-            self.users.relay, environment,
+            self.users.relay, self._relay_environment(),
             # Always text: what code that arrived prints could look like a line of the worker's.
             partial(self.say, source="relay"),
         )
+
+    def _relay_environment(self) -> dict[str, str]:
+        home = self.folder / "relay"
+        return {
+            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(home), "USER": "silotune-relay",
+            "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        }
+
+    def _of_node_key(self) -> str:
+        """What the server says of this site's node key, in brackets, or nothing. The relay's user
+        asks: root speaks to no server."""
+        home = self.folder / "relay"
+        process = self._popen(
+            [BIN / "silotune", "site", "admission", "--server", self.server.address,
+             "--ca", home / "ca.crt", "--key", home / "node.key"],
+            self.users.relay, self._relay_environment(), stderr=subprocess.DEVNULL,
+        )
+        try:
+            said, _ = process.communicate(timeout=ASK_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return ""
+        line = "".join(c for c in said.decode(errors="replace")[:LONGEST_REASON] if c.isprintable())
+        return f" ({line})" if line else ""
 
     def _start(
         self, command: list[str | Path], user: int | None, environment: dict[str, str],
         repeat: Callable[[str], None], fds: tuple[int, ...] = (),
     ) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
+        process = self._popen(command, user, environment, fds, subprocess.STDOUT)
+        self._voices = [voice for voice in self._voices if voice.is_alive()]
+        self._voices.append(children.repeat_lines(process, repeat))
+        return process
+
+    @staticmethod
+    def _popen(
+        command: list[str | Path], user: int | None, environment: dict[str, str],
+        fds: tuple[int, ...] = (), stderr: int = subprocess.STDOUT,
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [str(word) for word in command], env=environment, pass_fds=fds,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd="/",
             umask=0o077, start_new_session=True, user=user,
             group=None if user is None else _group(user),
             extra_groups=None if user is None else [],
         )
-        self._voices = [voice for voice in self._voices if voice.is_alive()]
-        self._voices.append(children.repeat_lines(process, repeat))
-        return process
+
+
+def _folder_of_root() -> Path:
+    """Where this process makes what nobody else may put there; the folder for temporary files if
+    it is not root."""
+    use = os.geteuid() == 0 and OF_ROOT.is_dir()
+    return OF_ROOT if use else Path(tempfile.gettempdir())
 
 
 def _certificates(path: Path) -> bytes:

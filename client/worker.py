@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 
 from silotune.client import accounting, budget, dataset, lineage, release, selftest
+from silotune.client import policy as policies
 from silotune.client.accounting import Mechanism
 from silotune.client.budget import Budget
 from silotune.client.entries import Charged
@@ -99,7 +100,7 @@ class Worker:
         self.source_name = table.source
         self.budget = Budget(ledger, self.lineage, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
-            self._check_budget(self.plan, "This contract's plan")
+            self._check_budget(self.plan, "This contract's plan", policy)
         self.own_shapes = self.shapes = adapter.shapes_of(self.model.initial_arrays())
         if isinstance(contract.adapter, Lora):
             self.shapes = adapter.reshaped(self.own_shapes, contract.adapter.rank)
@@ -243,11 +244,7 @@ class Worker:
             charge = self._charged_before(request)
             if charge is not None:
                 return charge, self._reply_of(charge, request, digest)
-            if self.ledger.policy != self.adopted:
-                raise RefusalError(
-                    "The owner has signed another policy since this worker started. Start it "
-                    "again.", code="E213",
-                )
+            policy = self._policy_for(request.run)
             adapter_sha256 = None
             if self.masking is not None:
                 self.masking.check(request, shares)
@@ -259,7 +256,7 @@ class Worker:
                 )
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
-            self._check_run(request, mechanism)
+            self._check_run(request, mechanism, policy)
             own = self.own(request.run, request.round)  # refused before anything is charged
             self.ledger.check_room(self._reply_room)
             return self.ledger.charge(
@@ -303,13 +300,42 @@ class Worker:
             )
         return self.ledger.reply(released)
 
-    def _check_run(self, request: Train, mechanism: Mechanism) -> None:
+    def _policy_for(self, run: str) -> Policy:
+        """What the next round of `run` is held to, beside the policy this worker started with: the
+        one that the owner signed last.
+
+        A run that has a charge here goes on under a later signature as far as the later policy
+        permits it: its refusals, least number of records, limits and ε for a run hold at once.
+        What it permits beyond the earlier one counts after the next start only.
+
+        Raises:
+            RefusalError: E213 for a run that has not begun here, or if the later policy names other
+                records; else the later policy's own refusal of the contract.
+            DataError: E304, E307 if the later policy does not accept the records.
+        """
+        if self.ledger.policy == self.adopted:
+            return self.policy
+        if not self._run_charges(run):
+            raise RefusalError(
+                "The owner has signed another policy since this worker started, and this run has "
+                "not begun here. Start the worker again.", code="E213",
+            )
+        later = policies.adopted(self.ledger).for_worker_of(self.policy)
+        for refusal in later.refusals(self.contract):
+            raise refusal
+        later.check_records(self.lineage, self.unit)
+        return later
+
+    def _check_run(self, request: Train, mechanism: Mechanism, policy: Policy) -> None:
         """RefusalError E210 unless the round fits the contract's ε for this run and, with all that
-        was ever charged, the policy's for these records; a run's first, unless its whole plan does.
+        was ever charged, the limits for these records; a run's first, unless its whole plan does.
+
+        policy: holds beside the one that this worker started with (`_policy_for`).
         """
         if self.contract.privacy.mode == "none":
             return
         epsilon, delta = self.target
+        epsilon = min(epsilon, policy.target(self.contract).epsilon)
         charges = self._run_charges(request.run)
         so_far = [budget.mechanism_of(charge) for charge in charges]
         for charge in charges[-1:]:  # those before it were held to the same plan
@@ -327,13 +353,14 @@ class Worker:
                 f"δ = {delta:g}.", code="E210",
             )
         if so_far:
-            self._check_budget([mechanism], "This round")
+            self._check_budget([mechanism], "This round", policy)
         else:
-            self._check_budget(self.plan, "This run's plan")
+            self._check_budget(self.plan, "This run's plan", policy)
 
-    def _check_budget(self, more: list[Mechanism], what: str) -> None:
+    def _check_budget(self, more: list[Mechanism], what: str, policy: Policy) -> None:
         if self.contract.privacy.mode == "dp":
-            self.budget.check(more, self.order, self.limit, what)
+            for limit in dict.fromkeys((self.limit, policy.limits[self.unit])):
+                self.budget.check(more, self.order, limit, what)
 
     def _run_charges(self, run: str) -> list[Charged]:
         return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import shlex
 import sys
 import traceback
 from typing import Any
@@ -96,6 +97,20 @@ def emit(data: Any, as_json: bool, text: str) -> None:
 
 def _show_traceback(*error: Any) -> None:
     echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
+
+
+def next_step(*words: object, first: str = "", note: str = "") -> str:
+    """The line that says what to do next: a command of `silotune` that can be pasted into a shell.
+
+    Every such line is made here, and tests/test_next_steps.py runs each of them.
+
+    Args:
+        words: the command without `silotune`. One in capitals stands for what the person knows.
+        first: what to do before it, if that is no command.
+        note: what else there is to know, behind the command.
+    """
+    command = shlex.join(["silotune", *map(str, words)])
+    return f"next:   {first}{command}" + (f"   ({note})" if note else "")
 
 
 def main() -> None:

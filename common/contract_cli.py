@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import click
 from pydantic import ValidationError
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
-from silotune.common.errors import UsageError
+from silotune.common.errors import UsageError, did_you_mean
 from silotune.common.problems import contract_error
 
 
@@ -23,17 +24,20 @@ def contract() -> None:
     """Draft, show or validate a contract."""
 
 
+CONTRACT = click.argument("contract", metavar="FILE|RUN|RECIPE", type=click.Path(path_type=Path))
+
+
 @contract.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@CONTRACT
 @click.option("--json", "as_json", is_flag=True, help="Print the canonical form as JSON.")
-def show(file: Path, as_json: bool) -> None:
-    """What a contract says, and its hash.
+def show(contract: Path, as_json: bool) -> None:
+    """What a contract says, and its hash: of a file, of a run's folder, or of a recipe.
 
     \b
     $ silotune contract show heart.toml
     heart-diagnosis  f90dd4e5a163…
     """
-    found = contracts.load(file)
+    found = named(contract)
     p = found.privacy
     guarantee = (
         f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (RDP; add or remove one)"
@@ -55,15 +59,41 @@ def show(file: Path, as_json: bool) -> None:
 
 
 @contract.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@CONTRACT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(file: Path, as_json: bool) -> None:
-    """Check a contract; every problem is listed with its line, exit code 2 if there is any."""
-    found = contracts.load(file)
+def validate(contract: Path, as_json: bool) -> None:
+    """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
+    exit code 2 if there is any."""
+    found = named(contract)
     emit(
         {"valid": True, "sha256": found.hash, "warnings": found.warnings}, as_json,
-        "\n".join([f"✓ {file.name} is valid  {found.hash}", *_warned(found)]),
+        "\n".join([f"✓ {contract.name or contract} is valid  {found.hash}", *_warned(found)]),
     )
+
+
+def named(name: Path) -> Contract:
+    """The contract in a file, of a run in a folder (contract.json), or of a shipped recipe.
+
+    Raises:
+        UsageError: E101 if the name is none of the three; a ContractError lists what is wrong.
+    """
+    if (name / "contract.json").is_file():
+        return contracts.load(name / "contract.json")
+    recipes = {
+        folder.name: folder / "contract.toml"
+        for folder in resources.files("silotune.simulations.recipes").iterdir()
+        if (folder / "contract.toml").is_file()  # data of the package: no code of it is loaded
+    }
+    if not name.is_file() and str(name) in recipes:
+        return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
+    if name.is_dir():
+        raise UsageError(f"{name} is no run's folder: it has no contract.json.")
+    if not name.exists() and name.suffix not in (".toml", ".json"):
+        raise UsageError(
+            f"'{name}' is no contract's file, no run's folder and no recipe."
+            f"{did_you_mean(str(name), recipes)} Recipes: {', '.join(sorted(recipes))}."
+        )
+    return contracts.load(name)
 
 
 @contract.command()
@@ -121,7 +151,7 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
         "\n".join([
             f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *_warned(found),
             "Look at edges, values and numbers: all of it is public.",
-            f"next:  silotune sim run {out} data={data}",
+            next_step("sim", "run", out, f"data={data}"),
         ]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -25,6 +26,11 @@ def rename_durably(half: Path, path: Path) -> None:
     """Give a file or folder, whose content is on disk, its name."""
     half.rename(path)
     sync(path.parent)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a quota on it, is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:

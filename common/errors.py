@@ -24,6 +24,9 @@ CODES: dict[str, str] = {
     "E102": "A configuration file is missing or is not TOML. Check the path and the syntax.",
     "E103": "A contract or a policy has keys or values that are not allowed. Every problem is "
     "listed with its line; nothing was run.",
+    "E104": "Another `silotune site start` runs on this site's folder, or with its relay's user. "
+    "Stop it first, or give each site a folder and a relay user of its own; the lock ends with the "
+    "process that holds it.",
     "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
     "with the site's: `silotune contract show FILE` prints the hash of each.",
     "E202": "The request is not in the contract's plan: a round that does not exist, or one that "
@@ -50,7 +53,9 @@ CODES: dict[str, str] = {
     "it. Restore the newest state/ and keys/head; `silotune privacy verify` checks them.",
     "E213": "The policy (site.toml) is not the one its owner signed last. `silotune site sign` "
     "signs a policy; each signature has a higher number, and an older one counts no more. A worker "
-    "and a run that began under an earlier one do not go on under another.",
+    "that was running when its owner signed finishes the run it has begun, as far as the new "
+    "policy permits it; for another run, or other records, start the worker again. A run does not "
+    "go on with another noise ([run] epsilon).",
     "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
     "E216": "The site's ledger cannot be read or written at this moment: its disk is full or "
     "failing, or another program holds it. The ledger itself is not in question: restore nothing. "
@@ -85,10 +90,18 @@ CODES: dict[str, str] = {
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "
     "does not say what to do with them. The report lists all of them by row number.",
-    "E401": "The worker of this site does not answer on its socket. Start it with "
+    "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",
-    "E402": "Fewer sites answered than the contract's quorum. The run stopped; no adapter was "
-    "released; what was computed stays counted.",
+    "E402": "A site did not answer within the contract's deadline; of a run: fewer sites answered "
+    "than the contract's quorum, so it stopped. No adapter was released; what was computed stays "
+    "counted.",
+    "E403": "A site was not connected, or had not answered, when the run began, so it takes part "
+    "in none of its rounds. Once it is connected, a run that is stopped and resumed has it again.",
+    "E404": "The connection to a site's relay was lost while it was asked. `silotune site start` "
+    "there starts the relay again by itself; the site's administrator looks at what it says.",
+    "E405": "The server does not know the site's node key: the operator has not added the site, or "
+    "has not started the server again since, or the site has made new keys. The operator adds the "
+    "site's request file (`silotune server add`) and starts the server again.",
     "E501": "A message could not be read: it is not in Silotune's format.",
     "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
     "E503": "A message belongs to another contract, run, round or site than the one expected.",
@@ -105,6 +118,8 @@ CODES: dict[str, str] = {
     "E602": "Another server process is carrying out the run in this directory.",
     "E603": "The process that carried out a run was told to stop, or ended. What it had committed "
     "stands and sites keep what they answered: `silotune server resume RUN` goes on from there.",
+    "E604": "The disk of the server is full. The open round was given up; what was committed "
+    "stands and sites keep what they answered: free space, then `silotune server resume RUN`.",
 }
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import RunNotRunningException
 
 from silotune.common import contract as contracts
 from silotune.common.errors import RunError, SilotuneError
 from silotune.common.model import build
 from silotune.server import events
+from silotune.server.disk import no_room
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 from silotune.server.strategy import SilotuneStrategy
+
+STOPPED = "The server was told to stop the run."
 
 app = ServerApp()
 
@@ -28,7 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     config = {key: str(value) for key, value in context.run_config.items()}
     folder, begun, own = Path(config["runs"]) / config["run"], False, {"token": config["token"]}
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT: Flower's own, of `flwr stop`
+            signal.signal(number, _stop)
     try:
         events.append(folder, "starting", **own)
         contract = contracts.load(Path(config["contract"]))
@@ -41,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         begin = Registry.open if config["resume"] else Registry.create
         registry = begin(folder, contract, folder.parent / ".receipts")
         begun = True
+        events.reserve(folder)
         registry.event("taken", **own)
         run = Run(contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate)
         if config["resume"]:
@@ -48,12 +55,23 @@ def main(grid: Grid, context: Context) -> None:
         if config["resume"] == "skip" and not run.done:
             run.skip()
         SilotuneStrategy(run).start(grid)
-    except Exception as error:
-        code = error.code if isinstance(error, SilotuneError) else "E500"
-        events.append(folder, "failed" if begun else "refused", code=code, why=str(error), **own)
+    except (Exception, RunNotRunningException) as error:
+        code, why = _told(error, folder)
+        with contextlib.suppress(OSError):  # on a full disk `server run` sees it by itself
+            what = "failed" if begun else "refused"
+            events.append(folder, what, code=code, why=why, **own)
         raise
+
+
+def _told(error: BaseException, folder: Path) -> tuple[str, str]:
+    """The code and the sentence about what ended a run."""
+    if isinstance(error, RunNotRunningException):  # what Flower raises after `flwr stop`
+        return "E603", STOPPED
+    if not isinstance(error, SilotuneError) and (full := no_room(folder, error)):
+        error = full
+    return (error.code if isinstance(error, SilotuneError) else "E500"), str(error)
 
 
 def _stop(*_: object) -> None:
     """The round in hand is given up; what its sites have answered they will answer again."""
-    raise RunError("The server was told to stop.", code="E603")
+    raise RunError(STOPPED, code="E603")

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
 from silotune.common.terminal import echo
 
 if TYPE_CHECKING:
     from silotune.server.events import Events
+    from silotune.server.place import Place
 
 FOLDER = click.option(
     "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
@@ -55,7 +58,7 @@ def init(
     $ silotune server init --host fl.example.org --folder federation
     ✓ CA and certificate for fl.example.org in federation (keys 0600; they stay here)
     CA fingerprint  91:0C…  (read it out to each site)
-    next:   send federation/ca.crt to the sites; then: silotune server add REQUEST
+    next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
     from silotune.common import fields
     from silotune.server import authority
@@ -70,8 +73,11 @@ def init(
     emit({"folder": str(folder), "ca_sha256": print_}, as_json, "\n".join([
         f"✓ CA and certificate for {host} in {folder} (keys 0600; they stay here)",
         f"CA fingerprint  {print_}  (read it out to each site)",
-        f"next:   send {folder / 'ca.crt'} to the sites, have their requests sent to you, and: "
-        f"silotune server add REQUEST --folder {folder}",
+        next_step(
+            "server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", "--folder", folder,
+            first=f"send {folder / 'ca.crt'} to the sites, have their requests sent to you, then: ",
+            note="once for each request, with the fingerprint that its site reads out",
+        ),
     ]))
 
 
@@ -95,7 +101,8 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
     emit({"site": found.site, "public_key": found.public_key}, as_json, "\n".join([
         f"✓ {found.site} is in the roster; for the contract:", entry,
-        f"next:   silotune server start --folder {folder}   (again, if it runs)",
+        next_step("server", "start", "--folder", folder,
+                  note="if it runs already: stop it first"),
     ]))
 
 
@@ -141,7 +148,8 @@ def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
              f"✓ {made.name} for {', '.join(names)}"
              + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
              f"  {made.masks}", f"sha256  {made.hash}",
-             f"next:   send {path} to the sites; then: silotune server start --folder {folder}",
+             next_step("server", "start", "--folder", folder,
+                       first=f"send {path} to the sites, then: "),
          ]))
 
 
@@ -226,7 +234,8 @@ def status(folder: Path, as_json: bool) -> None:
 
     found = [_standing(Place(folder).runs / name) for name in _runs(folder)]
     text = "\n".join(
-        f"{s['run']}   {s['round']}/{s['rounds']}   {s['state']}" for s in found
+        f"{s['run']}   {s['round']}/{s['rounds']}   {s['state']}{_without(s['absent'])}"
+        for s in found
     )
     emit({"runs": found}, as_json, text or "no run yet")
 
@@ -238,18 +247,21 @@ def _runs(folder: Path) -> list[str]:
 
 
 def _standing(folder: Path) -> dict[str, Any]:
+    from silotune.server.disk import no_room
     from silotune.server.events import Events, standing
     from silotune.server.registry import held
 
     found = standing(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
         state = "done"
-    elif held(folder):
+    elif not found.why and held(folder):
         state = "running"
     else:
-        state = f"stopped: {found.why or DIED}"
+        state = f"stopped: {found.why or no_room(folder) or DIED}"
+    if state == "running" and found.waiting:
+        state = _waiting(found.waiting)
     return {"run": folder.name, "round": max(found.committed, default=0), "rounds": found.planned,
-            "state": state}
+            "state": state, "absent": dict(found.absent)}
 
 
 def _carry_out(
@@ -275,21 +287,46 @@ def _carry_out(
     end = time.monotonic() + FIRST_SECONDS
     while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # it may just be starting
-    flwr(place, "run", app.resolve(), "silotune")
-    echo(f"run {name}")
+    more = [word for option, value in (("--model", model), ("--test", test)) if value
+            for word in (option, str(value))]
+    again = ["server", "resume", name, "--folder", str(folder), *more]
+    flower_run = ""
     try:
+        said = flwr(place, "run", app.resolve(), "silotune", "--format", "json")
+        flower_run = json.loads(said)["run-id"]
+        echo(f"run {name}")
         adapter = _follow(where, events, rounds, token)
+    except KeyboardInterrupt:
+        echo(_detached(place, name, flower_run, shlex.join(["silotune", *again])), err=True)
+        sys.exit(130)
     except RunError as error:
         if (where / "contract.json").is_file():
-            more = "".join(f" --{option} {value}" for option, value in (
-                ("model", model), ("test", test)) if value)
-            resume_ = f"silotune server resume {name} --folder {folder}{more}"
-            echo(f"next:   {resume_}")
+            echo(next_step(*again))
             if CLOSED_SUM in str(error):
-                echo(f"   or   {resume_} --skip-round   (without this round; what it cost "
-                           "stays spent)")
+                echo(next_step(
+                    *again, "--skip-round", note="without this round; what it cost stays spent"
+                ))
         raise
     echo(f"adapter  {adapter}")
+
+
+def _detached(place: Place, name: str, flower_run: str, again: str) -> str:
+    """What Ctrl-C has not done, and how to do it. flower_run: Flower's number of the run, or ""."""
+    from silotune.server.service import BIN, environment
+
+    folder = str(place.folder)
+    watch = shlex.join(["silotune", "server", "status", "--folder", folder])
+    if not flower_run:
+        return f"Detached before the run {name} had a number; it may have begun: {watch}"
+    kept = environment(place)
+    words = [f"{key}={shlex.quote(kept[key])}" for key in ("FLWR_HOME", "FLWR_TELEMETRY_ENABLED")]
+    stop = shlex.join([str(BIN / "flwr"), "stop", flower_run, "silotune"])
+    return "\n".join([
+        f"Detached. The run {name} goes on: its sites train, and each round spends ε.",
+        f"watch:   {watch}",
+        f"stop:    {' '.join(words)} {stop}",
+        f"resume:  {again}   (once it is stopped; what it has committed is kept)",
+    ])
 
 
 def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
@@ -297,6 +334,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
 
     token: of the process that is to carry it out. Another one may be writing here, too.
     """
+    from silotune.server.disk import no_room
     from silotune.server.registry import held
 
     end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
@@ -316,10 +354,12 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
             if kind in ("stopped", "failed"):
                 raise RunError(event["why"], code=event["code"])
         if not ours and time.monotonic() > end:
-            raise RunError("Flower did not begin the run; see what the server says.")
+            raise no_room(where.parent) or RunError(
+                "Flower did not begin the run; see what the server says."
+            )
         alone = alone + 1 if ours and not held(where) else 0
         if alone > 2:  # what it said last has been read since
-            raise RunError(DIED, code="E603")
+            raise no_room(where) or RunError(DIED, code="E603")
         time.sleep(LOOK_SECONDS)
 
 
@@ -335,5 +375,20 @@ def _say(event: dict[str, Any], rounds: int) -> None:
         echo(f"        {event['site']}: {event['code']}")
     elif kind == "skipped":
         echo(f"        round {event['round']} is left out: {event['why']}")
+    elif kind == "waiting":
+        echo(_waiting(event))
+    elif kind == "absent":
+        echo(f"        the run goes on{_without(event['sites'])}")
     elif kind in ("damaged", "declined", "resumed"):
         echo(f"        {kind}: {json.dumps({k: v for k, v in event.items() if k != 'at'})}")
+
+
+def _waiting(event: Mapping[str, Any]) -> str:
+    from silotune.server.arrivals import in_words
+
+    return f"waiting for {in_words(event)}, {event['seconds']} s of {event['of']}"
+
+
+def _without(absent: dict[str, str]) -> str:
+    """" without hungary (E201), switzerland (E403)", or nothing."""
+    return " without " * bool(absent) + ", ".join(f"{s} ({c})" for s, c in sorted(absent.items()))

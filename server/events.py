@@ -1,8 +1,8 @@
 """What happened in a run: events.jsonl, one object a line. Facts are names, numbers and codes.
 
-run, agreed, rejected, declined (a sum, by the gate), committed, skipped, resumed, damaged, stopped,
-failed, released; of a server process, with its token: starting, taken (it carries out the run),
-refused (it could not).
+run, waiting (for sites of the roster), absent (sites that take part in no round), agreed, rejected,
+declined (a sum, by the gate), committed, skipped, resumed, damaged, stopped, failed, released; of a
+server process, with its token: starting, taken (it carries out the run), refused (it could not).
 """
 
 from __future__ import annotations
@@ -11,15 +11,35 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from silotune.common.durable import is_full
+
 FILE = "events.jsonl"
+RESERVE, RESERVED = ".reserve", 8192  # bytes
 Event = dict[str, Any]
 
 
+def reserve(folder: Path) -> None:
+    """Take the room that a run's last event needs when its disk is full by then."""
+    (folder / RESERVE).write_bytes(bytes(RESERVED))
+
+
 def append(folder: Path, what: str, **facts: Any) -> None:
+    """Write an event. On a full disk the reserve gives way to it; OSError if that is gone, too."""
+    try:
+        _append(folder, what, facts)
+    except OSError as error:
+        if not is_full(error) or not (folder / RESERVE).exists():
+            raise
+        (folder / RESERVE).unlink()
+        _append(folder, what, facts)
+
+
+def _append(folder: Path, what: str, facts: Mapping[str, Any]) -> None:
     line = json.dumps({"at": round(time.time(), 3), "event": what, **facts}, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+b") as file:
@@ -61,6 +81,8 @@ class Standing:
     committed: set[int] = field(default_factory=set)
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
     why: str = ""  # it stopped, and was not resumed since
+    waiting: Mapping[str, Any] = field(default_factory=dict)  # of the last event, if it is that
+    absent: Mapping[str, str] = field(default_factory=dict)  # sites, and why
     released: bool = False
     last: float = 0.0
     seconds: float = 0.0  # of `timed` rounds together
@@ -71,8 +93,11 @@ def standing(events: list[Event]) -> Standing:
     found, since = Standing(), None
     for event in events:
         kind, at = event["event"], float(event["at"])
+        found.waiting = event if kind == "waiting" else {}
         if kind == "run":  # a resumed run begins with another
-            found.planned, found.why = int(event["rounds"]), ""
+            found.planned, found.why, found.absent = int(event["rounds"]), "", {}
+        elif kind == "absent":
+            found.absent = event["sites"]
         elif kind == "committed":
             found.committed.add(int(event["round"]))
             if since is not None:

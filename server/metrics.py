@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 
 from silotune.server.events import Events, Standing, standing
 from silotune.server.place import Place
+from silotune.server.registry import died
 
 PROCESSES = ("superlink", "nginx")
 PROBE_SECONDS = 2.0
@@ -57,8 +58,10 @@ class ServerMonitor:
 
         yield of_each("run_rounds_planned", "Rounds of the contract.", lambda s: s.planned)
         yield of_each("run_rounds_committed", "Rounds on disk.", lambda s: len(s.committed))
-        yield of_each("run_stopped", "It stopped or failed, and was not resumed since.",
-                      lambda s: bool(s.why))
+        yield _metric("run_stopped", "It stopped or failed or its process died, and it was not "
+                      "resumed since.",
+                      [({"run": run}, bool(s.why) or died(self.place.runs / run, s))
+                       for run, s in runs.items()])
         yield of_each("run_released", "Its adapter is released.", lambda s: s.released)
         yield of_each("run_last_event_timestamp_seconds", "Its last event.", lambda s: s.last)
         yield _metric("run_rejected", "Replies that did not count, by site and code.", [

@@ -10,7 +10,6 @@ the run goes on from the one before: the sites give their stored replies to what
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,8 +28,10 @@ from silotune.common import contract as contracts
 from silotune.common.contract import Contract
 from silotune.common.durable import rename_durably, write_durably
 from silotune.common.errors import RunError
+from silotune.common.lock import try_lock
 from silotune.common.messages import Arrays, Receipt
 from silotune.server import events
+from silotune.server.events import Standing
 from silotune.server.masking import Agreed
 
 LOCK_SECONDS = 1.0
@@ -237,14 +238,18 @@ def held(folder: Path) -> bool:
     return False
 
 
+def died(folder: Path, found: Standing) -> bool:
+    """Whether the process that carried out the run in this folder ended and did not say so.
+
+    found: what the run's events say.
+    """
+    if not found.planned or found.why or found.released:
+        return False
+    return not (folder / "adapter.safetensors").is_file() and not held(folder)
+
+
 def _try_lock(folder: Path) -> int | None:
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return try_lock(folder / ".lock")
 
 
 def _bytes(arrays: Arrays) -> bytes:

@@ -14,7 +14,10 @@ from silotune.common.messages import Blobs, Endorsement, Keys, Message, Refusal,
 Reply = bytes | str
 SILENT = "E402"
 BROKEN = "E500"
-NO_REPLY = (SILENT, BROKEN)
+ABSENT = "E403"  # not connected, or without an answer, when the run began
+OFFLINE = "E404"  # Flower lost the connection to the site's relay
+NO_WORKER = "E401"  # the relay's answer when it could not reach its worker
+NO_REPLY = (SILENT, BROKEN, OFFLINE)
 
 Result = TypeVar("Result")
 # Yields what to ask which site, is sent what came back, returns a result.
@@ -27,6 +30,8 @@ def read(contract: Contract, reply: Reply) -> Message:
     """
     if isinstance(reply, str):
         raise ProtocolError("There is no reply.", code=reply)
+    if not reply:
+        raise ProtocolError("The relay got no answer from its worker.", code=NO_WORKER)
     message = messages.unpack(reply)
     header = message.header
     if header.contract != contract.hash:
@@ -39,16 +44,20 @@ def read(contract: Contract, reply: Reply) -> Message:
 
 
 class Exchange:
-    """A round's traffic and failures. on_failure: is told of each site that falls out, and why."""
+    """A round's traffic and failures. on_failure: is told of each site that falls out, and why.
+
+    absent: sites that take no part in any round, with the code of the reason.
+    """
 
     def __init__(self, contract: Contract, on_failure: Callable[[str, str], None]) -> None:
         self.contract, self._on_failure = contract, on_failure
+        self.absent: Mapping[str, str] = {}
         self.begin()
 
     def begin(self) -> None:
-        """A round begins: nothing was sent, nobody has failed."""
+        """A round begins: nothing was sent, nobody has failed but those who are absent."""
         self.bytes_up = self.bytes_down = 0
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = dict(self.absent)
 
     def fail(self, site: str, code: str) -> None:
         """Note that a site does not count, with the code of the reason."""

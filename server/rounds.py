@@ -23,6 +23,7 @@ from silotune.common.messages import (
     Description,
     Masked,
     Message,
+    Refusal,
     Train,
     Update,
 )
@@ -115,7 +116,7 @@ class Run:
         header = Describe(contract=self.contract.hash, challenge=self._challenge)
         return messages.pack(Message(header))
 
-    def identify(self, wire: bytes) -> str:
+    def identify(self, wire: replies.Reply) -> str:
         """The site that sent a Description; ProtocolError if it is not one of this contract, or not
         signed by the site's key in the roster (where it has one)."""
         header = replies.read(self.contract, wire).header
@@ -126,6 +127,16 @@ class Run:
         if public is not None and not verifies(public, header.signature, statement):
             raise ProtocolError("The description is not signed by that site's key.", code="E503")
         return header.site
+
+    @staticmethod
+    def refused(wire: replies.Reply) -> tuple[str | None, str] | None:
+        """The site that a reply says it comes from, and the code by which it refuses; None if it is
+        no refusal. Nothing proves the name: it is for people to read."""
+        try:
+            header = messages.unpack(wire if isinstance(wire, bytes) else b"").header
+        except ProtocolError:
+            return None
+        return (header.site, header.code) if isinstance(header, Refusal) else None
 
     def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
         """One round with these sites, to be driven by who can reach them (replies.Stages).

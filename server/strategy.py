@@ -8,24 +8,27 @@ metric of a client's claim is read.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, ProtocolError
 from silotune.common.messages import RECORD, WIRE
-from silotune.server.replies import BROKEN, Reply, Stages
+from silotune.server import replies
+from silotune.server.arrivals import Arrivals
+from silotune.server.replies import Reply, Stages
 from silotune.server.rounds import RoundFacts, Run
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.2  # between two looks at which nodes are there
-DESCRIBE_SECONDS = 20.0
+DESCRIBE_SECONDS = 20.0  # after which a node that said nothing is asked again
+SOON_SECONDS = 10.0  # until a connected node has usually said which site it is
 SOONEST, LATEST = 0.05, 3.0  # seconds between two looks for replies; a twentieth of what has passed
 
 
@@ -69,7 +72,7 @@ class SilotuneStrategy(Strategy):
             # An error's own source is the SuperLink; only the request it answers names the node.
             site = self.nodes.get(self._node_of(reply))
             if site is not None:
-                came.setdefault(site, BROKEN if reply.has_error() else _wire(reply))
+                came.setdefault(site, _wire(reply))
         try:
             self._requests = self._stages.send(came)
         except StopIteration:
@@ -100,16 +103,14 @@ class SilotuneStrategy(Strategy):
             self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
         return Result()
 
-    def _exchange(
-        self, grid: Grid, requests: list[Message], seconds: float = math.inf
-    ) -> Iterable[Message]:
-        """Send, and collect what comes until the deadline, or for `seconds`. (Flower's own loop
-        looks every three seconds, which is most of a short round.)"""
+    def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:
+        """Send, and collect what comes until the deadline. (Flower's own loop looks every three
+        seconds, which is most of a short round.)"""
         grid.push_messages(requests)
         # Flower gives a message its id when it sends it.
         self._asked = {m.metadata.message_id: m.metadata.dst_node_id for m in requests}
         waited_for, replies = set(self._asked), list[Message]()
-        began, most = time.monotonic(), min(self.run.contract.deadline_seconds, seconds)
+        began, most = time.monotonic(), self.run.contract.deadline_seconds
         while waited_for:
             came = list(grid.pull_messages(waited_for))
             replies += came
@@ -128,48 +129,66 @@ class SilotuneStrategy(Strategy):
         return Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
 
     def _find_sites(self, grid: Grid) -> dict[int, str]:
-        """Ask new nodes who they are until the whole roster is there or the deadline has passed.
+        """Ask each node who it is until the whole roster is there or the deadline has passed. An
+        event names the missing sites at once, whenever that changes, and every few seconds.
 
         PeerError when fewer than the quorum showed up.
         """
-        roster = set(self.run.contract.weights())
-        end = time.monotonic() + self.run.contract.deadline_seconds
-        found: dict[int, str] = {}
-        strangers: set[int] = set()
-        while set(found.values()) != roster and time.monotonic() < end:
-            new = set(grid.get_node_ids()) - set(found) - strangers
-            if not new:
+        contract = self.run.contract
+        found, began = Arrivals(contract.weights()), time.monotonic()
+        asked: dict[str, int] = {}  # message -> node
+        since: dict[int, float] = {}  # node -> when it was asked last, unless it failed since
+        while found.missing and (passed := time.monotonic() - began) < contract.deadline_seconds:
+            new = [
+                self._message(self.run.describe(), node) for node in grid.get_node_ids()
+                if passed >= since.get(node, -DESCRIBE_SECONDS) + DESCRIBE_SECONDS
+            ]
+            if new:
+                grid.push_messages(new)
+                asked |= {m.metadata.message_id: m.metadata.dst_node_id for m in new}
+                since |= {m.metadata.dst_node_id: passed for m in new}
+            for reply in grid.pull_messages(set(asked)) if asked else ():
+                node = asked.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None and self._has_said(node, _wire(reply), found):
+                    since[node] = contract.deadline_seconds  # is not asked again
+                elif node is not None:
+                    since.pop(node)  # its worker may still be starting: it is asked again
+            if (not asked or passed >= SOON_SECONDS) and (facts := found.to_say(passed)):
+                self.run.registry.event(
+                    "waiting", **facts, seconds=round(passed), of=round(contract.deadline_seconds)
+                )
+            if found.missing:
                 time.sleep(WAIT_SECONDS)
-                continue
-            asked = [self._message(self.run.describe(), node) for node in new]
-            # Who says nothing is asked again, with those who have come since.
-            for reply in self._exchange(grid, asked, DESCRIBE_SECONDS):
-                node = self._node_of(reply)
-                try:
-                    site = "" if reply.has_error() else self.run.identify(_wire(reply))
-                except ProtocolError as error:
-                    log.warning("a node does not take part yet: %s", error)
-                    continue  # its worker may still be starting: it is asked again
-                if site in roster and site not in found.values():
-                    found[node] = site
-                elif site:
-                    strangers.add(node)
-            if set(found.values()) != roster:
-                time.sleep(WAIT_SECONDS)
-        if len(found) < self.run.contract.quorum:
-            absent = ", ".join(sorted(roster - set(found.values())))
+        if len(found.nodes) < contract.quorum:
             raise PeerError(
-                f"{len(found)} of {len(roster)} sites answered, the quorum is "
-                f"{self.run.contract.quorum}. No answer from: {absent}.",
+                f"{len(found.nodes)} of {len(contract.sites)} sites answered, the quorum is "
+                f"{contract.quorum}. Missing: {found.missing_in_words(replies.ABSENT)}.",
                 code="E402",
             )
-        return found
+        self.run.exchange.absent = found.absent(replies.ABSENT)
+        if found.missing:
+            self.run.registry.event("absent", sites=self.run.exchange.absent)
+        return found.nodes
+
+    def _has_said(self, node: int, reply: Reply, found: Arrivals) -> bool:
+        """Whether a node has said which site it is; otherwise the code of its answer is noted."""
+        try:
+            found.here(node, self.run.identify(reply))
+        except ProtocolError as error:
+            site, code = self.run.refused(reply) or (None, error.code)
+            found.failed(node, site, code)
+            log.warning("a node does not take part yet: %s (%s)", error, code)
+            return False
+        return True
 
 
-def _wire(reply: Message) -> bytes:
-    """The bytes in a reply, b'' when they are not where they belong (rejected as unreadable)."""
+def _wire(reply: Message) -> Reply:
+    """The bytes in a reply, or the code that says why there are none."""
+    if reply.has_error():
+        offline = reply.error.code == ErrorCode.NODE_UNAVAILABLE
+        return replies.OFFLINE if offline else replies.BROKEN
     try:
         wire = reply.content[RECORD][WIRE]
     except (KeyError, TypeError):
-        return b""
-    return wire if isinstance(wire, bytes) else b""
+        return "E501"
+    return wire if isinstance(wire, bytes) else "E501"

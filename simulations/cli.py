@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from silotune.common.cli import emit
+from silotune.common.cli import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.terminal import echo
 from silotune.simulations import data as sources
@@ -30,7 +30,7 @@ def sim_ls(as_json: bool) -> None:
         [{"name": r.name, "title": r.facts["title"]} for r in recipes],
         as_json,
         "\n".join(f"{r.name:<20} {r.facts['title']}" for r in recipes)
-        + f"\nnext:  silotune sim run {recipes[0].name}",
+        + "\n" + next_step("sim", "run", recipes[0].name),
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.segment import Segment
@@ -16,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.common.architecture import OneHotModel
+from silotune.common.cli import next_step
 from silotune.common.contract import Contract
 from silotune.common.metrics import METRICS
 from silotune.common.terminal import escaped
@@ -23,6 +26,9 @@ from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import Job, JobResult
 
 BAR = 12
+GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
+PLAIN = Console()  # for measuring
+Columns = list[tuple[str, list[str]]]  # a title and a cell for each row
 
 
 class EscapingConsole(Console):
@@ -125,11 +131,13 @@ class Progress:
         for line in result["verdict"]["warnings"]:
             say(f"  Warning: {line}")
         say("")
-        say(arms_table(result))
+        for table in result_tables(result, self.console.width):
+            say(table, soft_wrap=False)
+            say("")
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        say("next:   silotune contract show " + result["recipe"])
+        say(next_step("contract", "show", folder), markup=False)
 
     def stop(self) -> None:
         """Give the terminal back, whatever happened."""
@@ -181,29 +189,93 @@ def _pm(found: dict[str, Any] | None, repeats: int) -> str:
     return f"{found['mean']:.3f}" + (f" ±{found['sd']:.3f}" if repeats > 1 else "")
 
 
-def arms_table(result: dict[str, Any]) -> Table:
-    """arm | metric pooled and per site | ε | bytes | seconds."""
-    metric = result["metric"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Arm", no_wrap=True)
-    for head in (f"{metric['label']}, all", "mean of sites"):
-        table.add_column(head, justify="right", no_wrap=True)
+def result_tables(result: dict[str, Any], width: int) -> list[Table]:
+    """The figures of a result, none of them broken over two lines.
+
+    One table if `width` characters hold it: a row for each arm, a column for each site. Otherwise
+    one of the arms without sites, and one with a row for each site and a column for each arm; each
+    in as many parts as it takes.
+    """
+    metric, arms = result["metric"], result["arms"]
     sites = [s["site"] for s in result["privacy"]["sites"]]
-    for site in sites:
-        table.add_column(site, justify="right")
-    for head in ("ε (δ)", "kB up", "kB down", "seconds"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in result["arms"]:
-        table.add_row(
-            row["label"],
-            _pm(row["metrics"][metric["name"]], row["repeats"]),
-            _pm(row["sites_mean"], row["repeats"]),
-            *(_pm(row["sites"][s], row["repeats"]) for s in sites),
-            f"{row['epsilon']:g} ({row['delta']:g})" if row["epsilon"] else
-            ("–" if row["private"] else "∞"),
-            f"{row['bytes_up'] / 1000:,.0f}" if row["bytes_up"] else "–",
-            f"{row['bytes_down'] / 1000:,.0f}" if row["bytes_down"] else "–",
-            f"{row['seconds']:.0f}",
-            style="bold" if row["main"] else None,
-        )
-    return table
+    labels, bold = [arm["label"] for arm in arms], {i for i, arm in enumerate(arms) if arm["main"]}
+    overall: Columns = [
+        (f"{metric['label']}, all",
+         [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in arms]),
+        ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in arms]),
+    ]
+    of_sites: Columns = [
+        (site, [_pm(a["sites"][site], a["repeats"]) for a in arms]) for site in sites
+    ]
+    cost: Columns = [
+        ("ε (δ)", [f"{a['epsilon']:g} ({a['delta']:g})" if a["epsilon"] else
+                   ("–" if a["private"] else "∞") for a in arms]),
+        ("kB up", [_kilobytes(a["bytes_up"]) for a in arms]),
+        ("kB down", [_kilobytes(a["bytes_down"]) for a in arms]),
+        ("seconds", [f"{a['seconds']:.0f}" for a in arms]),
+    ]
+    whole = [*overall, *of_sites, *cost]
+    if not sites or sum(_width(column) for column in [("Arm", labels), *whole]) - GAP <= width:
+        return _parts("Arm", labels, whole, width, bold)
+    of_arms: Columns = [
+        (label, [cells[place] for _, cells in of_sites]) for place, label in enumerate(labels)
+    ]
+    return [
+        *_parts("Arm", labels, [*overall, *cost], width, bold),
+        *_parts("Site", sites, of_arms, width, set()),
+    ]
+
+
+def _parts(
+    head: str, rows: Sequence[str], columns: Columns, width: int, bold: Collection[int],
+) -> list[Table]:
+    """Tables of named rows, each with as many of the columns as `width` holds. Names and titles
+    may take several lines, cells do not."""
+    longest = max(cell_len(text) for text in (head, *rows))
+    least = min(longest, SHORTEST_NAME)
+    narrow = [_narrowest(title, cells) for title, cells in columns]
+
+    def dealt(most: int) -> list[list[int]]:
+        """The columns of each part."""
+        parts: list[list[int]] = [[]]
+        for place, own in enumerate(narrow):
+            used = least + sum(narrow[other] + GAP for other in parts[-1])
+            if parts[-1] and (len(parts[-1]) == most or used + own + GAP > width):
+                parts.append([])
+            parts[-1].append(place)
+        return parts
+
+    most = math.ceil(len(columns) / len(dealt(len(columns))))  # parts of about one size
+    tables = []
+    for part in dealt(most):
+        left = width - sum(narrow[place] + GAP for place in part)
+        spare = max(left - longest, 0)  # to titles, if all names have their one line
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+        table.add_column(head, width=max(min(longest, left), 1), overflow="fold")
+        for place in part:
+            title, own = columns[place][0], narrow[place]
+            more = min(spare, max(cell_len(title) - own, 0))
+            spare -= more
+            lines = [line.plain.rstrip() for line in Text(title).wrap(PLAIN, own + more)]
+            table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True, min_width=own)
+        for row, name in enumerate(rows):
+            cells = [Text(columns[place][1][row]) for place in part]
+            table.add_row(Text(name), *cells, style="bold" if row in bold else None)
+        tables.append(table)
+    return tables
+
+
+def _width(column: tuple[str, Sequence[str]]) -> int:
+    """Of a column on one line, with its gap."""
+    return max(cell_len(text) for text in (column[0], *column[1])) + GAP
+
+
+def _narrowest(title: str, cells: Sequence[str]) -> int:
+    """The width of a column whose title has a word a line, unless a word is longer than any name
+    needs to be."""
+    words = [min(cell_len(word), SHORTEST_NAME) for word in title.split()]
+    return max([*words, *map(cell_len, cells), 1])
+
+
+def _kilobytes(size: float | None) -> str:
+    return f"{size / 1000:,.0f}" if size else "–"

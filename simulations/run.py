@@ -122,7 +122,8 @@ def _performance(words: dict[str, str]) -> Performance:
 def run(
     recipe: Recipe, options: Options, folder: Path, command: str, *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Run the recipe; writes `folder`/{result.json,report.html} and returns the result."""
+    """Run the recipe; writes `folder`/{contract.json,result.json,report.html}, returns the result.
+    """
     began = time.perf_counter()
     if options.epsilon is not None:
         recipe = recipe.at(options.epsilon)
@@ -193,6 +194,7 @@ def run(
     if options.insecure_seed is not None:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "contract.json").write_text(result["contract_json"] + "\n")
     (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     from silotune.server.report import write_report
 

@@ -19,7 +19,8 @@ ROOMS = {
     "simulations": {"simulations", "client", "server", "common"},
 }
 MAY_IMPORT_FLWR = {
-    "server/app.py", "server/strategy.py", "client/relay.py", "simulations/engine.py",
+    "server/app.py", "server/strategy.py", "client/relay.py", "client/admission.py",
+    "simulations/engine.py",
     "simulations/benchmarks/secagg.py",  # Flower's own protocol beside ours
     "simulations/benchmarks/sim_stock.py",  # its simulation
     "simulations/benchmarks/stock_app.py",  # and a Flower app as its documentation teaches

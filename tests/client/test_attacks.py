@@ -407,25 +407,123 @@ def test_forged_policy(home: Home) -> None:
     assert ledger.policy == home.ledger().policy
 
 
-def test_a_narrower_policy_while_the_worker_runs(home: Home) -> None:
-    """'From here on these limits hold' (client/entries.py, Adopted)."""
+POLICY = """name = "north"
+[data]
+file = "rows.csv"
+repeated = "keep"
+[budgets.record]
+epsilon = 8.0
+delta = 1e-4
+[permits]
+min_records = 1
+contracts = ["{contract}"]
+"""
+
+
+def write_policy(home: Home, *changes: tuple[str, str]) -> Path:
     config = home.folder / "site.toml"
+    text = POLICY.format(contract=home.contract.hash)
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text)
+    return config
+
+
+def sign_policy(home: Home, *changes: tuple[str, str]) -> Policy:
+    """What `silotune site sign` does, in another process than the worker's."""
+    config, ledger = write_policy(home, *changes), home.ledger()
+    serial = ledger.policy.serial if ledger.policy else 0
+    policies.sign(config, home.folder / "keys" / "owner.key", serial)
+    return policies.adopt(config, ledger, home.keys.owner)
+
+
+def test_a_run_goes_on_when_its_owner_signs_a_policy_that_permits_it(home: Home) -> None:
+    """As `site join` for another contract does. A run that has not begun waits for a start."""
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    newer = sign_policy(home, ('contracts = [', f'contracts = ["{"0" * 64}", '),
+                        ("[data]", '[server]\naddress = "other:8443"\nca = "ca.crt"\n[data]'))
+    assert [code(worker, 2), code(worker, 3)] == ["", ""]
+    assert code(worker, 1, run="r2") == "E213"
+    assert len(home.charges()) == 3
+    assert code(home.worker(policy=newer), 1, run="r2") == "E210"  # a full second plan
+
+
+def test_a_narrower_policy_holds_at_once_while_the_worker_runs(home: Home) -> None:
+    """'From here on these limits hold' (client/entries.py, Adopted)."""
     worker = home.worker()
     reply = worker.handle(wire(worker))
     assert isinstance(messages.unpack(reply).header, Update)
-    config.write_text(
-        f'name = "north"\n[data]\nfile = "rows.csv"\nrepeated = "keep"\n'
-        f'[budgets.record]\nepsilon = 1.0\ndelta = 1e-4\n'
-        f'[permits]\nmin_records = 1\ncontracts = ["{home.contract.hash}"]\n'
-    )
-    policies.sign(config, home.folder / "keys" / "owner.key", 0)
-    narrow = policies.adopt(config, home.ledger(), home.keys.owner)
-    assert [code(worker, 2), code(worker, 2, run="r2")] == ["E213"] * 2
+    narrow = sign_policy(home, ("epsilon = 8.0", "epsilon = 1.0"))
+    assert [code(worker, 2), code(worker, 1, run="r2")] == ["E210", "E213"]
     assert worker.handle(wire(worker)) == reply  # paid for under the policy of then
     assert len(home.charges()) == 1
-    # Started again it obeys the new one.
+    # Started again it obeys the new one, too.
     assert code(home.worker(policy=narrow), 2) == "E210"
     assert len(home.charges()) == 1
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ([("contracts = [\"{contract}\"]", "contracts = []")], "E201"),
+    ([("[permits]", '[permits]\ntasks = ["regression"]')], "E205"),
+    ([("[permits]", "[permits]\nmax_clip_norm = 0.5")], "E205"),
+    ([("[permits]", "[permits]\nmasked_only = true")], "E205"),
+    ([("[permits]", "[permits]\nmin_sites = 3")], "E205"),
+    ([("budgets.record", "budgets.entity")], "E205"),
+    ([("delta = 1e-4", "delta = 1e-5")], "E205"),
+    ([("min_records = 1", "min_records = 100")], "E304"),
+    ([("keep", "refuse")], "E307"),
+    ([("epsilon = 8.0", "epsilon = 3.0")], "E210"),
+    ([("[permits]", "[run]\nepsilon = 2.0\n[permits]")], "E210"),
+    ([('file = "rows.csv"', 'file = "others.csv"')], "E213"),
+    ([('[data]', '[data]\nkey = ["age"]')], "E213"),
+])
+def test_what_a_later_policy_forbids_stops_a_run_in_progress(
+    home: Home, changes: list[tuple[str, str]], expected: str
+) -> None:
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    sign_policy(home, *((old.replace("{contract}", home.contract.hash), new)
+                        for old, new in changes))
+    assert code(worker, 2) == expected
+    assert len(home.charges()) == 1
+
+
+def test_a_run_in_progress_gains_nothing_by_a_wider_policy(home: Home) -> None:
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    wider = home.worker(policy=sign_policy(home, ("epsilon = 8.0", "epsilon = 80.0")))
+    assert [code(wider, number, run="r2") for number in (1, 2, 3)] == [""] * 3
+    assert code(worker, 2) == "E210"
+    assert code(wider, 2) == ""
+
+
+def test_a_policy_that_is_edited_and_not_signed_changes_nothing_for_a_running_worker(
+    home: Home,
+) -> None:
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    write_policy(home, ("epsilon = 8.0", "epsilon = 1.0"))
+    assert code(worker, 2) == ""
+    sign_policy(home, ("min_records = 1", "min_records = 2"))  # permits the run; then a wider one
+    write_policy(home, ("epsilon = 8.0", "epsilon = 80.0"), ("contracts", "models"))
+    assert code(worker, 3) == ""
+    assert len(home.charges()) == 3
+
+
+def test_a_later_policy_whose_text_is_gone_stops_the_run(home: Home) -> None:
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    sign_policy(home, ("min_records = 1", "min_records = 2"))
+    adopted = home.ledger().policy
+    assert adopted is not None
+    kept = home.state / "replies" / adopted.policy
+    for content in (kept.read_bytes() + b"\n", None):
+        kept.unlink()
+        if content is not None:
+            kept.write_bytes(content)
+        assert code(worker, 2) == "E213"
 
 
 def test_the_same_policy_adopted_again_stops_no_worker(home: Home) -> None:

@@ -142,9 +142,10 @@ def test_a_server_that_never_finishes(serve: Serve, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(handshake, "SECONDS", 0.5)
     slow, stop = threading.Event(), threading.Event()
 
-    def drip(_: object, __: object, answer: object) -> None:
+    def drip(*_: object) -> tuple[int, bytes, str]:
         slow.set()
         stop.wait(20)
+        return 200, b"", ""
 
     monkeypatch.setattr(handshake, "_greet", drip)
     try:

@@ -22,6 +22,7 @@ from silotune.client.policy import Policy, permitting
 from silotune.common.architecture import EncoderModel
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, DataError, RefusalError, UsageError
+from silotune.common.performance import Performance
 
 TEXT = """
 name = "north"
@@ -254,6 +255,19 @@ def test_repeated_records_are_refused_unless_the_owner_keeps_them(policy: Policy
     assert error.value.code == "E307"
     assert "17" not in str(error.value)
     assert error.value.local.startswith("17 rows")
+
+
+def test_a_later_policy_is_held_against_how_a_running_worker_computes(
+    table_contract: Contract, tmp_path: Path
+) -> None:
+    """A worker that clips inexactly does so until it ends, whatever [performance] says later."""
+    exact = permitting(table_contract, "north", tmp_path / "rows.csv", None)
+    permits = exact.permits.model_copy(update={"allow_inexact_clipping": False})
+    later = exact.model_copy(update={"permits": permits})
+    assert not later.for_worker_of(exact).refusals(table_contract)
+    started = exact.model_copy(update={"performance": Performance(gradients="ghost")})
+    refusals = later.for_worker_of(started).refusals(table_contract)
+    assert [refusal.code for refusal in refusals] == ["E205"]
 
 
 # Signing

@@ -16,7 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from silotune.client import metrics
+from silotune.client import metrics, supervisor
+from silotune.client.policy import Server
+from silotune.client.site import Site
+from silotune.common.errors import UsageError
 from silotune.common.journal import Journal
 from silotune.server import authority
 
@@ -42,6 +45,8 @@ from pathlib import Path
 from silotune.client.metrics import FILE, Answered, Tally
 from silotune.common.journal import Journal
 said = sys.argv
+if said[2] == "admission":
+    sys.exit(print("what the server \x1bsays"))
 folder = Path(said[said.index("--config") + 1]).parent
 journal = Journal("worker", as_json="--log-json" in said)
 tally = Tally(folder / "state" / FILE)
@@ -191,14 +196,11 @@ def test_a_relay_that_ends_is_counted(start: Callable[..., Started]) -> None:
     port = free_port()
     started = start(port)
     started.wait_for("forged by the relay")
-    for entry in Path("/proc").iterdir():
-        try:
-            line = (entry / "cmdline").read_text()
-        except OSError:
-            continue
-        if str(started.folder / "bin" / "flower-supernode") in line and entry.name.isdigit():
-            os.kill(int(entry.name), signal.SIGKILL)
+    for pid in processes(started):
+        os.kill(pid, signal.SIGKILL)
     started.wait_for("restarting")
+    (again,) = [e["text"] for e in events(started) if e["event"] == "restarting"]
+    assert again == "the relay ended with -9; again in 1 s (what the server says)"
     end = time.monotonic() + 60
     url = f"http://127.0.0.1:{port}/metrics"
     while "relay_restarts_total 1.0" not in httpx.get(url, trust_env=False).text:
@@ -214,6 +216,66 @@ def test_a_port_in_use_stops_it_before_anything_starts(start: Callable[..., Star
         assert started.process.wait(60) != 0
     assert "Address already in use" in started.log.read_text()
     assert not (started.folder / "state" / "metrics").exists()
+
+
+def processes(started: Started, name: str = "flower-supernode") -> list[int]:
+    """Those of the site that run its script of that name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            line = (entry / "cmdline").read_text()
+        except OSError:
+            continue
+        if str(started.folder / "bin" / name) in line and entry.name.isdigit():
+            found.append(int(entry.name))
+    return found
+
+
+def test_a_second_start_on_a_folder_is_refused_and_leaves_the_first_alone(
+    start: Callable[..., Started],
+) -> None:
+    first = start(how="text")
+    first.wait_for("forged by the relay")
+    before = processes(first)
+    assert len(before) == 1
+    first.log.rename(first.log.with_name("first.log"))  # each start writes a log of that name
+    second = start(how="text")
+    assert second.process.wait(60) != 0
+    assert "Another `silotune site start` runs on" in second.log.read_text()
+    assert processes(first) == before
+    first.process.kill()  # the lock ends with the process, however it ends
+    first.process.wait(60)
+    for pid in [*before, *processes(first, "silotune")]:
+        os.kill(pid, signal.SIGKILL)
+    third = start(how="text")
+    third.wait_for("forged by the relay")
+    assert third.end() == 0
+
+
+def test_two_sites_cannot_have_one_relay_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes of that user end with the first site that ends."""
+    monkeypatch.setattr(supervisor, "OF_ROOT", tmp_path)
+
+    def made(name: str, relay: int | None) -> supervisor.Supervisor:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return supervisor.Supervisor(
+            Site(tmp_path / name / "site.toml"), tmp_path / "contract.toml",
+            Server(address="127.0.0.1:1", ca=tmp_path / "ca.crt"),
+            supervisor.Users(None if relay is None else 61001, relay), Journal("supervisor"),
+        )
+
+    with made("north", 61002)._alone():
+        for name, relay in (("south", 61002), ("north", 61003), ("north", 61002), ("north", None)):
+            with pytest.raises(UsageError) as refusal:
+                made(name, relay).run()
+            assert refusal.value.code == "E104"
+        for relay in (61003, None):
+            with made("south", relay)._alone():
+                pass
+    with made("south", 61002)._alone():
+        pass
 
 
 def test_a_databases_password_is_the_workers_alone(

@@ -244,6 +244,32 @@ def test_show(run: Callable[..., Ran]) -> None:
         assert name in out
 
 
+@pytest.mark.parametrize("command", ["show", "validate"])
+def test_a_contract_is_named_by_a_file_a_runs_folder_or_a_recipe(
+    run: Callable[..., Ran], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heart = contracts.load(HEART)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "contract.json").write_text(heart.model_dump_json())
+    (tmp_path / "heart-diagnosis").mkdir()  # a folder of that name hides no recipe
+    for name in (HEART, "run", tmp_path / "run", "heart-diagnosis"):
+        code, out, err = run("contract", command, name)
+        assert (code, err) == (0, "")
+        assert heart.hash in out
+    other = heart.changed(name="another")
+    (tmp_path / "heart-diagnosis" / "contract.json").write_text(other.model_dump_json())
+    assert other.hash in run("contract", command, "heart-diagnosis")[1]  # but a run's does
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("heart-diagnosi", "Did you mean 'heart-diagnosis'?"), ("nothing", "Recipes: card-fraud,"),
+        ("empty", "it has no contract.json"), ("none.toml", "none.toml"),
+    ):
+        code, out, err = run("contract", command, name)
+        assert (code, out) == (2, "")
+        assert words in err
+
+
 def test_show_json_is_the_canonical_form(run: Callable[..., Ran]) -> None:
     heart = contracts.load(HEART)
     code, out, err = run("contract", "show", HEART, "--json")

@@ -176,7 +176,7 @@ def test_the_command_reads_the_header_alone(tmp_path: Path, run: Callable[..., R
     assert code == 0, wrong
     drafted = out.read_text()
     assert CANARY not in drafted + said + wrong
-    assert "next:  silotune sim run" in said
+    assert "next:   silotune sim run" in said
     path.write_text("age,status\n1,2\n")  # other rows, the same header: the same contract
     assert run(*new(path, again, "--name", "loans", *WORDS))[0] == 0
     assert again.read_text() == drafted

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
-from silotune.server import cli, events, registry
+from silotune.server import cli, disk, events, registry
 from silotune.server.events import Events, standing
 from silotune.server.registry import Registry
 
@@ -90,6 +94,68 @@ def test_a_run_whose_process_died(run: Registry) -> None:
         follow(run, BEGUN, ("committed", {"round": 1, "sites": []}))
     assert error.value.code == "E603"
     assert cli._standing(run.folder)["state"].startswith("stopped: The process that")
+
+
+def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(
+    run: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = {"sites": ["hungary", "switzerland"], "refused": {"hungary": "E201"},
+               "nodes": {"E401": 1}, "seconds": 42, "of": 600}
+    run.event("run", rounds=3)
+    run.event("waiting", **waiting)
+    assert cli._standing(run.folder)["state"] == (
+        "waiting for hungary (E201), switzerland; 1 connected node without a name (E401), "
+        "42 s of 600"
+    )
+    absent = {"switzerland": "E403"}
+    follow(run, BEGUN, ("waiting", waiting | {"sites": ["switzerland"], "nodes": {}}),
+           ("absent", {"sites": absent}), ("released", {"round": 3}))
+    assert capsys.readouterr().out.splitlines() == [
+        "waiting for switzerland, 42 s of 600",
+        "        the run goes on without switzerland (E403)",
+    ]
+    found = cli._standing(run.folder)
+    assert (found["state"], found["absent"]) == ("running", absent)
+
+
+def test_a_full_disk_is_told_also_where_no_event_could_be_written(
+    run: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(run.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=disk.LEAST_FREE - 1))
+    run.close()
+    with pytest.raises(RunError, match="The disk of") as error:
+        follow(run, BEGUN, ("committed", {"round": 1, "sites": []}))
+    assert error.value.code == "E604"
+    assert cli._standing(run.folder)["state"].startswith("stopped: The disk of")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_the_last_event_of_a_run_has_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    events.reserve(tmp_path)
+    real, reserve = Path.open, tmp_path / events.RESERVE
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if reserve.exists():
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    events.append(tmp_path, "failed", code="E604", why="full")
+    monkeypatch.undo()
+    assert [e["code"] for e in Events(tmp_path).new()] == ["E604"]
+    assert not reserve.exists()
+
+
+def test_a_run_that_has_said_why_it_stopped_does_not_count_as_running(run: Registry) -> None:
+    """Its process may take a moment to end."""
+    run.event("run", rounds=3)
+    run.event("failed", code="E604", why="the disk is full")
+    assert cli._standing(run.folder)["state"] == "stopped: the disk is full"
+    run.event("run", rounds=3)
+    assert cli._standing(run.folder)["state"] == "running"
 
 
 def test_what_a_process_said_last_is_heard(run: Registry) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from silotune.common import monitor
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError
+from silotune.common.lock import try_lock
 from silotune.server import metrics
 from silotune.server.metrics import ServerMonitor
 from silotune.server.place import Place, ServerSettings
@@ -50,6 +53,16 @@ def write(place: Place, run: str, *events: Event, end: str = "\n") -> Path:
     return file
 
 
+@contextlib.contextmanager
+def carried_out(place: Place, run: str) -> Iterator[None]:
+    """A process holds the run."""
+    (place.runs / run).mkdir(exist_ok=True)
+    held = try_lock(place.runs / run / ".lock")
+    assert held is not None
+    yield
+    os.close(held)
+
+
 def shown(place: Place) -> Shown:
     text = monitor.text(ServerMonitor(place, lambda _: True).collect()).decode()
     return {
@@ -75,7 +88,8 @@ def test_a_run_that_goes_well(place: Place) -> None:
         {"at": 113.0, "event": "rejected", "round": 2, "site": "a", "code": "E402"},
         {"at": 130.0, "event": "committed", "round": 2, "sites": ["a", "b"]},
     )
-    found = {name: value for name, value in shown(place).items() if name[0].startswith("run_")}
+    with carried_out(place, "r"):
+        found = {name: value for name, value in shown(place).items() if name[0].startswith("run_")}
     assert found == {
         ("run_rounds_planned", "r"): 3, ("run_rounds_committed", "r"): 2, ("run_stopped", "r"): 0,
         ("run_released", "r"): 0, ("run_last_event_timestamp_seconds", "r"): 130.0,
@@ -94,7 +108,8 @@ def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: Place) -> 
     assert shown(place)["run_stopped", "r"] == 1
     events += [RUN | {"at": 5000.0}, {"at": 5001.0, "event": "resumed", "after": 1}]
     write(place, "r", *events)
-    assert shown(place)["run_stopped", "r"] == 0
+    with carried_out(place, "r"):
+        assert shown(place)["run_stopped", "r"] == 0
     events += [
         {"at": 5011.0, "event": "committed", "round": 2, "sites": []},
         {"at": 5012.0, "event": "skipped", "round": 3},
@@ -105,6 +120,17 @@ def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: Place) -> 
     found = shown(place)
     assert (found["run_round_seconds_count", "r"], found["run_round_seconds_sum", "r"]) == (2, 20)
     assert (found["run_rounds_committed", "r"], found["run_released", "r"]) == (3, 1)
+    assert found["run_stopped", "r"] == 0
+
+
+def test_a_run_whose_process_died_counts_as_stopped(place: Place) -> None:
+    """SIGKILL writes no event: that nobody carries the run out is all there is to see."""
+    write(place, "r", RUN, {"at": 110.0, "event": "committed", "round": 1, "sites": []})
+    with carried_out(place, "r"):
+        assert shown(place)["run_stopped", "r"] == 0
+    assert shown(place)["run_stopped", "r"] == 1
+    write(place, "new", {"at": 1.0, "event": "starting", "token": "t"})  # is building its model
+    assert shown(place)["run_stopped", "new"] == 0
 
 
 def test_a_round_made_again_counts_once(place: Place) -> None:

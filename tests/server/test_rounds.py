@@ -106,7 +106,7 @@ def test_identify(start: Start) -> None:
     assert run.identify(described()) == "north"
     refusal = Refusal(contract=run.contract.hash, site="north", code="E201", incident="0" * 16)
     for wire, code in [
-        (described(contract="0" * 64), "E503"), (b"", "E501"), (update(run, "north"), "E503"),
+        (described(contract="0" * 64), "E503"), (b"", "E401"), (update(run, "north"), "E503"),
         (messages.pack(Message(refusal)), "E201"), (run.describe(), "E503"),
     ]:
         with pytest.raises(ProtocolError) as caught:
@@ -172,7 +172,7 @@ def refusal(run: Run, site: str, code: str = "E210") -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
-    "nothing": (lambda run, site: b"", "E501"),
+    "nothing": (lambda run, site: b"", "E401"),
     "rubbish": (lambda run, site: b"rubbish" * 9, "E501"),
     "cut": (lambda run, site: update(run, site)[:-1], "E501"),
     "nan": (lambda run, site: update(run, site, spoilt(np.nan)), "E502"),

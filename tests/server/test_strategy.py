@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -11,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -99,7 +100,7 @@ def start(tmp_path: Path, table_contract: Contract) -> Callable[..., SilotuneStr
     """start(**changes) -> a strategy on a fresh run of the contract with these changes."""
 
     def new(**changes: Any) -> SilotuneStrategy:
-        contract = table_contract.changed(deadline_seconds=5.0, **changes)
+        contract = table_contract.changed(**{"deadline_seconds": 5.0, **changes})
         registry = Registry.create(tmp_path / "run", contract)
         zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
         return SilotuneStrategy(Run(contract, registry, "run-1", zeros))
@@ -237,7 +238,8 @@ def test_the_order_of_replies_changes_no_bit(start: Begin, tmp_path: Path) -> No
 BAD: dict[str, tuple[bytes | RecordDict | Error | None, str]] = {
     "error": (Error(code=0, reason="Traceback: age=63"), "E500"),
     "silence": (None, "E402"),
-    "empty": (b"", "E501"),
+    "offline": (Error(code=ErrorCode.NODE_UNAVAILABLE), "E404"),
+    "empty": (b"", "E401"),
     "no record": (RecordDict({}), "E501"),
     "another record": (RecordDict({"other": ConfigRecord({"wire": b"x"})}), "E501"),
     "another key": (RecordDict({"silotune": ConfigRecord({"loss": 0.5})}), "E501"),
@@ -334,17 +336,79 @@ def test_nodes_outside_the_roster_take_no_part(start: Begin) -> None:
 def test_a_site_that_refuses_takes_no_part(
     start: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusing: Node = lambda wire: messages.pack(  # noqa: E731
-        messages.Message(
-            Refusal(contract=messages.unpack(wire).header.contract, site="north", code="E201",
-                    incident="ab" * 8)
-        )
-    )
     strategy = start(quorum=1)
     with caplog.at_level(logging.WARNING):
-        run_on(strategy, FakeGrid({11: refusing, 22: site("south")}))
+        run_on(strategy, FakeGrid({11: refusing("north"), 22: site("south")}))
     assert strategy.nodes == {22: "south"}
     assert "E201" in caplog.text
+
+
+def refusing(name: str, code: str = "E201", contract: str = "") -> Node:
+    return lambda wire: messages.pack(messages.Message(Refusal(
+        contract=contract or messages.unpack(wire).header.contract, site=name, code=code,
+        incident="ab" * 8,
+    )))
+
+
+def told(strategy: SilotuneStrategy, kind: str) -> list[dict[str, Any]]:
+    lines = (strategy.run.registry.folder / "events.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+
+
+def test_a_missing_site_is_named_at_once_and_until_it_comes(start: Begin, clock: Clock) -> None:
+    grid = FakeGrid({11: site("north"), 22: site("south")}, joins={22: 200})
+    strategy = run_on(start(deadline_seconds=60.0), grid)
+    waiting = told(strategy, "waiting")
+    assert [(e["sites"], e["seconds"], e["of"]) for e in waiting] == [
+        (["south"], 0, 60), (["south"], 15, 60), (["south"], 30, 60)
+    ]
+    assert told(strategy, "absent") == []
+    assert committed(strategy) == [["north", "south"]] * 3
+
+
+def test_nobody_is_named_as_missing_while_connected_nodes_have_yet_to_answer(
+    start: Begin, clock: Clock
+) -> None:
+    class Slow(FakeGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return super().pull_messages(message_ids) if clock.now > 2.0 else []
+
+    strategy = run_on(start(), Slow({11: site("north"), 22: site("south")}))
+    assert told(strategy, "waiting") == []
+    assert committed(strategy) == [["north", "south"]] * 3
+
+
+def test_the_code_a_site_answered_is_shown_while_it_is_waited_for_and_after(
+    start: Begin, clock: Clock
+) -> None:
+    """Also of a worker that was started for another contract, whose refusals name that one."""
+    strategy = run_on(start(quorum=1), FakeGrid({
+        11: refusing("north", contract="f" * 64), 22: site("south"), 33: always(b""),
+        44: refusing("nobody of the roster", "E210"),
+    }))
+    (waiting, *_) = told(strategy, "waiting")
+    assert waiting["sites"] == ["north"]
+    assert waiting["refused"] == {"north": "E201"}
+    assert waiting["nodes"] == {"E210": 1, "E401": 1}
+    assert [e["sites"] for e in told(strategy, "absent")] == [{"north": "E201"}]
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{"north": "E201"}] * 3
+    assert committed(strategy) == [["south"]] * 3
+
+
+def test_below_the_quorum_each_missing_site_has_its_code(start: Begin, clock: Clock) -> None:
+    strategy = start(quorum=2, sites=[{"name": n} for n in ("east", "north", "south")])
+    with pytest.raises(PeerError) as caught:
+        run_on(strategy, FakeGrid({11: refusing("north", "E213"), 22: site("south"),
+                                   33: always(b"")}))
+    assert str(caught.value) == (
+        "1 of 3 sites answered, the quorum is 2. Missing: east (E403), north (E213); "
+        "1 connected node without a name (E401)."
+    )
+
+
+def test_an_absent_site_is_in_the_facts_of_every_round(start: Begin) -> None:
+    strategy = run_on(start(quorum=1), FakeGrid({22: site("south")}))
+    assert [r["failed"] for r in strategy.run.registry.rounds()] == [{"north": "E403"}] * 3
 
 
 def test_two_nodes_of_one_name_are_one_site(start: Begin) -> None:
@@ -360,14 +424,14 @@ def test_two_nodes_of_one_name_are_no_quorum(start: Begin, clock: Clock) -> None
         run_on(strategy, FakeGrid({11: site("north"), 12: site("north")}))
     assert caught.value.code == "E402"
     assert str(caught.value) == (
-        "1 of 2 sites answered, the quorum is 2. No answer from: south."
+        "1 of 2 sites answered, the quorum is 2. Missing: south (E403)."
     )
     assert 5.0 <= clock.now < 6.0
 
 
 def test_the_wait_for_nobody_ends(start: Begin, clock: Clock) -> None:
     strategy = start()
-    with pytest.raises(PeerError, match=r"No answer from: north, south"):
+    with pytest.raises(PeerError, match=r"Missing: north .E403., south .E403."):
         run_on(strategy, FakeGrid({}))
     assert 5.0 <= clock.now < 6.0
     assert committed(strategy) == []

@@ -88,12 +88,12 @@ def test_a_site_that_fails_is_named_and_the_quorum_decides(
         simulate(SilotuneStrategy(run).start, relay_app(ask), 2)
         return run
 
-    with pytest.raises(RunError, match="south: E501") as error:
+    with pytest.raises(RunError, match="south: E401") as error:
         go(table_contract, tmp_path / "strict")
     assert error.value.code == "E402"
     assert not (tmp_path / "strict" / "adapter.safetensors").exists()
     lenient = go(table_contract.changed(quorum=1), tmp_path / "lenient")
-    assert lenient.registry.rounds()[-1]["failed"] == {"south": "E501"}
+    assert lenient.registry.rounds()[-1]["failed"] == {"south": "E401"}
 
 
 def test_nothing_keeps_running_afterwards(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +256,9 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     headline = f"{main['metrics']['auc']['mean']:.3f}"
     assert headline in done.stdout
     assert headline in page
+    (following,) = re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
+    shown = subprocess.run(
+        [Path(sys.executable).parent / "silotune", *shlex.split(following)], cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )
+    assert result["contract_sha256"] in shown.stdout, shown.stderr

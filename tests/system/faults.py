@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import ssl
@@ -438,6 +439,7 @@ def full_at_the_server(d: Deployment) -> str:
         first(d).go_on()
         said, _ = run.communicate(timeout=90)
         assert run.returncode == 1, said
+        assert "✗ E604 The disk of" in said, said
         filling.unlink()
         seen = ended(d, name, d.resuming(name))
     told = [line for line in said.splitlines() if line.startswith("✗")]
@@ -476,6 +478,60 @@ def two_servers(d: Deployment) -> str:
     assert "E602" in second, second
     first(d).go_on()
     return f"the second: E602; the first: {ended(d, name, run)}"
+
+
+def interrupted(d: Deployment) -> str:
+    """Ctrl-C on `server run` ends no run. It says so, and each command that it prints does what it
+    says, pasted into another terminal."""
+    d.use(deadline_seconds=60.0)
+    # A shell has its background ignore the signal, and so does what is started there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    first(d).stop_at("asked", 2)
+    name, run = d.begin()
+    wait_for(first(d).stopped, "round 2", 60)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, said
+    assert f"The run {name} goes on: its sites train, and each round spends ε." in said
+    lines = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", said, re.M))
+    assert set(lines) == {"watch", "stop", "resume"}, said
+    assert f"{name}   1/2   running" in pasted(d, lines["watch"])
+    pasted(d, lines["stop"])
+    wait_for(lambda: "told to stop" in pasted(d, lines["watch"]), "the run's end", 60)
+    assert d.events(name)[-1]["code"] == "E603"
+    first(d).go_on()
+    seen = ended(d, name, subprocess.Popen(
+        ["bash", "-c", lines["resume"]], cwd=d.folder, env=d.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ))
+    return f"the run went on, was stopped as the message says, and resumed: {seen}"
+
+
+def pasted(d: Deployment, line: str) -> str:
+    """What a command of a message says, without anything of Flower's in the environment."""
+    env = {key: value for key, value in d.env.items() if not key.startswith("FLWR_")}
+    done = subprocess.run(["bash", "-c", line], cwd=d.folder, env=env, capture_output=True,
+                          text=True, timeout=90, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def absent(d: Deployment) -> str:
+    """A site that is not there when a run begins is named at once, and is waited for."""
+    d.use(deadline_seconds=60.0)
+    gone = d.members["south"]
+    gone.node.end(signal.SIGTERM)
+    name, run = d.begin()
+
+    def waiting() -> dict[str, Any] | None:
+        found = [e for e in d.events(name) if e["event"] == "waiting"]
+        return found[-1] if found and found[-1]["sites"] == ["south"] else None
+
+    event = wait_for(waiting, "that south is named", 40)
+    standing = d.silotune("server", "status", "--folder", d.server)
+    assert "waiting for south" in standing, standing
+    gone.node.start()
+    return f"named after {event['seconds']} s of {event['of']}; {ended(d, name, run)}"
 
 
 def worker_told_to_stop(d: Deployment) -> str:
@@ -728,6 +784,7 @@ def faults() -> list[Fault]:
         ("clock 5 min ahead", clock(5)), ("clock 5 min behind", clock(-5)),
         ("disk full at a site", full_at_a_site), ("disk full at the server", full_at_the_server),
         ("corrupt checkpoint", corrupt), ("two servers, one run", two_servers),
+        ("Ctrl-C on server run", interrupted), ("a site that is absent at the start", absent),
         ("SIGTERM to a worker", worker_told_to_stop),
         ("SIGTERM to the server", server_told_to_stop), ("wrong CA", wrong_ca),
         ("wrong key", wrong_key), ("unregistered site", unregistered),

@@ -10,7 +10,8 @@ import pytest
 from tests.system.faults import faults, federation
 
 SHORT = (
-    "kill -9 of ServerApp", "two servers, one run", "SIGTERM to a worker", "message of 300 MB",
+    "kill -9 of ServerApp", "two servers, one run", "Ctrl-C on server run",
+    "a site that is absent at the start", "SIGTERM to a worker", "message of 300 MB",
 )
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 

@@ -24,6 +24,8 @@ MARK = "SILOTUNE_TEST_TUTORIAL"
 SECONDS = 300
 USERS = [f"fl-{who}{relay}" for who in ("operator", "cleveland", "hungary", "va-long-beach")
          for relay in ("", "-relay")]
+# As the README says; `wait` gives the exit code of each, which `set -e` looks at.
+STOP = "all=$(jobs -p); kill $all; for job in $all; do wait $job; done"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 pytestmark = [
@@ -79,7 +81,9 @@ def test_there_are_ten() -> None:
 
 def test_the_tutorial_as_printed(folder: Path) -> None:
     script = folder / "tutorial.sh"
-    script.write_text("\n".join(["set -euo pipefail", "umask 022", *commands()]) + "\n")
+    script.write_text("\n".join([
+        "set -euo pipefail", "umask 022", *commands(), STOP, "echo all have ended",
+    ]) + "\n")
     with (folder / "said").open("wb") as said:
         shell = subprocess.Popen(
             [str(word) for word in (*way_in(folder), "bash", script)], cwd=folder, stdout=said,
@@ -93,6 +97,10 @@ def test_the_tutorial_as_printed(folder: Path) -> None:
             code = None
     text = (folder / "said").read_text(errors="replace")
     assert code == 0, text[-8000:]
+    assert text.splitlines()[-1] == "all have ended"
+    stopped = [line for line in text.splitlines() if line.strip() == "stopped"]
+    assert len(stopped) == 4, text[-3000:]  # three sites and the server, each by itself
+    assert not marked()
     rounds = re.findall(r"^ *(\d)/5 +3 sites +loss [\d.]+ +accuracy [\d.]+ +auc ([\d.]+)$", text,
                         re.M)
     assert [number for number, _ in rounds] == list("12345"), text[-3000:]

@@ -1,0 +1,113 @@
+"""The result's table at every width: no figure is lost, none is broken, no line is too long."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from silotune.simulations.progress import result_tables
+
+LABELS = (
+    "Always the majority class", "Federated DP-LoRA", "Alone, DP-LoRA, same plan",
+    "Alone, DP-LoRA, own rates", "Federated DP head", "Federated DP one-hot",
+    "Federated LoRA without DP", "Pooled LoRA without DP",
+)
+HOSPITALS = ("Cleveland", "Hungary", "Switzerland", "VA Long Beach")
+LETTERS = st.sampled_from("abcZ -_é中国")
+NAMES = st.text(LETTERS, min_size=1, max_size=64).map(str.strip).filter(bool)
+
+
+def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) -> dict[str, Any]:
+    """A result as simulations/summary.py makes it, each figure of it another."""
+    order = np.random.default_rng(seed).permutation(1000)
+    numbers = iter(order[: (2 + len(sites)) * arms].tolist())
+
+    def figure() -> dict[str, float]:
+        return {"mean": next(numbers) / 1000, "sd": 0.012}
+
+    return {
+        "metric": {"name": "auc", "label": "AUC"},
+        "privacy": {"sites": [{"site": site} for site in sites]},
+        "arms": [
+            {
+                "label": label, "repeats": repeats, "main": place == 1, "private": place % 2 == 0,
+                "epsilon": 8.0 if place % 2 == 0 else None, "delta": 1e-4,
+                "metrics": {"auc": figure()}, "sites_mean": figure(),
+                "sites": {site: figure() for site in sites}, "bytes_up": 1_536_000 + place,
+                "bytes_down": 12_269_000, "seconds": 1021.0,
+            }
+            for place, label in enumerate(LABELS[:arms])
+        ],
+    }
+
+
+def lines_of(result: dict[str, Any], width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False, soft_wrap=True,
+                      highlight=False)
+    for table in result_tables(result, width):
+        console.print(table, soft_wrap=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def figures_of(result: dict[str, Any]) -> list[str]:
+    found = []
+    for arm in result["arms"]:
+        for figure in (arm["metrics"]["auc"], arm["sites_mean"], *arm["sites"].values()):
+            found.append(f"{figure['mean']:.3f}" + " ±0.012" * (arm["repeats"] > 1))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(40, 220), arms=st.integers(1, len(LABELS)), repeats=st.sampled_from((1, 3)),
+    sites=st.lists(NAMES, max_size=12, unique=True).map(tuple), seed=st.integers(0, 9),
+)
+@example(width=80, arms=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=100, arms=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=120, arms=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=40, arms=8, repeats=3, sites=("x" * 64, "seconds", "mean of sites"), seed=0)
+def test_every_figure_stands_whole_on_a_line_that_fits(
+    width: int, arms: int, repeats: int, sites: tuple[str, ...], seed: int
+) -> None:
+    result = result_of(sites, arms, repeats, seed)
+    lines = lines_of(result, width)
+    assert max(map(cell_len, lines)) <= width
+    text = "\n".join(lines)
+    for figure in figures_of(result):
+        assert text.count(figure) == 1, figure
+    for whole in ("8 (0.0001)", "1,536", "12,269", "1021"):
+        assert text.count(whole) >= arms // 2, whole
+    squeezed = "".join(text.split())  # names may be broken, but are all there
+    assert all("".join(site.split())[:6] in squeezed for site in sites)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_sites_are_rows_where_columns_do_not_fit(width: int) -> None:
+    result = result_of(HOSPITALS, 8, 3)
+    lines = lines_of(result, width)
+    assert not any("Cleveland" in line and "Hungary" in line for line in lines)
+    for site in HOSPITALS:
+        figures = [f"{a['sites'][site]['mean']:.3f} ±0.012" for a in result["arms"]]
+        of_site = [line for line in lines if line.startswith(site)]
+        assert all(any(figure in line for line in of_site) for figure in figures)
+
+
+def test_sites_are_columns_where_they_fit() -> None:
+    lines = lines_of(result_of(HOSPITALS, 8, 3), 200)
+    assert len(lines) == 9
+    assert all(site in lines[0] for site in HOSPITALS)
+
+
+def test_one_site_more_makes_rows_of_them() -> None:
+    """There is one width, and not a range of them, at which the layout changes."""
+    wide = [len(lines_of(result_of(HOSPITALS, 8, 3), width)) == 9 for width in range(60, 200, 5)]
+    assert len(list(itertools.groupby(wide))) == 2

@@ -1,0 +1,299 @@
+"""Each `next:` line that a command prints is a command that works: every one is run here.
+
+A line that is new fails `test_every_line_is_run` until it has a case.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silotune.client import supervisor
+from silotune.common.contract import Contract
+from silotune.common.errors import RunError
+from silotune.server import cli as server_cli
+from silotune.server import service
+from silotune.simulations import run as simulation
+from silotune.simulations.progress import Progress
+from tests.conftest import TABLE_CONTRACT, Ran
+from tests.test_house import ROOMS, ROOT
+
+Silotune = Callable[..., Ran]
+LINE = re.compile(r"^next:   (?:.*then: )?silotune (.*?)(?:   \(.*\))?$", re.M)
+
+
+def calls() -> set[str]:
+    """Where a `next:` line is made: file and function. Text of its own that looks like one is
+    found, too."""
+    found = set()
+    for path in sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py")):
+        tree, name = ast.parse(path.read_text()), str(path.relative_to(ROOT))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        for function in functions:
+            documented = ast.get_docstring(function, clean=False)
+            for node in ast.walk(function):
+                called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and (
+                    node.func.id == "next_step"
+                )
+                text = isinstance(node, ast.Constant) and isinstance(node.value, str) and (
+                    "next:" in node.value and node.value != documented
+                )
+                if called or text:
+                    found.add(f"{name}:{function.name}")
+    return found - {"common/cli.py:next_step"}
+
+
+class Scene:
+    """An empty folder with a contract, and what a site and an operator make in it."""
+
+    def __init__(self, folder: Path, silotune: Silotune, write_rows: Callable[..., Path]) -> None:
+        self.folder, self._silotune = folder, silotune
+        (folder / "draft.toml").write_text(TABLE_CONTRACT)
+        self.write_rows = write_rows
+
+    def says(self, *words: object, code: int = 0) -> str:
+        found, out, err = self._silotune(*words)
+        assert found == code, f"silotune {' '.join(map(str, words))}\n{out}{err}"
+        return out
+
+    def follow(self, said: str, **known: str) -> str:
+        """Run the command of the last `next:` line; known: what its words in capitals stand for."""
+        *_, line = LINE.findall(said)
+        words = [known.get(word, word) for word in shlex.split(line)]
+        assert not [word for word in words if re.fullmatch(r"[A-Z]{3,}|…", word)], line
+        return self.says(*words)
+
+    # a site
+
+    def init(self) -> str:
+        said = self.says("site", "init", "--name", "north", "--folder", "a site", "--data",
+                         "rows.csv")
+        self.write_rows(self.folder / "a site" / "rows.csv", 120).chmod(0o600)
+        return said
+
+    def ready(self) -> str:
+        """A site in the folder `a site` that can take part."""
+        self.init()
+        self.says("server", "init", "--host", "127.0.0.1", "--folder", "server")
+        print_ = self.says("server", "fingerprint", "--folder", "server").strip()
+        return self.says(
+            "site", "join", "draft.toml", "--config", "a site/site.toml", "--server",
+            "127.0.0.1:1", "--ca", "server/ca.crt", "--fingerprint", print_, "--set",
+            "data.repeated=keep",
+        )
+
+    # an operator
+
+    def server(self) -> str:
+        self.init()
+        return self.says("server", "init", "--host", "127.0.0.1", "--folder", "server")
+
+    def added(self) -> str:
+        self.server()
+        print_ = self.says("site", "fingerprint", "--config", "a site/site.toml").strip()
+        return self.says("server", "add", "a site/north.request.json", "--fingerprint", print_,
+                         "--folder", "server")
+
+
+@pytest.fixture
+def scene(
+    tmp_path: Path, run: Silotune, write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Scene:
+    """What would go on until it is stopped ends at once: both supervisors, a simulation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(supervisor.Supervisor, "run", lambda _: 0)
+    monkeypatch.setattr(service.Service, "run", lambda _: 0)
+    monkeypatch.setattr(simulation, "run", lambda *_, **__: {})
+    return Scene(tmp_path, run, write_rows)
+
+
+def site_init(scene: Scene) -> None:
+    assert "✓" in scene.follow(scene.init())
+
+
+def site_sign(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("silotune.client.preflight.shake", lambda _: "reached")
+    monkeypatch.setattr("silotune.client.admission.check", lambda *_: "admitted")
+    assert "Ready: 0 problems" in scene.follow(scene.ready())
+    said = scene.says("site", "sign", "--config", "a site/site.toml")
+    assert "Ready: 0 problems" in scene.follow(said, CONTRACT="draft.toml")
+
+
+def site_check(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("silotune.client.preflight.shake", lambda _: "reached")
+    monkeypatch.setattr("silotune.client.admission.check", lambda *_: "admitted")
+    scene.ready()
+    said = scene.says("site", "check", "draft.toml", "--config", "a site/site.toml")
+    scene.follow(said, USER="61001", OTHER="61002")
+
+
+def site_prepare(scene: Scene) -> None:
+    scene.ready()
+    said = scene.says("site", "prepare", "draft.toml", "--config", "a site/site.toml")
+    (setting,) = re.findall(r"next:   set (file = \".*?\") in \[data\]", said)
+    config = scene.folder / "a site" / "site.toml"
+    text = config.read_text()
+    assert 'file = "rows.csv"' in text
+    config.write_text(text.replace('file = "rows.csv"', setting))
+    assert "policy number 2" in scene.follow(said)
+    checked = json.loads(scene.says("site", "check", "draft.toml", "--config", config, "--json",
+                                    code=1))  # no server is there
+    assert {row["name"] for row in checked["checks"] if row["state"] == "problem"} == {"handshake"}
+
+
+def privacy_export(scene: Scene) -> None:
+    scene.ready()
+    said = scene.says("privacy", "export", "a ledger.jsonl", "--config", "a site/site.toml")
+    assert "verified" in scene.follow(said) or "✓" in scene.follow(said)
+
+
+def contract_new(scene: Scene) -> None:
+    scene.write_rows(scene.folder / "my rows.csv", 30)
+    scene.follow(scene.says(
+        "contract", "new", "--from", "my rows.csv", "--out", "my contract.toml", "--task",
+        "classification", "--label", "outcome", "--labels", "0,1", "--column", "age: 40, 60",
+        "--site", "a", "--site", "b", "--records", "200",
+    ))
+
+
+def server_init(scene: Scene) -> None:
+    said = scene.server()
+    print_ = scene.says("site", "fingerprint", "--config", "a site/site.toml").strip()
+    assert "is in the roster" in scene.follow(
+        said, REQUEST="a site/north.request.json", FINGERPRINT=print_
+    )
+
+
+def server_add(scene: Scene) -> None:
+    scene.follow(scene.added())
+
+
+def server_contract(scene: Scene) -> None:
+    scene.added()
+    scene.follow(scene.says("server", "contract", "draft.toml", "--folder", "server"))
+
+
+def stopped_run(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract
+) -> None:
+    """`server run` that stopped; the resumed one does not."""
+    scene.server()
+    ends: list[RunError | None] = []
+    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "1"}')
+
+    def follow(where: Path, *_: Any) -> Path:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "contract.json").write_text(table_contract.model_dump_json())
+        if (end := ends.pop(0)) is not None:
+            raise end
+        return where / "adapter.safetensors"
+
+    monkeypatch.setattr(server_cli, "_follow", follow)
+    scene.write_rows(scene.folder / "public rows.csv", 20)
+    for sentence in ("below the quorum", f"a sum {server_cli.LOST_MASKS}"):
+        ends[:] = [RunError(sentence, code="E402"), None]
+        said = scene.says("server", "run", "draft.toml", "--folder", "server", "--test",
+                          "public rows.csv", "--run", f"r{len(sentence)}", code=1)
+        assert ("--skip-round" in said) == (server_cli.LOST_MASKS in sentence)
+        assert "adapter" in scene.follow(said)
+
+
+def recipes(scene: Scene) -> None:
+    scene.follow(scene.says("sim", "ls"))
+
+
+def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run writes its contract into its folder (tests/simulations/test_recipes.py)."""
+    folder = scene.folder / "a run"
+    folder.mkdir()
+    (folder / "contract.json").write_text(table_contract.model_dump_json())
+    progress = Progress({"title": "x", "metric": "auc"}, table_contract)
+    progress.finish({
+        "verdict": {"word": "usable", "lines": [], "warnings": []}, "arms": [], "seconds": 1.0,
+        "metric": {"name": "auc", "label": "AUC"}, "privacy": {"sites": []}, "recipe": "x",
+        "peak_memory_bytes": 0,
+    }, folder)
+    assert table_contract.hash in scene.follow(capsys.readouterr().out)
+
+
+CASES: dict[str, Callable[..., None]] = {
+    "client/cli.py:init": site_init,
+    "client/cli.py:_sign": site_sign,
+    "client/cli.py:check": site_check,
+    "client/prepare_cli.py:prepare": site_prepare,
+    "client/privacy_cli.py:export": privacy_export,
+    "common/contract_cli.py:new": contract_new,
+    "server/cli.py:init": server_init,
+    "server/cli.py:add": server_add,
+    "server/cli.py:contract_": server_contract,
+    "server/cli.py:_carry_out": stopped_run,
+    "simulations/cli.py:sim_ls": recipes,
+    "simulations/progress.py:finish": simulated,
+}
+
+
+def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract, run: Silotune
+) -> None:
+    """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
+    scene.server()
+    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "17"}')
+    interrupted = [True, False]
+
+    def follow(where: Path, *_: Any) -> Path:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "contract.json").write_text(table_contract.model_dump_json())
+        if interrupted.pop(0):
+            raise KeyboardInterrupt
+        return where / "adapter.safetensors"
+
+    monkeypatch.setattr(server_cli, "_follow", follow)
+    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
+    assert (code, err.splitlines()[0]) == (
+        130, "Detached. The run r goes on: its sites train, and each round spends ε."
+    )
+    said = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", err, re.M))
+    scene.says(*shlex.split(said["watch"])[1:])
+    assert "adapter" in scene.says(*shlex.split(said["resume"])[1:])
+    home, telemetry, program, *words = shlex.split(said["stop"])
+    assert home == f"FLWR_HOME={scene.folder / 'server' / 'flwr'}"
+    assert telemetry == "FLWR_TELEMETRY_ENABLED=0"
+    assert os.access(program, os.X_OK)
+    assert words == ["stop", "17", "silotune"]
+
+
+def test_ctrl_c_before_flower_has_begun_a_run_says_that_it_may_have_begun(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    def flwr(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    scene.server()
+    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(service, "flwr", flwr)
+    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
+    assert code == 130
+    assert "it may have begun: silotune server status --folder server" in err
+
+
+def test_every_line_is_run() -> None:
+    assert calls() == set(CASES)
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_the_next_step_works(where: str, scene: Scene, request: pytest.FixtureRequest) -> None:
+    case = CASES[where]
+    names = [n for n in case.__code__.co_varnames[: case.__code__.co_argcount] if n != "scene"]
+    case(scene, **{name: request.getfixturevalue(name) for name in names})
