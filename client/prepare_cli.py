@@ -49,19 +49,22 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     from silotune.client.site import Site
     from silotune.common import query
     from silotune.common.durable import write_durably
+    from silotune.common.reading import stem_of
 
     agreed, policy, site = contracts.load(contract), policies.load(config), Site(config)
     ledger = _ledger(site)
     data, folder = policy.data, out or site.folder / "prepared"
-    file = folder / f"{data.file.stem if data.file else policy.name}.parquet"
+    file = folder / f"{stem_of(data.file) if data.file else policy.name}.parquet"
     pseudonyms = ledger.pseudonyms_key if ledger else None
-    prepared = preparing.prepare(data.table(), agreed, policy.prepare, data.key, pseudonyms)
+    table = data.table()
+    prepared = preparing.prepare(table, agreed, policy.prepare, data.key, pseudonyms)
     found = counts.count(prepared.table, agreed, policy.model.folder)
     charged = counts.charged(prepared.table, data.key, ledger)
     refused = prepared.refused
     facts = {
         "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
-        "file": str(file), "key": data.key, "charged": charged, "made_up": counts.made_up(agreed),
+        "file": str(file), "key": data.key, "notes": table.notes, "charged": charged,
+        "made_up": counts.made_up(agreed),
         "when": time.strftime("%Y-%m-%d %H:%M"), "numbering": _numbering(data),
         "rules": ", ".join(f"{k} = {v}".lower() for k, v in policy.prepare.model_dump().items()),
     }
@@ -79,6 +82,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     for p in prepared.problems:
         mark = MARKS.get(p.done, "!")
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
+    lines += [f"! {note}" for note in table.notes]
     if data.query and not query.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     before = "no ledger yet" if charged.before is None else f"{charged.before:,} charged before"
@@ -86,9 +90,9 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
         f"{'✗' if refused else '✓'} {found.rows:,} of {prepared.read:,} rows "
         f"{'fit' if refused else 'kept'} · {charged.records:,} records, {before}"
     )
-    if found.texts:
-        lines.append(f"{'!' if found.cut else '✓'} {found.cut:,} of {found.texts:,} texts are "
-                     f"longer than the model's {found.most_tokens} tokens")
+    lengths = found.lengths
+    if lengths.texts:
+        lines.append(f"{'!' if lengths.cut else '✓'} {lengths.sentence}")
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
     if not refused and found.rows:
         lines += [
@@ -99,7 +103,9 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     emit(
         {"prepared": not refused, "read": prepared.read, "kept": found.rows,
          "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
-         "cut": found.cut, "texts": found.texts, "report": str(report), "file": str(file)},
+         "notes": table.notes, "cut": lengths.cut, "texts": lengths.texts,
+         "entities": lengths.entities, "entities_cut": lengths.lost,
+         "report": str(report), "file": str(file)},
         as_json, "\n".join(lines),
     )
     if refused:
@@ -124,8 +130,11 @@ def _numbering(data: Data) -> str:
     """What a row's number counts."""
     if data.file is None:
         return "the rows of the query's result, from 1, in the order of that reading"
-    if data.file.suffix.lower() == ".parquet":
+    suffix = data.file.suffix.lower()
+    if suffix == ".parquet":
         return "its rows, from 1"
+    if suffix == ".xlsx":
+        return "the row of the sheet"
     return "the line of the file on which the row starts"
 
 

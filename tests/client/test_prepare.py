@@ -216,7 +216,7 @@ def test_counts(bounded: Contract) -> None:
     assert found.choices == {"age": {"young": 1, "old": 1, "": 2}, "smoker": {"yes": 1, "no": 2,
                                                                             "": 1}}
     assert (found.missing, found.targets) == ({"age": 2, "smoker": 1}, {"well": 1, "ill": 3})
-    assert (found.rows, found.texts, found.cut) == (4, 0, 0)
+    assert (found.rows, found.lengths.texts, found.lengths.cut) == (4, 0, 0)
 
 
 TEXT = {
@@ -281,10 +281,11 @@ def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Pat
     rows = table(["one two three", "1"], ["one two three", "0"], ["word " * 40, "1"],
                  header=["note", "outcome"])
     found = counts.count(rows, contract, encoder_folder)
-    assert {n: k for n, k in enumerate(found.tokens) if k} == {5: 2, 42: 1}  # with [CLS] and [SEP]
-    assert (found.texts, found.cut, found.most_tokens) == (3, 1, 8)
+    lengths = found.lengths
+    assert {n: k for n, k in enumerate(lengths.tokens) if k} == {5: 2, 42: 1}  # with [CLS], [SEP]
+    assert (lengths.texts, lengths.cut, lengths.limit) == (3, 1, 8)
     plot = prepare_report.draw(Prepared(3, rows, [], {}), found)[-1]
-    assert "1 of 3 texts (33.3%) are longer than 8 tokens" in plot.alt
+    assert "1 of 3 texts are longer than the model's 8 tokens" in plot.alt
 
 
 # The command ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_rows_are_split_by_entity(
 ) -> None:
     """An owner's rows are all public or none; drawn sites also keep an owner together."""
     contract = contracts.load(contract_of(table, "--entity", "owner", "--cap", "2"))
-    counts = of_file(table, contract, column, tmp_path / "split")
+    counts = of_file(table, contract, column, tmp_path / "split").counts
     assert sum(int(c["train"]) + int(c["test"]) for c in counts) == 240
     owners: dict[str, set[str]] = {}
     for part in ("train", "test"):
@@ -115,7 +115,7 @@ def test_what_does_not_fit(
     with pytest.raises(DataError, match="Column 'brunch' is not in") as error:
         of_file(table, contract, "brunch", tmp_path / "split")
     assert "Did you mean 'branch'?" in error.value.local
-    with pytest.raises(DataError, match="fewer than 8 rows for: bank-a, bank-b, bank-c"):
+    with pytest.raises(DataError, match="of a site of the contract: bank-a, bank-b, bank-c"):
         of_file(table, contract, "home", tmp_path / "split")
     with pytest.raises(UsageError, match="is no file"):
         own_recipe(table.with_suffix(".toml"), tmp_path / "none.csv", None)
