@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self, TextIO, cast
 
-from silotune.common.encodings import WINDOWS_ENCODINGS, encoding_of, usual_name
+from silotune.common.encodings import ENCODINGS, WINDOWS_ENCODINGS, encoding_of, usual_name
 from silotune.common.errors import DataError, UsageError
 
 DELIMITERS = {",": ",", ";": ";", "\t": "tab", "|": "|"}  # and how a user writes them
 SAMPLE = 1 << 16  # bytes from which an encoding is guessed
+CHAOS, ALIKE = 0.1, 0.04  # of charset-normalizer: what is no text, and which guesses are as good
+GUESSES = 3
 C1_BYTES = re.compile(rb"[\x80-\x9f]")
 # Longer marks first: that of UTF-16 begins that of UTF-32.
 MARKS = (
@@ -65,7 +67,7 @@ class Reading:
         """From words of a command line; UsageError for an encoding or delimiter that is none."""
         try:
             return cls(
-                encoding_of(encoding or "utf-8"),
+                encoding_of("utf-8" if encoding is None else encoding),
                 None if delimiter is None else delimiter_of(delimiter), option,
             )
         except ValueError as error:
@@ -104,8 +106,8 @@ def decoded(path: Path, reading: Reading, kind: str) -> Iterator[TextIO]:
     try:
         with opened(path) as file, io.TextIOWrapper(file, codec, newline="") as text:
             yield text
-    except UnicodeError as error:
-        raise _not_decoded(path, reading, kind, error) from None
+    except UnicodeError:
+        raise _not_decoded(path, reading, kind) from None
 
 
 def _check_start(path: Path, reading: Reading, start: bytes, marked: str) -> None:
@@ -121,7 +123,7 @@ def _check_start(path: Path, reading: Reading, start: bytes, marked: str) -> Non
         )
 
 
-def _not_decoded(path: Path, reading: Reading, kind: str, error: UnicodeError) -> DataError:
+def _not_decoded(path: Path, reading: Reading, kind: str) -> DataError:
     """Where the text stops being in its encoding, and which one it looks like."""
     encoding, name = reading.encoding, usual_name(reading.encoding).upper()
     what = f"Data file {path.name} cannot be read as {name} {kind}"
@@ -139,32 +141,44 @@ def _not_decoded(path: Path, reading: Reading, kind: str, error: UnicodeError) -
             except UnicodeError:  # UTF-16 without its mark
                 break
             line += max(block.count(b"\n"), block.count(b"\r"))
-    likely = _likely_encoding(path, sample) if sample else ""
-    if not likely or likely == encoding:
-        return DataError(f"{what} ({type(error).__name__}): line {line} is not {name}. "
+    likely = [one for one in _likely_encodings(path, sample) if one != encoding]
+    if not likely:
+        return DataError(f"{what}: line {line} is not {name}. "
                          f"Set {reading.said('encoding', 'NAME')} to the one it is in.")
-    shown = usual_name(likely)
+    first, *others = map(usual_name, likely)
+    shown = f"{first} (or {', '.join(others)})" if others else first
     return DataError(
-        f"{what} ({type(error).__name__}): line {line} is not {name}, it looks like {shown}. "
-        f"If that is right, set {reading.said('encoding', shown)}."
+        f"{what}: line {line} is not {name}, it looks like {shown}. "
+        f"If that is right, set {reading.said('encoding', first)}."
     )
 
 
-def _likely_encoding(path: Path, sample: bytes) -> str:
-    """A guess from the bytes about the place; '' if there is none."""
+def _likely_encodings(path: Path, sample: bytes) -> list[str]:
+    """Guesses from the bytes about the place, the most likely first: members of ENCODINGS that give
+    different texts, each of which reads like a language."""
     from charset_normalizer import from_bytes
 
-    found = from_bytes(sample).best()
-    if found is None or found.encoding.startswith("utf"):
-        return ""
-    # Of the many encodings of one byte a character that give the same text, the one people know.
-    alike = {found.encoding, *found.could_be_from_charset}
-    if alike & {"latin_1", "cp1252"}:
-        return "cp1252" if _has_c1_bytes(path) else "iso8859-1"
-    try:
-        return encoding_of(found.encoding)
-    except ValueError:
-        return ""
+    found: list[tuple[float, str]] = []
+    for match in from_bytes(sample):
+        try:
+            found.append((match.chaos, encoding_of(match.encoding)))
+        except ValueError:
+            continue
+    least = min((chaos for chaos, _ in found), default=1.0)
+    if least > CHAOS:
+        return []
+    texts: dict[str, str] = {}
+    for chaos, encoding in found:
+        text = sample.decode(encoding, "replace")
+        # Of those that give the same text, the one people know: they stand first in the list.
+        alike = (one for one in ENCODINGS if sample.decode(one, "replace") == text)
+        if chaos <= least + ALIKE:
+            texts.setdefault(text, next(alike))
+    likely = sorted(texts.values(), key=ENCODINGS.index)
+    western = "cp1252" if _has_c1_bytes(path) else "iso8859-1"
+    return list(dict.fromkeys(
+        western if one in ("iso8859-1", "cp1252") else one for one in likely
+    ))[:GUESSES]
 
 
 def _has_c1_bytes(path: Path) -> bool:

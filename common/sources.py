@@ -181,7 +181,7 @@ def _as_data_errors(path: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"Data file {path.name} cannot be read ({type(error).__name__})."
+            f"Data file {path.name} cannot be read: {error.strerror or 'unknown cause'}."
         ) from None
 
 
@@ -345,8 +345,8 @@ def _parquet(path: Path, _: Reading) -> Iterator[Row]:
         if isinstance(error, OSError) and error.errno:
             raise  # the system's; pyarrow has none for damage
         raise DataError(
-            f"Data file {path.name} cannot be read as Parquet ({type(error).__name__}): it is cut "
-            f"short, damaged, or something else. Rows read before: {line - 1:,}."
+            f"Data file {path.name} cannot be read as Parquet: it is cut short, damaged, or "
+            f"something else. Rows read before: {line - 1:,}."
         ) from None
     problems.raise_if_any(f"Data file {path.name} cannot be read", "Correct those rows.")
 

@@ -39,16 +39,16 @@ def rows(path: Path, _: object) -> Iterator[Row]:
     except OSError as error:
         if error.errno:
             raise
-        raise _damaged(path, error) from None
-    except Exception as error:  # openpyxl raises what it meets in a damaged file
-        raise _damaged(path, error) from None
+        raise _damaged(path) from None
+    except Exception:  # openpyxl raises what it meets in a damaged file
+        raise _damaged(path) from None
     yield from found
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damaged(path: Path) -> DataError:
     return DataError(
-        f"Data file {path.name} cannot be read as an Excel workbook ({type(error).__name__}): it "
-        "is cut short, damaged, protected by a password, or something else."
+        f"Data file {path.name} cannot be read as an Excel workbook: it is cut short, damaged, "
+        "protected by a password, or something else."
     )
 
 

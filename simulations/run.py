@@ -24,8 +24,9 @@ from pydantic import ValidationError
 from silotune.common import lengths, records
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
-from silotune.common.errors import RunError, UsageError, did_you_mean
+from silotune.common.errors import DataError, RunError, UsageError, did_you_mean
 from silotune.common.lengths import Lengths
+from silotune.common.metrics import METRICS, constant, score
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
 from silotune.common.reading import Reading
@@ -162,6 +163,7 @@ def run(
     unknown = set(contract.weights()) - sites
     if unknown:
         raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
+    _check_figure(recipe.facts["metric"], contract, rows)
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"model {contract.model.name}"):
@@ -213,6 +215,23 @@ def run(
     write_report(result, folder / "report.html")
     progress.finish(result, folder)
     return result
+
+
+def _check_figure(metric: str, contract: Contract, split: Path) -> None:
+    """DataError where the rows for tests do not define the figure of the run: an AUC, say, of rows
+    that all have the same label."""
+    test = [records.read(split / "test" / f"{site}.csv", contract) for site in contract.weights()]
+    labels = [label for found in test for label in found.labels]
+    outputs = constant(contract.task, labels)
+    if outputs is None:
+        return
+    queries = [query for found in test for query in found.queries]
+    if score(contract.task, outputs, labels, queries)[metric] is None:
+        raise DataError(
+            f"The {len(labels):,} rows that are held back for tests do not define "
+            f"{METRICS[metric]}: column '{contract.task.label_column}' is the same in all of them. "
+            "More rows are needed, or others.", code="E304",
+        )
 
 
 def _lengths(contract: Contract, model: Path | None, split: Path) -> Lengths:
