@@ -50,7 +50,8 @@ CODES: dict[str, str] = {
     "signs a policy; each signature has a higher number, and an older one counts no more. A worker "
     "and a run that began under an earlier one do not go on under another.",
     "E214": "A key of the site is missing, damaged, or open to other users of the machine.",
-    "E301": "A data file does not exist or cannot be read.",
+    "E301": "A data file does not exist or cannot be read: its suffix, encoding or compression is "
+    "not one that is read, or it is damaged. The message says which, and what to set.",
     "E302": "A column the contract names is not in the data, a value lies outside the public "
     "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "
     "contract must change.",
@@ -70,7 +71,8 @@ CODES: dict[str, str] = {
     "E310": "The model is not one that this contract can be carried out with: another type, fewer "
     "layers, or other names of them. Name another model, or correct [adapter].",
     "E311": "A data source holds what is no table of single values: a line that is no JSON object "
-    "or has other keys, a column of lists or bytes. The row numbers are in the message.",
+    "or has other keys, a column of bytes, a cell with an error of Excel's, a workbook of several "
+    "sheets, a CoNLL line without a tag. The row numbers are in the message.",
     "E312": "A database cannot be read: [data] url or query in site.toml, the environment "
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "

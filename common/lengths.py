@@ -54,7 +54,8 @@ class Lengths:
             text += ": what is beyond is not read"
         if self.lost:
             text += (f", with {self.lost:,} of {self.entities:,} entities, in {self.losing:,} "
-                     "texts. Raise model.max_tokens in the contract, or split these texts")
+                     f"text{'s' * (self.losing != 1)}. Raise model.max_tokens in the contract, or "
+                     "split these texts")
         return text
 
 

@@ -168,7 +168,7 @@ def run(
     if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"model {contract.model.name}"):
             model_folder = options.model or data.fetch(contract.model.name)
-    measured = _lengths(contract, model_folder, rows)
+    measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     progress.start(counts, jobs, processes, notes, measured)
@@ -234,7 +234,7 @@ def _check_figure(metric: str, contract: Contract, split: Path) -> None:
         )
 
 
-def _lengths(contract: Contract, model: Path | None, split: Path) -> Lengths:
+def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
     """Of the texts of all rows, those for tests as well."""
     files = [split / "pooled.csv", *sorted((split / "test").glob("*.csv"))]
     if isinstance(contract.model, OneHotModel):

@@ -28,9 +28,10 @@ from silotune.client.prepare import Prepared, prepare, write
 from silotune.client.site import Site
 from silotune.common import records
 from silotune.common.cli import silotune
-from silotune.common.contract import Contract
+from silotune.common.contract import Contract, parse
 from silotune.common.errors import DataError, UsageError
 from silotune.common.records import Table
+from tests.common.test_reading import TOKENS
 
 CANARY = "Kanarienvogel77"
 HEADER = ["age", "smoker", "outcome"]
@@ -487,3 +488,44 @@ def test_contracts_of_texts_have_no_choices_to_draw(table_contract: Contract) ->
         assert "no choices" in plots[-2].alt
         assert "no tokenizer.json" in plots[-1].alt
         assert counts.made_up(contract)[0].startswith("⟨the text in")
+
+
+# Tags and long texts --------------------------------------------------------------------------
+
+
+def test_tags_of_another_scheme_are_counted_and_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records in IOB1, as a CoNLL file, with texts that the model does not read to their end. What
+    is prepared has the same cells, so that the rows stay the same records."""
+    monkeypatch.chdir(tmp_path)
+    Path("contract.toml").write_text(TOKENS)
+    done = CliRunner().invoke(silotune, ["site", "init", "--name", "north", "--folder", "."])
+    assert done.exit_code == 0
+    sentences = ["gout I-Disease", "a O\n" * 9 + "asthma I-Disease", "b S-Drug", "c O"]
+    Path("records.conll").write_text("\n\n".join(sentences) + "\n")
+    Path("records.conll").chmod(0o600)
+    config = Path("site.toml")
+    config.write_text(config.read_text().replace("records.csv", "records.conll"))
+    done = CliRunner().invoke(silotune, ["site", "prepare", "contract.toml"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    for what in ("column 'marks' is in IOB1: read as IOB2", "column 'marks' is in BIOES: read as"):
+        assert any(what in line and "left as they are" in line for line in lines), done.output
+    assert any("rows 1, 3" in line for line in lines)
+    assert ("! 1 of 4 texts have more words than the model's 8 tokens: what is beyond is not read, "
+            "with 1 of 3 entities, in 1 text.") in done.output
+    found = records.table(tmp_path / "prepared" / "records.parquet")
+    assert found.header == ["sentence", "marks"]
+    assert found.rows[0][1] == ["gout", "I-Disease"]
+    assert records.parse(found, parse(TOKENS)).labels == [[1], [0] * 9 + [1], [3], [0]]
+
+
+def test_control_characters_are_reported_by_the_command(site: Site) -> None:
+    path = site.folder / "records.csv"
+    path.write_text("age,smoker,outcome,name\n71,yes,1,a\0b\n71,yes,1,ab\n")
+    done = run()
+    assert "! control characters stand in row 2; they are kept as they are" in done.output
+    assert "control characters stand in row 2" in (
+        site.folder / "prepared" / "report.html"
+    ).read_text()

@@ -75,7 +75,7 @@ def test_without_a_tokenizer_words_are_counted(contract: Contract) -> None:
     assert (found.cut, found.lost, found.losing, found.entities) == (1, 1, 1, 2)
     assert found.sentence == (
         "1 of 2 texts have more words than the model's 8 tokens: what is beyond is not read, with "
-        "1 of 2 entities, in 1 texts. Raise model.max_tokens in the contract, or split these texts"
+        "1 of 2 entities, in 1 text. Raise model.max_tokens in the contract, or split these texts"
     )
 
 

@@ -69,7 +69,7 @@ def test_a_scheme_is_recognised_by_its_tags(drawn: tuple[list[Entity], int], sch
 @given(st.lists(st.tuples(st.sampled_from("OBIESLUM"), st.sampled_from(KINDS)), max_size=8))
 @example([("O", ""), ("I", "Drug"), ("I", "Disease"), ("E", "Disease"), ("E", "Disease")])
 def test_any_sequence_becomes_iob2_as_conlleval_reads_it(parts: list[tuple[str, str]]) -> None:
-    """Each word that is in an entity stays in one of its kind; B and S begin one, E and S end one."""
+    """A word in an entity stays in one of its kind; B and S begin an entity, E and S end one."""
     tags = ["O" if prefix == "O" else f"{prefix}-{kind}" for prefix, kind in parts]
     found = to_iob2(tags)
     assert scheme_of(found) == "IOB2"
