@@ -16,7 +16,7 @@ from typing import Any
 
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract
-from silotune.common.errors import UsageError, did_you_mean
+from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.reading import Reading
 from silotune.common.task import Task
 from silotune.simulations import data, split
@@ -101,7 +101,10 @@ def own_recipe(
     def rows(folder: Path) -> Split:
         return split.of_file(table, contract, site_column, folder / "split", reading)
 
-    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"Data file {table} cannot be read: {error.strerror}.") from None
     source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
     return Recipe(file.stem, contract, facts, source, rows)
 
