@@ -29,9 +29,10 @@ FIXED_BELOW = 10**15  # larger ones are written as their source's type has them:
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # Not one with leading zeros or an exponent: those may be codes.
 DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]*)\.[0-9]+")
-# Control characters other than tab and the ends of lines.
-CONTROL = r"[\x{0}-\x{8}\x{B}\x{C}\x{E}-\x{1F}\x{7F}-\x{9F}]"
-C1_CONTROL = r"[\x{80}-\x{9F}]"
+# Control characters other than tab and the ends of lines, and those of them beyond ASCII: for both
+# Python's regular expressions and RE2.
+CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x9F]"
+C1_CONTROL = r"[\x80-\x9F]"
 # Spaces, byte order marks and characters without width at the ends of a column's name.
 EDGES = re.compile("^[\\s\ufeff\u200b-\u200d\u2060]+|[\\s\ufeff\u200b-\u200d\u2060]+$")
 

@@ -19,6 +19,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,7 @@ def read(path: Path, reading: Reading = Reading()) -> Contents:  # noqa: B008 - 
     builder, kind = Builder(), _kind_of(path)
     with _as_data_errors(path):
         rows = kind.rows(path, reading)
-        header = _header(path, next(rows, None))
+        header = _header(path, next(rows, None), reading, kind)
         for line, cells in rows:
             builder.add(line, cells)
         found = contents(header, builder.rows())
@@ -151,17 +152,21 @@ def header(path: Path, reading: Reading = Reading()) -> Contents:  # noqa: B008 
     with _as_data_errors(path):
         rows = kind.rows(path, reading)
         try:
-            return Contents(_header(path, next(rows, None)), Rows(), (), kind.name != "CoNLL")
+            names = _header(path, next(rows, None), reading, kind)
         finally:
             rows.close()
+    return Contents(names, Rows(), (), kind.name != "CoNLL")
 
 
-def _header(path: Path, row: Row | None) -> list[str]:
+def _header(path: Path, row: Row | None, reading: Reading, kind: _Kind) -> list[str]:
     """The names in a source's first row."""
     if row is None:
         raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
     names = header_of(row[1])
-    if any(not name.isprintable() for name in names):
+    text = "\n".join(names)
+    if kind.name in TEXT and reading.encoding in WINDOWS_ENCODINGS and re.search(C1_CONTROL, text):
+        raise wrong_encoding(path, reading, "its header")
+    if re.search(CONTROL, text):
         raise DataError(
             f"The header of {path.name} holds control characters: the file is in another encoding, "
             "damaged or something else than its suffix says."

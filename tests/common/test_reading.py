@@ -216,8 +216,9 @@ def test_what_is_no_number_is_refused_by_row_in_every_format(
 
 def test_codes_with_leading_zeros_are_not_numbers(tmp_path: Path, typed: Contract) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("age,smoker,outcome\n30,true,01\n30,true,1e0\n")
-    with pytest.raises(DataError, match=r"labels \(0, 1\): rows 2, 3"):
+    cells = ["01", "1e0", "10", "01.0", "1.", "+1"]
+    path.write_text("\n".join(["age,smoker,outcome", *(f"30,true,{cell}" for cell in cells)]))
+    with pytest.raises(DataError, match=r"labels \(0, 1\): rows 2, 3, 4, 5, 6, 7\."):
         records.read(path, typed)
 
 
@@ -299,6 +300,21 @@ def test_a_header_with_control_characters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"header of a\.csv holds control characters"):
         records.table(path)
     assert cells_of(path, reading("utf-16-le"))[0] == ["note", "outcome"]
+
+
+def test_a_header_may_have_line_ends_and_every_space_of_its_script(tmp_path: Path) -> None:
+    names = ["Age\n(years)", "Größe\u00a0cm", "نیم\u200cفاصله", "体\u3000重"]
+    (tmp_path / "a.csv").write_text(csv_text([names, ["1", "2", "3", "4"]]), encoding="utf-8")
+    assert records.table(tmp_path / "a.csv").header == names
+
+
+def test_a_header_in_windows_1252_is_told_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("coût €,outcome\nx,1\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"in its header.*set --encoding 'cp1252'"):
+        records.table(path, reading("latin-1"))
+    with pytest.raises(DataError, match=r"in its header.*set --encoding 'cp1252'"):
+        sources.header(path, reading("latin-1"))
 
 
 @pytest.mark.parametrize(("mark", "said"), [
