@@ -354,7 +354,7 @@ def admission(address: str, ca: Path, key: Path) -> None:
     try:
         found = admissions.check(Server(address=address, ca=ca), key)
     except SilotuneError as error:
-        echo(error)
+        echo(str(error))
     else:
         echo(f"{found}; after an unclean end it takes a site back within a minute")
 

@@ -6,7 +6,6 @@ passes here passes when the worker reads it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import pandera.pandas as pandera
 from pandera.errors import SchemaErrors
 
 from silotune.client import lineage
-from silotune.common import schema
+from silotune.common import schema, tagging
 from silotune.common.contract import Contract
 from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput, TextInput
 from silotune.common.records import REMEMBERED
@@ -26,7 +25,8 @@ from silotune.common.task import Regression, Tokens
 class Rule(NamedTuple):
     """What is asked of a column's cells. kind: "outside" the public schema, "no target", a
     "target" that is none, "words" and tags of unlike number, a "key" of no entity; "bound": a
-    number beyond a public bound, which the schema reads as missing or as the bound."""
+    number beyond a public bound, which the schema reads as missing or as the bound; "scheme": tags
+    of another scheme, which are read as IOB2."""
 
     column: str
     kind: str
@@ -50,14 +50,21 @@ class Columns:
                 what = f"is below {column.lowest:g}: counts as missing"
                 checks.append(self._cells(
                     Rule(column.name, "bound", "", what),
-                    partial(_within, column.lowest, math.inf),
+                    partial(_not_read_as, partial(schema.below, column), what),
                 ))
             columns[column.name] = pandera.Column(checks=checks)
         label = task.label_column
         bounds = [self._cells(
-            Rule(label, "bound", "", f"is not within {task.answers}: counts as the bound"),
-            partial(_within, task.lowest, task.highest),
+            Rule(label, "bound", "", task.read_as_bound),
+            partial(_not_read_as, task.read_otherwise, task.read_as_bound),
         )] if isinstance(task, Regression) else []
+        if isinstance(task, Tokens):
+            bounds += [
+                self._cells(
+                    Rule(label, "scheme", "", what),
+                    partial(_not_read_as, task.read_otherwise, what),
+                ) for what in tagging.READ_OTHERWISE.values()
+            ]
         columns[label] = pandera.Column(checks=[
             *bounds,
             self._cells(Rule(label, "no target", "E303", "is empty"), _filled),
@@ -126,12 +133,9 @@ def _filled(text: str) -> bool:
     return bool(text.strip())
 
 
-def _within(lowest: float, highest: float, text: str) -> bool:
-    """Whether a number is; what is none breaks another rule."""
-    try:
-        return not (float(text) < lowest or float(text) > highest)
-    except ValueError:
-        return True
+def _not_read_as(read_otherwise: Callable[[str], str], what: str, text: str) -> bool:
+    """Whether a cell is not read otherwise than it stands in the way that `what` says."""
+    return read_otherwise(text) != what
 
 
 def _fits(read: Callable[[str], object], refused: type[Exception], text: str) -> bool:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from silotune.client import budget, lineage
 from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
 from silotune.client.prepare import blocks
-from silotune.common import records, schema
+from silotune.common import lengths, records, schema
 from silotune.common.contract import Contract
-from silotune.common.inputs import CategoryColumn, NumberColumn, PairInput, TableInput, TextInput
+from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput, TextInput
+from silotune.common.lengths import Lengths
 from silotune.common.records import REMEMBERED, Table
 from silotune.common.task import (
     Classification,
@@ -40,27 +40,17 @@ BINS = 10  # of a regression's targets
 @dataclass(frozen=True)
 class Counts:
     """choices: of each column its choices in words, in their order; of a text only MISSING and
-    others. targets: likewise. tokens: [T], how many texts have t tokens, empty if there is no
-    tokenizer; most_tokens: where the model cuts, 0 if it takes none."""
+    others. targets: likewise. lengths: of the texts, by words if the model's folder has no
+    tokenizer."""
 
     rows: int
     choices: dict[str, dict[str, int]]
     targets: dict[str, int]
-    tokens: list[int]
-    most_tokens: int
+    lengths: Lengths
 
     @property
     def missing(self) -> dict[str, int]:
         return {name: counts.get(MISSING, 0) for name, counts in self.choices.items()}
-
-    @property
-    def cut(self) -> int:
-        """Texts that are longer than the model reads."""
-        return sum(self.tokens[self.most_tokens + 1 :])
-
-    @property
-    def texts(self) -> int:
-        return sum(self.tokens)
 
 
 def count(table: Table, contract: Contract, model: Path | None) -> Counts:
@@ -72,29 +62,23 @@ def count(table: Table, contract: Contract, model: Path | None) -> Counts:
     meanings = {name: lru_cache(REMEMBERED)(partial(_meaning, c)) for name, c in columns.items()}
     targets = lru_cache(REMEMBERED)(_target_words(task))
     found = {name: Counter[str]() for name in columns}
-    labels, lengths = Counter[str](), Counter[int]()
+    labels = Counter[str]()
     at = {name: table.header.index(name) for name in [*columns, task.label_column]}
-    most = getattr(contract.model, "max_tokens", 0)
-    tokenizer = _tokenizer(model) if most and model else None
     for block in blocks(table.rows):
         for name, counter in found.items():
             place = at[name]
             counter.update(map(meanings[name], [cells[place] for _, cells in block]))
         for _, cells in block:
             labels.update(targets(cells[at[task.label_column]]))
-        if tokenizer is not None:
-            inputs = records.parse(Table(table.source, table.header, block), contract).inputs
-            texts = Counter(text for row in inputs for text in _texts(contract, row))
-            for n, coded in zip(
-                texts.values(), tokenizer.encode_batch(list(texts)), strict=True
-            ):
-                lengths[len(coded.ids)] += n
     return Counts(
         rows=len(table.rows),
         choices={name: _in_order(columns[name], counter) for name, counter in found.items()},
         targets={word: labels[word] for word in dict.fromkeys([*_words(task), *labels])},
-        tokens=[lengths[n] for n in range(max(lengths) + 1)] if lengths else [],
-        most_tokens=most,
+        lengths=lengths.measure(
+            (records.parse(Table(table.source, table.header, block), contract)
+             for block in blocks(table.rows)),
+            contract, lengths.tokenizer_of(model),
+        ),
     )
 
 
@@ -147,16 +131,6 @@ def _target_words(task: Task) -> Callable[[str], Sequence[str]]:
     return read
 
 
-def _texts(contract: Contract, row: Any) -> Sequence[Any]:
-    """What the model reads of a record, as common/encoder.py has it; of a language model's chat
-    template nothing."""
-    if isinstance(contract.input, TableInput):
-        return [schema.to_text(contract.input, row)]
-    if isinstance(contract.input, PairInput):
-        return row if contract.input.by == "bi" else [row]
-    return [row]
-
-
 def made_up(contract: Contract, n: int = 2) -> list[str]:
     """How rows read to the model, of rows that are drawn from the contract and are nobody's."""
     spec = contract.input
@@ -165,16 +139,6 @@ def made_up(contract: Contract, n: int = 2) -> list[str]:
     if isinstance(spec, TextInput):
         return [f"⟨the text in '{spec.column}' as it stands⟩"]
     return [f"⟨the text in '{spec.first}'⟩ ⟨the text in '{spec.second}'⟩"]
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 @dataclass(frozen=True)

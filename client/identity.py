@@ -1,8 +1,8 @@
 """Which records are one and the same: the connected components of all that the ledger knows.
 
-Nodes are fingerprints and readings (client/lineage.py); edges join a record with its readings, and
-a prepared row with the raw row that `site prepare` made it of (`Links`). A charge of any node of
-a component is a charge of every record in it. Components that join charge more, never less.
+Nodes are fingerprints and decodings (client/lineage.py); edges join a record with its decodings,
+and a prepared row with the raw row that `site prepare` made it of (`Links`). A charge of any node
+of a component is a charge of every record in it. Components that join charge more, never less.
 
 Guarantee: if a tool of ours made row p of row r, whatever cells it changed, then every
 charge of r counts for p and every charge of p for r, from the moment p is on disk: in any
@@ -53,13 +53,13 @@ class Links(NamedTuple):
 
 def links_between(raw: RowPrints, prepared: RowPrints, made_of: Sequence[int]) -> Links:
     """The links of prepared rows to raw ones. made_of: for each prepared row the index of its raw
-    row. A row whose fingerprint and readings are as they were needs none."""
+    row. A row whose fingerprint and decodings are as they were needs none."""
     raw_rows = _rows_of(raw)
     centres, counts, nodes = [], [], []
-    for (code, readings), index in zip(_rows_of(prepared), made_of, strict=True):
-        raw_code, raw_readings = raw_rows[index]
-        if (code, readings) != (raw_code, raw_readings):
-            others = sorted(({raw_code} | readings | raw_readings) - {code})
+    for (code, decodings), index in zip(_rows_of(prepared), made_of, strict=True):
+        raw_code, raw_decodings = raw_rows[index]
+        if (code, decodings) != (raw_code, raw_decodings):
+            others = sorted(({raw_code} | decodings | raw_decodings) - {code})
             centres.append(code)
             counts.append(len(others))
             nodes += others
@@ -68,10 +68,10 @@ def links_between(raw: RowPrints, prepared: RowPrints, made_of: Sequence[int]) -
 
 
 def _rows_of(prints: RowPrints) -> list[tuple[int, frozenset[int]]]:
-    """Each row's code and readings."""
+    """Each row's code and decodings."""
     none: frozenset[int] = frozenset()
-    ends = np.concatenate([[0], np.cumsum(prints.readings.counts, dtype=np.int64)]).tolist()
-    codes = prints.readings.codes
+    ends = np.concatenate([[0], np.cumsum(prints.decodings.counts, dtype=np.int64)]).tolist()
+    codes = prints.decodings.codes
     return [
         (code, frozenset(codes[start:end].tolist()) if end > start else none)
         for code, (start, end) in zip(codes_of(prints.fingerprints).tolist(), pairwise(ends),
@@ -101,7 +101,7 @@ def components(files: Sequence[Lineage], links: Sequence[Links]) -> list[NDArray
 def _edges(files: Sequence[Lineage], links: Sequence[Links]) -> Iterator[tuple[Codes, Codes]]:
     for file in files:
         yield file.codes, file.codes
-        if len(file.readings.codes):
-            yield file.codes[file.readings.owners], file.readings.codes
+        if len(file.decodings.codes):
+            yield file.codes[file.decodings.owners], file.decodings.codes
     for star in links:
         yield np.repeat(star.centres, star.counts), star.nodes

@@ -205,7 +205,7 @@ class Ledger:
         self._database.execute(
             "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
             (lineage.id, lineage.columns, lineage.fingerprints.tobytes(),
-             lineage.readings.counts.tobytes(), lineage.readings.codes.tobytes()),
+             lineage.decodings.counts.tobytes(), lineage.decodings.codes.tobytes()),
         )
         facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
         return self.append(Charged, **facts)

@@ -9,7 +9,7 @@ control and invisible characters; Unicode's compatibility and composed forms; ty
 dashes; the usual words for a missing value (MISSING_WORDS). What is not: dates in another format,
 decimal commas, pseudonyms that are new at each export.
 
-Readings. Text that was decoded by a wrong encoding is another text. So a row with a character
+Decodings. Text that was decoded by a wrong encoding is another text. So a row with a character
 beyond ASCII also has the fingerprints that it would have if its bytes were read in
 each encoding in which a file may be declared (READ_AS); where the text came as Unicode, those of
 the text before a tool took UTF-8 or Windows-1252 for Latin-1. One fingerprint in common makes two
@@ -23,7 +23,7 @@ changed cell makes a new record, which is why the owner should name a key. Finge
 different bases cannot be compared: all their records count as the same ones (fail closed).
 
 The fingerprint is BLAKE2b with the site's own key, 128 bits: without the key it cannot be tried on
-guessed records. Records are compared by its first 64 bits: of 2^21 records with 2^5 readings each
+guessed records. Records are compared by its first 64 bits: of 2^21 records with 2^5 decodings each
 some two are one by chance with probability below 2^-12, which charges more, never less.
 """
 
@@ -43,6 +43,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.common.encodings import ENCODINGS
 from silotune.common.errors import DataError, did_you_mean
 from silotune.common.records import Table
 
@@ -50,11 +51,8 @@ SIZE = 16
 Fingerprints = NDArray[np.bytes_]  # [R] of 16 bytes, sorted, each once
 Codes = NDArray[np.uint64]
 
-READ_AS = (
-    "utf-8", "cp1252", "latin-1", "iso8859-15", "iso8859-2", "cp1250", "cp1251", "koi8-r",
-    "cp1253", "cp1254", "cp1255", "cp1256", "mac-roman", "cp437", "cp850", "gb18030", "big5",
-    "cp950", "shift_jis", "cp932", "euc-jp", "euc-kr", "cp949",
-)
+# UTF-16 is left out: its bytes have NULs in every column name, so they cannot be read as another.
+READ_AS = tuple(name for name in ENCODINGS if not name.startswith("utf-16"))
 MISSING_WORDS = frozenset({
     "", "nan", "na", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "null", "none", "nil", "nat",
     "-1.#ind", "1.#ind", "-1.#qnan", "1.#qnan", "\\n",
@@ -71,7 +69,7 @@ _PUNCTUATION = str.maketrans({
 _MARKS = re.compile("[" + "".join(re.escape(chr(mark)) for mark in _PUNCTUATION) + "]")
 
 
-class Readings(NamedTuple):
+class Decodings(NamedTuple):
     """For each of R records how many codes it has [R], and the codes, record after record [C]."""
 
     counts: NDArray[np.uint32]
@@ -83,7 +81,7 @@ class Readings(NamedTuple):
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
-NO_READINGS = Readings(np.zeros(0, np.uint32), np.zeros(0, np.uint64))
+NO_DECODINGS = Decodings(np.zeros(0, np.uint32), np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,14 @@ class Lineage:
     fingerprints: Fingerprints
     rows: int
     columns: str = ""
-    readings: Readings = NO_READINGS
+    decodings: Decodings = NO_DECODINGS
 
     @cached_property
     def id(self) -> str:
         """A name of this set of records (hexadecimal); equal sets have equal names."""
         content = hashlib.sha256(self.basis.encode() + b"\0" + self.fingerprints.tobytes())
-        if len(self.readings.codes):
-            content.update(b"\0" + self.readings.counts.tobytes() + self.readings.codes.tobytes())
+        if len(self.decodings.codes):
+            content.update(b"\0" + self.decodings.counts.tobytes() + self.decodings.codes.tobytes())
         return content.hexdigest()
 
     @classmethod
@@ -113,8 +111,8 @@ class Lineage:
         cls, basis: str, fingerprints: bytes, rows: int, columns: str = "",
         counts: bytes = b"", codes: bytes = b"",
     ) -> Lineage:
-        readings = Readings(np.frombuffer(counts, np.uint32), np.frombuffer(codes, np.uint64))
-        return cls(basis, _array(fingerprints), rows, columns, readings)
+        decodings = Decodings(np.frombuffer(counts, np.uint32), np.frombuffer(codes, np.uint64))
+        return cls(basis, _array(fingerprints), rows, columns, decodings)
 
     @property
     def repeated(self) -> int:
@@ -135,26 +133,26 @@ class Lineage:
 
 @dataclass(frozen=True)
 class RowPrints:
-    """The fingerprint and the readings of each row, in the order of the rows."""
+    """The fingerprint and the decodings of each row, in the order of the rows."""
 
     basis: str
     columns: str
     fingerprints: Fingerprints
-    readings: Readings
+    decodings: Decodings
 
 
 def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     """The lineage of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
     found = of_rows(table, basis_columns(table, key), secret, keyed=bool(key))
     prints, record = np.unique(found.fingerprints, return_inverse=True)
-    owners, codes = record[found.readings.owners], found.readings.codes
+    owners, codes = record[found.decodings.owners], found.decodings.codes
     order = np.lexsort((codes, owners))
     owners, codes = owners[order], codes[order]
     new = np.ones(len(codes), dtype=bool)
     new[1:] = (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])
     counts = np.bincount(owners[new], minlength=len(prints)).astype(np.uint32)
-    readings = Readings(counts if len(codes) else found.readings.counts[:0], codes[new])
-    return Lineage(found.basis, prints, len(table.rows), found.columns, readings)
+    decodings = Decodings(counts if len(codes) else found.decodings.counts[:0], codes[new])
+    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings)
 
 
 def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ()) -> list[str]:
@@ -188,14 +186,14 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         prints += own
         others: set[bytes] = set()
         if not "".join(cells).isascii():
-            found = set(_other_readings(cells, used, table.encoding))
+            found = set(_other_decodings(cells, used, table.encoding))
             others = {fingerprint(other) for other in found}
             others.discard(own)
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
     return RowPrints(
         basis_of(columns), columns, _array(bytes(prints)),
-        Readings(np.array(counts, np.uint32), np.array(codes, np.uint64)),
+        Decodings(np.array(counts, np.uint32), np.array(codes, np.uint64)),
     )
 
 
@@ -209,7 +207,7 @@ def codes_of(fingerprints: Fingerprints) -> Codes:
     return np.frombuffer(fingerprints.tobytes(), np.dtype("<u8"))[::2].astype(np.uint64)
 
 
-def _other_readings(
+def _other_decodings(
     cells: Sequence[str], used: Collection[int], encoding: str
 ) -> Iterator[tuple[str, ...]]:
     """The row as it is if the bytes of the `used` cells, which were read in `encoding`, are read in

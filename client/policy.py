@@ -19,25 +19,19 @@ from silotune.client.deidentify import Deidentify
 from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
-from silotune.common import fields, records, strict_json
+from silotune.common import fields, records, sources, strict_json
 from silotune.common import query as queries
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
+from silotune.common.encodings import encoding_of
 from silotune.common.errors import DataError, RefusalError
 from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
 from silotune.common.performance import Performance
 from silotune.common.plan import Metric, Target, Unit
+from silotune.common.reading import Reading, delimiter_of
 from silotune.common.records import Table
 from silotune.common.signing import verifies
-
-
-def _known_encoding(name: str) -> str:
-    try:
-        "".encode(name)  # of codecs there are others, which are no text
-    except LookupError:
-        raise ValueError(f"{name!r} is no encoding; such are utf-8, latin-1, cp1252") from None
-    return name
 
 
 def _flag_or_auto(value: object) -> object:
@@ -50,7 +44,8 @@ class Data(Frozen):
     """The records: a file (common/sources.py), or what a query of a database gives
     (common/query.py).
 
-    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV and JSON Lines.
+    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
+    CoNLL files, a member of common/encodings.py. delimiter: of CSV, found in the header if None.
     key: the columns that identify a record, or the entity whose records they are; repeated: rows
     that are the same record.
     """
@@ -58,7 +53,8 @@ class Data(Frozen):
     file: Path | None = None
     url: str | None = None
     query: str | None = None
-    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
+    encoding: Annotated[str, AfterValidator(encoding_of)] = "utf-8"
+    delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = None
     key: tuple[str, ...] = ()
     repeated: Literal["refuse", "keep"] = "refuse"
 
@@ -78,10 +74,10 @@ class Data(Frozen):
     def table(self) -> Table:
         """All rows, read now. DataError if they cannot be."""
         if self.file:
-            return records.table(self.file, self.encoding)
+            return records.table(self.file, Reading(self.encoding, self.delimiter))
         assert self.url is not None
         assert self.query is not None
-        return Table(queries.SOURCE, *queries.read(self.url, self.query))
+        return Table(queries.SOURCE, *sources.contents(*queries.read(self.url, self.query)))
 
     def within(self, folder: Path) -> Self:
         """With its path, also that of an SQLite file, made absolute."""

@@ -128,8 +128,10 @@ def _check_records(
     if found is None:
         return
     if contract:
-        table.attempt("columns", "correct the rows, or agree on another contract",
-                      lambda: _columns(found, contract))
+        notes = table.attempt("columns", "correct the rows, or agree on another contract",
+                              lambda: _columns(found, contract))
+        table.rows += [Check("rows", "warning", note, "see whether that is what they mean")
+                       for note in notes or ()]
     secret = ledger.fingerprint_key if ledger else bytes(32)
     records_ = table.attempt("record key", "data.key in site.toml",
                              lambda: _lineage(found, policy, secret))
@@ -260,11 +262,12 @@ def _data(data: Data) -> tuple[records.Table, str]:
     return found, f"{found.source}, {len(found.rows):,} rows"
 
 
-def _columns(found: records.Table, contract: Contract) -> tuple[None, str]:
-    records.parse(found, contract)
+def _columns(found: records.Table, contract: Contract) -> tuple[tuple[str, ...], str]:
+    """The notes about rows that are read otherwise than they stand."""
+    notes = records.parse(found, contract).notes
     if contract.privacy.entity:
         units.of_entities(found, contract.privacy.entity)
-    return None, f"{len(contract.columns)} and the label fit the schema"
+    return notes, f"{len(contract.columns)} and the label fit the schema"
 
 
 def _lineage(found: records.Table, policy: Policy, secret: bytes) -> tuple[Lineage, str]:

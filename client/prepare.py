@@ -93,6 +93,7 @@ def prepare(
     """Check and clean all rows; key: the columns that tell records apart (data.key); pseudonyms:
     the site's key for them. DataError if the header does not fit, or there is no row; UsageError if
     rules.deidentify does not go with the task, or needs a key that is not there."""
+    table = records.named_by(contract, table)
     records.check_header(table, contract)
     texts = _Texts(table, contract, rules.deidentify, pseudonyms)
     cleaned = _cleaned(table, contract, rules, texts)
@@ -183,7 +184,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
 
 def _done(rule: Rule, rules: Prepare) -> str:
     """What the owner's rules say of cells that break a rule."""
-    if rule.kind == "bound":
+    if rule.kind in ("bound", "scheme"):
         return LEFT
     if rule.kind == "outside" and rules.outside == "missing":
         return EMPTIED

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from silotune.client.policy import Data
     from silotune.client.prepare import Prepared
     from silotune.client.site import Site
+    from silotune.common.records import Table
 
 MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 
@@ -51,11 +52,12 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     from silotune.client.keys import make_private_folder
     from silotune.client.site import Site
     from silotune.common.durable import write_durably
+    from silotune.common.reading import stem_of
 
     agreed, policy, site = contracts.load(contract), policies.load(config), Site(config)
     ledger = _ledger(site)
     data, folder = policy.data, out or site.folder / "prepared"
-    file = folder / f"{data.file.stem if data.file else policy.name}.parquet"
+    file = folder / f"{stem_of(data.file) if data.file else policy.name}.parquet"
     pseudonyms = ledger.pseudonyms_key if ledger else None
     raw = data.table()
     prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
@@ -65,7 +67,8 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     charged = counts.charged(prepared.table, data.key, ledger, origin.links)
     facts = {
         "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
-        "file": str(file), "key": data.key, "charged": charged, "made_up": counts.made_up(agreed),
+        "file": str(file), "key": data.key, "notes": raw.notes, "charged": charged,
+        "made_up": counts.made_up(agreed),
         "when": time.strftime("%Y-%m-%d %H:%M"), "numbering": _numbering(data),
         "rules": ", ".join(f"{k} = {v}".lower() for k, v in policy.prepare.model_dump().items()),
     }
@@ -80,7 +83,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
         ledger.link(origin.links, source=data.source, rows=found.rows, changed=origin.changed)
         preparing.write(prepared.table, file)
-    lines = _lines(data, prepared, found, charged)
+    lines, lengths = _lines(data, raw, prepared, found, charged), found.lengths
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
     if written:
         lines += [
@@ -91,7 +94,9 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     emit(
         {"prepared": written, "read": prepared.read, "kept": found.rows,
          "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
-         "cut": found.cut, "texts": found.texts, "report": str(report), "file": str(file)},
+         "notes": raw.notes, "cut": lengths.cut, "texts": lengths.texts,
+         "entities": lengths.entities, "entities_cut": lengths.lost,
+         "report": str(report), "file": str(file)},
         as_json, "\n".join(lines),
     )
     if refused := prepared.refused:
@@ -111,7 +116,9 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
         )
 
 
-def _lines(data: Data, prepared: Prepared, found: Counts, charged: Charged) -> list[str]:
+def _lines(
+    data: Data, raw: Table, prepared: Prepared, found: Counts, charged: Charged
+) -> list[str]:
     """The problems, and what is kept."""
     lines = []
     wide = max((len(p.sentence) for p in prepared.problems), default=0)
@@ -120,6 +127,7 @@ def _lines(data: Data, prepared: Prepared, found: Counts, charged: Charged) -> l
     for p in prepared.problems:
         mark = MARKS.get(p.done, "!")
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
+    lines += [f"! {note}" for note in raw.notes]
     if data.query and not query.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     refused = prepared.refused
@@ -128,9 +136,9 @@ def _lines(data: Data, prepared: Prepared, found: Counts, charged: Charged) -> l
         f"{'✗' if refused else '✓'} {found.rows:,} of {prepared.read:,} rows "
         f"{'fit' if refused else 'kept'} · {charged.records:,} records, {before}"
     )
-    if found.texts:
-        lines.append(f"{'!' if found.cut else '✓'} {found.cut:,} of {found.texts:,} texts are "
-                     f"longer than the model's {found.most_tokens} tokens")
+    lengths = found.lengths
+    if lengths.texts:
+        lines.append(f"{'!' if lengths.cut else '✓'} {lengths.sentence}")
     return lines
 
 
@@ -146,8 +154,11 @@ def _numbering(data: Data) -> str:
     """What a row's number counts."""
     if data.file is None:
         return "the rows of the query's result, from 1, in the order of that reading"
-    if data.file.suffix.lower() == ".parquet":
+    suffix = data.file.suffix.lower()
+    if suffix == ".parquet":
         return "its rows, from 1"
+    if suffix == ".xlsx":
+        return "the row of the sheet"
     return "the line of the file on which the row starts"
 
 

@@ -139,13 +139,14 @@ def _tokens(counts: Counts) -> Plot:
     from matplotlib.figure import Figure
 
     title = "Length of the texts in tokens"
-    if not counts.texts:
-        why = ("the model reads no text" if not counts.most_tokens
-               else "model.folder in site.toml has no tokenizer.json")
-        return Plot(title, f"Nothing was tokenised: {why}.")
-    limit, longest = counts.most_tokens, len(counts.tokens) - 1
+    lengths = counts.lengths
+    if not lengths.texts:
+        return Plot(title, "Nothing was tokenised: the model reads no text.")
+    if not lengths.exact:
+        return Plot(title, f"model.folder in site.toml has no tokenizer.json. {lengths.sentence}.")
+    limit, longest = lengths.limit, len(lengths.tokens) - 1
     size = max(1, -(-longest // 60))  # tokens a bar, for at most 60 of them
-    sums = [sum(counts.tokens[i : i + size]) for i in range(0, longest + 1, size)]
+    sums = [sum(lengths.tokens[i : i + size]) for i in range(0, longest + 1, size)]
     figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
     axes: Axes = figure.add_subplot()
     starts = [i * size for i in range(len(sums))]
@@ -163,9 +164,7 @@ def _tokens(counts: Counts) -> Plot:
     axes.yaxis.label.set_color(PAINT["muted"])
     axes.set_ylabel("texts")
     axes.locator_params(axis="y", nbins=5, integer=True)
-    share = counts.cut / counts.texts
-    return Plot(title, f"{counts.cut:,} of {counts.texts:,} texts ({share:.1%}) are longer than "
-                f"{limit} tokens and lose their end.", svg_of(figure, NAMES))
+    return Plot(title, f"{lengths.sentence}.", svg_of(figure, NAMES))
 
 
 def _bars(bars: Sequence[tuple[str, int, str]], whole: int = 0) -> str:

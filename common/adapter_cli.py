@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from silotune.common import contract as contracts
 from silotune.common.adapter import check, load
-from silotune.common.cli import emit
+from silotune.common.cli import emit, reading_options
 from silotune.common.errors import DataError, ProtocolError, UsageError
+
+if TYPE_CHECKING:
+    from silotune.common.reading import Reading
 
 
 @click.group()
@@ -29,6 +32,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_run
 @_data
 @_model
+@reading_options
 @click.option("--order-by", "column", help="Column of the rows' time; else they are in order.")
 @click.option("--false-alarms", default=0.01, show_default=True,
               type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -37,8 +41,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
               help="Folder of the result.")
 @_json
 def watch(
-    run: Path, data: Path, model: Path | None, column: str | None, false_alarms: float, out: Path,
-    as_json: bool,
+    run: Path, data: Path, model: Path | None, reading: Reading, column: str | None,
+    false_alarms: float, out: Path, as_json: bool,
 ) -> None:
     """Read a stream of rows with a run's adapter and say which labels came more or less often, and
     since when. RUN is a run's folder (contract.json, adapter.safetensors); DATA needs no labels.
@@ -55,7 +59,7 @@ def watch(
 
     contract = contracts.load(run / "contract.json")
     streams.check_task(contract)
-    table = records.table(data)
+    table = records.table(data, reading)
     if column:
         table = streams.ordered(table, column)
     inputs = records.unlabelled(table, contract)
@@ -90,13 +94,14 @@ def watch(
 @_data
 @click.argument("queries", nargs=-1, required=True)
 @_model
+@reading_options
 @click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Items a query.")
 @click.option("--index", type=click.Path(path_type=Path),
               help="File that keeps the items' vectors for the next time.")
 @_json
 def search(
-    run: Path, data: Path, queries: tuple[str, ...], model: Path | None, k: int,
-    index: Path | None, as_json: bool,
+    run: Path, data: Path, queries: tuple[str, ...], model: Path | None, reading: Reading,
+    k: int, index: Path | None, as_json: bool,
 ) -> None:
     """Rank the items of DATA for each of the QUERIES, by the adapter of a run of a ranking with
     input.by = "bi". DATA has a column of the items' texts, named as in the contract.
@@ -111,7 +116,7 @@ def search(
 
     contract = contracts.load(run / "contract.json")
     column = check_contract(contract).second
-    items = list(dict.fromkeys(records.column(records.table(data), column)))
+    items = list(dict.fromkeys(records.column(records.table(data, reading), column)))
     network = models.build(contract, model)
     found = Index(contract, network, _arrays(run, network))
     found.read(items, index)
@@ -130,12 +135,14 @@ def search(
 @_run
 @_data
 @_model
+@reading_options
 @click.option("--rows", type=click.IntRange(1), help="The first rows alone.")
 @click.option("--most", default=64, show_default=True, type=click.IntRange(1),
               help="Tokens of an answer.")
 @_json
 def answer(
-    run: Path, data: Path, model: Path | None, rows: int | None, most: int, as_json: bool
+    run: Path, data: Path, model: Path | None, reading: Reading, rows: int | None, most: int,
+    as_json: bool,
 ) -> None:
     """Answer each row of DATA by the adapter of a run of a language model, greedily. Where DATA has
     answers too it says how far they are from these: ROUGE-1 and ROUGE-L (Lin 2004), exact matches.
@@ -148,7 +155,7 @@ def answer(
     contract = contracts.load(run / "contract.json")
     if contract.task.kind != "language":
         raise UsageError(f"'{contract.name}' is a task of {contract.task.kind}: it has no answers.")
-    table, label = records.table(data), contract.task.label_column
+    table, label = records.table(data, reading), contract.task.label_column
     prompts = records.column(table, contract.columns[0])[:rows]
     wanted = records.column(table, label)[:rows] if label in table.header else None
     if wanted:

@@ -1,13 +1,15 @@
 """Cells of text: how a value is written as one, and many rows of them in little memory.
 
-Each value is written in one way whatever it comes from: nothing for what is absent (NULL, NaN), 1
-for 1.0, otherwise the shortest digits that give the number again, true and false, 2026-01-31,
-2026-01-31 10:00:00.
+Each value of a format that has types is written in one way: nothing for what is absent (NULL, NaN),
+1 for 1.0, otherwise the shortest digits that give the number again, true and false, 2026-01-31,
+2026-01-31 10:00:00. What CSV and JSON have as text stays as it is; where a cell is compared with a
+contract's values, `index_among` takes 1.0 and 1, True and true as the same.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
@@ -18,17 +20,27 @@ from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 BLOCK_ROWS = 16_384
 BLOCK_CHARACTERS = 1 << 24
 FIXED_BELOW = 10**15  # larger ones are written as their source's type has them: 1e+16
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# Not one with leading zeros or an exponent: those may be codes.
+DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]*)\.[0-9]+")
+# Control characters other than tab and the ends of lines, and those of them beyond ASCII: for both
+# Python's regular expressions and RE2.
+CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x9F]"
+C1_CONTROL = r"[\x80-\x9F]"
+# Spaces, byte order marks and characters without width at the ends of a column's name.
+EDGES = re.compile("^[\\s\ufeff\u200b-\u200d\u2060]+|[\\s\ufeff\u200b-\u200d\u2060]+$")
 
 Row = tuple[int, list[str]]
 
 
 class NotTextError(ValueError):
-    """A list, an object or bytes where a cell is expected."""
+    """An object, bytes or a list of other things than words where a cell is expected."""
 
 
 class _Block(NamedTuple):
@@ -44,6 +56,15 @@ class _Block(NamedTuple):
         ends = [0, *self.ends.tolist()]
         for line, (start, end) in zip(self.lines.tolist(), pairwise(ends), strict=True):
             yield line, cells[start:end]
+
+    def lines_with(self, pattern: str) -> list[int]:
+        """The numbers of the rows with a cell in which `pattern` (RE2) is found."""
+        found = pc.match_substring_regex(self.cells.dictionary, pattern)
+        if not pc.any(found).as_py():
+            return []
+        has = found.to_numpy(zero_copy_only=False)[self.cells.indices.to_numpy()]
+        rows = np.searchsorted(self.ends, np.nonzero(has)[0], side="right")
+        return [int(line) for line in self.lines[np.unique(rows)]]
 
     def row(self, at: int) -> Row:
         start = int(self.ends[at - 1]) if at else 0
@@ -66,6 +87,10 @@ class Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         for block in self._blocks:
             yield from block.rows()
+
+    def lines_with(self, pattern: str) -> list[int]:
+        """The numbers of the rows with a cell in which `pattern` (RE2) is found."""
+        return [line for block in self._blocks for line in block.lines_with(pattern)]
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -125,7 +150,65 @@ def cell(value: object) -> str:
         return _number(value)
     if isinstance(value, (int, date, datetime, time, UUID)):
         return str(value)
-    raise NotTextError("a list, an object or bytes where one value is expected")
+    if isinstance(value, list):
+        return _words(value)
+    raise NotTextError("an object or bytes where one value is expected")
+
+
+def _words(values: list[object]) -> str:
+    """A list of words, or of their tags, between spaces, as a task of tokens has them in a cell."""
+    for word in values:
+        if not isinstance(word, str):
+            raise NotTextError("a list of other things than words")
+        if len(word.split()) != 1 or word != word.strip():
+            raise NotTextError("a list with a word that is empty or has a space in it")
+    return _checked(" ".join(map(str, values)))
+
+
+def number_of(text: str) -> float:
+    """The number that a cell holds, or NaN for a cell that says so ('nan').
+
+    Digits, a sign, a decimal point and an exponent are what a number is made of: '1_030', '1,030',
+    'inf' and digits of other scripts are refused, as is a number beyond the range of float.
+
+    Raises:
+        ValueError: the cell is no number.
+    """
+    text = text.strip()
+    if text.lower() == "nan":
+        return math.nan
+    number = float(text) if NUMBER.fullmatch(text) else math.inf
+    if math.isinf(number):
+        raise ValueError("not a number")
+    return number
+
+
+def index_among(values: Sequence[str], text: str) -> int | None:
+    """The index of the value that a cell means, or None.
+
+    It is the value itself; else the only one that is the same apart from how formats write numbers
+    and yes or no: 1.0 and 1, 2.50 and 2.5, True and true.
+    """
+    text = text.strip()
+    if text in values:
+        return values.index(text)
+    plain = _plain(text)
+    found = [at for at, value in enumerate(values) if _plain(value) == plain]
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(text: str) -> str:
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    if DECIMAL.fullmatch(text):
+        text = text.rstrip("0").rstrip(".")
+        return "0" if text == "-0" else text
+    return text
+
+
+def header_of(names: Sequence[str]) -> list[str]:
+    """The names of columns without spaces and invisible characters around them."""
+    return [EDGES.sub("", name) for name in names]
 
 
 def _checked(text: str) -> str:

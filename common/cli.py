@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed, 2 usage. Errors are one sentence with a code that
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import shlex
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -24,6 +26,11 @@ from silotune.common.errors import (
     did_you_mean,
 )
 from silotune.common.terminal import echo, escaped, escaped_json
+
+if TYPE_CHECKING:
+    from silotune.common.reading import Reading
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
@@ -88,6 +95,35 @@ def explain(code: str, as_json: bool) -> None:
             f"There is no code '{code}'.{did_you_mean(code, CODES)} Known: {', '.join(CODES)}."
         )
     emit({"code": code, "text": CODES[code]}, as_json, f"{code}  {CODES[code]}")
+
+
+def reading_options(command: F) -> F:
+    """Adds --encoding and --delimiter, of the file that a command reads, as `reading`."""
+
+    @click.option("--encoding", help="Of a text file that is not UTF-8: cp1252, latin-1, …")
+    @click.option("--delimiter", help="Of a CSV file, if its header does not show it: , ; tab or |")
+    @functools.wraps(command)
+    def reads(*words: Any, encoding: str | None, delimiter: str | None, **more: Any) -> Any:
+        from silotune.common.reading import Reading
+
+        return command(
+            *words, reading=Reading.of(encoding, delimiter, "--{key} '{value}'"), **more
+        )
+
+    return cast(F, reads)
+
+
+def reading_words(reading: Reading, option: str) -> str:
+    """The options by which another command reads the same file likewise, for a line of advice;
+    option: '--{key} {value}'. Begins with a space, or is ''."""
+    given = {
+        "encoding": reading.encoding if reading.encoding != "utf-8" else "",
+        "delimiter": {"\t": "tab"}.get(reading.delimiter or "", reading.delimiter or ""),
+    }
+    return "".join(
+        " " + option.format(key=key, value=shlex.quote(value)) for key, value in given.items()
+        if value
+    )
 
 
 def emit(data: Any, as_json: bool, text: str) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import ValidationError
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit, next_step
-from silotune.common.contract import Contract
+from silotune.common.cli import emit, next_step, reading_options, reading_words
 from silotune.common.durable import write_durably
-from silotune.common.errors import UsageError, did_you_mean
+from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.inputs import TableInput
 from silotune.common.problems import contract_error
+
+if TYPE_CHECKING:
+    from silotune.common.contract import Contract
+    from silotune.common.reading import Reading
 
 
 @click.group()
@@ -98,7 +103,7 @@ def named(name: Path) -> Contract:
 
 @contract.command()
 @click.option("--from", "data", required=True, type=click.Path(path_type=Path),
-              help="A CSV file; its header is read and nothing else.")
+              help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option("--task",
@@ -122,12 +127,18 @@ def named(name: Path) -> Contract:
 @click.option("--delta", type=float, help="By default the largest power of ten that is at most "
               "1 / (10 x records), and at most 1e-4.")
 @click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
+@click.option("--model", type=click.Path(path_type=Path),
+              help="The base model's folder: texts are then counted in its own tokens.")
+@reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
+def new(
+    data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
+) -> None:
     """Draft a contract from a table's header and your answers.
 
-    What is not given is asked for, in a terminal. No value of the table is looked at: labels, bin
-    edges and numbers are what the field knows, and whoever gets the contract may know them.
+    What is not given is asked for, in a terminal. No value of the table has a part in the contract:
+    labels, bin edges and numbers are what the field knows, and whoever gets the contract may know
+    them. When it is written, texts that are longer than the model reads are counted on this screen.
 
     \b
     $ silotune contract new --from loans.csv --out loans.toml --label status \\
@@ -135,29 +146,53 @@ def new(data: Path, out: Path, as_json: bool, **given: Any) -> None:
         --site bank-a --site bank-b --records 2000
     ✓ loans.toml  2 columns, 2 sites  5f1c09aa3b7e…
     """
-    from silotune.common import draft
+    from silotune.common import draft, sources
+    from silotune.common.reading import stem_of
 
     if out.exists():
         raise UsageError(f"{out} is there already; name a new file.")
-    names = draft.header(data)
-    answers = _answers(given | {"name": given["name"] or data.stem})
-    draft.check_header(names, answers, data.name)
+    names = sources.header(data, reading)
+    answers = _answers(given | {"name": given["name"] or stem_of(data)})
+    if names.named:
+        draft.check_header(names.header, answers, data.name)
     write_durably(out, draft.draft(answers).encode())
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = f"{len(texts) or len(answers.columns)} columns"
+    counted, sentence = _texts_cut(data, reading, found, model)
     emit(
-        {"file": str(out), "sha256": found.hash, "warnings": found.warnings}, as_json,
+        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted}, as_json,
         "\n".join([
             f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *_warned(found),
-            "Look at edges, values and numbers: all of it is public.",
-            next_step("sim", "run", out, f"data={data}"),
+            f"{sentence}Look at edges, values and numbers: all of it is public.",
+            next_step("sim", "run", out, f"data={data}",
+                      *shlex.split(reading_words(reading, "{key}={value}"))),
         ]),
     )
 
 
 def _warned(found: Contract) -> list[str]:
     return [f"! {warning}" for warning in found.warnings]
+
+
+def _texts_cut(
+    data: Path, reading: Reading, contract: Contract, model: Path | None
+) -> tuple[dict[str, int], str]:
+    """How many texts of the file the contract's model does not read to their end, as numbers and as
+    a line for the owner's screen; nothing where the contract has no column of text."""
+    from silotune.common import lengths, records
+
+    if isinstance(contract.input, TableInput):
+        return {}, ""
+    try:
+        found = lengths.measure(
+            [records.read(data, contract, reading)], contract, lengths.tokenizer_of(model)
+        )
+    except DataError as error:
+        return {}, f"! texts not counted: {error}\n"
+    numbers = {"texts": found.texts, "cut": found.cut, "entities": found.entities,
+               "entities_cut": found.lost}
+    return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
 
 
 def _answers(given: dict[str, Any]) -> Any:

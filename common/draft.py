@@ -1,19 +1,17 @@
 """A contract drafted from a table's header and its owner's answers.
 
-Of the table the header alone is read. What a contract says of values (labels, bin edges, bounds,
-how many records) are the owner's answers: public knowledge of the field, never counted from
+Of the table the header alone has a part in it. What a contract says of values (labels, bin edges,
+bounds, how many records) are the owner's answers: public knowledge of the field, never counted from
 records, since whoever gets the contract would learn it without any noise.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from jinja2 import Environment, StrictUndefined
@@ -126,18 +124,6 @@ class Answers(Frozen):
             name, equals, value = label.partition("=")
             found.append((name.strip(), (value if equals else name).strip()))
         return found
-
-
-def header(path: Path) -> list[str]:
-    """The first line of a CSV file; no other is read. DataError if there is none."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file, strict=True))
-    except (OSError, StopIteration, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The header of {path} cannot be read ({type(error).__name__}). It must be a CSV file "
-            "in UTF-8 whose first line names the columns."
-        ) from None
 
 
 def check_header(names: Sequence[str], answers: Answers, source: str) -> None:

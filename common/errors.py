@@ -65,7 +65,8 @@ CODES: dict[str, str] = {
     "them only. So a site gives shares for no sum of other sites that begins with an adapter it "
     "gave shares for before, and for no more changes of the set of sites within a run than "
     "permits.set_changes allows. Resume when the same sites are there, or begin another run.",
-    "E301": "A data file does not exist or cannot be read.",
+    "E301": "A data file does not exist or cannot be read: its suffix, encoding or compression is "
+    "not one that is read, or it is damaged. The message says which, and what to set.",
     "E302": "A column the contract names is not in the data, a value lies outside the public "
     "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "
     "contract must change.",
@@ -85,7 +86,8 @@ CODES: dict[str, str] = {
     "E310": "The model is not one that this contract can be carried out with: another type, fewer "
     "layers, or other names of them. Name another model, or correct [adapter].",
     "E311": "A data source holds what is no table of single values: a line that is no JSON object "
-    "or has other keys, a column of lists or bytes. The row numbers are in the message.",
+    "or has other keys, a column of bytes, a cell with an error of Excel's, a workbook of several "
+    "sheets, a CoNLL line without a tag. The row numbers are in the message.",
     "E312": "A database cannot be read: [data] url or query in site.toml, the environment "
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "

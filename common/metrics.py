@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from silotune.common import tagging
 from silotune.common.task import Classification, Language, Ranking, Regression, Task, Tokens
 
 METRICS = {
@@ -113,23 +114,17 @@ def _labels(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Scores:
 
 def _tokens(task: Tokens, outputs: Sequence[Any], targets: Sequence[NDArray[np.int64]]) -> Scores:
     """outputs: a (loss, [W] predicted tags) for each sentence, fewer tags than words where a model
-    reads no further: those count as O. Strict: an entity is found with its type and both ends."""
-    from seqeval.metrics import f1_score, precision_score, recall_score
-    from seqeval.scheme import IOB2
-
+    reads no further: those count as O."""
     truth = [[task.tags[t] for t in tags] for tags in targets]
     found = [
         [task.tags[t] for t in tags] + [task.tags[0]] * (len(true) - len(tags))
         for (_, tags), true in zip(outputs, truth, strict=True)
     ]
     pairs = [(a, b) for t, f in zip(truth, found, strict=True) for a, b in zip(t, f, strict=True)]
-    strict = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
     return {
         "loss": float(np.mean([loss for loss, _ in outputs])),
         "accuracy": float(np.mean([a == b for a, b in pairs])) if pairs else None,
-        "precision": float(precision_score(truth, found, **strict)),
-        "recall": float(recall_score(truth, found, **strict)),
-        "f1": float(f1_score(truth, found, **strict)),
+        **tagging.scores(truth, found),
         "predicted_classes": len({b for _, b in pairs}),
     }
 

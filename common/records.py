@@ -7,9 +7,8 @@ Errors name file, column and row numbers. A record's value appears only in `Data
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,18 @@ from silotune.common import schema, sources
 from silotune.common.cells import Row
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError, did_you_mean
-from silotune.common.inputs import PairInput, TableInput, TextInput
+from silotune.common.inputs import NumberColumn, PairInput, TableInput, TextInput
+from silotune.common.reading import Reading
 from silotune.common.sources import Problems
-from silotune.common.task import Classification, Language, Ranking, Target, Task, Tokens
+from silotune.common.task import (
+    Classification,
+    Language,
+    Ranking,
+    Regression,
+    Target,
+    Task,
+    Tokens,
+)
 
 REMEMBERED = 1 << 16  # cells of a column, and rows of choices: what is often there is made once
 
@@ -31,11 +39,13 @@ Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[tuple[schema.Choic
 @dataclass(frozen=True)
 class Records:
     """labels: the N records' targets (common/task.py). queries: of a ranking, whose candidate each
-    record is."""
+    record is. notes: what was read otherwise than it stands there, in sentences with row numbers
+    and counts: for the records' owner alone."""
 
     inputs: Inputs
     labels: Sequence[Target]
     queries: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,21 +54,43 @@ class Records:
 @dataclass(frozen=True)
 class Table:
     """A source as it stands: the header, and each row's number and cells (common/sources.py).
-    encoding: in which its text was decoded; "utf-8" where it came as Unicode."""
+
+    notes: sentences about the rows, with counts: for their owner alone. named: whether the source
+    names its columns; those of a CoNLL file are named by the contract (`named_by`). encoding: in
+    which its text was decoded; "utf-8" where it came as Unicode.
+    """
 
     source: str
     header: list[str]
     rows: Sequence[Row]
+    notes: tuple[str, ...] = ()
+    named: bool = True
     encoding: str = "utf-8"
 
 
-def read(path: Path, contract: Contract) -> Records:
+def read(path: Path, contract: Contract, reading: Reading | None = None) -> Records:
     """Read a file by the contract's schema; DataError with every problem found."""
-    return parse(table(path), contract)
+    return parse(table(path, reading), contract)
+
+
+def named_by(contract: Contract, table: Table) -> Table:
+    """The table with the contract's column of text and label column as its columns' names, if its
+    source has none. DataError if the contract has no such columns: its task is not of tokens."""
+    if table.named:
+        return table
+    if not isinstance(contract.task, Tokens) or not isinstance(contract.input, TextInput):
+        raise DataError(
+            f"{table.source} holds words and their tags, and '{contract.name}' is a task of "
+            f"{contract.task.kind}. A table is read from .csv, .tsv, .jsonl, .parquet or .xlsx.",
+            code="E302",
+        )
+    names = [contract.input.column, contract.task.label_column]
+    return replace(table, header=names, named=True)
 
 
 def unlabelled(table: Table, contract: Contract) -> Inputs:
     """The rows' inputs alone, of any task but language; DataError with every problem found."""
+    table = named_by(contract, table)
     _check_columns(table, contract, contract.columns)
     problems, inputs = Problems(), []
     read = _inputs(contract.input, contract.task, table.header, problems)
@@ -84,10 +116,12 @@ def column(table: Table, name: str) -> list[str]:
 
 def parse(table: Table, contract: Contract) -> Records:
     """Check a table by the contract's schema; DataError with every problem found."""
+    table = named_by(contract, table)
     check_header(table, contract)
     header, spec, task = table.header, contract.input, contract.task
     query = task.query_column if isinstance(task, Ranking) else None
-    problems = Problems()
+    problems, notes = Problems(), Problems()
+    notice = _notice(contract, header)
     label_at, query_at = header.index(task.label_column), header.index(query) if query else 0
     target, inputs_of = _targets(task), _inputs(spec, task, header, problems)
     labels: list[Target] = []
@@ -100,6 +134,9 @@ def parse(table: Table, contract: Contract) -> Records:
         except ValueError as error:
             labels.append(None)
             problems.add("E303", f"column '{task.label_column}' allows {error}", line, label)
+        for at, note in notice:
+            if what := note(cells[at]):
+                notes.add("", f"column '{header[at]}' {what}", line, "")
         if query:
             queries.append(cells[query_at].strip())
         inputs.append(inputs_of(line, cells))
@@ -109,7 +146,7 @@ def parse(table: Table, contract: Contract) -> Records:
                 f"'{contract.columns[0]}' has words", line, label,
             )
     problems.raise_if_any(f"{table.source} does not fit the contract '{contract.name}'")
-    return Records(inputs, labels, tuple(queries))
+    return Records(inputs, labels, tuple(queries), (*table.notes, *notes.sentences))
 
 
 def check_header(table: Table, contract: Contract) -> None:
@@ -200,8 +237,20 @@ def _inputs(
     return choices
 
 
-def table(path: Path, encoding: str = "utf-8") -> Table:
+def _notice(
+    contract: Contract, header: Sequence[str]
+) -> list[tuple[int, Callable[[str], str]]]:
+    """For each column whose cells may be read otherwise than they stand: its place, and what says
+    so of a cell ('' if it is read as it stands)."""
+    task, found = contract.task, dict[int, Callable[[str], str]]()
+    for column in contract.input.columns if isinstance(contract.input, TableInput) else ():
+        if isinstance(column, NumberColumn) and column.lowest is not None:
+            found[header.index(column.name)] = partial(schema.below, column)
+    if isinstance(task, (Regression, Tokens)):
+        found[header.index(task.label_column)] = task.read_otherwise
+    return [(at, lru_cache(REMEMBERED)(note)) for at, note in found.items()]
+
+
+def table(path: Path, reading: Reading | None = None) -> Table:
     """Read a file (common/sources.py). DataError if there is none or it has no header."""
-    header, rows = sources.read(path, encoding)
-    is_unicode = path.suffix.lower() == ".parquet"
-    return Table(path.name, header, rows, "utf-8" if is_unicode else codecs.lookup(encoding).name)
+    return Table(path.name, *sources.read(path, reading or Reading()))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.common.cells import index_among, number_of
 from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput
 
 Choice = int | None  # the index of a column's choice; None when the value is missing
@@ -32,18 +33,29 @@ def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
     if not raw:
         return None
     if isinstance(column, CategoryColumn):
-        try:
-            return column.raw_values.index(raw)
-        except ValueError:
+        found = index_among(column.raw_values, raw)
+        if found is None:
             allowed = ", ".join(column.raw_values)
-            raise OutsideSchemaError(column.name, f"{allowed} or nothing", raw) from None
+            raise OutsideSchemaError(column.name, f"{allowed} or nothing", raw)
+        return found
     try:
-        number = float(raw)
+        number = number_of(raw)
     except ValueError:
         raise OutsideSchemaError(column.name, "numbers or nothing", raw) from None
     if math.isnan(number) or (column.lowest is not None and number < column.lowest):
         return None
     return bisect_right(column.edges, number)
+
+
+def below(column: NumberColumn, raw: str) -> str:
+    """What is said of a number below the column's lowest, which counts as missing; '' of others."""
+    try:
+        number = number_of(raw)
+    except ValueError:
+        return ""
+    if column.lowest is None or not number < column.lowest:
+        return ""
+    return f"is below {column.lowest:g}: counts as missing"
 
 
 def to_text(table: TableInput, choices: Sequence[Choice]) -> str:

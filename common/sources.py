@@ -1,31 +1,56 @@
-"""Where records come from: CSV, JSON Lines and Parquet files, read in blocks into compact rows.
+"""Where records come from: CSV, JSON Lines, Parquet, Excel and CoNLL files, read into compact rows.
 
-Each cell is text (common/cells.py). What CSV has between its commas is taken as it stands.
+Each cell is text (common/cells.py). What CSV has between its delimiters is taken as it stands.
 
-Row numbers: of CSV and JSON Lines the line on which a row starts, the first line being 1; of
-Parquet and queries (common/query.py) the number of the row, from 1.
+Row numbers: of CSV, JSON Lines and CoNLL the line on which a row starts, the first line being 1; of
+Excel the sheet's own row; of Parquet and queries (common/query.py) the number of the row, from 1.
+
+A list of words, in JSON Lines and Parquet, is a cell of these words between spaces. A CoNLL file is
+a line for each word (the word, anything, its tag, between tabs or spaces) and a blank line between
+sentences: a row is a sentence. It names no columns, so they are taken for the contract's column of
+text and its label column; until then they are called 'words' and 'tags'.
 
 Errors name file, column and row numbers. A record's value appears only in `DataError.local`.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
+import gzip
+import io
 import json
-from collections.abc import Callable, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from silotune.common.cells import BLOCK_ROWS, Builder, NotTextError, Rows, cell
+from silotune.common import workbook
+from silotune.common.cells import (
+    BLOCK_ROWS,
+    C1_CONTROL,
+    CONTROL,
+    Builder,
+    NotTextError,
+    Row,
+    Rows,
+    cell,
+    header_of,
+)
+from silotune.common.encodings import WINDOWS_ENCODINGS
 from silotune.common.errors import DataError
+from silotune.common.reading import DELIMITERS, Reading, decoded, wrong_encoding
 
 SHOWN_ROWS = 10
-SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
-SAMPLE = 1 << 16  # bytes from which an encoding is guessed
+SAMPLE = 1 << 16  # characters in which the header, and if need be the first rows, are looked for
+SAMPLE_ROWS = 20
+CONLL_HEADER = ["words", "tags"]
+DOCUMENT = "-DOCSTART-"  # the line between documents of a CoNLL file
 
 
 class Problems:
@@ -41,23 +66,31 @@ class Problems:
         if self.counts[kind] <= SHOWN_ROWS:
             self.shown.setdefault(kind, []).append((line, value))
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Each kind of problem with its first rows and their count: 'what: rows 2, 3 and 4 more'.
+        No values; counts of records."""
+        return tuple(
+            f"{kind[1]}: {rows_in_words([row for row, _ in places], self.counts[kind])}"
+            for kind, places in self.shown.items()
+        )
+
+    @property
+    def local(self) -> str:
+        """The first values of each kind, for their owner's screen."""
+        return "; ".join(
+            f"row {row} has {value!r}" for places in self.shown.values() for row, value in places
+        )
+
     def raise_if_any(
         self, what: str, mend: str = "Correct those rows, or agree on another contract."
     ) -> None:
         """DataError with every kind of problem and its first rows."""
         if not self.counts:
             return
-        parts = [
-            f"{kind[1]}: {rows_in_words([row for row, _ in places], self.counts[kind])}"
-            for kind, places in self.shown.items()
-        ]
         raise DataError(
-            f"{what}: {'; '.join(parts)}. {mend} ε spent: 0.",
-            code=next(iter(self.shown))[0],
-            local="; ".join(
-                f"row {row} has {value!r}" for places in self.shown.values()
-                for row, value in places
-            ),
+            f"{what}: {'; '.join(self.sentences)}. {mend} ε spent: 0.",
+            code=next(iter(self.shown))[0], local=self.local,
         )
 
 
@@ -67,116 +100,155 @@ def rows_in_words(first: Sequence[int], count: int) -> str:
     return f"row{'s' * (count > 1)} {', '.join(map(str, first))}{more}"
 
 
-def read(path: Path, encoding: str = "utf-8") -> tuple[list[str], Rows]:
-    """The header and the rows of a file, by its suffix; what has another one is read as CSV.
+class Contents(NamedTuple):
+    """What a source holds. notes: sentences about its rows, with their counts: for the records'
+    owner alone. named: whether the source names its columns itself. encoding: in which its text
+    was decoded; "utf-8" where it came as Unicode."""
 
-    DataError if there is none, it cannot be read, or it has no header.
+    header: list[str]
+    rows: Rows
+    notes: tuple[str, ...] = ()
+    named: bool = True
+    encoding: str = "utf-8"
+
+
+def contents(header: Sequence[str], rows: Rows) -> Contents:
+    """A source's header and rows, control characters in the rows noted."""
+    found, notes = rows.lines_with(CONTROL), tuple[str, ...]()
+    if found:
+        what = rows_in_words(found[:SHOWN_ROWS], len(found))
+        notes = (f"control characters stand in {what}; they are kept as they are",)
+    return Contents(header_of(header), rows, notes)
+
+
+def read(path: Path, reading: Reading = Reading()) -> Contents:  # noqa: B008 - frozen
+    """The header and the rows of a file, by its suffix.
+
+    Raises:
+        DataError: there is none, its suffix is not among SUFFIXES, it cannot be read, or it has no
+            header.
     """
+    builder, kind = Builder(), _kind_of(path)
+    with _as_data_errors(path):
+        rows = kind.rows(path, reading)
+        header = _header(path, next(rows, None), reading, kind)
+        for line, cells in rows:
+            builder.add(line, cells)
+        found = contents(header, builder.rows())
+        if kind.name in TEXT and reading.encoding in WINDOWS_ENCODINGS:
+            wrong = found.rows.lines_with(C1_CONTROL)
+            if wrong:
+                where = rows_in_words(wrong[:SHOWN_ROWS], len(wrong))
+                raise wrong_encoding(path, reading, where)
+    encoding = reading.encoding if kind.name in TEXT else "utf-8"
+    return found._replace(named=kind.name != "CoNLL", encoding=encoding)
+
+
+def header(path: Path, reading: Reading = Reading()) -> Contents:  # noqa: B008 - frozen
+    """The names of a file's columns, without its rows. Its first rows are looked at only where the
+    header of a CSV file can be divided by more than one delimiter.
+
+    Raises:
+        DataError: as `read`.
+    """
+    kind = _kind_of(path)
+    with _as_data_errors(path):
+        rows = kind.rows(path, reading)
+        try:
+            names = _header(path, next(rows, None), reading, kind)
+        finally:
+            rows.close()
+    return Contents(names, Rows(), (), kind.name != "CoNLL")
+
+
+def _header(path: Path, row: Row | None, reading: Reading, kind: _Kind) -> list[str]:
+    """The names in a source's first row."""
+    if row is None:
+        raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
+    names = header_of(row[1])
+    text = "\n".join(names)
+    if kind.name in TEXT and reading.encoding in WINDOWS_ENCODINGS and re.search(C1_CONTROL, text):
+        raise wrong_encoding(path, reading, "its header")
+    if re.search(CONTROL, text):
+        raise DataError(
+            f"The header of {path.name} holds control characters: the file is in another encoding, "
+            "damaged or something else than its suffix says."
+        )
+    return names
+
+
+@contextmanager
+def _as_data_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system and of decompression as one sentence about the file."""
     try:
-        is_file = path.is_file()
-    except PermissionError:
-        raise DataError(f"Data file {path} lies in a folder this user may not enter.") from None
-    if not is_file:
-        what = "is no file" if path.exists() else "does not exist"
-        raise DataError(f"Data file {path} {what}.{_neighbours(path)}")
-    reader: Callable[[Path, str], tuple[list[str], Rows]] = {
-        ".parquet": _parquet, ".jsonl": _json_lines, ".ndjson": _json_lines,
-    }.get(path.suffix.lower(), _csv)
-    try:
-        return reader(path, encoding)
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise DataError(
+            f"Data file {path.name} cannot be decompressed: it is cut short, damaged or not "
+            "written by gzip."
+        ) from None
     except OSError as error:
         raise DataError(
-            f"Data file {path.name} cannot be read ({type(error).__name__})."
+            f"Data file {path.name} cannot be read: {error.strerror or 'unknown cause'}."
         ) from None
 
 
-def _neighbours(path: Path) -> str:
-    """' CSV files in that folder: …' and the same for other formats, of those there are."""
-    found = ""
-    for kind, suffixes in (
-        ("CSV", SUFFIXES[:1]), ("JSON Lines", SUFFIXES[1:3]), ("Parquet", SUFFIXES[3:])
-    ):
-        names = sorted(p.name for end in suffixes for p in path.parent.glob(f"*{end}"))[:5]
-        found += f" {kind} files in that folder: {', '.join(names)}." if names else ""
-    return found
-
-
-def _csv(path: Path, encoding: str) -> tuple[list[str], Rows]:
+def _csv(path: Path, reading: Reading) -> Iterator[Row]:
     """Blank lines are passed over."""
-    builder, header, line = Builder(), None, 1
-    try:
-        with path.open(encoding=_codec(encoding), newline="") as file:
-            reader = csv.reader(file, strict=True)
+    line = 1
+    with decoded(path, reading, "CSV") as file:
+        delimiter = reading.delimiter or _delimiter(path, reading, file.read(SAMPLE))
+    with decoded(path, reading, "CSV") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
             for cells in reader:
-                if cells and header is None:
-                    header = cells
-                elif cells:
-                    builder.add(line, cells)
+                if cells:
+                    yield line, cells
                 line = reader.line_num + 1
-    except UnicodeError as error:
-        raise _not_decoded(path, encoding, "CSV", error) from None
-    except csv.Error:  # its own text may quote the file
+        except csv.Error:  # its own text may quote the file
+            raise DataError(
+                f"Data file {path.name} cannot be read as CSV with '{DELIMITERS[delimiter]}' "
+                f"between cells: the row that starts on line {line} has a quote that does not "
+                "close or that text follows, or a field of more than "
+                f"{csv.field_size_limit() >> 10} KiB."
+            ) from None
+
+
+def _delimiter(path: Path, reading: Reading, sample: str) -> str:
+    """The one that divides the header. Where several do, the one by which most of the first rows
+    have as many cells as the header.
+
+    Raises:
+        DataError: that is so of more than one.
+    """
+    usual = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
+    fitting: dict[str, int] = {}
+    for delimiter in DELIMITERS:
+        rows = _first_rows(sample, delimiter)
+        if rows and len(rows[0]) > 1:
+            fitting[delimiter] = sum(len(cells) == len(rows[0]) for cells in rows)
+    best = [one for one, fits in fitting.items() if fits == max(fitting.values())]
+    if len(best) > 1 and not (usual == "\t" and usual in best):
+        names = " and ".join(f"'{DELIMITERS[one]}'" for one in best)
         raise DataError(
-            f"Data file {path.name} cannot be read as UTF-8 CSV: the row that starts on line "
-            f"{line} has a quote that does not close or that text follows, or a field of more "
-            f"than {csv.field_size_limit() >> 10} KiB."
-        ) from None
-    if header is None:
-        raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
-    return header, builder.rows()
+            f"The header of {path.name} can be divided by {names}: set "
+            f"{reading.said('delimiter', DELIMITERS[best[-1]])}, or whichever is right."
+        )
+    return best[0] if best and usual not in best else usual
 
 
-def _codec(encoding: str) -> str:
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-
-
-def _not_decoded(path: Path, encoding: str, kind: str, error: UnicodeError) -> DataError:
-    """Where the text stops being what it should be, and what it looks like."""
-    name = codecs.lookup(encoding).name.upper()
-    what = f"Data file {path.name} cannot be read as {name} {kind}"
-    line, sample = 1, b""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    with path.open("rb") as file:
-        while block := file.read(SAMPLE):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as found:
-                before = found.object[: found.start]
-                line += max(before.count(b"\n"), before.count(b"\r"))
-                sample = found.object[found.start - min(found.start, SAMPLE // 2) :]
-                break
-            except UnicodeError:  # UTF-16 without its mark
-                break
-            line += max(block.count(b"\n"), block.count(b"\r"))
-    likely = _likely_encoding(path, sample) if encoding == "utf-8" else ""
-    if not likely:
-        return DataError(f"{what} ({type(error).__name__}): line {line} is not {name}. "
-                         "data.encoding in site.toml says how it is written.")
-    return DataError(
-        f"{what} ({type(error).__name__}): line {line} is not {name}, it looks like {likely}. "
-        f"If that is right, set encoding = \"{likely}\" in [data] of site.toml; `silotune site "
-        "prepare` then writes it anew as UTF-8."
-    )
-
-
-def _likely_encoding(path: Path, sample: bytes) -> str:
-    """A guess from the bytes about the place; '' if there is none."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if start.startswith(mark):
-            return name
-    from charset_normalizer import from_bytes
-
-    found = from_bytes(sample).best()
-    if found is None or found.encoding.startswith(("utf_16", "utf_32")):
-        return ""
-    # Of the many encodings of one byte a character that give the same text, the one people know.
-    alike = {found.encoding, *found.could_be_from_charset}
-    return "latin-1" if alike & {"latin_1", "cp1252"} else found.encoding.replace("_", "-")
+def _first_rows(sample: str, delimiter: str) -> list[list[str]]:
+    """The rows of a beginning of a file; fewer where they cannot be read by this delimiter."""
+    rows: list[list[str]] = []
+    whole = len(sample) < SAMPLE
+    try:
+        reader = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, strict=True)
+        for cells in islice(filter(None, reader), SAMPLE_ROWS + 1):
+            rows.append(cells)
+    except csv.Error:
+        return rows
+    # The last row of a sample may be cut.
+    return rows if whole or len(rows) in (1, SAMPLE_ROWS + 1) else rows[:-1]
 
 
 class _Pairs(tuple[tuple[str, Any], ...]):
@@ -185,85 +257,131 @@ class _Pairs(tuple[tuple[str, Any], ...]):
     __slots__ = ()
 
 
-def _json_lines(path: Path, encoding: str) -> tuple[list[str], Rows]:
+def _json_lines(path: Path, reading: Reading) -> Iterator[Row]:
     """One object a line, all with the keys of the first, in any order; blank lines passed over."""
-    builder, problems = Builder(), Problems()
+    problems = Problems()
     header: list[str] = []
-    try:
-        with path.open(encoding=_codec(encoding), newline="\n") as file:
-            for line, text in enumerate(file, start=1):
-                if not text.strip():
-                    continue
+    with decoded(path, reading, "JSON Lines") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                found = json.loads(text, object_pairs_hook=_Pairs)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, _Pairs):
+                problems.add("E311", "a line is no JSON object", line, text[:80].strip())
+                continue
+            row = dict(found)
+            if len(row) < len(found):
+                problems.add("E311", "a key stands twice in a line", line, ", ".join(row))
+                continue
+            if row and not header:
                 try:
-                    found = json.loads(text, object_pairs_hook=_Pairs)
-                except (ValueError, RecursionError):
-                    found = None
-                if not isinstance(found, _Pairs):
-                    problems.add("E311", "a line is no JSON object", line, text[:80].strip())
-                    continue
-                row = dict(found)
-                if len(row) < len(found):
-                    problems.add("E311", "a key stands twice in a line", line, ", ".join(row))
-                    continue
-                try:
-                    header = header or [cell(name) for name in row]
+                    header = [cell(name) for name in row]
                 except NotTextError as error:
                     problems.add("E311", f"a key holds {error}", line, "")
                     continue
-                if row.keys() != set(header):
-                    problems.add("E311", "a line has other keys than the first one", line,
-                                 ", ".join(sorted(row.keys() ^ set(header))))
-                    continue
-                try:
-                    builder.add(line, [cell(row[name]) for name in header])
-                except NotTextError as error:
-                    problems.add("E311", str(error), line, "")
-    except UnicodeError as error:
-        raise _not_decoded(path, encoding, "JSON Lines", error) from None
+                yield line, header
+            if not header or row.keys() != set(header):
+                problems.add("E311", "a line has other keys than the first one", line,
+                             ", ".join(sorted(row.keys() ^ set(header))))
+                continue
+            try:
+                cells = [cell(row[name]) for name in header]
+            except NotTextError as error:
+                problems.add("E311", str(error), line, "")
+                continue
+            yield line, cells
     problems.raise_if_any(f"Data file {path.name} cannot be read", "Correct those lines.")
-    if not header:
-        raise DataError(f"Data file {path.name} is empty: it has no line.", code="E304")
-    return header, builder.rows()
 
 
-def _parquet(path: Path, _: str) -> tuple[list[str], Rows]:
-    """Columns of text, numbers, times and yes or no; Parquet's text is always UTF-8."""
+def _conll(path: Path, reading: Reading) -> Iterator[Row]:
+    """A word a line, a blank line between sentences; the first and last field are word and tag."""
+    problems, fields = Problems(), 0
+    start, words, tags = 0, list[str](), list[str]()
+    yield 0, CONLL_HEADER
+    with decoded(path, reading, "CoNLL") as file:
+        for line, text in enumerate(file, start=1):
+            parts = [part.strip() for part in text.strip("\r\n").split("\t")]
+            if len(parts) < 2:
+                parts = text.split()
+            if not any(parts) or parts[0] == DOCUMENT:
+                if words:
+                    yield start, [" ".join(words), " ".join(tags)]
+                words, tags = [], []
+                continue
+            fields = fields or len(parts)
+            if len(parts) != fields or fields < 2:
+                problems.add("E311", "a line has not a word and its tag, or not as many fields as "
+                             "the first", line, text[:80].strip())
+            elif len(parts[0].split()) != 1 or len(parts[-1].split()) != 1:
+                problems.add("E311", "a word or tag is empty or has a space in it", line,
+                             text[:80].strip())
+            if not words:
+                start = line
+            words.append(parts[0])
+            tags.append(parts[-1])
+        if words:
+            yield start, [" ".join(words), " ".join(tags)]
+    problems.raise_if_any(
+        f"Data file {path.name} cannot be read as CoNLL", "Correct those lines. (A table of other "
+        "columns is read from .csv or .tsv.)"
+    )
+
+
+def _parquet(path: Path, _: Reading) -> Iterator[Row]:
+    """Columns of text, numbers, times, yes or no and lists of words; its text is always UTF-8."""
     from pyarrow import parquet
 
-    builder, line = Builder(), 1
+    problems, line = Problems(), 1
     try:
         with parquet.ParquetFile(path) as file:
             nested = [
                 f"'{field.name}' ({_kind(field.type)})"
-                for field in file.schema_arrow if not _is_plain(field.type)
+                for field in file.schema_arrow if not _is_readable(field.type)
             ]
             if nested:
                 raise DataError(
-                    f"Data file {path.name} has columns that are not one value a row: "
-                    f"{', '.join(nested)}. Leave them out, or write them as text.", code="E311",
+                    f"Data file {path.name} has columns that are neither one value a row nor a "
+                    f"list of words: {', '.join(nested)}. Leave them out, or write them as text.",
+                    code="E311",
                 )
-            header = list(file.schema_arrow.names)
+            yield 0, list(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=BLOCK_ROWS):
-                columns = [_as_text(column) for column in batch.columns]
+                columns = [_as_text(column, line, problems) for column in batch.columns]
                 for cells in zip(*columns, strict=True):
-                    builder.add(line, cells)
+                    yield line, list(cells)
                     line += 1
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the system's; pyarrow has none for damage
         raise DataError(
-            f"Data file {path.name} cannot be read as Parquet ({type(error).__name__}): it is cut "
-            f"short, damaged, or something else. Rows read before: {line - 1:,}."
+            f"Data file {path.name} cannot be read as Parquet: it is cut short, damaged, or "
+            f"something else. Rows read before: {line - 1:,}."
         ) from None
-    return header, builder.rows()
+    problems.raise_if_any(f"Data file {path.name} cannot be read", "Correct those rows.")
 
 
-def _is_plain(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
+def _is_list(kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+                or types.is_list_view(kind) or types.is_large_list_view(kind))
+
+
+def _is_readable(kind: Any) -> bool:
+    types = pa.types
+    if types.is_dictionary(kind):
         kind = kind.value_type
+    if _is_list(kind):
+        inner = kind.value_type
+        if types.is_dictionary(inner):
+            inner = inner.value_type
+        return bool(types.is_string(inner) or types.is_large_string(inner)
+                    or types.is_string_view(inner) or types.is_null(inner))
     return not (
-        pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind) or isinstance(kind, pa.BaseExtensionType)
+        types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind) or isinstance(kind, pa.BaseExtensionType)
     )
 
 
@@ -272,8 +390,11 @@ def _kind(kind: Any) -> str:
     return str(kind).split("<", maxsplit=1)[0].split("[", maxsplit=1)[0]
 
 
-def _as_text(column: Any) -> list[str]:
-    """A column's cells; what is there often is written once."""
+def _as_text(column: Any, line: int, problems: Problems) -> list[str]:
+    """A column's cells, the first in row `line`; what is there often is written once."""
+    if _is_list(column.type):
+        return [_list_as_text(value, line + at, problems)
+                for at, value in enumerate(column.to_pylist())]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     found = column.dictionary_encode()
@@ -282,3 +403,74 @@ def _as_text(column: Any) -> list[str]:
         values = [float(str(np.float32(value))) for value in values]  # 0.1, not 0.10000000149
     words = [*map(cell, values), ""]  # the last one for null
     return [words[i] for i in found.indices.fill_null(len(values)).to_numpy().tolist()]
+
+
+def _list_as_text(value: object, line: int, problems: Problems) -> str:
+    try:
+        return cell(value)
+    except NotTextError as error:
+        problems.add("E311", str(error), line, "")
+        return ""
+
+
+class _Kind(NamedTuple):
+    """rows: yields the header as a row, then the rows. name: of the format."""
+
+    name: str
+    rows: Callable[[Path, Reading], Any]
+
+
+TEXT = ("CSV", "JSON Lines", "CoNLL")  # with an encoding; may be compressed by gzip
+KINDS = {
+    ".csv": _Kind("CSV", _csv), ".tsv": _Kind("CSV", _csv),
+    ".jsonl": _Kind("JSON Lines", _json_lines), ".ndjson": _Kind("JSON Lines", _json_lines),
+    ".parquet": _Kind("Parquet", _parquet), ".xlsx": _Kind("Excel", workbook.rows),
+    ".conll": _Kind("CoNLL", _conll), ".iob": _Kind("CoNLL", _conll),
+    ".iob2": _Kind("CoNLL", _conll), ".bio": _Kind("CoNLL", _conll),
+    ".txt": _Kind("CoNLL", _conll),
+}
+SUFFIXES = tuple(KINDS)
+# What to do about a file of another kind.
+ADVICE = {
+    "Save the sheet as .xlsx or .csv.": (".xls", ".xlsm", ".xlsb", ".ods", ".numbers"),
+    "Write one object a line, as .jsonl.": (".json",),
+    "Unpack it first.": (
+        ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar",
+    ),
+}
+
+
+def _kind_of(path: Path) -> _Kind:
+    """By the suffix; DataError if there is no such file, or no such kind."""
+    try:
+        is_file = path.is_file()
+    except PermissionError:
+        raise DataError(f"Data file {path} lies in a folder this user may not enter.") from None
+    if not is_file:
+        what = "is no file" if path.exists() else "does not exist"
+        raise DataError(f"Data file {path} {what}.{_neighbours(path)}")
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        kind = KINDS.get(Path(path.stem).suffix.lower())
+        if kind is not None and kind.name in TEXT:
+            return kind
+    if suffix not in KINDS:
+        advice = next((words for words, ends in ADVICE.items() if suffix in ends),
+                      "Save it in one of these.")
+        what = f"{suffix} files are not" if suffix else "a file without a suffix is not"
+        raise DataError(
+            f"Data file {path.name}: {what} read. {advice} Read are {', '.join(SUFFIXES)}, and "
+            "text files that gzip compressed, such as .csv.gz."
+        )
+    return KINDS[suffix]
+
+
+def _neighbours(path: Path) -> str:
+    """' CSV files in that folder: …' and the same for other formats, of those there are."""
+    found = ""
+    for kind in dict.fromkeys(kind.name for kind in KINDS.values()):
+        ends = [suffix for suffix, other in KINDS.items() if other.name == kind]
+        ends += [f"{end}.gz" for end in ends if kind in TEXT]
+        names = sorted(p.name for end in ends for p in path.parent.glob(f"*{end}"))[:5]
+        found += f" {kind} files in that folder: {', '.join(names)}." if names else ""
+    return found

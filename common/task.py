@@ -14,12 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from silotune.common import tagging
+from silotune.common.cells import index_among, number_of
 from silotune.common.fields import Bound, Flag, Frozen, Name, Number, Positive, kind_or
 
 Target = Any  # int, float, a list of ints or text, by task
 
 Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
-OUTSIDE = "O"  # a word that belongs to no entity
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "perplexity", "calibration"})
 
 
@@ -81,11 +82,11 @@ class Classification(Frozen):
         return len(self.labels)
 
     def target(self, cell: str) -> int:
-        for at, label in enumerate(self.labels):
-            if cell.strip() in label.values:
-                return at
-        allowed = ", ".join(value for label in self.labels for value in label.values)
-        raise ValueError(f"one of the contract's labels ({allowed})")
+        values = [value for label in self.labels for value in label.values]
+        found = index_among(values, cell)
+        if found is None:
+            raise ValueError(f"one of the contract's labels ({', '.join(values)})")
+        return next(at for at, label in enumerate(self.labels) if values[found] in label.values)
 
 
 class MultiLabel(Frozen):
@@ -116,20 +117,23 @@ class MultiLabel(Frozen):
         """1 for each label that the record has, else 0."""
         found = [0] * len(self.labels)
         places = {value: at for at, label in enumerate(self.labels) for value in label.values}
+        values = list(places)
         for value in filter(None, map(str.strip, cell.split(self.separator))):
-            if value not in places:
+            index = index_among(values, value)
+            if index is None:
                 raise ValueError(
-                    f"the contract's labels ({', '.join(places)}) between '{self.separator}'"
+                    f"the contract's labels ({', '.join(values)}) between '{self.separator}'"
                 )
-            found[places[value]] = 1
+            found[places[values[index]]] = 1
         return found
 
 
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
-    spaces in the input's column, as many tags in the label column. class_weights: what a word of
-    each tag counts in training, and in a loss that a site releases, in the order O, B-x, I-x of the
-    first entity, and so on.
+    spaces in the input's column, as many tags in the label column. Tags of other schemes are read
+    as those of IOB2 (common/tagging.py), in which scores are computed, too. class_weights: what a
+    word of each tag counts in training, and in a loss that a site releases, in the order O, B-x,
+    I-x of the first entity, and so on.
     """
 
     metrics: ClassVar[tuple[str, ...]] = (
@@ -152,7 +156,7 @@ class Tokens(Frozen):
 
     @property
     def tags(self) -> tuple[str, ...]:
-        return (OUTSIDE, *(f"{part}-{name}" for name in self.entities for part in "BI"))
+        return (tagging.OUTSIDE, *(f"{part}-{name}" for name in self.entities for part in "BI"))
 
     @property
     def answers(self) -> str:
@@ -163,11 +167,22 @@ class Tokens(Frozen):
         return len(self.tags)
 
     def target(self, cell: str) -> list[int]:
-        """The tags' numbers, word by word."""
+        """The tags' numbers in IOB2, word by word, whatever scheme the cell is in."""
         try:
-            return [self.tags.index(tag) for tag in cell.split()]
+            return [self.tags.index(tag) for tag in tagging.to_iob2(cell.split())]
         except ValueError:
-            raise ValueError(f"the tags {', '.join(self.tags)} between spaces") from None
+            raise ValueError(
+                f"the tags {', '.join(self.tags)} between spaces, or those of IOB1, BIOES or BILOU "
+                "for the same entities"
+            ) from None
+
+    def read_otherwise(self, cell: str) -> str:
+        """What is said of tags that are not IOB2 and are read as if they were; '' of others."""
+        try:
+            scheme = tagging.scheme_of(cell.split())
+        except ValueError:
+            return ""
+        return tagging.READ_OTHERWISE.get(scheme, "")
 
 
 class Regression(Frozen):
@@ -201,14 +216,30 @@ class Regression(Frozen):
 
     def target(self, cell: str) -> float:
         """The place between the bounds, 0 to 1, on the scale that is learnt."""
-        try:
-            number = float(cell)
-        except ValueError:
-            number = math.nan
+        number = self._number(cell)
         if math.isnan(number):
             raise ValueError("numbers")
         low, high = self._scale(self.lowest), self._scale(self.highest)
         return (self._scale(min(max(number, self.lowest), self.highest)) - low) / (high - low)
+
+    def read_otherwise(self, cell: str) -> str:
+        """What is said of a number outside the bounds, which counts as the bound; '' of others."""
+        number = self._number(cell)
+        if math.isnan(number) or self.lowest <= number <= self.highest:
+            return ""
+        return self.read_as_bound
+
+    @property
+    def read_as_bound(self) -> str:
+        return f"is not within {self.answers}: counts as the bound"
+
+    @staticmethod
+    def _number(cell: str) -> float:
+        """NaN if it is none."""
+        try:
+            return number_of(cell)
+        except ValueError:
+            return math.nan
 
     def number(self, place: float) -> float:
         """The number at a place between the bounds: the inverse of `target`."""
@@ -249,10 +280,11 @@ class Ranking(Frozen):
         return 1
 
     def target(self, cell: str) -> int:
-        cell = cell.strip()
-        if cell not in (*self.relevant, *self.others):
-            raise ValueError(", ".join((*self.relevant, *self.others)))
-        return int(cell in self.relevant)
+        values = (*self.relevant, *self.others)
+        found = index_among(values, cell)
+        if found is None:
+            raise ValueError(", ".join(values))
+        return int(found < len(self.relevant))
 
 
 class Language(Frozen):

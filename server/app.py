@@ -14,6 +14,7 @@ from flwr.supercore.run import RunNotRunningException
 from silotune.common import contract as contracts
 from silotune.common.errors import RunError, SilotuneError
 from silotune.common.model import build
+from silotune.common.reading import Reading
 from silotune.server import events
 from silotune.server.disk import no_room
 from silotune.server.registry import Registry
@@ -28,8 +29,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder),
-    `test` (public rows, CSV, or ""); `resume`: go on with the run that is there, or "skip": and
-    without its next round; `token`: what its own events of this process carry."""
+    `test` (a file of public rows, or "") and its `encoding` and `delimiter`; `resume`: go on with
+    the run that is there, or "skip": and without its next round; `token`: what its own events of
+    this process carry."""
     config = {key: str(value) for key, value in context.run_config.items()}
     folder, begun, own = Path(config["runs"]) / config["run"], False, {"token": config["token"]}
     if threading.current_thread() is threading.main_thread():
@@ -43,7 +45,9 @@ def main(grid: Grid, context: Context) -> None:
         if config["test"]:
             from silotune.server.evaluate import PublicTest
 
-            evaluate = PublicTest(contract, model, {"": Path(config["test"])}).metrics
+            reading = Reading.of(config["encoding"], config["delimiter"] or None,
+                                 "--{key} '{value}'")
+            evaluate = PublicTest(contract, model, {"": Path(config["test"])}, reading).metrics
         begin = Registry.open if config["resume"] else Registry.create
         registry = begin(folder, contract, folder.parent / ".receipts")
         begun = True

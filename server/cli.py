@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit, next_step
+from silotune.common.cli import emit, next_step, reading_options, reading_words
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
 from silotune.common.terminal import echo
 
 if TYPE_CHECKING:
+    from silotune.common.reading import Reading
     from silotune.server.events import Events
     from silotune.server.place import Place
 
@@ -174,10 +175,12 @@ def start(folder: Path, log_json: bool) -> None:
 @click.argument("contract", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="The run's name; by default the contract's, with the time.")
 @click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
-@click.option("--test", type=click.Path(path_type=Path), help="Public rows (CSV) to score by.")
+@click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
+@reading_options
 @FOLDER
 def run(
-    contract: Path, name: str | None, model: Path | None, test: Path | None, folder: Path
+    contract: Path, name: str | None, model: Path | None, test: Path | None, reading: Reading,
+    folder: Path,
 ) -> None:
     """Carry out a contract with the sites that are connected, and show its rounds.
 
@@ -193,17 +196,19 @@ def run(
     if not re.fullmatch(RUN_NAME, name):
         raise UsageError(f"'{name}' cannot be a run's name: use up to 64 small letters, digits and "
                          "'-', a letter or digit first.")
-    _carry_out(folder, contract, name, model, test, "")
+    _carry_out(folder, contract, name, model, test, reading, "")
 
 
 @server.command()
 @click.argument("name")
 @click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
 @click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
-@click.option("--test", type=click.Path(path_type=Path), help="Public rows (CSV) to score by.")
+@click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
+@reading_options
 @FOLDER
 def resume(
-    name: str, skip_round: bool, model: Path | None, test: Path | None, folder: Path
+    name: str, skip_round: bool, model: Path | None, test: Path | None, reading: Reading,
+    folder: Path,
 ) -> None:
     """Go on with a run that stopped, from its last whole round. Sites answer what they were asked
     before with what they answered then.
@@ -217,7 +222,7 @@ def resume(
     path = Place(folder).runs / name / "contract.json"
     if not path.is_file():
         raise UsageError(f"{path.parent} holds no run. Runs: {', '.join(_runs(folder)) or 'none'}.")
-    _carry_out(folder, path, name, model, test, "skip" if skip_round else "yes")
+    _carry_out(folder, path, name, model, test, reading, "skip" if skip_round else "yes")
 
 
 @server.command()
@@ -265,7 +270,8 @@ def _standing(folder: Path) -> dict[str, Any]:
 
 
 def _carry_out(
-    folder: Path, contract: Path, name: str, model: Path | None, test: Path | None, resume: str
+    folder: Path, contract: Path, name: str, model: Path | None, test: Path | None,
+    reading: Reading, resume: str,
 ) -> None:
     """Hand a run to Flower and repeat what its events say until it ends."""
     from silotune.server.events import Events
@@ -278,17 +284,23 @@ def _carry_out(
     where = place.runs / name
     if not resume and (where / "contract.json").exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
-    events, rounds, token = Events(where), contracts.load(contract).rounds, secrets.token_hex(8)
+    agreed = contracts.load(contract)
+    if test is not None:  # what is wrong with its rows is said now, on this screen
+        from silotune.common import records
+
+        records.read(test, agreed, reading)
+    events, rounds, token = Events(where), agreed.rounds, secrets.token_hex(8)
     events.new()  # what was before
     app = write_app(
         place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
-        runs=place.runs, resume=resume, test=test, token=token,
+        runs=place.runs, resume=resume, test=test, reading=reading, token=token,
     )
     end = time.monotonic() + FIRST_SECONDS
     while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # it may just be starting
     more = [word for option, value in (("--model", model), ("--test", test)) if value
             for word in (option, str(value))]
+    more += shlex.split(reading_words(reading, "--{key} {value}"))
     again = ["server", "resume", name, "--folder", str(folder), *more]
     flower_run = ""
     try:

@@ -11,17 +11,21 @@ from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.metrics import Scores, score
 from silotune.common.network import Network
+from silotune.common.reading import Reading
 
 
 class PublicTest:
     """Labelled public rows, read and encoded once.
 
-    files: group name -> CSV file. Nothing here is a site's record.
+    files: group name -> file. Nothing here is a site's record.
     """
 
-    def __init__(self, contract: Contract, model: Network, files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, contract: Contract, model: Network, files: Mapping[str, Path],
+        reading: Reading | None = None,
+    ) -> None:
         self.model, self.task = model, contract.task
-        tables = {group: records.read(path, contract) for group, path in files.items()}
+        tables = {group: records.read(path, contract, reading) for group, path in files.items()}
         self.groups = [group for group, table in tables.items() for _ in range(len(table))]
         self.labels = [label for table in tables.values() for label in table.labels]
         self.queries = [query for table in tables.values() for query in table.queries]

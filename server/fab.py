@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+from silotune.common.reading import DELIMITERS, Reading
+
 PYPROJECT = """[project]
 name = "silotune-app"
 version = "{version}"
@@ -33,16 +35,17 @@ clientapp = "silotune.client.relay:app"
 
 def write_app(
     folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = "",
-    test: Path | None = None, token: str = "",
+    test: Path | None = None, reading: Reading = Reading(), token: str = "",  # noqa: B008 - frozen
 ) -> Path:
     """Write the app folder for `flwr run`; paths are the operator's own and absolute.
 
-    resume, test, token: see server/app.py.
+    resume, test, token: see server/app.py. reading: how `test` is read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "contract": contract.resolve(), "model": model.resolve() if model else "", "run": run,
         "runs": runs.resolve(), "resume": resume, "test": test.resolve() if test else "",
+        "encoding": reading.encoding, "delimiter": DELIMITERS.get(reading.delimiter or "", ""),
         "token": token,
     }
     (folder / "pyproject.toml").write_text(

@@ -42,23 +42,24 @@ def sim_ls(as_json: bool) -> None:
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Run a recipe, or a contract on a table of one's own, with all arms of a comparison.
 
-    Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
-    masked, insecure_seed; for a contract: data, a CSV file, and site_column, or rows are dealt to
-    the sites at random, and model, the folder of a base model that is not packaged; and how to
-    compute: device, bf16, gradients, checkpointing, compile, micro_batch, cache_megabytes,
-    cache_folder.
+    Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes, masked,
+    insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL), encoding
+    and delimiter if it is a text file that is not UTF-8 or whose header does not show how it is
+    divided, and site_column, or rows are dealt to the sites at random, and model, the folder of a
+    base model that is not packaged; and how to compute: device, bf16, gradients, checkpointing,
+    compile, micro_batch, cache_megabytes, cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
     $ silotune sim run service-sentiment gradients=hooks bf16=off
-    $ silotune sim run loans.toml data=loans.csv site_column=branch
+    $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
     from silotune.simulations.recipe import load_recipe, own_recipe
     from silotune.simulations.run import Options, run
 
     options = Options.parse(settings)
     if options.data is not None:
-        found = own_recipe(Path(recipe), options.data, options.site_column)
+        found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
     elif Path(recipe).suffix in (".toml", ".json"):
         raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
     else:

@@ -20,6 +20,7 @@ from rich.text import Text
 from silotune.common.architecture import OneHotModel
 from silotune.common.cli import next_step
 from silotune.common.contract import Contract
+from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS
 from silotune.common.terminal import escaped
 from silotune.server.rounds import RoundFacts
@@ -66,8 +67,11 @@ class Progress:
         with self.console.status(f"fetching and checking {what}"):
             yield
 
-    def start(self, counts: list[dict[str, Any]], jobs: list[Job], processes: int) -> None:
-        """The header: model, data, plan."""
+    def start(
+        self, counts: list[dict[str, Any]], jobs: list[Job], processes: int,
+        notes: tuple[str, ...] = (), lengths: Lengths = Lengths(),  # noqa: B008 - frozen
+    ) -> None:
+        """The header: model, data, what is to be said of the data, plan."""
         c, say = self.contract, self.console.print
         records = sum(int(k["train"]) + int(k["test"]) for k in counts)
         say(f"Silotune · CPU, {os.cpu_count()} cores · nothing keeps running afterwards")
@@ -75,6 +79,10 @@ class Progress:
         if not isinstance(c.model, OneHotModel):
             model = f"{c.model.name} (sha256 {c.model.sha256[:4]}…)"
         say(f"Model  {model}   Data  {self.facts['title']}, {records:,} records")
+        for note in notes:
+            say(f"       {note}")
+        if lengths.cut:
+            say(f"       {lengths.sentence}")
         p = c.privacy
         lora = f"{c.adapter.words} · " if c.adapter else ""
         say(

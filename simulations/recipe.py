@@ -16,26 +16,27 @@ from typing import Any
 
 from silotune.common import contract as contracts
 from silotune.common.contract import Contract
-from silotune.common.errors import UsageError, did_you_mean
+from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.reading import Reading
 from silotune.common.task import Task
 from silotune.simulations import data, split
 from silotune.simulations.arms import slowed, slower
+from silotune.simulations.split import Split
 from silotune.simulations.tables import TABLES
 
-Counts = list[dict[str, int | str]]
 OWN_REPEATS = 2
 
 
 @dataclass(frozen=True)
 class Recipe:
     """facts: those of recipe.toml. source: of the data, for a report. rows: given the folder of a
-    run it writes the split (simulations/split.py) and gives the sites' counts and where it lies."""
+    run it writes the split (simulations/split.py)."""
 
     name: str
     contract: Contract
     facts: dict[str, Any]
     source: dict[str, Any]
-    rows: Callable[[Path], tuple[Counts, Path]]
+    rows: Callable[[Path], Split]
 
     def at(self, epsilon: float) -> Recipe:
         """The recipe with another ε, its learning rates under DP times what `rates` of recipe.toml
@@ -68,9 +69,9 @@ def load_recipe(name: str) -> Recipe:
     facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     found = data.SOURCES[TABLES[facts["table"]].source]
 
-    def rows(_: Path) -> tuple[Counts, Path]:
+    def rows(_: Path) -> Split:
         place = data.home() / "splits" / facts["table"]
-        return split.split(facts["table"], place), place
+        return Split(split.split(facts["table"], place), place)
 
     source = {
         "name": found.about, "sha256": found.sha256,
@@ -79,14 +80,16 @@ def load_recipe(name: str) -> Recipe:
     return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts, source, rows)
 
 
-def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
-    """A contract file and a CSV file: every arm has the contract's plan, the figure is the task's
-    first metric that it defines. Without `site_column` each row, or entity, goes to a site drawn
-    by a fixed seed. UsageError if there is no such file.
+def own_recipe(
+    file: Path, table: Path, site_column: str | None, reading: Reading | None = None
+) -> Recipe:
+    """A contract file and a file of records: every arm has the contract's plan, the figure is the
+    task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
+    drawn by a fixed seed. UsageError if there is no such file.
     """
     contract = contracts.load(file)
     if not table.is_file():
-        raise UsageError(f"data={table} is no file. Name a CSV file.")
+        raise UsageError(f"data={table} is no file. Name a file of records.")
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     facts: dict[str, Any] = {
         "title": table.name, "metric": _metric(contract.task), "evaluate_every": 1,
@@ -95,11 +98,13 @@ def own_recipe(file: Path, table: Path, site_column: str | None) -> Recipe:
         "arms": {"no-dp": {"phases": phases}},
     }
 
-    def rows(folder: Path) -> tuple[Counts, Path]:
-        place = folder / "split"
-        return split.of_file(table, contract, site_column, place), place
+    def rows(folder: Path) -> Split:
+        return split.of_file(table, contract, site_column, folder / "split", reading)
 
-    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"Data file {table} cannot be read: {error.strerror}.") from None
     source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
     return Recipe(file.stem, contract, facts, source, rows)
 

@@ -21,10 +21,15 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from silotune.common import lengths, records
 from silotune.common.architecture import OneHotModel
-from silotune.common.errors import RunError, UsageError, did_you_mean
+from silotune.common.contract import Contract
+from silotune.common.errors import DataError, RunError, UsageError, did_you_mean
+from silotune.common.lengths import Lengths
+from silotune.common.metrics import METRICS, constant, score
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
+from silotune.common.reading import Reading
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
@@ -32,6 +37,8 @@ from silotune.simulations.masks import SigningKeys, masked
 from silotune.simulations.progress import Progress
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.summary import summarise
+
+OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
 
 
 @dataclass
@@ -49,13 +56,14 @@ class Options:
     masked: bool = True
     data: Path | None = None
     site_column: str | None = None
+    reading: Reading = field(default_factory=Reading)
     model: Path | None = None
     performance: Performance = field(default_factory=Performance)
 
     @classmethod
     def parse(cls, words: tuple[str, ...]) -> Options:
         """From `key=value` words; UsageError names the key, the value and what is allowed."""
-        options, computing = cls(), {}
+        options, computing, of_file = cls(), dict[str, str](), dict[str, str]()
         readers: dict[str, Any] = {
             "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
             "evaluate_every": int, "processes": int, "insecure_seed": int,
@@ -63,7 +71,10 @@ class Options:
             "data": Path, "site_column": str, "model": Path,
         }
         for word in words:
-            key, value = _setting(word, [*readers, *Performance.model_fields])
+            key, value = _setting(word, [*readers, *OF_FILE, *Performance.model_fields])
+            if key in OF_FILE:
+                of_file[key] = value
+                continue
             if key in Performance.model_fields:
                 computing[key] = value
                 continue
@@ -75,6 +86,9 @@ class Options:
             if key in ("repeats", "cheap_repeats", "evaluate_every") and int(value) < 1:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
         options.performance = _performance(computing)
+        options.reading = Reading.of(
+            of_file.get("encoding"), of_file.get("delimiter"), "{key}='{value}'"
+        )
         return options
 
 
@@ -144,19 +158,21 @@ def run(
         arms = [arm for arm in arms if arm.main or arm.name in options.arms]
     progress = Progress(recipe.facts, contract, quiet=quiet)
     _set_aside(folder)
-    model_folder = None
-    if not isinstance(contract.model, OneHotModel):
-        with progress.busy(f"model {contract.model.name}"):
-            model_folder = options.model or data.fetch(contract.model.name)
     with progress.busy(f"data {recipe.facts['title']}"):
-        counts, rows = recipe.rows(folder)
+        counts, rows, notes = recipe.rows(folder)
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
     if unknown:
         raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
+    _check_figure(recipe.facts["metric"], contract, rows)
+    model_folder = None
+    if not isinstance(contract.model, OneHotModel):
+        with progress.busy(f"model {contract.model.name}"):
+            model_folder = options.model or data.fetch(contract.model.name)
+    measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
-    progress.start(counts, jobs, processes)
+    progress.start(counts, jobs, processes, notes, measured)
     try:
         results = run_jobs(jobs, processes, progress)
     finally:
@@ -164,7 +180,7 @@ def run(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
-    result = summarise(contract, arms, results, recipe.facts, rows)
+    result = summarise(contract, arms, results, recipe.facts, rows, measured)
     result |= {
         "format": 1,
         "recipe": recipe.name,
@@ -188,7 +204,7 @@ def run(
             contract.model_dump(mode="json"), indent=1, ensure_ascii=False
         ),
         "model": contract.model.model_dump(mode="json"),
-        "data": recipe.source | {"sites": counts},
+        "data": recipe.source | {"sites": counts, "notes": notes},
     }
     result["privacy"]["insecure"] = options.insecure_seed is not None
     if options.insecure_seed is not None:
@@ -201,6 +217,33 @@ def run(
     write_report(result, folder / "report.html")
     progress.finish(result, folder)
     return result
+
+
+def _check_figure(metric: str, contract: Contract, split: Path) -> None:
+    """DataError where the rows for tests do not define the figure of the run: an AUC, say, of rows
+    that all have the same label."""
+    test = [records.read(split / "test" / f"{site}.csv", contract) for site in contract.weights()]
+    labels = [label for found in test for label in found.labels]
+    outputs = constant(contract.task, labels)
+    if outputs is None:
+        return
+    queries = [query for found in test for query in found.queries]
+    if score(contract.task, outputs, labels, queries)[metric] is None:
+        raise DataError(
+            f"The {len(labels):,} rows that are held back for tests do not define "
+            f"{METRICS[metric]}: column '{contract.task.label_column}' is the same in all of them. "
+            "More rows are needed, or others.", code="E304",
+        )
+
+
+def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
+    """Of the texts of all rows, those for tests as well."""
+    files = [split / "pooled.csv", *sorted((split / "test").glob("*.csv"))]
+    if isinstance(contract.model, OneHotModel):
+        return Lengths()
+    return lengths.measure(
+        (records.read(file, contract) for file in files), contract, lengths.tokenizer_of(model)
+    )
 
 
 def _jobs(

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from silotune.common import records
+from silotune.common.cells import Row, index_among
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, did_you_mean
+from silotune.common.reading import Reading
+from silotune.common.records import Table
+from silotune.common.sources import Problems
 from silotune.simulations.tables import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
 
+Counts = list[dict[str, int | str]]
 SEED = 2026
 LEAST = 8  # rows of a site: a quarter of them is for tests
+
+
+class Split(NamedTuple):
+    """counts: site, train and test rows, in order of site name. folder: where the files are. notes:
+    what was left out or read otherwise than it stands, in sentences with row numbers and counts."""
+
+    counts: Counts
+    folder: Path
+    notes: tuple[str, ...] = ()
 
 
 def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
@@ -38,21 +54,39 @@ def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
 
 
 def of_file(
-    table: Path, contract: Contract, site_column: str | None, folder: Path
-) -> list[dict[str, int | str]]:
-    """The same of a CSV file of one's own, for the contract's sites. Without `site_column` each
-    row, or entity, goes to a site drawn by a fixed seed. DataError."""
+    file: Path, contract: Contract, site_column: str | None, folder: Path,
+    reading: Reading | None = None,
+) -> Split:
+    """The same of a file of one's own, for the contract's sites. Without `site_column` each row, or
+    entity, goes to a site drawn by a fixed seed.
+
+    Raises:
+        DataError: the file cannot be read, or rows of the contract's sites do not fit it: all of
+            them, by their numbers in the file. Nothing has been written then.
+    """
     import pandas as pd
 
-    rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+    from silotune.client import units as entities
+
+    table = records.named_by(contract, records.table(file, reading))
+    records.check_header(table, contract)
     sites, entity = list(contract.weights()), contract.privacy.entity
     for column in [*(entity.key if entity else ()), *([site_column] if site_column else [])]:
-        if column not in rows:
+        if table.header.count(column) != 1:
+            what = "stands more than once" if column in table.header else "is not"
             raise DataError(
-                f"Column '{column}' is not in {table.name}.", code="E302",
-                local=f"its first line has: {', '.join(map(str, rows.columns[:40]))}."
-                + did_you_mean(column, list(map(str, rows.columns))),
+                f"Column '{column}' {what} in {file.name}.", code="E302",
+                local=f"it has: {', '.join(table.header[:40])}."
+                + did_you_mean(column, table.header),
             )
+    left_out, of_site = Problems(), list[str]()
+    if site_column is not None:
+        table, of_site = _of_sites(table, sites, site_column, left_out)
+    parsed = records.parse(table, contract)
+    if entity is not None:
+        entities.of_entities(table, entity)
+    notes = (*parsed.notes, *left_out.sentences)
+    rows = pd.DataFrame([cells for _, cells in table.rows], columns=table.header, dtype=object)
     who = units(rows, contract)
     if site_column is None:
         people = who.unique()
@@ -60,14 +94,38 @@ def of_file(
         of = {person: sites[at] for person, at in zip(people, drawn, strict=True)}
         site = who.map(of)
     else:
-        site = rows[site_column]
+        site = pd.Series(of_site, dtype=object)
     few = [name for name in sites if (site == name).sum() < LEAST]
     if few:
         raise DataError(
-            f"{table.name} has fewer than {LEAST} rows for: {', '.join(few)}.", code="E304"
+            f"{file.name} has fewer than {LEAST} rows for: {', '.join(few)}."
+            + "".join(f" {note[:1].upper()}{note[1:]}." for note in left_out.sentences),
+            code="E304", local=left_out.local,
         )
-    kept = site.isin(sites)
-    return _write(rows[kept], site[kept], folder, who[kept])
+    return Split(_write(rows, site, folder, who), folder, notes)
+
+
+def _of_sites(
+    table: Table, sites: list[str], column: str, left_out: Problems
+) -> tuple[Table, list[str]]:
+    """The rows of the contract's sites, and the site of each. Rows that are no rows of the table
+    stay, for `records.parse` to refuse them."""
+    at, rows, of_site = table.header.index(column), list[Row](), list[str]()
+    for line, cells in table.rows:
+        name = cells[at].strip() if at < len(cells) else ""
+        found = index_among(sites, name)
+        if found is None and len(cells) == len(table.header):
+            what = "is of no site of the contract" if name else "names no site"
+            left_out.add("E302", f"left out, column '{column}' {what}", line, name)
+            continue
+        rows.append((line, cells))
+        of_site.append("" if found is None else sites[found])
+    if not rows:
+        raise DataError(
+            f"No row of {table.source} is of a site of the contract: {', '.join(sites)}.",
+            code="E304", local=left_out.local,
+        )
+    return Table(table.source, table.header, rows, table.notes), of_site
 
 
 def validation(source: Path, contract: Contract, folder: Path) -> Path:
@@ -127,5 +185,6 @@ def _write(
 
 
 def _put(rows: pd.DataFrame, file: Path) -> None:
-    """Whole or not at all: another process may be reading the same split."""
-    write_durably(file, rows.to_csv(index=False).encode())
+    """Whole or not at all: another process may be reading the same split. All cells are quoted, so
+    that nothing in a column's name looks like a delimiter."""
+    write_durably(file, rows.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())

@@ -247,7 +247,7 @@ def _complete(
     only: Sequence[str], performance: Performance,
 ) -> dict[str, Any]:
     """Run the cells that are not there, or were made from something else; returns the study's."""
-    _, natural = recipe.rows(work)
+    natural = recipe.rows(work).folder
     if study.validation:
         natural = split.validation(natural, recipe.contract, work / "validation")
     rows = _digest(natural)

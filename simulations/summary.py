@@ -11,6 +11,7 @@ import numpy as np
 
 from silotune.common import records
 from silotune.common.contract import Contract
+from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS, Scores, constant, score
 from silotune.common.records import Records
 from silotune.common.task import LOWER_IS_BETTER, Ranking
@@ -32,9 +33,9 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 def summarise(
     contract: Contract, arms: list[Arm], results: list[JobResult], facts: dict[str, Any],
-    split: Path,
+    split: Path, lengths: Lengths,
 ) -> dict[str, Any]:
-    """The parts of result.json that come from the runs."""
+    """The parts of result.json that come from the runs. lengths: of the texts of all rows."""
     metric = facts["metric"]
     sites = [site.name for site in contract.sites]
     public = {  # the test rows of each site
@@ -69,7 +70,7 @@ def summarise(
         "verdict": verdict(
             rows, results, metric, contract,
             [label for found in public.values() for label in found.labels],
-            len({query for found in public.values() for query in found.queries}),
+            len({query for found in public.values() for query in found.queries}), lengths,
         ),
         "arms": rows,
         "curve": [

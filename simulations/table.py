@@ -114,7 +114,7 @@ def row(
     missing = [column for column in columns if column.arm.name not in kept]
     model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
     with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
-        counts, table = recipe.rows(Path(folder))
+        counts, table, _ = recipe.rows(Path(folder))
         jobs = [
             Job(
                 arm.name, repeat, own, Path(folder) / f"{arm.name}-{repeat}-{at}", model, table,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.common.contract import Contract
+from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS
 from silotune.common.task import LOWER_IS_BETTER
 from silotune.simulations.arms import MAIN, JobResult, trained
@@ -29,9 +30,10 @@ BASELINES = {
 def verdict(
     rows: Sequence[Mapping[str, Any]], results: Sequence[JobResult], metric: str,
     contract: Contract, labels: Sequence[Any], queries: int = 0,
+    lengths: Lengths = Lengths(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """rows: the arms of result.json; labels: the public rows' targets; queries: how many there are
-    to rank for. Word, lines and warnings.
+    to rank for; lengths: of the texts. Word, lines and warnings.
 
     word: "useless" if the metric is not better than always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
@@ -102,11 +104,9 @@ def verdict(
         if r.scores[""]["predicted_classes"] == 1 and not ranking
     ]
     if one_class:
-        what = "the same number" if contract.task.kind == "regression" else "only one class"
-        warnings.append(
-            f"The model predicts {what} in {len(one_class)} of {len(runs)} runs. "
-            "Likely: too much noise for this many records."
-        )
+        warnings.append(_one_class(len(one_class), len(runs), contract, lengths))
+    if lengths.cut:
+        warnings.append(f"{lengths.sentence}.")
     failed = sorted({site for r in runs for facts in r.rounds for site in facts.failed})
     if failed:
         warnings.append(f"Some rounds went on without: {', '.join(failed)}.")
@@ -133,6 +133,17 @@ def verdict(
         "lines": lines,
         "warnings": warnings,
     }
+
+
+def _one_class(found: int, runs: int, contract: Contract, lengths: Lengths) -> str:
+    """What is said when a model always gives the same answer, and the likely cause."""
+    what = "the same number" if contract.task.kind == "regression" else "only one class"
+    unread = 2 * lengths.lost > lengths.entities
+    return (
+        f"The model predicts {what} in {found} of {runs} runs. Likely: "
+        + ("it does not read most of the entities, which lie behind the cut."
+           if unread else "too much noise for this many records.")
+    )
 
 
 def _against(

@@ -161,7 +161,7 @@ def main() -> None:
         for epsilon in EPSILONS:
             recipe = load_recipe(RECIPE).at(epsilon)
             contract = recipe.contract
-            _, split = recipe.rows(Path(folder))
+            _, split, _ = recipe.rows(Path(folder))
             sites = {
                 name: Site(contract, name, split / "train" / f"{name}.csv",
                            data.fetch("all-MiniLM-L6-v2"))

@@ -60,7 +60,7 @@ def lay(folder: Path) -> Path:
     from silotune.simulations import data
     from silotune.simulations.recipe import load_recipe
 
-    _, place = load_recipe("service-sentiment").rows(folder)
+    place = load_recipe("service-sentiment").rows(folder).folder
     with (place / "pooled.csv").open(newline="", encoding="utf-8") as file:
         rows = [(row["text"], row["sentiment"]) for row in csv.DictReader(file)]
     drawn = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))]

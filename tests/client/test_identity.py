@@ -44,11 +44,11 @@ LIMIT = 8.0
 # Components ------------------------------------------------------------------------------------
 
 
-def file_of(codes: Sequence[int], readings: Sequence[Sequence[int]] = ()) -> Lineage:
+def file_of(codes: Sequence[int], decodings: Sequence[Sequence[int]] = ()) -> Lineage:
     """A lineage whose records have these codes."""
     order = sorted(codes, key=lambda code: code.to_bytes(8, "little"))
     prints = b"".join(code.to_bytes(8, "little") + bytes(8) for code in order)
-    own = dict(zip(codes, readings, strict=True)) if readings else {}
+    own = dict(zip(codes, decodings, strict=True)) if decodings else {}
     counts = np.array([len(own.get(code, ())) for code in order], np.uint32)
     flat = np.array([r for code in order for r in own.get(code, ())], np.uint64)
     return Lineage.of_bytes("b", prints, len(codes), "", counts.tobytes(), flat.tobytes())
@@ -121,7 +121,7 @@ rows_of_text = st.lists(
 
 def table_of(rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> Table:
     numbered = [(line, list(row)) for line, row in enumerate(rows, start=2)]
-    return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding)
+    return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding=encoding)
 
 
 def declared(table: Table, written: str, read: str) -> Table:
@@ -193,7 +193,7 @@ def test_every_form_of_a_charged_table_is_charged(
         assert all_charged(ledger, form)
 
 
-def misreadings() -> list[tuple[str, str, str]]:
+def misdecodings() -> list[tuple[str, str, str]]:
     """A text, the encoding its file has, and another one in which the bytes are text, too."""
     found = []
     for true in ("utf-8", "cp1252", "gb18030", "shift_jis"):
@@ -207,7 +207,7 @@ def misreadings() -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("text", "true", "wrong"), misreadings())
+@pytest.mark.parametrize(("text", "true", "wrong"), misdecodings())
 def test_a_wrong_encoding_then_the_right_one_is_no_fresh_budget(
     text: str, true: str, wrong: str
 ) -> None:
@@ -587,18 +587,18 @@ def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
     assert budget.spent(1e-4) > 0
 
 
-def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_readings() -> None:
+def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_decodings() -> None:
     ledger = Ledger.in_memory("north")
     right = table_of([["Ärger", "x", "ill"], ["plain", "x", "ill"]])
     found = of_table(declared(right, "utf-8", "cp850"), (), ledger.fingerprint_key)
-    assert sorted(found.readings.counts.tolist())[0] == 0
-    assert max(found.readings.counts) > 3
+    assert sorted(found.decodings.counts.tolist())[0] == 0
+    assert max(found.decodings.counts) > 3
     charge(ledger, found)
     (entry,) = ledger.lineages().values()
     again = ledger.lineage(entry)
     assert again.id == found.id
     assert again.columns == found.columns
     assert again.names == {"note", "place", "outcome"}
-    assert np.array_equal(again.readings.codes, found.readings.codes)
+    assert np.array_equal(again.decodings.codes, found.decodings.codes)
     assert lineage.basis_of(again.columns) == again.basis
     assert identity.components([again], [])[0].shape == (2,)

@@ -95,7 +95,7 @@ CHANGED: dict[str, bytes] = {
 @pytest.mark.parametrize("how", RESPELT)
 def test_a_file_written_another_way_has_the_same_records(how: str, tmp_path: Path) -> None:
     plain = of_bytes(tmp_path / "rows.csv", text_of().encode())
-    again = of_bytes(tmp_path / "renamed.txt", RESPELT[how])
+    again = of_bytes(tmp_path / "renamed.csv", RESPELT[how])
     assert again.id == plain.id
     assert shared(again, plain).all()
 

@@ -28,9 +28,10 @@ from silotune.client.prepare import Prepared, prepare, write
 from silotune.client.site import Site
 from silotune.common import records
 from silotune.common.cli import silotune
-from silotune.common.contract import Contract
+from silotune.common.contract import Contract, parse
 from silotune.common.errors import DataError, UsageError
 from silotune.common.records import Table
+from tests.common.test_reading import TOKENS
 
 CANARY = "Kanarienvogel77"
 HEADER = ["age", "smoker", "outcome"]
@@ -216,7 +217,7 @@ def test_counts(bounded: Contract) -> None:
     assert found.choices == {"age": {"young": 1, "old": 1, "": 2}, "smoker": {"yes": 1, "no": 2,
                                                                             "": 1}}
     assert (found.missing, found.targets) == ({"age": 2, "smoker": 1}, {"well": 1, "ill": 3})
-    assert (found.rows, found.texts, found.cut) == (4, 0, 0)
+    assert (found.rows, found.lengths.texts, found.lengths.cut) == (4, 0, 0)
 
 
 TEXT = {
@@ -281,10 +282,11 @@ def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Pat
     rows = table(["one two three", "1"], ["one two three", "0"], ["word " * 40, "1"],
                  header=["note", "outcome"])
     found = counts.count(rows, contract, encoder_folder)
-    assert {n: k for n, k in enumerate(found.tokens) if k} == {5: 2, 42: 1}  # with [CLS] and [SEP]
-    assert (found.texts, found.cut, found.most_tokens) == (3, 1, 8)
+    lengths = found.lengths
+    assert {n: k for n, k in enumerate(lengths.tokens) if k} == {5: 2, 42: 1}  # with [CLS], [SEP]
+    assert (lengths.texts, lengths.cut, lengths.limit) == (3, 1, 8)
     plot = prepare_report.draw(Prepared(3, rows, [], {}, rows, range(3)), found)[-1]
-    assert "1 of 3 texts (33.3%) are longer than 8 tokens" in plot.alt
+    assert "1 of 3 texts are longer than the model's 8 tokens" in plot.alt
 
 
 # The command ----------------------------------------------------------------------------------
@@ -486,3 +488,44 @@ def test_contracts_of_texts_have_no_choices_to_draw(table_contract: Contract) ->
         assert "no choices" in plots[-2].alt
         assert "no tokenizer.json" in plots[-1].alt
         assert counts.made_up(contract)[0].startswith("⟨the text in")
+
+
+# Tags and long texts --------------------------------------------------------------------------
+
+
+def test_tags_of_another_scheme_are_counted_and_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records in IOB1, as a CoNLL file, with texts that the model does not read to their end. What
+    is prepared has the same cells, so that the rows stay the same records."""
+    monkeypatch.chdir(tmp_path)
+    Path("contract.toml").write_text(TOKENS)
+    done = CliRunner().invoke(silotune, ["site", "init", "--name", "north", "--folder", "."])
+    assert done.exit_code == 0
+    sentences = ["gout I-Disease", "a O\n" * 9 + "asthma I-Disease", "b S-Drug", "c O"]
+    Path("records.conll").write_text("\n\n".join(sentences) + "\n")
+    Path("records.conll").chmod(0o600)
+    config = Path("site.toml")
+    config.write_text(config.read_text().replace("records.csv", "records.conll"))
+    done = CliRunner().invoke(silotune, ["site", "prepare", "contract.toml"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    for what in ("column 'marks' is in IOB1: read as IOB2", "column 'marks' is in BIOES: read as"):
+        assert any(what in line and "left as they are" in line for line in lines), done.output
+    assert any("rows 1, 3" in line for line in lines)
+    assert ("! 1 of 4 texts have more words than the model's 8 tokens: what is beyond is not read, "
+            "with 1 of 3 entities, in 1 text.") in done.output
+    found = records.table(tmp_path / "prepared" / "records.parquet")
+    assert found.header == ["sentence", "marks"]
+    assert found.rows[0][1] == ["gout", "I-Disease"]
+    assert records.parse(found, parse(TOKENS)).labels == [[1], [0] * 9 + [1], [3], [0]]
+
+
+def test_control_characters_are_reported_by_the_command(site: Site) -> None:
+    path = site.folder / "records.csv"
+    path.write_text("age,smoker,outcome,name\n71,yes,1,a\0b\n71,yes,1,ab\n")
+    done = run()
+    assert "! control characters stand in row 2; they are kept as they are" in done.output
+    assert "control characters stand in row 2" in (
+        site.folder / "prepared" / "report.html"
+    ).read_text()

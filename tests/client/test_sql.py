@@ -324,7 +324,7 @@ def test_a_value_that_fails_after_many_rows(
 
 
 @pytest.mark.parametrize("value", [
-    f"ARRAY['{CANARY}']", f"'{{\"a\": \"{CANARY}\"}}'::json", f"'{CANARY}'::bytea",
+    f"ARRAY['{CANARY} x']", f"'{{\"a\": \"{CANARY}\"}}'::json", f"'{CANARY}'::bytea",
     "int4range(1, 3)",
 ])
 def test_columns_that_are_no_single_values(
@@ -332,7 +332,10 @@ def test_columns_that_are_no_single_values(
 ) -> None:
     error = refused(postgres.url(), f"SELECT {value}")
     assert error.code == "E311"
-    assert "a list, an object or bytes where one value is expected: row 1" in str(error)
+    assert any(what in str(error) for what in (
+        "an object or bytes where one value is expected: row 1",
+        "a list with a word that is empty or has a space in it: row 1",
+    ))
 
 
 def test_sqlite_text_that_is_no_text(sqlite: Path, refused: Callable[..., DataError]) -> None:
@@ -429,8 +432,8 @@ def site_toml(folder: Path, data: str) -> Policy:
     ('file = "a.csv"\nurl = "sqlite:///a"\nquery = "SELECT 1"', "needs either a file, or a url"),
     ('url = "sqlite:///a.db"', "belong together"),
     ('query = "SELECT 1"', "belong together"),
-    ('file = "a.csv"\nencoding = "latin-9000"', "'latin-9000' is no encoding"),
-    ('file = "a.csv"\nencoding = "base64"', "'base64' is no encoding"),
+    ('file = "a.csv"\nencoding = "latin-9000"', "'latin-9000' is not an encoding"),
+    ('file = "a.csv"\nencoding = "base64"', "'base64' is not an encoding"),
 ])
 def test_one_source_and_an_encoding_that_is_one(tmp_path: Path, data: str, words: str) -> None:
     with pytest.raises(ContractError) as caught:

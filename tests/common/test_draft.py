@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +21,9 @@ from silotune.common.draft import Answers, Column
 from silotune.common.errors import UsageError
 from silotune.common.inputs import NumberColumn, TableInput
 from silotune.common.plan import Entity
+from silotune.common.reading import Reading
+from silotune.simulations.run import Options
+from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 SITES = {"sites": ("a", "b"), "records": 500}
@@ -237,3 +241,53 @@ def test_no_file_is_written_over(tmp_path: Path, run: Callable[..., Ran]) -> Non
     out.write_text("mine")
     assert run(*new(table(tmp_path), out, *WORDS))[0] == 2
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "more"), [
+    ("notes.csv", []), ("notes.csv", ["--encoding", "cp1252"]),
+    ("notes.tsv", []), ("notes.csv.gz", ["--delimiter", ";"]), ("notes.xlsx", []),
+    ("notes.jsonl", []), ("notes.parquet", []),
+])
+def test_a_header_is_read_from_every_kind_of_file(
+    tmp_path: Path, run: Callable[..., Ran], name: str, more: list[str]
+) -> None:
+    rows = [["a;b – é", "outcome"], *[["x " * 120, "yes"], ["y", "no"]] * 3]
+    path, out = tmp_path / name, tmp_path / "notes.toml"
+    if name.endswith("xlsx"):
+        write_xlsx(path, rows)
+    elif name.endswith("jsonl"):
+        path.write_text(json_text(rows))
+    elif name.endswith("parquet"):
+        write_parquet(path, rows)
+    else:
+        delimiter = "\t" if name.endswith("tsv") else ";" if name.endswith("gz") else ","
+        text = csv_text(rows, delimiter, csv.QUOTE_ALL)
+        write_text(path, text, "cp1252" if "cp1252" in more else "utf-8")
+    answers = ["--task", "classification", "--label", "outcome", "--labels", "yes,no", "--text",
+               "a;b – é", "--site", "a", "--site", "b", "--records", "100"]
+    code, said, wrong = run(*new(path, out, *answers, *more))
+    assert code == 0, wrong
+    assert "! 3 of 6 texts have more words than the model's 96 tokens: what is beyond" in said
+    # What it advises next reads the file likewise.
+    words = shlex.split(said.splitlines()[-1].removeprefix("next:"))
+    assert words[4:] == [f"data={path}", *(
+        f"{key[2:]}={value}" for key, value in zip(more[::2], more[1::2], strict=True)
+    )]
+    assert Options.parse(tuple(words[4:])).reading == Reading.of(
+        "cp1252" if "cp1252" in more else None, ";" if ";" in more else None, "{key}='{value}'"
+    )
+
+
+def test_rows_that_do_not_fit_yet_do_not_stop_the_draft(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    path, out = tmp_path / "notes.csv", tmp_path / "notes.toml"
+    path.write_text(f"note,outcome\n{CANARY},maybe\n")
+    answers = ["--task", "classification", "--label", "outcome", "--labels", "yes,no", "--text",
+               "note", "--site", "a", "--site", "b", "--records", "100"]
+    code, said, wrong = run(*new(path, out, *answers))
+    assert code == 0, wrong
+    assert "! texts not counted: notes.csv does not fit the contract 'notes'" in said
+    assert CANARY not in said + wrong + out.read_text()
+    code, said, _ = run(*new(path, tmp_path / "again.toml", *answers, "--encoding", "rot13"))
+    assert code == 2

@@ -81,7 +81,7 @@ def test_line_ends_and_byte_order_marks(
 
 
 def test_a_missing_file_lists_its_neighbours(tmp_path: Path, table_contract: Contract) -> None:
-    for name in ("b.csv", "a.csv", "notes.txt"):
+    for name in ("b.csv", "a.csv", "notes.doc"):
         (tmp_path / name).touch()
     with pytest.raises(DataError) as caught:
         records.read(tmp_path / "nots.csv", table_contract)
@@ -110,7 +110,7 @@ def test_a_missing_text_column(
     assert "Did you mean 'notes'?" in f"{error} {error.local}"
 
 
-@pytest.mark.parametrize("raw", ["2", "", "ill", "1.0", "-", "nan"])
+@pytest.mark.parametrize("raw", ["2", "", "ill", "1.1", "01", "-", "nan"])
 def test_a_label_outside_the_set(refused: Callable[..., DataError], raw: str) -> None:
     error = refused(HEADER + f"71,yes,1\n20,no,{raw}\n")
     assert error.code == "E303"
@@ -151,15 +151,15 @@ def test_a_file_with_a_header_only(refused: Callable[..., DataError]) -> None:
     "content",
     [
         HEADER.encode() + b"71,Andr\xe9,1\n", (HEADER + "71,yes,1\n").encode("utf-16"),
-        HEADER.encode() + b'71,"Maria K.,1\n', bytes(range(256)) * 4,
+        (HEADER + "71,yes,1\n").encode("utf-16-le"), HEADER.encode() + b'71,"Maria K.,1\n',
+        bytes(range(256)) * 4,
     ],
-    ids=["latin-1", "utf-16", "open quote", "binary"],
+    ids=["latin-1", "utf-16", "utf-16 without a mark", "open quote", "binary"],
 )
 def test_no_utf8_csv(refused: Callable[..., DataError], content: bytes) -> None:
     error = refused(content)
     assert error.code == "E301"
-    assert "cannot be read as UTF-8 CSV" in str(error)
-    assert "Maria" not in str(error)
+    assert "Maria" not in f"{error}"
 
 
 @pytest.mark.parametrize("row", ["71,yes", "71,yes,1,Maria K."])

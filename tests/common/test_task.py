@@ -41,8 +41,8 @@ def task_of(kind: str, **more: Any) -> Any:
     ("multi-label", {"separator": "; "}, "a; b", [1, 1, 0]),
     ("tokens", {}, "", []), ("tokens", {}, "O B-site  I-site\tB-sign I-sign", [0, 1, 2, 3, 4]),
     ("regression", {}, "25", 0.25), ("regression", {}, " 1e2 ", 1.0),
-    ("regression", {}, "-3", 0.0), ("regression", {}, "1e9", 1.0), ("regression", {}, "inf", 1.0),
-    ("regression", {}, "-inf", 0.0), ("regression", {"log": True}, "100", 1.0),
+    ("regression", {}, "-3", 0.0), ("regression", {}, "1e9", 1.0),
+    ("regression", {"log": True}, "100", 1.0),
     ("regression", {"log": True, "highest": 99.0}, "9", 0.5),
     ("regression", {"lowest": -1.0, "highest": 1.0}, "0", 0.5),
     ("ranking", {}, "yes", 1), ("ranking", {}, " no", 0),
@@ -66,10 +66,13 @@ def test_several_values_can_mean_one_label() -> None:
     ("classification", "A", "one of the contract's labels (a, b, c)"),
     ("multi-label", "a|d", "the contract's labels (a, b, c) between '|'"),
     ("multi-label", "a,b", "the contract's labels (a, b, c) between '|'"),
-    ("tokens", "O B-arm", "the tags O, B-site, I-site, B-sign, I-sign between spaces"),
-    ("tokens", "0", "the tags O, B-site, I-site, B-sign, I-sign between spaces"),
+    ("tokens", "O B-arm", "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
+     "IOB1, BIOES or BILOU for the same entities"),
+    ("tokens", "0", "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
+     "IOB1, BIOES or BILOU for the same entities"),
     ("regression", "", "numbers"), ("regression", "nan", "numbers"),
-    ("regression", "5 €", "numbers"),
+    ("regression", "5 €", "numbers"), ("regression", "inf", "numbers"),
+    ("regression", "1_030", "numbers"),
     ("ranking", "maybe", "yes, no"), ("ranking", "", "yes, no"),
     ("language", "", "a text that is not empty"), ("language", " \n", "a text that is not empty"),
 ])

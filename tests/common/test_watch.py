@@ -163,3 +163,15 @@ def test_bad_input_is_one_sentence_and_shows_no_value(tmp_path: Path) -> None:
 def _file(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_a_stream_in_another_encoding_and_delimiter(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", contract())
+    file = rows(tmp_path / "stream.csv", list(enumerate(smokers(0.0, 1.0, 60))))
+    expected = json.loads(call(run, file, "--out", tmp_path, "--json").output)
+    text = file.read_text().replace(",", ";").replace("\n", ";Größe 180 cm, Müdigkeit – 20 €\n")
+    file.write_bytes(text.replace("Größe 180 cm, Müdigkeit – 20 €", "note", 1).encode("cp1252"))
+    refused = call(run, file, "--out", tmp_path)
+    assert "set --encoding 'cp1252'" in str(refused.exception)
+    found = call(run, file, "--out", tmp_path, "--json", "--encoding", "cp1252")
+    assert json.loads(found.output) == expected

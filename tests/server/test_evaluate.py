@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from silotune.common.errors import DataError
 from silotune.common.messages import Arrays
 from silotune.common.metrics import score
 from silotune.common.model import build
+from silotune.common.reading import Reading
 from silotune.server.evaluate import PublicTest
+from silotune.server.fab import write_app
 
 HEADER = "age,smoker,outcome\n"
 ZERO: Arrays = {"head.bias": np.zeros(2, np.float32), "head.weight": np.zeros((2, 6), np.float32)}
@@ -115,3 +118,41 @@ def test_public_rows_must_fit_too(public_test: Callable[..., PublicTest]) -> Non
     with pytest.raises(DataError) as caught:
         public_test(north="70,yes,1\n30,often,0\n")
     assert caught.value.code == "E302"
+
+
+# How a server's own file of public rows is read ------------------------------------------------
+
+
+def test_the_app_reads_the_public_rows_as_the_command_does(
+    tmp_path: Path, table_contract: Contract
+) -> None:
+    text = "age;smoker;outcome;note\n70;yes;1;é – €\n30;no;0;x\n"
+    (tmp_path / "test.csv").write_bytes(text.replace(";", "\t").encode("cp1252"))
+    said = Reading.of("windows-1252", "tab", "--{key} {value}")
+    folder = write_app(
+        tmp_path / "app", contract=tmp_path / "c.toml", model=None, run="r", runs=tmp_path,
+        test=tmp_path / "test.csv", reading=said,
+    )
+    config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    again = Reading.of(config["encoding"], config["delimiter"] or None, "--{key} {value}")
+    assert again == said
+    test = PublicTest(
+        table_contract, build(table_contract, None), {"": Path(config["test"])}, again
+    )
+    assert test.labels == [1, 0]
+
+
+def test_what_is_wrong_with_the_public_rows_is_said_before_the_run(
+    tmp_path: Path, table_contract: Contract, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    contract = tmp_path / "contract.json"
+    contract.write_text(table_contract.model_dump_json(exclude_none=True))
+    path = tmp_path / "test.csv"
+    path.write_text("age;smoker;outcome\n70;yes;1\n30;no;maybe\n")
+    words = ("server", "run", contract, "--folder", tmp_path, "--test", path)
+    code, _, wrong = run(*words)
+    assert (code, "E303 test.csv" in wrong, "(0, 1): row 3" in wrong) == (1, True, True)
+    path.write_bytes("age;smoker;outcome\n70;yes;1\n30;no;é\n".encode("latin-1"))
+    assert "set --encoding 'latin-1'" in run(*words)[2]
+    assert "row 3" in run(*words, "--encoding", "latin-1")[2]
+    assert run(*words, "--encoding", "rot13")[0] == 2

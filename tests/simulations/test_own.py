@@ -15,8 +15,11 @@ from safetensors.numpy import load_file
 
 from silotune.common import contract as contracts
 from silotune.common.errors import DataError, UsageError
+from silotune.common.reading import Reading
 from silotune.simulations.recipe import own_recipe
+from silotune.simulations.run import lengths_of
 from silotune.simulations.split import of_file
+from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
 Ran = tuple[int, str, str]
 SILOTUNE = Path(sys.executable).parent / "silotune"
@@ -84,7 +87,7 @@ def test_rows_are_split_by_entity(
 ) -> None:
     """An owner's rows are all public or none; drawn sites also keep an owner together."""
     contract = contracts.load(contract_of(table, "--entity", "owner", "--cap", "2"))
-    counts = of_file(table, contract, column, tmp_path / "split")
+    counts = of_file(table, contract, column, tmp_path / "split").counts
     assert sum(int(c["train"]) + int(c["test"]) for c in counts) == 240
     owners: dict[str, set[str]] = {}
     for part in ("train", "test"):
@@ -115,10 +118,142 @@ def test_what_does_not_fit(
     with pytest.raises(DataError, match="Column 'brunch' is not in") as error:
         of_file(table, contract, "brunch", tmp_path / "split")
     assert "Did you mean 'branch'?" in error.value.local
-    with pytest.raises(DataError, match="fewer than 8 rows for: bank-a, bank-b, bank-c"):
+    with pytest.raises(DataError, match="of a site of the contract: bank-a, bank-b, bank-c"):
         of_file(table, contract, "home", tmp_path / "split")
     with pytest.raises(UsageError, match="is no file"):
         own_recipe(table.with_suffix(".toml"), tmp_path / "none.csv", None)
     code, _, wrong = run("sim", "run", table.with_suffix(".toml"))
     assert code == 2
     assert "name its table" in wrong
+
+
+# How the table is written ---------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.csv"))}
+
+
+@pytest.mark.parametrize("name", [
+    "a.csv", "a.tsv", "a.csv.gz", "a.xlsx", "a.jsonl", "a.parquet", "utf16.csv", "cp1252.csv",
+])
+def test_every_kind_of_file_is_split_like_the_plain_one(
+    table: Path, tmp_path: Path, contract_of: Callable[..., Path], name: str
+) -> None:
+    """All but the first ended in E500 or in one column named 'owner;age;home;…'."""
+    contract = contracts.load(contract_of(table))
+    rows = [line.split(",") for line in table.read_text(encoding="utf-8").splitlines()]
+    rows = [[cell.replace("x", "é–€") for cell in row] for row in rows]
+    plain, other, how = tmp_path / "plain.csv", tmp_path / name, Reading()
+    plain.write_text(csv_text(rows), encoding="utf-8")
+    if name == "a.xlsx":
+        write_xlsx(other, rows)
+    elif name == "a.jsonl":
+        other.write_text(json_text(rows), encoding="utf-8")
+    elif name == "a.parquet":
+        write_parquet(other, rows)
+    else:
+        encoding = {"utf16.csv": "utf-16", "cp1252.csv": "cp1252"}.get(name, "utf-8")
+        write_text(other, csv_text(rows, "\t" if name == "a.tsv" else ";"), encoding)
+        how = Reading(encoding)
+    expected = of_file(plain, contract, "branch", tmp_path / "expected")
+    found = of_file(other, contract, "branch", tmp_path / "found", how)
+    assert found.counts == expected.counts
+    assert files_of(tmp_path / "found") == files_of(tmp_path / "expected")
+
+
+WRONG = {
+    "empty.csv": (b"", "E304 Data file empty.csv is empty"),
+    "ragged.csv": (b"age,home,branch,status\n" + b"30,rent,bank-a,good\n30,rent\n" * 9,
+                   "4 fields are expected: rows 3, 5"),
+    "twice.csv": (b"age,home,branch,status,age\n" + b"30,rent,bank-a,good,3\n" * 9,
+                  "Column 'age' stands twice in the header of twice.csv"),
+    "latin1.csv": ("age,home,branch,status\n30,rent,bank-a,goodé\n".encode("latin-1"),
+                   "set encoding='latin-1'"),
+    "lines.jsonl": (b'{"age": 1\n', "a line is no JSON object: row 1"),
+    "open.csv": (b'age,home,branch,status\n30,"rent,bank-a,good\n', "starts on line 2"),
+    "a.zip": (b"PK", ".zip files are not read. Unpack it first"),
+    "one.csv": (b"age,home,branch,status\n" + b"".join(
+        b"%d,rent,bank-%c,good\n" % (20 + i, b"abc"[i % 3]) for i in range(60)),
+        "do not define AUC: column 'status' is the same in all of them"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_file_is_one_sentence(
+    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran], name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contract = contract_of(table)
+    monkeypatch.chdir(table.parent)
+    Path(name).write_bytes(WRONG[name][0])
+    code, said, wrong = run("sim", "run", contract, f"data={name}", "site_column=branch")
+    assert code == 1, wrong
+    assert WRONG[name][1] in wrong
+    assert "E500" not in said + wrong
+
+
+def test_all_sites_problems_are_told_at_once_by_the_rows_of_the_file_before_a_model_is_loaded(
+    table: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = table.with_suffix(".toml")
+    text = [*ANSWERS[:6], "--text", "home", *ANSWERS[10:]]
+    assert run("contract", "new", "--from", table, "--out", out, *text)[0] == 0
+    lines = table.read_text(encoding="utf-8").splitlines()
+    rows = [next(i for i, line in enumerate(lines) if f"bank-{site}" in line) for site in "abc"]
+    for row in rows:
+        lines[row] = ",".join([*lines[row].split(",")[:-1], f"odd{row}"])
+    table.write_text("\n".join(lines), encoding="utf-8")
+    loaded: list[str] = []
+    monkeypatch.setattr("silotune.simulations.data.fetch", loaded.append)
+    monkeypatch.chdir(table.parent)
+    code, _, wrong = run("sim", "run", out, f"data={table}", "site_column=branch")
+    assert code == 1
+    assert not loaded
+    where = ", ".join(str(row + 1) for row in sorted(rows))
+    assert "loans.csv does not fit the contract 'loans': column 'status' allows one of" in wrong
+    assert f"rows {where}. " in wrong
+
+
+def test_rows_that_are_left_out_are_counted_and_said(
+    table: Path, tmp_path: Path, contract_of: Callable[..., Path]
+) -> None:
+    contract = contracts.load(contract_of(table))
+    lines = table.read_text(encoding="utf-8").splitlines()
+    lines[3] = lines[3].replace("bank-", "Bank ")
+    lines[5] = ",".join(["1", "30", "rent", " ", "x", "train", "good"])
+    table.write_text("\n".join(lines), encoding="utf-8")
+    found = of_file(table, contract, "branch", tmp_path / "split")
+    assert found.notes == (
+        "left out, column 'branch' is of no site of the contract: row 4",
+        "left out, column 'branch' names no site: row 6",
+    )
+    assert sum(int(c["train"]) + int(c["test"]) for c in found.counts) == 238
+    table.write_text("\n".join(line.replace("bank-a", "Bank A") for line in lines))
+    with pytest.raises(DataError, match=r"fewer than 8 rows for: bank-a\. Left out") as error:
+        of_file(table, contract, "branch", tmp_path / "split")
+    assert "'Bank A'" in error.value.local
+
+
+def test_texts_that_are_cut_are_said_and_named_as_the_cause(
+    tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tags-behind-the-cut.csv: entities behind the cut were blamed on the noise."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes.conll").write_text("\n\n".join(
+        "word O\n" * (100 if i % 2 else 2) + "gout B-Sickness" for i in range(60)
+    ))
+    code, said, wrong = run(
+        "contract", "new", "--from", "notes.conll", "--out", "ner.toml", "--task", "tokens",
+        "--label", "tags", "--labels", "Sickness", "--text", "words", "--site", "a", "--site", "b",
+        "--records", "30",
+    )
+    assert code == 0, wrong
+    counts = ("30 of 60 texts have more words than the model's 96 tokens: what is beyond is not "
+              "read, with 30 of 60 entities, in 30 texts. Raise model.max_tokens")
+    assert counts in said
+    assert "60" not in Path("ner.toml").read_text()
+    contract = contracts.load(Path("ner.toml"))
+    split = own_recipe(Path("ner.toml"), Path("notes.conll"), None).rows(tmp_path / "run")
+    measured = lengths_of(contract, None, split.folder)
+    assert counts in measured.sentence

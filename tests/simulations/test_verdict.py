@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from silotune.common.contract import Contract
+from silotune.common.lengths import Lengths
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import JobResult
 from silotune.simulations.verdict import standard_error, verdict
@@ -51,6 +52,19 @@ def test_the_verdict_words(table_contract: Contract) -> None:
     assert one["word"] == "weak"
     assert "only one class" in one["warnings"][0]
     assert words([majority, row("federated-lora", 0.8)], table_contract)["word"] == "usable"
+
+
+def test_texts_behind_the_cut_are_the_cause_that_is_named(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.5)]
+    behind = Lengths([0] * 9 + [60], 8, entities=240, lost=200, losing=60)
+    found = verdict(rows, [job(classes=1)], "auc", table_contract, [0, 1], 0, behind)
+    assert any("does not read most of the entities" in w for w in found["warnings"])
+    assert any("60 of 60 texts are longer than" in w for w in found["warnings"])
+    assert not any("noise" in w for w in found["warnings"])
+    few = Lengths([0] * 9 + [60], 8, entities=240, lost=20, losing=20)
+    found = verdict(rows, [job(classes=1)], "auc", table_contract, [0, 1], 0, few)
+    assert any("too much noise" in w for w in found["warnings"])
+    assert any("20 of 240 entities" in w for w in found["warnings"])
 
 
 def test_no_gain_on_own_rows_and_lost_sites_are_warnings(table_contract: Contract) -> None:

@@ -1,0 +1,139 @@
+"""Rows of an Excel workbook (.xlsx): of the only sheet that has cells in it.
+
+Values are those that Excel computed last; numbers, yes and no and dates have the form that other
+formats give (common/cells.py). Rows that are hidden or filtered out are rows like the others.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from silotune.common.cells import NotTextError, Row, cell
+from silotune.common.errors import DataError
+
+FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
+BLOCK = 1 << 20  # bytes
+ERROR = "an error of Excel's, such as #N/A, or a formula without a value, where a value is expected"
+
+
+def rows(path: Path, _: object) -> Iterator[Row]:
+    """The header as a row, then the rows, each with its number in the sheet; blank ones are passed
+    over.
+
+    Raises:
+        DataError: it is no workbook, has several sheets with cells in them, or cells that hold an
+            error or a formula that was never computed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats and rules that are not read
+            found = _rows(path)
+    except DataError:
+        raise
+    except OSError as error:
+        if error.errno:
+            raise
+        raise _damaged(path) from None
+    except Exception:  # openpyxl raises what it meets in a damaged file
+        raise _damaged(path) from None
+    yield from found
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(
+        f"Data file {path.name} cannot be read as an Excel workbook: it is cut short, damaged, "
+        "protected by a password, or something else."
+    )
+
+
+def _rows(path: Path) -> list[Row]:
+    import openpyxl
+
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    formulas = (
+        openpyxl.load_workbook(path, read_only=True) if _has_formulas(path) else None
+    )
+    try:
+        found: dict[str, list[Row]] = {}
+        wrong: list[int] = []
+        for sheet in book.worksheets:
+            beside = formulas[sheet.title] if formulas is not None else None
+            own = _rows_of(sheet, beside, wrong)
+            if own:
+                found[sheet.title] = own
+    finally:
+        book.close()
+        if formulas is not None:
+            formulas.close()
+    if len(found) > 1:
+        raise DataError(
+            f"Data file {path.name} has {len(found)} sheets with cells in them: keep the one with "
+            "the records, or save it as .csv.", code="E311", local=f"sheets: {', '.join(found)}",
+        )
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise DataError(
+            f"Data file {path.name} has {ERROR}: row{'s' * (len(wrong) > 1)} "
+            f"{', '.join(map(str, wrong[:10]))}{more}. Correct those cells.", code="E311",
+        )
+    return next(iter(found.values()), [])
+
+
+def _rows_of(sheet: Any, formulas: Any, wrong: list[int]) -> list[Row]:
+    """formulas: the same sheet with formulas in place of their values, if it has any. wrong takes
+    the numbers of rows with a cell that has no value."""
+    found: list[Row] = []
+    width = 0
+    sheet.reset_dimensions()  # some programs write them wrongly
+    if formulas is not None:
+        formulas.reset_dimensions()
+    beside = formulas.iter_rows() if formulas is not None else None
+    for line, cells in enumerate(sheet.iter_rows(), start=1):
+        own = next(beside) if beside is not None else cells
+        row = [_text(one) for one in cells]
+        bad = any(
+            one.data_type == "e" or (other.data_type == "f" and one.value is None)
+            for one, other in zip(cells, own, strict=True)
+        )
+        if bad:
+            wrong.append(line)
+        while row and not row[-1] and (len(row) > width or not found):
+            row.pop()
+        if not any(row) and not bad:
+            continue
+        width = width or len(row)
+        found.append((line, row + [""] * (width - len(row))))
+    return found
+
+
+def _text(one: Any) -> str:
+    value = one.value
+    if isinstance(value, datetime):
+        from openpyxl.styles.numbers import is_datetime
+
+        if is_datetime(one.number_format) == "date":
+            value = value.date()
+    try:
+        return cell(value)
+    except NotTextError:
+        return str(value)
+
+
+def _has_formulas(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if not name.startswith("xl/worksheets/"):
+                continue
+            with archive.open(name) as file:
+                before = b""
+                while block := file.read(BLOCK):
+                    if FORMULA.search(before + block):
+                        return True
+                    before = block[-16:]
+    return False
