@@ -79,6 +79,13 @@ def test_a_key_that_stands_twice_is_one_key_in_either_case() -> None:
         Terms("c" * 64, roster, "run-1", 1, 1, 1, threshold=3)
 
 
+def test_terms_that_say_nothing_of_colluders_and_quorum_ask_for_no_more_than_the_threshold(
+) -> None:
+    roster = terms(3, 2).roster
+    found = Terms("0" * 64, roster, "run", 1, 1, 1, 2)
+    assert (found.least, found.colluders) == (2, 0)
+
+
 def test_every_fact_of_the_terms_is_signed() -> None:
     """Or a message of one agreement would do for another."""
     first = terms(4, 3)
