@@ -72,7 +72,7 @@ class Adapted(Network):
                 code="E310",
             )
         adapted = range(self.first_adapted, len(base.layers))
-        self.top = nn.ModuleList(_sharing(base.held(number)) for number in adapted)
+        self.top = nn.ModuleList(_sharing(base.layers[number]) for number in adapted)
         self.virtual = None
         if self.adapter:
             if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":

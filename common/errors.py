@@ -58,8 +58,10 @@ CODES: dict[str, str] = {
     "(task.labels) or remove those rows.",
     "E304": "A site has no rows, or fewer than its owner asks for. It cannot take part; take it "
     "out of the roster or fix its data.",
-    "E305": "A downloaded or installed file does not have the SHA-256 the contract or recipe "
-    "names. Do not use it. Delete it and fetch it again, or ask who changed it.",
+    "E305": "A downloaded or installed file or a model's folder does not have the SHA-256 the "
+    "contract or recipe names, or the folder holds files or settings that could change the model "
+    "beside those that are hashed: an adapter, code, other weights. Do not use it. Fetch it again, "
+    "or ask who changed it.",
     "E306": "A download failed. With a network: `silotune data fetch` tries again. Without one: "
     "copy the cache folder from a machine that has it.",
     "E307": "Rows of the data file are the same record more than once. The guarantee is for one "

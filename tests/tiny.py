@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -25,6 +24,7 @@ from transformers import (
 
 from silotune.client import dataset
 from silotune.client.dataset import Dataset
+from silotune.common import model_folder
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.network import Network
@@ -81,7 +81,7 @@ def folder_of(kind: str, tied: bool = True, chat: bool = False) -> Path:
 
 
 def sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return model_folder.manifest(folder).sha256
 
 
 def task_of(kind: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Net(nn.Module):
         more = {} if causal else {"add_pooling_layer": False}
         base = kind.from_pretrained(
             data.fetch(SOURCES[case.model]), attn_implementation=attention, dtype=torch.float32,
-            **more,
+            trust_remote_code=False, **more,
         )
         total = base.config.num_hidden_layers
         config = LoraConfig(
