@@ -90,7 +90,6 @@ class Adapted(Network):
             tensors[name].requires_grad_()
         self.eval()
         self.to(self.device)
-        self._compiled = torch.compile(self._layers, dynamic=False) if performance.compile else None
 
     @property
     def backbone(self) -> backbone.Backbone:
@@ -178,8 +177,7 @@ class Adapted(Network):
         if self.virtual is not None:
             hidden, more = self.virtual.before(hidden), len(self.virtual.tokens)
             seen = nn.functional.pad(mask, (more, 0), value=True)
-        layers = self._compiled or self._layers
-        states = layers(hidden, self.backbone.around(seen), self.top)
+        states = self._layers(hidden, self.backbone.around(seen), self.top)
         return self.backbone.last(states)[:, more:], mask
 
     def _width(self, encoded: Encoded, index: Tensor) -> int:

@@ -191,9 +191,8 @@ class Network(nn.Module):
 
     @contextmanager
     def unmixed(self, private: bool) -> Iterator[None]:
-        """Within, whether each record is kept from moving another's roundings. Compiled layers are
-        of one shape in any case."""
-        before, self.private = self.private, private or self.performance.compile
+        """Within, whether each record is kept from moving another's roundings."""
+        before, self.private = self.private, private
         try:
             yield
         finally:

@@ -44,8 +44,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes,
     masked, insecure_seed; for a contract: data, a CSV file, and site_column, or rows are dealt to
     the sites at random, and model, the folder of a base model that is not packaged; and how to
-    compute: device, bf16, gradients, checkpointing, compile, micro_batch, cache_megabytes,
-    cache_folder.
+    compute: device, bf16, gradients, checkpointing, micro_batch, cache_megabytes, cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
