@@ -25,11 +25,22 @@ from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
+from silotune.common.fields import (
+    Count,
+    Delta,
+    Distinct,
+    Epsilon,
+    Flag,
+    Frozen,
+    Name,
+    Positive,
+    Sha256,
+)
 from silotune.common.performance import Performance
 from silotune.common.plan import Metric, Target, Unit
 from silotune.common.records import Table
 from silotune.common.signing import verifies
+from silotune.common.task import TaskKind
 
 
 def _known_encoding(name: str) -> str:
@@ -53,7 +64,7 @@ class Data(Frozen):
     url: str | None = None
     query: str | None = None
     encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
-    key: tuple[str, ...] = ()
+    key: Annotated[tuple[str, ...], Distinct] = ()
     repeated: Literal["refuse", "keep"] = "refuse"
 
     @model_validator(mode="after")
@@ -139,10 +150,10 @@ class Permits(Frozen):
     this site's update.
     """
 
-    contracts: tuple[Sha256, ...] = ()
-    tasks: tuple[str, ...] = ("classification",)
-    models: tuple[Sha256, ...] = ()
-    metrics: tuple[Metric, ...] = ()
+    contracts: Annotated[tuple[Sha256, ...], Distinct] = ()
+    tasks: Annotated[tuple[TaskKind, ...], Distinct] = ("classification",)
+    models: Annotated[tuple[Sha256, ...], Distinct] = ()
+    metrics: Annotated[tuple[Metric, ...], Distinct] = ()
     max_clip_norm: Positive = 1.0
     min_records: Count = 100
     min_sites: Count = 2

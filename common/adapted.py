@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,13 @@ class Adapted(Network):
                 f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
                 code="E310",
             )
+        places = getattr(base.base.config, "max_position_embeddings", None)
+        if places is not None and _width_of(spec.max_tokens) > places - base.unused_places:
+            raise DataError(
+                f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
+                f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
+                f"{places - base.unused_places}.", code="E310",
+            )
         adapted = range(self.first_adapted, len(base.layers))
         self.top = nn.ModuleList(_sharing(base.layers[number]) for number in adapted)
         self.virtual = None
@@ -122,6 +129,24 @@ class Adapted(Network):
             adapters.begin(arrays, self.adapter, dict(self._named_layers()))
         return arrays
 
+    @torch.no_grad()
+    def forward_error(self, lengths: Sequence[int], *, bf16: bool) -> float:
+        """Against transformers' own forward pass `base(input_ids, attention_mask)`, with its own
+        attention and masks; the tokens are random ones."""
+        base, before = self.backbone, self.bf16
+        ids, mask = (t.to(self.device) for t in base.made_up(lengths, _width_of(max(lengths))))
+        expected = _sharing(base.base)  # with a configuration of its own, which no other thread has
+        expected.set_attn_implementation("eager")
+        wanted = expected(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        self.bf16 = bf16
+        try:
+            states = self._layers(base.embed(ids), base.around(mask), base.layers)
+            found = base.last(states)
+        finally:
+            self.bf16 = before
+        errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        return float(errors[mask].max())  # NaN stays NaN
+
     def _named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the adapted layers by their public names."""
         for name, module in self.top.named_modules():
@@ -141,7 +166,7 @@ class Adapted(Network):
         lengths = torch.tensor([len(row) for row in rows])
         frozen = base.layers[: self.first_adapted]
         for index, n in blocks_of(torch.arange(len(rows)), lengths, self.performance.micro_batch):
-            width = -(-int(lengths[index].max()) // BUCKET) * BUCKET
+            width = _width_of(int(lengths[index].max()))
             ids = torch.full((len(index), width), base.tokenizer.pad_token_id)
             mask = torch.zeros(ids.shape, dtype=torch.bool)
             for i, row in enumerate(index.tolist()):
@@ -198,7 +223,13 @@ class Adapted(Network):
         return hidden.float()
 
 
-def _sharing(layer: nn.Module) -> nn.Module:
-    """A layer of its own, to put an adapter into, on the same frozen weights."""
-    weights = [*layer.parameters(), *layer.buffers()]
-    return copy.deepcopy(layer, {id(tensor): tensor for tensor in weights})
+def _width_of(tokens: int) -> int:
+    """What a text of so many tokens is padded to where it is private."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def _sharing(module: Any) -> Any:
+    """A module of its own on the same frozen weights: to put an adapter into, or to set up in
+    another way."""
+    weights = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})

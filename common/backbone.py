@@ -7,11 +7,13 @@ memory. Shapes: n rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -44,6 +46,19 @@ class Backbone:
     def layers(self) -> nn.ModuleList:
         raise NotImplementedError
 
+    @property
+    def unused_places(self) -> int:
+        """How many of the configuration's positions no token can have."""
+        return 0
+
+    def made_up(self, lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+        """Token numbers [n, width] of random words, always the same, and their mask."""
+        special = {*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}
+        words = [i for i in range(self.base.config.vocab_size) if i not in special]
+        drawn = np.random.default_rng(0).choice(words, (len(lengths), width))
+        mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+        return torch.from_numpy(drawn).masked_fill(~mask, self.tokenizer.pad_token_id), mask
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token numbers [n, T] -> [n, T, H]."""
         raise NotImplementedError
@@ -67,6 +82,13 @@ class Bert(Backbone):
     def layers(self) -> nn.ModuleList:
         found: nn.ModuleList = self.base.encoder.layer
         return found
+
+    @property
+    def unused_places(self) -> int:
+        """RoBERTa's kin number positions from behind the number of the padding token."""
+        embeddings = self.base.embeddings
+        first = getattr(embeddings, "padding_idx", None)
+        return 0 if first is None else int(first) + 1
 
     def embed(self, ids: Tensor) -> Tensor:
         """What is behind the first separator is a pair's second text: of the second segment, where

@@ -71,7 +71,8 @@ class Source:
     def path(self) -> Path:
         """The folder that holds it, or will."""
         if self.requirement == SHIPPED:
-            return Path(str(resources.files("silotune.simulations"))) / self.folder
+            shipped = Path(str(resources.files("silotune.simulations"))) / self.folder
+            return (shipped / self.main).resolve().parent  # an editable installation has links
         return laid() / self.name if self.requirement == LAID else home() / "sources" / self.name
 
 
