@@ -276,11 +276,11 @@ def _rows(contract: Contract, model: Network) -> tuple[Inputs, list[Target]]:
     if not isinstance(contract.input, TableInput):
         assert not isinstance(contract.model, OneHotModel)
         most = contract.model.max_tokens
-        short, longer = (
-            int(found) for found in model.encode(_inputs(contract, [1, 2])).lengths(torch.arange(2))
+        two, three = (
+            int(found) for found in model.encode(_inputs(contract, [2, 3])).lengths(torch.arange(2))
         )
         times[LONG[0]] = most  # every time at least a token: the rest is cut off
-        times[LONG[1]] = max((most - 1 - short) // max(longer - short, 1) + 1, 1)
+        times[LONG[1]] = max((most - 1 - two) // max(three - two, 1) + 2, 1)
     return _inputs(contract, times), [_target(contract, row, times[row]) for row in range(ROWS)]
 
 

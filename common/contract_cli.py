@@ -30,7 +30,7 @@ def show(file: Path, as_json: bool) -> None:
 
     \b
     $ silotune contract show heart.toml
-    heart-diagnosis  f90dd4e5a163…
+    heart-diagnosis  2ba6e7630193…
     """
     found = contracts.load(file)
     p = found.privacy

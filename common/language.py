@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from silotune.common.adapted import Adapted
@@ -40,6 +41,24 @@ class LanguageModel(Adapted):
         self.system = contract.task.system
         # A tuple keeps it out of the parameters: it is the base's.
         self._unembedding = (self.backbone.unembedding(),)
+        self._check_tokenizer(folder)
+        self._system_role = self._has_system_role()
+        frame, room = len(self.prompt("")), self.max_tokens - self.max_tokens // ANSWER_SHARE
+        if frame >= room:
+            raise DataError(
+                f"task.system and the chat template of the model take {frame} tokens, and of "
+                f"model.max_tokens = {self.max_tokens} a prompt has {room} beside a long answer. "
+                "Raise model.max_tokens, or shorten task.system.", code="E310",
+            )
+
+    def _check_tokenizer(self, folder: Path) -> None:
+        """DataError E310 if the tokenizer has no end token, or does not say where tokens stand."""
+        tokenizer = self.backbone.tokenizer
+        if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+            what = "names no eos_token, by which an answer ends" if tokenizer.is_fast else (
+                "does not say where in a text its tokens stand; one with a tokenizer.json does"
+            )
+            raise DataError(f"The tokenizer in {folder} {what}.", code="E310")
 
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Encoded:
@@ -61,26 +80,68 @@ class LanguageModel(Adapted):
             torch.tensor(marks),
         )
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens of what the user says, in the model's chat template if it has one."""
-        tokenizer = self.backbone.tokenizer
-        if not tokenizer.chat_template:
-            start = f"{self.system}\n\n" if self.system else ""
-            plain: list[int] = tokenizer(f"{start}{text}\n")["input_ids"]
-            return plain
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        said.append({"role": "user", "content": text})
-        words = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        found: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+    def prompt(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of what the user says, in the model's chat template if it has one.
+
+        Args:
+            text: what the user says.
+            most: how many tokens there may be; of a longer prompt the beginning of `text` is left
+                out, and nothing of the system message or the template.
+        """
+        tokenizer, found = self.backbone.tokenizer, self._framed(text)
+        if most is None or len(found) <= most:
+            return found
+        pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, left_out = [start for start, _ in pieces["offset_mapping"]], 0
+        while len(found) > most and left_out < len(starts):
+            left_out += len(found) - most  # what is left may have a token more than it had before
+            found = self._framed(text[starts[left_out] :] if left_out < len(starts) else "")
         return found
 
-    def tokens(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """The tokens of both and how many are the prompt's. Of one that is too long the beginning
-        is left out, of an answer the end."""
+    def _framed(self, text: str) -> list[int]:
+        """The tokens of a prompt with `text` in it. Where the template has no role for a system
+        message, it stands before the text."""
         tokenizer = self.backbone.tokenizer
+        if self.system and not self._system_role:
+            text = f"{self.system}\n\n{text}"
+        if not tokenizer.chat_template:
+            plain: list[int] = tokenizer(f"{text}\n")["input_ids"]
+            return plain
+        rendered = self._rendered(text, self.system if self._system_role else None)
+        found: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _rendered(self, text: str, system: str | None) -> str:
+        """A prompt by the model's chat template. DataError E310 if the template refuses it."""
+        said = [{"role": "system", "content": system}] if system else []
+        said.append({"role": "user", "content": text})
+        try:
+            found: str = self.backbone.tokenizer.apply_chat_template(
+                said, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"The model's chat template cannot be used: {error}", code="E310"
+            ) from None
+        return found
+
+    def _has_system_role(self) -> bool:
+        """Whether the chat template takes a system message: some refuse it, some leave it out."""
+        if not self.system or not self.backbone.tokenizer.chat_template:
+            return False
+        try:
+            return self.system.strip() in self._rendered("a question", self.system)
+        except DataError:
+            return False
+
+    def tokens(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of both and how many are the prompt's. Of a prompt that is too long the
+        beginning of the user's text is left out. Of an answer that is too long the end is, and the
+        end token with it: nothing is to be learnt about where such an answer ends."""
+        tokenizer, room = self.backbone.tokenizer, self.max_tokens // ANSWER_SHARE
         answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        answered = [*answered[: self.max_tokens // ANSWER_SHARE - 1], tokenizer.eos_token_id]
-        asked = self.prompt(prompt)[-(self.max_tokens - len(answered)) :]
+        answered = [*answered, tokenizer.eos_token_id][:room]
+        asked = self.prompt(prompt, self.max_tokens - len(answered))
         return [*asked, *answered], len(asked)
 
     def forward(
@@ -112,7 +173,7 @@ class LanguageModel(Adapted):
             yield from blocks_of(part, encoded.lengths(part), self.performance.micro_batch)
 
     def _answers(self, encoded: Encoded, index: Tensor) -> Tensor:
-        """[len(index)] tokens of each record's answer, with its end."""
+        """[len(index)] tokens of each record's answer, with its end if it is there whole."""
         assert encoded.starts is not None
         assert encoded.marks is not None
         before = nn.functional.pad((encoded.marks != IGNORED).cumsum(0), (1, 0))
@@ -127,7 +188,7 @@ class LanguageModel(Adapted):
     @torch.no_grad()
     def answer(self, prompt: str, most: int = 64) -> str:
         """Greedy decoding, token by token, through frozen and adapted layers alike."""
-        ids, base = self.prompt(prompt)[-self.max_tokens :], self.backbone
+        ids, base = self.prompt(prompt, self.max_tokens), self.backbone
         start, mask = len(ids), torch.ones(1, 1, dtype=torch.bool, device=self.device)
         for _ in range(most):
             states = base.embed(torch.tensor([ids], device=self.device))
