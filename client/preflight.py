@@ -24,7 +24,7 @@ from silotune.client.masking import check_bound
 from silotune.client.policy import Data, Policy
 from silotune.client.site import Site
 from silotune.common import contract as contracts
-from silotune.common import model_folder, query, records
+from silotune.common import query, records
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError, RefusalError, SilotuneError
@@ -206,7 +206,9 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
     if policy.model.folder is None:
         raise DataError(f"The contract needs the model '{contract.model.name}'; model.folder is "
                         "not set.", code="E305")
-    model_folder.check(policy.model.folder, contract.model.sha256)
+    from silotune.common import model_fit
+
+    model_fit.check(contract.at(policy.name), policy.model.folder, policy.performance)
     return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
 
 

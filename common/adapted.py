@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from silotune.common import adapters, backbone
 from silotune.common.adapter import trained_names
-from silotune.common.architecture import Lora, OneHotModel
-from silotune.common.backbone import Around
+from silotune.common.architecture import LanguageModel, Lora, OneHotModel
+from silotune.common.backbone import Around, Backbone
 from silotune.common.cache import allocate
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError
@@ -65,32 +65,7 @@ class Adapted(Network):
         self.adapter = contract.adapter
         # A tuple keeps the shared base out of this module's parameters and state.
         self._shared = (base,)
-        self.first_adapted = len(base.layers) - (self.adapter.layers if self.adapter else 0)
-        if self.first_adapted < 0:
-            raise DataError(
-                f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
-                code="E310",
-            )
-        places = getattr(base.base.config, "max_position_embeddings", None)
-        if places is not None and _width_of(spec.max_tokens) > places - base.unused_places:
-            raise DataError(
-                f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
-                f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
-                f"{places - base.unused_places}.", code="E310",
-            )
-        adapted = range(self.first_adapted, len(base.layers))
-        self.top = nn.ModuleList(_sharing(base.layers[number]) for number in adapted)
-        self.virtual = None
-        if self.adapter:
-            if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":
-                raise DataError(
-                    f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear "
-                    f"layers alone; adapter.kind = \"{self.adapter.kind}\" needs \"expanded\".",
-                    code="E310",
-                )
-            self.virtual = adapters.inject(self.adapter, self.top, base.size)
-            if contract.aggregation.method == "fedex":
-                adapters.correct(self.top)
+        self.first_adapted, self.top, self.virtual = adapt(contract, base, performance)
         self.requires_grad_(False)
         tensors = self.named_tensors()
         for name in trained_names(tensors, "head+adapter"):
@@ -99,7 +74,7 @@ class Adapted(Network):
         self.to(self.device)
 
     @property
-    def backbone(self) -> backbone.Backbone:
+    def backbone(self) -> Backbone:
         return self._shared[0]
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
@@ -221,6 +196,52 @@ class Adapted(Network):
                 else:
                     hidden = base.through(layer, hidden, around)
         return hidden.float()
+
+
+def adapt(
+    contract: Contract, base: Backbone, performance: Performance
+) -> tuple[int, nn.ModuleList, adapters.VirtualTokens | None]:
+    """The contract's adapter in the layers that it adapts, on the base's frozen weights.
+
+    Returns:
+        The number of the first adapted layer, the adapted layers, and what stands before them.
+
+    Raises:
+        DataError: E310 if the contract cannot be carried out with this model, or not with this way
+            of computing gradients.
+    """
+    spec, adapter = contract.model, contract.adapter
+    assert not isinstance(spec, OneHotModel)
+    if isinstance(spec, LanguageModel) and not base.causal:
+        raise DataError(
+            f"'{spec.name}' reads both ways; a task of language needs a model that writes from "
+            "left to right (llama, mistral, qwen2).", code="E310",
+        )
+    first = len(base.layers) - (adapter.layers if adapter else 0)
+    if first < 0:
+        raise DataError(
+            f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
+            code="E310",
+        )
+    positions = getattr(base.base.config, "max_position_embeddings", None)
+    if positions is not None and _width_of(spec.max_tokens) > positions - base.unused_places:
+        raise DataError(
+            f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
+            f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
+            f"{positions - base.unused_places}.", code="E310",
+        )
+    top = nn.ModuleList(_sharing(layer) for layer in list(base.layers)[first:])
+    if adapter is None:
+        return first, top, None
+    if not isinstance(adapter, Lora) and performance.gradients != "expanded":
+        raise DataError(
+            f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear layers "
+            f"alone; adapter.kind = \"{adapter.kind}\" needs \"expanded\".", code="E310",
+        )
+    virtual = adapters.inject(adapter, top, base.size)
+    if contract.aggregation.method == "fedex":
+        adapters.correct(top)
+    return first, top, virtual
 
 
 def _width_of(tokens: int) -> int:

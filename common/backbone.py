@@ -7,11 +7,12 @@ memory. Shapes: n rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ Around = tuple[Tensor, ...]  # what each layer needs beside the hidden states
 
 class Backbone:
     """causal: whether a token sees only those before it. prefix: of the layers' public names.
-    output: [V, H], what gives the next token's logits, where it is not the embeddings."""
+    settings: with which transformers makes the model. output: [V, H], what gives the next token's
+    logits, where it is not the embeddings."""
 
     causal: bool
     prefix: str
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, base: Any, tokenizer: Any, output: Tensor | None) -> None:
         self.base, self.tokenizer, self.output = base, tokenizer, output
@@ -77,6 +80,7 @@ class Backbone:
 
 class Bert(Backbone):
     causal, prefix = False, "encoder.layer"
+    settings: ClassVar[Mapping[str, Any]] = {"add_pooling_layer": False}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -162,24 +166,42 @@ def read(folder: Path, sha256: str, device: torch.device) -> Backbone:
     """
     contents = model_folder.read(folder, sha256)
     state = _weights(folder, contents)
+    with _understood(folder):
+        kind, config, tokenizer = _configured(folder, contents)
+        base, report = _model_class(config).from_pretrained(
+            None, config=config, state_dict=state, attn_implementation=register_attention(),
+            dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True, **kind.settings,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random, with no more than a warning
+        raise DataError(
+            f"The weights in {folder} lack {len(missing)} tensors of this model, the first is "
+            f"'{missing[0]}'. Fetch the folder again.", code="E310",
+        )
+    output = None if config.tie_word_embeddings else state.get(OUTPUT)
+    base.requires_grad_(False).eval().to(device)
+    return kind(base, tokenizer, None if output is None else output.to(device))
+
+
+def shell(folder: Path) -> Backbone:
+    """The model and its tokenizer without weights, to see what a contract finds in it. DataError
+    as `read`, but for the weights."""
+    contents = model_folder.settings(folder)
+    with _understood(folder):
+        kind, config, tokenizer = _configured(folder, contents)
+        with torch.device("meta"):
+            base = _model_class(config)(config, **kind.settings)
+    return kind(base, tokenizer, None)
+
+
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """DataError E310 for what transformers raises on files that it does not understand."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        config, tokenizer = _configured(contents)
-        if config.model_type not in KINDS:
-            raise DataError(
-                f"The model in {folder} is of type '{config.model_type}'; adapters and private "
-                f"gradients are known to be right for {', '.join(KINDS)}.", code="E310",
-            )
-        kind = KINDS[config.model_type]
-        more: dict[str, Any] = {"add_pooling_layer": False} if kind is Bert else {}
-        model_class: Any = MODEL_MAPPING[type(config)]
-        base, report = model_class.from_pretrained(
-            None, config=config, state_dict=state, attn_implementation=register_attention(),
-            dtype=torch.float32, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, **more,
-        )
-    # All that transformers raises for files it does not understand.
+        yield
     except (
         ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
     ) as error:
@@ -187,15 +209,10 @@ def read(folder: Path, sha256: str, device: torch.device) -> Backbone:
         raise DataError(
             f"transformers cannot load the model in {folder}: {reason}", code="E310"
         ) from None
-    missing = sorted(report["missing_keys"])
-    output = None if config.tie_word_embeddings else state.get(OUTPUT)
-    if missing:  # transformers would draw them at random, with no more than a warning
-        raise DataError(
-            f"The weights in {folder} lack {len(missing)} tensors of this model, the first is "
-            f"'{missing[0]}'. Fetch the folder again.", code="E310",
-        )
-    base.requires_grad_(False).eval().to(device)
-    return kind(base, tokenizer, None if output is None else output.to(device))
+
+
+def _model_class(config: Any) -> Any:
+    return MODEL_MAPPING[type(config)]
 
 
 def _weights(folder: Path, contents: dict[str, bytes]) -> dict[str, Tensor]:
@@ -221,13 +238,19 @@ def _weights(folder: Path, contents: dict[str, bytes]) -> dict[str, Tensor]:
     return state
 
 
-def _configured(contents: dict[str, bytes]) -> tuple[Any, Any]:
-    """The configuration and the tokenizer, from a folder of this process's own."""
+def _configured(folder: Path, contents: Mapping[str, bytes]) -> tuple[type[Backbone], Any, Any]:
+    """The kind of model, its configuration and its tokenizer, read from a folder of this process's
+    own that holds these contents. DataError E310 for a kind that is not known."""
     with TemporaryDirectory(prefix="silotune-model-") as own:
         for name, content in contents.items():
             (Path(own) / name).write_bytes(content)
         config = AutoConfig.from_pretrained(own, local_files_only=True, trust_remote_code=False)
+        if config.model_type not in KINDS:
+            raise DataError(
+                f"The model in {folder} is of type '{config.model_type}'; adapters and private "
+                f"gradients are known to be right for {', '.join(KINDS)}.", code="E310",
+            )
         tokenizer = AutoTokenizer.from_pretrained(
             own, local_files_only=True, trust_remote_code=False
         )
-    return config, tokenizer
+    return KINDS[config.model_type], config, tokenizer

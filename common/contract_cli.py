@@ -54,11 +54,23 @@ def show(file: Path, as_json: bool) -> None:
 
 @contract.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(file: Path, as_json: bool) -> None:
-    """Check a contract; every problem is listed with its line, exit code 2 if there is any."""
+def validate(file: Path, model: Path | None, as_json: bool) -> None:
+    """Check a contract; every problem is listed with its line, exit code 2 if there is any.
+
+    What every site would refuse is found too (exit code 1): a bound that does not fit the noise
+    and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
+    that the model does not have.
+    """
+    from silotune.common import contract_validation
+
     found = contracts.load(file)
-    emit({"valid": True, "sha256": found.hash}, as_json, f"✓ {file.name} is valid  {found.hash}")
+    left_out = contract_validation.validate(found, model)
+    emit(
+        {"valid": True, "sha256": found.hash, "not_checked": left_out}, as_json,
+        "\n".join([f"✓ {file.name} is valid  {found.hash}", *(f"  {what}" for what in left_out)]),
+    )
 
 
 @contract.command()

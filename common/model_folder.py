@@ -97,6 +97,17 @@ def check(folder: Path, sha256: str, remedy: str | None = None) -> None:
     _compare(folder, manifest(folder), sha256, remedy)
 
 
+def settings(folder: Path) -> dict[str, bytes]:
+    """The bytes of a model's files by name, but for the weights. DataError as `manifest`."""
+    contents = {}
+    for name in _names(folder):
+        if not name.endswith(WEIGHTS_SUFFIX):
+            with _opened(folder / name) as file:
+                contents[name] = file.read()
+            _check_settings(folder, name, contents[name])
+    return contents
+
+
 def read(folder: Path, sha256: str) -> dict[str, bytes]:
     """The bytes of a model's files by name, as they were hashed. DataError as `check`."""
     contents = {}

@@ -268,6 +268,12 @@ def laid() -> Path:
     return Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def present(name: str) -> Path | None:
+    """The folder of a source, if it is here; nothing is downloaded."""
+    source = SOURCES.get(name)
+    return source.path if source is not None and source.path.is_dir() else None
+
+
 def fetch(name: str) -> Path:
     """The folder that holds a source's files, downloading them if they are not there.
 

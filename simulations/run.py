@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from silotune.common.architecture import OneHotModel
-from silotune.common.errors import RunError, UsageError, did_you_mean
+from silotune.common.errors import RefusalError, RunError, UsageError, did_you_mean
 from silotune.common.performance import Performance
 from silotune.common.problems import contract_error
 from silotune.server.rounds import RoundFacts
@@ -157,7 +157,13 @@ def run(
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     progress.start(counts, jobs, processes)
     try:
-        results = run_jobs(jobs, processes, progress)
+        results = run_jobs(jobs, processes, progress, check=True)
+    except RefusalError as error:
+        if error.code == "E205" and recipe.contract.secure_aggregation is None:
+            raise RefusalError(
+                f"{error} The masks are the simulation's: masked=false runs without.", code="E205"
+            ) from None
+        raise
     finally:
         progress.stop()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
@@ -240,8 +246,11 @@ class Watcher(Protocol):
     def done(self, result: JobResult) -> None: ...
 
 
-def run_jobs(jobs: list[Job], processes: int, progress: Watcher) -> list[JobResult]:
-    """All jobs over a pool of processes; each loads the base model once."""
+def run_jobs(
+    jobs: list[Job], processes: int, progress: Watcher, *, check: bool = False
+) -> list[JobResult]:
+    """All jobs over a pool of processes; each loads the base model once. check: whether to ask
+    first, of all of them, what a site would refuse."""
     context = mp.get_context("spawn")
     channel = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -249,8 +258,13 @@ def run_jobs(jobs: list[Job], processes: int, progress: Watcher) -> list[JobResu
     with ProcessPoolExecutor(
         processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
     ) as executor:
-        pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
         try:
+            if check:
+                distinct = list({job.contract.hash: job for job in jobs}.values())
+                parts = [distinct[start::processes] for start in range(processes)]
+                for asked in [executor.submit(pool.check, part) for part in parts if part]:
+                    asked.result()
+            pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
             while pending:
                 done, pending = wait(pending, timeout=0.1)
                 _drain(channel, progress)

@@ -273,7 +273,7 @@ def test_logits_and_losses_are_the_librarys(tied: bool, chat: bool) -> None:
     outputs = model(encoded, index, adapter=True)
     losses = model.objective.losses(outputs, model.targets(encoded, labels, index))
     for row, (asked, answer) in enumerate(PAIRS):
-        ids, before = model.tokens(asked, answer)
+        ids, before = model.prompts.tokens(asked, answer)
         own = torch.tensor([ids])
         marks = own.clone()
         marks[0, :before] = IGNORED
@@ -316,11 +316,11 @@ def test_marks_are_on_the_answer_and_its_end_alone() -> None:
 @pytest.mark.parametrize("system", [None, "no pain"])
 def test_the_prompt_is_in_the_models_own_template(system: str | None) -> None:
     model = language_model(chat=True, task={"system": system})
-    said = model.backbone.tokenizer.decode(model.prompt("left arm"))
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
     start = f"<system> {system} </s> " if system else ""
     assert said == f"{start}<user> left arm </s> <assistant>"
     plain = language_model(task={"system": system})
-    assert plain.backbone.tokenizer.decode(plain.prompt("left arm")) == " ".join(
+    assert plain.backbone.tokenizer.decode(plain.prompts.prompt("left arm")) == " ".join(
         [*([system] if system else []), "left arm"]
     )
 
@@ -329,7 +329,7 @@ def test_of_what_is_too_long_the_beginning_of_the_users_text_is_left_out() -> No
     model = language_model(model={"max_tokens": 8})
     tokenizer = model.backbone.tokenizer
     words = tiny.WORDS
-    ids, before = model.tokens(" ".join(words), "left arm")
+    ids, before = model.prompts.tokens(" ".join(words), "left arm")
     assert tokenizer.convert_ids_to_tokens(ids) == [*words[-5:], "left", "arm", "</s>"]
     assert before == 5
 
@@ -339,10 +339,10 @@ def test_an_answer_that_is_cut_has_no_end_token() -> None:
     model = language_model(model={"max_tokens": 8})
     tokenizer, words = model.backbone.tokenizer, tiny.WORDS
     for n in range(1, 8):
-        ids, before = model.tokens("left arm", " ".join(words[:n]))
+        ids, before = model.prompts.tokens("left arm", " ".join(words[:n]))
         answered = tokenizer.convert_ids_to_tokens(ids)[before:]
         assert answered == (words[:4] if n > 3 else [*words[:n], "</s>"])
-    ids, before = model.tokens(" ".join(words), " ".join(words))
+    ids, before = model.prompts.tokens(" ".join(words), " ".join(words))
     assert tokenizer.convert_ids_to_tokens(ids) == [*words[-4:], *words[:4]]
     assert before == 4
 
@@ -378,13 +378,13 @@ def test_the_system_message_is_in_the_prompt_by_every_template(
     template: str, tmp_path: Path
 ) -> None:
     model = chat_model(tmp_path / "m", template, task={"system": "the burn today"})
-    said = model.backbone.tokenizer.decode(model.prompt("left arm"))
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
     assert said.count("the burn today") == 1
     assert said.index("the burn today") < said.index("left arm")
     assert said.endswith("</s> <assistant>")
     plain = chat_model(tmp_path / "plain", template)
     assert "<user> left arm </s> <assistant>" in plain.backbone.tokenizer.decode(
-        plain.prompt("left arm")
+        plain.prompts.prompt("left arm")
     )
 
 
@@ -399,16 +399,16 @@ def test_a_long_prompt_keeps_the_system_message_and_the_template(
     tokenizer = model.backbone.tokenizer
     rng = np.random.default_rng(0)
     words = [str(word) for word in rng.choice(["pain", "chest", "arm", "left", "right"], 60)]
-    whole = model.prompt(" ".join(words))
+    whole = model.prompts.prompt(" ".join(words))
     for answer in ("no", " ".join(words)):
-        ids, before = model.tokens(" ".join(words), answer)
+        ids, before = model.prompts.tokens(" ".join(words), answer)
         assert len(ids) == 24  # no room is left, and none is wanting
         kept = [w for w in tokenizer.convert_ids_to_tokens(ids[:before]) if w in set(words)]
         assert kept == words[len(words) - len(kept) :]  # the end of the user's text
         # What stands about the user's text is there whole, at both ends.
         frame = [token for token in whole if tokenizer.decode([token]) not in set(words)]
         assert [token for token in ids[:before] if token in set(frame)] == frame
-    assert len(model.prompt(" ".join(words), 24)) == 24
+    assert len(model.prompts.prompt(" ".join(words), 24)) == 24
 
 
 def test_a_frame_that_leaves_no_room_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_frame_that_leaves_no_room_is_refused_at_the_start(tmp_path: Path) -> 
         chat_model(tmp_path / "m", tiny.CHAT, **more)
     assert error.value.code == "E310"
     more["model"]["max_tokens"] = 40  # as it says
-    assert chat_model(tmp_path / "n", tiny.CHAT, **more).prompt("left arm")
+    assert chat_model(tmp_path / "n", tiny.CHAT, **more).prompts.prompt("left arm")
 
 
 def test_a_template_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_it_answers_as_the_library_generates(chat: bool) -> None:
     whole, tokenizer = library(model, chat=chat), model.backbone.tokenizer
     told = set()
     for asked in ASKED:
-        ids = torch.tensor([model.prompt(asked)])
+        ids = torch.tensor([model.prompts.prompt(asked)])
         found = whole.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
             pad_token_id=0,
@@ -516,7 +516,7 @@ def test_it_answers_as_it_was_trained(adapter: dict[str, Any]) -> None:
     for by in (0.0, 2.0):
         model.load(tiny.moved(model, by=by))
         for asked in ASKED:
-            expected = greedy(model, model.prompt(asked), 6)
+            expected = greedy(model, model.prompts.prompt(asked), 6)
             told.append(model.answer(asked, most=6))
             decoded = model.backbone.tokenizer.decode(expected, skip_special_tokens=True)
             assert told[-1] == decoded.strip()
