@@ -1,8 +1,8 @@
 """A frozen base model as its parts: embeddings, layers, and what comes after the last.
 
-BERT-type models read both ways, Llama-type ones from left to right; both are made
-from the bytes that the contract's hash covers (common/model_folder.py), in this process's own
-memory. Shapes: n rows, T tokens, H hidden size.
+BERT-type models read both ways, Llama-type ones from left to right; both are made from the bytes
+that the contract's hash covers (common/model_folder.py), in this process's own memory.
+Shapes: n rows, T tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -142,11 +142,15 @@ class Llama(Backbone):
         return found
 
     def unembedding(self) -> Tensor:
-        """[V, H]: a hidden state's products with its rows are the next token's logits."""
+        """[V, H]: a hidden state's products with its rows are the next token's logits. DataError
+        E310 if the model's files have none."""
         if self.base.config.tie_word_embeddings:
             tied: Tensor = self.base.embed_tokens.weight
             return tied
-        assert self.output is not None
+        if self.output is None:
+            raise DataError(
+                f"The model's weights lack '{OUTPUT}': it cannot write answers.", code="E310"
+            )
         return self.output
 
 
@@ -216,8 +220,8 @@ def _model_class(config: Any) -> Any:
 
 
 def _weights(folder: Path, contents: dict[str, bytes]) -> dict[str, Tensor]:
-    """The tensors of all weight files, in float32 and memory of their own; their bytes are taken
-    out of `contents`, so that there are never two copies of all of them."""
+    """The tensors of all weight files, in float32 and memory of their own. The files' bytes are
+    taken out of `contents`, so that each is freed before the next one is read."""
     state: dict[str, Tensor] = {}
     for name in [n for n in contents if n.endswith(model_folder.WEIGHTS_SUFFIX)]:
         try:

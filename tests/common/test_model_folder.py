@@ -199,6 +199,17 @@ def test_the_output_layer_of_a_language_model_is_of_the_hashed_bytes(tmp_path: P
     assert torch.equal(found.unembedding(), expected)
 
 
+def test_a_language_model_without_its_output_layer_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder_of("llama", tied=False), folder)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "lm_head.weight"},
+              folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"lack 'lm_head\.weight'") as error:
+        build(tiny.contract_of("language", "llama", folder), folder)
+    assert error.value.code == "E310"
+
+
 def split(folder: Path, twice: bool = False) -> None:
     """The weights in two files, as transformers writes them for large models."""
     state = load_file(folder / "model.safetensors")
