@@ -73,6 +73,10 @@ class Data(Frozen):
             raise ValueError("[data] needs either a file, or a url and a query")
         if (self.url is None) != (self.query is None):
             raise ValueError("[data] url and query belong together: one of them is missing")
+        names = [lineage.canonical(name) for name in self.key]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise ValueError(f"[data] key names the column {self.key[at]!r} more than once")
         return self
 
     @property

@@ -264,6 +264,18 @@ def test_the_model_is_compared_without_privacy_too() -> None:
         selftest.check(plain, model)
 
 
+def test_a_worker_tests_its_model_without_privacy_too(
+    table_contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    write_rows: Callable[..., Path], make_worker: Callable[..., Worker],
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        selftest, "check", lambda contract, model: seen.append(contract.privacy.mode))
+    plain = table_contract.changed(privacy={"mode": "none"})
+    make_worker(plain, write_rows(tmp_path / "rows.csv", 50))
+    assert seen == ["none"]
+
+
 def masks_ignored(patch: pytest.MonkeyPatch) -> None:
     """Padding that is looked at: seen only where a neighbour is longer."""
     original = Bert.around

@@ -254,3 +254,10 @@ def test_a_multi_label_value_that_no_cell_can_have_is_refused(value: str) -> Non
         contract.parse(json.dumps(data), "made-up.json")
 
 
+
+
+def test_a_key_column_in_two_spellings_is_one_column() -> None:
+    """Key columns are compared without regard to case and spaces about them."""
+    changed = SITE.replace('key = ["person", "visit"]', 'key = ["person", "Person "]')
+    with pytest.raises(ContractError, match="key names the column 'Person ' more than once"):
+        policies.parse(changed, Path("site.toml"))
