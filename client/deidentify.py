@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from silotune.common.errors import DataError, UsageError
-from silotune.common.fields import Frozen
+from silotune.common.fields import Distinct, Frozen
 
 Kind = Literal[
     "person", "email", "phone", "address", "date", "iban", "card", "ssn", "record_number",
@@ -62,7 +62,7 @@ class Deidentify(Frozen):
 
     action: Action = "redact"
     actions: dict[Kind, Action] = Field(default_factory=dict)
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = KINDS
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1), Distinct] = KINDS
     language: Literal["en", "zh", "both"] = "both"
     least_score: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.5
 

@@ -1,8 +1,8 @@
 """How per-example gradients come about: three ways that give the same (common/performance.py).
 
 expanded: each trained module computes every example with its own view of its parameters, and one
-backward pass gives the gradient with respect to the views. It works with checkpointing, bfloat16
-and torch.compile, and makes no second pass.
+backward pass gives the gradient with respect to the views. It works with checkpointing and
+bfloat16, and makes no second pass.
 hooks: Opacus' hooks (GradSampleHooks), one Linear at a time.
 ghost: Opacus' ghost norms (Li, Tramèr, Liang and Hashimoto 2022, arXiv 2110.05679), then a second
 backward pass of the losses weighted by what is to be clipped off.

@@ -26,12 +26,23 @@ from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.encodings import encoding_of
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.fields import Count, Delta, Epsilon, Flag, Frozen, Name, Positive, Sha256
+from silotune.common.fields import (
+    Count,
+    Delta,
+    Distinct,
+    Epsilon,
+    Flag,
+    Frozen,
+    Name,
+    Positive,
+    Sha256,
+)
 from silotune.common.performance import Performance
 from silotune.common.plan import Metric, Target, Unit
 from silotune.common.reading import Reading, delimiter_of
 from silotune.common.records import Table
 from silotune.common.signing import verifies
+from silotune.common.task import TaskKind
 
 
 def _flag_or_auto(value: object) -> object:
@@ -55,7 +66,7 @@ class Data(Frozen):
     query: str | None = None
     encoding: Annotated[str, AfterValidator(encoding_of)] = "utf-8"
     delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = None
-    key: tuple[str, ...] = ()
+    key: Annotated[tuple[str, ...], Distinct] = ()
     repeated: Literal["refuse", "keep"] = "refuse"
 
     @model_validator(mode="after")
@@ -64,6 +75,10 @@ class Data(Frozen):
             raise ValueError("[data] needs either a file, or a url and a query")
         if (self.url is None) != (self.query is None):
             raise ValueError("[data] url and query belong together: one of them is missing")
+        names = [lineage.canonical(name) for name in self.key]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise ValueError(f"[data] key names the column {self.key[at]!r} more than once")
         return self
 
     @property
@@ -148,10 +163,10 @@ class Permits(Frozen):
     (simulations/benchmarks/differences.py).
     """
 
-    contracts: tuple[Sha256, ...] = ()
-    tasks: tuple[str, ...] = ("classification",)
-    models: tuple[Sha256, ...] = ()
-    metrics: tuple[Metric, ...] = ()
+    contracts: Annotated[tuple[Sha256, ...], Distinct] = ()
+    tasks: Annotated[tuple[TaskKind, ...], Distinct] = ("classification",)
+    models: Annotated[tuple[Sha256, ...], Distinct] = ()
+    metrics: Annotated[tuple[Metric, ...], Distinct] = ()
     max_clip_norm: Positive = 1.0
     min_records: Count = 100
     min_sites: Count = 2

@@ -215,13 +215,13 @@ def _masks(policy: Policy, contract: Contract) -> Check:
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
-    from silotune.common.backbone import check_weights
-
     assert not isinstance(contract.model, OneHotModel)
     if policy.model.folder is None:
         raise DataError(f"The contract needs the model '{contract.model.name}'; model.folder is "
                         "not set.", code="E305")
-    check_weights(policy.model.folder, contract.model.sha256)
+    from silotune.common import model_fit
+
+    model_fit.check(contract.at(policy.name), policy.model.folder, policy.performance)
     return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
 
 

@@ -1,16 +1,22 @@
-"""Before a worker trains: on its own model and task, one private step equals clipping by hand.
+"""Before a worker trains: its model is the model that transformers makes of its files, and on its
+own task one private step equals clipping by hand.
+
+The frozen layers' hidden states equal those of transformers' own forward pass, with its own
+attention and masks, for texts of up to model.max_tokens tokens, with padding and without. A model
+of which that is not so (a sliding window that our layers do not know, say) is refused.
 
 The rows are made up from the public contract, the noise is off, and the arithmetic of the check
 shares nothing with client/dp.py: each record's gradient by itself, from torch, put together by
 unit and clipped in float64. A model whose examples mix (a batch norm, a loss averaged over a
 batch), an engine that does not clip, or a torch that computes something else is found before
 anything is charged. So is a processor or library that rounds a record's gradient differently
-where other records lie beside it: it must be the same to the bit in any place.
+where other records lie beside it: it must be the same to the bit in any place, beside other records
+and beside such of other lengths, for short texts and for texts of model.max_tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from weakref import WeakKeyDictionary
 
@@ -25,6 +31,7 @@ from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Units, of_records
 from silotune.common import schema
 from silotune.common.adapter import trained_names
+from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.errors import RefusalError
 from silotune.common.inputs import PairInput, TableInput
@@ -33,11 +40,16 @@ from silotune.common.records import Inputs
 from silotune.common.task import Classification, Language, MultiLabel, Target, Tokens
 
 ROWS = 18
+WORDS = "a public sentence"
+LONG = (16, 17)  # rows with texts of model.max_tokens, or nearly so many
+FORWARD = 1e-4  # of a hidden state's norm; 1e-6 to 1e-5 was seen
 TINY = 1e-12
 TOLERANCE = 1e-3  # of the clip norm
 # bf16 keeps 8 bits, and blocks of another size round in other places (0.003 to 0.08 was seen, over
 # the whole sum of 18 records); ghost clips a little lower.
 LOOSE = 0.2
+# The states of tokens behind all layers in bf16.
+FORWARD_LOOSE = 0.2
 
 
 class _Silent(NoiseSource):
@@ -45,20 +57,41 @@ class _Silent(NoiseSource):
         return np.zeros(shape)
 
 
-# What has passed in this process: simulations build many workers on one model.
+FORWARD_PASSED = "forward"
+# What has passed in this process, by contract: simulations build many workers on one model.
 _passed: WeakKeyDictionary[Network, set[str]] = WeakKeyDictionary()
 
 
 def check(contract: Contract, model: Network) -> None:
-    """RefusalError E208 unless the private step is right for every phase of the contract."""
+    """RefusalError E208 unless the model is right, and under privacy the private step of every
+    phase of the contract."""
     passed = _passed.setdefault(model, set())
     if contract.hash not in passed:
-        _check_noise()
         with model.lock:
-            made_up = _MadeUp(contract, model)
-            for trains in contract.trainings:
-                made_up.check(trains)
+            if not isinstance(contract.model, OneHotModel) and FORWARD_PASSED not in passed:
+                _check_forward(model, contract.model.max_tokens)
+                passed.add(FORWARD_PASSED)
+            if contract.privacy.mode == "dp":
+                _check_noise()
+                made_up = _MadeUp(contract, model)
+                for trains in contract.trainings:
+                    made_up.check(trains)
         passed.add(contract.hash)
+
+
+def _check_forward(model: Network, longest: int) -> None:
+    """The frozen layers give what transformers gives, for the longest text beside a padded one, and
+    for two shorter ones."""
+    for lengths in ((longest, longest // 2), (longest // 2, longest // 3)):
+        for bf16 in (False, True) if model.bf16 else (False,):
+            allowed = FORWARD_LOOSE if bf16 else FORWARD
+            error = model.forward_error(lengths, bf16=bf16)
+            if not error <= allowed:
+                raise _broken(
+                    "the model", f"for texts of {lengths[0]} tokens its hidden states are "
+                    f"{error:.2g} of their norm off transformers' own forward pass (allowed: "
+                    f"{allowed:g}); use another model, or a smaller model.max_tokens",
+                )
 
 
 def _check_noise() -> None:
@@ -101,7 +134,7 @@ class _MadeUp:
 
     def __init__(self, contract: Contract, model: Network) -> None:
         self.contract, self.model = contract, model
-        inputs, targets = _rows(contract)
+        inputs, targets = _rows(contract, model)
         self.encoded, self.labels = model.encode(inputs), model.objective.tensor(targets)
         self._check_frozen(inputs)
         entity = contract.privacy.entity
@@ -119,8 +152,8 @@ class _MadeUp:
 
     def _check_frozen(self, inputs: Inputs) -> None:
         """What the frozen layers give for a record is the same to the bit among other records, in
-        another order, and with one of them gone."""
-        for others in (range(ROWS - 1, -1, -1), range(1, ROWS)):
+        another order, and with half of them gone."""
+        for others in (range(ROWS - 1, -1, -1), range(LONG[0] % 2, ROWS, 2)):
             again = self.model.encode([inputs[row] for row in others])  # type: ignore[arg-type]
             for place, row in enumerate(others):
                 pairs = zip(_frozen(self.encoded, row), _frozen(again, place), strict=True)
@@ -194,20 +227,23 @@ class _MadeUp:
         compare(step(order[:4]), torch.stack(clipped[1:4]).sum(dim=0), "a step that overflows")
 
     def _check_places(self, trains: str, losses: Losses) -> None:
-        """A record's gradient is the same to the bit wherever in a block it and others lie."""
+        """A record's gradient is the same to the bit wherever in a block it and others lie, and
+        beside itself alone: among the shortest texts, and among the longest."""
         gradients = PER_EXAMPLE[self.model.performance.gradients]
         linears = self.model.trained_modules(trains)
-        blocks = self.model.micro_batches(
+        blocks = [block.rows for block in self.model.micro_batches(
             self.encoded, torch.arange(ROWS), adapter=trains != "head"
-        )
-        rows = next(iter(blocks)).rows
-        if trains == "head":  # where more of them cost nothing
-            rows = torch.arange(len(rows)) % ROWS
-        first = gradients(linears, rows, losses)
-        for shift in range(1, len(rows), 3) if trains == "head" else (1,):
-            moved = gradients(linears, rows.roll(shift), losses)
-            if not all(torch.equal(g, first[p].roll(shift, 0)) for p, g in moved.items()):
-                raise _broken(trains, "a record's gradient depends on where others lie")
+        )]
+        for rows in {id(found): found for found in (blocks[0], blocks[-1])}.values():
+            every = torch.arange(len(rows))
+            places = [every.flip(0), torch.zeros_like(every)]
+            if trains == "head":  # where more of them cost nothing
+                places += [every.roll(shift) for shift in range(1, len(rows), 3)]
+            first = gradients(linears, rows, losses)
+            for others in places:
+                moved = gradients(linears, rows[others], losses)
+                if not all(torch.equal(g, first[p][others]) for p, g in moved.items()):
+                    raise _broken(trains, "a record's gradient depends on which others lie where")
 
     def _members(self) -> Iterator[list[int]]:
         starts = self.units.starts.tolist()
@@ -229,30 +265,47 @@ def _frozen(encoded: Encoded, row: int) -> Iterator[Tensor]:
             yield encoded.hidden[part]
 
 
-def _rows(contract: Contract) -> tuple[Inputs, list[Target]]:
+def _rows(contract: Contract, model: Network) -> tuple[Inputs, list[Target]]:
     """Made-up rows of different lengths and their targets; nothing in them is anybody's.
 
     Rows next to each other, which may be one entity, pull the same way: else their mean would be
-    small, and whether it is clipped as one would not show.
+    small, and whether it is clipped as one would not show. Of texts the rows LONG are as long as
+    the contract allows, and a few tokens shorter.
     """
-    task, numbers = contract.task, [row // 2 for row in range(ROWS)]
-    targets: list[Target] = [number % 2 for number in numbers]
-    if isinstance(task, Classification):
-        targets = [number % len(task.labels) for number in numbers]
+    times = [row % 7 + 1 for row in range(ROWS)]
+    if not isinstance(contract.input, TableInput):
+        assert not isinstance(contract.model, OneHotModel)
+        most = contract.model.max_tokens
+        two, three = (
+            int(found) for found in model.encode(_inputs(contract, [2, 3])).lengths(torch.arange(2))
+        )
+        times[LONG[0]] = most  # every time at least a token: the rest is cut off
+        times[LONG[1]] = max((most - 1 - two) // max(three - two, 1) + 2, 1)
+    return _inputs(contract, times), [_target(contract, row, times[row]) for row in range(ROWS)]
+
+
+def _inputs(contract: Contract, times: Sequence[int]) -> Inputs:
+    """A row for each number, that often the same words."""
     if isinstance(contract.input, TableInput):
-        inputs: Inputs = schema.synthetic(contract.input, ROWS, seed=0)
-    else:
-        inputs = [" ".join(["a public sentence"] * (row % 7 + 1)) for row in range(ROWS)]
-        if isinstance(task, Tokens):
-            targets = [
-                [(number + word) % task.outputs for word in range(len(text.split()))]
-                for number, text in zip(numbers, inputs, strict=True)
-            ]
-        if isinstance(task, Language):
-            targets = [" ".join([f"the answer is {n}"] * (n % 4 + 1)) for n in numbers]
-            inputs = list(zip(inputs, targets, strict=True))
-        elif isinstance(contract.input, PairInput):
-            inputs = [(text, f"another one, {row % 5}") for row, text in enumerate(inputs)]
+        return schema.synthetic(contract.input, len(times), seed=0)
+    texts = [" ".join([WORDS] * n) for n in times]
+    if isinstance(contract.task, Language):
+        answers = [f"the answer is {row // 2}" for row in range(len(times))]
+        return [
+            (text, " ".join([answer] * (row // 2 % 4 + 1)))
+            for row, (text, answer) in enumerate(zip(texts, answers, strict=True))
+        ]
+    if isinstance(contract.input, PairInput):
+        return [(text, f"another one, {row % 5}") for row, text in enumerate(texts)]
+    return texts
+
+
+def _target(contract: Contract, row: int, times: int) -> Target:
+    task, number = contract.task, row // 2
+    if isinstance(task, Classification):
+        return number % len(task.labels)
+    if isinstance(task, Tokens):
+        return [(number + word) % task.outputs for word in range(times * len(WORDS.split()))]
     if isinstance(task, MultiLabel):
-        targets = [[(number + label) % 2 for label in range(task.outputs)] for number in numbers]
-    return inputs, targets
+        return [(number + label) % 2 for label in range(task.outputs)]
+    return number % 2

@@ -95,8 +95,7 @@ class Worker:
         self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
         self.data = dataset.load(table, contract, self.model)
         policy.check_records(self.lineage, self.unit)
-        if contract.privacy.mode == "dp":
-            selftest.check(contract, self.model)
+        selftest.check(contract, self.model)
         self.source_name = table.source
         self.budget = Budget(ledger, self.lineage, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from silotune.common import adapters, backbone
 from silotune.common.adapter import trained_names
-from silotune.common.architecture import Lora, OneHotModel
-from silotune.common.backbone import Around
+from silotune.common.architecture import LanguageModel, Lora, OneHotModel
+from silotune.common.backbone import Around, Backbone
 from silotune.common.cache import allocate
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError
@@ -65,35 +65,16 @@ class Adapted(Network):
         self.adapter = contract.adapter
         # A tuple keeps the shared base out of this module's parameters and state.
         self._shared = (base,)
-        self.first_adapted = len(base.layers) - (self.adapter.layers if self.adapter else 0)
-        if self.first_adapted < 0:
-            raise DataError(
-                f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
-                code="E310",
-            )
-        adapted = range(self.first_adapted, len(base.layers))
-        self.top = nn.ModuleList(_sharing(base.held(number)) for number in adapted)
-        self.virtual = None
-        if self.adapter:
-            if not isinstance(self.adapter, Lora) and performance.gradients != "expanded":
-                raise DataError(
-                    f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear "
-                    f"layers alone; adapter.kind = \"{self.adapter.kind}\" needs \"expanded\".",
-                    code="E310",
-                )
-            self.virtual = adapters.inject(self.adapter, self.top, base.size)
-            if contract.aggregation.method == "fedex":
-                adapters.correct(self.top)
+        self.first_adapted, self.top, self.virtual = adapt(contract, base, performance)
         self.requires_grad_(False)
         tensors = self.named_tensors()
         for name in trained_names(tensors, "head+adapter"):
             tensors[name].requires_grad_()
         self.eval()
         self.to(self.device)
-        self._compiled = torch.compile(self._layers, dynamic=False) if performance.compile else None
 
     @property
-    def backbone(self) -> backbone.Backbone:
+    def backbone(self) -> Backbone:
         return self._shared[0]
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
@@ -123,6 +104,24 @@ class Adapted(Network):
             adapters.begin(arrays, self.adapter, dict(self._named_layers()))
         return arrays
 
+    @torch.no_grad()
+    def forward_error(self, lengths: Sequence[int], *, bf16: bool) -> float:
+        """Against transformers' own forward pass `base(input_ids, attention_mask)`, with its own
+        attention and masks; the tokens are random ones."""
+        base, before = self.backbone, self.bf16
+        ids, mask = (t.to(self.device) for t in base.made_up(lengths, _width_of(max(lengths))))
+        expected = _sharing(base.base)  # with a configuration of its own, which no other thread has
+        expected.set_attn_implementation("eager")
+        wanted = expected(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        self.bf16 = bf16
+        try:
+            states = self._layers(base.embed(ids), base.around(mask), base.layers)
+            found = base.last(states)
+        finally:
+            self.bf16 = before
+        errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        return float(errors[mask].max())  # NaN stays NaN
+
     def _named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the adapted layers by their public names."""
         for name, module in self.top.named_modules():
@@ -142,7 +141,7 @@ class Adapted(Network):
         lengths = torch.tensor([len(row) for row in rows])
         frozen = base.layers[: self.first_adapted]
         for index, n in blocks_of(torch.arange(len(rows)), lengths, self.performance.micro_batch):
-            width = -(-int(lengths[index].max()) // BUCKET) * BUCKET
+            width = _width_of(int(lengths[index].max()))
             ids = torch.full((len(index), width), base.tokenizer.pad_token_id)
             mask = torch.zeros(ids.shape, dtype=torch.bool)
             for i, row in enumerate(index.tolist()):
@@ -178,8 +177,7 @@ class Adapted(Network):
         if self.virtual is not None:
             hidden, more = self.virtual.before(hidden), len(self.virtual.tokens)
             seen = nn.functional.pad(mask, (more, 0), value=True)
-        layers = self._compiled or self._layers
-        states = layers(hidden, self.backbone.around(seen), self.top)
+        states = self._layers(hidden, self.backbone.around(seen), self.top)
         return self.backbone.last(states)[:, more:], mask
 
     def _width(self, encoded: Encoded, index: Tensor) -> int:
@@ -200,7 +198,59 @@ class Adapted(Network):
         return hidden.float()
 
 
-def _sharing(layer: nn.Module) -> nn.Module:
-    """A layer of its own, to put an adapter into, on the same frozen weights."""
-    weights = [*layer.parameters(), *layer.buffers()]
-    return copy.deepcopy(layer, {id(tensor): tensor for tensor in weights})
+def adapt(
+    contract: Contract, base: Backbone, performance: Performance
+) -> tuple[int, nn.ModuleList, adapters.VirtualTokens | None]:
+    """The contract's adapter in the layers that it adapts, on the base's frozen weights.
+
+    Returns:
+        The number of the first adapted layer, the adapted layers, and what stands before them.
+
+    Raises:
+        DataError: E310 if the contract cannot be carried out with this model, or not with this way
+            of computing gradients.
+    """
+    spec, adapter = contract.model, contract.adapter
+    assert not isinstance(spec, OneHotModel)
+    if isinstance(spec, LanguageModel) and not base.causal:
+        raise DataError(
+            f"'{spec.name}' reads both ways; a task of language needs a model that writes from "
+            "left to right (llama, mistral, qwen2).", code="E310",
+        )
+    first = len(base.layers) - (adapter.layers if adapter else 0)
+    if first < 0:
+        raise DataError(
+            f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
+            code="E310",
+        )
+    positions = getattr(base.base.config, "max_position_embeddings", None)
+    if positions is not None and _width_of(spec.max_tokens) > positions - base.unused_places:
+        raise DataError(
+            f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
+            f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
+            f"{positions - base.unused_places}.", code="E310",
+        )
+    top = nn.ModuleList(_sharing(layer) for layer in list(base.layers)[first:])
+    if adapter is None:
+        return first, top, None
+    if not isinstance(adapter, Lora) and performance.gradients != "expanded":
+        raise DataError(
+            f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear layers "
+            f"alone; adapter.kind = \"{adapter.kind}\" needs \"expanded\".", code="E310",
+        )
+    virtual = adapters.inject(adapter, top, base.size)
+    if contract.aggregation.method == "fedex":
+        adapters.correct(top)
+    return first, top, virtual
+
+
+def _width_of(tokens: int) -> int:
+    """What a text of so many tokens is padded to where it is private."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def _sharing(module: Any) -> Any:
+    """A module of its own on the same frozen weights: to put an adapter into, or to set up in
+    another way."""
+    weights = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})

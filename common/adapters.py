@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from silotune.common.adapter import orthonormal
 from silotune.common.architecture import IA3, Adapter, Core, Lora, Prefix, Prompt
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, did_you_mean
 from silotune.common.layers import fuse_lora
 from silotune.common.messages import Arrays
 from silotune.common.rows import ALIGNED
@@ -146,14 +146,7 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
     linears = {
         name: module for name, module in top.named_modules() if isinstance(module, nn.Linear)
     }
-    chosen = [name for name in linears if name.rsplit(".", 1)[-1] in adapter.targets
-              or any(name.endswith(f".{target}") for target in adapter.targets)]
-    if not chosen:
-        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
-        raise DataError(
-            f"None of adapter.targets ({', '.join(adapter.targets)}) is a layer of this model. It "
-            f"has: {known}.", code="E310",
-        )
+    chosen = targeted(adapter.targets, list(linears))
     _check_rank(adapter, [linears[name] for name in chosen])
     if isinstance(adapter, IA3 | Core):
         for name in chosen:
@@ -174,6 +167,26 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
     inject_adapter_in_model(config, top)
     fuse_lora(top)
     return None
+
+
+def targeted(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Of the names of linear layers those that end in a target, as PEFT chooses them. DataError
+    E310 that names each target without a layer: PEFT passes over it in silence."""
+    found: dict[str, None] = {}
+    unknown = []
+    for target in targets:
+        own = [name for name in linears if f".{name}".endswith(f".{target}")]
+        found |= dict.fromkeys(own)
+        unknown += [] if own else [target]
+    if unknown:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        hints = "".join(did_you_mean(target, known) for target in unknown)
+        raise DataError(
+            f"adapter.targets names {', '.join(repr(target) for target in unknown)}, which no "
+            f"adapted layer of this model is called.{hints} Known: {', '.join(known)}.",
+            code="E310",
+        )
+    return [name for name in linears if name in found]
 
 
 def correct(top: nn.Module) -> None:

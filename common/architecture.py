@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 from silotune.common.fields import (
     Bound,
     Count,
+    Distinct,
     Flag,
     Frozen,
     Name,
@@ -69,6 +70,8 @@ class LanguageModel(Frozen):
     max_tokens: Annotated[int, Field(ge=8, le=4096, strict=True)]
 
 
+# The last parts of layers' names, each of which must be the name of some adapted layer.
+Targets = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Model = Annotated[EncoderModel | OneHotModel | LanguageModel, Field(discriminator="kind")]
 
 
@@ -84,7 +87,7 @@ class Lora(Frozen):
     rank: Count = 8
     alpha: Positive = 32.0
     layers: Count = 2
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: Targets
     seed: int = 0
     initial: Literal["kaiming"] | None = None
 
@@ -110,7 +113,7 @@ class Core(Frozen):
     rank: Count = 16
     alpha: Positive = 16.0
     layers: Count = 2
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: Targets
     seed: int = 0
 
     @property
@@ -123,7 +126,7 @@ class IA3(Frozen):
 
     kind: Literal["ia3"]
     layers: Count = 2
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: Targets
     seed: int = 0
 
     @property

@@ -37,11 +37,16 @@ NOUNS = {
     "adapter": ("silotune.common.adapter_cli", "use what a run has made"),
     "contract": ("silotune.common.contract_cli", "show or validate a contract"),
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
+    "model": ("silotune.common.model_cli", "check the folder of a base model"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),
     "privacy": ("silotune.client.privacy_cli", "see what is spent, plan a budget"),
     "server": ("silotune.server.cli", "run the server of a federation"),
     "site": ("silotune.client.cli", "run a site"),
 }
+# What `contract validate` asks, named for the same reason: what a site would refuse of a contract,
+# and where the folder of a packaged model is.
+CONTRACT_CHECK = "silotune.client.contract_check"
+MODEL_SOURCES = "silotune.simulations.data"
 
 
 class Nouns(click.Group):

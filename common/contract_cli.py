@@ -40,7 +40,7 @@ def show(contract: Path, as_json: bool) -> None:
 
     \b
     $ silotune contract show heart.toml
-    heart-diagnosis  f90dd4e5a163…
+    heart-diagnosis  2ba6e7630193…
     """
     found = named(contract)
     p = found.privacy
@@ -65,14 +65,27 @@ def show(contract: Path, as_json: bool) -> None:
 
 @contract.command()
 @CONTRACT
+@click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(contract: Path, as_json: bool) -> None:
+def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
-    exit code 2 if there is any."""
+    exit code 2 if there is any.
+
+    What every site would refuse is found too (exit code 1): a bound that does not fit the noise
+    and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
+    that the model does not have.
+    """
+    from silotune.common import contract_validation
+
     found = named(contract)
+    left_out = contract_validation.validate(found, model)
     emit(
-        {"valid": True, "sha256": found.hash, "warnings": found.warnings}, as_json,
-        "\n".join([f"✓ {contract.name or contract} is valid  {found.hash}", *_warned(found)]),
+        {"valid": True, "sha256": found.hash, "warnings": found.warnings, "not_checked": left_out},
+        as_json,
+        "\n".join([
+            f"✓ {contract.name or contract} is valid  {found.hash}", *_warned(found),
+            *(f"  {what}" for what in left_out),
+        ]),
     )
 
 

@@ -23,10 +23,10 @@ from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.plan import delta_for
 
 ENCODER = (
-    "all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    "all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d"
 )
 LANGUAGE = (
-    "SmolLM2-135M-Instruct", "d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904"
+    "SmolLM2-135M-Instruct", "5e681ceb930bb166ff23668c394168699c408f1f540a01e3662b1aecfd14a701"
 )
 
 

@@ -43,8 +43,10 @@ CODES: dict[str, str] = {
     "E206": "The contract wants a metric released that the site's policy does not permit.",
     "E207": "Worker and relay would run as one user, so code that arrives with a Flower app could "
     "read the records. Use the systemd units, start as root with two users, or say --one-user.",
-    "E208": "The start-up self-test failed: on this model a private step is not what clipping each "
-    "record by hand gives. Training would break the guarantee. Check torch's and opacus' versions.",
+    "E208": "The start-up self-test failed: the model's hidden states are not those of "
+    "transformers' own forward pass, or a private step is not what clipping each record by hand "
+    "gives. Training would break the guarantee, or train another model than the contract's. Check "
+    "torch's and opacus' versions, or use another model.",
     "E210": "The plan would spend more of the privacy budget than is left. Fewer rounds, more "
     "noise or a smaller sampling rate fit; only the owner of the records can raise the limit.",
     "E211": "The site's ledger lacks an entry it once gave a receipt for: it was rolled back, "
@@ -74,8 +76,10 @@ CODES: dict[str, str] = {
     "(task.labels) or remove those rows.",
     "E304": "A site has no rows, or fewer than its owner asks for. It cannot take part; take it "
     "out of the roster or fix its data.",
-    "E305": "A downloaded or installed file does not have the SHA-256 the contract or recipe "
-    "names. Do not use it. Delete it and fetch it again, or ask who changed it.",
+    "E305": "A downloaded or installed file or a model's folder does not have the SHA-256 the "
+    "contract or recipe names, or the folder holds files or settings that could change the model "
+    "beside those that are hashed: an adapter, code, other weights. Do not use it. Fetch it again, "
+    "or ask who changed it.",
     "E306": "A download failed. With a network: `silotune data fetch` tries again. Without one: "
     "copy the cache folder from a machine that has it.",
     "E307": "Rows of the data file are the same record more than once. The guarantee is for one "

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 
 from silotune.common import strict_json
 from silotune.common.errors import UsageError
@@ -28,6 +35,29 @@ Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Epsilon = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)]
 Delta = Annotated[float, Field(gt=0, lt=0.01, strict=True)]
+
+
+def _distinct(values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+    """ValueError that names a member which stands there more than once."""
+    for at, value in enumerate(values):
+        if value in values[:at]:
+            raise ValueError(f"{info.field_name} names {value!r} more than once")
+    return values
+
+
+def _as_cells(values: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    """ValueError that names a value which no cell has: cells are read without outer spaces."""
+    for value in values:
+        if value != value.strip():
+            raise ValueError(
+                f"{info.field_name} has {value!r}, and cells are read without spaces at their "
+                "ends: no cell would be that value"
+            )
+    return values
+
+
+Distinct = AfterValidator(_distinct)  # of a list of names
+Cells = AfterValidator(_as_cells)  # of a list of values that cells have
 
 
 class Frozen(BaseModel):

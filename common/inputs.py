@@ -53,6 +53,18 @@ class CategoryColumn(Frozen):
     phrase: str
     values: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)] = Field(min_length=2)
 
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        for value in self.raw_values:
+            if self.raw_values.count(value) > 1:
+                raise ValueError(f"column {self.name!r} has the value {value!r} more than once")
+            if not value or value != value.strip():
+                raise ValueError(
+                    f"column {self.name!r} has the value {value!r}, and cells are read without "
+                    "spaces at their ends, empty ones as missing: no cell would be that value"
+                )
+        return self
+
     @property
     def raw_values(self) -> tuple[str, ...]:
         return tuple(raw for raw, _ in self.values)

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from silotune.common.adapted import Adapted
 from silotune.common.backbone import Llama
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError
 from silotune.common.network import BUCKET, Block, Encoded, blocks_of
 from silotune.common.performance import Performance
+from silotune.common.prompts import Prompts
 from silotune.common.records import Inputs
-from silotune.common.task import Language
 from silotune.common.tasks.tokens import IGNORED
-
-ANSWER_SHARE = 2  # an answer takes at most this part of the room, so that some prompt is left
 
 
 class LanguageModel(Adapted):
@@ -31,15 +28,10 @@ class LanguageModel(Adapted):
         self, contract: Contract, folder: Path, performance: Performance | None = None
     ) -> None:
         super().__init__(contract, folder, performance)
-        if not isinstance(self.backbone, Llama):
-            raise DataError(
-                f"The model '{folder.name}' reads both ways; a task of language needs one that "
-                "writes from left to right (llama, mistral, qwen2).", code="E310",
-            )
-        assert isinstance(contract.task, Language)
-        self.system = contract.task.system
+        assert isinstance(self.backbone, Llama)  # as `adapted.adapt` makes sure
         # A tuple keeps it out of the parameters: it is the base's.
         self._unembedding = (self.backbone.unembedding(),)
+        self.prompts = Prompts(contract, self.backbone.tokenizer)
 
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Encoded:
@@ -47,7 +39,7 @@ class LanguageModel(Adapted):
             raise ValueError("there are no rows to encode")
         rows, marks = [], []
         for pair in inputs:
-            ids, asked = self.tokens(*map(str, pair))
+            ids, asked = self.prompts.tokens(*map(str, pair))
             rows.append(ids)
             # At each place the next token, if it is the answer's. Before an answer to nothing there
             # is no place for its first.
@@ -60,28 +52,6 @@ class LanguageModel(Adapted):
             torch.arange(len(rows))[:, None], torch.zeros(len(rows), 0), kept, starts,
             torch.tensor(marks),
         )
-
-    def prompt(self, text: str) -> list[int]:
-        """The tokens of what the user says, in the model's chat template if it has one."""
-        tokenizer = self.backbone.tokenizer
-        if not tokenizer.chat_template:
-            start = f"{self.system}\n\n" if self.system else ""
-            plain: list[int] = tokenizer(f"{start}{text}\n")["input_ids"]
-            return plain
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        said.append({"role": "user", "content": text})
-        words = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        found: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
-        return found
-
-    def tokens(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """The tokens of both and how many are the prompt's. Of one that is too long the beginning
-        is left out, of an answer the end."""
-        tokenizer = self.backbone.tokenizer
-        answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        answered = [*answered[: self.max_tokens // ANSWER_SHARE - 1], tokenizer.eos_token_id]
-        asked = self.prompt(prompt)[-(self.max_tokens - len(answered)) :]
-        return [*asked, *answered], len(asked)
 
     def forward(
         self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
@@ -112,7 +82,7 @@ class LanguageModel(Adapted):
             yield from blocks_of(part, encoded.lengths(part), self.performance.micro_batch)
 
     def _answers(self, encoded: Encoded, index: Tensor) -> Tensor:
-        """[len(index)] tokens of each record's answer, with its end."""
+        """[len(index)] tokens of each record's answer, with its end if it is there whole."""
         assert encoded.starts is not None
         assert encoded.marks is not None
         before = nn.functional.pad((encoded.marks != IGNORED).cumsum(0), (1, 0))
@@ -127,7 +97,7 @@ class LanguageModel(Adapted):
     @torch.no_grad()
     def answer(self, prompt: str, most: int = 64) -> str:
         """Greedy decoding, token by token, through frozen and adapted layers alike."""
-        ids, base = self.prompt(prompt)[-self.max_tokens :], self.backbone
+        ids, base = self.prompts.prompt(prompt, self.max_tokens), self.backbone
         start, mask = len(ids), torch.ones(1, 1, dtype=torch.bool, device=self.device)
         for _ in range(most):
             states = base.embed(torch.tensor([ids], device=self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from silotune.common import agreement
@@ -26,10 +27,14 @@ def misfits(contract: Contract) -> Misfits:
     ]
 
 
+def _repeated(names: Sequence[str]) -> list[str]:
+    """Those that stand there more than once."""
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
 def _of_sites(contract: Contract) -> Misfits:
-    names, wrong = [site.name for site in contract.sites], []
-    if len(set(names)) != len(names):
-        wrong.append(("sites", "a name stands twice in the roster"))
+    names = [site.name for site in contract.sites]
+    wrong = [("sites", f"site '{name}' stands twice in the roster") for name in _repeated(names)]
     if contract.quorum > len(names):
         wrong.append(
             ("quorum", f"quorum is {contract.quorum}, but the roster has {len(names)} sites")
@@ -52,9 +57,8 @@ def _of_delta(contract: Contract) -> Misfits:
 
 
 def _of_releases(contract: Contract) -> Misfits:
-    metrics, wrong = [released.metric for released in contract.releases], []
-    if len(set(metrics)) != len(metrics):
-        wrong.append(("releases", "a metric stands twice"))
+    metrics = [released.metric for released in contract.releases]
+    wrong = [("releases", f"metric '{metric}' stands twice") for metric in _repeated(metrics)]
     if contract.released_share > 0.5:
         wrong.append(("releases", "the shares add up to more than half of the budget"))
     return wrong
@@ -230,8 +234,11 @@ def _of_masks(contract: Contract) -> Misfits:
     why = agreement.problem_with(sites, contract.threshold, secure.colluders)
     if why:
         wrong.append(("secure_aggregation", why))
-    if None in keys or len(set(keys)) != sites:
-        wrong.append(("sites", "secure_aggregation needs a public_key of each site's own"))
+    without = [site.name for site in contract.sites if keys.count(site.public_key) > 1
+               or site.public_key is None]
+    if without:
+        wrong.append(("sites", "secure_aggregation needs a public_key of each site's own; not so: "
+                      f"{', '.join(without)}"))
     if contract.aggregation.largest_norm is not None:
         wrong.append(("aggregation", "nobody can see a masked update's norm: use "
                       "secure_aggregation.bound instead of aggregation.largest_norm"))

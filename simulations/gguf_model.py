@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.common.errors import DataError
-
-WEIGHTS = "model.safetensors"
+from silotune.common.model_folder import WEIGHTS
 
 
 def require_reader(name: str) -> None:
@@ -44,7 +43,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False,
     )
     # It still believes the weights to be quantised: it would refuse to save them, and say so in
     # config.json.
@@ -54,7 +54,7 @@ def _convert(file: Path, folder: Path) -> None:
     model.to(torch.float16).save_pretrained(folder)
     (folder / WEIGHTS).chmod(0o644)  # saved for the owner only; a worker may be another user
     tokenizer = AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name, local_files_only=True
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
     )
     tokenizer.save_pretrained(folder)
 

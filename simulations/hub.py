@@ -1,12 +1,11 @@
 """A model from the hub by its id, as a folder that a contract can name: weights, config, tokenizer.
 
-What a contract trusts is the weights' SHA-256, which every process checks when it reads them; the
-hub is trusted with nothing. Files with code in them are not fetched.
+What a contract trusts is the SHA-256 of the model's files (common/model_folder.py), which every
+process checks when it reads them; the hub is trusted with nothing. No other files are fetched.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from shutil import rmtree
@@ -14,20 +13,16 @@ from tempfile import mkdtemp
 from typing import NamedTuple
 from urllib.parse import quote
 
-from silotune.common.backbone import WEIGHTS
+from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
 from silotune.simulations.data import home
 
-FILES = [
-    WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
-    "added_tokens.json", "chat_template.jinja",
-]
+FILES = [*model_folder.MODEL_FILES, "model-*-of-*.safetensors"]
 ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 class HubModel(NamedTuple):
-    """sha256: of the weights, for the contract."""
+    """sha256: of the model's files, for the contract."""
 
     folder: Path
     sha256: str
@@ -35,7 +30,7 @@ class HubModel(NamedTuple):
 
 def fetch_model(model: str) -> HubModel:
     """OWNER/NAME or OWNER/NAME@REVISION into the cache. UsageError for another form, DataError when
-    the hub does not answer or the model is not one file of safetensors."""
+    the hub does not answer or the model has no weights in safetensors."""
     match = ID.fullmatch(model)
     if not match:
         raise UsageError(f"'{model}' is no hub's model: write OWNER/NAME or OWNER/NAME@REVISION.")
@@ -58,11 +53,4 @@ def fetch_model(model: str) -> HubModel:
             ) from None
         finally:
             rmtree(half.parent)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise DataError(
-            f"'{model}' has no {WEIGHTS}: its weights are in several files or in another format. "
-            "Convert them to one file of safetensors and name its folder.", code="E310",
-        )
-    with weights.open("rb") as file:
-        return HubModel(folder, hashlib.file_digest(file, "sha256").hexdigest())
+    return HubModel(folder, model_folder.manifest(folder).sha256)

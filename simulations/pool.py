@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from silotune.simulations.arms import Job, JobResult
@@ -29,6 +30,15 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """SilotuneError for the first job that every site would refuse, before anything is computed."""
+    from silotune.client import contract_check
+
+    for job in jobs:
+        for problem in contract_check.problems(job.contract, job.model_folder, job.performance):
+            raise problem
 
 
 def work(job: Job) -> JobResult:

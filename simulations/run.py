@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +24,13 @@ from pydantic import ValidationError
 from silotune.common import lengths, records
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError, RunError, UsageError, did_you_mean
+from silotune.common.errors import (
+    DataError,
+    RefusalError,
+    RunError,
+    UsageError,
+    did_you_mean,
+)
 from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS, constant, score
 from silotune.common.performance import Performance
@@ -146,16 +152,7 @@ def run(
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
         contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
-    arms = arms_of(contract, recipe.facts["arms"])
-    if options.arms:
-        known = [arm.name for arm in arms]
-        for name in options.arms:
-            if name not in known:
-                raise UsageError(
-                    f"There is no arm '{name}'.{did_you_mean(name, known)} "
-                    f"Known: {', '.join(known)}."
-                )
-        arms = [arm for arm in arms if arm.main or arm.name in options.arms]
+    arms = _chosen(arms_of(contract, recipe.facts["arms"]), options.arms)
     progress = Progress(recipe.facts, contract, quiet=quiet)
     _set_aside(folder)
     with progress.busy(f"data {recipe.facts['title']}"):
@@ -174,7 +171,13 @@ def run(
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     progress.start(counts, jobs, processes, notes, measured)
     try:
-        results = run_jobs(jobs, processes, progress)
+        results = run_jobs(jobs, processes, progress, check=True)
+    except RefusalError as error:
+        if error.code == "E205" and recipe.contract.secure_aggregation is None:
+            raise RefusalError(
+                f"{error} The masks are the simulation's: masked=false runs without.", code="E205"
+            ) from None
+        raise
     finally:
         progress.stop()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
@@ -217,6 +220,18 @@ def run(
     write_report(result, folder / "report.html")
     progress.finish(result, folder)
     return result
+
+
+def _chosen(arms: list[Arm], names: Sequence[str]) -> list[Arm]:
+    """The main arm and those that are named; all of them if none is. UsageError: no such arm."""
+    known = [arm.name for arm in arms]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"There is no arm '{name}'.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
+            )
+    return [arm for arm in arms if arm.main or arm.name in names] if names else arms
 
 
 def _check_figure(metric: str, contract: Contract, split: Path) -> None:
@@ -285,8 +300,11 @@ class Watcher(Protocol):
     def done(self, result: JobResult) -> None: ...
 
 
-def run_jobs(jobs: list[Job], processes: int, progress: Watcher) -> list[JobResult]:
-    """All jobs over a pool of processes; each loads the base model once."""
+def run_jobs(
+    jobs: list[Job], processes: int, progress: Watcher, *, check: bool = False
+) -> list[JobResult]:
+    """All jobs over a pool of processes; each loads the base model once. check: whether to ask
+    first, of all of them, what a site would refuse."""
     context = mp.get_context("spawn")
     channel = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -294,8 +312,13 @@ def run_jobs(jobs: list[Job], processes: int, progress: Watcher) -> list[JobResu
     with ProcessPoolExecutor(
         processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
     ) as executor:
-        pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
         try:
+            if check:
+                distinct = list({job.contract.hash: job for job in jobs}.values())
+                parts = [distinct[start::processes] for start in range(processes)]
+                for asked in [executor.submit(pool.check, part) for part in parts if part]:
+                    asked.result()
+            pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
             while pending:
                 done, pending = wait(pending, timeout=0.1)
                 _drain(channel, progress)

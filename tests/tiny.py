@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,16 +14,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     BertTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from silotune.client import dataset
 from silotune.client.dataset import Dataset
+from silotune.common import model_folder
 from silotune.common.contract import Contract
 from silotune.common.messages import Arrays
 from silotune.common.network import Network
@@ -36,7 +38,10 @@ SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "max_position_embeddings": 64, "initializer_range": 0.3,
 }
-TARGETS = {"bert": ["query", "value", "dense"], "llama": ["q_proj", "v_proj", "down_proj"]}
+TARGETS = {
+    "bert": ["query", "value", "dense"],
+    **{kind: ["q_proj", "v_proj", "down_proj"] for kind in ("llama", "mistral", "qwen2")},
+}
 HEADER = ["id", "person", "query", "text", "question", "answer", "age", "smoker", "label"]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
@@ -53,8 +58,11 @@ CASES = [
 
 
 @lru_cache
-def folder_of(kind: str, tied: bool = True, chat: bool = False) -> Path:
-    """A tiny BERT or Llama as a folder, made once a process."""
+def folder_of(
+    kind: str, tied: bool = True, chat: bool = False, window: int | None = None
+) -> Path:
+    """A tiny BERT, Llama, Mistral (with a sliding window) or Qwen2 as a folder, made once a
+    process."""
     path = Path(mkdtemp(prefix="tiny-"))
     torch.manual_seed(0)
     if kind == "bert":
@@ -65,11 +73,16 @@ def folder_of(kind: str, tied: bool = True, chat: bool = False) -> Path:
         BertTokenizer(vocab=str(path / "vocab.txt")).save_pretrained(path)
         return path
     names = ["<pad>", "</s>", "<unk>", *WORDS, *PIECES, "<system>", "<user>", "<assistant>"]
-    config = LlamaConfig(
+    config_class: Any = {
+        "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
+    }[kind]
+    more = {"sliding_window": window} if kind == "mistral" else {}
+    config = config_class(
         vocab_size=len(names), num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1, pad_token_id=0, **SIZES,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer = Tokenizer(WordPiece({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -81,7 +94,7 @@ def folder_of(kind: str, tied: bool = True, chat: bool = False) -> Path:
 
 
 def sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return model_folder.manifest(folder).sha256
 
 
 def task_of(kind: str) -> dict[str, Any]:

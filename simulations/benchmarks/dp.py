@@ -100,7 +100,7 @@ class Net(nn.Module):
         more = {} if causal else {"add_pooling_layer": False}
         base = kind.from_pretrained(
             data.fetch(SOURCES[case.model]), attn_implementation=attention, dtype=torch.float32,
-            **more,
+            trust_remote_code=False, **more,
         )
         total = base.config.num_hidden_layers
         config = LoraConfig(
@@ -189,7 +189,7 @@ def engine(case: Case, *, bf16: bool) -> Step:
     return _private(net.linears(), net.trained(), blocks, losses, case.batch)
 
 
-def cached(case: Case, *, bf16: bool, compiled: bool = False) -> Step:
+def cached(case: Case, *, bf16: bool) -> Step:
     """This project's classifier: the frozen layers' outputs are kept, only the top is run."""
     contract = Contract.model_validate({
         "format": 1, "name": "bench", "quorum": 1, "sites": [{"name": "a"}],
@@ -207,8 +207,7 @@ def cached(case: Case, *, bf16: bool, compiled: bool = False) -> Step:
     })
     # The batch is one block, as it is for the yardstick.
     performance = Performance(
-        bf16="on" if bf16 else "off", micro_batch=case.batch, compile=compiled,
-        device=HERE.type,
+        bf16="on" if bf16 else "off", micro_batch=case.batch, device=HERE.type,
     )
     model = Encoder(contract, data.fetch(SOURCES[case.model]), performance)
     model.load(model.initial_arrays())
@@ -282,7 +281,6 @@ SIDES: dict[str, Callable[[Case], Step]] = {
     "opacus-ghost": lambda case: opacus(case, mode="ghost"),
     "cached": lambda case: cached(case, bf16=False),
     "cached-bf16": lambda case: cached(case, bf16=True),
-    "cached-compiled": lambda case: cached(case, bf16=False, compiled=True),
 }
 RIVALS = ("peft", "peft-bf16", "peft-micro", "opacus-hooks", "opacus-ghost")
 

@@ -7,7 +7,6 @@ a worker (warm_worker.py) and a SuperNode.
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.common import join
+from silotune.common import join, model_folder
 from silotune.common.contract import Contract
 from silotune.common.errors import PeerError
 from silotune.server import service
@@ -192,13 +191,13 @@ def free_port() -> int:
 
 def contract_of(case: Case, model: Path, keys: dict[str, str], rounds: int) -> Contract:
     """One step a round over all records, without privacy. model: its folder; keys: by site."""
-    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    sha256 = model_folder.manifest(model).sha256
     labels = [{"name": name, "values": [str(at)]} for at, name in enumerate(("good", "bad"))]
     return Contract.model_validate({
         "format": 1, "name": "rounds", "quorum": len(keys), "deadline_seconds": PATIENCE,
         "task": {"label_column": "label", "labels": labels},
         "input": {"kind": "text", "column": "text"},
-        "model": {"kind": "encoder", "name": case.source, "sha256": weights, "max_tokens": TOKENS},
+        "model": {"kind": "encoder", "name": case.source, "sha256": sha256, "max_tokens": TOKENS},
         "adapter": {"rank": RANK, "alpha": float(ALPHA), "layers": case.layers,
                     "targets": case.targets},
         "privacy": {"mode": "none", "expected_records": float(len(TEXTS))},

@@ -55,7 +55,9 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     asyncio.set_event_loop(asyncio.new_event_loop())  # its `run` asks for the thread's
     memory, clock, facts = work.Memory(), work.Clock(out), work.facts_of(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(facts["model"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        facts["model"], local_files_only=True, trust_remote_code=False
+    )
     users = {
         who: PyTorchTensorDataset(work.batch(tokenizer, *work.rows_of(folder, who)), user_id=who)
         for who in work.WHO

@@ -42,7 +42,7 @@ def train(message: Message, context: Context) -> Message:
             found[name].copy_(value)
     who = work.WHO[int(context.node_config["partition-id"])]
     batch = work.batch(
-        AutoTokenizer.from_pretrained(model, local_files_only=True),
+        AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False),
         *work.rows_of(Path(str(config["folder"])), who),
     )
     trained = [p for p in found.values() if p.requires_grad]

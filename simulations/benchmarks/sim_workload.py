@@ -83,7 +83,7 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def facts_of(folder: Path) -> dict[str, str]:
-    """model: its folder; sha256: of its weights."""
+    """model: its folder; sha256: as a contract names it."""
     found: dict[str, str] = json.loads((folder / "facts.json").read_text())
     return found
 
@@ -118,7 +118,8 @@ def encoder(model: str, case: str) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     base: Any = AutoModel.from_pretrained(
-        model, dtype=torch.float32, local_files_only=True, add_pooling_layer=False
+        model, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+        add_pooling_layer=False,
     )
     base.requires_grad_(False)
     if case == ADAPTER:

@@ -35,7 +35,8 @@ server = ServerApp()
 def load_model(context: Context) -> Any:
     config = context.run_config
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(config["model"]), num_labels=LABELS, dtype=torch.float32, local_files_only=True
+        str(config["model"]), num_labels=LABELS, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False,
     )
     lora = LoraConfig(
         task_type="SEQ_CLS", r=int(config["rank"]), lora_alpha=int(config["alpha"]),
@@ -49,7 +50,7 @@ def load_data(context: Context) -> Any:
     with Path(str(context.node_config["data"])).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     tokenizer = AutoTokenizer.from_pretrained(
-        str(context.run_config["model"]), local_files_only=True
+        str(context.run_config["model"]), local_files_only=True, trust_remote_code=False
     )
     batch = tokenizer(
         [row["text"] for row in rows], truncation=True, padding=True, return_tensors="pt",

@@ -1,12 +1,10 @@
 """Per-example gradients of transformers with LoRA equal a loop over records taken alone: for every
-head, engine, attention and padding, with checkpointing, bfloat16, torch.compile and micro-batches.
+head, engine, attention and padding, with checkpointing, bfloat16 and micro-batches.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -323,7 +321,7 @@ def step(
     return flat(p.grad for p in task.parameters)
 
 
-# --- checkpointing, bfloat16, torch.compile ----------------------------------------------------
+# --- checkpointing, bfloat16 -------------------------------------------------------------------
 
 
 @contextmanager
@@ -385,54 +383,6 @@ def test_bfloat16_is_off_by_its_roundings(
     typical = float(error.norm(dim=1).square().mean().sqrt())
     assert 1e-3 < typical < 0.04
     assert float(error.mean(dim=0).norm()) < 0.75 * typical
-
-
-COMPILERS = [
-    "aot_eager",  # the graphs that would be compiled, forward and back, run as they are
-    pytest.param("inductor", marks=pytest.mark.skipif(
-        shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
-    )),
-]
-
-
-@pytest.mark.parametrize("backend", COMPILERS)
-def test_compiled_layers_give_the_same(backend: str) -> None:
-    """As common/encoder.py compiles them; again when the weights have changed, and alone."""
-    register_attention()
-    task = Task("bert", "sequence", "silotune", fused=True)
-    layers: Callable[[Tensor, Tensor], Tensor]
-
-    def plain(hidden: Tensor, bias: Tensor) -> Tensor:
-        for layer in task.layers:
-            hidden = layer(hidden, bias)
-        return hidden
-
-    def states(ids: Tensor, mask: Tensor) -> Tensor:
-        bias = torch.zeros(mask.shape).masked_fill(mask == 0, torch.finfo(torch.float32).min)
-        return layers(task.network.embeddings(input_ids=ids), bias[:, None, None, :])
-
-    task.states = states  # type: ignore[method-assign]
-    runs = 0
-
-    def counting(graph: Any, example: Any) -> Any:
-        nonlocal runs
-        runs += 1
-        return torch._dynamo.lookup_backend(backend)(graph, example)
-
-    compiled = torch.compile(plain, dynamic=False, backend=counting)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own
-            for _ in range(2):
-                layers = plain
-                expected = task.found("expanded", torch.arange(N))
-                layers = compiled
-                near(task.found("expanded", torch.arange(N)), expected)
-                for p in task.parameters:
-                    p.data.mul_(1.5)
-        assert runs == 1  # neither broken up, nor compiled once more for new views
-    finally:
-        torch._dynamo.reset()
 
 
 # --- micro-batches -----------------------------------------------------------------------------

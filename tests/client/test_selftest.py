@@ -18,9 +18,10 @@ from silotune.client.dp import CryptoNoiseOptimizer
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
 from silotune.client.worker import Worker
+from silotune.common.backbone import Bert
 from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
-from silotune.common.errors import RefusalError
+from silotune.common.errors import DataError, RefusalError
 from silotune.common.model import build
 from silotune.common.performance import Performance
 from silotune.common.tasks import classification
@@ -219,3 +220,171 @@ def test_frozen_layers_that_mix_records_are_refused(
     with pytest.raises(RefusalError, match="frozen layers") as refused:
         selftest.check(lora_contract, model)
     assert refused.value.code == "E208"
+
+
+# The model is the one that transformers makes of its files
+
+
+def language(kind: str, window: int | None = None, **more: Any) -> tuple[Contract, Any]:
+    folder = tiny.folder_of(kind, window=window)
+    contract = tiny.contract_of("language", kind, folder, **more)
+    return contract, build(contract, folder, Performance(device="cpu", bf16="off"))
+
+
+@pytest.mark.parametrize(("kind", "window"), [
+    ("llama", None), ("qwen2", None), ("mistral", None), ("mistral", 32), ("mistral", 64),
+])
+def test_a_model_that_equals_transformers_forward_pass_is_accepted(
+    kind: str, window: int | None
+) -> None:
+    selftest.check(*language(kind, window))
+
+
+@pytest.mark.parametrize("bf16", ["off", "on"])
+@pytest.mark.parametrize("window", [9, 24])
+def test_a_sliding_window_shorter_than_the_text_is_refused(window: int, bf16: str) -> None:
+    """Our layers know no window: such a model was trained on, 8 % off what it is. A window that the
+    shorter of two text lengths does not reach is found by the longer one."""
+    folder = tiny.folder_of("mistral", window=window)
+    contract = tiny.contract_of("language", "mistral", folder)
+    model = build(contract, folder, Performance(device="cpu", bf16=bf16))  # type: ignore[arg-type]
+    with pytest.raises(RefusalError, match="off transformers' own forward pass") as refused:
+        selftest.check(contract, model)
+    assert refused.value.code == "E208"
+    assert "for texts of 32 tokens" in str(refused.value)
+    fits = contract.changed(model={"max_tokens": 8})  # as the message advises
+    assert fits.model.max_tokens == 8  # type: ignore[union-attr]
+    selftest.check(fits, build(fits, folder, Performance(device="cpu", bf16=bf16)))  # type: ignore[arg-type]
+
+
+def test_the_model_is_compared_without_privacy_too() -> None:
+    contract, model = language("mistral", 9)
+    plain = contract.changed(privacy={"mode": "none"})
+    with pytest.raises(RefusalError, match="forward pass"):
+        selftest.check(plain, model)
+
+
+def test_a_worker_tests_its_model_without_privacy_too(
+    table_contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    write_rows: Callable[..., Path], make_worker: Callable[..., Worker],
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        selftest, "check", lambda contract, model: seen.append(contract.privacy.mode))
+    plain = table_contract.changed(privacy={"mode": "none"})
+    make_worker(plain, write_rows(tmp_path / "rows.csv", 50))
+    assert seen == ["none"]
+
+
+def masks_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Padding that is looked at: seen only where a neighbour is longer."""
+    original = Bert.around
+    patch.setattr(Bert, "around", lambda self, mask: original(self, torch.ones_like(mask)))
+
+
+def another_activation(patch: pytest.MonkeyPatch) -> None:
+    original = Bert.through
+
+    def broken(self: Bert, layer: Any, hidden: Tensor, around: Any) -> Tensor:
+        return original(self, layer, hidden, around) * (1 + 1e-3)
+
+    patch.setattr(Bert, "through", broken)
+
+
+def positions_one_off(patch: pytest.MonkeyPatch) -> None:
+    original = Bert.embed
+    patch.setattr(Bert, "embed", lambda self, ids: original(self, ids).roll(1, dims=1))
+
+
+@pytest.mark.parametrize(
+    "mutation", [masks_ignored, another_activation, positions_one_off], ids=lambda m: m.__name__
+)
+def test_layers_that_compute_something_else_are_refused(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = tiny.contract_of("classification", "bert")
+    model = build(
+        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8))
+    mutation(monkeypatch)
+    with pytest.raises(RefusalError, match="self-test of the model"):
+        selftest.check(contract, model)
+
+
+def test_the_stock_attention_is_put_back() -> None:
+    """It is set in a copy: other threads of the process train on the same base."""
+    _, model = language("llama")
+    before = model.backbone.base.config._attn_implementation
+    assert model.forward_error((32, 16), bf16=False) < 1e-5
+    assert model.backbone.base.config._attn_implementation == before != "eager"
+
+
+# The same bits, whatever lies beside
+
+
+def beside_padding(hidden: Tensor, mask: Tensor) -> Tensor:
+    """transformers chooses another path for all rows where one of them is padded."""
+    return hidden if bool(mask.all()) else hidden * (1 + 1e-6)
+
+
+def beside_shorter_rows(hidden: Tensor, mask: Tensor) -> Tensor:
+    """A rounding that follows the mean length of a block."""
+    return hidden * (1 + 1e-5 * float(mask.float().mean()))
+
+
+def at_long_texts_alone(hidden: Tensor, mask: Tensor) -> Tensor:
+    """A rounding by place, in blocks of the widest kind."""
+    places = torch.arange(len(hidden), dtype=torch.float32)[:, None, None]
+    return hidden * (1 + 1e-6 * places) if hidden.shape[1] > 48 else hidden
+
+
+@pytest.mark.parametrize("part", ["lower", "upper"])
+@pytest.mark.parametrize(
+    "depends", [beside_padding, beside_shorter_rows, at_long_texts_alone], ids=lambda d: d.__name__
+)
+def test_a_row_that_depends_on_those_beside_it_is_refused(
+    depends: Callable[[Tensor, Tensor], Tensor], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = tiny.contract_of("tokens", "bert").changed(model={"max_tokens": 64})
+    model = build(
+        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8))
+    assert isinstance(model, Encoder)
+    selftest.check(contract, model)
+    selftest._passed.clear()
+    if part == "upper":
+        upper = Encoder._upper
+
+        def broken(self: Encoder, *args: Any) -> tuple[Tensor, Tensor]:
+            states, mask = upper(self, *args)
+            return depends(states, mask), mask
+
+        monkeypatch.setattr(Encoder, "_upper", broken)
+    else:
+        lower = Encoder._lower
+
+        def changed(self: Encoder, *args: Any) -> Any:
+            for block in lower(self, *args):
+                yield block._replace(hidden=depends(block.hidden, block.mask))
+
+        monkeypatch.setattr(Encoder, "_lower", changed)
+    with pytest.raises(RefusalError, match="depend") as refused:
+        selftest.check(contract, model)
+    assert refused.value.code == "E208"
+
+
+def test_texts_of_the_contracts_longest_are_among_the_made_up_rows() -> None:
+    for task in ("classification", "tokens", "bi", "cross"):
+        contract = tiny.contract_of(task, "bert").changed(model={"max_tokens": 64})
+        model = build(contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off"))
+        inputs, targets = selftest._rows(contract, model)
+        lengths = model.encode(inputs).lengths(torch.arange(selftest.ROWS)).tolist()
+        assert len(targets) == len(lengths) == selftest.ROWS
+        assert max(lengths) == 64
+        assert 48 < sorted(lengths)[-2] < 64  # padded beside the longest, in one block with it
+
+
+def test_a_model_with_fewer_positions_than_the_texts_is_refused() -> None:
+    """Before, it failed in the middle of a text."""
+    contract = tiny.contract_of("classification", "bert").changed(model={"max_tokens": 80})
+    with pytest.raises(DataError, match="made for at most 64") as refused:
+        build(contract, tiny.folder_of("bert"))
+    assert refused.value.code == "E310"

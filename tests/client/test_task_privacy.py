@@ -103,9 +103,7 @@ def base_of(model: Network) -> list[Tensor]:
     """The frozen weights that the adapted layers stand on."""
     if not isinstance(model, Adapted):
         return []
-    held = range(model.first_adapted, len(model.backbone.layers))
-    layers = [model.backbone.base, *map(model.backbone.held, held)]
-    return [tensor for layer in layers for tensor in layer.parameters()]
+    return list(model.backbone.base.parameters())
 
 
 def check_sensitivity(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +273,7 @@ def test_logits_and_losses_are_the_librarys(tied: bool, chat: bool) -> None:
     outputs = model(encoded, index, adapter=True)
     losses = model.objective.losses(outputs, model.targets(encoded, labels, index))
     for row, (asked, answer) in enumerate(PAIRS):
-        ids, before = model.tokens(asked, answer)
+        ids, before = model.prompts.tokens(asked, answer)
         own = torch.tensor([ids])
         marks = own.clone()
         marks[0, :before] = IGNORED
@@ -314,26 +316,127 @@ def test_marks_are_on_the_answer_and_its_end_alone() -> None:
 @pytest.mark.parametrize("system", [None, "no pain"])
 def test_the_prompt_is_in_the_models_own_template(system: str | None) -> None:
     model = language_model(chat=True, task={"system": system})
-    said = model.backbone.tokenizer.decode(model.prompt("left arm"))
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
     start = f"<system> {system} </s> " if system else ""
     assert said == f"{start}<user> left arm </s> <assistant>"
     plain = language_model(task={"system": system})
-    assert plain.backbone.tokenizer.decode(plain.prompt("left arm")) == " ".join(
+    assert plain.backbone.tokenizer.decode(plain.prompts.prompt("left arm")) == " ".join(
         [*([system] if system else []), "left arm"]
     )
 
 
-def test_of_what_is_too_long_the_prompts_beginning_is_left_out() -> None:
+def test_of_what_is_too_long_the_beginning_of_the_users_text_is_left_out() -> None:
     model = language_model(model={"max_tokens": 8})
     tokenizer = model.backbone.tokenizer
     words = tiny.WORDS
-    ids, before = model.tokens(" ".join(words), "left arm")
+    ids, before = model.prompts.tokens(" ".join(words), "left arm")
     assert tokenizer.convert_ids_to_tokens(ids) == [*words[-5:], "left", "arm", "</s>"]
     assert before == 5
-    # Of an answer that is too long the end: some prompt is left, and the answer has an end.
-    ids, before = model.tokens(" ".join(words), " ".join(words))
-    assert tokenizer.convert_ids_to_tokens(ids) == [*words[-4:], *words[:3], "</s>"]
+
+
+def test_an_answer_that_is_cut_has_no_end_token() -> None:
+    """A model must not learn to stop in the middle of a sentence."""
+    model = language_model(model={"max_tokens": 8})
+    tokenizer, words = model.backbone.tokenizer, tiny.WORDS
+    for n in range(1, 8):
+        ids, before = model.prompts.tokens("left arm", " ".join(words[:n]))
+        answered = tokenizer.convert_ids_to_tokens(ids)[before:]
+        assert answered == (words[:4] if n > 3 else [*words[:n], "</s>"])
+    ids, before = model.prompts.tokens(" ".join(words), " ".join(words))
+    assert tokenizer.convert_ids_to_tokens(ids) == [*words[-4:], *words[:4]]
     assert before == 4
+
+
+# Chat templates, on the words of tests/tiny.py: as Gemma and Mistral have them, as others do.
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}<user> {{ m.content | trim }} </s> {% endfor %}<assistant>"
+)
+LEAVES_SYSTEM_OUT = (
+    "{% for m in messages if m.role == 'user' %}<user> {{ m.content }} </s> {% endfor %}<assistant>"
+)
+FOLDS_SYSTEM_IN = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content ~ ' no ' %}{% else %}"
+    "{% set s = '' %}{% endif %}<user> {{ s }}{{ messages[-1].content }} </s> <assistant>"
+)
+TEMPLATES = {
+    "a system role": tiny.CHAT, "refuses it": REFUSES_SYSTEM, "leaves it out": LEAVES_SYSTEM_OUT,
+    "folds it in": FOLDS_SYSTEM_IN,
+}
+
+
+def chat_model(folder: Path, template: str, **more: Any) -> LanguageModel:
+    """A tiny model with a chat template of its own."""
+    shutil.copytree(tiny.folder_of("llama"), folder)
+    (folder / "chat_template.jinja").write_text(template)
+    contract = tiny.contract_of("language", "llama", folder)
+    return LanguageModel(contract.changed(**more), folder, EXACT)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_the_system_message_is_in_the_prompt_by_every_template(
+    template: str, tmp_path: Path
+) -> None:
+    model = chat_model(tmp_path / "m", template, task={"system": "the burn today"})
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
+    assert said.count("the burn today") == 1
+    assert said.index("the burn today") < said.index("left arm")
+    assert said.endswith("</s> <assistant>")
+    plain = chat_model(tmp_path / "plain", template)
+    assert "<user> left arm </s> <assistant>" in plain.backbone.tokenizer.decode(
+        plain.prompts.prompt("left arm")
+    )
+
+
+@pytest.mark.parametrize("system", [None, "the burn today"])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), ""], ids=[*TEMPLATES.keys(), "none"])
+def test_a_long_prompt_keeps_the_system_message_and_the_template(
+    template: str, system: str | None, tmp_path: Path
+) -> None:
+    """Before, the first tokens of the whole were left out: the system message, then the frame."""
+    more: dict[str, Any] = {"task": {"system": system}, "model": {"max_tokens": 24}}
+    model = chat_model(tmp_path / "m", template, **more)
+    tokenizer = model.backbone.tokenizer
+    rng = np.random.default_rng(0)
+    words = [str(word) for word in rng.choice(["pain", "chest", "arm", "left", "right"], 60)]
+    whole = model.prompts.prompt(" ".join(words))
+    for answer in ("no", " ".join(words)):
+        ids, before = model.prompts.tokens(" ".join(words), answer)
+        assert len(ids) == 24  # no room is left, and none is wanting
+        kept = [w for w in tokenizer.convert_ids_to_tokens(ids[:before]) if w in set(words)]
+        assert kept == words[len(words) - len(kept) :]  # the end of the user's text
+        # What stands about the user's text is there whole, at both ends.
+        frame = [token for token in whole if tokenizer.decode([token]) not in set(words)]
+        assert [token for token in ids[:before] if token in set(frame)] == frame
+    assert len(model.prompts.prompt(" ".join(words), 24)) == 24
+
+
+def test_a_frame_that_leaves_no_room_is_refused_at_the_start(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"task": {"system": " ".join(tiny.WORDS)}, "model": {"max_tokens": 16}}
+    with pytest.raises(DataError, match=r"Raise model\.max_tokens") as error:
+        chat_model(tmp_path / "m", tiny.CHAT, **more)
+    assert error.value.code == "E310"
+    more["model"]["max_tokens"] = 40  # as it says
+    assert chat_model(tmp_path / "n", tiny.CHAT, **more).prompts.prompt("left arm")
+
+
+def test_a_template_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
+    template = "{{ raise_exception('an image is needed') }}"
+    with pytest.raises(DataError, match="an image is needed") as error:
+        chat_model(tmp_path / "m", template)
+    assert error.value.code == "E310"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_at_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny.folder_of("llama"), folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    contract = tiny.contract_of("language", "llama", folder)
+    with pytest.raises(DataError, match="names no eos_token") as error:
+        LanguageModel(contract, folder, EXACT)
+    assert error.value.code == "E310"
 
 
 @pytest.mark.parametrize("model", ["bert", "llama"])
@@ -371,7 +474,7 @@ def test_it_answers_as_the_library_generates(chat: bool) -> None:
     whole, tokenizer = library(model, chat=chat), model.backbone.tokenizer
     told = set()
     for asked in ASKED:
-        ids = torch.tensor([model.prompt(asked)])
+        ids = torch.tensor([model.prompts.prompt(asked)])
         found = whole.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
             pad_token_id=0,
@@ -413,7 +516,7 @@ def test_it_answers_as_it_was_trained(adapter: dict[str, Any]) -> None:
     for by in (0.0, 2.0):
         model.load(tiny.moved(model, by=by))
         for asked in ASKED:
-            expected = greedy(model, model.prompt(asked), 6)
+            expected = greedy(model, model.prompts.prompt(asked), 6)
             told.append(model.answer(asked, most=6))
             decoded = model.backbone.tokenizer.decode(expected, skip_special_tokens=True)
             assert told[-1] == decoded.strip()

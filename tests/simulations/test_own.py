@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from silotune.common import contract as contracts
 from silotune.common.errors import DataError, UsageError
 from silotune.common.reading import Reading
+from silotune.simulations import pool
+from silotune.simulations import run as run_module
 from silotune.simulations.recipe import own_recipe
 from silotune.simulations.run import lengths_of
 from silotune.simulations.split import of_file
+from tests import tiny
 from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
 Ran = tuple[int, str, str]
@@ -257,3 +264,90 @@ def test_texts_that_are_cut_are_said_and_named_as_the_cause(
     split = own_recipe(Path("ner.toml"), Path("notes.conll"), None).rows(tmp_path / "run")
     measured = lengths_of(contract, None, split.folder)
     assert counts in measured.sentence
+
+
+# What a site would refuse is said before anything is computed
+
+
+class InProcess:
+    """A pool of processes that are this one: starting some takes longer than what they do here."""
+
+    def __init__(self, *_: object, initargs: tuple[Any, int], **__: object) -> None:
+        pool._channel = initargs[0]
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pool._channel = None
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "ProcessPoolExecutor", InProcess)
+
+
+def few(table: Path, out: str, *settings: str) -> list[str | Path]:
+    return ["sim", "run", table.with_suffix(".toml"), f"data={table}", "site_column=branch",
+            "repeats=1", "cheap_repeats=1", "arms=pooled-no-dp", "processes=1", *settings,
+            "--out", table.parent / out]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.usefixtures("in_process")
+def test_a_device_that_is_not_there_stops_a_simulation_before_it_computes(
+    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran]
+) -> None:
+    contract_of(table)
+    code, _, wrong = run(*few(table, "run", "device=cuda"))
+    assert code == 1
+    assert "E309 performance.device is 'cuda'" in wrong
+    assert not (table.parent / "run" / "arms").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_masks_that_do_not_fit_stop_a_simulation_and_the_advice_works(
+    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran]
+) -> None:
+    """The masks are the simulation's own: `contract validate` has none to refuse."""
+    file = contract_of(table)
+    rate = re.compile(r"^head_rate = .*$", re.MULTILINE)
+    file.write_text(rate.sub("head_rate = 9000.0", file.read_text()))
+    assert run("contract", "validate", file)[0] == 0
+    code, _, wrong = run(*few(table, "run"))
+    assert code == 1
+    assert "E205 secure_aggregation.bound = 16 does not fit" in wrong
+    assert "masked=false runs without" in wrong
+    assert not (table.parent / "run" / "arms").exists()
+    file.write_text(re.sub(r"(?m)^rounds = .*$", "rounds = 1", file.read_text()))
+    assert run(*few(table, "second", "masked=false"))[0] == 0
+
+
+def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """The first arms have no adapter: they would be trained, and the adapter's arms then fail."""
+    folder = tiny.folder_of("bert")
+    made = tiny.contract_of("classification", "bert", folder)
+    contract = made.changed(adapter={"targets": ["value", "qeury"]})
+    file = tmp_path / "typo.json"
+    file.write_text(contract.model_dump_json(exclude_none=True))
+    table = tiny.write(tmp_path / "rows.csv", tiny.rows_of("classification", 60))
+    code, _, wrong = run(
+        "sim", "run", file, f"data={table}", f"model={folder}", "processes=1", "repeats=1",
+        "cheap_repeats=1", "--out", tmp_path / "run",
+    )
+    assert code == 1
+    assert "E310 adapter.targets names 'qeury'" in wrong
+    assert not (tmp_path / "run" / "arms").exists()

@@ -81,7 +81,8 @@ def test_the_stock_app_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, MASKED], ids=lambda case: case.label)
 def test_the_contract_is_one_step_over_all_records(case: Case, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"{}")
     keys = {site: f"{at:064x}" for at, site in enumerate(case.sites)}
     contract: Contract = contract_of(case, tmp_path, keys, rounds.ROUNDS)
     assert contract.rounds == rounds.ROUNDS
