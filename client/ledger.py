@@ -16,7 +16,6 @@ The clock is written down for people to read; nothing is computed from it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import hmac
@@ -49,7 +48,7 @@ from silotune.client.entries import (
 from silotune.client.identity import Links
 from silotune.client.keys import Keys, make_private_folder
 from silotune.client.lineage import SIZE, Lineage, basis_of
-from silotune.common.durable import write_durably
+from silotune.common.durable import is_full, write_durably
 from silotune.common.errors import RefusalError
 from silotune.common.messages import Receipt
 from silotune.common.signing import verifies
@@ -465,7 +464,7 @@ class Ledger:
                 f"Entry {sequence} of the ledger stands, so what it charged is spent; what should "
                 "follow on it was not stored."
             )
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise _full(self._folder, stands) from None
             raise RefusalError(
                 f"The disk of this site cannot be written ({error.strerror}). {stands}", code="E216"
@@ -486,7 +485,7 @@ class Ledger:
         try:
             descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise _full(self._folder, NOTHING_SPENT) from None
             raise
         try:
