@@ -27,7 +27,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=64).map(str.strip).filter(bool)
 
 def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """A result as simulations/summary.py makes it, each figure of it another."""
-    order = np.random.default_rng(seed).permutation(1000)
+    order = 1 + np.random.default_rng(seed).permutation(999)  # 0.000 stands in a δ of 0.0001
     numbers = iter(order[: (2 + len(sites)) * arms].tolist())
 
     def figure() -> dict[str, float]:
@@ -86,8 +86,7 @@ def test_every_figure_stands_whole_on_a_line_that_fits(
         assert text.count(figure) == 1, figure
     for whole in ("8 (0.0001)", "1,536", "12,269", "1021"):
         assert text.count(whole) >= arms // 2, whole
-    squeezed = "".join(text.split())  # names may be broken, but are all there
-    assert all("".join(site.split())[:6] in squeezed for site in sites)
+    assert all(site.split()[0][:6] in text for site in sites)  # the rest may be on another line
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
