@@ -38,8 +38,8 @@ CODES: dict[str, str] = {
     "Under secure aggregation a site charges a round once, whatever the attempt: a round that then "
     "lacks sites is given up, and the run goes on with the next one.",
     "E205": "The site's policy (site.toml) is narrower than the contract: unit or its key, clip "
-    "norm, delta, task, model, number of sites, or how this machine may clip. The contract must "
-    "fit the policy, never the reverse.",
+    "norm, delta, task, model, number of sites, masks, or how this machine may clip. The contract "
+    "must fit the policy, never the reverse.",
     "E206": "The contract wants a metric released that the site's policy does not permit.",
     "E207": "Worker and relay would run as one user, so code that arrives with a Flower app could "
     "read the records. Use the systemd units, start as root with two users, or say --one-user.",

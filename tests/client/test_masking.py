@@ -638,6 +638,32 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
         Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
 
 
+@pytest.mark.parametrize("more", [
+    {}, {"control": "scaffold"}, {"adam": {"floor": 0.05}},
+], ids=["sgd", "control", "adam"])
+def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
+    federation: Federation, more: dict[str, Any]
+) -> None:
+    """The smallest bound, by hand: of the second phase, which moves most."""
+    plain = {"trains": "head", "sampling_rate": 0.5, "budget": 0.5}
+    contract = federation.contract.changed(
+        privacy={"clip_norm": 0.5}, releases=[{"metric": "loss", "share": 0.2}],
+        phases=[plain | {"rounds": 2, "head_rate": 0.01},
+                plain | {"rounds": 3, "local_steps": 4, "head_rate": 0.3} | more],
+    )
+    plan = accounting.plan(contract, contract.target_of("north"))
+    second = plan[1].noise_multiplier / np.sqrt(0.8) * 0.5 / (50 * 0.5)
+    if "adam" in more:
+        most = 0.3 * 4 * (1 + 8 * second / 0.05)
+    else:
+        most = 0.3 * (4 * 0.5 + 8 * 2 * second) * (3 if more else 1)
+    too_small = contract.changed(secure_aggregation={"bound": 0.99 * most})
+    with pytest.raises(RefusalError, match=f"must lie between {most:.2g} and") as caught:
+        check_bound(too_small, plan)
+    assert caught.value.code == "E205"
+    check_bound(contract.changed(secure_aggregation={"bound": 1.01 * most}), plan)
+
+
 def test_an_older_contract_keeps_its_hash(table_contract: Contract) -> None:
     """None is no part of it: a setting that was added changes no contract without it."""
     assert "secure" not in table_contract.model_dump_json(exclude_none=True)
