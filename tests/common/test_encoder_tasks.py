@@ -543,7 +543,7 @@ def test_a_model_that_reads_both_ways_cannot_answer() -> None:
 
 @pytest.mark.parametrize(("more", "words"), [
     ({"layers": 4}, "adapter.layers is more than the 3 layers of 'tiny'"),
-    ({"targets": ["q_proj"]}, "None of adapter.targets (q_proj) is a layer of this model."),
+    ({"targets": ["q_proj"]}, "names 'q_proj', which no adapted layer of this model is called"),
 ])
 def test_an_adapter_that_the_model_has_no_place_for(more: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError) as caught:
