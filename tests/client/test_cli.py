@@ -107,6 +107,18 @@ def test_a_file_name_with_quotes_stays_one(run: Run, tmp_path: Path) -> None:
     assert policy.load(tmp_path / "x" / "site.toml").data.file == tmp_path / "x" / 'a"b\\c.csv'
 
 
+def test_what_is_read_otherwise_than_it_stands_is_a_warning_of_check(run: Run, site: Site) -> None:
+    file = site.folder / "rows.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0] + ",note", *(f"{line},a" for line in lines[1:-1]),
+                               f"{lines[-1]},b\0"]))
+    file.chmod(0o600)
+    found = checks(run, site)
+    assert found["columns"]["state"] == "ok"
+    assert found["rows"]["state"] == "warning"
+    assert f"control characters stand in row {len(lines)}" in found["rows"]["result"]
+
+
 def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: Site) -> None:
     result = run("site", "check", "contract.json", "--config", site.config)
     assert "Ready: 0 problems" in result.output

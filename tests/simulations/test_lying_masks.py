@@ -16,6 +16,7 @@ from silotune.simulations import poison as poisons
 from silotune.simulations.arms import Job
 from silotune.simulations.poison import LyingMasking, Poison, liars, lying
 from silotune.simulations.recipe import Recipe
+from silotune.simulations.split import Split
 from silotune.simulations.study import Study, asked, cells_of, compare
 from tests.client.test_masking import SITES, Federation
 from tests.simulations.test_partition import contract_of, split_where_smokers_are_ill
@@ -135,7 +136,7 @@ def recipe(tmp_path: Path) -> Recipe:
         phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 2.0}],
         aggregation={"momentum": 0.0},
     )
-    return Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: ([], source))
+    return Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
 
 
 def test_arms_with_masks_are_run_with_them_and_asked_once(

@@ -13,6 +13,7 @@ from silotune.common.errors import UsageError
 from silotune.common.messages import Message, Receipt, Refusal, Update
 from silotune.simulations.poison import TRIGGERED, Poison, liars, lying, poisoned_rows
 from silotune.simulations.recipe import Recipe
+from silotune.simulations.split import Split
 from silotune.simulations.study import Study, compare
 from tests.simulations.test_partition import contract_of, split_of, split_where_smokers_are_ill
 
@@ -90,7 +91,7 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
         phases=[{"trains": "head", "rounds": 6, "sampling_rate": 1.0, "head_rate": 2.0}],
         aggregation={"momentum": 0.0},
     )
-    recipe = Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: ([], source))
+    recipe = Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
     poison = {"kind": "sign", "factor": 100.0}
     robust = {"aggregation": {"robust": {"rule": "median"}}}
     study = Study.model_validate({

@@ -20,6 +20,7 @@ from silotune.simulations.kept import Kept
 from silotune.simulations.partition import Partition
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.run import machine
+from silotune.simulations.split import Split
 from silotune.simulations.study import Study, cells_of, compare, load_study, rates_of, study_file
 from tests.simulations.test_partition import contract_of, split_of
 
@@ -52,7 +53,7 @@ def study(tmp_path: Path) -> Study:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     source = split_of(tmp_path / "rows")
-    return Recipe("small", contract_of(), {"metric": "accuracy"}, {}, lambda _: ([], source))
+    return Recipe("small", contract_of(), {"metric": "accuracy"}, {}, lambda _: Split([], source))
 
 
 def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
