@@ -27,14 +27,18 @@ def escaped(text: str, *, lines: bool = True) -> str:
 
     Args:
         text: Any string.
-        lines: Whether line feeds and tabs stay; False for what has to stay on one line.
+        lines: Whether line feeds and tabs stay. False for what has to stay on one line and to show
+            every character that it has: what Python does not call printable is escaped, too.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        c if not _unsafe(c) or (lines and c in "\n\t") else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    if not lines:
+        return "".join(c if c.isprintable() else _escape(c) for c in text)
+    return "".join(_escape(c) if _unsafe(c) and c not in "\n\t" else c for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def escaped_json(data: Any) -> str:
