@@ -34,12 +34,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from silotune.client.person_names import simplified_characters
 from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Frozen
 
 Kind = Literal[
     "person", "email", "phone", "address", "date", "iban", "card", "ssn", "record_number",
-    "resident_id",
+    "resident_id", "passport", "license_plate", "messenger_id", "url", "ip_address",
 ]
 Action = Literal["redact", "mask", "pseudonymise", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -188,8 +189,9 @@ class Deidentifier:
 def simplified(text: str) -> tuple[str, list[int] | range]:
     """`text` as the recognisers expect it, and the place in `text` of each of its characters.
 
-    Full-width and other digits and letters, hyphens and spaces become ASCII's; what has no width
-    and could split a number is gone.
+    Full-width and other digits and letters, hyphens and spaces become ASCII's; traditional Chinese
+    characters that a pattern or a list uses become simplified; what has no width and could split a
+    number is gone.
     """
     if text.isascii():
         return text, range(len(text))
@@ -199,7 +201,7 @@ def simplified(text: str) -> tuple[str, list[int] | range]:
 
 
 def _simple(char: str) -> str:
-    """The one ASCII character that stands for the same, or `char`."""
+    """The one ASCII or simplified Chinese character that stands for the same, or `char`."""
     if char.isascii():
         return char
     if "！" <= char <= "～" and (char.isalnum() or char in "＠．－＋：＃／＿"):
@@ -209,7 +211,8 @@ def _simple(char: str) -> str:
         return str(unicodedata.decimal(char))
     if category == "Zs":
         return " "
-    return _HYPHENS.get(ord(char)) or _QUOTES.get(ord(char)) or char
+    plain = _HYPHENS.get(ord(char)) or _QUOTES.get(ord(char))
+    return plain or simplified_characters().get(char, char)
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:

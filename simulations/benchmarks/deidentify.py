@@ -5,6 +5,9 @@ share of labels of which any character was found as that kind (`recall`), which 
 first to last character (`exact`), or of which no letter or digit is left in the redacted text,
 under whatever kind (`gone`: what matters to the person); precision, the share of findings of the
 kind that touch a label of it. Then the same recall for names that names.toml has and has not.
+
+On clinical sentences without any personal detail (clean_sentences.py): the share of them in which
+nothing is found (`untouched`), and how many false findings of which kind there are.
 """
 
 from __future__ import annotations
@@ -14,18 +17,20 @@ import os
 import platform
 import subprocess
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from silotune.client.deidentify import KINDS, Deidentifier, Deidentify, Finding
 from silotune.client.person_names import Names
+from silotune.simulations.benchmarks.clean_sentences import clean_sentences
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Language, Set, texts
 
 RESULTS = Path("simulations/benchmarks/results")
 EACH = 60  # texts of every template
+CLEAN = 1000  # sentences without a personal detail, of each language
 SEED = 1
 
 
@@ -109,6 +114,23 @@ def _is_listed(name: str, names: Names) -> bool:
     return (family == 2 or name[0] in names.zh_family) and set(name[family:]) <= names.zh_given
 
 
+@dataclass(frozen=True)
+class CleanResult:
+    """Of `sentences` without a personal detail: how many had no finding; false findings by kind."""
+
+    sentences: int
+    untouched: int
+    false_findings: dict[str, int]
+
+
+def measure_clean(language: Language, count: int = CLEAN, seed: int = SEED) -> CleanResult:
+    """Search clean sentences, for the details of both languages."""
+    deidentifier = Deidentifier(Deidentify(), bytes(32))
+    found = [deidentifier.find(text) for text in clean_sentences(language, count, seed)]
+    kinds = Counter(finding.kind for findings in found for finding in findings)
+    return CleanResult(count, sum(not findings for findings in found), dict(kinds))
+
+
 def speed(language: Language) -> float:
     """Texts a second, one thread."""
     column = [one.text for one in texts("heldout", language, 40, SEED)]
@@ -143,13 +165,17 @@ def main() -> None:
     """Measure, print and write the results."""
     sets: dict[str, dict[str, dict[str, dict[str, float | int | None]]]] = {}
     languages: tuple[Language, ...] = ("en", "zh")
-    which: tuple[Set, ...] = ("development", "heldout")
+    which: tuple[Set, ...] = ("development", "heldout", "independent")
     for name in which:
         sets[name] = {}
         for language in languages:
             tallies = measure(name, language)
             sets[name][language] = {key: t.figures() for key, t in sorted(tallies.items())}
             print(f"\n{name}, {language}\n{table(tallies)}")
+    clean = {language: measure_clean(language) for language in languages}
+    for language, result in clean.items():
+        print(f"\nclean sentences, {language}: nothing found in {result.untouched} of "
+              f"{result.sentences}; false findings: {result.false_findings}")
     rates = {language: speed(language) for language in languages}
     print(f"\ntexts a second: {rates}")
     results = {
@@ -160,6 +186,7 @@ def main() -> None:
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "texts_of_each_template": EACH, "seed": SEED, "least_score": Deidentify().least_score,
         "texts_a_second": rates, "sets": sets,
+        "clean": {language: asdict(result) for language, result in clean.items()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "deidentify.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
