@@ -106,6 +106,8 @@ class ChineseNames:
             score = 0.8 if goes_on else 0.65
         elif label and ended:
             score = 0.6
+        elif text[start:end] in self.names.places:
+            return 0
         elif known and goes_on and (bordered or before in "和与及给向找"):
             score = 0.6 if size == 2 or ended else 0.5
         return score

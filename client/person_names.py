@@ -147,7 +147,7 @@ _RELATIVE = re.compile(
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
     r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
-    r"asked|wrote|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|who|aged|"
+    r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|who|aged|"
     r"born|DOB|MD\b|RN\b|\()", re.IGNORECASE
 )
 _NOUNS = (  # eponyms, organisations and places end with one of them
@@ -174,6 +174,7 @@ class Word(NamedTuple):
     end: int
     text: str
     key: str  # folded
+    code: bool  # beside a digit
 
     @property
     def capital(self) -> bool:
@@ -203,7 +204,8 @@ class EnglishNames:
     def find(self, text: str) -> Iterator[Found]:
         """Every name, extended over the words beside it that can belong to it; they may overlap."""
         one = _Text(text, self.names)
-        listed = [*one.pairs(), *one.family_first(), *one.with_initials()]
+        listed = [*one.pairs(), *one.family_first(), *one.with_initials(),
+                  *one.with_middle_initial()]
         signed = [*one.titled(), *one.labelled(), *one.fields()]
         spans = [one.extended(span) for span in (*listed, *signed)]
         taken = {at for span in spans for at in range(span.first, span.last + 1)}
@@ -221,8 +223,21 @@ class _Text:
         self.gaps = [
             _gap(text, one, other) for one, other in zip(self.words, self.words[1:], strict=False)
         ] + [_BREAK]
-        # Not a heading or a text in capitals, where each word looks like a name.
-        self.mixed = sum(map(str.islower, text)) > 3 * sum(map(str.isupper, text))
+        self._mixed = self._mixed_lines()
+
+    def _mixed_lines(self) -> list[bool]:
+        """For each word: its line is not a heading or all in capitals, where each word looks like a
+        name. A third of the line's words begin with a small letter."""
+        found: list[bool] = []
+        line: list[Word] = []
+        for at, word in enumerate(self.words):
+            line.append(word)
+            last = at + 1 == len(self.words)
+            if last or "\n" in self.text[word.end : self.words[at + 1].start]:
+                small = sum(not one.capital for one in line)
+                found += [3 * small >= len(line)] * len(line)
+                line = []
+        return found
 
     # What a word is ──────────────────────────────────────────────────────────────────────────────
 
@@ -245,9 +260,15 @@ class _Text:
         return [key, *key.split("-")] if "-" in key else [key]
 
     def other(self, at: int) -> bool:
-        """A word that belongs to no name, or a title."""
-        key = self.words[at].key
-        return (len(key) > 1 and key in self.names.other) or key in _TITLES
+        """A word that belongs to no name, a title, or letters of a code."""
+        word = self.words[at]
+        if word.code or word.key in _TITLES:
+            return True
+        return not word.initial and word.key in self.names.other
+
+    def mixed(self, at: int) -> bool:
+        """In the line of word `at`, a capital letter says something."""
+        return self._mixed[at]
 
     def joined(self, at: int) -> bool:
         """Word `at` and the next can be of one name."""
@@ -292,7 +313,7 @@ class _Text:
         word = self.words[at]
         if word.initial or word.key in _PARTICLES or self.given(at):
             return True
-        return self.mixed and self.sure(given) and word.capital and not self.other(at)
+        return self.mixed(at) and self.sure(given) and word.capital and not self.other(at)
 
     def _pair_score(self, given: int, family: int) -> float:
         plain = self.sure(given) or self.own_family(family)
@@ -315,7 +336,7 @@ class _Text:
 
     def _comma_score(self, at: int) -> float:
         one, other = self.words[at], self.words[at + 1]
-        shouted = self.mixed and one.upper and len(one.text) > 2
+        shouted = self.mixed(at) and one.upper and len(one.text) > 2
         if other.initial:
             dotted = self.text[other.end : other.end + 1] == "."
             return 0.6 if self.own_family(at) and one.capital and (dotted or shouted) else 0
@@ -324,9 +345,9 @@ class _Text:
                 return 0.8
             # "the stool was brown, will repeat" is no name, "Brown, Will" is.
             starts = not self.before(at).strip() or self.before(at).rstrip(" ").endswith("\n")
-            return 0.5 if one.capital and (self.mixed or starts) else 0
+            return 0.5 if one.capital and (self.mixed(at) or starts) else 0
         if shouted and not self.other(at) and not self.other(at + 1) and not other.upper:
-            if (self.sure(at + 1) and len(one.text) > 3) or self.own_family(at):
+            if (self.given(at + 1) and len(one.text) > 3) or self.family(at):
                 return 0.6
         return 0
 
@@ -350,10 +371,25 @@ class _Text:
             elif dotted and self.own_family(to):
                 yield Span(at, to, 0.5)
             elif (
-                dotted and self.mixed and last.capital and word.capital and not self.other(to)
+                dotted and self.mixed(at) and last.capital and word.capital and not self.other(to)
                 and (_KIN.search(self.before(at)) or _DOES.match(self.text, last.end))
             ):
                 yield Span(at, to, 0.5)
+
+    def with_middle_initial(self) -> Iterator[Span]:
+        """Will F. Xu: the initial between two words of the same sort makes them a name."""
+        for at in range(1, len(self.words) - 1):
+            one, middle, other = self.words[at - 1 : at + 2]
+            if not middle.initial or not middle.capital or one.initial or other.initial:
+                continue
+            if self.gaps[at - 1] != _SPACE or self.gaps[at] not in {_SPACE, _STOP}:
+                continue
+            alike = one.capital and other.capital and one.upper == other.upper
+            if alike and not self.other(at + 1) and one.key not in _CLASS:
+                if self.given(at - 1):
+                    yield Span(at - 1, at + 1, 0.7)
+                elif self.gaps[at] == _STOP and not self.other(at - 1):
+                    yield Span(at - 1, at + 1, 0.5)
 
     def _initials(self, first: int, to: int) -> bool:
         """Not hepatitis B, I.V. or a species (E. coli)."""
@@ -383,7 +419,7 @@ class _Text:
         if word.key in _TITLES or (word.initial and not word.capital):
             return False
         if key in _LONG_TITLES:
-            return word.capital and self.mixed and not (self.other(at) and not self.own_family(at))
+            return word.capital and self.mixed(at) and not (self.other(at) and not self.own_family(at))
         listed = self.family(at) or self.given(at)
         if word.capital:
             return listed or not self.other(at)
@@ -397,7 +433,7 @@ class _Text:
             if self.other(at + 1) and not self.family(at + 1):
                 break
             at += 1  # J. R. Smith
-        if self.words[at].capital and not self.mixed and self.given(at) and self._plain(at + 1):
+        if self.words[at].capital and not self.mixed(at) and self.given(at) and self._plain(at + 1):
             at += 1  # MARY OKONJO CAME
         return at
 
@@ -471,11 +507,17 @@ class _Text:
                 at += 1
 
     def _small(self, at: int) -> Iterator[Span]:
-        """A given name in small letters, and what may be the family name behind it."""
+        """A given name in small letters and what may be the family name behind it; a family name
+        in small letters, and what may be the given name before it, beside a sign."""
         word = self.words[at]
         if self.sure(at) and len(word.key) > 3 and not _NO_PERSON.match(self.text, word.end):
             following = self._plain(at + 1) and not _DOES.match(self.text, word.end)
             yield Span(at, at + following, 0.5)
+        elif self._plain(at + 1) and self.own_family(at + 1) and not self.other(at):
+            end = self.words[at + 1].end
+            signed = _KIN.search(self.before(at)) or _DOES.match(self.text, end)
+            if signed and len(word.key) > 2 and not _NO_PERSON.match(self.text, end):
+                yield Span(at, at + 1, 0.5)
 
     def _judged(self, first: int, last: int) -> Iterator[Span]:
         named = [at for at in range(first, last + 1) if not self.words[at].initial]
@@ -497,14 +539,14 @@ class _Text:
         """How sure it is that the capitalised words `first` to `last` are a person."""
         given = next((at for at in named if self.given(at)), None)
         if given is not None and (rest := [at for at in named if at > given]):
-            if self.sure(given) and (self.mixed or len(rest) == 1):
+            if self.sure(given) and (self.mixed(given) or len(rest) == 1):
                 return 0.7
             if last - first + 1 > len(named):  # an initial makes it a name
                 return 0.7
             return 0.55 if signed else 0
         if given is not None and self.sure(given):
             word = self.words[given]
-            abbreviation = self.mixed and word.upper and len(word.key) < 5  # ANA, ALI
+            abbreviation = self.mixed(given) and word.upper and len(word.key) < 5  # ANA, ALI
             return 0 if abbreviation and not relative else 0.6
         if given is not None:
             return 0.6 if relative and given == first else 0
@@ -513,10 +555,10 @@ class _Text:
             # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
             if signed or relative:
                 return 0.6
-            return 0.5 if self.own_family(family) and self.mixed else 0
+            return 0.5 if self.own_family(family) and self.mixed(family) else 0
         if len(named) == 1 and self.own_family(family):
             return 0.5 if relative or (does and not self.words[family].upper) else 0.4
-        if self.mixed and ((len(named) > 1 and signed) or relative):
+        if self.mixed(family) and ((len(named) > 1 and signed) or relative):
             return 0.5
         return 0
 
@@ -554,7 +596,7 @@ class _Text:
         listed = self.given(at) or self.family(at)
         if self.other(at):
             return False
-        return listed or (self.mixed and not re.fullmatch(_NOUNS, word.key))
+        return listed or (self.mixed(at) and not re.fullmatch(_NOUNS, word.key))
 
 
 def _word(match: re.Match[str]) -> Word:
@@ -562,7 +604,9 @@ def _word(match: re.Match[str]) -> Word:
     text, end = match[0], match.end()
     if len(text) > 3 and text[-2:] in {"'s", "'S"}:
         text, end = text[:-2], end - 2
-    return Word(match.start(), end, text, folded(text))
+    start, string = match.start(), match.string
+    code = string[end : end + 1].isdigit() or (start > 0 and string[start - 1].isdigit())
+    return Word(start, end, text, folded(text), code)
 
 
 def _gap(text: str, one: Word, other: Word) -> int:

@@ -156,7 +156,7 @@ RECORDS = (
 # A passport's number says itself only by its label; China's also by its form, near one.
 PASSPORTS = (
     (r"(?i:passport|travel document|护照|通行证)[^\d\n]{0,30}?(?<![A-Z0-9])"
-     r"\K[A-Z]{0,3} ?\d[A-Z0-9]{5,9}(?![A-Z0-9-])", 0.85),
+     r"\K(?:[A-Z]{1,3} ?)?\d[A-Z0-9]{5,9}(?![A-Z0-9-])", 0.85),
     (r"(?<![A-Z0-9])E[A-HJ-NP-Z]?\d{7,8}(?![A-Z0-9-])", 0.4),
 )
 _PASSPORT_NEAR = "passport|travel document|护照|证件|通行证"

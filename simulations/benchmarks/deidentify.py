@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from silotune.client.deidentify import KINDS, Deidentifier, Deidentify, Finding
-from silotune.client.person_names import Names
+from silotune.client.deidentify import KINDS, Deidentifier, Deidentify, Finding, simplified
+from silotune.client.person_names import Names, folded
 from silotune.simulations.benchmarks.clean_sentences import clean_sentences
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Language, Set, texts
 
@@ -105,13 +105,16 @@ def measure(which: Set, language: Language, each: int = EACH, seed: int = SEED) 
 
 
 def _is_listed(name: str, names: Names) -> bool:
-    """Every part of it stands in names.toml."""
-    if name.isascii():
-        known = names.given | names.ambiguous | names.family
-        parts = name.lower().replace(",", "").split()
-        return all(part in known for part in parts if not part.endswith("."))
-    family = 2 if name[:2] in names.zh_compound else 1
-    return (family == 2 or name[0] in names.zh_family) and set(name[family:]) <= names.zh_given
+    """Every part of it stands in names.toml; initials do not count."""
+    plain, _ = simplified(name)
+    if plain[0].isascii() or not "\u4e00" <= plain[0] <= "\u9fff":
+        known = names.given | names.given_words | names.family | names.family_words
+        parts = (folded(part) for part in plain.replace(",", " ").replace(".", " ").split())
+        return all(part in known for part in parts if len(part) > 1)
+    if "·" in plain:
+        return set(plain) - {"·"} <= names.zh_transcription
+    family = 2 if plain[:2] in names.zh_compound else 1
+    return (family == 2 or plain[0] in names.zh_family) and set(plain[family:]) <= names.zh_given
 
 
 @dataclass(frozen=True)
