@@ -70,6 +70,8 @@ class ChineseNames:
 
     def _judged(self, text: str, family: re.Match[str]) -> Found | None:
         start, after = family.span()
+        if text[start : start + 3] in self.names.zh_other:
+            return None
         label = self._label.search(text, max(0, start - 10), start)
         sizes = (2, 1, 0)
         if text[start : start + 2] in self.names.zh_other:  # a word, or a longer name: 王国强

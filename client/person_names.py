@@ -422,7 +422,8 @@ class _Text:
             return word.capital and self.mixed(at) and not (self.other(at) and not self.own_family(at))
         listed = self.family(at) or self.given(at)
         if word.capital:
-            return listed or not self.other(at)
+            short = word.upper and len(word.text) < 4 and self.mixed(at)  # DR TB
+            return listed or not (short or self.other(at))
         if len(word.key) < 2 or (self.other(at) and not (listed and key in _SURE_TITLES)):
             return False
         return listed or (key != "ms" and len(word.key) > 2)
@@ -602,7 +603,7 @@ class _Text:
 def _word(match: re.Match[str]) -> Word:
     """Without the ending of a genitive."""
     text, end = match[0], match.end()
-    if len(text) > 3 and text[-2:] in {"'s", "'S"}:
+    if len(text) > 2 and text[-2:] in {"'s", "'S"}:
         text, end = text[:-2], end - 2
     start, string = match.start(), match.string
     code = string[end : end + 1].isdigit() or (start > 0 and string[start - 1].isdigit())

@@ -195,12 +195,12 @@ URLS = (
 def ip_addresses() -> IpRecognizer:
     """Presidio's, which tries every match with `ipaddress`. For it a Chinese character beside the
     address is a boundary, and the address is no phone number."""
-    patterns = [Pattern(p.name, p.regex, 0.9) for p in IpRecognizer.PATTERNS if p.score > 0.5]
-    found = IpRecognizer(
-        patterns=patterns, supported_language=LANGUAGE, supported_entity="ip_address"
+    return IpRecognizer(
+        patterns=[
+            Pattern(p.name, f"(?a){p.regex}", 0.9) for p in IpRecognizer.PATTERNS if p.score > 0.5
+        ],
+        supported_language=LANGUAGE, supported_entity="ip_address",
     )
-    found.global_regex_flags |= re.ASCII
-    return found
 
 
 def ibans(text: str) -> Iterator[Found]:
@@ -300,8 +300,11 @@ def is_numeric_date(value: str) -> bool:
 
 def is_chinese_date(value: str) -> bool:
     """The month and day that are written in digits can be."""
-    found = re.search(r"(\d+) ?月(?: ?(\d+))?", value)
-    return not found or (1 <= int(found[1]) <= 12 and 1 <= int(found[2] or 1) <= 31)
+    found = re.search(r"(\d+) ?月(?: ?(\d+))?|\d[./-](\d+)[./-](\d+)$", value)
+    if not found:
+        return True
+    month, day = int(found[1] or found[3]), int(found[2] or found[4] or 1)
+    return 1 <= month <= 12 and 1 <= day <= 31
 
 
 # ── Addresses ─────────────────────────────────────────────────────────────────────────────────────
