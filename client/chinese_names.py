@@ -1,11 +1,11 @@
-"""People's names in Chinese text where no NER model is at hand: lists, labels and titles.
+"""People's names in Chinese text where no NER model is at hand: lists, labels, titles.
 
-A family name of the list and one or two characters of given names count behind a label (患者, 姓名),
-before a title (先生, 医生), or standing by themselves between punctuation and a word that goes on
-from a name. A word that begins like a name (高热, 安静) is none by itself, but does not rule out a
-longer name that begins with it (王国强 begins like 王国). Names in transcription are found by the
-dot inside them (迪丽热巴·迪力木拉提). The text's traditional characters have become simplified ones
-before (`Deidentifier`).
+A family name of the list and one or two characters of given names count behind a label (患者,
+姓名), before a title (先生, 医生), or standing by themselves between punctuation and a word that
+goes on from a name. A word that begins like a name (高热, 安静) is none by itself, but does not
+rule out a longer name that begins with it (王国强 begins like 王国). Names in transcription are
+found by the dot inside them (迪丽热巴·迪力木拉提). The text's traditional characters have become
+simplified ones before (`Deidentifier`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ _TITLE = (
 _H = "\u4e00-\u9fff"
 _DOT = "·•・‧∙⋅･．"
 _ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n"  # a name may end or begin beside these
-_VERBS = "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代电收诉述曾本表携偕陪办填签即至并及以"
+_VERBS = (
+    "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代"
+    "电收诉述曾本表携偕陪办填签即至并及以一来去打致共同已"
+)
+
+
+_BEFORE = re.compile(  # words that may stand directly before a name
+    "(?:上午|下午|中午|早上|晚上|今天|昨天|明天|今日|昨日|次日|当日|今晨|当天|随后|其后|另外|"
+    "[和与及给向找请让对跟陪送叫问])$"
+)
 
 
 class ChineseNames:
@@ -73,7 +82,7 @@ class ChineseNames:
         if text[start : start + 3] in self.names.zh_other:
             return None
         label = self._label.search(text, max(0, start - 10), start)
-        sizes = (2, 1, 0)
+        sizes: tuple[int, ...] = (2, 1, 0)
         if text[start : start + 2] in self.names.zh_other:  # a word, or a longer name: 王国强
             sizes = (2,)
         found = [
@@ -110,7 +119,7 @@ class ChineseNames:
             score = 0.6
         elif text[start:end] in self.names.places:
             return 0
-        elif known and goes_on and (bordered or before in "和与及给向找"):
+        elif known and goes_on and (bordered or _BEFORE.search(text, max(0, start - 2), start)):
             score = 0.6 if size == 2 or ended else 0.5
         return score
 

@@ -51,9 +51,9 @@ _MADE_FOR = "ForTokenClassification"
 class EntityModel(LocalRecognizer):
     """A Presidio recogniser of the model in `folder` that finds `kinds`.
 
-    A token is of a kind if its labels' probabilities of that kind sum up to `least_score`; a finding
-    covers whole words. Long texts are read in windows that overlap by a quarter, and a token found in
-    any of them counts. Computed on the CPU in float32.
+    A token is of a kind if the probabilities of that kind's labels sum up to `least_score`; a
+    finding covers whole words. Long texts are read in windows that overlap by a quarter, and a
+    token found in any of them counts. Computed on the CPU in float32.
 
     Args:
         folder: with config.json, tokenizer.json and *.safetensors.
@@ -114,7 +114,8 @@ class EntityModel(LocalRecognizer):
             names = ", ".join(map(str, made_for)) or "nothing"
             raise _refused(
                 self.folder,
-                f"is no token-classification model: its config.json names {names}, not …{_MADE_FOR}",
+                f"is no token-classification model: its config.json names {names}, not "
+                f"…{_MADE_FOR}",
             )
         for file in ("config.json", "tokenizer_config.json"):
             path = self.folder / file

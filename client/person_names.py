@@ -7,7 +7,8 @@ pair back. Everything else needs a sign: a title, a label, a relative before it,
 behind it; only there may an eponym or a place ("Wilson disease", "Elizabeth Hospital") say no.
 
 What was found is then extended over the words beside it that can belong to the same name, so that
-no half is left. Names that no list has, without any sign, are not found; nor is a family name alone.
+no half is left. Names that no list has, without any sign, are not found, nor is a family name by
+itself.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ def simplified_characters() -> dict[str, str]:
     return dict(zip(*pairs, strict=True))
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Latin letters with and without marks, and marks that stand by themselves.
 _LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
 _WORD = re.compile(rf"(?<![{_LETTERS}])[{_LETTERS}]+(?:['-][{_LETTERS}]+)*")
@@ -94,18 +99,16 @@ _GAPS = (
     (re.compile(r"[ \t]{1,3}"), _SPACE), (re.compile(r"[ \t]*\r?\n[ \t]*"), _LINE),
     (re.compile(r"\.[ \t]{0,2}|_"), _STOP), (re.compile(r"[ \t]?,[ \t]{0,2}"), _COMMA),
 )
-_PARTICLES = frozenset(
+_PARTICLES = _words(
     "van von der den de del della di da dos das do la le el al bin ibn ben bint abu ter ten zu af "
-    "st san y e".split()
-)
+    "st san y e")
 _MOST = 6  # words of one name
 
-_SHORT_TITLES = frozenset("mr mrs ms miss mx messrs dr drs prof rev sgt capt".split())
-_SURE_TITLES = frozenset("mr mrs miss mx messrs".split())  # hardly ever another word
-_LONG_TITLES = frozenset(
-    "doctor professor sir dame lady lord nurse sister brother reverend father judge justice captain "
-    "officer pastor rabbi imam midwife matron uncle aunt auntie rn".split()
-)
+_SHORT_TITLES = _words("mr mrs ms miss mx messrs dr drs prof rev sgt capt")
+_SURE_TITLES = _words("mr mrs miss mx messrs")  # hardly ever another word
+_LONG_TITLES = _words(
+    "doctor professor sir dame lady lord nurse sister brother reverend father judge justice "
+    "captain officer pastor rabbi imam midwife matron uncle aunt auntie rn")
 _TITLES = _SHORT_TITLES | _LONG_TITLES
 
 # What stands before a person: a label, enough for any capitalised word.
@@ -127,17 +130,17 @@ _COLON = re.compile(r"[:=]\s*$")
 _FIELD = re.compile(
     r"(?:\b(\w+)[ _])?\b(?:names?|surname|forenames?|next of kin|nok)\s*[:=][ \t]*", re.IGNORECASE
 )
-_NO_NAME_FIELD = frozenset(
+_NO_NAME_FIELD = _words(
     "drug test file product trade brand generic hospital host domain study trial company bank "
     "medication device clinic ward school employer pharmacy procedure street site column sheet "
-    "user login group".split()
-)
+    "user login group")
 # The second sort makes a word likelier to be a name.
 _KIN = re.compile(
     r"\b(?:patient|husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|friend|"
     r"neighbou?r|aunt|uncle|nephew|niece|carer|colleague|referring|seen by|reviewed by|spoke (?:to|"
     r"with)|discussed with|examined by|reported by|written by|paid to|transfer(?:red)? to|sent to|"
-    r"holder|beneficiary|customer|client|nurse|physician|by|with|to|from|and|for),? $", re.IGNORECASE
+    r"holder|beneficiary|customer|client|nurse|physician|by|with|to|from|and|for),? $",
+    re.IGNORECASE,
 )
 _RELATIVE = re.compile(
     r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
@@ -161,12 +164,12 @@ _NOUNS = (  # eponyms, organisations and places end with one of them
 )
 _NO_PERSON = re.compile(rf"(?:'s)?[ -](?:{_NOUNS})\b", re.IGNORECASE)
 _PLACE = re.compile(r"\b(?:St|Saint|San|Santa|Port|Fort|Mount|Lake|Cape|New|West|South)\.? $")
-_CLASS = frozenset(  # a letter behind one of these is no initial
+_CLASS = _words(  # a letter behind one of these is no initial
     "vitamin vitamins hepatitis type group stage class grade factor protein influenza part section "
     "figure table plan bed bay unit appendix level category phase strain serotype antigen region "
-    "block site arm child-pugh pugh borderline lead".split()
+    "block site arm child-pugh pugh borderline lead"
 )
-_NO_INITIALS = frozenset("iv im po sc pr us uk prn eg ie".split())  # I.V., U.S.
+_NO_INITIALS = _words("iv im po sc pr us uk prn eg ie")  # I.V., U.S.
 
 
 class Word(NamedTuple):
@@ -346,10 +349,9 @@ class _Text:
             # "the stool was brown, will repeat" is no name, "Brown, Will" is.
             starts = not self.before(at).strip() or self.before(at).rstrip(" ").endswith("\n")
             return 0.5 if one.capital and (self.mixed(at) or starts) else 0
-        if shouted and not self.other(at) and not self.other(at + 1) and not other.upper:
-            if (self.given(at + 1) and len(one.text) > 3) or self.family(at):
-                return 0.6
-        return 0
+        half = (self.given(at + 1) and len(one.text) > 3) or self.family(at)
+        names = not self.other(at) and not self.other(at + 1) and not other.upper
+        return 0.6 if shouted and names and half else 0
 
     def with_initials(self) -> Iterator[Span]:
         """J. Smith, J.R. Smith and J Smith."""
@@ -368,9 +370,7 @@ class _Text:
             if last.capital and word.capital and self.family(to):
                 if dotted or (self.own_family(to) and word.key not in "ai"):
                     yield Span(at, to, 0.6)
-            elif dotted and self.own_family(to):
-                yield Span(at, to, 0.5)
-            elif (
+            elif (dotted and self.own_family(to)) or (
                 dotted and self.mixed(at) and last.capital and word.capital and not self.other(to)
                 and (_KIN.search(self.before(at)) or _DOES.match(self.text, last.end))
             ):
@@ -419,7 +419,8 @@ class _Text:
         if word.key in _TITLES or (word.initial and not word.capital):
             return False
         if key in _LONG_TITLES:
-            return word.capital and self.mixed(at) and not (self.other(at) and not self.own_family(at))
+            name = self.own_family(at) or not self.other(at)
+            return word.capital and self.mixed(at) and name
         listed = self.family(at) or self.given(at)
         if word.capital:
             short = word.upper and len(word.text) < 4 and self.mixed(at)  # DR TB
@@ -539,29 +540,33 @@ class _Text:
     ) -> float:
         """How sure it is that the capitalised words `first` to `last` are a person."""
         given = next((at for at in named if self.given(at)), None)
-        if given is not None and (rest := [at for at in named if at > given]):
-            if self.sure(given) and (self.mixed(given) or len(rest) == 1):
-                return 0.7
-            if last - first + 1 > len(named):  # an initial makes it a name
-                return 0.7
-            return 0.55 if signed else 0
-        if given is not None and self.sure(given):
-            word = self.words[given]
-            abbreviation = self.mixed(given) and word.upper and len(word.key) < 5  # ANA, ALI
-            return 0 if abbreviation and not relative else 0.6
         if given is not None:
-            return 0.6 if relative and given == first else 0
+            rest = [at for at in named if at > given]
+            initials = last - first + 1 > len(named)
+            return self._given_score(given, rest, initials, signed, relative and given == first)
         family = named[-1]
         if len(named) > 1 and self.family(family):
             # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
-            if signed or relative:
-                return 0.6
-            return 0.5 if self.own_family(family) and self.mixed(family) else 0
+            sure = self.own_family(family) and self.mixed(family)
+            return 0.6 if signed or relative else 0.5 * sure
         if len(named) == 1 and self.own_family(family):
             return 0.5 if relative or (does and not self.words[family].upper) else 0.4
-        if self.mixed(family) and ((len(named) > 1 and signed) or relative):
-            return 0.5
-        return 0
+        unlisted = (len(named) > 1 and signed) or relative
+        return 0.5 if self.mixed(family) and unlisted else 0
+
+    def _given_score(
+        self, given: int, rest: list[int], initials: bool, signed: bool, relative: bool
+    ) -> float:
+        """The same where `given` is a listed given name and `rest` what follows, without a family
+        name of the lists."""
+        sure = self.sure(given)
+        if rest:
+            if initials or (sure and (self.mixed(given) or len(rest) == 1)):
+                return 0.7
+            return 0.55 if signed else 0
+        word = self.words[given]
+        abbreviation = self.mixed(given) and word.upper and len(word.key) < 5  # ANA, ALI
+        return 0.6 if relative or (sure and not abbreviation) else 0
 
     # The whole name ──────────────────────────────────────────────────────────────────────────────
 

@@ -80,7 +80,8 @@ class Shape(PatternRecognizer):
         for found in raw_recognizer_results:
             if self.near and self.near.search(text, max(0, found.start - BEFORE), found.start):
                 found.score = min(1.0, found.score + 0.4)
-            if self.against and self.against.search(text[max(0, found.start - BEFORE) : found.start]):
+            before = text[max(0, found.start - BEFORE) : found.start]
+            if self.against and self.against.search(before):
                 found.score = max(0.0, found.score - 0.4)
         return raw_recognizer_results
 
@@ -162,13 +163,15 @@ PASSPORTS = (
 _PASSPORT_NEAR = "passport|travel document|护照|证件|通行证"
 _PLATE_LABEL = (
     r"(?i:(?:licen[cs]e|number|registration) plates?|plate (?:number|no\b\.?)|"
-    r"(?:car|vehicle)(?:'s)? reg(?:istration)?\b\.?|\breg(?:istration)?\b\.? ?(?:no\b\.?|number|mark)|"
+    r"(?:car|vehicle)(?:'s)? reg(?:istration)?\b\.?|"
+    r"\breg(?:istration)?\b\.? ?(?:no\b\.?|number|mark)|"
     r"车牌号?码?|牌照号?码?|车号)"
 )
 _PLATE = r"(?=[A-Z \-]{0,7}\d)(?=[\d \-]{0,7}[A-Z])[A-Z0-9]{1,5}(?:[ -]?[A-Z0-9]{1,5}){0,2}"
 PLATES = (
     (r"[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z]"
-     r"[·•・ -]?(?=[A-Z]{0,4}\d)[A-HJ-NP-Z0-9]{4}(?:[A-HJ-NP-Z0-9]{1,2}|[挂学警港澳])(?![A-Z0-9])", 0.9),
+     r"[·•・ -]?(?=[A-Z]{0,4}\d)[A-HJ-NP-Z0-9]{4}(?:[A-HJ-NP-Z0-9]{1,2}|[挂学警港澳])"
+     r"(?![A-Z0-9])", 0.9),
     (r"(?<![A-Z0-9])[A-HJ-PR-Y]{2}(?:0[2-9]|[12]\d|5[1-9]|[67]\d)[ -]?[A-HJ-PR-Z]{3}(?![A-Z0-9])",
      0.6),  # the United Kingdom's since 2001
     (rf"{_PLATE_LABEL}[^A-Z0-9\n]{{0,4}}(?:(?i:is|was|number|no)\b[^A-Z0-9\n]{{0,3}}){{0,2}}"
@@ -177,12 +180,13 @@ PLATES = (
 _ACCOUNT = r"[A-Za-z0-9][-_A-Za-z0-9]{4,19}(?![-_A-Za-z0-9])"
 MESSENGERS = (  # behind a colon any name; elsewhere one with a digit or _, which no word has
     (rf"(?:微信号?|we ?chat(?: id)?|weixin|(?<![a-z])[vw]x)\s*[:=]\s*\K{_ACCOUNT}", 0.9),
-    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:id|account|name|user(?:name)?|number|no\.?|is|was|为|是|号码?)"
-     rf"\b)*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
+    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:id|account|name|user(?:name)?|number|no\.?|is|was|"
+     rf"为|是|号码?)\b)*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
     (r"(?<![A-Za-z])QQ\s*(?:(?:id|number|no\.?|account|is|号码?|为|是)\s*)*[:=]?\s*\K[1-9]\d{4,10}(?!\d)",
      0.9),
 )
-_PATH = r"[^\s<>\"'()，。；、（）《》“”\u4e00-\u9fff]*[^\s<>\"'()，。；、（）《》“”\u4e00-\u9fff.,;:!?]"
+_NO_PATH = r"\s<>\"'()，。；、（）《》“”\u4e00-\u9fff"
+_PATH = rf"[^{_NO_PATH}]*[^{_NO_PATH}.,;:!?]"
 _DOMAINS = "com|org|net|edu|gov|info|io|cn|hk|tw|eu|de|fr|uk|us|ca|au|health"
 URLS = (
     (rf"(?:https?|ftp)://{_PATH}", 0.95),
@@ -258,7 +262,9 @@ DOTTED_DATES = (
     (r"(?<![\d.,/-])\d{2}\.\d{2}\.\d{2}(?![\d/-]|\.\d)", 0.6),
     (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{2}(?![\d/-]|\.\d)", 0.5),
 )
-_NUMBERED = r"version|firmware|software|release|build|section|chapter|table|figure|protocol|\bv|版本|版|节|章"
+_NUMBERED = (
+    r"version|firmware|software|release|build|section|chapter|table|figure|protocol|\bv|版本|版|节|章"
+)
 _YEAR = r"(?:19|20)\d{2}"
 MONTHS = (  # 3/2024, 03.2024, 2024-03
     (rf"(?<![\d.,/-])(?:0?[1-9]|1[0-2])/{_YEAR}(?![\d/-]|\.\d)", 0.7),
@@ -272,16 +278,16 @@ WRITTEN_DATES = (
     (rf"\b{_MONTH},? (?:of )?(?:19|20)\d{{2}}(?!\d)", 0.65),
 )
 _ZH_NUMBER = "[〇零一二三四五六七八九十]"
+_ZH_DAY = rf"(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}})"  # or a month
 _REPUBLIC = "(?:中华)?民国"  # Taiwan counts its years from 1912
 CHINESE_DATES = (
-    (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年"
-     rf"(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号])?)?", 0.85),
+    (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
+     rf"(?: ?{_ZH_DAY} ?[日号])?)?", 0.85),
     (rf"{_REPUBLIC} ?\d{{1,3}}([./-])\d{{1,2}}\1\d{{1,2}}(?!\d)", 0.85),
     (rf"(?<![\d.,/-])1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.55),
-    (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
-     rf"(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号])?", 0.8),
-    (rf"(?<!\d)(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
-     rf" ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号]", 0.7),
+    (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
+     rf"(?: ?{_ZH_DAY} ?[日号])?", 0.8),
+    (rf"(?<!\d){_ZH_DAY} ?月 ?{_ZH_DAY} ?[日号]", 0.7),
 )
 
 

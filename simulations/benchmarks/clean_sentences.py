@@ -20,88 +20,105 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """Entries between semicolons."""
-    return tuple(" ".join(word.split()) for word in text.split(";"))
+def _words(text: str, between: str = ";") -> tuple[str, ...]:
+    """Entries between semicolons, or between spaces."""
+    words = text.split(between) if between.strip() else text.split()
+    return tuple(" ".join(word.split()) for word in words)
 
 
 _EN_WORDS = {
     "disease": _words("""
-        Parkinson's disease; Crohn's disease; Alzheimer's disease; Hodgkin lymphoma; Graves' disease;
-        Hashimoto thyroiditis; Addison's disease; Cushing syndrome; Down syndrome; Marfan syndrome;
-        Wilson disease; Bell's palsy; Huntington's chorea; Barrett's oesophagus; Raynaud phenomenon;
-        Sjögren syndrome; Guillain-Barré syndrome; Kawasaki disease; Paget's disease; Turner syndrome;
-        Wolff-Parkinson-White syndrome; Stevens-Johnson syndrome; Osgood-Schlatter disease;
-        Dupuytren's contracture; Baker's cyst; Charcot foot; Ménière's disease; Reye syndrome;
-        type 2 diabetes; atrial fibrillation; pneumonia; heart failure; gout; asthma; migraine;
-        iron deficiency anaemia; chronic kidney disease; deep vein thrombosis; hepatitis B
+        Parkinson's disease; Crohn's disease; Alzheimer's disease; Hodgkin lymphoma; Graves'
+        disease; Hashimoto thyroiditis; Addison's disease; Cushing syndrome; Down syndrome;
+        Marfan syndrome; Wilson disease; Bell's palsy; Huntington's chorea; Barrett's
+        oesophagus; Raynaud phenomenon; Sjögren syndrome; Guillain-Barré syndrome; Kawasaki
+        disease; Paget's disease; Turner syndrome; Wolff-Parkinson-White syndrome;
+        Stevens-Johnson syndrome; Osgood-Schlatter disease; Dupuytren's contracture; Baker's
+        cyst; Charcot foot; Ménière's disease; Reye syndrome; type 2 diabetes; atrial
+        fibrillation; pneumonia; heart failure; gout; asthma; migraine; iron deficiency
+        anaemia; chronic kidney disease; deep vein thrombosis; hepatitis B
     """),
     "sign": _words("""
         Murphy's sign; Babinski sign; Romberg test; Kernig's sign; Allen test; Tinel sign;
-        Homans' sign; Trendelenburg gait; Cullen's sign; Chvostek sign; Phalen test; Weber test;
-        McBurney's point tenderness; Lachman test; Rovsing sign; Apley grind test
+        Homans' sign; Trendelenburg gait; Cullen's sign; Chvostek sign; Phalen test; Weber
+        test; McBurney's point tenderness; Lachman test; Rovsing sign; Apley grind test
     """),
     "score": _words("""
         Glasgow Coma Scale 15; Apgar 9/10; a Wells score of 3; CHA2DS2-VASc 4; Child-Pugh B;
-        NYHA class II; Mallampati 2; ASA 3; a Barthel index of 85; MMSE 27/30; NIHSS 4; Bishop score 7
+        NYHA class II; Mallampati 2; ASA 3; a Barthel index of 85; MMSE 27/30; NIHSS 4; Bishop
+        score 7
     """),
     "drug": _words("""
-        metformin; Metoprolol; Lisinopril; Ramipril; warfarin; Apixaban; Amoxicillin; Tazocin; Augmentin;
-        Ventolin; Lasix; Furosemide; Paracetamol; Ibuprofen; Sertraline; Humira; Keppra; Levothyroxine;
-        Prednisolone; Atorvastatin; Omeprazole; Clopidogrel; Eliquis; Ritalin; Viagra; Lantus
+        metformin; Metoprolol; Lisinopril; Ramipril; warfarin; Apixaban; Amoxicillin; Tazocin;
+        Augmentin; Ventolin; Lasix; Furosemide; Paracetamol; Ibuprofen; Sertraline; Humira;
+        Keppra; Levothyroxine; Prednisolone; Atorvastatin; Omeprazole; Clopidogrel; Eliquis;
+        Ritalin; Viagra; Lantus
     """),
-    "dose": _words("5 mg; 12.5 mg; 500 mg; 1 g; 2 puffs; 40 units; 0.3 ml; 75 mcg; 1,000 IU; 2.5 mg/kg"),
+    "dose": _words("""
+        5 mg; 12.5 mg; 500 mg; 1 g; 2 puffs; 40 units; 0.3 ml; 75 mcg; 1,000 IU; 2.5 mg/kg
+    """),
     "times": _words("""
-        once daily; twice a day; three times daily; every 8 hours; at night; as needed; with meals;
-        on alternate days; before breakfast
+        once daily; twice a day; three times daily; every 8 hours; at night; as needed; with
+        meals; on alternate days; before breakfast
     """),
     "place": _words("""
-        London; Paris; Charlotte; Florence; Sydney; Austin; Georgia; Virginia; Jordan; Israel; Chelsea;
-        Houston; Dallas; Lincoln; Madison; Boston; Leeds; Adelaide; Victoria; Kent; New York; Mexico;
-        San Antonio; St Louis; West Virginia
+        London; Paris; Charlotte; Florence; Sydney; Austin; Georgia; Virginia; Jordan; Israel;
+        Chelsea; Houston; Dallas; Lincoln; Madison; Boston; Leeds; Adelaide; Victoria; Kent;
+        New York; Mexico; San Antonio; St Louis; West Virginia
     """),
     "when": _words("""
-        on Monday; last Tuesday; in April; in May; since August; over the summer; this autumn; in June;
-        on Friday night; yesterday; at dawn; two weeks ago; overnight; at Easter; in March
+        on Monday; last Tuesday; in April; in May; since August; over the summer; this autumn;
+        in June; on Friday night; yesterday; at dawn; two weeks ago; overnight; at Easter; in
+        March
     """),
     "part": _words("""
-        left knee; right hip; lower back; chest; abdomen; left wrist; neck; right ear; scalp; both ankles;
-        right iliac fossa; shoulder; temple; palm; sole; crown; jaw; bridge of the nose
+        left knee; right hip; lower back; chest; abdomen; left wrist; neck; right ear; scalp;
+        both ankles; right iliac fossa; shoulder; temple; palm; sole; crown; jaw; bridge of
+        the nose
     """),
     "symptom": _words("""
-        pain; swelling; a rash; cough; breathlessness; nausea; dizziness; itching; fever; palpitations;
-        a burning feeling; weakness; numbness; blurred vision; frank haematuria; night sweats; wheeze
+        pain; swelling; a rash; cough; breathlessness; nausea; dizziness; itching; fever;
+        palpitations; a burning feeling; weakness; numbness; blurred vision; frank haematuria;
+        night sweats; wheeze
     """),
     "test": _words("""
-        CT head; MR angiography; chest X-ray; ECG; full blood count; ANA; HbA1c; troponin; urine dip;
-        D-dimer; lumbar puncture; Doppler; Holter monitor; Kaplan-Meier curve; Western blot; PCR; EEG;
-        Gram stain; Coombs test; echo
+        CT head; MR angiography; chest X-ray; ECG; full blood count; ANA; HbA1c; troponin;
+        urine dip; D-dimer; lumbar puncture; Doppler; Holter monitor; Kaplan-Meier curve;
+        Western blot; PCR; EEG; Gram stain; Coombs test; echo
     """),
     "value": _words("""
-        12.4; 138 mmol/L; 7.35; 120/80; 98%; 4.2; 1.5 x 10^9/L; 36.8; 3/4; 0.05; 45 ml/min; 101 bpm;
-        2/6; 1:160; -2.5; 10-15; 180 over 95; 1.012
+        12.4; 138 mmol/L; 7.35; 120/80; 98%; 4.2; 1.5 x 10^9/L; 36.8; 3/4; 0.05; 45 ml/min;
+        101 bpm; 2/6; 1:160; -2.5; 10-15; 180 over 95; 1.012
     """),
     "staff": _words("""
         the nurse; the doctor; our team; the consultant; the physiotherapist; the ward sister;
-        the surgical registrar; the midwife; a specialist; the pharmacist; the dietitian; the GP
+        the surgical registrar; the midwife; a specialist; the pharmacist; the dietitian; the
+        GP
     """),
     "who": _words("""
-        The patient; This patient; She; He; The child; This 64-year-old man; The baby; This lady;
-        The mother; A young woman; The resident; This gentleman
+        The patient; This patient; She; He; The child; This 64-year-old man; The baby; This
+        lady; The mother; A young woman; The resident; This gentleman
     """),
-    "relative": _words("her daughter; his wife; the mother; her husband; his brother; the family; a friend"),
+    "relative": _words("""
+        her daughter; his wife; the mother; her husband; his brother; the family; a friend
+    """),
     "device": _words("""
-        Foley catheter; Swan-Ganz catheter; Hickman line; Kirschner wire; Penrose drain; Ryles tube;
-        Bair Hugger; Thomas splint; Zimmer frame; Schiotz tonometer; pacemaker; Guedel airway
+        Foley catheter; Swan-Ganz catheter; Hickman line; Kirschner wire; Penrose drain; Ryles
+        tube; Bair Hugger; Thomas splint; Zimmer frame; Schiotz tonometer; pacemaker; Guedel
+        airway
     """),
-    "verb": _words("denies; reports; describes; complains of; presented with; returned with; developed"),
+    "verb": _words("""
+        denies; reports; describes; complains of; presented with; returned with; developed
+    """),
     "unit": _words("""
-        Cardiology; the stroke ward; Day Surgery; Accident and Emergency; the burns unit; Radiology;
-        the renal clinic; Theatre 4; Ward 7; Outpatients; Maternity; Intensive Care; Bay 3
+        Cardiology; the stroke ward; Day Surgery; Accident and Emergency; the burns unit;
+        Radiology; the renal clinic; Theatre 4; Ward 7; Outpatients; Maternity; Intensive
+        Care; Bay 3
     """),
     "procedure": _words("""
-        a Whipple procedure; Hartmann's procedure; a Caesarean section; knee replacement; cataract surgery;
-        a Nissen fundoplication; Mohs surgery; angioplasty; dialysis; an Epley manoeuvre; hernia repair
+        a Whipple procedure; Hartmann's procedure; a Caesarean section; knee replacement;
+        cataract surgery; a Nissen fundoplication; Mohs surgery; angioplasty; dialysis; an
+        Epley manoeuvre; hernia repair
     """),
 }
 
@@ -169,28 +186,47 @@ _EN = _lines("""
 """)
 
 _ZH_WORDS = {
-    "病": tuple("""
-        高血压病 糖尿病 冠心病 帕金森病 阿尔茨海默病 克罗恩病 桥本甲状腺炎 库欣综合征 川崎病 慢性阻塞性肺疾病
-        房颤 黄疸 石膏固定术后 痛风 哮喘 白癜风 肺炎 胃溃疡 霍奇金淋巴瘤 唐氏综合征 马凡综合征 高脂血症 颈椎病
-    """.split()),
-    "症": tuple("""
-        头痛 胸闷 气短 咳嗽 咳痰 发热 乏力 恶心 呕吐 腹痛 腹泻 心悸 水肿 皮疹 视物模糊 张口困难 夜间盗汗 黄色脓痰
-    """.split()),
-    "药": tuple("""
-        阿司匹林 二甲双胍 美托洛尔 华法林 氨氯地平 头孢曲松 奥美拉唑 布洛芬 阿托伐他汀 甘露醇 金匮肾气丸
-        云南白药 马来酸依那普利 黄芪颗粒 柴胡口服液 甘草片
-    """.split()),
-    "量": tuple("5mg 0.5g 100mg 10毫升 2片 20单位 1.5克".split()),
-    "时": tuple("周一 昨日 上周五 三天前 近两周 术后第三天 今晨 夏季 春节期间 入院后 夜间 半年前".split()),
-    "检": tuple("""
-        血常规 头颅CT 胸片 心电图 肝功能 肌酐 糖化血红蛋白 腹部彩超 尿常规 核磁共振 肌钙蛋白 万古霉素血药浓度
-    """.split()),
-    "值": tuple("5.6 120/80mmHg 98% 3/4 12.4g/L 7.35 38.2℃ 1:160 0.05 86次/分".split()),
-    "部": tuple("左膝 右肩 腰部 上腹部 左侧胸壁 颈部 双下肢 右耳 头皮 足背".split()),
-    "人": tuple("患者 患儿 产妇 病人 老人".split()),
-    "员": tuple("主治医师 护士 值班医生 麻醉师 主任医师 营养师 管床医生".split()),
-    "地": tuple("北京 上海 广州 江苏 成都 石家庄 金华 黄山 常州 连云港 安康 高雄".split()),
-    "科": tuple("心内科 骨科 急诊科 重症监护室 门诊 康复科 妇产科 血液透析室 放射科".split()),
+    "病": _words("""
+        高血压病 糖尿病 冠心病 帕金森病 阿尔茨海默病 克罗恩病 桥本甲状腺炎 库欣综合征 川崎病
+        慢性阻塞性肺疾病 房颤 黄疸 石膏固定术后 痛风 哮喘 白癜风 肺炎 胃溃疡 霍奇金淋巴瘤
+        唐氏综合征 马凡综合征 高脂血症 颈椎病
+    """, " "),
+    "症": _words("""
+        头痛 胸闷 气短 咳嗽 咳痰 发热 乏力 恶心 呕吐 腹痛 腹泻 心悸 水肿 皮疹 视物模糊 张口困难
+        夜间盗汗 黄色脓痰
+    """, " "),
+    "药": _words("""
+        阿司匹林 二甲双胍 美托洛尔 华法林 氨氯地平 头孢曲松 奥美拉唑 布洛芬 阿托伐他汀 甘露醇
+        金匮肾气丸 云南白药 马来酸依那普利 黄芪颗粒 柴胡口服液 甘草片
+    """, " "),
+    "量": _words("""
+        5mg 0.5g 100mg 10毫升 2片 20单位 1.5克
+    """, " "),
+    "时": _words("""
+        周一 昨日 上周五 三天前 近两周 术后第三天 今晨 夏季 春节期间 入院后 夜间 半年前
+    """, " "),
+    "检": _words("""
+        血常规 头颅CT 胸片 心电图 肝功能 肌酐 糖化血红蛋白 腹部彩超 尿常规 核磁共振 肌钙蛋白
+        万古霉素血药浓度
+    """, " "),
+    "值": _words("""
+        5.6 120/80mmHg 98% 3/4 12.4g/L 7.35 38.2℃ 1:160 0.05 86次/分
+    """, " "),
+    "部": _words("""
+        左膝 右肩 腰部 上腹部 左侧胸壁 颈部 双下肢 右耳 头皮 足背
+    """, " "),
+    "人": _words("""
+        患者 患儿 产妇 病人 老人
+    """, " "),
+    "员": _words("""
+        主治医师 护士 值班医生 麻醉师 主任医师 营养师 管床医生
+    """, " "),
+    "地": _words("""
+        北京 上海 广州 江苏 成都 石家庄 金华 黄山 常州 连云港 安康 高雄
+    """, " "),
+    "科": _words("""
+        心内科 骨科 急诊科 重症监护室 门诊 康复科 妇产科 血液透析室 放射科
+    """, " "),
 }
 
 _ZH = _lines("""

@@ -130,7 +130,7 @@ def measure_clean(language: Language, count: int = CLEAN, seed: int = SEED) -> C
     """Search clean sentences, for the details of both languages."""
     deidentifier = Deidentifier(Deidentify(), bytes(32))
     found = [deidentifier.find(text) for text in clean_sentences(language, count, seed)]
-    kinds = Counter(finding.kind for findings in found for finding in findings)
+    kinds = Counter[str](finding.kind for findings in found for finding in findings)
     return CleanResult(count, sum(not findings for findings in found), dict(kinds))
 
 

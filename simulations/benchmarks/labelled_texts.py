@@ -91,14 +91,18 @@ ACCENTED_FAMILY = _words("""
     Muñoz Wójcik Brontë Yılmaz Kovács Müller Ångström Lefèvre Núñez Dvořák Sørensen Dąbrowski Novák
     Gómez Šimić
 """)
-TRADITIONAL_FAMILY = _words("陳 林 黃 張 李 王 吳 劉 蔡 楊 許 鄭 謝 郭 賴 葉 蘇 歐陽 趙 馮 鄧 鍾")
+TRADITIONAL_FAMILY = _words("""
+    陳 林 黃 張 李 王 吳 劉 蔡 楊 許 鄭 謝 郭 賴 葉 蘇 歐陽 趙 馮 鄧 鍾
+""")
 TRADITIONAL_GIVEN = _words("""
     志明 淑芬 美玲 俊傑 雅婷 家豪 怡君 建宏 麗華 國棟 曉雯 詠詩 偉強 嘉欣 寶儀 澤 穎 勝雄 鳳儀
 """)
 MINORITY_GIVEN = _words("""
     阿不都热依木 买买提 古丽娜尔 迪丽热巴 艾尼瓦尔 吐尔逊 热娜古丽 帕提古丽 伊力亚斯 阿依努尔
 """)
-MINORITY_FAMILY = _words("买买提 迪力木拉提 吾斯曼 阿布都拉 艾合买提 司马义 沙吾提 依明 卡德尔 玉素甫")
+MINORITY_FAMILY = _words("""
+    买买提 迪力木拉提 吾斯曼 阿布都拉 艾合买提 司马义 沙吾提 依明 卡德尔 玉素甫
+""")
 ZH_PLACES = _words("""
     北京市朝阳区 上海市浦东新区 广东省深圳市南山区 浙江省杭州市西湖区 四川省成都市武侯区
     湖北省武汉市洪山区 江苏省苏州市吴中区 陕西省西安市雁塔区 河南省洛阳市涧西区 长沙市岳麓区
@@ -320,7 +324,8 @@ def _ipv4(rng: random.Random) -> str:
 
 def _ipv6(rng: random.Random) -> str:
     groups = [f"{rng.randrange(1, 65536):x}" for _ in range(8)]
-    return rng.choice((":".join(groups), f"2001:db8::{groups[0]}:{groups[1]}", f"fe80::{groups[2]}"))
+    short = f"2001:db8::{groups[0]}:{groups[1]}"
+    return rng.choice((":".join(groups), short, f"fe80::{groups[2]}"))
 
 
 def _iso_time(rng: random.Random) -> str:
@@ -352,7 +357,8 @@ def _any_case(rng: random.Random) -> str:
 def _initials(rng: random.Random) -> str:
     family = rng.choice(FAMILY)
     first, second = rng.choice("ABCDEGHJKLMNPRST"), rng.choice("ABCDEGHJKLMNPRST")
-    return rng.choice((f"{first}. {family}", f"{first}.{second}. {family}", f"{first}. {second}. {family}"))
+    letters = rng.choice((f"{first}.", f"{first}.{second}.", f"{first}. {second}."))
+    return f"{letters} {family}"
 
 
 def _accented(rng: random.Random) -> str:
@@ -411,7 +417,7 @@ SLOTS: dict[str, tuple[str, Filler]] = {  # slot → its kind ('' for what is no
     "us_plate": ("license_plate", _us_plate),
     "zh_plate": ("license_plate", _zh_plate),
     "wechat": ("messenger_id", _account_name),
-    "qq": ("messenger_id", lambda rng: f"{rng.randrange(1, 10)}{_digits(rng, rng.randrange(5, 10))}"),
+    "qq": ("messenger_id", lambda r: f"{r.randrange(1, 10)}{_digits(r, r.randrange(5, 10))}"),
     "url": ("url", _url),
     "ipv4": ("ip_address", _ipv4),
     "ipv6": ("ip_address", _ipv6),

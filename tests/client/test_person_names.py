@@ -22,12 +22,15 @@ ONE = Deidentifier(Deidentify(kinds=("person",)), bytes(32))
 
 BEFORE = (
     "", "patient ", "Patient ", "Dr ", "dr. ", "mrs ", "MR ", "Seen: ", "I met ", "the ", "(", '"',
-    "On Monday ", "St ", "near ", "1. ", "- ", "Name: ", "患者", "\n", "with Dr. ", "Ward 7: ", "re:",
+    "On Monday ", "St ", "near ", "1. ", "- ", "Name: ", "患者", "\n", "with Dr. ", "Ward 7: ",
+    "re:",
 )
 AFTER = (
-    "", " attended clinic", " left hospital", " failed test", " disease", "'s syndrome", " Hospital",
+    "", " attended clinic", " left hospital", " failed test", " disease", "'s syndrome",
+    " Hospital",
     " Road", " was seen", ", 64", ".", " ATTENDED CLINIC", " clinic", "'s sign", " and wife", "\n",
-    " (DOB 1950)", "; stable", " index", " Bank", " may go home", " will need review", ", MD", "今日",
+    " (DOB 1950)", "; stable", " index", " Bank", " may go home", " will need review", ", MD",
+    "今日",
 )
 MARKS = {"a": "áàâäãåą", "e": "éèêëęě", "i": "íìîïı", "o": "óòôöõøő", "u": "úùûüů", "c": "çćč",
          "n": "ñńň", "s": "śšş", "z": "źżž", "l": "ł", "y": "ýÿ", "r": "ř", "g": "ğ", "d": "đď"}
@@ -131,8 +134,7 @@ def test_all_names_behind_a_title_are_taken(
 
 
 @pytest.mark.parametrize(("text", "cleaned"), [
-    ("John Smith attended clinic on Monday, tel 555-867-5309", "<PERSON> attended clinic on Monday, "
-     "tel 555-867-5309"),
+    ("John Smith attended clinic on Monday", "<PERSON> attended clinic on Monday"),
     ("Mary Jones left hospital, email mary@example.com", "<PERSON> left hospital, email "
      "<PERSON>@example.com"),
     ("dr. patel called; mrs jones will return", "dr. <PERSON> called; mrs <PERSON> will return"),

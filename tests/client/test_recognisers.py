@@ -24,7 +24,13 @@ from silotune.client.check_digits import (
 )
 from silotune.client.deidentify import Deidentifier, Deidentify
 from silotune.client.recognisers import plain
-from silotune.simulations.benchmarks.labelled_texts import SLOTS, with_luhn, with_mod11, with_mod97, with_taiwan_digit
+from silotune.simulations.benchmarks.labelled_texts import (
+    SLOTS,
+    with_luhn,
+    with_mod11,
+    with_mod97,
+    with_taiwan_digit,
+)
 
 FOUND = [  # kind, what of the text must be found, the text
     ("person", "John Smith", "Patient John Smith was admitted."),
@@ -274,7 +280,9 @@ def test_resident_ids_have_one_check_character(year: int, serial: int) -> None:
     assert right == [with_mod11(body)[-1]]
 
 
-@given(st.sampled_from("ABCDEFGHJKLMNPQRSTUVXYWZIO"), st.sampled_from("1289"), st.integers(0, 9_999_999))
+@given(
+    st.sampled_from(string.ascii_uppercase), st.sampled_from("1289"), st.integers(0, 9_999_999)
+)
 def test_taiwan_ids_have_one_check_digit(letter: str, second: str, serial: int) -> None:
     body = f"{letter}{second}{serial:07d}"
     right = [d for d in string.digits if is_taiwan_id(body + d)]
