@@ -36,7 +36,7 @@ _VERBS = (
 
 _BEFORE = re.compile(  # words that may stand directly before a name
     "(?:上午|下午|中午|早上|晚上|今天|昨天|明天|今日|昨日|次日|当日|今晨|当天|随后|其后|另外|"
-    "[和与及给向找请让对跟陪送叫问])$"
+    "[和与及给向找请让对跟陪送叫问诉由])$"
 )
 
 
@@ -82,16 +82,16 @@ class ChineseNames:
         if text[start : start + 3] in self.names.zh_other:
             return None
         label = self._label.search(text, max(0, start - 10), start)
-        sizes: tuple[int, ...] = (2, 1, 0)
+        sizes = [2, 1, 0]
         if text[start : start + 2] in self.names.zh_other:  # a word, or a longer name: 王国强
-            sizes = (2,)
+            known = len(text) > after + 1 and set(text[after : after + 2]) <= self.names.zh_given
+            sizes = [2] if known else []
         found = [
             Found(start, after + size, score)
             for size in sizes
             if (score := self._score(text, start, after, size, label))
         ]
-        best = max(found, key=lambda f: (f.score, f.end), default=None)
-        return best if best and (len(sizes) > 1 or best.score >= 0.6) else None
+        return max(found, key=lambda f: (f.score, f.end), default=None)
 
     def _score(
         self, text: str, start: int, after: int, size: int, label: re.Match[str] | None
@@ -105,7 +105,8 @@ class ChineseNames:
         before = text[start - 1 : start] if start else ""
         bordered = not before or before in _ENDS
         if not size:
-            return 0.85 if self._title.match(text, end) and (bordered or label) else 0
+            alone = bordered or label or _BEFORE.search(text, max(0, start - 2), start)
+            return 0.85 if alone and self._title.match(text, end) else 0
         if self._title.match(text, after):
             return 0
         ended = not follows or not _is_chinese(follows)

@@ -232,14 +232,16 @@ class _Text:
         """For each word: its line is not a heading or all in capitals, where each word looks like a
         name. A third of the line's words begin with a small letter."""
         found: list[bool] = []
-        line: list[Word] = []
+        line: list[Word] = []  # without single letters
+        count = 0
         for at, word in enumerate(self.words):
-            line.append(word)
+            count += 1
+            line += [word] if not word.initial else []
             last = at + 1 == len(self.words)
             if last or "\n" in self.text[word.end : self.words[at + 1].start]:
                 small = sum(not one.capital for one in line)
-                found += [3 * small >= len(line)] * len(line)
-                line = []
+                found += [3 * small >= len(line)] * count
+                line, count = [], 0
         return found
 
     # What a word is ──────────────────────────────────────────────────────────────────────────────
@@ -542,6 +544,9 @@ class _Text:
         given = next((at for at in named if self.given(at)), None)
         if given is not None:
             rest = [at for at in named if at > given]
+            before = any(self.family(at) for at in named if at < given)
+            if before and (signed or relative):  # Li Wei, as names are written in China
+                return 0.6
             initials = last - first + 1 > len(named)
             return self._given_score(given, rest, initials, signed, relative and given == first)
         family = named[-1]
