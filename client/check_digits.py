@@ -100,6 +100,31 @@ def is_resident_id(value: str) -> bool:
     return value[:2] in PROVINCES and is_day(int(birth[:4]), int(birth[4:6]), int(birth[6:]))
 
 
+# The two digits that a letter stands for, from 10 on, in Taiwan's numbers.
+_TAIWAN_LETTERS = "ABCDEFGHJKLMNPQRSTUVXYWZIO"
+
+
+def is_taiwan_id(value: str) -> bool:
+    """Taiwan's national identity number (second character 1 or 2) or that of a resident from
+    elsewhere (8 or 9): a letter of a county, and the weighted sum is divided by 10."""
+    if not re.fullmatch(r"[A-Z][1289]\d{8}", value := value.upper()):
+        return False
+    digits = f"{_TAIWAN_LETTERS.index(value[0]) + 10}{value[1:]}"
+    weights = (1, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
+    return sum(int(d) * weight for d, weight in zip(digits, weights, strict=True)) % 10 == 0
+
+
+def is_hong_kong_id(value: str) -> bool:
+    """A Hong Kong identity card's number: one or two letters, six digits and a check character,
+    with or without brackets around it; a missing first letter counts as 36; modulus 11."""
+    value = value.upper().replace("(", "").replace(")", "").replace(" ", "")
+    if not re.fullmatch(r"[A-Z]{1,2}\d{6}[\dA]", value):
+        return False
+    values = [int(char, 36) for char in value]
+    values = [36] * (9 - len(values)) + values  # A is 10, as the last character too
+    return sum(v * weight for v, weight in zip(values, range(9, 0, -1), strict=True)) % 11 == 0
+
+
 def is_day(year: int, month: int, day: int) -> bool:
     """A day of the calendar between 1850 and 2100."""
     try:

@@ -2,9 +2,14 @@
 
 **This does not make a release private; differential privacy does.** It limits what stands in the
 prepared file and what somebody who may see that file can read there. It finds what has a known
-form, check digits, a title or a listed name (client/recognisers.py). Its recall is not 1, and what
-it misses stays in the text: `make bench-deidentify` measures it on made-up texts, which are kinder
-than real ones. Never weaken a privacy plan because a text was cleaned.
+form, check digits, a title or a listed name (client/recognisers.py), and what a model of the site's
+own finds, if there is one (client/entity_model.py). Its recall is not 1, and what it misses stays
+in the text: `make bench-deidentify` measures it on made-up texts, which are kinder than real ones.
+Never weaken a privacy plan because a text was cleaned.
+
+Not looked for: names of organisations and places by themselves, times of day without a date, ages,
+professions, and descriptions that point to one person ("the mayor of the village").
+Names that no list has are found by a title, a label or a sign beside them only.
 
 What was found is
 
@@ -30,16 +35,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from silotune.client.person_names import simplified_characters
 from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Distinct, Frozen
 
 Kind = Literal[
     "person", "email", "phone", "address", "date", "iban", "card", "ssn", "record_number",
-    "resident_id",
+    "resident_id", "passport", "license_plate", "messenger_id", "url", "ip_address",
 ]
 Action = Literal["redact", "mask", "pseudonymise", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,7 +64,8 @@ class Deidentify(Frozen):
 
     action: for every kind that `actions` does not name. kinds: what is looked for. language: of
     the texts; "both" looks for everything. least_score: 0 to 1; lower finds more, and more that is
-    nothing. 0.5 is what was measured.
+    nothing. 0.5 is what was measured. model: a folder with a token-classification model of the
+    site's own, which searches beside the rules (client/entity_model.py); relative to site.toml.
     """
 
     action: Action = "redact"
@@ -65,6 +73,7 @@ class Deidentify(Frozen):
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1), Distinct] = KINDS
     language: Literal["en", "zh", "both"] = "both"
     least_score: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.5
+    model: Path | None = None
 
     @model_validator(mode="after")
     def _looked_for(self) -> Self:
@@ -188,8 +197,9 @@ class Deidentifier:
 def simplified(text: str) -> tuple[str, list[int] | range]:
     """`text` as the recognisers expect it, and the place in `text` of each of its characters.
 
-    Full-width and other digits and letters, hyphens and spaces become ASCII's; what has no width
-    and could split a number is gone.
+    Full-width and other digits and letters, hyphens and spaces become ASCII's; traditional Chinese
+    characters that a pattern or a list uses become simplified; what has no width and could split a
+    number is gone.
     """
     if text.isascii():
         return text, range(len(text))
@@ -199,7 +209,7 @@ def simplified(text: str) -> tuple[str, list[int] | range]:
 
 
 def _simple(char: str) -> str:
-    """The one ASCII character that stands for the same, or `char`."""
+    """The one ASCII or simplified Chinese character that stands for the same, or `char`."""
     if char.isascii():
         return char
     if "！" <= char <= "～" and (char.isalnum() or char in "＠．－＋：＃／＿"):
@@ -209,7 +219,8 @@ def _simple(char: str) -> str:
         return str(unicodedata.decimal(char))
     if category == "Zs":
         return " "
-    return _HYPHENS.get(ord(char)) or _QUOTES.get(ord(char)) or char
+    plain = _HYPHENS.get(ord(char)) or _QUOTES.get(ord(char))
+    return plain or simplified_characters().get(char, char)
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
@@ -234,7 +245,8 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _engine(settings: Deidentify) -> Any:
-    """Presidio's engine with our recognisers and no model: a function from a text to its results.
+    """Presidio's engine with our recognisers and the site's model, if it has one: a function from a
+    text to its results.
 
     It reads nothing from a disk or the network after this.
     """
@@ -253,6 +265,10 @@ def _engine(settings: Deidentify) -> Any:
     logging.getLogger("presidio-analyzer").setLevel(logging.CRITICAL + 1)
     logging.getLogger("decision_process").setLevel(logging.CRITICAL + 1)
     found = recognisers(settings.language, frozenset(settings.kinds), Names.load())
+    if settings.model is not None:
+        from silotune.client.entity_model import EntityModel
+
+        found.append(EntityModel(settings.model, settings.kinds, settings.least_score))
     if not found:
         raise UsageError(
             f"[prepare.deidentify] kinds {', '.join(settings.kinds)} are not of language "

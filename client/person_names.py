@@ -1,17 +1,24 @@
-"""People's names where no NER model is at hand: titles, labels and lists (names.toml).
+"""People's names in English text where no NER model is at hand: lists, titles and labels.
 
-A title or a label before a name counts most ("Dr", "Patient:", 患者), then a given name with a
-family name, then a given name that is hardly ever another word. Words that are names only
-sometimes (Will, May, Mark) need one of the others beside them, and a name before "disease" or
-"sign" is none. Names that no list has, without title or label, are not found.
+A given name and a family name of the lists (names.toml) side by side are a person whatever stands
+before or behind them, in capitals, small letters, with marks on the letters (compared without
+them), with initials and further names between them, and as "FAMILY, Given". No rule takes such a
+pair back. Everything else needs a sign: a title, a label, a relative before it, what people do
+behind it; only there may an eponym or a place ("Wilson disease", "Elizabeth Hospital") say no.
+
+What was found is then extended over the words beside it that can belong to the same name, so that
+no half is left. Names that no list has, without any sign, are not found, nor is a family name by
+itself.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -24,17 +31,33 @@ class Found(NamedTuple):
     score: float
 
 
+_TO_ASCII = str.maketrans({
+    "ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "þ": "th",
+    "'": None,
+})
+
+
+def folded(word: str) -> str:
+    """A name as the lists have it: small ASCII letters, without marks and apostrophes."""
+    if word.isascii():
+        return word.lower().replace("'", "")
+    letters = unicodedata.normalize("NFKD", word.casefold().translate(_TO_ASCII))
+    return "".join(c for c in letters if not unicodedata.combining(c))
+
+
 @dataclass(frozen=True)
 class Names:
-    """The lists of names.toml. English ones in lower case."""
+    """The lists of names.toml; English ones folded. `*_words` are ordinary words, too."""
 
     given: frozenset[str]
-    ambiguous: frozenset[str]
+    given_words: frozenset[str]
     family: frozenset[str]
+    family_words: frozenset[str]
     other: frozenset[str]
     zh_family: frozenset[str]
     zh_compound: frozenset[str]
     zh_given: frozenset[str]
+    zh_transcription: frozenset[str]
     zh_other: frozenset[str]
     places: tuple[str, ...]
 
@@ -42,72 +65,139 @@ class Names:
     def load(cls) -> Names:
         text = files("silotune.client").joinpath("names.toml").read_text(encoding="utf-8")
         lists = tomllib.loads(text)
-        en, zh = lists["en"], lists["zh"]
-        given, ambiguous, family, other = (
-            frozenset(en[key].lower().split()) for key in ("given", "ambiguous", "family", "other")
-        )
+        zh = lists["zh"]
         return cls(
-            given, ambiguous, family, other,
+            **{key: frozenset(words.split()) for key, words in lists["en"].items()},
             zh_family=frozenset("".join(zh["family"].split())),
             zh_compound=frozenset(zh["compound"].split()),
             zh_given=frozenset("".join(zh["given"].split())),
+            zh_transcription=frozenset("".join(zh["transcription"].split())),
             zh_other=frozenset(zh["other"].split()),
             places=tuple(zh["places"].split()),
         )
 
 
-_CAPITAL = r"[A-Z\u00c0-\u00d6\u00d8-\u00de]"
-_SMALL = r"[a-z\u00df-\u00f6\u00f8-\u00ff]"
-_WORD = (  # Smith, O'Brien, McAllister, Lloyd-Jones, SMITH, or an initial
-    rf"(?:(?:O'|D'|Mc|Mac|Le|La|De|Di|Van)?{_CAPITAL}{_SMALL}+(?:['-]{_CAPITAL}{_SMALL}+)*"
-    rf"|{_CAPITAL}'?{_CAPITAL}+(?:['-]{_CAPITAL}+)*|{_CAPITAL}(?=\.? {_CAPITAL}))"
+@cache
+def simplified_characters() -> dict[str, str]:
+    """Traditional Chinese character → the simplified one that the lists and patterns have."""
+    text = files("silotune.client").joinpath("names.toml").read_text(encoding="utf-8")
+    zh = tomllib.loads(text)["zh"]
+    pairs = ("".join(zh[key].split()) for key in ("traditional", "simplified"))
+    return dict(zip(*pairs, strict=True))
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Latin letters with and without marks, and marks that stand by themselves.
+_LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
+_WORD = re.compile(rf"(?<![{_LETTERS}])[{_LETTERS}]+(?:['-][{_LETTERS}]+)*")
+# Between two words of a name. A full stop belongs to an initial or a title before it.
+_SPACE, _LINE, _STOP, _COMMA, _BREAK = range(5)
+_GAPS = (
+    (re.compile(r"[ \t]{1,3}"), _SPACE), (re.compile(r"[ \t]*\r?\n[ \t]*"), _LINE),
+    (re.compile(r"\.[ \t]{0,2}|_"), _STOP), (re.compile(r"[ \t]?,[ \t]{0,2}"), _COMMA),
 )
-_RUN = re.compile(
-    rf"(?<![\w@'-]){_WORD}(?:\.? (?:(?:van|von|de|der|den|del|bin|ibn|al|el|la) ){{0,2}}"
-    rf"{_WORD}){{0,5}}(?![\w@])"
-)
-_SMALL_PAIR = re.compile(rf"(?<![\w@'.-])({_SMALL}{{3,}}) ({_SMALL}{{3,}})(?![\w@])")
-_TITLE = re.compile(
-    r"\b(?:Mr|Mrs|Ms|Miss|Mx|Messrs|Dr|Drs|Doctor|Prof|Professor|Sir|Dame|Lady|Lord|Nurse|Sister|"
-    r"Rev|Reverend|Father|Judge|Justice|Captain|Capt|Sgt|Officer|Pastor|Rabbi|Imam|Midwife|RN|"
-    r"MR|MRS|MS|MISS|DR|PROF)\.?,? $"
-)
-# What stands before a person. The first sort is a label and enough for any capitalised word.
+_PARTICLES = _words(
+    "van von der den de del della di da dos das do la le el al bin ibn ben bint abu ter ten zu af "
+    "st san y e")
+_MOST = 6  # words of one name
+
+_SHORT_TITLES = _words("mr mrs ms miss mx messrs dr drs prof rev sgt capt")
+_SURE_TITLES = _words("mr mrs miss mx messrs")  # hardly ever another word
+_LONG_TITLES = _words(
+    "doctor professor sir dame lady lord nurse sister brother reverend father judge justice "
+    "captain officer pastor rabbi imam midwife matron uncle aunt auntie rn")
+_TITLES = _SHORT_TITLES | _LONG_TITLES
+
+# What stands before a person: a label, enough for any capitalised word.
 _LABEL = re.compile(
-    r"(?:\b(?:name|patient|pt|client|customer|beneficiary|payee|payer|"
-    r"(?:card|account|policy) ?holder|next of kin|attending(?: physician)?|physician|surgeon|"
+    r"(?:\b(?:patient|pt|client|customer|beneficiary|payee|payer|"
+    r"(?:card|account|policy) ?holder|attending(?: physician)?|physician|surgeon|"
     r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|"
-    r"applicant|employee|member|contact|author|"
-    r"emergency contact)(?: name)?\s*[:=]\s*"
-    r"|\bDear |\b(?:[Rr]egards|[Ss]incerely|[Tt]hanks|[Cc]heers|[Yy]ours),?\s+"
-    r"|\b(?:[Mm]y name is|[Tt]his is|[Ss]igned by|[Nn]amed|[Cc]alled) )$",
+    r"applicant|employee|member|contact|author|doctor|dr|nurse|gp|clinician|registrar|keyworker|"
+    r"key worker|midwife|therapist|interpreter|"
+    r"reviewed by|seen by|written by|reported by|dictated by|typed by|verified by|"
+    r"emergency contact|cc)(?: name)?\s*[:=]\s*"
+    r"|\bDear |\b(?:regards|sincerely|thanks|cheers|yours|faithfully|wishes),?\s+"
+    r"|\b(?:my name is|this is|signed by|named|called|known as|aka|née|nee|"
+    r"(?:name|known) (?:is|as)) )$",
     re.IGNORECASE,
 )
+_COLON = re.compile(r"[:=]\s*$")
+# A form's field for a name: what follows is one, whatever its letters.
+_FIELD = re.compile(
+    r"(?:\b(\w+)[ _])?\b(?:names?|surname|forenames?|next of kin|nok)\s*[:=][ \t]*", re.IGNORECASE
+)
+_NO_NAME_FIELD = _words(
+    "drug test file product trade brand generic hospital host domain study trial company bank "
+    "medication device clinic ward school employer pharmacy procedure street site column sheet "
+    "user login group")
 # The second sort makes a word likelier to be a name.
 _KIN = re.compile(
     r"\b(?:patient|husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|friend|"
     r"neighbou?r|aunt|uncle|nephew|niece|carer|colleague|referring|seen by|reviewed by|spoke (?:to|"
     r"with)|discussed with|examined by|reported by|written by|paid to|transfer(?:red)? to|sent to|"
-    r"holder|beneficiary|customer|client|nurse|physician|by|with|to|from|and),? $", re.IGNORECASE
+    r"holder|beneficiary|customer|client|nurse|physician|by|with|to|from|and|for),? $",
+    re.IGNORECASE,
 )
 _RELATIVE = re.compile(
     r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
-    r"niece|grand(?:son|daughter|mother|father)|nurse|neighbou?r|"
+    r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|"
     r"(?:spoke|speak|spoken|talked|met) (?:to|with)),? $", re.IGNORECASE
 )
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
     r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
-    r"asked|wrote|lives|works|states|requested|confirmed|who|aged|born|DOB|MD\b|RN\b|\()"
+    r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|who|aged|"
+    r"born|DOB|MD\b|RN\b|\()", re.IGNORECASE
 )
-_NO_PERSON = re.compile(  # eponyms, organisations and places
-    r"(?:'s)?[ -](?:and \w+ )?(?:[a-z]+ )?(?:disease|syndrome|lymphoma|palsy|sign|test|score|scale|"
-    r"index|catheter|thyroiditis|carcinoma|sarcoma|tumou?r|criteria|classification|curve|reflex|"
-    r"manoeuvre|maneuver|position|procedure|fracture|contracture|phenomenon|anaemia|anemia|chorea|"
-    r"encephalopathy|esophagus|oesophagus|ulcer|stain|plot|branch|bank|clinic|hospital|office|road|"
-    r"street|avenue|lane|drive|airport|university|county|airlines?|inc|ltd|llc|plc)\b",
-    re.IGNORECASE,
+_NOUNS = (  # eponyms, organisations and places end with one of them
+    "disease|syndrome|lymphoma|palsy|sign|test|score|scale|index|catheter|thyroiditis|carcinoma|"
+    "sarcoma|tumou?r|criteria|classification|curve|reflex|manoeuvre|maneuver|position|procedure|"
+    "fracture|contracture|phenomenon|anaemia|anemia|chorea|encephalopathy|o?esophagus|ulcer|stain|"
+    "plot|splint|frame|line|wire|drain|tube|forceps|clamp|murmur|pupil|gait|cyst|foot|point|law|"
+    "node|nodes|nodule|body|bodies|operation|repair|graft|needle|medium|agar|branch|bank|clinic|"
+    "hospital|office|road|street|avenue|lane|drive|square|airport|university|college|school|county|"
+    "airlines?|inc|ltd|llc|plc|ward|wing|centre|center|institute|trust|house"
 )
+_NO_PERSON = re.compile(rf"(?:'s)?[ -](?:{_NOUNS})\b", re.IGNORECASE)
+_PLACE = re.compile(r"\b(?:St|Saint|San|Santa|Port|Fort|Mount|Lake|Cape|New|West|South)\.? $")
+_CLASS = _words(  # a letter behind one of these is no initial
+    "vitamin vitamins hepatitis type group stage class grade factor protein influenza part section "
+    "figure table plan bed bay unit appendix level category phase strain serotype antigen region "
+    "block site arm child-pugh pugh borderline lead"
+)
+_NO_INITIALS = _words("iv im po sc pr us uk prn eg ie")  # I.V., U.S.
+
+
+class Word(NamedTuple):
+    start: int
+    end: int
+    text: str
+    key: str  # folded
+    code: bool  # beside a digit
+
+    @property
+    def capital(self) -> bool:
+        return self.text[0].isupper()
+
+    @property
+    def upper(self) -> bool:
+        return len(self.text) > 1 and self.text.isupper()
+
+    @property
+    def initial(self) -> bool:
+        return len(self.key) == 1
+
+
+class Span(NamedTuple):
+    """Words `first` to `last`, both included."""
+
+    first: int
+    last: int
+    score: float
 
 
 class EnglishNames:
@@ -115,198 +205,424 @@ class EnglishNames:
         self.names = names
 
     def find(self, text: str) -> Iterator[Found]:
-        """Runs of capitalised words, cut at words that belong to no name, then judged."""
-        for run in _RUN.finditer(text):
-            for words in self._parts(run):
-                yield from self._judged(text, words)
-        for pair in _SMALL_PAIR.finditer(text):
-            if self._sure(pair[1]) and self._family(pair[2]) and not self._sometimes(pair[2]):
-                yield Found(pair.start(), pair.end(), 0.55)
-
-    def _parts(self, run: re.Match[str]) -> Iterator[list[re.Match[str]]]:
-        words: list[re.Match[str]] = []
-        for word in re.finditer(r"[^\s.]+", run[0]):
-            other = len(word[0]) > 1 and word[0].lower() in self.names.other
-            if other or _is_title(word[0]):
-                if words:
-                    yield words
-                words = []
-            else:
-                words.append(_at(run, word))
-        if words:
-            yield words
-
-    def _judged(self, text: str, words: list[re.Match[str]]) -> Iterator[Found]:
-        start, end = words[0].start(), words[-1].end()
-        before = text[max(0, start - 40) : start]
-        if _TITLE.search(before):
-            yield Found(start, _end_of_name(words), 0.9)
-        elif _LABEL.search(before) and (before.rstrip()[-1:] in ":=" or not _all_upper(words)):
-            upper = re.match(r", ([A-Z][A-Za-z'-]+)", text[end:])  # Name: SMITH, JOHN
-            yield Found(start, end + (upper.end() if upper else 0), 0.85)
-        elif _NO_PERSON.match(text, end) or re.search(r"\b(?:St|Saint)\.? $", before):
-            return
-        else:
-            yield from self._by_lists(text, before, words)
-
-    def _by_lists(
-        self, text: str, before: str, words: list[re.Match[str]]
-    ) -> Iterator[Found]:
-        end = words[-1].end()
-        named = [w for w in words if len(w[0]) > 1]
-        if not named:
-            return
-        # Words in front that are no name: "Spoke John Smith" is rare, "Metoprolol John" rarer.
-        first = next((i for i, w in enumerate(words) if self._given(w[0])), None)
-        after = re.match(rf",\s?({_WORD})(?![\w@])", text[end:])
-        if len(words) == 1 and after and self._family(words[0][0]) and self._given(after[1]):
-            yield Found(words[0].start(), end + after.end(), 0.8)  # Smith, John
-        if first is not None:
-            rest = [w for w in words[first + 1 :] if len(w[0]) > 1]
-            start = words[first].start()
-            sure = self._sure(words[first][0])
-            if rest and any(self._family(w[0]) for w in rest):
-                yield Found(start, end, 0.85 if sure else 0.7)
-            elif rest and (sure or len(words) > len(named)):  # an initial makes it a name
-                yield Found(start, end, 0.7)
-            elif sure:
-                yield Found(start, end, 0.6)
-            elif rest and _KIN.search(before):
-                yield Found(start, end, 0.55)
-            elif start == words[0].start() and _RELATIVE.search(before):
-                yield Found(start, end, 0.6)
-        elif len(named) >= 2 and self._family(named[-1][0]):
-            # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
-            yield Found(words[0].start(), end, 0.6 if _KIN.search(before) else 0.5)
-        elif len(words) == 1 and self._family(words[0][0]) and not self._sometimes(words[0][0]):
-            yield Found(*words[0].span(), 0.5 if _RELATIVE.search(before) else 0.4)
-        elif _mixed_case(text) and (
-            (len(named) >= 2 and (_KIN.search(before) or _DOES.match(text, end)))
-            or (len(words) == 1 and _RELATIVE.search(before))
-        ):
-            yield Found(words[0].start(), end, 0.5)
-
-    def _given(self, word: str) -> bool:
-        return self._sure(word) or word.lower() in self.names.ambiguous
-
-    def _sure(self, word: str) -> bool:
-        return word.lower().split("-")[0] in self.names.given
-
-    def _family(self, word: str) -> bool:
-        return any(part in self.names.family for part in (word.lower(), *word.lower().split("-")))
-
-    def _sometimes(self, word: str) -> bool:
-        return word.lower() in self.names.ambiguous
+        """Every name, extended over the words beside it that can belong to it; they may overlap."""
+        one = _Text(text, self.names)
+        listed = [*one.pairs(), *one.family_first(), *one.with_initials(),
+                  *one.with_middle_initial()]
+        signed = [*one.titled(), *one.labelled(), *one.fields()]
+        spans = [one.extended(span) for span in (*listed, *signed)]
+        taken = {at for span in spans for at in range(span.first, span.last + 1)}
+        spans += [one.extended(span) for span in one.single(taken)]
+        for first, last, score in spans:
+            yield Found(one.words[first].start, one.words[last].end, score)
 
 
-def _at(run: re.Match[str], word: re.Match[str]) -> re.Match[str]:
-    """The same word, its places counted in the whole text."""
-    found = re.compile(re.escape(word[0])).match(run.string, run.start() + word.start())
-    assert found is not None
-    return found
+class _Text:
+    """The words of one text, what is between them, and the names among them."""
 
+    def __init__(self, text: str, names: Names) -> None:
+        self.text, self.names = text, names
+        self.words = [_word(match) for match in _WORD.finditer(text)]
+        self.gaps = [
+            _gap(text, one, other) for one, other in zip(self.words, self.words[1:], strict=False)
+        ] + [_BREAK]
+        self._mixed = self._mixed_lines()
 
-def _is_title(word: str) -> bool:
-    return bool(_TITLE.search(f"{word} "))
+    def _mixed_lines(self) -> list[bool]:
+        """For each word: its line is not a heading or all in capitals, where each word looks like a
+        name. A third of the line's words begin with a small letter."""
+        found: list[bool] = []
+        line: list[Word] = []  # without single letters
+        count = 0
+        for at, word in enumerate(self.words):
+            count += 1
+            line += [word] if not word.initial else []
+            last = at + 1 == len(self.words)
+            if last or "\n" in self.text[word.end : self.words[at + 1].start]:
+                small = sum(not one.capital for one in line)
+                found += [3 * small >= len(line)] * count
+                line, count = [], 0
+        return found
 
+    # What a word is ──────────────────────────────────────────────────────────────────────────────
 
-def _end_of_name(words: list[re.Match[str]]) -> int:
-    """After a title at most three words are the name."""
-    return words[: 3 if len(words) > 3 else len(words)][-1].end()
+    def given(self, at: int) -> bool:
+        return self.sure(at) or self.words[at].key.split("-")[0] in self.names.given_words
 
+    def sure(self, at: int) -> bool:
+        """A given name that is hardly ever another word."""
+        return self.words[at].key.split("-")[0] in self.names.given
 
-def _all_upper(words: list[re.Match[str]]) -> bool:
-    """An abbreviation, or somebody who shouts."""
-    return all(word[0].isupper() for word in words)
+    def family(self, at: int) -> bool:
+        return self.own_family(at) or any(p in self.names.family_words for p in self._parts(at))
 
+    def own_family(self, at: int) -> bool:
+        """A family name that is no other word."""
+        return any(part in self.names.family for part in self._parts(at))
 
-def _mixed_case(text: str) -> bool:
-    """Not a heading or a text in capitals, where each word looks like a name."""
-    return sum(map(str.islower, text)) > 3 * sum(map(str.isupper, text))
+    def _parts(self, at: int) -> list[str]:
+        key = self.words[at].key
+        return [key, *key.split("-")] if "-" in key else [key]
 
+    def other(self, at: int) -> bool:
+        """A word that belongs to no name, a title, or letters of a code."""
+        word = self.words[at]
+        if word.code or word.key in _TITLES:
+            return True
+        return not word.initial and word.key in self.names.other
 
-_ZH_LABEL = (
-    "姓名|患者|病人|患儿|病员|产妇|联系人|家属|家长|监护人|客户|用户|储户|持卡人|收款人|汇款人|付款人|转账[至给]|转给|户名|开户人|"
-    "户主|申请人|投保人|被保险人|受益人|经办人|收件人|寄件人|证人|签名|签字|医生|医师|大夫|护士|主任|主治|主诊|管床|法人|"
-    "其妻|其夫|其子|其女|其父|其母|丈夫|妻子|儿子|女儿|母亲|父亲|哥哥|姐姐|弟弟|妹妹|我是|我叫|名叫|叫做|本人|联系|找|由"
-)
-_ZH_TITLE = (
-    "先生|女士|小姐|太太|医生|医师|大夫|主任|教授|护士|护师|老师|同志|阿姨|叔叔|大爷|大妈|奶奶|爷爷|经理|院长|律师|师傅|总|"
-    "（男|（女|\\(男|\\(女|，男|，女|,男|,女|，性别|性别"
-)
-_H = "\u4e00-\u9fff"
-_ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n"  # a name may end or begin beside these
-_VERBS = "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代电收今"
+    def mixed(self, at: int) -> bool:
+        """In the line of word `at`, a capital letter says something."""
+        return self._mixed[at]
 
+    def joined(self, at: int) -> bool:
+        """Word `at` and the next can be of one name."""
+        gap = self.gaps[at]
+        return gap == _SPACE or (gap == _STOP and self.words[at].initial)
 
-class ChineseNames:
-    """A family name of the list and one or two characters that given names are made of."""
+    def before(self, at: int) -> str:
+        start = self.words[at].start
+        return self.text[max(0, start - 40) : start]
 
-    def __init__(self, names: Names) -> None:
-        self.names = names
-        compound = "|".join(sorted(names.zh_compound))
-        single = "".join(sorted(names.zh_family))
-        self._family = re.compile(f"(?:{compound}|[{single}])")
-        self._label = re.compile(rf"(?:{_ZH_LABEL})(?:姓名|名字|签名)?[:为是叫,]?\s*$")
-        self._title = re.compile(f"(?:{_ZH_TITLE})")
-        # A form's field says it by itself, whatever the family name.
-        self._field = re.compile(
-            rf"(?:{_ZH_LABEL})(?:姓名|名字)?:\s*(?!不详|未知|未填|本人|同上|无)([{_H}]{{2,4}})(?![{_H}])"
-            rf"|(?:患者|病人|患儿|病员)([{_H}]{{2,4}})(?=[,，][男女])"
+    # Listed names ────────────────────────────────────────────────────────────────────────────────
+
+    def pairs(self) -> Iterator[Span]:
+        """A given name and a family name, with at most three words of the name between them."""
+        for at in range(len(self.words)):
+            if not self.given(at):
+                continue
+            last = at
+            for to in range(at + 1, min(at + 5, len(self.words))):
+                if not (self.joined(to - 1) or self._line_or_underscore(to - 1)):
+                    break
+                if self.family(to) and self._same_case(at, to):
+                    last = to
+                    break
+                if not self._between(at, to):
+                    break
+            if last > at:
+                yield Span(at, last, self._pair_score(at, last))
+
+    def _line_or_underscore(self, at: int) -> bool:
+        """A line may end inside a name, and file names have underscores."""
+        if self.gaps[at] == _LINE:
+            return self.words[at].capital and self.words[at + 1].capital
+        return self.gaps[at] == _STOP and self.text[self.words[at].end] == "_"
+
+    def _same_case(self, given: int, family: int) -> bool:
+        """Not "John may come": a small word behind a capital one is a word if it can be one."""
+        one, other = self.words[given], self.words[family]
+        return not (one.capital and not other.capital) or self.own_family(family)
+
+    def _between(self, given: int, at: int) -> bool:
+        word = self.words[at]
+        if word.initial or word.key in _PARTICLES or self.given(at):
+            return True
+        return self.mixed(at) and self.sure(given) and word.capital and not self.other(at)
+
+    def _pair_score(self, given: int, family: int) -> float:
+        plain = self.sure(given) or self.own_family(family)
+        if self.words[given].capital:
+            return 0.85 if plain else 0.7
+        return 0.6 if plain else 0.5
+
+    def family_first(self) -> Iterator[Span]:
+        """SMITH, John and SMITH, J.; SMITH JOHN."""
+        for at in range(len(self.words) - 1):
+            one, other = self.words[at], self.words[at + 1]
+            if self.gaps[at] == _COMMA and one.capital == other.capital and not one.initial:
+                if score := self._comma_score(at):
+                    yield Span(at, at + 1, score)
+            elif (
+                self.gaps[at] == _SPACE and one.capital and other.capital
+                and self.own_family(at) and self.sure(at + 1)
+            ):
+                yield Span(at, at + 1, 0.6)
+
+    def _comma_score(self, at: int) -> float:
+        one, other = self.words[at], self.words[at + 1]
+        shouted = self.mixed(at) and one.upper and len(one.text) > 2
+        if other.initial:
+            dotted = self.text[other.end : other.end + 1] == "."
+            return 0.6 if self.own_family(at) and one.capital and (dotted or shouted) else 0
+        if self.family(at) and self.given(at + 1):
+            if self.own_family(at) or self.sure(at + 1) or shouted:
+                return 0.8
+            # "the stool was brown, will repeat" is no name, "Brown, Will" is.
+            starts = not self.before(at).strip() or self.before(at).rstrip(" ").endswith("\n")
+            return 0.5 if one.capital and (self.mixed(at) or starts) else 0
+        half = (self.given(at + 1) and len(one.text) > 3) or self.family(at)
+        names = not self.other(at) and not self.other(at + 1) and not other.upper
+        return 0.6 if shouted and names and half else 0
+
+    def with_initials(self) -> Iterator[Span]:
+        """J. Smith, J.R. Smith and J Smith."""
+        for at, word in enumerate(self.words[:-1]):
+            if not word.initial or (at and self.words[at - 1].initial and self.joined(at - 1)):
+                continue
+            to = at
+            while to < min(at + 3, len(self.words) - 1) and self.words[to].initial:
+                if not self.joined(to):
+                    break
+                to += 1
+            if to == at or self.words[to].initial or not self._initials(at, to):
+                continue
+            last = self.words[to]
+            dotted = all(self.gaps[i] == _STOP for i in range(at, to))
+            if last.capital and word.capital and self.family(to):
+                if dotted or (self.own_family(to) and word.key not in "ai"):
+                    yield Span(at, to, 0.6)
+            elif (dotted and self.own_family(to)) or (
+                dotted and self.mixed(at) and last.capital and word.capital and not self.other(to)
+                and (_KIN.search(self.before(at)) or _DOES.match(self.text, last.end))
+            ):
+                yield Span(at, to, 0.5)
+
+    def with_middle_initial(self) -> Iterator[Span]:
+        """Will F. Xu: the initial between two words of the same sort makes them a name."""
+        for at in range(1, len(self.words) - 1):
+            one, middle, other = self.words[at - 1 : at + 2]
+            if not middle.initial or not middle.capital or one.initial or other.initial:
+                continue
+            if self.gaps[at - 1] != _SPACE or self.gaps[at] not in {_SPACE, _STOP}:
+                continue
+            alike = one.capital and other.capital and one.upper == other.upper
+            if alike and not self.other(at + 1) and one.key not in _CLASS:
+                if self.given(at - 1):
+                    yield Span(at - 1, at + 1, 0.7)
+                elif self.gaps[at] == _STOP and not self.other(at - 1):
+                    yield Span(at - 1, at + 1, 0.5)
+
+    def _initials(self, first: int, to: int) -> bool:
+        """Not hepatitis B, I.V. or a species (E. coli)."""
+        letters = "".join(word.key for word in self.words[first:to])
+        behind = first and self.words[first - 1].key in _CLASS and self.gaps[first - 1] == _SPACE
+        return not behind and letters not in _NO_INITIALS
+
+    # Names with a sign ───────────────────────────────────────────────────────────────────────────
+
+    def titled(self) -> Iterator[Span]:
+        """Dr Okonjo, mrs jones, MR SMITH; and Jones in "Drs Patel and Jones"."""
+        for at, word in enumerate(self.words[:-1]):
+            if word.key not in _TITLES or self.gaps[at] not in {_SPACE, _STOP, _LINE}:
+                continue
+            to = at + 1
+            if not self._after_title(at, to):
+                continue
+            last = self._to_the_end(to)
+            yield Span(to, last, 0.9)
+            if last + 2 < len(self.words) and self.words[last + 1].key == "and":
+                both = self.gaps[last] == self.gaps[last + 1] == _SPACE
+                if both and self.words[last + 2].capital and self.family(last + 2):
+                    yield Span(last + 2, last + 2, 0.6)
+
+    def _after_title(self, title: int, at: int) -> bool:
+        word, key = self.words[at], self.words[title].key
+        if word.key in _TITLES or (word.initial and not word.capital):
+            return False
+        if key in _LONG_TITLES:
+            name = self.own_family(at) or not self.other(at)
+            return word.capital and self.mixed(at) and name
+        listed = self.family(at) or self.given(at)
+        if word.capital:
+            short = word.upper and len(word.text) < 4 and self.mixed(at)  # DR TB
+            return listed or not (short or self.other(at))
+        if len(word.key) < 2 or (self.other(at) and not (listed and key in _SURE_TITLES)):
+            return False
+        return listed or (key != "ms" and len(word.key) > 2)
+
+    def _to_the_end(self, at: int) -> int:
+        """The last word of the name that begins at `at`."""
+        while at + 1 < len(self.words) and self.joined(at) and self.words[at].initial:
+            if self.other(at + 1) and not self.family(at + 1):
+                break
+            at += 1  # J. R. Smith
+        if self.words[at].capital and not self.mixed(at) and self.given(at) and self._plain(at + 1):
+            at += 1  # MARY OKONJO CAME
+        return at
+
+    def _plain(self, at: int) -> bool:
+        """Word `at` follows directly and is none of those that belong to no name."""
+        return (
+            at < len(self.words) and self.joined(at - 1) and not self.other(at)
+            and len(self.words[at].key) > 2
+            and self.words[at].capital == self.words[at - 1].capital
         )
 
-    def find(self, text: str) -> Iterator[Found]:
-        for named in self._field.finditer(text):
-            yield Found(*named.span(named.lastindex or 1), 0.8)
-        last = 0
-        for family in self._family.finditer(text):
-            if family.start() < last:
+    def labelled(self) -> Iterator[Span]:
+        """Patient: Okonjo; Dear Okonjo."""
+        for at, word in enumerate(self.words):
+            if not word.capital or self.other(at) or (at and self.joined(at - 1)
+                                                      and self.words[at - 1].capital
+                                                      and not self.other(at - 1)):
                 continue
-            found = self._judged(text, family)
-            if found:
-                last = found.end
-                yield found
+            before = self.before(at)
+            if not _LABEL.search(before):
+                continue
+            if _COLON.search(before) or not word.upper:
+                yield Span(at, self._past_comma(at), 0.85)
 
-    def _judged(self, text: str, family: re.Match[str]) -> Found | None:
-        start, after = family.span()
-        if text[start : start + 2] in self.names.zh_other:
-            return None
-        label = self._label.search(text, max(0, start - 10), start)
-        found = [
-            Found(start, after + size, score)
-            for size in (2, 1, 0)
-            if (score := self._score(text, start, after, size, label))
-        ]
-        return max(found, key=lambda f: (f.score, f.end), default=None)
+    def _past_comma(self, at: int) -> int:
+        """Patient: SMITH, JOHN"""
+        to = self.extended(Span(at, at, 0)).last
+        following = to + 1 < len(self.words) and self.gaps[to] == _COMMA
+        if following and self.words[to + 1].capital and not self.other(to + 1):
+            return to + 1
+        return to
+
+    def fields(self) -> Iterator[Span]:
+        """Name: okonjo chidi"""
+        starts = {word.start: at for at, word in enumerate(self.words)}
+        for field in _FIELD.finditer(self.text):
+            at = starts.get(field.end())
+            if at is None or folded(field[1] or "") in _NO_NAME_FIELD:
+                continue
+            last = None
+            for to in range(at, min(at + _MOST, len(self.words))):
+                after = self.text[self.words[to].end : self.words[to].end + 1]
+                if (self.other(to) and not self.family(to)) or after in {":", "="}:
+                    break
+                last = to
+                if not (self.joined(to) or self.gaps[to] in {_COMMA, _STOP}):
+                    break
+            if last is not None:
+                yield Span(at, last, 0.85)
+
+    # Names by themselves ─────────────────────────────────────────────────────────────────────────
+
+    def single(self, taken: set[int]) -> Iterator[Span]:
+        """What is not a whole listed name and has no title: single given names, names of which one
+        half is listed, and unlisted ones beside a sign."""
+        at = 0
+        while at < len(self.words):
+            if at in taken:
+                at += 1
+            elif self.words[at].capital and not self.other(at):
+                last = at
+                while (
+                    last - at < _MOST and self.joined(last) and last + 1 not in taken
+                    and self.words[last + 1].capital and not self.other(last + 1)
+                ):
+                    last += 1
+                yield from self._judged(at, last)
+                at = last + 1
+            else:
+                yield from self._small(at)
+                at += 1
+
+    def _small(self, at: int) -> Iterator[Span]:
+        """A given name in small letters and what may be the family name behind it; a family name
+        in small letters, and what may be the given name before it, beside a sign."""
+        word = self.words[at]
+        if self.sure(at) and len(word.key) > 3 and not _NO_PERSON.match(self.text, word.end):
+            following = self._plain(at + 1) and not _DOES.match(self.text, word.end)
+            yield Span(at, at + following, 0.5)
+        elif self._plain(at + 1) and self.own_family(at + 1) and not self.other(at):
+            end = self.words[at + 1].end
+            signed = _KIN.search(self.before(at)) or _DOES.match(self.text, end)
+            if signed and len(word.key) > 2 and not _NO_PERSON.match(self.text, end):
+                yield Span(at, at + 1, 0.5)
+
+    def _judged(self, first: int, last: int) -> Iterator[Span]:
+        named = [at for at in range(first, last + 1) if not self.words[at].initial]
+        if not named:
+            return
+        end, before = self.words[last].end, self.before(first)
+        if _NO_PERSON.match(self.text, end) or _PLACE.search(before):
+            return
+        if any(re.fullmatch(_NOUNS, self.words[at].key) for at in named):
+            return
+        does = bool(_DOES.match(self.text, end))
+        kin, relative = bool(_KIN.search(before)), bool(_RELATIVE.search(before))
+        if score := self._score(first, last, named, kin or does, relative, does):
+            yield Span(first, last, score)
 
     def _score(
-        self, text: str, start: int, after: int, size: int, label: re.Match[str] | None
+        self, first: int, last: int, named: list[int], signed: bool, relative: bool, does: bool
     ) -> float:
-        """How sure it is that `size` characters after the family name are the given one; 0: not."""
-        end = after + size
-        given, follows = text[after:end], text[end : end + 1]
-        if len(given) < size or not all(map(_is_chinese, given)):
-            return 0
-        known = all(c in self.names.zh_given for c in given)
-        before = text[start - 1 : start] if start else ""
-        bordered = not before or before in _ENDS
-        if not size:
-            return 0.85 if self._title.match(text, end) and (bordered or label) else 0
-        if self._title.match(text, after):
-            return 0
-        ended = not follows or not _is_chinese(follows)
-        goes_on = ended or follows in _VERBS
-        score = 0.0
-        if known and self._title.match(text, end):
-            score = 0.85
-        elif label and known:
-            score = 0.8 if goes_on else 0.65
-        elif label and ended:
-            score = 0.6
-        elif known and goes_on and (bordered or before in "和与及给向找"):
-            score = 0.6 if size == 2 or ended else 0.5
-        return score
+        """How sure it is that the capitalised words `first` to `last` are a person."""
+        given = next((at for at in named if self.given(at)), None)
+        if given is not None:
+            rest = [at for at in named if at > given]
+            before = any(self.family(at) for at in named if at < given)
+            if before and (signed or relative):  # Li Wei, as names are written in China
+                return 0.6
+            initials = last - first + 1 > len(named)
+            return self._given_score(given, rest, initials, signed, relative and given == first)
+        family = named[-1]
+        if len(named) > 1 and self.family(family):
+            # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
+            sure = self.own_family(family) and self.mixed(family)
+            return 0.6 if signed or relative else 0.5 * sure
+        if len(named) == 1 and self.own_family(family):
+            return 0.5 if relative or (does and not self.words[family].upper) else 0.4
+        unlisted = (len(named) > 1 and signed) or relative
+        return 0.5 if self.mixed(family) and unlisted else 0
+
+    def _given_score(
+        self, given: int, rest: list[int], initials: bool, signed: bool, relative: bool
+    ) -> float:
+        """The same where `given` is a listed given name and `rest` what follows, without a family
+        name of the lists."""
+        sure = self.sure(given)
+        if rest:
+            if initials or (sure and (self.mixed(given) or len(rest) == 1)):
+                return 0.7
+            return 0.55 if signed else 0
+        word = self.words[given]
+        abbreviation = self.mixed(given) and word.upper and len(word.key) < 5  # ANA, ALI
+        return 0.6 if relative or (sure and not abbreviation) else 0
+
+    # The whole name ──────────────────────────────────────────────────────────────────────────────
+
+    def extended(self, span: Span) -> Span:
+        """With the words on both sides that can belong to the same name."""
+        first, last, score = span
+        while first and last - first < _MOST and self.joined(first - 1):
+            if not self._beside(first - 1, first):
+                break
+            first -= 1
+        while last + 1 < len(self.words) and last - first < _MOST and self.joined(last):
+            to = last + 1
+            while (
+                to < last + 3 and to + 1 < len(self.words) and self.joined(to)
+                and self.words[to].key in _PARTICLES and not self.words[to].capital
+            ):
+                to += 1
+            if not self._beside(to, last):
+                break
+            last = to
+        return Span(first, last, score)
+
+    def _beside(self, at: int, name: int) -> bool:
+        """Word `at` beside the word `name` of a name belongs to it."""
+        word = self.words[at]
+        if word.initial:
+            dotted = self.text[word.end : word.end + 1] == "."
+            return word.capital and (dotted or word.key not in "ai")
+        if word.capital != self.words[name].capital:
+            return False
+        if not word.capital:
+            return self.sure(at) or self.own_family(at)
+        listed = self.given(at) or self.family(at)
+        if self.other(at):
+            return False
+        return listed or (self.mixed(at) and not re.fullmatch(_NOUNS, word.key))
 
 
-def _is_chinese(char: str) -> bool:
-    return "\u4e00" <= char <= "\u9fff"
+def _word(match: re.Match[str]) -> Word:
+    """Without the ending of a genitive."""
+    text, end = match[0], match.end()
+    if len(text) > 2 and text[-2:] in {"'s", "'S"}:
+        text, end = text[:-2], end - 2
+    start, string = match.start(), match.string
+    code = string[end : end + 1].isdigit() or (start > 0 and string[start - 1].isdigit())
+    return Word(start, end, text, folded(text), code)
+
+
+def _gap(text: str, one: Word, other: Word) -> int:
+    """What stands between two words."""
+    for pattern, gap in _GAPS:
+        if pattern.fullmatch(text, one.end, other.start):
+            return gap
+    return _BREAK

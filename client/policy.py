@@ -343,8 +343,15 @@ def parse(text: str, path: Path) -> Policy:
         model = model.model_copy(update={"folder": base / model.folder})
     if server is not None:
         server = server.model_copy(update={"ca": base / server.ca})
+    prepare = policy.prepare
+    if prepare.deidentify is not None and prepare.deidentify.model is not None:
+        found = prepare.deidentify.model_copy(update={"model": base / prepare.deidentify.model})
+        prepare = prepare.model_copy(update={"deidentify": found})
     return policy.model_copy(
-        update={"data": data, "model": model, "server": server, "performance": performance}
+        update={
+            "data": data, "model": model, "server": server, "performance": performance,
+            "prepare": prepare,
+        }
     )
 
 

@@ -1,9 +1,12 @@
 """What finds personal details in a text by their form: Presidio recognisers of our own.
 
-Presidio's own ones fetch a list of top-level domains from the network, miss an IBAN with words
-behind it, log the text they could not check, and have none for Chinese. These are patterns, check
-digits (client/check_digits.py) and the words before a number; client/person_names.py finds people.
-The text they see is one that `Deidentifier` has made plain: half-width digits, simple hyphens.
+Of Presidio's own recognisers the one of IP addresses is used. The others fetch a list of top-level
+domains from the network (e-mail), take any two words around a full stop for an address ("No.It";
+URL), miss an IBAN with words behind it, log the text they could not check, know passports and
+plates by context that only a language model gives them, and have none for Chinese. These are
+patterns, check digits (client/check_digits.py) and the words before a number;
+client/person_names.py and client/chinese_names.py find people. The text they see is one that
+`Deidentifier` has made plain: half-width digits, simple hyphens, simplified characters.
 """
 
 from __future__ import annotations
@@ -21,16 +24,20 @@ from presidio_analyzer import (
     PatternRecognizer,
     RecognizerResult,
 )
+from presidio_analyzer.predefined_recognizers import IpRecognizer
 
 from silotune.client.check_digits import (
     IBAN_LENGTHS,
     is_card,
     is_day,
+    is_hong_kong_id,
     is_iban,
     is_resident_id,
     is_ssn,
+    is_taiwan_id,
 )
-from silotune.client.person_names import ChineseNames, EnglishNames, Found, Names
+from silotune.client.chinese_names import ChineseNames
+from silotune.client.person_names import EnglishNames, Found, Names
 
 LANGUAGE = "xx"  # Presidio wants one; the settings choose recognisers, so all of them share it
 BEFORE = 40  # characters in which a word says what the number after it is
@@ -40,14 +47,15 @@ Rule = Callable[[str], bool]
 
 class Shape(PatternRecognizer):
     """Patterns with a score each. `proof`: check digits, which settle it either way; `possible`:
-    what a match must be at least; `near`: words just before that raise the score.
+    what a match must be at least; `near`: words just before that raise the score; `against`: words
+    directly before that lower it.
 
     A pattern's match begins at \\K where it has one.
     """
 
     def __init__(
         self, kind: str, *patterns: tuple[str, float], proof: Rule | None = None,
-        possible: Rule | None = None, near: str = "", ignore_case: bool = True,
+        possible: Rule | None = None, near: str = "", against: str = "", ignore_case: bool = True,
     ) -> None:
         super().__init__(
             supported_entity=kind, supported_language=LANGUAGE,
@@ -56,6 +64,7 @@ class Shape(PatternRecognizer):
         )
         self.proof, self.possible = proof, possible
         self.near = re.compile(near, re.IGNORECASE) if near else None
+        self.against = re.compile(rf"(?:{against})\W{{0,3}}$", re.IGNORECASE) if against else None
 
     def validate_result(self, pattern_text: str) -> bool | None:
         return self.proof(plain(pattern_text)) if self.proof else None
@@ -71,6 +80,9 @@ class Shape(PatternRecognizer):
         for found in raw_recognizer_results:
             if self.near and self.near.search(text, max(0, found.start - BEFORE), found.start):
                 found.score = min(1.0, found.score + 0.4)
+            before = text[max(0, found.start - BEFORE) : found.start]
+            if self.against and self.against.search(before):
+                found.score = max(0.0, found.score - 0.4)
         return raw_recognizer_results
 
 
@@ -119,6 +131,9 @@ LANDLINES = (
      r"(?!\d)", 0.75),
     (r"(?<![\d.-])0(?:10|2\d|[3-9]\d{2})[2-9]\d{6,7}(?!\d)", 0.4),
     (r"(?<![\d.-])[48]00-?\d{3,4}-?\d{3,4}(?!\d)", 0.3),
+    (r"(?<![\d.-])09\d{2}([- ]?)\d{3}\1\d{3}(?!\d)", 0.6),  # Taiwan
+    (r"(?<![\d.-])\(?0[2-8]\d?(?:\)|-|\) )\d{3,4}-?\d{4}(?![\d-])", 0.6),
+    (r"(?<![\d.-])[235679]\d{3}[ -]?\d{4}(?![\d-])", 0.2),  # Hong Kong
 )
 # Beside the plans of phonenumbers: ranges that are newer than it, and those kept for examples.
 ENGLISH_PHONES = (
@@ -137,6 +152,59 @@ RECORDS = (
     (r"(?:病历|病案|住院|门诊|就诊卡?|登记|病人|患者|诊疗卡|医保卡?|影像|检查|标本)(?:编?号码?|ID|卡号)"
      rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
 )
+
+
+# A passport's number says itself only by its label; China's also by its form, near one.
+PASSPORTS = (
+    (r"(?i:passport|travel document|护照|通行证)[^\d\n]{0,30}?(?<![A-Z0-9])"
+     r"\K(?:[A-Z]{1,3} ?)?\d[A-Z0-9]{5,9}(?![A-Z0-9-])", 0.85),
+    (r"(?<![A-Z0-9])E[A-HJ-NP-Z]?\d{7,8}(?![A-Z0-9-])", 0.4),
+)
+_PASSPORT_NEAR = "passport|travel document|护照|证件|通行证"
+_PLATE_LABEL = (
+    r"(?i:(?:licen[cs]e|number|registration) plates?|plate (?:number|no\b\.?)|"
+    r"(?:car|vehicle)(?:'s)? reg(?:istration)?\b\.?|"
+    r"\breg(?:istration)?\b\.? ?(?:no\b\.?|number|mark)|"
+    r"车牌号?码?|牌照号?码?|车号)"
+)
+_PLATE = r"(?=[A-Z \-]{0,7}\d)(?=[\d \-]{0,7}[A-Z])[A-Z0-9]{1,5}(?:[ -]?[A-Z0-9]{1,5}){0,2}"
+PLATES = (
+    (r"[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z]"
+     r"[·•・ -]?(?=[A-Z]{0,4}\d)[A-HJ-NP-Z0-9]{4}(?:[A-HJ-NP-Z0-9]{1,2}|[挂学警港澳])"
+     r"(?![A-Z0-9])", 0.9),
+    (r"(?<![A-Z0-9])[A-HJ-PR-Y]{2}(?:0[2-9]|[12]\d|5[1-9]|[67]\d)[ -]?[A-HJ-PR-Z]{3}(?![A-Z0-9])",
+     0.6),  # the United Kingdom's since 2001
+    (rf"{_PLATE_LABEL}[^A-Z0-9\n]{{0,4}}(?:(?i:is|was|number|no)\b[^A-Z0-9\n]{{0,3}}){{0,2}}"
+     rf"\K{_PLATE}(?![A-Z0-9])", 0.8),
+)
+_ACCOUNT = r"[A-Za-z0-9][-_A-Za-z0-9]{4,19}(?![-_A-Za-z0-9])"
+MESSENGERS = (  # behind a colon any name; elsewhere one with a digit or _, which no word has
+    (rf"(?:微信号?|we ?chat(?: id)?|weixin|(?<![a-z])[vw]x)\s*[:=]\s*\K{_ACCOUNT}", 0.9),
+    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:id|account|name|user(?:name)?|number|no\.?|is|was|"
+     rf"为|是|号码?)\b)*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
+    (r"(?<![A-Za-z])QQ\s*(?:(?:id|number|no\.?|account|is|号码?|为|是)\s*)*[:=]?\s*\K[1-9]\d{4,10}(?!\d)",
+     0.9),
+)
+_NO_PATH = r"\s<>\"'()，。；、（）《》“”\u4e00-\u9fff"
+_PATH = rf"[^{_NO_PATH}]*[^{_NO_PATH}.,;:!?]"
+_DOMAINS = "com|org|net|edu|gov|info|io|cn|hk|tw|eu|de|fr|uk|us|ca|au|health"
+URLS = (
+    (rf"(?:https?|ftp)://{_PATH}", 0.95),
+    (rf"(?<![a-z0-9.@/-])www\.{_PATH}", 0.9),
+    (rf"(?<![a-z0-9._@/-])(?:[a-z0-9][a-z0-9-]{{1,62}}\.){{1,5}}(?:{_DOMAINS})"
+     rf"(?![a-z0-9@-]|\.[a-z0-9])(?:[/?#]{_PATH})?", 0.6),
+)
+
+
+def ip_addresses() -> IpRecognizer:
+    """Presidio's, which tries every match with `ipaddress`. For it a Chinese character beside the
+    address is a boundary, and the address is no phone number."""
+    return IpRecognizer(
+        patterns=[
+            Pattern(p.name, f"(?a){p.regex}", 0.9) for p in IpRecognizer.PATTERNS if p.score > 0.5
+        ],
+        supported_language=LANGUAGE, supported_entity="ip_address",
+    )
 
 
 def ibans(text: str) -> Iterator[Found]:
@@ -181,11 +249,27 @@ _MONTH = "(?:" + "|".join(
 ) + r"|Sept\b\.?)"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _ORDINAL = rf"{_DAY}(?:st|nd|rd|th)?"
+_TIME = r"(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?(?:Z|[+-]\d{2}:?\d{2})?)?"  # ISO 8601
 NUMERIC_DATES = (
-    (rf"(?<![\d.,/-])\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.8),
+    (rf"(?<![\d.,/-])\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?!\d){_TIME}(?![\d/-]|\.\d)", 0.8),
+    (r"(?<!\d)(?:19|20)\d{6}T\d{4}(?:\d{2})?(?:Z|[+-]\d{4})?(?!\d)", 0.8),
     (r"(?<![\d.,/-])\d{1,2}([-/])\d{1,2}\1(?:\d{4}|\d{2})(?![\d/-]|\.\d)", 0.7),
     (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{4}(?![\d/-]|\.\d)", 0.7),
     (r"(?:出生|生日|生于|born|birth|dob)[^\d\n]{0,12}\K(?:19|20)\d{6}(?!\d)", 0.7),
+)
+# 07.03.24 is also how versions and sections are numbered.
+DOTTED_DATES = (
+    (r"(?<![\d.,/-])\d{2}\.\d{2}\.\d{2}(?![\d/-]|\.\d)", 0.6),
+    (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{2}(?![\d/-]|\.\d)", 0.5),
+)
+_NUMBERED = (
+    r"version|firmware|software|release|build|section|chapter|table|figure|protocol|\bv|版本|版|节|章"
+)
+_YEAR = r"(?:19|20)\d{2}"
+MONTHS = (  # 3/2024, 03.2024, 2024-03
+    (rf"(?<![\d.,/-])(?:0?[1-9]|1[0-2])/{_YEAR}(?![\d/-]|\.\d)", 0.7),
+    (rf"(?<![\d.,/-])(?:0[1-9]|1[0-2])[.-]{_YEAR}(?![\d/-]|\.\d)", 0.6),
+    (rf"(?<![\d.,/-]){_YEAR}[-/](?:0[1-9]|1[0-2])(?![\d/-]|\.\d)", 0.6),
 )
 WRITTEN_DATES = (
     (rf"(?<![\w.,/-]){_ORDINAL}(?: of)?[ -]{_MONTH}"
@@ -194,19 +278,24 @@ WRITTEN_DATES = (
     (rf"\b{_MONTH},? (?:of )?(?:19|20)\d{{2}}(?!\d)", 0.65),
 )
 _ZH_NUMBER = "[〇零一二三四五六七八九十]"
+_ZH_DAY = rf"(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}})"  # or a month
+_REPUBLIC = "(?:中华)?民国"  # Taiwan counts its years from 1912
 CHINESE_DATES = (
-    (rf"(?<!\d)(?:\d{{4}}|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
-     rf"(?: ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号])?", 0.8),
-    (rf"(?<!\d)(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?月"
-     rf" ?(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}}) ?[日号]", 0.7),
+    (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
+     rf"(?: ?{_ZH_DAY} ?[日号])?)?", 0.85),
+    (rf"{_REPUBLIC} ?\d{{1,3}}([./-])\d{{1,2}}\1\d{{1,2}}(?!\d)", 0.85),
+    (rf"(?<![\d.,/-])1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.55),
+    (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
+     rf"(?: ?{_ZH_DAY} ?[日号])?", 0.8),
+    (rf"(?<!\d){_ZH_DAY} ?月 ?{_ZH_DAY} ?[日号]", 0.7),
 )
 
 
 def is_numeric_date(value: str) -> bool:
     """Year first, or day and month in either order."""
-    parts = re.findall(r"\d+", value)
-    if len(parts) == 1:
-        parts = [value[:4], value[4:6], value[6:]]
+    parts = re.findall(r"\d+", value)[:3]
+    if len(parts[0]) == 8:
+        parts = [value[:4], value[4:6], value[6:8]]
     if len(parts[0]) == 4:
         year, month, day = (int(part) for part in parts)
         return is_day(year, month, day)
@@ -217,8 +306,11 @@ def is_numeric_date(value: str) -> bool:
 
 def is_chinese_date(value: str) -> bool:
     """The month and day that are written in digits can be."""
-    found = re.search(r"(\d+) ?月(?: ?(\d+))?", value)
-    return not found or (1 <= int(found[1]) <= 12 and 1 <= int(found[2] or 1) <= 31)
+    found = re.search(r"(\d+) ?月(?: ?(\d+))?|\d[./-](\d+)[./-](\d+)$", value)
+    if not found:
+        return True
+    month, day = int(found[1] or found[3]), int(found[2] or found[4] or 1)
+    return 1 <= month <= 12 and 1 <= day <= 31
 
 
 # ── Addresses ─────────────────────────────────────────────────────────────────────────────────────
@@ -292,7 +384,14 @@ def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[Enti
         Finder("iban", ibans),
         Shape("card", *CARDS, proof=is_card),
         Shape("date", *NUMERIC_DATES, possible=is_numeric_date),
+        Shape("date", *DOTTED_DATES, possible=is_numeric_date, against=_NUMBERED),
+        Shape("date", *MONTHS),
         Shape("record_number", *RECORDS),
+        Shape("passport", *PASSPORTS, near=_PASSPORT_NEAR, ignore_case=False),
+        Shape("license_plate", *PLATES, ignore_case=False),
+        Shape("messenger_id", *MESSENGERS),
+        Shape("url", *URLS),
+        ip_addresses(),
         # A call from abroad is one in any language; so is a number that begins with +.
         Finder("phone", phones(("US", "GB") if english else ("ZZ",))),
     ]
@@ -318,7 +417,18 @@ def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[Enti
             ),
             Shape(
                 "resident_id", (r"(?<!\d)\d{15}(?!\d)", 0.2), possible=is_resident_id,
-                near="身份证|证件|resident id|identity",
+                near="身[份分]证|证件|resident id|identity",
+            ),
+            Shape(
+                "resident_id", (r"(?<![A-Z0-9])[A-Z][1289]\d{8}(?!\d)", 0.5), proof=is_taiwan_id
+            ),
+            Shape(
+                "resident_id", (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6} ?\([\dA]\)", 0.5),
+                proof=is_hong_kong_id,
+            ),
+            Shape(
+                "resident_id", (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6}[\dA](?![A-Z0-9])", 0.2),
+                possible=is_hong_kong_id, near=r"身[份分]证|证件|HKID|identity|\bID\b",
             ),
             Shape("phone", *MOBILES, *LANDLINES, near=_PHONE_NEAR),
             Shape("date", *CHINESE_DATES, possible=is_chinese_date),

@@ -47,13 +47,15 @@ class SiteSets:
         )
 
     def check_members(
-        self, run: str, number: int, adapter: str, members: Collection[str]
+        self, run: str, number: int, adapter: str, members: Collection[str], most_changes: int
     ) -> None:
         """RefusalError E220 if no sum of these members can be one that `settle` accepts. To be
         called before a charge, within `Ledger.writing`.
 
-        adapter: its digest (common/adapter.py).
+        adapter: its digest (common/adapter.py). most_changes: permits.set_changes of the policy
+        that was signed last; the smaller of the two holds.
         """
+        self._most_changes = min(self._most_changes, most_changes)
         settled = self._settled(run)
         self._check_same_adapter(settled, adapter, members, exactly=False)
         last = settled[-1] if settled else None

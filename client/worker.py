@@ -251,7 +251,7 @@ class Worker:
                 adapter_sha256 = adapter.digest(arrays)
                 self.site_sets.check_members(
                     request.run, request.round, adapter_sha256,
-                    self.masking.members_of(request.agreement),
+                    self.masking.members_of(request.agreement), policy.permits.set_changes,
                 )
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")

@@ -1,16 +1,18 @@
 """Made-up texts whose personal details are labelled: what `make bench-deidentify` is measured on.
 
-Templates with slots, filled from a seed with valid values. There are two sets that share no
-template: `development` is what the recognisers were written by, `heldout` was written before them
-and its single findings were not looked at, only its figures. The names here were written apart
-from client/names.toml and many are not in it. All the same one hand wrote both, and no template
-has the disorder of real notes: read the figures as an upper bound.
+Templates with slots, filled from a seed with valid values. There are three sets that share no
+template: `development` is what the recognisers were written by; `heldout` was written before them
+and its single findings were not looked at, only its figures (which showed that names behind a time
+of day were missed in Chinese: that rule was changed after it), but by the same hand; `independent`
+is the file independent_templates.toml, by somebody who has seen neither the rules nor the other
+templates. The names here were written apart from client/names.toml and many are not in it. No
+template has the disorder of real notes: read the figures as an upper bound.
 
 How far above, from texts by others (November 2026; not in this repository): on 183 English
 templates of microsoft/presidio-research with Faker's US and UK values people were found with recall
 0.80 and 0.76 (full names 0.95 to 0.97, first names alone 0.73 to 0.85, family names alone 0.14) and
 precision 0.87, addresses with 0.94 and 0.99, phones with 1.00 and 0.93, numbers with check digits
-with 1.00; addresses, phones and one rule of names were mended after a first run of it.
+with 1.00; addresses, phones and one rule of names were changed after a first run of it.
 In 10,003 questions to a bank (banking77) there were 8 findings, of which one was a name; in 5,432
 sentences of medical abstracts (NCBI disease corpus) 64, most of them places and abbreviations.
 """
@@ -19,13 +21,15 @@ from __future__ import annotations
 
 import random
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
+from importlib.resources import files
 from typing import Literal
 
 Language = Literal["en", "zh"]
-Set = Literal["development", "heldout"]
+Set = Literal["development", "heldout", "independent"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,25 @@ TOWNS = ("Springfield IL 62704", "Portland OR 97205", "Austin TX 78701", "Dayton
          "Albany NY 12207-1001", "Santa Fe NM 87501")
 UK_TOWNS = ("Leeds LS1 4AP", "Bristol BS8 1TH", "London SW1A 2AA", "Norwich NR2 4QF",
             "Glasgow G12 8QQ", "Newcastle upon Tyne NE1 7RU")
+ACCENTED_GIVEN = _words("""
+    José Łukasz Zoë Şükrü Béla Jürgen Åsa Chloé Ángel Jiří Søren Małgorzata François Günter Tomáš
+""")
+ACCENTED_FAMILY = _words("""
+    Muñoz Wójcik Brontë Yılmaz Kovács Müller Ångström Lefèvre Núñez Dvořák Sørensen Dąbrowski Novák
+    Gómez Šimić
+""")
+TRADITIONAL_FAMILY = _words("""
+    陳 林 黃 張 李 王 吳 劉 蔡 楊 許 鄭 謝 郭 賴 葉 蘇 歐陽 趙 馮 鄧 鍾
+""")
+TRADITIONAL_GIVEN = _words("""
+    志明 淑芬 美玲 俊傑 雅婷 家豪 怡君 建宏 麗華 國棟 曉雯 詠詩 偉強 嘉欣 寶儀 澤 穎 勝雄 鳳儀
+""")
+MINORITY_GIVEN = _words("""
+    阿不都热依木 买买提 古丽娜尔 迪丽热巴 艾尼瓦尔 吐尔逊 热娜古丽 帕提古丽 伊力亚斯 阿依努尔
+""")
+MINORITY_FAMILY = _words("""
+    买买提 迪力木拉提 吾斯曼 阿布都拉 艾合买提 司马义 沙吾提 依明 卡德尔 玉素甫
+""")
 ZH_PLACES = _words("""
     北京市朝阳区 上海市浦东新区 广东省深圳市南山区 浙江省杭州市西湖区 四川省成都市武侯区
     湖北省武汉市洪山区 江苏省苏州市吴中区 陕西省西安市雁塔区 河南省洛阳市涧西区 长沙市岳麓区
@@ -222,6 +245,127 @@ def _record(rng: random.Random) -> str:
     return rng.choice((_digits(rng, 7), f"H{_digits(rng, 6)}", parts))
 
 
+def _letter_sum(letter: str, digits: str) -> int:
+    """The weighted sum of a Taiwan number without its check digit."""
+    number = "ABCDEFGHJKLMNPQRSTUVXYWZIO".index(letter) + 10
+    weights = (1, 9, 8, 7, 6, 5, 4, 3, 2, 1)
+    return sum(int(d) * w for d, w in zip(f"{number}{digits}", weights, strict=True))
+
+
+def with_taiwan_digit(letter: str, digits: str) -> str:
+    """A letter, eight digits and the check digit of Taiwan's identity numbers."""
+    return f"{letter}{digits}{-_letter_sum(letter, digits) % 10}"
+
+
+def with_hong_kong_digit(letters: str, digits: str) -> str:
+    """One or two letters, six digits and the check character of a Hong Kong identity card."""
+    values = [36] * (2 - len(letters)) + [int(c, 36) for c in letters + digits]
+    total = sum(value * weight for value, weight in zip(values, range(9, 1, -1), strict=True))
+    return f"{letters}{digits}({'0123456789A'[-total % 11]})"
+
+
+def _taiwan_id(rng: random.Random) -> str:
+    return with_taiwan_digit(rng.choice("ABCDEFGHJKLMNPQRSTUVXYWZIO"),
+                             rng.choice("1289") + _digits(rng, 7))
+
+
+def _hong_kong_id(rng: random.Random) -> str:
+    return with_hong_kong_digit(rng.choice(("A", "C", "K", "P", "R", "Y", "Z", "WX")),
+                                _digits(rng, 6))
+
+
+def _passport(rng: random.Random) -> str:
+    return rng.choice((
+        f"{rng.choice('ACEKLMNZ')}{_digits(rng, 8)}", f"{rng.randrange(1, 9)}{_digits(rng, 8)}",
+        f"C{rng.randrange(1, 9)}{rng.choice('FGHJK')}{_digits(rng, 6)}",
+    ))
+
+
+def _zh_passport(rng: random.Random) -> str:
+    return rng.choice(("E", "G", "EA", "EJ", "E")) + _digits(rng, 8)
+
+
+def _uk_plate(rng: random.Random) -> str:
+    letters = "ABCDEFGHJKLMNOPRSTUVWXY"
+    age = rng.choice((rng.randrange(2, 26), rng.randrange(51, 76)))
+    return (f"{rng.choice('ABCDEFGHKLMNOPRSVWY')}{rng.choice('ABDEFGKLMNOPRSTVWX')}{age:02d} "
+            f"{''.join(rng.choice(letters) for _ in range(3)).replace('I', 'A')}")
+
+
+def _us_plate(rng: random.Random) -> str:
+    letters = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(3))
+    return rng.choice((f"{letters}-{_digits(rng, 4)}", f"{letters} {_digits(rng, 3)}",
+                       f"{rng.randrange(1, 10)}{letters}{_digits(rng, 3)}"))
+
+
+def _zh_plate(rng: random.Random) -> str:
+    tail = "".join(rng.choice("0123456789ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(3))
+    front = rng.choice("京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼")
+    middle = rng.choice(("", "", "·"))
+    size = rng.choice((f"{_digits(rng, 2)}{tail}", f"D{_digits(rng, 5)}", f"{_digits(rng, 4)}警"))
+    return f"{front}{rng.choice('ABCDEFG')}{middle}{size}"
+
+
+def _account_name(rng: random.Random) -> str:
+    return rng.choice(("wxid_", "zhang", "happy-cat", "Lee_", "qing")) + _digits(rng, 4)
+
+
+def _url(rng: random.Random) -> str:
+    name = f"{rng.choice(GIVEN)}-{rng.choice(FAMILY)}".lower().replace("'", "")
+    return rng.choice((
+        f"https://example.com/users/{name}", f"http://www.example.org/{name}?id={_digits(rng, 5)}",
+        f"www.{name}.com", f"https://portal.example.cn/p/{_digits(rng, 8)}#notes",
+        f"{name}.co.uk/contact",
+    ))
+
+
+def _ipv4(rng: random.Random) -> str:
+    return ".".join(str(rng.randrange(1, 255)) for _ in range(4))
+
+
+def _ipv6(rng: random.Random) -> str:
+    groups = [f"{rng.randrange(1, 65536):x}" for _ in range(8)]
+    short = f"2001:db8::{groups[0]}:{groups[1]}"
+    return rng.choice((":".join(groups), short, f"fe80::{groups[2]}"))
+
+
+def _iso_time(rng: random.Random) -> str:
+    zone = rng.choice(("", "Z", "+02:00", "+0800"))
+    seconds = rng.choice(("", f":{rng.randrange(60):02d}", f":{rng.randrange(60):02d}.250"))
+    time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
+    return f"{_day(rng).isoformat()}T{time}{seconds}{zone}"
+
+
+def _month(rng: random.Random) -> str:
+    day = _day(rng)
+    return rng.choice((f"{day.month}/{day.year}", f"{day.month:02d}/{day.year}",
+                       f"{day.month:02d}.{day.year}", f"{day.year}-{day.month:02d}"))
+
+
+def _roc_date(rng: random.Random) -> str:
+    day = _day(rng)
+    year = max(1, day.year - 1911)
+    return rng.choice((f"民國{year}年{day.month}月{day.day}日", f"民國{year}年{day.month}月",
+                       f"民國{year:03d}/{day.month:02d}/{day.day:02d}",
+                       f"民國{year}.{day.month}.{day.day}"))
+
+
+def _any_case(rng: random.Random) -> str:
+    name = _person(rng)
+    return rng.choice((name.upper(), name.lower(), name))
+
+
+def _initials(rng: random.Random) -> str:
+    family = rng.choice(FAMILY)
+    first, second = rng.choice("ABCDEGHJKLMNPRST"), rng.choice("ABCDEGHJKLMNPRST")
+    letters = rng.choice((f"{first}.", f"{first}.{second}.", f"{first}. {second}."))
+    return f"{letters} {family}"
+
+
+def _accented(rng: random.Random) -> str:
+    return f"{rng.choice(ACCENTED_GIVEN)} {rng.choice(ACCENTED_FAMILY)}"
+
+
 def _wrong_last(value: str) -> str:
     return value[:-1] + str((int(value[-1]) + 1) % 10 if value[-1].isdigit() else 0)
 
@@ -234,6 +378,14 @@ SLOTS: dict[str, tuple[str, Filler]] = {  # slot → its kind ('' for what is no
     "upper": ("person", lambda rng: f"{rng.choice(FAMILY)}, {rng.choice(GIVEN)}".upper()),
     "zh_person": ("person", lambda rng: rng.choice(ZH_FAMILY) + rng.choice(ZH_GIVEN)),
     "zh_family": ("person", lambda rng: rng.choice(ZH_FAMILY[:90])),
+    "any_case": ("person", _any_case),  # Ann Lee, ANN LEE or ann lee
+    "initials": ("person", _initials),  # A. Lee, A.B. Lee
+    "accented": ("person", _accented),  # letters beyond ASCII, some beyond Latin-1
+    "reversed": ("person", lambda rng: f"{rng.choice(FAMILY).upper()}, {rng.choice(GIVEN)}"),
+    "traditional": ("person", lambda r: r.choice(TRADITIONAL_FAMILY) + r.choice(TRADITIONAL_GIVEN)),
+    "minority": (
+        "person", lambda rng: f"{rng.choice(MINORITY_GIVEN)}·{rng.choice(MINORITY_FAMILY)}"
+    ),
     "email": ("email", _email),
     "us_phone": ("phone", _us_phone),
     "uk_phone": ("phone", _uk_phone),
@@ -248,12 +400,28 @@ SLOTS: dict[str, tuple[str, Filler]] = {  # slot → its kind ('' for what is no
     "uk_date": ("date", lambda rng: _day(rng).strftime("%d/%m/%y")),
     "written": ("date", _written),
     "zh_date": ("date", _zh_date),
+    "iso_time": ("date", _iso_time),
+    "dotted": ("date", lambda rng: _day(rng).strftime("%d.%m.%y")),  # 07.03.24
+    "month": ("date", _month),  # 3/2024
+    "roc_date": ("date", _roc_date),  # 民國113年3月7日
     "iban": ("iban", _iban),
     "card": ("card", _card),
     "bank_card": ("card", _bank_card),
     "ssn": ("ssn", _ssn),
     "record": ("record_number", _record),
     "resident_id": ("resident_id", _resident_id),
+    "taiwan_id": ("resident_id", _taiwan_id),
+    "hong_kong_id": ("resident_id", _hong_kong_id),
+    "passport": ("passport", _passport),
+    "zh_passport": ("passport", _zh_passport),
+    "uk_plate": ("license_plate", _uk_plate),
+    "us_plate": ("license_plate", _us_plate),
+    "zh_plate": ("license_plate", _zh_plate),
+    "wechat": ("messenger_id", _account_name),
+    "qq": ("messenger_id", lambda r: f"{r.randrange(1, 10)}{_digits(r, r.randrange(5, 10))}"),
+    "url": ("url", _url),
+    "ipv4": ("ip_address", _ipv4),
+    "ipv6": ("ip_address", _ipv6),
     "order": ("", lambda rng: f"{rng.choice('ABKT')}-{_digits(rng, 8)}"),
     "long": ("", lambda rng: f"9{_digits(rng, 13)}"),
     "dose": ("", lambda rng: f"{rng.randrange(5, 900)} mg"),
@@ -284,6 +452,12 @@ DEVELOPMENT: dict[Language, tuple[str, ...]] = {
         "Mark the dose of {dose} as given. Invoice {long}, reference {not_iban}.",
         "The number {not_ssn} is not valid. BP 120/80, ratio 3/4, Glasgow Coma Scale 15.",
         "Grace period ends soon; the Madison branch opens at 9. Paris and Charlotte are cities.",
+        "{any_case} attended clinic, {any_case} left hospital and {any_case} failed test.",
+        "{reversed} seen with {initials}; {accented} was told.",
+        "Seen on {dotted}, first in {month}, next at {iso_time}.",
+        "Passport number {passport}, car registration {uk_plate}, licence plate {us_plate}.",
+        "Logged in from {ipv4} and {ipv6}; see {url} for the form.",
+        "Her WeChat is {wechat}; WeChat ID: {wechat}, QQ {qq}.",
     ),
     "zh": (
         "患者{zh_person}，男，身份证号{resident_id}，于{zh_date}入院。",
@@ -300,6 +474,12 @@ DEVELOPMENT: dict[Language, tuple[str, ...]] = {
         "证件号码{not_id}校验失败。",
         "患者张口困难，黄疸明显，白细胞{lab}，何时复查另行通知。",
         "医生常规检查，方可出院；任何不适请及时就诊。",
+        "患者{minority}，女，维吾尔族，护照号{zh_passport}。",
+        "姓名：{traditional}　身分證字號：{taiwan_id}　出生日期：{roc_date}",
+        "病歷號：{record}，聯絡人{traditional}，{roc_date}就診。",
+        "香港身份证{hong_kong_id}，车牌号{zh_plate}，登录IP：{ipv4}。",
+        "微信号：{wechat}，QQ：{qq}，网址{url}",
+        "於{iso_time}由{traditional}醫師看診，{month}曾住院。",
     ),
 }
 
@@ -357,18 +537,31 @@ HELDOUT: dict[Language, tuple[str, ...]] = {
         "医生安排于术后第三天拔管，马上转入普通病房，严密观察。",
     ),
 }
+INDEPENDENT = "independent_templates.toml"
+
+
+def _independent() -> dict[Language, tuple[str, ...]]:
+    """The templates of the file, each list by its language."""
+    source = files("silotune.simulations.benchmarks").joinpath(INDEPENDENT)
+    found = tomllib.loads(source.read_text(encoding="utf-8"))
+    return {"en": tuple(found["en"]), "zh": tuple(found["zh"])}
+
+
 TEMPLATES: dict[Set, dict[Language, tuple[str, ...]]] = {
-    "development": DEVELOPMENT, "heldout": HELDOUT,
+    "development": DEVELOPMENT, "heldout": HELDOUT, "independent": _independent(),
 }
 
 
 def fill(template: str, rng: random.Random) -> Labelled:
-    """One text of `template`, and where its personal details stand."""
+    """One text of `template`, and where its personal details stand.
+
+    A slot is {name}, filled with a made-up value, or {name=value}, filled with that value.
+    """
     text, labels, last = "", [], 0
-    for found in re.finditer(r"\{(\w+)\}", template):
+    for found in re.finditer(r"\{(\w+)(?:=([^}]*))?\}", template):
         text += template[last : found.start()]
         kind, make = SLOTS[found[1]]
-        value = make(rng)
+        value = make(rng) if found[2] is None else found[2]
         if kind:
             labels.append(Label(len(text), len(text) + len(value), kind, found[1]))
         text += value

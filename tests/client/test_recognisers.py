@@ -15,14 +15,22 @@ from presidio_analyzer.predefined_recognizers import CreditCardRecognizer, IbanR
 from silotune.client.check_digits import (
     IBAN_LENGTHS,
     is_card,
+    is_hong_kong_id,
     is_iban,
     is_resident_id,
     is_ssn,
+    is_taiwan_id,
     passes_luhn,
 )
 from silotune.client.deidentify import Deidentifier, Deidentify
 from silotune.client.recognisers import plain
-from silotune.simulations.benchmarks.labelled_texts import SLOTS, with_luhn, with_mod11, with_mod97
+from silotune.simulations.benchmarks.labelled_texts import (
+    SLOTS,
+    with_luhn,
+    with_mod11,
+    with_mod97,
+    with_taiwan_digit,
+)
 
 FOUND = [  # kind, what of the text must be found, the text
     ("person", "John Smith", "Patient John Smith was admitted."),
@@ -90,6 +98,58 @@ FOUND = [  # kind, what of the text must be found, the text
     ("resident_id", "11010519491231002X", "身份证11010519491231002X"),
     ("resident_id", "440524188001010014", "证件号440524188001010014。"),
     ("resident_id", "110105491231002", "身份证号：110105491231002"),
+    # Dates that were left.
+    ("date", "07.03.24", "seen 07.03.24 in clinic"),
+    ("date", "7.3.24", "am 7.3.24 gesehen"),
+    ("date", "3/2024", "since 3/2024 worse"),
+    ("date", "03.2024", "seit 03.2024"),
+    ("date", "2024-03", "from 2024-03 on"),
+    ("date", "2024-03-07T14:30:00Z", "at 2024-03-07T14:30:00Z."),
+    ("date", "2024-03-07T14:30:00.250+01:00", "at 2024-03-07T14:30:00.250+01:00"),
+    ("date", "20240307T1430", "stamp 20240307T1430"),
+    ("date", "2024-03-07 14:30", "at 2024-03-07 14:30,"),
+    ("date", "民國113年3月7日", "民國113年3月7日就診"),
+    ("date", "民國70年", "民國70年生"),
+    ("date", "民国113.03.07", "于民国113.03.07入院"),
+    ("date", "民國一百一十三年三月七日", "於民國一百一十三年三月七日"),
+    ("date", "113/03/07", "日期113/03/07"),
+    ("date", "112年10月", "112年10月住院"),
+    # Names in transcription, traditional characters, and longer than a word they begin like.
+    ("person", "阿不都热依木·买买提", "患者阿不都热依木·买买提，男"),
+    ("person", "迪丽热巴•迪力木拉提", "由迪丽热巴•迪力木拉提陪同"),
+    ("person", "约翰·史密斯", "联系人约翰·史密斯。"),
+    ("person", "陳志明", "姓名：陳志明　性別：男"),
+    ("person", "歐陽國棟", "聯絡人：歐陽國棟"),
+    ("person", "張", "張小姐來電"),
+    ("person", "王国强", "王国强，男，56岁"),
+    ("person", "高峰", "姓名：高峰 性别：男"),
+    ("record_number", "H193684", "病歷號：H193684"),
+    ("phone", "0912-345-678", "電話：0912-345-678"),
+    ("address", "臺北市中正區重慶南路122號", "住址：臺北市中正區重慶南路122號"),
+    ("resident_id", "A123456789", "身分證字號A123456789。"),
+    ("resident_id", "A123456(3)", "HKID A123456(3)"),
+    ("resident_id", "A1234563", "香港身份證A1234563"),
+    ("passport", "E12345678", "护照E12345678"),
+    ("passport", "519231480", "Passport number: 519231480,"),
+    ("passport", "C01X00T47", "travel document no. C01X00T47"),
+    ("license_plate", "粤B12345", "车牌粤B12345"),
+    ("license_plate", "京A·D12345", "驾驶京A·D12345来院"),
+    ("license_plate", "滬C1234警", "車牌號滬C1234警"),
+    ("license_plate", "AB51 ABC", "his car AB51 ABC was"),
+    ("license_plate", "7ABC123", "license plate 7ABC123"),
+    ("messenger_id", "zhang_wei88", "微信号：zhang_wei88"),
+    ("messenger_id", "happycat", "WeChat: happycat"),
+    ("messenger_id", "wxid_4711", "her WeChat is wxid_4711"),
+    ("messenger_id", "123456789", "加QQ123456789"),
+    ("messenger_id", "40951240", "QQ号是40951240"),
+    ("url", "https://example.org/a?id=5", "see https://example.org/a?id=5."),
+    ("url", "www.example.com/ann", "at www.example.com/ann, or"),
+    ("url", "ann-lee.co.uk/contact", "ann-lee.co.uk/contact is hers"),
+    ("url", "http://example.cn/", "网址http://example.cn/用户"),
+    ("ip_address", "192.168.10.254", "Version 10.2.31 of 192.168.10.254"),
+    ("ip_address", "180.38.192.183", "登录IP为180.38.192.183的设备"),
+    ("ip_address", "2001:db8::1", "from 2001:db8::1 on"),
+    ("ip_address", "fe80:0:0:0:1:2:3:4", "fe80:0:0:0:1:2:3:4"),
 ]
 NOT = [
     "Parkinson's disease and Crohn disease run in the family.",
@@ -98,7 +158,13 @@ NOT = [
     "The Charlotte branch and the Madison office are closed; Paris is not.",
     "I live in Georgia and will visit Virginia.",
     "Take 500 mg of paracetamol 3 times daily, BP 120/80, pH 7.35, ratio 1/2.",
-    "Version 10.2.31 of 192.168.10.254",
+    "Version 10.2.31, firmware 07.03.24, section 12.4 and 1.2.3",
+    "IP 300.1.1.1, time 12:30:45, ratio 1:160, std::vector",
+    "Passport control; the growth plate; number plates; WeChat group; WeChat is down; QQ music",
+    "Pain.No change.Is well, e.g. this; i.v. line; p.r.n. use",
+    "13/2024, 00/2024, 3/1024, 2024-13, 45.45.20, 民国话剧, 民国113.13.07",
+    "ID A123456788 and HKID A123456(4), B123456789",
+    "code A1234563 of the order",
     "Order 4111111111111112 and B-12345678, tracking 90281234567890",
     "SSN 000-12-3456, 666-12-3456 and 912-12-3456 are none.",
     "On 45/45/2020 and 2020-13-40, page 12/345",
@@ -143,6 +209,13 @@ def test_known_numbers() -> None:
         assert is_card(number)
     assert not is_card("0000000000000000")
     assert not is_card("9111111111111119")  # no network's
+    assert is_taiwan_id("A123456789")  # the printed example
+    assert is_taiwan_id("A800000014")  # a resident from elsewhere
+    assert not is_taiwan_id("A123456788")
+    assert not is_taiwan_id("A323456789")
+    for number in ("A123456(3)", "AB987654(3)", "C668668(9)", "G123456(A)"):
+        assert is_hong_kong_id(number), number
+    assert not is_hong_kong_id("A123456(4)")
     assert is_ssn("219099998")
     assert not any(map(is_ssn, ("000123456", "666123456", "900123456", "219009999", "219090000")))
 
@@ -164,7 +237,9 @@ def test_luhn_agrees_with_presidio_and_finds_a_wrong_digit(
     assert not oracle.validate_result(wrong)
 
 
-@pytest.mark.parametrize("slot", ["card", "bank_card", "iban", "resident_id"])
+@pytest.mark.parametrize(
+    "slot", ["card", "bank_card", "iban", "resident_id", "hong_kong_id"]
+)
 @settings(max_examples=60, deadline=None)
 @given(rng=seeds, by=st.integers(1, 9))
 def test_one_wrong_digit_and_it_is_not_found(slot: str, rng: random.Random, by: int) -> None:
@@ -203,6 +278,16 @@ def test_resident_ids_have_one_check_character(year: int, serial: int) -> None:
     body = f"310101{year}0704{serial:03d}"
     right = [c for c in "0123456789X" if is_resident_id(body + c)]
     assert right == [with_mod11(body)[-1]]
+
+
+@given(
+    st.sampled_from(string.ascii_uppercase), st.sampled_from("1289"), st.integers(0, 9_999_999)
+)
+def test_taiwan_ids_have_one_check_digit(letter: str, second: str, serial: int) -> None:
+    body = f"{letter}{second}{serial:07d}"
+    right = [d for d in string.digits if is_taiwan_id(body + d)]
+    assert [body + right[0]] == [with_taiwan_digit(letter, body[1:])]
+    assert len(right) == 1
 
 
 def test_a_number_inside_a_longer_one_is_none(both: Deidentifier) -> None:

@@ -309,19 +309,31 @@ def test_a_round_is_settled_for_one_set_and_asked_again_costs_no_entry() -> None
 def test_members_of_which_no_permitted_sum_can_be_made_are_refused_before_the_charge() -> None:
     sets, settle, _ = sets_of(1)
     digest = b"adapter".hex().zfill(64)
-    sets.check_members("r", 1, digest, "abcd")
+    sets.check_members("r", 1, digest, "abcd", 9)
     settle(1, "abc", "adapter")
     for members, allowed in (("abc", True), ("abcd", True), ("ab", False), ("bcde", False)):
         if allowed:
-            sets.check_members("r", 2, digest, members)
+            sets.check_members("r", 2, digest, members, 9)
         else:
             with pytest.raises(RefusalError, match=r"that of round 1, whose sum was of a, b, c"):
-                sets.check_members("r", 2, digest, members)
+                sets.check_members("r", 2, digest, members, 9)
     settle(2, "abcd", "other")  # the one change
-    sets.check_members("r", 3, "0" * 64, "abcde")  # d may be in it again, and e not
+    sets.check_members("r", 3, "0" * 64, "abcde", 9)  # d may be in it again, and e not
     for number, members in ((3, "abc"), (4, "abcd")):
         with pytest.raises(RefusalError, match=r"permits.set_changes = 1 in site.toml"):
-            sets.check_members("r", number, "0" * 64, members)
+            sets.check_members("r", number, "0" * 64, members, 9)
+
+
+def test_fewer_changes_by_a_policy_that_was_signed_later_hold_from_the_next_charge_on() -> None:
+    """And more do not: what was permitted when the worker started bounds it, too."""
+    sets, settle, _ = sets_of(2)
+    settle(1, "abc", "one")
+    settle(2, "abcd", "two")  # the first change
+    sets.check_members("r", 3, "0" * 64, "abce", 9)
+    with pytest.raises(RefusalError, match=r"permits.set_changes = 1 in site.toml"):
+        sets.check_members("r", 3, "0" * 64, "abce", 1)
+    with pytest.raises(RefusalError, match=r"permits.set_changes = 1 in site.toml"):
+        sets.check_members("r", 3, "0" * 64, "abce", 9)
 
 
 def test_a_refused_set_leaves_nothing_in_the_ledger_and_a_settled_one_is_authenticated() -> None:
