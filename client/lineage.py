@@ -234,11 +234,13 @@ def _other_decodings(
 
 def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Each row's cells in the key columns, without their ways of writing: rows with equal ones have
-    equal fingerprints by this key. DataError: no such column."""
+    equal fingerprints by this key. Na, Nil and None are names of people, too: they are missing
+    values in fingerprints only, where a person more is charged, never less. DataError: no such
+    column."""
     names = [canonical(name) for name in table.header]
     places = [names.index(column) for column in _key_columns(table, key)]
     for _, cells in table.rows:
-        yield tuple(_cell(cells, place) for place in places)
+        yield tuple(written(cells[at]) if at < len(cells) else "" for at in places)
 
 
 def same_columns(a: Sequence[str], b: Sequence[str]) -> bool:
@@ -325,9 +327,15 @@ def _normalised(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def value(cell: str) -> str:
+    """A cell's value: as `written`, and nothing for a word that stands for a missing value."""
+    text = written(cell)
+    return "" if text in MISSING_WORDS else text
+
+
+def written(cell: str) -> str:
     """A cell without its ways of writing: 5, '5.0 ' and 5e0 are one value, so are É and É."""
     text = canonical(cell)
-    if text in MISSING_WORDS or text.lstrip("+-") == "nan":
+    if text.lstrip("+-") == "nan":
         return ""
     if " " in text:
         return text

@@ -66,7 +66,7 @@ def play(
         return reply
 
     handles: dict[str, Answer] = {s: lambda wire, s=s: answer(s, wire) for s in SITES}
-    network = build(contract, tiny.folder_of(model), EXACT)
+    network = build(contract, None if model == "one-hot" else tiny.folder_of(model), EXACT)
     run = Run(
         contract, Registry.create(folder / "run", contract), "run-1", network.initial_arrays()
     )

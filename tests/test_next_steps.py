@@ -201,12 +201,13 @@ def stopped_run(
 
     monkeypatch.setattr(server_cli, "_follow", follow)
     scene.write_rows(scene.folder / "public rows.csv", 20)
-    for sentence in ("below the quorum", f"a sum {server_cli.LOST_MASKS}"):
-        ends[:] = [RunError(sentence, code="E402"), None]
+    for sentence in ("below the quorum", f"a sum {server_cli.CLOSED_SUM}"):
+        ends[:] = [RunError(sentence, code="E402"), None, None]
         said = scene.says("server", "run", "draft.toml", "--folder", "server", "--test",
                           "public rows.csv", "--run", f"r{len(sentence)}", code=1)
-        assert ("--skip-round" in said) == (server_cli.LOST_MASKS in sentence)
-        assert "adapter" in scene.follow(said)
+        assert ("--skip-round" in said) == (server_cli.CLOSED_SUM in sentence)
+        for line in re.findall(r"^next:.*$", said, re.M):
+            assert "adapter" in scene.follow(line)
 
 
 def recipes(scene: Scene) -> None:

@@ -33,6 +33,7 @@ from silotune.common.errors import (
     DataError,
     RefusalError,
     SilotuneError,
+    UsageError,
 )
 from silotune.common.messages import Message, Receipt, Refusal, Train, Update
 
@@ -588,7 +589,7 @@ def test_an_epsilon_or_delta_that_means_nothing(home: Home, key: str, value: flo
     text = home.contract.model_dump_json().replace(
         '"epsilon":8.0', f'"epsilon":{str(value).replace("inf", "Infinity").replace("nan", "NaN")}'
     )
-    with pytest.raises(ContractError):
+    with pytest.raises(UsageError):  # Infinity and NaN are no JSON
         contracts.parse(text, "contract.json")
 
 

@@ -416,3 +416,12 @@ def test_of_two_columns_of_one_name_neither_counts_when_one_only_numbers() -> No
 def test_spellings_of_nothing_are_nothing(one: str, other: str) -> None:
     header = ["a", "b"]
     assert made([[one, "x"], ["q", "x"]], header).id == made([[other, "x"], ["q", "x"]], header).id
+
+
+@pytest.mark.parametrize("name", ["Na", "Nil", "None", "NULL"])
+def test_a_person_whose_name_means_missing_is_a_person(name: str) -> None:
+    """As a key such a name is not empty: an entity of that name is not refused. In fingerprints it
+    is the missing value, so that a file that writes it so has no new records."""
+    table = Table("a.csv", ["patient", "x"], [(2, [name, "1"]), (3, ["", "1"])])
+    assert list(lineage.keys(table, ["patient"])) == [(name.lower(),), ("",)]
+    assert of_table(table, ["patient"], SECRET).repeated == 1

@@ -193,6 +193,7 @@ epsilon = {own}
 [permits]
 contracts = ["{hash}"]
 min_records = 1
+masked_only = false
 """
 
 
