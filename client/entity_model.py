@@ -75,13 +75,16 @@ class EntityModel(LocalRecognizer):
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._check_folder()
-        local = {"local_files_only": True, "trust_remote_code": False}
         try:
-            config = AutoConfig.from_pretrained(self.folder, **local)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
+            config = AutoConfig.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
             self.model, facts = AutoModelForTokenClassification.from_pretrained(
                 self.folder, config=config, dtype=torch.float32, use_safetensors=True,
-                output_loading_info=True, **local,
+                output_loading_info=True, local_files_only=True, trust_remote_code=False,
             )
         except Exception as error:  # a damaged folder fails in many ways
             raise _refused(self.folder, f"cannot be read ({type(error).__name__})") from None

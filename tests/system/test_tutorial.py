@@ -44,6 +44,7 @@ def commands() -> list[str]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """An empty folder that every user may pass through; no process and no user is left behind."""
+    remove_users()  # of a run that was killed before it could
     found = Path(tempfile.mkdtemp(prefix="silotune-tutorial-"))
     found.chmod(0o711)
     try:
@@ -57,10 +58,15 @@ def folder() -> Iterator[Path]:
                 except psutil.Error:
                     continue
             psutil.wait_procs(left, timeout=40)
-        for user in USERS:
-            subprocess.run(["pkill", "-KILL", "-U", user], check=False, capture_output=True)
-            subprocess.run(["userdel", user], check=False, capture_output=True)
+        remove_users()
         shutil.rmtree(found, ignore_errors=True)
+
+
+def remove_users() -> None:
+    """End every process of the tutorial's users and delete the users, if there are any."""
+    for user in USERS:
+        subprocess.run(["pkill", "-KILL", "-U", user], check=False, capture_output=True)
+        subprocess.run(["userdel", user], check=False, capture_output=True)
 
 
 def marked() -> list[psutil.Process]:
