@@ -353,6 +353,27 @@ def test_a_restarted_site_is_missing_in_its_round_and_back_after_the_next_agreem
     assert charged == [1, 3], "a request that cannot be masked costs nothing"
 
 
+def test_a_round_does_not_start_when_too_few_members_have_their_secrets(
+    federation: Federation,
+) -> None:
+    """Its sites would be charged for a sum that never opens."""
+    run, handles = federation.run(), federation.handles()
+
+    def silent(site: str) -> Answer:
+        def answer(wire: bytes) -> bytes:
+            return b"" if messages.unpack(wire).header.kind == "agree" else handles[site](wire)
+        return answer
+
+    carry_out(run.stages(SITES), handles)
+    for site in ("east", "west"):  # too few are left for a sum of three
+        run.masking.has_failed(site, "E506")
+    with pytest.raises(RunError, match="0 of 4 sites agreed on keys") as caught:
+        carry_out(run.stages(SITES), {site: silent(site) for site in SITES})
+    assert caught.value.code == "E402"
+    for site in SITES:
+        assert [c.round for c in federation.ledgers[site].charges.values()] == [1]
+
+
 def test_a_site_restarted_before_the_shares_are_revealed_reveals_nothing(
     federation: Federation,
 ) -> None:
@@ -662,6 +683,24 @@ def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
         check_bound(too_small, plan)
     assert caught.value.code == "E205"
     check_bound(contract.changed(secure_aggregation={"bound": 1.01 * most}), plan)
+
+
+def test_the_bound_must_hold_the_first_and_noisiest_round_of_a_phase_with_noise_decay(
+    federation: Federation,
+) -> None:
+    phase = {"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_rate": 0.01}
+    contract = federation.contract.changed(
+        privacy={"clip_norm": 0.5}, phases=[phase | {"noise_decay": 0.5}]
+    )
+    plan = accounting.plan(contract, contract.target_of("north"))
+    first, second = (
+        0.01 * (0.5 + 8 * mechanism.noise_multiplier * 0.5 / (50 * 0.5)) for mechanism in plan[:2]
+    )
+    assert first > 1.1 * second
+    for bound in (1.01 * second, 0.99 * first):
+        with pytest.raises(RefusalError, match=f"must lie between {first:.2g} and"):
+            check_bound(contract.changed(secure_aggregation={"bound": bound}), plan)
+    check_bound(contract.changed(secure_aggregation={"bound": 1.01 * first}), plan)
 
 
 def test_an_older_contract_keeps_its_hash(table_contract: Contract) -> None:
