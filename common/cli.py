@@ -28,6 +28,7 @@ from silotune.common.errors import (
 from silotune.common.terminal import echo, escaped, escaped_json
 
 if TYPE_CHECKING:
+    from silotune.common.contract import Contract
     from silotune.common.reading import Reading
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,6 +139,11 @@ def emit(data: Any, as_json: bool, text: str) -> None:
 
 def _show_traceback(*error: Any) -> None:
     echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
+
+
+def warning_lines(contract: Contract) -> list[str]:
+    """What those who agree to a contract should know of it, each as a line of its own."""
+    return [f"! {warning}" for warning in contract.warnings]
 
 
 def next_step(*words: object, first: str = "", note: str = "") -> str:

@@ -13,7 +13,7 @@ import click
 from pydantic import ValidationError
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit, next_step, reading_options, reading_words
+from silotune.common.cli import emit, next_step, reading_options, reading_words, warning_lines
 from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.inputs import TableInput
@@ -57,7 +57,7 @@ def show(contract: Path, as_json: bool) -> None:
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  answers  {found.task.answers}",
         f"  leaves a site: {found.leaves}",
-        *_warned(found),
+        *warning_lines(found),
     ]
     data = json.loads(found.model_dump_json()) | {"sha256": found.hash}
     emit(data, as_json, "\n".join(text))
@@ -83,7 +83,7 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
         {"valid": True, "sha256": found.hash, "warnings": found.warnings, "not_checked": left_out},
         as_json,
         "\n".join([
-            f"✓ {contract.name or contract} is valid  {found.hash}", *_warned(found),
+            f"✓ {contract.name or contract} is valid  {found.hash}", *warning_lines(found),
             *(f"  {what}" for what in left_out),
         ]),
     )
@@ -176,16 +176,12 @@ def new(
     emit(
         {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted}, as_json,
         "\n".join([
-            f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *_warned(found),
+            f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *warning_lines(found),
             f"{sentence}Look at edges, values and numbers: all of it is public.",
             next_step("sim", "run", out, f"data={data}",
                       *shlex.split(reading_words(reading, "{key}={value}"))),
         ]),
     )
-
-
-def _warned(found: Contract) -> list[str]:
-    return [f"! {warning}" for warning in found.warnings]
 
 
 def _texts_cut(

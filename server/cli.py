@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from silotune.common import contract as contracts
-from silotune.common.cli import emit, next_step, reading_options, reading_words
+from silotune.common.cli import emit, next_step, reading_options, reading_words, warning_lines
 from silotune.common.errors import RunError, UsageError
 from silotune.common.journal import Journal
 from silotune.common.terminal import echo
@@ -144,11 +144,12 @@ def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
     path = place.write_contract(made)
     names = [site.name for site in made.sites]
     absent = [site.name for site in wanted.sites if site.name not in names]
-    emit({"contract": str(path), "sha256": made.hash, "sites": names, "absent": absent}, as_json,
+    emit({"contract": str(path), "sha256": made.hash, "sites": names, "absent": absent,
+          "warnings": made.warnings}, as_json,
          "\n".join([
              f"✓ {made.name} for {', '.join(names)}"
              + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
-             f"  {made.masks}", f"sha256  {made.hash}",
+             f"  {made.masks}", f"sha256  {made.hash}", *warning_lines(made),
              next_step("server", "start", "--folder", folder,
                        first=f"send {path} to the sites, then: "),
          ]))
@@ -285,6 +286,8 @@ def _carry_out(
     if not resume and (where / "contract.json").exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
     agreed = contracts.load(contract)
+    for line in warning_lines(agreed):
+        echo(line, err=True)
     if test is not None:  # what is wrong with its rows is said now, on this screen
         from silotune.common import records
 

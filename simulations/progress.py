@@ -89,6 +89,8 @@ class Progress:
             f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
             f"each site ε ≤ {p.epsilon:.2f}, δ = {p.delta:g} (RDP)"
         )
+        for warning in c.delta_warnings:
+            say(f"     ! {warning}")
         if c.secure_aggregation:
             say(f"       updates masked: the server sees sums of at least {c.quorum} sites")
         say(
