@@ -27,7 +27,13 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.download
 @pytest.mark.xdist_group("system")
-@pytest.mark.parametrize("commands", BLOCKS, ids=lambda block: block[0])
+@pytest.mark.parametrize("commands", [
+    # A simulation of a whole recipe takes a minute: `make nightly` runs it.
+    pytest.param(block, id=block[0], marks=pytest.mark.nightly if any(
+        command.startswith("silotune sim run") for command in block
+    ) else ())
+    for block in BLOCKS
+])
 def test_every_command_of_the_readme_runs(commands: list[str], tmp_path: Path) -> None:
     # Paths in the README start at the repository; what a command writes goes elsewhere.
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
