@@ -35,7 +35,7 @@ from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.common.errors import RefusalError
-from silotune.common.plan import Unit
+from silotune.common.plan import Unit, epsilon_text
 
 UNBOUNDED = Mechanism(0.0, 1.0, 1)
 
@@ -136,8 +136,8 @@ class Budget:
                 )
             raise RefusalError(
                 f"{what} exceeds the lifetime budget of these records: spent before "
-                f"{self.spent(limit.delta):.2f} · together {after:.2f} (RDP, δ = "
-                f"{limit.delta:g}) · limit {limit.epsilon:.2f}.",
+                f"{epsilon_text(self.spent(limit.delta))} · together {epsilon_text(after)} "
+                f"(RDP, δ = {limit.delta:g}) · limit {epsilon_text(limit.epsilon)}.",
                 code="E210",
             )
 

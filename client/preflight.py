@@ -28,7 +28,7 @@ from silotune.common import query, records
 from silotune.common.architecture import OneHotModel
 from silotune.common.contract import Contract
 from silotune.common.errors import DataError, RefusalError, SilotuneError
-from silotune.common.plan import Unit, delta_for, size_of_delta
+from silotune.common.plan import Unit, delta_for, epsilon_text, size_of_delta
 
 T = TypeVar("T")
 LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
@@ -324,8 +324,10 @@ def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) 
     plan = accounting.plan(contract, policy.target(contract))
     order = ledger.order or budget.order_of(plan, limit)
     spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
-    text = (f"this plan {accounting.epsilon(plan, limit.delta):.2f} · spent before {spent:.2f} · "
-            f"together {together:.2f} (RDP, δ = {limit.delta:g}) · limit {limit.epsilon:.2f}")
+    text = (f"this plan {epsilon_text(accounting.epsilon(plan, limit.delta))} · "
+            f"spent before {epsilon_text(spent)} · "
+            f"together {epsilon_text(together)} (RDP, δ = {limit.delta:g}) · "
+            f"limit {epsilon_text(limit.epsilon)}")
     try:
         purse.check(plan, order, limit, "this plan")
     except RefusalError as error:

@@ -65,7 +65,7 @@ def spent(config: Path, as_json: bool) -> None:
               "room for a plan of")
     cells: list[tuple[str, ...]] = [
         (r["records"], _day(r["first_used"]), f"{r['rows']:,}", str(r["runs"]), str(r["rounds"]),
-         _two(r["epsilon_rdp"]), _two(r["epsilon_prv"]), _two(r["room"]))
+         _shown(r["epsilon_rdp"]), _shown(r["epsilon_prv"]), _shown(r["room"]))
         for r in rows
     ]
     notes = [
@@ -104,6 +104,7 @@ def plan(
     from silotune.client.accounting import Mechanism
     from silotune.common import contract as contracts
     from silotune.common import fields
+    from silotune.common.plan import epsilon_text
 
     for name, value, kind in (
         ("--epsilon", epsilon, fields.Epsilon), ("--delta", delta, fields.Delta),
@@ -149,7 +150,8 @@ def plan(
           f"{m.noise_multiplier:.4f}"
           + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
           for m, share in zip(mechanisms, shares, strict=True)),
-        f"  ε {rdp:.2f} (RDP) · {prv:.2f} (PRV) at δ = {delta:g} per {unit}, add or remove one",
+        f"  ε {epsilon_text(rdp)} (RDP) · {epsilon_text(prv)} (PRV) at δ = {delta:g} per {unit}, "
+        "add or remove one",
         *(["  sites' weights with the least noise in the mean: "
            + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())]
           if weights else []),
@@ -223,8 +225,10 @@ def _finite(value: float) -> float | None:
     return None if math.isinf(value) else value
 
 
-def _two(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.2f}"
+def _shown(value: float | None) -> str:
+    from silotune.common.plan import epsilon_text
+
+    return "∞" if value is None else epsilon_text(value)
 
 
 def _day(at: float) -> str:

@@ -50,7 +50,7 @@ from silotune.common.messages import (
 )
 from silotune.common.model import build
 from silotune.common.network import Network
-from silotune.common.plan import Phase
+from silotune.common.plan import Phase, epsilon_text
 
 ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a mean gradient
 
@@ -348,7 +348,8 @@ class Worker:
         bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], delta)
         if not bound <= epsilon * (1 + 1e-9):
             raise RefusalError(
-                f"One more round would bring this run's ε to {bound:.2f} of {epsilon:.2f} at "
+                f"One more round would bring this run's ε to {epsilon_text(bound)} of "
+                f"{epsilon_text(epsilon)} at "
                 f"δ = {delta:g}.", code="E210",
             )
         if so_far:

@@ -48,6 +48,14 @@ def delta_for(units: float) -> float:
     return float(f"1e-{digits}")
 
 
+def epsilon_text(epsilon: float) -> str:
+    """An ε to be read: two decimals, or two digits of one that two decimals would show as nothing.
+    """
+    if not math.isfinite(epsilon):
+        return "∞"
+    return f"{epsilon:.2f}" if epsilon >= 0.1 or epsilon == 0 else f"{epsilon:#.2g}"
+
+
 DeltaSize = Literal["small", "large", "meaningless"]
 
 

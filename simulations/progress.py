@@ -22,6 +22,7 @@ from silotune.common.cli import next_step
 from silotune.common.contract import Contract
 from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS
+from silotune.common.plan import epsilon_text
 from silotune.common.terminal import escaped
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import Job, JobResult
@@ -87,7 +88,7 @@ class Progress:
         lora = f"{c.adapter.words} · " if c.adapter else ""
         say(
             f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
-            f"each site ε ≤ {p.epsilon:.2f}, δ = {p.delta:g} (RDP)"
+            f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
         )
         for warning in c.delta_warnings:
             say(f"     ! {warning}")
@@ -102,7 +103,7 @@ class Progress:
         say("")
         say(
             f"Round  sites  loss   {self._metric_label():<8} (public test)  "
-            f"ε of {p.epsilon:.2f}           left"
+            f"ε of {epsilon_text(p.epsilon)}           left"
         )
         self._jobs, self._main = jobs, (jobs[0].arm, jobs[0].repeat)
         self._cost_all = sum(job.cost for job in jobs)
@@ -163,12 +164,13 @@ class Progress:
         loss = facts.metrics.get("loss")
         spent = max((e for e in facts.epsilon.values() if e is not None), default=None)
         budget = self.contract.privacy.epsilon
+        shown = "–" if spent is None else epsilon_text(spent)
         filled = 0 if spent is None else min(BAR, round(BAR * spent / budget))
         failed = f"  without {', '.join(facts.failed)}" if facts.failed else ""
         return (
             f"{facts.round:>3}/{total:<3} {len(facts.sites):>2}/{len(self.contract.sites):<2}  "
             f"{_number(loss, 2):>5}   {_number(metric, 3):>7}                "
-            f"{_number(spent, 2):>5} {'█' * filled}{'░' * (BAR - filled)} {self._left():>7}{failed}"
+            f"{shown:>5} {'█' * filled}{'░' * (BAR - filled)} {self._left():>7}{failed}"
         )
 
     def _left(self) -> str:

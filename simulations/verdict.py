@@ -9,6 +9,7 @@ from typing import Any
 from silotune.common.contract import Contract
 from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS
+from silotune.common.plan import epsilon_text
 from silotune.common.task import LOWER_IS_BETTER
 from silotune.simulations.arms import MAIN, JobResult, trained
 
@@ -122,9 +123,9 @@ def verdict(
     if spent:
         p = contract.privacy
         lines.append(
-            f"ε {max(spent):.2f} of {p.epsilon:.2f} per {p.unit} at each site, δ {p.delta:g} "
-            "(RDP), for one run of this plan and the adapter it releases. The other arms and "
-            "repeats compare on public data; on real records each would cost as much again, and "
+            f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
+            f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. The other "
+            "arms and repeats compare on public data; on real records each would cost as much again, and "
             "so would choosing the learning rates."
         )
     weak = bool(one_class) or any(lead(means[arm]) <= 0 for arm in alone)
