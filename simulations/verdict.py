@@ -125,8 +125,8 @@ def verdict(
         lines.append(
             f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
             f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. The other "
-            "arms and repeats compare on public data; on real records each would cost as much again, and "
-            "so would choosing the learning rates."
+            "arms and repeats compare on public data; on real records each would cost as much "
+            "again, and so would choosing the learning rates."
         )
     weak = bool(one_class) or any(lead(means[arm]) <= 0 for arm in alone)
     return {
