@@ -164,8 +164,9 @@ def overlaps(
     ledger: Ledger, records: Lineage, more: Mapping[str, Links] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
     """For each set of records that was ever charged, by its lineage's name, which of `records` it
-    holds [R]. All of them where the bases differ, and where a preparation changed one of the
-    columns that `records` are known by and kept no links for them. more: links by basis that the
+    holds [R]. All of them where the bases differ, and where a preparation that has no links for
+    the basis of `records` changed one of their columns, or had other columns where `records`
+    are known by all of theirs: they may have been renamed since. more: links by basis that the
     ledger does not have yet.
     """
     charged = {name: ledger.lineage(entry) for name, entry in ledger.lineages().items()}
@@ -182,8 +183,12 @@ def overlaps(
 
 
 def _untraceable(records: Lineage, entry: Prepared) -> bool:
-    changed = records.names & set(entry.changed) if records.names else entry.changed
-    return bool(changed) and records.basis not in entry.bases
+    if not entry.changed or records.basis in entry.bases:
+        return False
+    if records.keyed:
+        return bool(records.names & set(entry.changed))
+    unchanged = set(entry.columns) - set(entry.changed)
+    return not records.names or not records.names <= unchanged
 
 
 def mechanism_of(charge: Charged) -> Mechanism:

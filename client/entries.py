@@ -108,14 +108,16 @@ class BasisLinks(Frozen):
 
 
 class Prepared(EntryBase):
-    """Rows were made of the records of `source` (client/prepare.py). changed: the columns whose
-    cells are other ones since, by their canonical names; made: which prepared row is of which raw
-    one, for each basis by which both can be known. An entry for each preparation, also where
-    nothing changed: their number depends on what the owner does, never on the records."""
+    """Rows were made of the records of `source` (client/prepare.py). columns: the records', by
+    their canonical names; changed: those whose cells are other ones since; made: which prepared row
+    is of which raw one, for each basis by which both can be known. An entry for each preparation,
+    also where nothing changed: their number depends on what the owner does, never on the records.
+    """
 
     state: Literal["PREPARED"] = "PREPARED"
     source: str
     rows: Annotated[int, Field(ge=0, strict=True)]
+    columns: tuple[str, ...]
     changed: tuple[str, ...]
     made: tuple[BasisLinks, ...]
 

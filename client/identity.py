@@ -8,12 +8,14 @@ Guarantee: if a tool of ours made row p of row r, whatever cells it changed, the
 charge of r counts for p and every charge of p for r, from the moment p is on disk: in any
 file format, after any number of preparations, in both orders. Assumption: the row is read by the
 columns by which it was prepared, by data.key or by all columns; where a preparation changed a
-column of another key, nothing can be compared and all records count as charged (client/budget.py).
+column of another key, or the columns' names are other ones since, nothing can be compared and all
+records count as charged (client/budget.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Self
 
@@ -49,6 +51,16 @@ class Links(NamedTuple):
         if not len(centres) == len(counts) == size or counts.sum() != len(nodes):
             raise ValueError("the links are cut short")
         return cls(centres, counts, nodes)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What prepared rows were made of: links by basis, all columns, and those that were changed, by
+    their canonical names."""
+
+    links: Mapping[str, Links]
+    columns: tuple[str, ...]
+    changed: tuple[str, ...]
 
 
 def links_between(raw: RowPrints, prepared: RowPrints, made_of: Sequence[int]) -> Links:

@@ -25,7 +25,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -45,7 +45,7 @@ from silotune.client.entries import (
     damaged,
     digest,
 )
-from silotune.client.identity import Links
+from silotune.client.identity import Links, Origin
 from silotune.client.keys import Keys, make_private_folder
 from silotune.client.lineage import SIZE, Lineage, basis_of
 from silotune.common.durable import is_full, write_durably
@@ -228,19 +228,16 @@ class Ledger:
                 return found
         raise damaged(f"the fingerprints of entry {charge.sequence} are not those it names")
 
-    def link(
-        self, links: Mapping[str, Links], *, source: str, rows: int, changed: Sequence[str]
-    ) -> Prepared:
+    def link(self, origin: Origin, *, source: str, rows: int) -> Prepared:
         """Note, durably, which rows `rows` prepared ones were made of (client/identity.py).
 
         Args:
-            links: by basis.
+            origin: what they were made of.
             source: what the raw records are called, for people.
-            changed: the canonical names of the columns whose cells are other ones since.
         """
         with self.writing():
             made = []
-            for basis, found in links.items():
+            for basis, found in origin.links.items():
                 content = found.content()
                 name = hashlib.sha256(content).hexdigest()
                 self._database.execute(
@@ -248,7 +245,8 @@ class Ledger:
                 )
                 made.append(BasisLinks(basis=basis, links=name))
             return self.append(
-                Prepared, source=source, rows=rows, changed=tuple(changed), made=tuple(made)
+                Prepared, source=source, rows=rows, columns=origin.columns,
+                changed=origin.changed, made=tuple(made),
             )
 
     def links(self, basis: str) -> list[Links]:

@@ -130,6 +130,11 @@ class Lineage:
             frozenset()
         )
 
+    @property
+    def keyed(self) -> bool:
+        """Whether the owner named the columns."""
+        return bool(self.columns) and bool(json.loads(self.columns)[0])
+
 
 @dataclass(frozen=True)
 class RowPrints:

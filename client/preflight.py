@@ -124,7 +124,7 @@ def _check_records(
         table.attempt("data access", f"chown and chmod 600 {file}", lambda: _access(file))
     else:
         table.rows += _query(data)
-    found = table.attempt("data", "[data] in site.toml", lambda: _data(data))
+    found = table.attempt("data", "[data] in site.toml", lambda: _data(data, contract))
     if found is None:
         return
     if contract:
@@ -257,8 +257,8 @@ def _query(data: Data) -> list[Check]:
     return found
 
 
-def _data(data: Data) -> tuple[records.Table, str]:
-    found = data.table()
+def _data(data: Data, contract: Contract | None) -> tuple[records.Table, str]:
+    found = records.named_by(contract, data.table()) if contract else data.table()
     return found, f"{found.source}, {len(found.rows):,} rows"
 
 

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from silotune.client import lineage
 from silotune.client.columns import Columns, Rule
 from silotune.client.deidentify import Deidentifier, Deidentify
-from silotune.client.identity import Links, links_between
+from silotune.client.identity import Links, Origin, links_between
 from silotune.client.policy import Prepare
 from silotune.common import records
 from silotune.common.cells import BLOCK_ROWS, Builder, Row
@@ -69,16 +69,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """read: how many rows the source has. table: those that are kept, cleaned. left_out: how many
-    are not, each counted under one reason. cleaned: the kept rows and their copies; made_of: of
-    each of these the index of its row in the source."""
+    """raw: the source, with the contract's names for columns that had none. table: the rows that
+    are kept, cleaned. left_out: how many are not, each counted under one reason. cleaned: the kept
+    rows and their copies; made_of: of each of these the index of its row in the source."""
 
-    read: int
+    raw: Table
     table: Table
     problems: list[Problem]
     left_out: dict[str, int]
     cleaned: Table
     made_of: Sequence[int]
+
+    @property
+    def read(self) -> int:
+        """How many rows the source has."""
+        return len(self.raw.rows)
 
     @property
     def refused(self) -> list[Problem]:
@@ -179,7 +184,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
         reasons[ragged.sentence] = ragged.count
     problems = [p for p in (ragged, *found.values(), *texts.problems.values()) if p.count]
     kept = Table(table.source, header, builder.rows())
-    return Prepared(len(table.rows), kept, problems, dict(reasons), kept, made_of)
+    return Prepared(table, kept, problems, dict(reasons), kept, made_of)
 
 
 def _done(rule: Rule, rules: Prepare) -> str:
@@ -227,25 +232,16 @@ def _first(table: Table, apart: Sequence[str]) -> NDArray[np.bool_]:
     return first
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What prepared rows were made of: links by basis, and the columns that were changed, by their
-    canonical names."""
-
-    links: dict[str, Links]
-    changed: tuple[str, ...]
-
-
-def origin(raw: Table, prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
+def origin(prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
     """For the ledger, before the prepared rows are on disk (client/identity.py). Rows are linked by
     `key` and by all columns; a basis that raw and prepared rows do not share has no links.
 
     Args:
-        raw: the table that was prepared.
+        prepared: the rows, and the table that they were made of.
         key: data.key.
         secret: 32 bytes, the site's key for fingerprints.
     """
-    cleaned, links = prepared.cleaned, {}
+    raw, cleaned, links = prepared.raw, prepared.cleaned, dict[str, Links]()
     for columns in {tuple(key), ()}:
         chosen = lineage.basis_columns(raw, columns)
         if chosen != lineage.basis_columns(prepared.table, columns):
@@ -254,12 +250,14 @@ def origin(raw: Table, prepared: Prepared, key: Sequence[str], secret: bytes) ->
             lineage.of_rows(table, chosen, secret, keyed=bool(columns)) for table in (raw, cleaned)
         )
         links[after.basis] = links_between(before, after, prepared.made_of)
-    return Origin(links, _changed(raw, prepared))
+    columns = tuple(sorted(set(map(lineage.canonical, raw.header))))
+    return Origin(links, columns, _changed(prepared))
 
 
-def _changed(raw: Table, prepared: Prepared) -> tuple[str, ...]:
+def _changed(prepared: Prepared) -> tuple[str, ...]:
     """The columns of which a cell is another value since, or may have been read wrongly: text that
     was decoded by a declared encoding is written as Unicode, and its bytes are lost with that."""
+    raw = prepared.raw
     foreign = not raw.encoding.startswith("utf")
     found: set[int] = set()
     made_of = iter(prepared.made_of)

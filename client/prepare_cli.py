@@ -63,7 +63,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
     found = counts.count(prepared.table, agreed, policy.model.folder)
     secret = ledger.fingerprint_key if ledger else bytes(32)
-    origin = preparing.origin(raw, prepared, data.key, secret)
+    origin = preparing.origin(prepared, data.key, secret)
     charged = counts.charged(prepared.table, data.key, ledger, origin.links)
     facts = {
         "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
@@ -81,7 +81,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     if written:
         assert ledger is not None
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
-        ledger.link(origin.links, source=data.source, rows=found.rows, changed=origin.changed)
+        ledger.link(origin, source=data.source, rows=found.rows)
         preparing.write(prepared.table, file)
     lines, lengths = _lines(data, raw, prepared, found, charged), found.lengths
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")

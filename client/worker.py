@@ -30,7 +30,7 @@ from silotune.client.own import NOTHING, Own
 from silotune.client.policy import Policy
 from silotune.client.site_sets import SiteSets
 from silotune.client.train import train_round
-from silotune.common import adapter, messages
+from silotune.common import adapter, messages, records
 from silotune.common.architecture import Lora
 from silotune.common.contract import Contract
 from silotune.common.errors import ProtocolError, RefusalError
@@ -89,7 +89,8 @@ class Worker:
         self.run_order = accounting.best_order(self.plan, self.target.delta)
         self._first_order = budget.order_of(self.plan, self.limit)
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
-        table = policy.data.table()  # once: what is fingerprinted is what is trained on
+        # Once: what is fingerprinted is what is trained on.
+        table = records.named_by(contract, policy.data.table())
         self.lineage = lineage.of_table(table, policy.data.key, ledger.fingerprint_key)
         narrowed = contract.at(policy.name)
         self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)

@@ -20,6 +20,7 @@ import gzip
 import io
 import json
 import re
+import string
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from silotune.common.reading import DELIMITERS, Reading, decoded, wrong_encoding
 SHOWN_ROWS = 10
 SAMPLE = 1 << 16  # characters in which the header, and if need be the first rows, are looked for
 SAMPLE_ROWS = 20
+_ASCII_WORD = re.compile(f"[^{string.whitespace}]+")
 CONLL_HEADER = ["words", "tags"]
 DOCUMENT = "-DOCSTART-"  # the line between documents of a CoNLL file
 
@@ -303,9 +305,11 @@ def _conll(path: Path, reading: Reading) -> Iterator[Row]:
     yield 0, CONLL_HEADER
     with decoded(path, reading, "CoNLL") as file:
         for line, text in enumerate(file, start=1):
-            parts = [part.strip() for part in text.strip("\r\n").split("\t")]
+            # By ASCII's white space alone: another character may be part of a letter whose bytes
+            # were read in a wrong encoding, and those bytes must stay whole (client/lineage.py).
+            parts = [part.strip(string.whitespace) for part in text.split("\t")]
             if len(parts) < 2:
-                parts = text.split()
+                parts = _ASCII_WORD.findall(text)
             if not any(parts) or parts[0] == DOCUMENT:
                 if words:
                     yield start, [" ".join(words), " ".join(tags)]

@@ -285,7 +285,7 @@ def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Pat
     lengths = found.lengths
     assert {n: k for n, k in enumerate(lengths.tokens) if k} == {5: 2, 42: 1}  # with [CLS], [SEP]
     assert (lengths.texts, lengths.cut, lengths.limit) == (3, 1, 8)
-    plot = prepare_report.draw(Prepared(3, rows, [], {}, rows, range(3)), found)[-1]
+    plot = prepare_report.draw(Prepared(rows, rows, [], {}, rows, range(3)), found)[-1]
     assert "1 of 3 texts are longer than the model's 8 tokens" in plot.alt
 
 
