@@ -114,13 +114,13 @@ class Ledger:
     def open(cls, folder: Path, keys: Keys) -> Self:
         """Read and verify the whole ledger; RefusalError E212 if it is not whole."""
         ledger = cls(_connect(folder / FILE), keys, folder)
-        with ledger._locked():
+        with ledger._locked(NOTHING_SPENT):
             try:
                 ledger._catch_up()
                 ledger._check_head()
                 ledger._check_lineages()
             except (sqlite3.Error, UnicodeDecodeError) as error:
-                raise _refusal(error, folder) from None
+                raise _refusal(error, folder, NOTHING_SPENT) from None
         return ledger
 
     @property
@@ -155,12 +155,13 @@ class Ledger:
         return next(adopted, None)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, outcome: str = NOTHING_SPENT) -> Iterator[None]:
         """All or nothing: what is appended within is durable when this ends, or never was.
 
-        Entries of other processes are there when it begins, and none comes between.
+        Entries of other processes are there when it begins, and none comes between. outcome: what
+        is true of the charge where nothing was appended, for the sentence of the refusal E216.
         """
-        with self._lock, self._alone(), self._locked():
+        with self._lock, self._alone(), self._locked(outcome):
             before = len(self.entries)
             try:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -173,10 +174,13 @@ class Ledger:
                     self._database.execute("ROLLBACK")
                 self._forget_after(before)
                 if isinstance(error, sqlite3.Error | UnicodeDecodeError):
-                    raise _refusal(error, self._folder) from None
+                    raise _refusal(error, self._folder, outcome) from None
                 raise
             if len(self.entries) > self._head:
-                with self._storing(len(self.entries)):
+                with self._storing(
+                    f"The ledger's entries up to {len(self.entries)} stand, so what they charged "
+                    "is spent; their number was not stored. Let the server ask again."
+                ):
                     self._keys.write_head(len(self.entries), self._digests[-1])
                 self._head = len(self.entries)
 
@@ -262,7 +266,7 @@ class Ledger:
             try:
                 found: tuple[Any, ...] | None = self._database.execute(query, (name,)).fetchone()
             except (sqlite3.Error, UnicodeDecodeError) as error:
-                raise _refusal(error, self._folder) from None
+                raise _refusal(error, self._folder, NOTHING_SPENT) from None
         return found
 
     def _links(self, entry: Prepared, name: str) -> Links:
@@ -276,9 +280,13 @@ class Ledger:
     def release(self, charge: Charged, wire: bytes, own: bytes | None = None) -> None:
         """Make a reply, and what stays at the site, durable; then say that the reply may leave.
         Only then may it."""
-        with self._storing(charge.sequence):
+        outcome = (
+            f"Entry {charge.sequence} of the ledger stands, so what it charged is spent; its reply "
+            "was not stored."
+        )
+        with self._storing(outcome):
             name, kept = self._keep(wire), None if own is None else self._keep(own)
-        with self.writing():
+        with self.writing(outcome):
             if charge.sequence in self.releases:
                 raise RefusalError("This charge has its reply already.", code="E204")
             self.append(Released, charge=charge.sequence, reply=name, own=kept)
@@ -453,19 +461,16 @@ class Ledger:
         return hmac.digest(self._mac_key, body.encode(), "sha256")
 
     @contextlib.contextmanager
-    def _storing(self, sequence: int) -> Iterator[None]:
-        """What follows on a committed entry: it stands also if the disk has no room for this."""
+    def _storing(self, outcome: str) -> Iterator[None]:
+        """Files that follow on a committed entry. outcome: what is true where they cannot be."""
         try:
             yield
         except OSError as error:
-            stands = (
-                f"Entry {sequence} of the ledger stands, so what it charged is spent; what should "
-                "follow on it was not stored."
-            )
             if is_full(error):
-                raise _full(self._folder, stands) from None
+                raise _full(self._folder, outcome) from None
             raise RefusalError(
-                f"The disk of this site cannot be written ({error.strerror}). {stands}", code="E216"
+                f"The disk of this site cannot be written ({error.strerror}). {outcome}",
+                code="E216",
             ) from None
 
     @contextlib.contextmanager
@@ -475,7 +480,7 @@ class Ledger:
         yield
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, outcome: str) -> Iterator[None]:
         """Between processes; the kernel frees it when its holder dies."""
         if self._folder is None:
             yield
@@ -484,7 +489,7 @@ class Ledger:
             descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             if is_full(error):
-                raise _full(self._folder, NOTHING_SPENT) from None
+                raise _full(self._folder, outcome) from None
             raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -510,28 +515,30 @@ def _connect(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise _refusal(error, path.parent, f"{path} cannot be opened ") from None
+        raise _refusal(
+            error, path.parent, NOTHING_SPENT, f"{path} cannot be opened "
+        ) from None
     return database
 
 
 def _refusal(
-    error: sqlite3.Error | UnicodeDecodeError, folder: Path | None, what: str = ""
+    error: sqlite3.Error | UnicodeDecodeError, folder: Path | None, outcome: str, what: str = ""
 ) -> RefusalError:
     """What an error of the database means: no room, in use, an unreadable disk (E216), or damage
-    (E212). Nothing was committed."""
+    (E212). outcome: what is true of the charge, as this was not committed."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _has_no_room(folder)):
-        return _full(folder, NOTHING_SPENT)
+        return _full(folder, outcome)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RefusalError(
             f"Another program has held the ledger in {folder} for {BUSY_SECONDS} seconds. "
-            f"{NOTHING_SPENT} Close that program (a database browser, a backup), then try again.",
+            f"{outcome} Close that program (a database browser, a backup), then try again.",
             code="E216",
         )
     if code == sqlite3.SQLITE_IOERR:
         return RefusalError(
             f"The disk that holds the ledger in {folder} reports a failure to read or write. "
-            "Nothing was computed. Look at the system's log and check the disk, then try again.",
+            f"{outcome} Look at the system's log and check the disk, then try again.",
             code="E216",
         )
     return damaged(f"{what}({type(error).__name__})" if what else type(error).__name__)

@@ -557,7 +557,7 @@ def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
     ledger = home.open()
     with monkeypatch.context() as patch:
         patch.setattr(Keys, "write_head", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
-        with pytest.raises(RefusalError, match="Entry 6 of the ledger stands") as refusal:
+        with pytest.raises(RefusalError, match="entries up to 6 stand") as refusal:
             charge(ledger, 9, lineage_of(1))
     assert refusal.value.code == "E216"
     close(ledger)
@@ -1176,11 +1176,12 @@ def test_what_an_error_of_the_database_means(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     error = sqlite3.OperationalError("words")
     error.sqlite_errorcode = code
-    found = ledgers._refusal(error, tmp_path)
+    found = ledgers._refusal(error, tmp_path, "It is spent.")
     assert found.code == meant
     no_room = code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR_SHMSIZE and not free)
     assert ("is full" in str(found)) == no_room
     assert ("estore" in str(found)) == (meant == "E212")
+    assert ("It is spent." in str(found)) == (meant == "E216")
 
 
 def test_a_reply_that_cannot_be_stored_leaves_the_charge(
@@ -1202,3 +1203,35 @@ def test_a_reply_that_cannot_be_stored_leaves_the_charge(
     monkeypatch.undo()
     ledger.release(made, b"reply")
     close(ledger)
+
+
+@pytest.mark.parametrize("fault", ["no room", "in use"])
+def test_a_release_that_the_database_does_not_take_leaves_the_charge(
+    home: Home, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The disk fills up, or another program locks the ledger, while the round is computed: the
+    sentence must not say that nothing was spent."""
+    monkeypatch.setattr(ledgers, "BUSY_SECONDS", 0.1)
+    ledger = home.open()
+    made = [charge(ledger, 20 + number, lineage_of(1)) for number in range(40)]  # some pages
+    other = sqlite3.connect(home.file, isolation_level=None)
+    if fault == "in use":
+        other.execute("BEGIN IMMEDIATE")
+    else:
+        (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
+        ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+    def release_all() -> None:
+        for one in made:
+            ledger.release(one, b"reply")
+
+    with pytest.raises(RefusalError, match="of the ledger stands, so what it charged") as no:
+        release_all()
+    lost = next(one for one in made if one.sequence not in ledger.releases)
+    assert no.value.code == "E216"
+    assert f"Entry {lost.sequence} of the ledger stands" in str(no.value)
+    assert "nothing was spent" not in str(no.value)
+    other.close()
+    close(ledger)
+    again = home.open()
+    again.release(lost, b"reply")
+    close(again)
