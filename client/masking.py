@@ -19,7 +19,7 @@ from silotune.common.plan import Metric
 from silotune.common.secagg import Member
 from silotune.common.signing import Sign
 
-MOST_AGREEMENTS = 4  # kept at a time: an older one gives way, so a server's asking costs no memory
+MOST_AGREEMENTS = 4  # stored at a time: others give way, so a server's asking costs no memory
 SPREADS = 8.0  # standard deviations of the noise that must fit into the bound
 FINENESS = 4.0  # units of the ring that the noise's standard deviation must have
 
@@ -41,7 +41,9 @@ class Masking:
         if step not in self._members:
             terms = self.contract.terms(*step)
             while len(self._members) >= MOST_AGREEMENTS:
-                self._members.pop(next(iter(self._members)))
+                # A round that was charged stays to be opened while another agreement can go.
+                spare = (s for s, m in self._members.items() if not m.has_unopened_round)
+                self._members.pop(next(spare, next(iter(self._members))))
             self._members[step] = Member(terms, self.name, self._sign)
         return {self.name: self._members[step].keys}
 

@@ -243,6 +243,11 @@ class Member:
             self._rounds.pop(earlier, None)  # nothing more is revealed of it
         return ring.encode(values, factor, bound, masks)
 
+    @property
+    def has_unopened_round(self) -> bool:
+        """Whether this site sent a masked update whose sum it has not helped to open."""
+        return any(r.masking is None and r.revealed is None for r in self._rounds.values())
+
     def endorse(self, number: int, survivors: Collection[str]) -> bytes:
         """A signature [64 bytes] of the round's set of survivors; only ever of one set."""
         self._settle(number, survivors)

@@ -555,6 +555,28 @@ def test_asking_for_keys_again_and_again_takes_no_more_memory(federation: Federa
     assert refusal(north, messages.pack(Message(beyond))) == "E202"
 
 
+def test_another_runs_keys_do_not_end_a_round_that_was_charged(federation: Federation) -> None:
+    """Between the masked updates and the opening of their sum another run asks for keys."""
+    run, handles = federation.run("run-1"), federation.handles()
+
+    def disturbed(site: str) -> Answer:
+        def answer(wire: bytes) -> bytes:
+            if isinstance(messages.unpack(wire).header, Reveal):
+                for attempt in range(1, 2 * MOST_AGREEMENTS):
+                    ask = Agree(contract=run.contract.hash, run="run-2", round=1, attempt=attempt)
+                    assert messages.unpack(
+                        handles[site](messages.pack(Message(ask)))
+                    ).header.kind == "keys"
+            return handles[site](wire)
+        return answer
+
+    facts = carry_out(run.stages(SITES), {site: disturbed(site) for site in SITES})
+    assert set(facts.sites) == set(SITES)
+    masking = federation.workers["north"].masking
+    assert masking is not None
+    assert len(masking._members) == MOST_AGREEMENTS
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["no agreement", "another agreement"])
 def test_every_stage_of_an_unknown_agreement_is_refused(
     federation: Federation, known: bool
