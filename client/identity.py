@@ -4,9 +4,10 @@ Nodes are fingerprints and decodings (client/lineage.py); edges join a record wi
 and a prepared row with the raw row that `site prepare` made it of (`Links`). A charge of any node
 of a component is a charge of every record in it. Components that join charge more, never less.
 
-Guarantee: if a tool of ours made row p of row r, whatever cells it changed, then every
+Guarantee: if `site prepare` made row p of row r, whatever cells it changed, then every
 charge of r counts for p and every charge of p for r, from the moment p is on disk: in any
-file format, after any number of preparations, in both orders. Assumption: the row is read by the
+file format, after any number of preparations, in both orders. (A simulation's split of a file
+writes rows, too; it has no ledger, and changes no cell.) Assumption: the row is read by the
 columns by which it was prepared, by data.key or by all columns; where a preparation changed a
 column of another key, or the columns' names are other ones since, nothing can be compared and all
 records count as charged (client/budget.py).

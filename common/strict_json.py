@@ -8,6 +8,7 @@ of a character cannot be hashed or written.
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -35,7 +36,8 @@ def loads(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        found = json.loads(text, object_pairs_hook=_object, parse_float=_number,
+                           parse_constant=_constant)
     except _RepeatedKeyError:
         key, line = _repeated(text)
         raise ValueError(
@@ -53,6 +55,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise _RepeatedKeyError
+    return found
+
+
+def _number(digits: str) -> float:
+    found = float(digits)
+    if not math.isfinite(found):
+        raise ValueError(f"{digits} is larger than any number here")
     return found
 
 

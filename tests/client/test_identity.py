@@ -288,6 +288,18 @@ def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charge
     assert all_charged(other, table_of([["<PERSON>", "x", "well"]]), ["place"])
 
 
+def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key() -> None:
+    """Prepared without a key: no cell was changed, but what is written are wrong characters."""
+    ledger = Ledger.in_memory("north")
+    true = table_of([["Ärger", "x", "ill"], ["Öl", "y", "well"]])
+    done = prepared_by(CHANGES["nothing"], declared(true, "utf-8", "cp850"), (0,))
+    made = origin(done, (), ledger.fingerprint_key)
+    assert made.changed == ("note",)
+    ledger.link(made, source="notes.csv", rows=2)
+    charge(ledger, of_table(true, ["note"], ledger.fingerprint_key))
+    assert all_charged(ledger, done.table, ["note"])
+
+
 def test_a_preparation_before_any_charge_costs_nothing() -> None:
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"]])
