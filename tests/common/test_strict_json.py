@@ -73,7 +73,8 @@ def test_a_key_twice_is_refused_with_its_line_however_deep_and_written(
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("1e999", "1e999 is larger"), ('{"a": [-1.5e400]}', "-1.5e400"), ('{"a": NaN}', "NaN"), ('[-Infinity]', "Infinity"), ("{", "line 1"), ("", "line 1"),
+    ("1e999", "1e999 is larger"), ('{"a": [-1.5e400]}', "-1.5e400"),
+    ('{"a": NaN}', "NaN"), ('[-Infinity]', "Infinity"), ("{", "line 1"), ("", "line 1"),
     ('["\\ud83d\\ud83d\\ude00"]', HALF), ('["\\ude00\\ud83d"]', HALF),
     ('{\n"\\uD800": 1}', "line 2"),
     (b"\xff", "utf-8"),
