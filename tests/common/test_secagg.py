@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -415,6 +416,14 @@ def test_shares_of_another_length_are_refused_though_a_member_sealed_them() -> N
         bad = ChaCha20Poly1305(key).encrypt(bytes(12), bytes(length), view.transcript)
         refused(lambda b=bad: cast.members["a"].receive({"b": b, "c": sealed["c"]["a"]}),
                 "what b sealed for this site does not open", "E507")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_is_sealed_has_the_size_that_the_server_asks_for(rounds: int) -> None:
+    cast = Cast(replace(terms(3, 3), rounds=rounds)).agree()
+    assert {len(shares) for sealed in cast.sealed.values() for shares in sealed.values()} == {
+        cast.terms.sealed_size
+    }
 
 
 def test_as_many_endorsements_as_the_threshold_are_needed_and_only_survivors_count() -> None:
