@@ -22,6 +22,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from silotune.client.latin import LETTERS, bounded
+
 
 class Found(NamedTuple):
     """Characters `start` to `end`, and how sure: 0 to 1."""
@@ -90,9 +92,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Latin letters with and without marks, and marks that stand by themselves.
-_LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
-_WORD = re.compile(rf"(?<![{_LETTERS}])[{_LETTERS}]+(?:['-][{_LETTERS}]+)*")
+_WORD = re.compile(rf"(?<![{LETTERS}])[{LETTERS}]+(?:['-][{LETTERS}]+)*")
 # Between two words of a name. A full stop belongs to an initial or a title before it.
 _SPACE, _LINE, _STOP, _COMMA, _BREAK = range(5)
 _GAPS = (

@@ -1,0 +1,17 @@
+"""Latin letters, and where a word of them begins and ends beside other scripts.
+
+For Python a Chinese character is a letter like any other, so that `\\b` is not where 编号A12 has its
+number. Patterns say `\\b` and `\\w` as usual and go through `bounded`, which knows Latin letters only.
+"""
+
+from __future__ import annotations
+
+# With and without marks, and marks that stand by themselves.
+LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
+_WORD = f"{LETTERS}0-9_"
+_EDGE = f"(?:(?<![{_WORD}])(?=[{_WORD}])|(?<=[{_WORD}])(?![{_WORD}]))"
+
+
+def bounded(pattern: str) -> str:
+    """`pattern` with `\\b` and, in sets of characters, `\\w` of Latin letters, digits and _ only."""
+    return pattern.replace(r"\b", _EDGE).replace(r"\w", _WORD)
