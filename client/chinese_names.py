@@ -43,6 +43,7 @@ _ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n"  # a name 
 _VERBS = (
     "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代"
     "电收诉述曾本表携偕陪办填签即至并及以一来去打致共同已称拒接要没不住突再先就给帮让叫找"
+    "吧呢啊吗提反回发购买卖申领取存汇支付交寄送派查看试预约挂登注修改更换补完报投举催联确进出返离走服做"
 )
 
 
@@ -56,6 +57,12 @@ _BEFORE_TITLE = re.compile("[是有告找请让对跟陪送叫问诉由和与及
 _NOTHING = (  # in a field for a name
     "不详|未知|未填|本人|同上|无|以上|你好|您好|好的|谢谢|已|请|是|可以|没有|收到|在吗"
 )
+# Frequent family names that begin few words.
+_SURE = frozenset(
+    "王李张刘陈杨赵吴徐孙胡朱郭何罗梁宋郑谢韩唐冯邓曹彭蔡潘袁吕魏蒋卢苏贾丁薛闫余杜戴钟汪姜范谭廖邹熊陆郝崔邱秦顾侯邵"
+    "孟尹黎沈姚龚庞樊施陶洪翟倪严芦俞章葛韦聂岳耿詹欧甄覃霍翁柯阮裴"
+)
+_OBJECT = re.compile("[于属请给由向把被为是找让对跟陪叫问与和及]$")
 _BED = re.compile(r"\d床$")
 _AFTER_BED = re.compile("术|诉|拒|今|于|,|要求|血压|体温|血糖|发热|已|未|入院|出院|转|家属")
 _LIST = re.compile("[、/]|[和与及,]")
@@ -232,6 +239,10 @@ class ChineseNames:
             return 0.7
         if text[start:end] in self.names.places:
             return 0
+        if known and ended and text[start] in _SURE and _OBJECT.search(text, max(0, start - 1), start):
+            return 0.5
+        if known and goes_on and size == 2 and text[start] in _SURE and follows not in "等个":
+            return 0.5
         if known and goes_on and (bordered or _BEFORE.search(text, max(0, start - 2), start)):
             return 0.6 if size == 2 or ended else 0.5
         return 0

@@ -60,6 +60,8 @@ class Names:
     other: frozenset[str]
     rare_given: frozenset[str]
     rare_family: frozenset[str]
+    en_places: frozenset[str]
+    eponyms: frozenset[str]
     zh_family: frozenset[str]
     zh_rare: frozenset[str]
     zh_compound: frozenset[str]
@@ -76,7 +78,8 @@ class Names:
             given=_words(en["given"] + more["given"]), given_words=_words(en["given_words"]),
             family=_words(en["family"] + more["family"]), family_words=_words(en["family_words"]),
             other=_words(en["other"]), rare_given=_words(more["given_words"]),
-            rare_family=_words(more["family_words"]), zh_rare=frozenset("".join(zh["rare"].split())),
+            rare_family=_words(more["family_words"]), en_places=_words(en["places"]),
+            eponyms=_words(en["eponyms"]), zh_rare=frozenset("".join(zh["rare"].split())),
             zh_family=frozenset("".join(zh["family"].split())),
             zh_compound=frozenset(zh["compound"].split()),
             zh_given=frozenset("".join(zh["given"].split())),
@@ -223,7 +226,9 @@ _GREETED = re.compile(
     rf"(?: (?:all|team|both|there|everyone|folks|guys|again|\w+))?[,!.:-]* "
     rf"(?P<name>[{LETTERS}][{LETTERS}'-]*(?: [{LETTERS}][{LETTERS}'-]*)?) (?:here|from|speaking)\b",
     re.IGNORECASE)
-_PLACE_WORDS = re.compile(r"\b(?:from|in|at|near|of|to) $", re.IGNORECASE)
+_MONTH_NAMES = _words("april may june august summer winter spring autumn")
+_PLACE_WORDS = re.compile(r"\b(?:from|in|at|near|of|to|through|via|around) $", re.IGNORECASE)
+_AMONG_PLACES = re.compile(r"\b(?:from|in|to|travel\w*|visit\w*|via) (?:\w+ )?\w+,? (?:and|or) $")
 _NOUNS = (  # eponyms, organisations and places end with one of them
     "disease|syndrome|lymphoma|palsy|sign|test|score|scale|index|catheter|thyroiditis|carcinoma|"
     "sarcoma|tumou?r|criteria|classification|curve|reflex|manoeuvre|maneuver|position|procedure|"
@@ -447,7 +452,7 @@ class _Text:
             return 0.5 if one.capital and (self.mixed(at) or starts) else 0
         half = (
             (self.given(at + 1) and len(one.text) > 3) or self.family(at)
-            or self.given(at) or self.family(at + 1)
+            or (len(one.text) > 3 and (self.given(at) or self.family(at + 1)))
         )
         names = not self.other(at) and not self.other(at + 1) and not other.upper
         return 0.6 if shouted and names and half else 0
@@ -663,8 +668,12 @@ class _Text:
             sure = self.own_family(family) and self.mixed(family)
             return 0.6 if signed or relative else 0.5 * sure
         if len(named) == 1 and self.own_family(family):
+            if not relative and self._other_sense(family):
+                return 0
             beside = self.mixed(family) and _NEXT_TO.search(self.before(family))
-            sign = relative or beside or (does and not self.words[family].upper)
+            sign = relative or beside or (does and not self.words[family].upper) or (
+                self._inside(first) and not _PLACE_WORDS.search(self.before(family))
+            )
             return 0.5 if sign else 0.4
         if len(named) == 1 and self.family(family):
             return 0.5 if relative and not self.words[family].upper else 0
@@ -683,9 +692,27 @@ class _Text:
             return 0.55 if signed else 0
         word = self.words[given]
         abbreviation = self.mixed(given) and word.upper and len(word.key) < 5  # ANA, ALI
-        return 0.6 if relative or (sure and not abbreviation) else 0
+        if relative or (sure and not abbreviation):
+            return 0.6
+        return 0.5 if self._named_alone(given) else 0
 
-    # Names by where they stand ───────────────────────────────────────────────────────────────────
+    def _inside(self, at: int) -> bool:
+        """A capital letter and small ones, in the middle of a sentence."""
+        return not self.words[at].upper and self._capitalised(at)
+
+    def _named_alone(self, at: int) -> bool:
+        """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
+        return (
+            self._inside(at) and bool(_KIN.search(self.before(at)))
+            and self.words[at].key not in _MONTH_NAMES and not self._other_sense(at)
+        )
+
+    def _other_sense(self, at: int) -> bool:
+        """A place behind "in" or "to", or a name in a term: Nissen."""
+        if any(part in self.names.eponyms for part in self._parts(at)):
+            return True
+        place = self.words[at].key in self.names.en_places
+        return place and bool(_PLACE_WORDS.search(self.before(at)) or _AMONG_PLACES.search(self.before(at)))
 
     def _run(self, at: int, most: int = 4) -> int:
         """The last of the words from `at` on that follow each other and could be one name."""
@@ -792,7 +819,9 @@ class _Text:
             after = min((start for start in starts if start > last), default=None)
             joined = (before is not None and self._and(before, at)) or (
                 after is not None and self._and(last, after))
-            if joined and not taken & set(range(at, last + 1)) and self._listed(at, last):
+            if joined and not taken & set(range(at, last + 1)) and self._listed(at, last) and not (
+                at == last and self.words[at].key in self.names.en_places
+            ):
                 yield Span(at, last, 0.55)
                 ends.add(last)
                 taken.update(range(at, last + 1))
