@@ -29,6 +29,7 @@ _ROLE = (
     "(?<!携带者)(?<!工人)(?<!客人)(?<!生人)(?<!消费者)|司机|骑手|助手|领队|主刀|一助|二助|麻醉师|器械护士|巡回护士|"
     "责任护士|配偶|[其][妻夫子女父母兄弟姐妹]|[长次]子|[长次]女|妻子|丈夫|房东|租客|买家|卖家|乘客|旅客|访客|业主|住户|户主|"
     "户名|店主|群主|网友|导师|班主任|学生|股东|董事|监事|客户经理|理财经理|面试官|签收|代收|出纳|会计|保安|门卫|翻译|"
+    "甲方|乙方|丙方|代表|见证|[我你他她][爸妈弟妹哥姐爷奶爹娘叔舅姨姑]|"
     "姓名|名字|名叫|自称|\\d床)"
 )
 _TITLE = (
@@ -39,7 +40,7 @@ _TITLE = (
 )
 _H = "\u4e00-\u9fff"
 _DOT = "·•・‧∙⋅･．"
-_ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n"  # a name may end or begin beside these
+_ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n@[]【】「」『』…—-_=+*#~"  # a name may end or begin beside these
 _VERBS = (
     "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代"
     "电收诉述曾本表携偕陪办填签即至并及以一来去打致共同已称拒接要没不住突再先就给帮让叫找"
@@ -62,6 +63,8 @@ _SURE = frozenset(
     "王李张刘陈杨赵吴徐孙胡朱郭何罗梁宋郑谢韩唐冯邓曹彭蔡潘袁吕魏蒋卢苏贾丁薛闫余杜戴钟汪姜范谭廖邹熊陆郝崔邱秦顾侯邵"
     "孟尹黎沈姚龚庞樊施陶洪翟倪严芦俞章葛韦聂岳耿詹欧甄覃霍翁柯阮裴"
 )
+_OFFICES = frozenset("科部处室局院所站厅")  # 由安全科 is no name
+_FAMILIAR = re.compile(r"(?<!大)[老小](?=[\u4e00-\u9fff])")
 _OBJECT = re.compile("[于属请给由向把被为是找让对跟陪叫问与和及]$")
 _BED = re.compile(r"\d床$")
 _AFTER_BED = re.compile("术|诉|拒|今|于|,|要求|血压|体温|血糖|发热|已|未|入院|出院|转|家属")
@@ -130,6 +133,11 @@ class ChineseNames:
             known = len(lines) > 1 and set(name[1:]) <= self.names.zh_given
             if line[1] or (known and not self._is_word(name) and name[0] in self.names.zh_family):
                 yield Found(*line.span(2), 0.6)
+        for word in _FAMILIAR.finditer(text):  # 老刘, 小李
+            end = word.end() + 1
+            follows = text[end : end + 1]
+            if text[word.end()] in _SURE and (not _is_chinese(follows or " ") or follows in _VERBS):
+                yield Found(word.start(), end, 0.6)
         for named in self._numbered.finditer(text):
             if not self._is_word(named[1]):
                 yield Found(*named.span(1), 0.6)
@@ -186,6 +194,7 @@ class ChineseNames:
         sizes = [2, 1, 0]
         if text[start : start + 2] in self.names.zh_other:  # a word, or a longer name: 王国强
             known = len(text) > after + 1 and set(text[after : after + 2]) <= self.names.zh_given
+            known = known and text[after + 1 : after + 2] not in _OFFICES
             sizes = [2] if known else []
             sizes += [1] if role and self._word_as_name(text, start) else []
         found = [
@@ -198,6 +207,8 @@ class ChineseNames:
     def _word_as_name(self, text: str, start: int) -> bool:
         """Behind a role or a bed, an ordinary word that nothing goes on from: 签收人管理。"""
         end = start + 2
+        if self._role.fullmatch(text, start, end):  # 甲方代表
+            return False
         if _BED.search(text, max(0, start - 3), start):
             return text[end - 1] in self.names.zh_given and bool(_AFTER_BED.match(text, end))
         return end >= len(text) or not _is_chinese(text[end])
@@ -216,6 +227,8 @@ class ChineseNames:
         before = text[start - 1 : start] if start else ""
         bordered = not before or before in _ENDS
         if not size:
+            if text[start] in _SURE and (title := self._title.match(text, end)) and len(title[0]) > 1:
+                return 0.6
             alone = bordered or label or role or (
                 _BEFORE_TITLE.search(text, max(0, start - 1), start)
                 or _BEFORE.search(text, max(0, start - 2), start)

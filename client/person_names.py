@@ -164,26 +164,33 @@ _KIN = re.compile(bounded(
 _NEXT_TO = re.compile(bounded(r"\b(?:by|with|w/|for|and|asked|told|rang|called|phoned|emailed|cc) $"),
                       re.IGNORECASE)
 # Words for a person's part in something: a listed name behind one, or two words with capitals.
+_ROLES = (
+    "witness|landlord|landlady|tenant|lodger|owner|lessee|buyer|seller|vendor|purchaser|sponsor|"
+    "visitor|guest|host|agent|advisor|adviser|broker|adjuster|handler|candidate|applicant|interviewer|"
+    "referee|referrer|reporter|insured|claimant|defendant|appellant|complainant|respondent|suspect|"
+    "victim|driver|passenger|rider|pilot|prescriber|pharmacist|dentist|optician|paramedic|porter|"
+    "registrar|consultant|secretary|receptionist|assistant|manager|supervisor|director|officer|clerk|"
+    "cashier|teller|courier|engineer|technician|analyst|lecturer|tutor|teacher|student|pupil|trainee|"
+    "intern|resident|fellow|caller|requester|requestor|approver|assignee|delegate|attendee|panel|"
+    "speaker|chair|organizer|organiser|contractor|employee|employer|remitter|payee|payer|debtor|creditor|"
+    "cardholder|guarantor|executor|trustee|heir|cosigner|signatory|translator|interpreter|solicitor|"
+    "lawyer|attorney|barrister|notary|judge|detective|constable|inspector|sergeant|inmate|detainee|"
+    "flatmate|roommate|housemate|cousin|grandma|grandpa|granny|mum|mom|dad|twin|boyfriend|girlfriend|"
+    "stepson|stepdaughter|stepmother|stepfather|boss|line manager|chaperone|escort|donor|"
+    "hi|hello|hey|dear|thanks|thx|cheers|morning|signed"
+)
+_ROLE_WORDS = frozenset(_ROLES.split("|"))
 _ROLE = re.compile(bounded(
-    r"\b(?:witness|landlord|landlady|tenant|lodger|owner|lessee|buyer|seller|vendor|purchaser|sponsor|"
-    r"visitor|guest|host|agent|advisor|adviser|broker|adjuster|handler|candidate|applicant|interviewer|"
-    r"referee|referrer|reporter|insured|claimant|defendant|appellant|complainant|respondent|suspect|"
-    r"victim|driver|passenger|rider|pilot|prescriber|pharmacist|dentist|optician|paramedic|porter|"
-    r"registrar|consultant|secretary|receptionist|assistant|manager|supervisor|director|officer|clerk|"
-    r"cashier|teller|courier|engineer|technician|analyst|lecturer|tutor|teacher|student|pupil|trainee|"
-    r"intern|resident|fellow|caller|requester|requestor|approver|assignee|delegate|attendee|panel|"
-    r"speaker|chair|organi[sz]er|contractor|employee|employer|remitter|payee|payer|debtor|creditor|"
-    r"cardholder|guarantor|executor|trustee|heir|cosigner|signatory|translator|interpreter|solicitor|"
-    r"lawyer|attorney|barrister|notary|judge|detective|constable|inspector|sergeant|inmate|detainee|"
-    r"flatmate|roommate|housemate|cousin|grandma|grandpa|granny|mum|mom|dad|twin|boyfriend|girlfriend|"
-    r"stepson|stepdaughter|stepmother|stepfather|boss|line manager|chaperone|escort|donor|"
+    rf"\b(?:{_ROLES}|"
     r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
     r"copied to|cc to|addressed to|owed to|sold to|seen with|met|met with|met w/|asked|told|thanked|"
     r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
     r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given by|"
-    r"issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $"),
+    r"issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"),
     re.IGNORECASE,
 )
+_ROLE_LABEL = re.compile(bounded(rf"\b(?:{_ROLES})\s*[:=]\s*$"), re.IGNORECASE)
+_MAILBOX = re.compile(r" ?<[^<>\s]+@")
 _SPOKE = re.compile(
     bounded(r"\b(?:spoke|spoken|speak|talked|chatted) (?:to|with) $"), re.IGNORECASE
 )
@@ -228,6 +235,7 @@ _GREETED = re.compile(
     re.IGNORECASE)
 _MONTH_NAMES = _words("april may june august summer winter spring autumn")
 _PLACE_WORDS = re.compile(r"\b(?:from|in|at|near|of|to|through|via|around) $", re.IGNORECASE)
+_INSIDE_PLACE = re.compile(r"\b(?:in|at|near|of|through|via|around) $", re.IGNORECASE)
 _AMONG_PLACES = re.compile(r"\b(?:from|in|to|travel\w*|visit\w*|via) (?:\w+ )?\w+,? (?:and|or) $")
 _NOUNS = (  # eponyms, organisations and places end with one of them
     "disease|syndrome|lymphoma|palsy|sign|test|score|scale|index|catheter|thyroiditis|carcinoma|"
@@ -566,6 +574,9 @@ class _Text:
                 continue
             before = self.before(at)
             if not _LABEL.search(before):
+                last = self._run(at)
+                if _ROLE_LABEL.search(before) and (last > at or self._listed(at, at, rare=True)):
+                    yield Span(at, last, 0.7)
                 continue
             if _COLON.search(before) or not word.upper:
                 yield Span(at, self._past_comma(at), 0.85)
@@ -606,6 +617,9 @@ class _Text:
             if at in taken:
                 at += 1
             elif self.words[at].capital and not self.other(at):
+                if self.words[at].key in _ROLE_WORDS and self._plain(at + 1):
+                    at += 1  # Witness Grace
+                    continue
                 last = at
                 while (
                     last - at < _MOST and self.joined(last) and last + 1 not in taken
@@ -642,12 +656,18 @@ class _Text:
             return
         if any(re.fullmatch(_NOUNS, self.words[at].key) for at in named):
             return
-        listed = any(self.given(at) or self.family(at) for at in named)
+        listed = any(
+            self.given(at) or self.family(at)
+            or (self.words[at].capital and self.words[at].key in self.names.rare_given)
+            for at in named
+        )
         acts = listed and bool(_ACTS.match(self.text, end)) and self.mixed(first)
         does = acts or bool(_DOES.match(self.text, end))
         role = (listed or len(named) > 1) and bool(_ROLE.search(before))
         kin, relative = bool(_KIN.search(before)), acts or role or bool(_RELATIVE.search(before))
-        if score := self._score(first, last, named, kin or does, relative, does):
+        if _MAILBOX.match(self.text, end):
+            yield Span(first, last, 0.7)
+        elif score := self._score(first, last, named, kin or does, relative, does):
             yield Span(first, last, score)
 
     def _score(
@@ -672,7 +692,7 @@ class _Text:
                 return 0
             beside = self.mixed(family) and _NEXT_TO.search(self.before(family))
             sign = relative or beside or (does and not self.words[family].upper) or (
-                self._inside(first) and not _PLACE_WORDS.search(self.before(family))
+                self._inside(first) and not _INSIDE_PLACE.search(self.before(family))
             )
             return 0.5 if sign else 0.4
         if len(named) == 1 and self.family(family):
@@ -723,11 +743,15 @@ class _Text:
             last += 1
         return last
 
-    def _listed(self, first: int, last: int) -> bool:
-        """One of the words is a listed name, and none of them rules a person out."""
+    def _listed(self, first: int, last: int, *, rare: bool = False) -> bool:
+        """One of the words is a listed name, a `rare` one too, and none rules a person out."""
         words = range(first, last + 1)
         return (
-            any(self.given(at) or self.family(at) for at in words)
+            any(
+                self.given(at) or self.family(at)
+                or (rare and self.words[at].key in self.names.rare_given)
+                for at in words
+            )
             and not any(self.other(at) or _A_NOUN.fullmatch(self.words[at].key) for at in words)
             and not _NO_PERSON.match(self.text, self.words[last].end)
         )
@@ -747,12 +771,12 @@ class _Text:
             signed = line["sign"] or line["role"]
             sure = any(self.sure(at) for at in range(words[0], words[1] + 1))
             if (
-                (signed or sure or len(lines) > 2) and self._listed(*words)
+                (signed or sure or len(lines) > 2) and self._listed(*words, rare=bool(signed))
             ) or (line["sign"] and line["sign"][0] == "[" and self.words[words[0]].capital):
                 yield Span(*words, 0.6)
         for greeting in _GREETED.finditer(self.text):
             words = self._covered(*greeting.span("name"))
-            if words and self._listed(*words):
+            if words and self._listed(*words, rare=True):
                 yield Span(*words, 0.6)
 
     def alone(self) -> Iterator[Span]:
@@ -799,7 +823,7 @@ class _Text:
         own = any(self.sure(at) or self.own_family(at) for at in words)
         named = all(self.words[at].capital for at in words) and self.mixed(first)
         dash = before[-1] == "-" or bool(_CLOSING.search(before))
-        if self._listed(first, last) and (dash or (own and (len(words) > 1 or self.sure(first)))):
+        if self._listed(first, last, rare=dash) and (dash or (own and (len(words) > 1 or self.sure(first)))):
             yield Span(first, last, 0.55)
         elif named and len(words) > 1 and not any(self.other(at) for at in words):
             yield Span(first, last, 0.5)
@@ -846,6 +870,9 @@ class _Text:
             before = self.before(at)
             place = _PLACE.search(before) or _NO_PERSON.match(self.text, word.end)
             own = self.sure(at) or self.own_family(at)
+            own = own or bool(_ACTS.match(self.text, word.end) or _DOES.match(self.text, word.end))
+            if word.key in self.names.en_places:
+                own = False
             if not place and (own or not (_PLACE_WORDS.search(before) or self._starts(at))):
                 yield Span(at, at, 0.55)
 
@@ -873,6 +900,8 @@ class _Text:
     def _beside(self, at: int, name: int) -> bool:
         """Word `at` beside the word `name` of a name belongs to it."""
         word = self.words[at]
+        if word.code:
+            return False
         if word.initial:
             dotted = self.text[word.end : word.end + 1] == "."
             return word.capital and (dotted or word.key not in "ai")
@@ -881,7 +910,7 @@ class _Text:
         if not word.capital:
             return self.sure(at) or self.own_family(at)
         listed = self.given(at) or self.family(at)
-        if self.other(at):
+        if self.other(at) or (word.key in _ROLE_WORDS and not listed):
             return False
         return listed or (self.mixed(at) and not re.fullmatch(_NOUNS, word.key))
 
