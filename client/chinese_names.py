@@ -30,7 +30,7 @@ _ROLE = (
     "责任护士|配偶|[其][妻夫子女父母兄弟姐妹]|[长次]子|[长次]女|妻子|丈夫|房东|租客|买家|卖家|乘客|旅客|访客|业主|住户|户主|"
     "户名|店主|群主|网友|导师|班主任|学生|股东|董事|监事|客户经理|理财经理|面试官|签收|代收|出纳|会计|保安|门卫|翻译|"
     "甲方|乙方|丙方|代表|见证|[我你他她][爸妈弟妹哥姐爷奶爹娘叔舅姨姑]|"
-    "姓名|名字|名叫|自称|\\d床)"
+    "姓名|名字|名叫|自称|[我他她妈爸名儿人]叫|\\d床)"
 )
 _TITLE = (
     "护士长|干事|总监|总裁|董事长|校长|处长|局长|所长|队长|班长|组长|部长|站长|店长|老板|教练|法官|检察官|书记|工程师|设计师|"
@@ -63,7 +63,9 @@ _SURE = frozenset(
     "王李张刘陈杨赵吴徐孙胡朱郭何罗梁宋郑谢韩唐冯邓曹彭蔡潘袁吕魏蒋卢苏贾丁薛闫余杜戴钟汪姜范谭廖邹熊陆郝崔邱秦顾侯邵"
     "孟尹黎沈姚龚庞樊施陶洪翟倪严芦俞章葛韦聂岳耿詹欧甄覃霍翁柯阮裴"
 )
+_WEAK = re.compile("(?:找|由|经|联系|联络|致电|通知|医生|主任|护士)[:为是叫,]?\\s*$")  # labels that are verbs, too
 _OFFICES = frozenset("科部处室局院所站厅")  # 由安全科 is no name
+_FAMILIAR_FAMILY = _SURE | frozenset("马高林江金田夏史")
 _FAMILIAR = re.compile(r"(?<!大)[老小](?=[\u4e00-\u9fff])")
 _OBJECT = re.compile("[于属请给由向把被为是找让对跟陪叫问与和及]$")
 _BED = re.compile(r"\d床$")
@@ -93,6 +95,10 @@ class ChineseNames:
         # [群聊] 童谣:…; 张伟:… in a text where several lines begin like that
         self._speaker = re.compile(
             rf"^[ \t]*(\[[^\]\n]{{1,16}}\][ \t]*)?({surname}[{_H}]{{1,2}})[ \t]*:", re.MULTILINE
+        )
+        # Alone in one of the last lines of a text.
+        self._signature = re.compile(
+            rf"(?<=\n)[ \t-]*({surname}[{_H}]{{1,2}})[ \t]*(?=(?:\n[^\n]{{0,40}}){{0,2}}\s*\Z)"
         )
         self._called = re.compile(rf"(?<![同百异])姓({compound}|[{single}])(?![名氏{single}])")
         # Directly before a phone number, in a list.
@@ -133,10 +139,13 @@ class ChineseNames:
             known = len(lines) > 1 and set(name[1:]) <= self.names.zh_given
             if line[1] or (known and not self._is_word(name) and name[0] in self.names.zh_family):
                 yield Found(*line.span(2), 0.6)
+        for line in self._signature.finditer(text):
+            if not self._is_word(line[1]):
+                yield Found(*line.span(1), 0.6)
         for word in _FAMILIAR.finditer(text):  # 老刘, 小李
             end = word.end() + 1
             follows = text[end : end + 1]
-            if text[word.end()] in _SURE and (not _is_chinese(follows or " ") or follows in _VERBS):
+            if text[word.end()] in _FAMILIAR_FAMILY and (not _is_chinese(follows or " ") or follows in _VERBS):
                 yield Found(word.start(), end, 0.6)
         for named in self._numbered.finditer(text):
             if not self._is_word(named[1]):
@@ -161,7 +170,7 @@ class ChineseNames:
                     continue
                 ended = not follows or not _is_chinese(follows)
                 known = set(given) <= self.names.zh_given
-                if (known and (ended or follows in _VERBS) and sign[0] != ",") or (
+                if (known and (ended or follows in _VERBS or follows in "夫等二三") and sign[0] != ",") or (
                     ended and sign[0] in "、/"
                 ):
                     yield Found(family.start(), family.end() + size, 0.6)
@@ -187,7 +196,7 @@ class ChineseNames:
 
     def _judged(self, text: str, family: re.Match[str]) -> Found | None:
         start, after = family.span()
-        if text[start : start + 3] in self.names.zh_other:
+        if start + 3 <= len(text) and text[start : start + 3] in self.names.zh_other:
             return None
         label = self._label.search(text, max(0, start - 10), start)
         role = self._role.search(text, max(0, start - 10), start)
@@ -227,7 +236,9 @@ class ChineseNames:
         before = text[start - 1 : start] if start else ""
         bordered = not before or before in _ENDS
         if not size:
-            if text[start] in _SURE and (title := self._title.match(text, end)) and len(title[0]) > 1:
+            if text[start] in _SURE and (title := self._title.match(text, end)) and (
+                len(title[0]) > 1 or title[0] in "哥姐嫂工总"
+            ):
                 return 0.6
             alone = bordered or label or role or (
                 _BEFORE_TITLE.search(text, max(0, start - 1), start)
@@ -240,8 +251,11 @@ class ChineseNames:
         goes_on = ended or follows in _VERBS
         if role and (ended or (goes_on and (known or not rare))):
             return 0.8 if known else 0.6
+        named = label and not _WEAK.search(label[0])
         if rare:
-            return 0
+            return 0.6 if named and known and size == 2 and goes_on else 0
+        if named and size == 2 and goes_on and text[start] in _SURE:
+            return 0.8 if known else 0.5
         if known and self._title.match(text, end):
             return 0.85
         if (label or role) and known:

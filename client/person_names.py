@@ -177,12 +177,14 @@ _ROLES = (
     "lawyer|attorney|barrister|notary|judge|detective|constable|inspector|sergeant|inmate|detainee|"
     "flatmate|roommate|housemate|cousin|grandma|grandpa|granny|mum|mom|dad|twin|boyfriend|girlfriend|"
     "stepson|stepdaughter|stepmother|stepfather|boss|line manager|chaperone|escort|donor|"
-    "hi|hello|hey|dear|thanks|thx|cheers|morning|signed"
+    "sho|scrub nurse|nanny|babysitter|tutor|mentor|winner|runner-up|legal name|"
+    "hi|hello|hey|dear|thank you|thanks to|thanks|thx|cheers|morning|signed"
 )
 _ROLE_WORDS = frozenset(_ROLES.split("|"))
 _ROLE = re.compile(bounded(
     rf"\b(?:{_ROLES}|"
     r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
+    r"ask|tell|call|contact|text|email|remind|seen|"
     r"copied to|cc to|addressed to|owed to|sold to|seen with|met|met with|met w/|asked|told|thanked|"
     r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
     r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given by|"
@@ -190,14 +192,26 @@ _ROLE = re.compile(bounded(
     re.IGNORECASE,
 )
 _ROLE_LABEL = re.compile(bounded(rf"\b(?:{_ROLES})\s*[:=]\s*$"), re.IGNORECASE)
+# What several people stand behind.
+_PEOPLE = re.compile(bounded(
+    rf"\b(?:(?:{_ROLES})s|witnesses|present|absent|apologies|attendees|attending|assigned(?: to)?|"
+    r"roll call|participants|members|players|crew|team|staff|on shift|on duty|names|invited|guests|"
+    r"children|siblings|sons|daughters|parents|authors|signatories|beneficiaries|trustees)\s*:\s*$"),
+    re.IGNORECASE)
+_TICKET = re.compile(r"(?<![A-Z])[A-Z]{2,20}/[A-Z]{2,20} (?:MR|MRS|MS|MISS|MSTR|DR)(?![A-Z])")
+_VERB_AFTER = re.compile(
+    r"(?:'s)? (?:has|is|was|had|will|would|did|does|can|could|knows|needs|feels|felt|seems|appears|"
+    r"took|takes|came|went|got|made|started|stopped|returned|tried|thought|also|always|never)\b")
+_ARTICLE = re.compile(r"\b(?:the|an?|this|that|these|each|every|our|your|its|no|any|some|of|in|on|at|"
+                      r"to|into|per|than|as|or) $", re.IGNORECASE)
 _MAILBOX = re.compile(r" ?<[^<>\s]+@")
 _SPOKE = re.compile(
     bounded(r"\b(?:spoke|spoken|speak|talked|chatted) (?:to|with) $"), re.IGNORECASE
 )
 _RELATIVE = re.compile(bounded(
     r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
-    r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|"
-    r"(?:spoke|speak|spoken|talked|met) (?:to|with)),? $"), re.IGNORECASE
+    r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|colleague|nanny|"
+    r"babysitter|(?:spoke|speak|spoken|talked|met) (?:to|with)),? $"), re.IGNORECASE
 )
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
@@ -295,13 +309,15 @@ class EnglishNames:
         one = _Text(text, self.names)
         listed = [*one.pairs(), *one.family_first(), *one.with_initials(),
                   *one.with_middle_initial()]
-        signed = [*one.titled(), *one.labelled(), *one.fields()]
+        signed = [*one.titled(), *one.labelled(), *one.lists(), *one.fields()]
         spans = [one.extended(span) for span in (*listed, *signed)]
         taken = {at for span in spans for at in range(span.first, span.last + 1)}
         spans += [one.extended(span) for span in one.single(taken)]
         spans += [one.extended(span) for span in (*one.speakers(), *one.alone(), *one.signature())]
         spans += [one.extended(span) for span in one.coordinated(spans)]
         spans += one.repeated(spans)
+        for ticket in _TICKET.finditer(text):
+            yield Found(*ticket.span(), 0.8)
         for first, last, score in spans:
             yield Found(one.words[first].start, one.words[last].end, score)
 
@@ -579,7 +595,8 @@ class _Text:
                     yield Span(at, last, 0.7)
                 continue
             if _COLON.search(before) or not word.upper:
-                yield Span(at, self._past_comma(at), 0.85)
+                initials = word.initial and self._run(at)
+                yield Span(at, initials or self._past_comma(at), 0.85)
 
     def _past_comma(self, at: int) -> int:
         """Patient: SMITH, JOHN"""
@@ -588,6 +605,26 @@ class _Text:
         if following and self.words[to + 1].capital and not self.other(to + 1):
             return to + 1
         return to
+
+    def lists(self) -> Iterator[Span]:
+        """Attendees: Farah, Piotr and L. Nakagawa."""
+        at = 0
+        while at < len(self.words):
+            if not self.words[at].capital or not _PEOPLE.search(self.before(at)):
+                at += 1
+                continue
+            spans = [Span(at, self._run(at), 0.6)]
+            while (to := spans[-1].last + 1) < len(self.words):
+                to += self.words[to].key in {"and", "or"}
+                if to >= len(self.words) or not self.words[to].capital or self.other(to):
+                    break
+                if not self._and(spans[-1].last, to):
+                    break
+                spans.append(Span(to, self._run(to), 0.6))
+            names = [s for s in spans if self._listed(s.first, s.last, rare=True)]
+            if not self.other(at) and (names and 2 * len(names) >= len(spans)):
+                yield from spans
+            at = spans[-1].last + 1
 
     def fields(self) -> Iterator[Span]:
         """Name: okonjo chidi"""
@@ -696,7 +733,9 @@ class _Text:
             )
             return 0.5 if sign else 0.4
         if len(named) == 1 and self.family(family):
-            return 0.5 if relative and not self.words[family].upper else 0
+            beside = self._inside(family) and _NEXT_TO.search(self.before(family))
+            sign = relative or (beside and not self._other_sense(family))
+            return 0.5 if sign and not self.words[family].upper else 0
         unlisted = (len(named) > 1 and signed) or relative
         return 0.5 if self.mixed(family) and unlisted else 0
 
@@ -722,17 +761,27 @@ class _Text:
 
     def _named_alone(self, at: int) -> bool:
         """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
+        sign = _KIN.search(self.before(at)) or _VERB_AFTER.match(self.text, self.words[at].end)
+        own = self.text[self.words[at].end :].startswith("'s ") or not re.match(
+            r" [a-z]", self.text[self.words[at].end :]
+        )
         return (
-            self._inside(at) and bool(_KIN.search(self.before(at)))
-            and self.words[at].key not in _MONTH_NAMES and not self._other_sense(at)
+            self._inside(at) and self.words[at].key not in _MONTH_NAMES
+            and bool(sign or (own and not _ARTICLE.search(self.before(at))))
+            and not self._other_sense(at)
         )
 
     def _other_sense(self, at: int) -> bool:
         """A place behind "in" or "to", or a name in a term: Nissen."""
         if any(part in self.names.eponyms for part in self._parts(at)):
             return True
-        place = self.words[at].key in self.names.en_places
-        return place and bool(_PLACE_WORDS.search(self.before(at)) or _AMONG_PLACES.search(self.before(at)))
+        places = self.names.en_places
+        if self.words[at].key not in places:
+            return False
+        for other in (at - 2, at + 2):  # Paris and Charlotte
+            if 0 <= other < len(self.words) and self.words[other].key in places:
+                return True
+        return bool(_PLACE_WORDS.search(self.before(at)) or _AMONG_PLACES.search(self.before(at)))
 
     def _run(self, at: int, most: int = 4) -> int:
         """The last of the words from `at` on that follow each other and could be one name."""
@@ -870,7 +919,9 @@ class _Text:
             before = self.before(at)
             place = _PLACE.search(before) or _NO_PERSON.match(self.text, word.end)
             own = self.sure(at) or self.own_family(at)
-            own = own or bool(_ACTS.match(self.text, word.end) or _DOES.match(self.text, word.end))
+            own = own or any(
+                sign.match(self.text, word.end) for sign in (_ACTS, _DOES, _VERB_AFTER)
+            )
             if word.key in self.names.en_places:
                 own = False
             if not place and (own or not (_PLACE_WORDS.search(before) or self._starts(at))):
