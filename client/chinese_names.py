@@ -40,7 +40,8 @@ _TITLE = (
 )
 _H = "\u4e00-\u9fff"
 _DOT = "·•・‧∙⋅･．"
-_ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n@[]【】「」『』…—-_=+*#~"  # a name may end or begin beside these
+# A name may end or begin beside these.
+_ENDS = "，。；：、！？（）()《》“”\"'<>|/,;:!?. \t\n@[]【】「」『』…—-_=+*#~"
 _VERBS = (
     "于因在与和及或到来去被将已向对从为由等的说称有无未拟需要自今昨前后也是可能会请代"
     "电收诉述曾本表携偕陪办填签即至并及以一来去打致共同已称拒接要没不住突再先就给帮让叫找"
@@ -63,7 +64,8 @@ _SURE = frozenset(
     "王李张刘陈杨赵吴徐孙胡朱郭何罗梁宋郑谢韩唐冯邓曹彭蔡潘袁吕魏蒋卢苏贾丁薛闫余杜戴钟汪姜范谭廖邹熊陆郝崔邱秦顾侯邵"
     "孟尹黎沈姚龚庞樊施陶洪翟倪严芦俞章葛韦聂岳耿詹欧甄覃霍翁柯阮裴"
 )
-_WEAK = re.compile("(?:找|由|经|联系|联络|致电|通知|医生|主任|护士)[:为是叫,]?\\s*$")  # labels that are verbs, too
+# Labels that are verbs or titles, too.
+_WEAK = re.compile("(?:找|由|经|联系|联络|致电|通知|医生|主任|护士)[:为是叫,]?\\s*$")
 _OFFICES = frozenset("科部处室局院所站厅")  # 由安全科 is no name
 _FAMILIAR_FAMILY = _SURE | frozenset("马高林江金田夏史")
 _FAMILIAR = re.compile(r"(?<!大)[老小](?=[\u4e00-\u9fff])")
@@ -145,7 +147,8 @@ class ChineseNames:
         for word in _FAMILIAR.finditer(text):  # 老刘, 小李
             end = word.end() + 1
             follows = text[end : end + 1]
-            if text[word.end()] in _FAMILIAR_FAMILY and (not _is_chinese(follows or " ") or follows in _VERBS):
+            goes_on = not follows or not _is_chinese(follows) or follows in _VERBS
+            if goes_on and text[word.end()] in _FAMILIAR_FAMILY:
                 yield Found(word.start(), end, 0.6)
         for named in self._numbered.finditer(text):
             if not self._is_word(named[1]):
@@ -170,9 +173,8 @@ class ChineseNames:
                     continue
                 ended = not follows or not _is_chinese(follows)
                 known = set(given) <= self.names.zh_given
-                if (known and (ended or follows in _VERBS or follows in "夫等二三") and sign[0] != ",") or (
-                    ended and sign[0] in "、/"
-                ):
+                goes_on = known and (ended or follows in _VERBS or follows in "夫等二三")
+                if (goes_on and sign[0] != ",") or (ended and sign[0] in "、/"):
                     yield Found(family.start(), family.end() + size, 0.6)
                     ends.append(family.end() + size)
                     break
@@ -229,50 +231,54 @@ class ChineseNames:
         """How sure it is that `size` characters after the family name are the given one; 0: not."""
         end = after + size
         given, follows = text[after:end], text[end : end + 1]
-        if len(given) < size or not all(map(_is_chinese, given)):
-            return 0
-        rare = after - start == 1 and text[start] in self.names.zh_rare
-        known = all(c in self.names.zh_given for c in given)
-        before = text[start - 1 : start] if start else ""
-        bordered = not before or before in _ENDS
         if not size:
-            if text[start] in _SURE and (title := self._title.match(text, end)) and (
-                len(title[0]) > 1 or title[0] in "哥姐嫂工总"
-            ):
-                return 0.6
-            alone = bordered or label or role or (
-                _BEFORE_TITLE.search(text, max(0, start - 1), start)
-                or _BEFORE.search(text, max(0, start - 2), start)
-            )
-            return 0.85 if alone and self._title.match(text, end) else 0
-        if self._title.match(text, after):
+            return self._titled(text, start, after, bool(label or role))
+        if len(given) < size or not all(map(_is_chinese, given)) or self._title.match(text, after):
             return 0
+        known = set(given) <= self.names.zh_given
         ended = not follows or not _is_chinese(follows)
         goes_on = ended or follows in _VERBS
+        rare = after - start == 1 and text[start] in self.names.zh_rare
+        whole = known and goes_on
         if role and (ended or (goes_on and (known or not rare))):
             return 0.8 if known else 0.6
-        named = label and not _WEAK.search(label[0])
+        named = bool(label) and not _WEAK.search(label[0] if label else "")
         if rare:
-            return 0.6 if named and known and size == 2 and goes_on else 0
-        if named and size == 2 and goes_on and text[start] in _SURE:
-            return 0.8 if known else 0.5
-        if known and self._title.match(text, end):
-            return 0.85
-        if (label or role) and known:
-            return 0.8 if goes_on else 0.65
-        if label and ended:
-            return 0.6
-        if size == 2 and bordered and self._title.match(text, end):
-            return 0.7
-        if text[start:end] in self.names.places:
+            return 0.6 * (named and whole and size == 2)
+        sure = named and size == 2 and goes_on and text[start] in _SURE
+        if known and (label or role or self._title.match(text, end)):
+            return 0.85 if self._title.match(text, end) else 0.8 if goes_on else 0.65
+        alone = self._unlabelled(text, start, end, whole, ended)
+        return 0.6 if (label and ended) or sure else alone
+
+    def _titled(self, text: str, start: int, end: int, labelled: bool) -> float:
+        """A family name directly before a title."""
+        title = self._title.match(text, end)
+        if not title:
             return 0
-        if known and ended and text[start] in _SURE and _OBJECT.search(text, max(0, start - 1), start):
-            return 0.5
-        if known and goes_on and size == 2 and text[start] in _SURE and follows not in "等个":
-            return 0.5
-        if known and goes_on and (bordered or _BEFORE.search(text, max(0, start - 2), start)):
-            return 0.6 if size == 2 or ended else 0.5
-        return 0
+        before = text[start - 1 : start] if start else ""
+        if (
+            not before or before in _ENDS or labelled or _BEFORE_TITLE.match(before)
+            or _BEFORE.search(text, max(0, start - 2), start)
+        ):
+            return 0.85
+        long = len(title[0]) > 1 or title[0] in "哥姐嫂工总"
+        return 0.6 if long and text[start] in _SURE else 0
+
+    def _unlabelled(self, text: str, start: int, end: int, whole: bool, ended: bool) -> float:
+        """A name without a label. whole: of characters of the list, and it can end here."""
+        before = text[start - 1 : start] if start else ""
+        bordered = not before or before in _ENDS
+        three = end - start > 2
+        if three and bordered and self._title.match(text, end):
+            return 0.7
+        if not whole or text[start:end] in self.names.places:
+            return 0
+        if bordered or _BEFORE.search(text, max(0, start - 2), start):
+            return 0.6 if three or ended else 0.5
+        sure = text[start] in _SURE
+        inside = three and text[end : end + 1] not in {"等", "个"}
+        return 0.5 if sure and (inside or (ended and _OBJECT.match(before))) else 0
 
 
 def _is_chinese(char: str) -> bool:

@@ -1,7 +1,7 @@
 """Latin letters, and where a word of them begins and ends beside other scripts.
 
-For Python a Chinese character is a letter like any other, so that `\\b` is not where 编号A12 has its
-number. Patterns say `\\b` and `\\w` as usual and go through `bounded`, which knows Latin letters only.
+For Python a Chinese character is a letter like any other, so that there is no `\\b` inside 编号A12.
+Patterns say `\\b` and `\\w` as usual and go through `bounded`, which knows Latin letters only.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ _EDGE = f"(?:(?<![{_WORD}])(?=[{_WORD}])|(?<=[{_WORD}])(?![{_WORD}]))"
 
 
 def bounded(pattern: str) -> str:
-    """`pattern` with `\\b` and, in sets of characters, `\\w` of Latin letters, digits and _ only."""
+    """`pattern` with `\\b` of Latin letters, digits and _, and with them for `\\w` in sets."""
     return pattern.replace(r"\b", _EDGE).replace(r"\w", _WORD)

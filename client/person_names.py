@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -161,8 +162,9 @@ _KIN = re.compile(bounded(
     re.IGNORECASE,
 )
 # Before a family name by itself; "to" and "from" stand before places, too.
-_NEXT_TO = re.compile(bounded(r"\b(?:by|with|w/|for|and|asked|told|rang|called|phoned|emailed|cc) $"),
-                      re.IGNORECASE)
+_NEXT_TO = re.compile(
+    bounded(r"\b(?:by|with|w/|for|and|asked|told|rang|called|phoned|emailed|cc) $"), re.IGNORECASE
+)
 # Words for a person's part in something: a listed name behind one, or two words with capitals.
 _ROLES = (
     "witness|landlord|landlady|tenant|lodger|owner|lessee|buyer|seller|vendor|purchaser|sponsor|"
@@ -184,11 +186,12 @@ _ROLE_WORDS = frozenset(_ROLES.split("|"))
 _ROLE = re.compile(bounded(
     rf"\b(?:{_ROLES}|"
     r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
-    r"ask|tell|call|contact|text|email|remind|seen|"
-    r"copied to|cc to|addressed to|owed to|sold to|seen with|met|met with|met w/|asked|told|thanked|"
+    r"ask|tell|call|contact|text|email|remind|seen|copied to|cc to|addressed to|owed to|sold to|"
+    r"seen with|met|met with|met w/|asked|told|thanked|"
     r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
     r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given by|"
-    r"issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"),
+    r"issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $"
+    r"|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"),
     re.IGNORECASE,
 )
 _ROLE_LABEL = re.compile(bounded(rf"\b(?:{_ROLES})\s*[:=]\s*$"), re.IGNORECASE)
@@ -202,8 +205,9 @@ _TICKET = re.compile(r"(?<![A-Z])[A-Z]{2,20}/[A-Z]{2,20} (?:MR|MRS|MS|MISS|MSTR|
 _VERB_AFTER = re.compile(
     r"(?:'s)? (?:has|is|was|had|will|would|did|does|can|could|knows|needs|feels|felt|seems|appears|"
     r"took|takes|came|went|got|made|started|stopped|returned|tried|thought|also|always|never)\b")
-_ARTICLE = re.compile(r"\b(?:the|an?|this|that|these|each|every|our|your|its|no|any|some|of|in|on|at|"
-                      r"to|into|per|than|as|or) $", re.IGNORECASE)
+_ARTICLE = re.compile(
+    r"\b(?:the|an?|this|that|these|each|every|our|your|its|no|any|some|of|in|on|at|to|into|per|than|"
+    r"as|or) $", re.IGNORECASE)
 _MAILBOX = re.compile(r" ?<[^<>\s]+@")
 _SPOKE = re.compile(
     bounded(r"\b(?:spoke|spoken|speak|talked|chatted) (?:to|with) $"), re.IGNORECASE
@@ -216,12 +220,12 @@ _RELATIVE = re.compile(bounded(
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
     r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
-    r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|who|aged|"
-    r"born|DOB|MD\b|RN\b|\()", re.IGNORECASE
+    r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|"
+    r"who|aged|born|DOB|MD\b|RN\b|\()", re.IGNORECASE
 )
 _ACTS = re.compile(  # what nothing but a person does
-    r" (?:(?:has |have |had |also |then |just |never |kindly )?(?:said|says|sat|asked|asks|answered|"
-    r"rang|phoned|telephoned|emailed|texted|told|replied|agreed|agrees|refused|gave|called|wrote|"
+    r" (?:(?:has |have |had |also |then |just |never |kindly )?(?:said|says|sat|asked|asks|"
+    r"answered|rang|phoned|telephoned|emailed|texted|told|replied|agreed|agrees|refused|gave|called|wrote|"
     r"promised|apologi[sz]ed|admitted|insisted|explained|mentioned|wants|wanted|thinks|knows|lives|"
     r"works|visited|arrived|attended|signed|paid|picked up|dropped off|helped|cried|smiled|laughed|"
     r"slept|ate|drove|joined|moved|booked|declined|denies|denied|recalls|remembers|believes|prefers|"
@@ -229,15 +233,16 @@ _ACTS = re.compile(  # what nothing but a person does
     r"decide|call|advise|chase)|at the (?:front )?(?:desk|reception|counter|till|bar)|"
     r"(?:from|in) (?:accounts?|accounting|billing|finance|payroll|hr|it|sales|support|legal|claims|"
     r"radiology|pharmacy|reception|vendor|procurement|the (?:lab|office|ward|clinic|bank)))\b)"
-    r"|, (?:his|her|their|my|the patient's|pt's) (?:\w+ )?(?:son|daughter|wife|husband|mother|father|"
-    r"mum|mom|dad|brother|sister|partner|spouse|carer|friend|aunt|uncle|niece|nephew|cousin|"
+    r"|, (?:his|her|their|my|the patient's|pt's) (?:\w+ )?(?:son|daughter|wife|husband|mother|"
+    r"father|mum|mom|dad|brother|sister|partner|spouse|carer|friend|aunt|uncle|niece|nephew|cousin|"
     r"neighbou?r|flatmate|boss|manager|colleague|gran\w*)\b", re.IGNORECASE)
 _CLOSING = re.compile(
-    r"\b(?:regards|sincerely|faithfully|thanks|thank you|cheers|yours|best|wishes|love|respectfully|"
-    r"cordially|gratefully|ta|xx?)[,.!]?\s*$", re.IGNORECASE)
+    r"\b(?:regards|sincerely|faithfully|thanks|thank you|cheers|yours|best|wishes|love|"
+    r"respectfully|cordially|gratefully|ta|xx?)[,.!]?\s*$", re.IGNORECASE)
 # The speaker of a line of a chat; a prefix (a time, [chat], a role) says that it is one.
 _SPEAKER = re.compile(
-    rf"^[ \t]*(?P<sign>(?:\[[^\]\n]{{1,24}}\]|\(?\d{{1,2}}:\d{{2}}(?::\d{{2}})?\)?(?: ?[ap]m)?|[-*>])[ \t]*)?"
+    r"^[ \t]*(?P<sign>(?:\[[^\]\n]{1,24}\]|\(?\d{1,2}:\d{2}(?::\d{2})?\)?(?: ?[ap]m)?|[-*>])"
+    r"[ \t]*)?"
     rf"(?P<role>(?:agent|caller|customer|client|user|advisor|adviser|operator|support|rep|host|nurse|"
     rf"doctor|patient)[ \t]+)?"
     rf"(?P<name>[{LETTERS}][{LETTERS}'.-]*(?: [{LETTERS}][{LETTERS}'.-]*){{0,3}})"
@@ -720,24 +725,25 @@ class _Text:
             initials = last - first + 1 > len(named)
             return self._given_score(given, rest, initials, signed, relative and given == first)
         family = named[-1]
-        if len(named) > 1 and self.family(family):
+        if len(named) == 1 and self.family(family):
+            return self._family_score(family, relative, does)
+        if self.family(family):
             # An unlisted word and a listed family name: "Chidi Okafor", but also "Left Bell".
             sure = self.own_family(family) and self.mixed(family)
             return 0.6 if signed or relative else 0.5 * sure
-        if len(named) == 1 and self.own_family(family):
-            if not relative and self._other_sense(family):
-                return 0
-            beside = self.mixed(family) and _NEXT_TO.search(self.before(family))
-            sign = relative or beside or (does and not self.words[family].upper) or (
-                self._inside(first) and not _INSIDE_PLACE.search(self.before(family))
-            )
-            return 0.5 if sign else 0.4
-        if len(named) == 1 and self.family(family):
-            beside = self._inside(family) and _NEXT_TO.search(self.before(family))
-            sign = relative or (beside and not self._other_sense(family))
-            return 0.5 if sign and not self.words[family].upper else 0
         unlisted = (len(named) > 1 and signed) or relative
         return 0.5 if self.mixed(family) and unlisted else 0
+
+    def _family_score(self, at: int, relative: bool, does: bool) -> float:
+        """The same for a family name by itself."""
+        upper, inside = self.words[at].upper, self._inside(at)
+        if not relative and self._other_sense(at):
+            return 0
+        beside = self.mixed(at) and _NEXT_TO.search(self.before(at))
+        if not self.own_family(at):
+            return 0.5 if not upper and (relative or (inside and beside)) else 0
+        alone = inside and not _INSIDE_PLACE.search(self.before(at))
+        return 0.5 if relative or beside or alone or (does and not upper) else 0.4
 
     def _given_score(
         self, given: int, rest: list[int], initials: bool, signed: bool, relative: bool
@@ -807,8 +813,9 @@ class _Text:
 
     def _covered(self, start: int, end: int) -> tuple[int, int] | None:
         """First and last of the words in these characters."""
-        inside = [at for at, w in enumerate(self.words) if start <= w.start and w.start < end]
-        return (inside[0], inside[-1]) if inside else None
+        first = bisect_left(self.words, start, key=lambda word: word.start)
+        last = bisect_left(self.words, end, key=lambda word: word.start) - 1
+        return (first, last) if first <= last else None
 
     def speakers(self) -> Iterator[Span]:
         """[chat] Marek: … and "Hi team, Chase from …"."""
@@ -834,8 +841,9 @@ class _Text:
             return
         first = 0
         for last, word in enumerate(self.words):
-            after = self.text[word.end : self.words[last + 1].start if last + 1 < len(self.words) else None]
-            if "\n" not in after and last + 1 < len(self.words):
+            more = last + 1 < len(self.words)
+            after = self.text[word.end : self.words[last + 1].start if more else None]
+            if "\n" not in after and more:
                 continue
             start = self.text.rfind("\n", 0, self.words[first].start) + 1
             lead = self.text[start : self.words[first].start].strip(" \t->*")
@@ -866,39 +874,42 @@ class _Text:
         while first and last - first < 2 and self.joined(first - 1) and not self.other(first - 1):
             first -= 1
         before = self.text[: self.words[first].start].rstrip(" ")
-        if not before or before[-1] not in ".!?-\n" and not _CLOSING.search(before):
+        if not before or (before[-1] not in ".!?-\n" and not _CLOSING.search(before)):
             return
         words = range(first, last + 1)
         own = any(self.sure(at) or self.own_family(at) for at in words)
         named = all(self.words[at].capital for at in words) and self.mixed(first)
         dash = before[-1] == "-" or bool(_CLOSING.search(before))
-        if self._listed(first, last, rare=dash) and (dash or (own and (len(words) > 1 or self.sure(first)))):
+        own = own and (len(words) > 1 or self.sure(first))
+        if (own or dash) and self._listed(first, last, rare=dash):
             yield Span(first, last, 0.55)
         elif named and len(words) > 1 and not any(self.other(at) for at in words):
             yield Span(first, last, 0.5)
 
     def coordinated(self, spans: list[Span]) -> Iterator[Span]:
         """In "Schmidt and Petrov" or "A. Lee, Musa Obi and Grace" one name makes the next one."""
-        ends = {span.last for span in spans if span.score >= 0.5}
-        starts = {span.first for span in spans if span.score >= 0.5}
-        taken = {at for span in spans if span.score >= 0.5 for at in range(span.first, span.last + 1)}
+        taken = self._taken(spans)
         at = 0
         while at < len(self.words):
             if at in taken or not self.words[at].capital or self.other(at) or not self.mixed(at):
                 at += 1
                 continue
             last = self._run(at)
-            before = max((end for end in ends if end < at), default=None)
-            after = min((start for start in starts if start > last), default=None)
-            joined = (before is not None and self._and(before, at)) or (
-                after is not None and self._and(last, after))
-            if joined and not taken & set(range(at, last + 1)) and self._listed(at, last) and not (
-                at == last and self.words[at].key in self.names.en_places
-            ):
+            joined = any(one in taken and self._and(one, at) for one in (at - 1, at - 2)) or any(
+                one in taken and self._and(last, one) for one in (last + 1, last + 2)
+            )
+            place = at == last and self.words[at].key in self.names.en_places
+            new = joined and not place and self._listed(at, last)
+            if new and not taken & set(range(at, last + 1)):
                 yield Span(at, last, 0.55)
-                ends.add(last)
                 taken.update(range(at, last + 1))
             at = last + 1
+
+    def _taken(self, spans: list[Span]) -> set[int]:
+        """The words of names that are sure enough."""
+        return {
+            at for span in spans if span.score >= 0.5 for at in range(span.first, span.last + 1)
+        }
 
     def _and(self, one: int, other: int) -> bool:
         between = self.text[self.words[one].end : self.words[other].start]
@@ -906,7 +917,7 @@ class _Text:
 
     def repeated(self, spans: list[Span]) -> Iterator[Span]:
         """The parts of a name that was found once, wherever else they stand with a capital."""
-        taken = {at for span in spans if span.score >= 0.5 for at in range(span.first, span.last + 1)}
+        taken = self._taken(spans)
         parts = {
             self.words[at].key
             for span in spans if span.score >= 0.6 for at in range(span.first, span.last + 1)

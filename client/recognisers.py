@@ -156,7 +156,8 @@ RECORDS = (
      r"chart|record|case\s+note|file|folder|episode|encounter|admission|clinic|accession|unit|NHS|PAS)"
      r"\.?\s*(?:(?:number|num|no\b|nr\b|id\b|identifier|#)\.?\s*)+"
      rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}", 0.85),
-    (rf"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?\K{_CODE_NUMBER}", 0.85),
+    (r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
+     rf"\K{_CODE_NUMBER}", 0.85),
     (r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
      r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
      rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
