@@ -272,8 +272,10 @@ class ChineseNames:
         three = end - start > 2
         if three and bordered and self._title.match(text, end):
             return 0.7
-        if not whole or text[start:end] in self.names.places:
+        if text[start:end] in self.names.places:
             return 0
+        if not whole:  # three characters by themselves
+            return 0.5 * (three and bordered and ended and text[start] in _SURE)
         if bordered or _BEFORE.search(text, max(0, start - 2), start):
             return 0.6 if three or ended else 0.5
         sure = text[start] in _SURE

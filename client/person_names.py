@@ -228,7 +228,8 @@ _ACTS = re.compile(  # what nothing but a person does
     r"answered|rang|phoned|telephoned|emailed|texted|told|replied|agreed|agrees|refused|gave|called|wrote|"
     r"promised|apologi[sz]ed|admitted|insisted|explained|mentioned|wants|wanted|thinks|knows|lives|"
     r"works|visited|arrived|attended|signed|paid|picked up|dropped off|helped|cried|smiled|laughed|"
-    r"slept|ate|drove|joined|moved|booked|declined|denies|denied|recalls|remembers|believes|prefers|"
+    r"took|takes|came|went|got|has|had|needs|feels|felt|started|stopped|returned|tried|thought|"
+    r"can't|won't|didn't|doesn't|slept|ate|drove|joined|moved|booked|declined|denies|denied|recalls|remembers|believes|prefers|"
     r"is on (?:shift|call|leave|duty)|on (?:shift|call|duty)|to (?:confirm|follow up|review|check|"
     r"decide|call|advise|chase)|at the (?:front )?(?:desk|reception|counter|till|bar)|"
     r"(?:from|in) (?:accounts?|accounting|billing|finance|payroll|hr|it|sales|support|legal|claims|"
@@ -768,12 +769,9 @@ class _Text:
     def _named_alone(self, at: int) -> bool:
         """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
         sign = _KIN.search(self.before(at)) or _VERB_AFTER.match(self.text, self.words[at].end)
-        own = self.text[self.words[at].end :].startswith("'s ") or not re.match(
-            r" [a-z]", self.text[self.words[at].end :]
-        )
         return (
             self._inside(at) and self.words[at].key not in _MONTH_NAMES
-            and bool(sign or (own and not _ARTICLE.search(self.before(at))))
+            and bool(sign or not _ARTICLE.search(self.before(at)))
             and not self._other_sense(at)
         )
 

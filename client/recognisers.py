@@ -158,6 +158,9 @@ RECORDS = (
      rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}", 0.85),
     (r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
      rf"\K{_CODE_NUMBER}", 0.85),
+    # A number of a usual form directly behind whom or what it numbers.
+    (r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b[:#.]?\s*"
+     r"\K(?:[A-Z]\d{6,8}|\d{3}-\d{5,6}|\d{7,8})(?![\dA-Z-])", 0.6),
     (r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
      r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
      rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
@@ -283,18 +286,22 @@ _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _ORDINAL = rf"{_DAY}(?:st|nd|rd|th)?"
 _TIME = r"(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?(?:Z|[+-]\d{2}:?\d{2})?)?"  # ISO 8601
 # No part of a longer number. A comma or a full stop without a space behind it may end a sentence.
-_ALONE = r"(?<![\d/-])(?<!\d\.)"
+_ALONE = (
+    r"(?<!\d\.)(?<![\d/])(?:(?<!-)|(?<=\d[./]\d{4}-)|(?<=\d[./]\d{1,2}[./]\d{1,4}-)"
+    r"|(?<=\d{4}-\d\d-\d\d-))"
+)
+_ENDS = r"(?![\d/]|\.\d|-(?!\d{1,4}[./-]\d))"  # a range goes on from it
 NUMERIC_DATES = (
-    (rf"{_ALONE}\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?!\d){_TIME}(?![\d/-]|\.\d)", 0.8),
+    (rf"{_ALONE}\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?!\d){_TIME}{_ENDS}", 0.8),
     (r"(?<!\d)(?:19|20)\d{6}T\d{4}(?:\d{2})?(?:Z|[+-]\d{4})?(?!\d)", 0.8),
-    (rf"{_ALONE}\d{{1,2}}([-/])\d{{1,2}}\1(?:\d{{4}}|\d{{2}})(?![\d/-]|\.\d)", 0.7),
-    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{4}}(?![\d/-]|\.\d)", 0.7),
+    (rf"{_ALONE}\d{{1,2}}([-/])\d{{1,2}}\1(?:\d{{4}}|\d{{2}}){_ENDS}", 0.7),
+    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{4}}{_ENDS}", 0.7),
     (r"(?:出生|生日|生于|born|birth|dob)[^\d\n]{0,12}\K(?:19|20)\d{6}(?!\d)", 0.7),
 )
 # 07.03.24 is also how versions and sections are numbered.
 DOTTED_DATES = (
-    (rf"{_ALONE}\d{{2}}\.\d{{2}}\.\d{{2}}(?![\d/-]|\.\d)", 0.6),
-    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{2}}(?![\d/-]|\.\d)", 0.5),
+    (rf"{_ALONE}\d{{2}}\.\d{{2}}\.\d{{2}}{_ENDS}", 0.6),
+    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{2}}{_ENDS}", 0.5),
 )
 _NUMBERED = (
     r"version|firmware|software|release|build|section|chapter|table|figure|protocol|template|"
@@ -302,9 +309,9 @@ _NUMBERED = (
 )
 _YEAR = r"(?:19|20)\d{2}"
 MONTHS = (  # 3/2024, 03.2024, 2024-03
-    (rf"{_ALONE}(?:0?[1-9]|1[0-2])/{_YEAR}(?![\d/-]|\.\d)", 0.7),
-    (rf"{_ALONE}(?:0[1-9]|1[0-2])[.-]{_YEAR}(?![\d/-]|\.\d)", 0.6),
-    (rf"{_ALONE}{_YEAR}[-/](?:0[1-9]|1[0-2])(?![\d/-]|\.\d)", 0.6),
+    (rf"{_ALONE}(?:0?[1-9]|1[0-2])/{_YEAR}{_ENDS}", 0.7),
+    (rf"{_ALONE}(?:0[1-9]|1[0-2])[.-]{_YEAR}{_ENDS}", 0.6),
+    (rf"{_ALONE}{_YEAR}[-/](?:0[1-9]|1[0-2]){_ENDS}", 0.6),
 )
 WRITTEN_DATES = (
     (rf"(?<![\w/-])(?<!\d[.,]){_ORDINAL}(?: of)?[ -]{_MONTH}"
@@ -319,7 +326,7 @@ CHINESE_DATES = (
     (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
      rf"(?: ?{_ZH_DAY} ?[日号])?)?", 0.85),
     (rf"{_REPUBLIC} ?\d{{1,3}}([./-])\d{{1,2}}\1\d{{1,2}}(?!\d)", 0.85),
-    (rf"{_ALONE}1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.55),
+    (rf"{_ALONE}1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}{_ENDS}", 0.55),
     (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
      rf"(?: ?{_ZH_DAY} ?[日号])?", 0.8),
     (rf"(?<!\d){_ZH_DAY} ?月 ?{_ZH_DAY} ?[日号]", 0.7),
