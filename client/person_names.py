@@ -770,7 +770,8 @@ class _Text:
         """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
         sign = _KIN.search(self.before(at)) or _VERB_AFTER.match(self.text, self.words[at].end)
         return (
-            self._inside(at) and self.words[at].key not in _MONTH_NAMES
+            self._inside(at)
+            and self.words[at].key not in _MONTH_NAMES | self.names.en_places
             and bool(sign or not _ARTICLE.search(self.before(at)))
             and not self._other_sense(at)
         )
