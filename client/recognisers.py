@@ -159,7 +159,7 @@ RECORDS = (
     (r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
      rf"\K{_CODE_NUMBER}", 0.85),
     # A number of a usual form directly behind whom or what it numbers.
-    (r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b[:#.]?\s*"
+    (r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b *[:#.]? *"
      r"\K(?:[A-Z]\d{6,8}|\d{3}-\d{5,6}|\d{7,8})(?![\dA-Z-])", 0.6),
     (r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
      r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
