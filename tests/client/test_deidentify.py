@@ -336,7 +336,10 @@ LEAST = 0.97  # recall and precision of every kind, on texts that the rules were
 # Of the independent templates, whose author has not seen the rules: the recall that was measured on
 # all of them, less 0.01. Half of them stayed unseen; on those alone recall is lower.
 LOOSE = ("record_number",)  # long numbers behind 检查号 are taken for one
-INDEPENDENT_RECALL = {("person", "en"): 0.0, ("person", "zh"): 0.0}
+INDEPENDENT_RECALL = {
+    ("person", "en"): 0.90, ("person", "zh"): 0.89,
+    ("record_number", "en"): 0.83, ("record_number", "zh"): 0.86,
+}
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -272,7 +272,9 @@ LABELS = {  # before details that say themselves by a label only
 @settings(max_examples=25, deadline=None)
 @given(
     rng=seeds, before=st.sampled_from("到，。、；：（「,;([:\n "),
-    after=st.sampled_from(["，到", "。", "、", "；", "）", "」", ", ", ")", "\n", "", "到诊", "出发"]),
+    after=st.sampled_from(
+        ["，到", "。", "、", "；", "）", "」", ", ", ")", "\n", "", "到诊", "出发"]
+    ),
 )
 def test_a_detail_beside_chinese_characters_and_signs_is_found(
     slot: str, rng: random.Random, before: str, after: str
