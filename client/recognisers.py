@@ -37,6 +37,7 @@ from silotune.client.check_digits import (
     is_taiwan_id,
 )
 from silotune.client.chinese_names import ChineseNames
+from silotune.client.latin import bounded
 from silotune.client.person_names import EnglishNames, Found, Names
 
 LANGUAGE = "xx"  # Presidio wants one; the settings choose recognisers, so all of them share it
@@ -59,12 +60,14 @@ class Shape(PatternRecognizer):
     ) -> None:
         super().__init__(
             supported_entity=kind, supported_language=LANGUAGE,
-            patterns=[Pattern(kind, pattern, score) for pattern, score in patterns],
+            patterns=[Pattern(kind, bounded(pattern), score) for pattern, score in patterns],
             global_regex_flags=int(re.MULTILINE | (re.IGNORECASE if ignore_case else 0)),
         )
         self.proof, self.possible = proof, possible
-        self.near = re.compile(near, re.IGNORECASE) if near else None
-        self.against = re.compile(rf"(?:{against})\W{{0,3}}$", re.IGNORECASE) if against else None
+        self.near = re.compile(bounded(near), re.IGNORECASE) if near else None
+        self.against = (
+            re.compile(bounded(rf"(?:{against})[^\w]{{0,3}}$"), re.IGNORECASE) if against else None
+        )
 
     def validate_result(self, pattern_text: str) -> bool | None:
         return self.proof(plain(pattern_text)) if self.proof else None
@@ -144,18 +147,32 @@ ENGLISH_PHONES = (
      r"[2-9]\d{2}[-. ]\d{4}(?![\d-])", 0.6),
 )
 _CODE_NUMBER = r"(?:\d{3} \d{3} \d{4}|[A-Z]{0,4}-?\d[\dA-Z]*(?:[-/][\dA-Z]+)*)(?![\dA-Z])"
+_SEPARATOR = r"[ \t,;|]+"
 RECORDS = (
-    (r"\b(?:MRN|medical\s+rec(?:ord)?|health\s+record|patient|hospital|chart|record|case\s+note|"
-     r"encounter|accession|unit|NHS|PAS)\s*(?:(?:number|num|no\b|nr\b|id|identifier|#)\.?\s*)+"
+    # A row of a list: name, date of birth, number, and nothing or another number.
+    (rf"^[^\d\n]{{3,60}}\d{{1,4}}([/.-])\d{{1,2}}\1\d{{2,4}}{_SEPARATOR}\K"
+     rf"(?:[A-Z]{{0,2}}\d{{6,9}}|\d{{2,4}}-\d{{4,6}})(?={_SEPARATOR}[(+\d]|\s*$)", 0.6),
+    (r"\b(?:MRN?|EMR|EHR|UR|CRN|CHI|NHI|medical\s+rec(?:ord)?|health\s+record|patient|pt|hosp(?:ital)?|"
+     r"chart|record|case\s+note|file|folder|episode|encounter|admission|clinic|accession|unit|NHS|PAS)"
+     r"\.?\s*(?:(?:number|num|no\b|nr\b|id\b|identifier|#)\.?\s*)+"
      rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}", 0.85),
-    (rf"\b(?:MRN|MR\s?#|medical\s+record|NHS)\s*[:=#]*\s*(?:is\s+)?\K{_CODE_NUMBER}", 0.85),
-    (r"(?:病历|病案|住院|门诊|就诊卡?|登记|病人|患者|诊疗卡|医保卡?|影像|检查|标本)(?:编?号码?|ID|卡号)"
+    (r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
+     rf"\K{_CODE_NUMBER}", 0.85),
+    # A number of a usual form directly behind whom or what it numbers.
+    (r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b *[:#.]? *"
+     r"\K(?:[A-Z]\d{6,8}|\d{3}-\d{5,6}|\d{7,8})(?![\dA-Z-])", 0.6),
+    (r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
+     r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
      rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
 )
 
 
 # A passport's number says itself only by its label; China's also by its form, near one.
+_PASSPORT = r"[A-Z]{0,3}\d[A-Z0-9]{5,9}"
 PASSPORTS = (
+    (r"(?<![A-Z0-9])(?=[A-Z]{0,3}\d)(?<=(?i:passports?|travel documents?|护照|通行证)[^\d\n]{0,30}?"
+     rf"(?<![A-Z0-9])(?:{_PASSPORT}(?:, ?|、|，|/|;|；| and | or |[和与及])){{1,9}}){_PASSPORT}"
+     r"(?![A-Z0-9-])", 0.85),  # further ones of a list behind a label
     (r"(?i:passport|travel document|护照|通行证)[^\d\n]{0,30}?(?<![A-Z0-9])"
      r"\K(?:[A-Z]{1,3} ?)?\d[A-Z0-9]{5,9}(?![A-Z0-9-])", 0.85),
     (r"(?<![A-Z0-9])E[A-HJ-NP-Z]?\d{7,8}(?![A-Z0-9-])", 0.4),
@@ -174,14 +191,25 @@ PLATES = (
      r"(?![A-Z0-9])", 0.9),
     (r"(?<![A-Z0-9])[A-HJ-PR-Y]{2}(?:0[2-9]|[12]\d|5[1-9]|[67]\d)[ -]?[A-HJ-PR-Z]{3}(?![A-Z0-9])",
      0.6),  # the United Kingdom's since 2001
+    (r"(?<![A-Z0-9-])[1-9][A-Z]{3}\d{3}(?![A-Z0-9-])", 0.5),  # California's
     (rf"{_PLATE_LABEL}[^A-Z0-9\n]{{0,4}}(?:(?i:is|was|number|no)\b[^A-Z0-9\n]{{0,3}}){{0,2}}"
      rf"\K{_PLATE}(?![A-Z0-9])", 0.8),
+)
+# Other plates look like any code: only in a text about vehicles.
+_VEHICLE = re.compile(
+    bounded(r"\bplates?\b|\bvehicles?\b|\bparking\b|\bcar park\b|\bmotor(?:cycle)?\b|\bcollision\b|"
+            r"\brear-ended\b|\btow(?:ed|ing)\b|\b(?:speeding|traffic)\b|\b(?:car|van|truck|lorry)\b"),
+    re.IGNORECASE,
+)
+_PLATE_ALONE = re.compile(
+    r"(?<![A-Z0-9-])(?!MRN|ICD|CPT|USD|GBP|EUR|CNY|REF|TEL|FAX|PIN|VIN|SSN|DOB|ISO|COV|HIV|NHS|INV|TAX)"
+    r"(?:[A-Z]{3}[ -]?\d{3,4}|\d{3,4}[ -][A-Z]{3})(?![A-Z0-9-])"
 )
 _ACCOUNT = r"[A-Za-z0-9][-_A-Za-z0-9]{4,19}(?![-_A-Za-z0-9])"
 MESSENGERS = (  # behind a colon any name; elsewhere one with a digit or _, which no word has
     (rf"(?:微信号?|we ?chat(?: id)?|weixin|(?<![a-z])[vw]x)\s*[:=]\s*\K{_ACCOUNT}", 0.9),
-    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:id|account|name|user(?:name)?|number|no\.?|is|was|"
-     rf"为|是|号码?)\b)*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
+    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:(?:id|account|name|user(?:name)?|number|no\.?|is|"
+     rf"was|on file|on record)\b|为|是|号码?))*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
     (r"(?<![A-Za-z])QQ\s*(?:(?:id|number|no\.?|account|is|号码?|为|是)\s*)*[:=]?\s*\K[1-9]\d{4,10}(?!\d)",
      0.9),
 )
@@ -216,9 +244,16 @@ def ibans(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), 1.0)
 
 
+def plates(text: str) -> Iterator[Found]:
+    """Three letters and three or four digits, in a text about vehicles."""
+    if _VEHICLE.search(text):
+        for plate in _PLATE_ALONE.finditer(text):
+            yield Found(*plate.span(), 0.6)
+
+
 def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Found]]:
     """Numbers that exist in the plans of `regions`, or of any country when they begin with +."""
-    near = re.compile(_PHONE_NEAR, re.IGNORECASE)
+    near = re.compile(bounded(_PHONE_NEAR), re.IGNORECASE)
 
     def find(text: str) -> Iterator[Found]:
         if not re.search(r"\d(?:\D{0,3}\d){6}", text):  # the library's search takes its time
@@ -250,29 +285,36 @@ _MONTH = "(?:" + "|".join(
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _ORDINAL = rf"{_DAY}(?:st|nd|rd|th)?"
 _TIME = r"(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?(?:Z|[+-]\d{2}:?\d{2})?)?"  # ISO 8601
+# No part of a longer number. A comma or a full stop without a space behind it may end a sentence.
+_ALONE = (
+    r"(?<!\d\.)(?<![\d/])(?:(?<!-)|(?<=\d[./]\d{4}-)|(?<=\d[./]\d{1,2}[./]\d{1,4}-)"
+    r"|(?<=\d{4}-\d\d-\d\d-))"
+)
+_ENDS = r"(?![\d/]|\.\d|-(?!\d{1,4}[./-]\d))"  # a range goes on from it
 NUMERIC_DATES = (
-    (rf"(?<![\d.,/-])\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?!\d){_TIME}(?![\d/-]|\.\d)", 0.8),
+    (rf"{_ALONE}\d{{4}}([-/.])(?:0?[1-9]|1[0-2])\1{_DAY}(?!\d){_TIME}{_ENDS}", 0.8),
     (r"(?<!\d)(?:19|20)\d{6}T\d{4}(?:\d{2})?(?:Z|[+-]\d{4})?(?!\d)", 0.8),
-    (r"(?<![\d.,/-])\d{1,2}([-/])\d{1,2}\1(?:\d{4}|\d{2})(?![\d/-]|\.\d)", 0.7),
-    (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{4}(?![\d/-]|\.\d)", 0.7),
+    (rf"{_ALONE}\d{{1,2}}([-/])\d{{1,2}}\1(?:\d{{4}}|\d{{2}}){_ENDS}", 0.7),
+    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{4}}{_ENDS}", 0.7),
     (r"(?:出生|生日|生于|born|birth|dob)[^\d\n]{0,12}\K(?:19|20)\d{6}(?!\d)", 0.7),
 )
 # 07.03.24 is also how versions and sections are numbered.
 DOTTED_DATES = (
-    (r"(?<![\d.,/-])\d{2}\.\d{2}\.\d{2}(?![\d/-]|\.\d)", 0.6),
-    (r"(?<![\d.,/-])\d{1,2}\.\d{1,2}\.\d{2}(?![\d/-]|\.\d)", 0.5),
+    (rf"{_ALONE}\d{{2}}\.\d{{2}}\.\d{{2}}{_ENDS}", 0.6),
+    (rf"{_ALONE}\d{{1,2}}\.\d{{1,2}}\.\d{{2}}{_ENDS}", 0.5),
 )
 _NUMBERED = (
-    r"version|firmware|software|release|build|section|chapter|table|figure|protocol|\bv|版本|版|节|章"
+    r"version|firmware|software|release|build|section|chapter|table|figure|protocol|template|"
+    r"revision|\brev\.?|edition|patch|\bv|版本|版|节|章|软件|固件|模板|程序|系统|驱动"
 )
 _YEAR = r"(?:19|20)\d{2}"
 MONTHS = (  # 3/2024, 03.2024, 2024-03
-    (rf"(?<![\d.,/-])(?:0?[1-9]|1[0-2])/{_YEAR}(?![\d/-]|\.\d)", 0.7),
-    (rf"(?<![\d.,/-])(?:0[1-9]|1[0-2])[.-]{_YEAR}(?![\d/-]|\.\d)", 0.6),
-    (rf"(?<![\d.,/-]){_YEAR}[-/](?:0[1-9]|1[0-2])(?![\d/-]|\.\d)", 0.6),
+    (rf"{_ALONE}(?:0?[1-9]|1[0-2])/{_YEAR}{_ENDS}", 0.7),
+    (rf"{_ALONE}(?:0[1-9]|1[0-2])[.-]{_YEAR}{_ENDS}", 0.6),
+    (rf"{_ALONE}{_YEAR}[-/](?:0[1-9]|1[0-2]){_ENDS}", 0.6),
 )
 WRITTEN_DATES = (
-    (rf"(?<![\w.,/-]){_ORDINAL}(?: of)?[ -]{_MONTH}"
+    (rf"(?<![\w/-])(?<!\d[.,]){_ORDINAL}(?: of)?[ -]{_MONTH}"
      r"(?:,?[ -](?:\d{4}|'?\d{2})(?![\d:]))?", 0.75),
     (rf"\b{_MONTH} {_ORDINAL}(?![\d.%]| ?(?:mg|ml|patients)\b)(?:,? \d{{4}}(?!\d))?", 0.75),
     (rf"\b{_MONTH},? (?:of )?(?:19|20)\d{{2}}(?!\d)", 0.65),
@@ -284,7 +326,7 @@ CHINESE_DATES = (
     (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
      rf"(?: ?{_ZH_DAY} ?[日号])?)?", 0.85),
     (rf"{_REPUBLIC} ?\d{{1,3}}([./-])\d{{1,2}}\1\d{{1,2}}(?!\d)", 0.85),
-    (rf"(?<![\d.,/-])1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}(?![\d/-]|\.\d)", 0.55),
+    (rf"{_ALONE}1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}{_ENDS}", 0.55),
     (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
      rf"(?: ?{_ZH_DAY} ?[日号])?", 0.8),
     (rf"(?<!\d){_ZH_DAY} ?月 ?{_ZH_DAY} ?[日号]", 0.7),
@@ -389,6 +431,7 @@ def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[Enti
         Shape("record_number", *RECORDS),
         Shape("passport", *PASSPORTS, near=_PASSPORT_NEAR, ignore_case=False),
         Shape("license_plate", *PLATES, ignore_case=False),
+        Finder("license_plate", plates),
         Shape("messenger_id", *MESSENGERS),
         Shape("url", *URLS),
         ip_addresses(),

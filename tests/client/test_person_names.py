@@ -156,7 +156,42 @@ def test_names_in_their_sentences(text: str, cleaned: str) -> None:
     assert ONE.clean(text).text == cleaned
 
 
+@pytest.mark.parametrize(("text", "cleaned"), [
+    ("Handover to Grace at ten. Grace said so.", "Handover to <PERSON> at ten. <PERSON> said so."),
+    ("Seen with Xanthe Ozturk; Ozturk agrees.", "Seen with <PERSON>; <PERSON> agrees."),
+    ("Escort needed for Schmidt and Petrov from bay C", "Escort needed for <PERSON> and "
+     "<PERSON> from bay C"),
+    ("Attendees: Farah, Piotr and L. Nakagawa.", "Attendees: <PERSON> and <PERSON>."),
+    ("[chat] Marek: it crashes\n[chat] agent Sunny: which one?", "[chat] <PERSON>: it crashes\n"
+     "[chat] agent <PERSON>: which one?"),
+    ("Hi team, Chase from the bank", "Hi team, <PERSON> from the bank"),
+    ("i dont use mail. zhang weiqi", "i dont use mail. <PERSON>"),
+    ("Kind regards\n\nSven-Erik Håkansson\nHead of IT", "Kind regards\n\n<PERSON>\nHead of IT"),
+    ("landlord Þórður Ásgeirsson returned it", "landlord <PERSON> returned it"),
+    ("failed for ABDULLAHI, Musa. Passport", "failed for <PERSON>. Passport"),
+    ("Passengers: KIM/MINJUN MR", "Passengers: <PERSON>"),
+    ("From: Eun-ji Baek <x@example.com>", "From: <PERSON> <x@example.com>"),
+    ("Witness Summer gave a number", "Witness <PERSON> gave a number"),
+    ("the nanny, Consuelo, left", "the nanny, <PERSON>, left"),
+    ("外派名单:Nguyễn Hoàng Nam、Mehmet Öztürk", "外派名单:<PERSON>、<PERSON>"),
+    ("我是Grace,朋友Hiroshi推荐", "我是<PERSON>,朋友<PERSON>推荐"),
+    ("夜班:3床仇玉兰血压偏高,已报告单医生;5床高峰术后",
+     "夜班:3床<PERSON>血压偏高,已报告<PERSON>医生;5床<PERSON>术后"),
+    ("病人自述姓万,不愿透露", "病人自述姓<PERSON>,不愿透露"),
+    ("驾驶员路遥,签收人管理。门卫劳师傅", "驾驶员<PERSON>,签收人<PERSON>。门卫<PERSON>师傅"),
+    ("[群聊] 童谣:谁有郝老师电话", "[群聊] <PERSON>:谁有<PERSON>老师电话"),
+    ("助手甘草、黄芩,器械护士杜仲明。", "助手<PERSON>、<PERSON>,器械护士<PERSON>。"),
+    ("收养人:李雷、韩梅梅夫妇,李雷签字", "收养人:<PERSON>、<PERSON>夫妇,<PERSON>签字"),
+    ("审批人龚总。护士给老刘换药", "审批人<PERSON>总。护士给<PERSON>换药"),
+])
+def test_names_by_roles_lists_and_places_in_the_text(text: str, cleaned: str) -> None:
+    assert ONE.clean(text).text == cleaned
+
+
 @pytest.mark.parametrize("text", [
+    "He travelled to Paris and Boston; a Nissen fundoplication, Child-Pugh B.",
+    "Beneficiary IBAN: none. They aren't sure.",
+    "于周一再次出现恶心,由安全科管理,全身情况可,治疗时间长。",
     "ANA positive, ALI excluded, MS clinic, MR angiography, DR TB",
     "Hepatitis B. Long term follow-up; Vitamin D low; plan B. Rest.",
     "All day the stool was brown, will repeat; pain since may, will review.",

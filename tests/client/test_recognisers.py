@@ -8,7 +8,7 @@ import string
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from presidio_analyzer.predefined_recognizers import CreditCardRecognizer, IbanRecognizer
 
@@ -253,6 +253,71 @@ def test_one_wrong_digit_and_it_is_not_found(slot: str, rng: random.Random, by: 
     place = rng.choice([i for i, c in enumerate(value) if c in string.digits])
     wrong = value[:place] + str((int(value[place]) + by) % 10) + value[place + 1 :]
     assert one.find(f"see {wrong}, please") == []
+
+
+LABELS = {  # before details that say themselves by a label only
+    "record": "病案号", "passport": "护照", "zh_passport": "护照",
+    "us_plate": "license plate ", "wechat": "微信", "qq": "QQ",
+}
+
+
+@pytest.mark.parametrize("slot", sorted(
+    set(SLOTS) & {
+        "email", "mobile", "landline", "zh_address", "iso", "us_date", "uk_date", "written",
+        "zh_date", "iso_time", "dotted", "month", "roc_date", "iban", "card", "bank_card", "record",
+        "resident_id", "taiwan_id", "hong_kong_id", "passport", "zh_passport", "uk_plate",
+        "us_plate", "zh_plate", "wechat", "qq", "url", "ipv4", "ipv6",
+    }
+))
+@settings(max_examples=25, deadline=None)
+@given(
+    rng=seeds, before=st.sampled_from("到，。、；：（「,;([:\n "),
+    after=st.sampled_from(
+        ["，到", "。", "、", "；", "）", "」", ", ", ")", "\n", "", "到诊", "出发"]
+    ),
+)
+def test_a_detail_beside_chinese_characters_and_signs_is_found(
+    slot: str, rng: random.Random, before: str, after: str
+) -> None:
+    assume(slot != "ipv6" or before not in ":：")  # an IPv6 address may begin with a colon
+    kind, make = SLOTS[slot]
+    value, label = make(rng), LABELS.get(slot, "")
+    text = f"患者于{before}{label}{value}{after}"
+    start = text.index(value)
+    assert any(
+        found.kind == kind and found.start < start + len(value) and start < found.end
+        for found in engine(kind).find(text)
+    ), text
+
+
+@pytest.mark.parametrize("text", [
+    "软件12.29.22", "固件版本4.2.11", "仪器软件版本 20.23.14", "Score sheet template 10.11.10",
+    "Form revision 24.2.21", "Firmware 9.26.12", "模板7.3.24",
+])
+def test_numbers_of_versions_are_no_dates(text: str) -> None:
+    assert engine("date").find(text) == []
+
+
+@pytest.mark.parametrize(("kind", "text", "cleaned"), [
+    ("date", "急诊号086-00335,1974-10-26T22:06到诊", "急诊号086-00335,<DATE>到诊"),
+    ("date", "05/1999-08/2001", "<DATE>-<DATE>"),
+    ("date", "01.02.1999-03.04.2000", "<DATE>-<DATE>"),
+    ("record_number", "急诊号H425501, 门诊号: 7015904",
+     "急诊号<RECORD_NUMBER>, 门诊号: <RECORD_NUMBER>"),
+    ("record_number", "OBI, LEILA 01/18/1992 7972608 1-415-207-1234",
+     "OBI, LEILA 01/18/1992 <RECORD_NUMBER> 1-415-207-1234"),
+    ("record_number", "Pt H665521, Hosp. No. H110038",
+     "Pt <RECORD_NUMBER>, Hosp. No. <RECORD_NUMBER>"),
+    ("passport", "护照C8H393387、777026333、G19787337,11/2010出发",
+     "护照<PASSPORT>、<PASSPORT>、<PASSPORT>,11/2010出发"),
+    ("license_plate", "plate FED 505, was rear-ended by a van (HNP 312)",
+     "plate <LICENSE_PLATE>, was rear-ended by a van (<LICENSE_PLATE>)"),
+    ("license_plate", "Room ABC 123, code DEF-4567, 4TUZ283",
+     "Room ABC 123, code DEF-4567, <LICENSE_PLATE>"),
+    ("messenger_id", "WeChat ID on file zhang8427, call", "WeChat ID on file <MESSENGER_ID>, call"),
+])
+def test_labels_lists_and_texts_about_vehicles(kind: str, text: str, cleaned: str) -> None:
+    assert engine(kind).clean(text).text == cleaned
 
 
 _ENGINES: dict[str, Deidentifier] = {}
