@@ -350,7 +350,7 @@ def test_a_reported_epsilon_is_one_the_contract_allows(start: Start, epsilon: fl
     run = start()
     run.begin()
     run.accept("north", 10, update(run, "north", epsilon=epsilon))
-    run.accept("south", 10, update(run, "south", epsilon=8.0))
+    run.accept("south", 10, update(run, "south", epsilon=8.0 * (1 + 5e-10)))
     with pytest.raises(RunError, match="north: E50"):
         run.finish()
 
