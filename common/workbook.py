@@ -2,6 +2,9 @@
 
 Values are those that Excel computed last; numbers, yes and no and dates have the form that other
 formats give (common/cells.py). Rows that are hidden or filtered out are rows like the others.
+Control characters in text stand in the file as `_x000D_` (ST_Xstring, ECMA-376 part 1, 22.9.2.19):
+they are characters again in what is read. That very text, which the file has as `_x005F_x000D_`,
+cannot be told from them, as openpyxl takes `x005F_` away; every other `_xHHHH_` is text.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ from silotune.common.errors import DataError
 
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 BLOCK = 1 << 20  # bytes
+# Only of characters that XML cannot hold: openpyxl writes other text that looks so as it is.
+ESCAPE = re.compile("_x(00[01][0-9A-F]|FFF[EF])_", re.IGNORECASE)
+LARGEST = 1 << 53  # up to here a floating-point number holds every whole number
+DIGITS = 12  # of a larger number that it may have
 ERROR = "an error of Excel's, such as #N/A, or a formula without a value, where a value is expected"
 
 
@@ -43,6 +50,11 @@ def rows(path: Path, _: object) -> Iterator[Row]:
     except Exception:  # openpyxl raises what it meets in a damaged file
         raise _damaged(path) from None
     yield from found
+
+
+def unescaped(text: str) -> str:
+    """Text with the control characters that its escapes stand for: 'a_x000D_' is 'a\\r'."""
+    return ESCAPE.sub(lambda found: chr(int(found[1], 16)), text) if "_x" in text.lower() else text
 
 
 def _damaged(path: Path) -> DataError:
@@ -114,6 +126,8 @@ def _rows_of(sheet: Any, formulas: Any, wrong: list[int]) -> list[Row]:
 
 def _text(one: Any) -> str:
     value = one.value
+    if isinstance(value, str):
+        value = unescaped(value)
     if isinstance(value, datetime):
         from openpyxl.styles.numbers import is_datetime
 
