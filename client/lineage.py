@@ -27,11 +27,11 @@ characters in forms of both kinds, and came as Unicode at the other time; an esc
 that the declared encoding has, in JSON that is not UTF-8; an escape whose backslash became a part
 of another character.
 
-Rounding. Programs write a floating-point number with 17, 16 or 15 digits. So a row with a number
-of more than 12 significant digits (or, from 0.000001 on, of more than 10 decimals, as pandas
-writes JSON) also has the fingerprint with its numbers rounded to these, but no whole number below
-2^53 is changed: such are identifiers. Larger numbers are rounded to the nearest double. A number
-half-way is rounded both ways, the first FREE of them in a row.
+Rounding. Programs write a floating-point number with 17, 16 or 15 digits, and pandas' JSON with 10
+decimals. So a row with a number of more than 12 significant digits also has the fingerprint with
+such numbers rounded to 12, and one with them rounded to 10 decimals where five digits are left. No
+whole number below 2^53 is changed by that: such are identifiers. Numbers beyond are rounded to the
+nearest double. A number half-way is rounded both ways, the first FREE of them in a row.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
@@ -139,8 +139,15 @@ _C1_IN_WINDOWS = {
 }
 # Two bytes that can begin a character in UTF-8, as Latin-1 and Windows-1252 have them.
 _LIKE_UTF8 = re.compile(f"[\xC2-\xF4][\x80-\xBF{''.join(_C1_IN_WINDOWS.values())}]")
-# The encodings in which several byte sequences are one character.
-_MANY_TO_ONE = ("cp932", "big5", "cp950")
+# The encodings in which several byte sequences are one character, each with the form of its text: a
+# codec takes longer to refuse what has not that form.
+_BIG5 = re.compile(rb"(?:[\x00-\x80]|[\x81-\xFE][\x40-\x7E\xA1-\xFE])*+")
+_MANY_TO_ONE = {
+    "cp932": re.compile(
+        rb"(?:[\x00-\x80\xA0-\xDF\xFD-\xFF]|[\x81-\x9F\xE0-\xFC][\x40-\x7E\x80-\xFC])*+"
+    ),
+    "big5": _BIG5, "cp950": _BIG5,
+}
 
 
 class Decodings(NamedTuple):
@@ -294,18 +301,20 @@ def _forms_of(
         found = set(_other_decodings(cells, used, encoding))
         found.discard(tuple(cells))
         for form in found:
-            yield from _rounded_forms(form, used) or [form]
+            yield from _rounded_forms(form, used) or {form}
     yield from _rounded_forms(cells, used)
 
 
-def _rounded_forms(cells: Sequence[str], used: Collection[int]) -> list[Sequence[str]]:
+def _rounded_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
     """The row with its long numbers rounded; nothing if it has none."""
     long = {i: rounded for i in used if i < len(cells) and (rounded := _rounded(cells[i]))}
-    if not long:
-        return []
-    free = [i for i, both in long.items() if len(both) > 1][:FREE]
-    nearest = _with(cells, list(long), [rounded[0] for rounded in long.values()])
-    return [_with(nearest, free, chosen) for chosen in product(*(long[i] for i in free))]
+    found: set[tuple[str, ...]] = set()
+    for way in (0, 1) if long else ():
+        free = [i for i, rounded in long.items() if len(rounded[way]) > 1][:FREE]
+        nearest = _with(cells, list(long), [rounded[way][0] for rounded in long.values()])
+        for chosen in product(*(long[i][way] for i in free)):
+            found.add(_with(nearest, free, chosen))
+    return found
 
 
 def _other_decodings(
@@ -320,12 +329,14 @@ def _other_decodings(
     if any(_LIKE_UTF8.search(cells[i]) for i in foreign):
         for taken_for in ("iso8859-1", "cp1252"):
             yield from _read_again(cells, foreign, taken_for, ("utf-8",))
-    if any(_C1.search(cells[i]) for i in foreign):
+    if any(not cells[i].isprintable() and _C1.search(cells[i]) for i in foreign):
         yield _with(cells, foreign, [cells[i].translate(_C1_IN_WINDOWS) for i in foreign])
     # Of these the way back is not certain, so the way there is gone as well.
     raw = [cells[i].encode() for i in foreign]
     if any(_doubtful_bytes().search(one) for one in raw):
-        for declared in _MANY_TO_ONE:
+        for declared, form in _MANY_TO_ONE.items():
+            if not all(map(form.fullmatch, raw)):
+                continue
             try:
                 yield _with(cells, foreign, [one.decode(declared) for one in raw])
             except UnicodeDecodeError:
@@ -468,29 +479,33 @@ def _doubtful_bytes() -> re.Pattern[bytes]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _rounded(cell: str) -> tuple[str, ...]:
-    """A long number rounded (see above): once, or both ways if it lies half-way; else nothing."""
+def _rounded(cell: str) -> tuple[tuple[str, ...], ...]:
+    """A long number rounded to its digits, and then to its decimals (see above); nothing for what
+    is none."""
     text = value(cell)
     if (len(text) <= DIGITS and "E" not in text) or not text[-1].isdigit() or " " in text:
         return ()
     try:
         number = Decimal(text)
-        return _nearest(number) if number.is_finite() else ()
+        if not number.is_finite():
+            return ()
+        if abs(number) > EXACT:
+            double = float(number)
+            is_new = math.isfinite(double) and Decimal(repr(double)) != number
+            return ((repr(double),),) * 2 if is_new else ()
+        last = number.adjusted() - DIGITS + 1
+        if len(number.as_tuple().digits) <= DIGITS or number == number.to_integral_value():
+            return ()
+        decimals = max(last, -DECIMALS) if number.adjusted() >= LEAST else last
+        return _nearest(number, min(last, 0)), _nearest(number, min(decimals, 0))
     except ArithmeticError:  # no number, or one with an exponent beyond all measure
         return ()
 
 
-def _nearest(number: Decimal) -> tuple[str, ...]:
-    if abs(number) > EXACT:
-        double = float(number)
-        return (repr(double),) if math.isfinite(double) and Decimal(repr(double)) != number else ()
-    exponent = number.adjusted() - DIGITS + 1
-    if number.adjusted() >= LEAST:
-        exponent = min(max(exponent, -DECIMALS), 0)
-    unit, context = Decimal((0, (1,), exponent)), Context(prec=len(number.as_tuple().digits) + 1)
+def _nearest(number: Decimal, exponent: int) -> tuple[str, ...]:
+    """The multiple of 10^exponent that is nearest, or both if the number lies half-way."""
+    unit, context = Decimal((0, (1,), exponent)), Context(prec=len(number.as_tuple().digits) + 2)
     below = number.quantize(unit, ROUND_FLOOR, context)
-    if below == number:
-        return ()
     beyond = context.subtract(number, below).scaleb(-exponent, context)
     both = str(below), str(context.add(below, unit))
     if abs(beyond - HALF) <= HALF_WAY:
@@ -588,7 +603,10 @@ def canonical(name: str) -> str:
         text = _normalised(marked)
         if text is not marked:
             text = _plain_marks(text)
-        text = _normalised(text.casefold()).replace("i\u0307", "i").replace("ı", "i")
+        folded = text.casefold()
+        if folded != text:
+            text = _normalised(folded).replace("i\u0307", "i")
+        text = text.replace("ı", "i")
     if "x00" in text or "_xfff" in text:
         text = _unescaped(text)
     return " ".join(text.split())
