@@ -130,6 +130,14 @@ def declared(table: Table, written: str, read: str) -> Table:
     return table_of(rows, "utf-8" if read == "utf-8" else read)
 
 
+def saved(table: Table, taken_for: str) -> Table:
+    """The table after a program took its UTF-8 for another encoding and saved it as Unicode; bytes
+    for which that has nothing it keeps as control characters."""
+    return table_of([["".join(
+        bytes([byte]).decode(taken_for, "ignore") or chr(byte) for byte in cell.encode()
+    ) for cell in cells] for _, cells in table.rows])
+
+
 def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]) -> Prepared:
     rows = [
         (line, [change(cell) if i in columns else cell for i, cell in enumerate(cells)])
@@ -148,6 +156,7 @@ steps = st.lists(st.one_of(
               st.sampled_from([(0,), (0, 1)])),
     st.tuples(st.just("declare"), st.sampled_from(["cp1252", "utf-8"]),
               st.sampled_from(["latin-1", "cp1252", "cp850", "koi8-r", "mac-roman"])),
+    st.tuples(st.just("save"), st.sampled_from(["latin-1", "cp1252"]), st.none()),
 ), max_size=4)
 
 
@@ -175,7 +184,9 @@ def test_every_form_of_a_charged_table_is_charged(
     ledger = Ledger.in_memory("north")
     forms, true = [table_of(rows)], table_of(rows)
     for kind, what, where in chain:
-        if kind == "declare":
+        if kind == "save":
+            forms.append(saved(true, what))
+        elif kind == "declare":
             try:
                 forms.append(declared(true, what, where))
             except UnicodeError:
