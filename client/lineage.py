@@ -20,12 +20,12 @@ the text before a tool took UTF-8 for Latin-1 or Windows-1252, or Windows-1252 f
 declaration at either time, or at both, changes nothing. Characters that the declared encoding
 lacks were escapes of JSON: they stay as they are. Where the bytes are UTF-8, so do those that
 cannot be a part of it. A character can have several byte forms (396 in cp932, 14 in big5 and
-cp950): all of a row are tried in their first form, all in their second, and so on; where the bytes
-are UTF-8, in any. Not recognised: text in which bytes were replaced because they could not be
-decoded; text in another encoding than UTF-8 that was declared as one of these three, has their
-characters in forms of both kinds, and came as Unicode at the other time; an escape of a character
-that the declared encoding has, in JSON that is not UTF-8; an escape whose backslash became a part
-of another character.
+cp950): all of a row are tried in their first form, then all in their second, and so on. Not
+recognised: text that was decoded wrongly twice in turn; text in which bytes were replaced because
+they could not be decoded; an escape of a character that the declared encoding has, in JSON that is
+not UTF-8; an escape whose backslash became a part of another character; text with first and second
+forms that was once declared as cp932, big5 or cp950, and the other time as another of these, or
+was converted to Unicode from another encoding than UTF-8.
 
 Rounding. Programs write a floating-point number with 17, 16 or 15 digits, and pandas' JSON with 10
 decimals. So a row with a number of more than 12 significant digits also has the fingerprint with

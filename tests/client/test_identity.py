@@ -180,12 +180,17 @@ def all_charged(ledger: Ledger, table: Table, key: Sequence[str] = ()) -> bool:
 def test_every_form_of_a_charged_table_is_charged(
     rows: list[tuple[str, str, str]], chain: list[tuple[Any, ...]], data: st.DataObject
 ) -> None:
-    """A wrong declaration is of a file as it was written, so it ends at the next preparation."""
+    """A wrong declaration is of a file as it was written, so it ends at the next preparation. Text
+    that was saved misread is not misread once more: what was misread twice is not known."""
     ledger = Ledger.in_memory("north")
     forms, true = [table_of(rows)], table_of(rows)
+    misread: list[Table] = []
     for kind, what, where in chain:
+        if kind != "prepare" and any(true is one for one in misread):
+            continue
         if kind == "save":
             forms.append(saved(true, what))
+            misread.append(forms[-1])
         elif kind == "declare":
             try:
                 forms.append(declared(true, what, where))
@@ -198,6 +203,8 @@ def test_every_form_of_a_charged_table_is_charged(
             ledger.link(made.links, source="notes.csv", rows=len(rows), changed=made.changed)
             forms.append(done.table)
             true = done.table
+            if any(raw is one for one in misread):
+                misread.append(true)
     first = data.draw(st.integers(0, len(forms) - 1))
     charge(ledger, of_table(forms[first], (), ledger.fingerprint_key))
     for form in forms:
