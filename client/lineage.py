@@ -4,17 +4,34 @@ A fingerprint says what a record is, not where it lies: file name, order of rows
 encoding, quoting and the ways to write a value do not change it. Two files overlap where they
 share fingerprints, and the overlap inherits every charge that either took part in.
 
-What is one value (`value`): numbers by their value, not their digits; letter case; white space;
-control and invisible characters; Unicode's compatibility and composed forms; typographic quotes and
-dashes; the usual words for a missing value (MISSING_WORDS). What is not: dates in another format,
-decimal commas, pseudonyms that are new at each export.
+What is one value (`value`): numbers by their value, not their digits; letter case, i with and
+without its dot; white space; control characters, also as the escapes that workbooks have for them
+(`_x000D_`), and invisible ones; Unicode's compatibility and composed forms; typographic quotes and
+dashes; an ISO date and its midnight, a time's `T`, zeros and UTC; the usual words for a missing
+value (MISSING_WORDS). What is not: dates in another format, decimal commas, separators of
+thousands, durations, pseudonyms that are new at each export.
+
+A row can have further fingerprints. One in common makes two rows one record.
 
 Decodings. Text that was decoded by a wrong encoding is another text. So a row with a character
 beyond ASCII also has the fingerprints that it would have if its bytes were read in
 each encoding in which a file may be declared (READ_AS); where the text came as Unicode, those of
-the text before a tool took UTF-8 or Windows-1252 for Latin-1. One fingerprint in common makes two
-rows one record: a wrong declaration at either time, or at both, changes nothing. Not recognised:
-text in which bytes were replaced because they could not be decoded.
+the text before a tool took UTF-8 for Latin-1 or Windows-1252, or Windows-1252 for Latin-1. A wrong
+declaration at either time, or at both, changes nothing. Characters that the declared encoding
+lacks were escapes of JSON: they stay as they are. Where the bytes are UTF-8, so do those that
+cannot be a part of it. A character can have several byte forms (396 in cp932, 14 in big5 and
+cp950): all of a row are tried in their first form, then all in their second, and so on. Not
+recognised: text that was decoded wrongly twice in turn; text in which bytes were replaced because
+they could not be decoded; an escape of a character that the declared encoding has, in JSON that is
+not UTF-8; an escape whose backslash became a part of another character; text with first and second
+forms that was once declared as cp932, big5 or cp950, and the other time as another of these, or
+was converted to Unicode from another encoding than UTF-8.
+
+Rounding. Programs write a floating-point number with 17, 16 or 15 digits, and pandas' JSON with 10
+decimals. So a row with a number of more than 12 significant digits also has the fingerprint with
+such numbers rounded to 12, and one with them rounded to 10 decimals where five digits are left. No
+whole number below 2^53 is changed by that: such are identifiers. Numbers beyond are rounded to the
+nearest double. A number half-way is rounded both ways, the first FREE of them in a row.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
@@ -23,7 +40,7 @@ changed cell makes a new record, which is why the owner should name a key. Finge
 different bases cannot be compared: all their records count as the same ones (fail closed).
 
 The fingerprint is BLAKE2b with the site's own key, 128 bits: without the key it cannot be tried on
-guessed records. Records are compared by its first 64 bits: of 2^21 records with 2^5 decodings each
+guessed records. Records are compared by its first 64 bits: of 2^21 records with 2^5 codes each
 some two are one by chance with probability below 2^-12, which charges more, never less.
 """
 
@@ -31,13 +48,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
-from functools import cached_property, lru_cache
+from decimal import ROUND_FLOOR, Context, Decimal
+from functools import cache, cached_property, lru_cache
+from itertools import groupby, product
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +65,7 @@ from numpy.typing import NDArray
 from silotune.common.encodings import ENCODINGS
 from silotune.common.errors import DataError, did_you_mean
 from silotune.common.records import Table
+from silotune.common.workbook import unescaped
 
 SIZE = 16
 Fingerprints = NDArray[np.bytes_]  # [R] of 16 bytes, sorted, each once
@@ -57,16 +77,77 @@ MISSING_WORDS = frozenset({
     "", "nan", "na", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "null", "none", "nil", "nat",
     "-1.#ind", "1.#ind", "-1.#qnan", "1.#qnan", "\\n",
 })
-# Unicode's categories Cc and Cf but for white space: control characters, a zero-width space.
-_UNSEEN = re.compile("[" + "".join(
-    re.escape(chr(code)) for code in (*range(0x20000), *range(0xE0000, 0xE0080))  # all there are
+# How a long number is rounded.
+DIGITS, DECIMALS = 12, 10
+LEAST = -6  # the power of ten from which decimals count: five of the digits and more are left
+EXACT = 1 << 53  # up to here a double holds every whole number
+HALF = Decimal("0.5")
+HALF_WAY = Decimal("0.001")  # as much as two digits in the fifteenth place are in the twelfth
+FREE = 4  # of a row's numbers that lie half-way, how many are rounded both ways
+
+
+
+def _any_of(codes: Iterable[int]) -> re.Pattern[str]:
+    """Any one of these characters; in ranges, which are much faster to match beyond U+FFFF."""
+    ranges: list[list[int]] = []
+    for code in sorted(codes):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return re.compile("[" + "".join(
+        f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges
+    ) + "]")
+
+
+# What nobody sees. Default_Ignorable_Code_Point in DerivedCoreProperties.txt of Unicode 16.0, those
+# not assigned yet as well, ...
+_IGNORABLE = [code for first, last in (
+    (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5),
+    (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x3164, 0x3164),
+    (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3),
+    (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
+) for code in range(first, last + 1)]
+# ... and the categories Cc and Cf but for white space (Unicode has none of them elsewhere).
+_UNSEEN = _any_of({
+    code for code in range(0x20000)
     if unicodedata.category(chr(code)) in ("Cc", "Cf") and not chr(code).isspace()
-) + "]")
-_PUNCTUATION = str.maketrans({
-    **dict.fromkeys("‘’‚‛‹›`´ʹʼ′‵＇", "'"), **dict.fromkeys("“”„‟«»″‶＂", '"'),
-    **dict.fromkeys("‐‑‒–—―−﹘﹣－", "-"),
-})
-_MARKS = re.compile("[" + "".join(re.escape(chr(mark)) for mark in _PUNCTUATION) + "]")
+} | set(_IGNORABLE))
+_PLAIN = {
+    **dict.fromkeys("‘’‚‛‹›`´ʹʻʼʽˈˊˋ′‵❛❜ꞌ׳＇", "'"),
+    **dict.fromkeys("“”„‟«»ʺˮ״″‶❝❞〝〞〟＂", '"'),
+    **dict.fromkeys("‐‑‒–—―−⸺⸻﹘﹣－", "-"),
+    "\u2800": " ",  # a blank cell of Braille: no white space to Unicode, but to the eye
+    # What nobody sees although `str.isprintable` says so: letters and marks.
+    **{chr(code): "" for code in _IGNORABLE if chr(code).isprintable()},
+}
+_MARKS = _any_of(map(ord, _PLAIN))
+_DATE = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[t ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?"
+    r"(z|[+-][0-9]{2}:?[0-9]{2})?"
+)
+
+# UTF-8 as RFC 3629 has it, but for surrogates and what is longer than it need be.
+_UTF8 = re.compile(
+    rb"(?:[\x00-\x7F]|[\xC2-\xDF][\x80-\xBF]|\xE0[\xA0-\xBF][\x80-\xBF]"
+    rb"|[\xE1-\xEC\xEE\xEF][\x80-\xBF]{2}|\xED[\x80-\x9F][\x80-\xBF]"
+    rb"|\xF0[\x90-\xBF][\x80-\xBF]{2}|[\xF1-\xF3][\x80-\xBF]{3}|\xF4[\x80-\x8F][\x80-\xBF]{2})*"
+)
+_C1 = re.compile("[\x80-\x9F]")
+_C1_IN_WINDOWS = {
+    code: found for code in range(0x80, 0xA0) if (found := bytes([code]).decode("cp1252", "ignore"))
+}
+# Two bytes that can begin a character in UTF-8, as Latin-1 and Windows-1252 have them.
+_LIKE_UTF8 = re.compile(f"[\xC2-\xF4][\x80-\xBF{''.join(_C1_IN_WINDOWS.values())}]")
+# The encodings in which several byte sequences are one character, each with the form of its text: a
+# codec takes longer to refuse what has not that form.
+_BIG5 = re.compile(rb"(?:[\x00-\x80]|[\x81-\xFE][\x40-\x7E\xA1-\xFE])*+")
+_MANY_TO_ONE = {
+    "cp932": re.compile(
+        rb"(?:[\x00-\x80\xA0-\xDF\xFD-\xFF]|[\x81-\x9F\xE0-\xFC][\x40-\x7E\x80-\xFC])*+"
+    ),
+    "big5": _BIG5, "cp950": _BIG5,
+}
 
 
 class Decodings(NamedTuple):
@@ -180,6 +261,7 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
     columns = json.dumps(
         [keyed, [[column, len(found)] for column, found in zip(chosen, places, strict=True)]]
     )
+
     def fingerprint(cells: Sequence[str]) -> bytes:
         content = f"[{', '.join([_content(cells, found) for found in places])}]".encode()
         return hashlib.blake2b(content, key=secret, digest_size=SIZE).digest()
@@ -190,9 +272,8 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         own = fingerprint(cells)
         prints += own
         others: set[bytes] = set()
-        if not "".join(cells).isascii():
-            found = set(_other_decodings(cells, used, table.encoding))
-            others = {fingerprint(other) for other in found}
+        if not "".join(cells).isascii() or any(map(_rounded, cells)):
+            others.update(map(fingerprint, _forms_of(cells, used, table.encoding)))
             others.discard(own)
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
@@ -212,29 +293,229 @@ def codes_of(fingerprints: Fingerprints) -> Codes:
     return np.frombuffer(fingerprints.tobytes(), np.dtype("<u8"))[::2].astype(np.uint64)
 
 
+def _forms_of(
+    cells: Sequence[str], used: Collection[int], encoding: str
+) -> Iterator[Sequence[str]]:
+    """What a row may be elsewhere: itself rounded, and its other decodings, each of them rounded.
+
+    Args:
+        used: the places of the cells that count.
+        encoding: in which the cells were decoded; "utf-8" where they came as Unicode.
+    """
+    if not "".join(cells).isascii():
+        found = set(_other_decodings(cells, used, encoding))
+        found.discard(tuple(cells))
+        for form in found:
+            yield from _rounded_forms(form, used) or {form}
+    yield from _rounded_forms(cells, used)
+
+
+def _rounded_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
+    """The row with its long numbers rounded; nothing if it has none."""
+    long = {i: rounded for i in used if i < len(cells) and (rounded := _rounded(cells[i]))}
+    found: set[tuple[str, ...]] = set()
+    for way in (0, 1) if long else ():
+        free = [i for i, rounded in long.items() if len(rounded[way]) > 1][:FREE]
+        nearest = _with(cells, list(long), [rounded[way][0] for rounded in long.values()])
+        for chosen in product(*(long[i][way] for i in free)):
+            found.add(_with(nearest, free, chosen))
+    return found
+
+
 def _other_decodings(
     cells: Sequence[str], used: Collection[int], encoding: str
 ) -> Iterator[tuple[str, ...]]:
     """The row as it is if the bytes of the `used` cells, which were read in `encoding`, are read in
     another one."""
     foreign = [i for i in used if i < len(cells) and not cells[i].isascii()]
-    if encoding.startswith("utf"):
-        ways = [("latin-1", ("utf-8", "cp1252")), ("cp1252", ("utf-8",))]
-    else:
-        ways = [(encoding, READ_AS)]
-    for written_as, read_as in ways if foreign else ():
-        try:
-            raw = [cells[i].encode(written_as) for i in foreign]
-        except UnicodeEncodeError:
-            continue
-        for other in read_as:
-            found = list(cells)
+    if not encoding.startswith("utf"):
+        yield from _read_again(cells, foreign, encoding, READ_AS)
+        return
+    if any(_LIKE_UTF8.search(cells[i]) for i in foreign):
+        for taken_for in ("iso8859-1", "cp1252"):
+            yield from _read_again(cells, foreign, taken_for, ("utf-8",))
+    if any(not cells[i].isprintable() and _C1.search(cells[i]) for i in foreign):
+        yield _with(cells, foreign, [cells[i].translate(_C1_IN_WINDOWS) for i in foreign])
+    # Of these the way back is not certain, so the way there is gone as well.
+    raw = [cells[i].encode() for i in foreign]
+    if any(_doubtful_bytes().search(one) for one in raw):
+        for declared, form in _MANY_TO_ONE.items():
+            if not all(map(form.fullmatch, raw)):
+                continue
             try:
-                for i, part in zip(foreign, raw, strict=True):
-                    found[i] = part.decode(other)
+                yield _with(cells, foreign, [one.decode(declared) for one in raw])
             except UnicodeDecodeError:
                 continue
-            yield tuple(found)
+
+
+def _with(cells: Sequence[str], places: Sequence[int], texts: Sequence[str]) -> tuple[str, ...]:
+    """The row with other texts at these places."""
+    found = list(cells)
+    for i, text in zip(places, texts, strict=True):
+        found[i] = text
+    return tuple(found)
+
+
+def _read_again(
+    cells: Sequence[str], places: Sequence[int], written_as: str, read_as: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """The row with the bytes that the cells at `places` have in one encoding, read in others."""
+    text = "".join(cells[i] for i in places)
+    for choice in _choices(text, written_as):
+        runs = [_runs(cells[i], choice) for i in places]
+        for other in read_as:
+            try:
+                texts = ["".join([run.read(other) for run in one]) for one in runs]
+            except UnicodeDecodeError:
+                continue
+            yield _with(cells, places, texts)
+
+
+class _Run(NamedTuple):
+    """Characters of a cell, and the bytes of each: all have some, or none has any."""
+
+    text: str
+    parts: list[bytes]
+
+    def read(self, encoding: str) -> str:
+        """The bytes in another encoding; characters without bytes as they are.
+
+        Raises:
+            UnicodeDecodeError: the bytes are not in that encoding.
+        """
+        if not self.parts:
+            return self.text
+        raw = b"".join(self.parts)
+        return self._read_utf8(raw) if encoding == "utf-8" else raw.decode(encoding)
+
+    def _read_utf8(self, raw: bytes) -> str:
+        """A character whose bytes do not go on as UTF-8 stays: in the file it was an escape."""
+        found, read = "", 0  # bytes
+        at, start = 0, 0  # a character, and where its bytes start
+        while True:
+            run = _UTF8.match(raw, read)
+            assert run is not None  # it matches no bytes as well
+            found += run[0].decode()
+            read = run.end()
+            if read == len(raw):
+                return found
+            while start < read:
+                start += len(self.parts[at])
+                at += 1
+            if start > read:  # UTF-8 ends within a character
+                raise UnicodeDecodeError("utf-8", raw, read, start, "not UTF-8")
+            found += self.text[at]
+            read += len(self.parts[at])
+
+
+def _runs(cell: str, forms: Mapping[str, bytes]) -> list[_Run]:
+    """The cell in runs. forms: the bytes of each of its characters that has some."""
+    found: list[_Run] = []
+    for has_bytes, characters in groupby(cell, forms.__contains__):
+        text = "".join(characters)
+        found.append(_Run(text, [forms[c] for c in text] if has_bytes else []))
+    return found
+
+
+def _choices(text: str, encoding: str) -> Iterator[dict[str, bytes]]:
+    """The bytes that each character of a text may have had in an encoding. Nearly always there is
+    one choice. A character that has none is left out."""
+    byte_forms = _byte_forms(encoding)
+    certain: dict[str, bytes] = {}
+    doubtful: dict[str, tuple[bytes, ...]] = {}
+    for character in set(text):
+        options = byte_forms.get(character, ())
+        if not options and encoding == "gb18030":
+            # It has four bytes for all of Unicode; hardly anybody writes them.
+            options = (b"", character.encode(encoding))
+        if len(options) > 1:
+            doubtful[character] = options
+        elif options:
+            certain[character] = options[0]
+    for at in range(max(map(len, doubtful.values()), default=1)):
+        chosen = {character: options[at:][:1] or options[-1:]
+                  for character, options in doubtful.items()}
+        yield certain | {character: form for character, (form,) in chosen.items() if form}
+
+
+@cache
+def _byte_forms(encoding: str) -> dict[str, tuple[bytes, ...]]:
+    """For each character of an encoding all byte sequences that decode to it, of gb18030 those
+    of one or two bytes."""
+    found: dict[str, tuple[bytes, ...]] = {}
+
+    def add(raw: bytes) -> bool:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            return False
+        if len(text) == 1:
+            found[text] = (*found.get(text, ()), raw)
+        return True
+
+    single = [add(bytes([code])) for code in range(0x100)]
+    leads = [code for code in range(0x80, 0x100) if not single[code]]
+    if not encoding.startswith(("cp12", "iso8859")):
+        for lead in leads:
+            for trail in range(0x30, 0x100):
+                add(bytes([lead, trail]))
+    else:
+        # Programs keep bytes that the encoding has no character for as control characters.
+        for code in leads:
+            found.setdefault(chr(code), (bytes([code]),))
+    if encoding == "euc_jp":
+        for lead, trail in product(range(0xA1, 0xFF), repeat=2):
+            add(bytes([0x8F, lead, trail]))
+    return found
+
+
+@cache
+def _doubtful_bytes() -> re.Pattern[bytes]:
+    """The byte sequences of characters that have others as well, in some encoding."""
+    trails: dict[int, set[bytes]] = {}
+    for encoding in _MANY_TO_ONE:
+        for forms in _byte_forms(encoding).values():
+            for form in forms if len(forms) > 1 else ():
+                trails.setdefault(form[0], set()).add(form[1:])
+    return re.compile(b"|".join(
+        re.escape(bytes([lead])) + b"[" + b"".join(map(re.escape, sorted(ends))) + b"]"
+        for lead, ends in trails.items()
+    ))
+
+
+@lru_cache(maxsize=1 << 16)
+def _rounded(cell: str) -> tuple[tuple[str, ...], ...]:
+    """A long number rounded to its digits, and then to its decimals (see above); nothing for what
+    is none."""
+    text = value(cell)
+    if (len(text) <= DIGITS and "E" not in text) or not text[-1].isdigit() or " " in text:
+        return ()
+    try:
+        number = Decimal(text)
+        if not number.is_finite():
+            return ()
+        if abs(number) > EXACT:
+            double = float(number)
+            is_new = math.isfinite(double) and Decimal(repr(double)) != number
+            return ((repr(double),),) * 2 if is_new else ()
+        last = number.adjusted() - DIGITS + 1
+        if len(number.as_tuple().digits) <= DIGITS or number == number.to_integral_value():
+            return ()
+        decimals = max(last, -DECIMALS) if number.adjusted() >= LEAST else last
+        return _nearest(number, min(last, 0)), _nearest(number, min(decimals, 0))
+    except ArithmeticError:  # no number, or one with an exponent beyond all measure
+        return ()
+
+
+def _nearest(number: Decimal, exponent: int) -> tuple[str, ...]:
+    """The multiple of 10^exponent that is nearest, or both if the number lies half-way."""
+    unit, context = Decimal((0, (1,), exponent)), Context(prec=len(number.as_tuple().digits) + 2)
+    below = number.quantize(unit, ROUND_FLOOR, context)
+    beyond = context.subtract(number, below).scaleb(-exponent, context)
+    both = str(below), str(context.add(below, unit))
+    if abs(beyond - HALF) <= HALF_WAY:
+        return both
+    return both[beyond > HALF :][:1]
 
 
 def keys(table: Table, key: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -321,13 +602,37 @@ def canonical(name: str) -> str:
     if not name.isprintable():
         name = _UNSEEN.sub("", name)
     if name.isascii():
-        return " ".join(name.lower().replace("`", "'").split())
-    text = _normalised(name.translate(_PUNCTUATION) if _MARKS.search(name) else name).casefold()
-    return " ".join(_normalised(text).split())
+        text = name.lower().replace("`", "'")
+    else:
+        marked = _plain_marks(name)
+        text = _normalised(marked)
+        if text is not marked:
+            text = _plain_marks(text)
+        folded = text.casefold()
+        if folded != text:
+            text = _normalised(folded).replace("i\u0307", "i")
+        text = text.replace("ı", "i")
+    if "x00" in text or "_xfff" in text:
+        text = _unescaped(text)
+    return " ".join(text.split())
+
+
+def _plain_marks(text: str) -> str:
+    return _MARKS.sub(lambda found: _PLAIN[found[0]], text)
 
 
 def _normalised(text: str) -> str:
     return text if unicodedata.is_normalized("NFKC", text) else unicodedata.normalize("NFKC", text)
+
+
+def _unescaped(text: str) -> str:
+    """Workbooks write a control character as _x000D_, and _x005F_x000D_ for that text itself.
+    openpyxl takes x005F_ away wherever it stands."""
+    before = ""
+    while text != before:
+        before = text
+        text = _UNSEEN.sub("", unescaped(text.replace("x005f_", "")))
+    return text
 
 
 @lru_cache(maxsize=1 << 16)
@@ -342,6 +647,8 @@ def written(cell: str) -> str:
     text = canonical(cell)
     if text.lstrip("+-") == "nan":
         return ""
+    if text[4:5] == "-" and (moment := _DATE.fullmatch(text)):
+        return _moment(*moment.groups(""))
     if " " in text:
         return text
     try:
@@ -349,3 +656,12 @@ def written(cell: str) -> str:
     except ArithmeticError:  # no number, or one with an exponent beyond all measure
         return text
     return str(abs(number) if number.is_zero() else number)
+
+
+def _moment(day: str, minute: str, second: str, fraction: str, zone: str) -> str:
+    """A date with a time as one text; a date alone for its midnight."""
+    fraction = fraction.rstrip("0")
+    time = f"{minute}:{second or '00'}" + f".{fraction}" * bool(fraction)
+    if re.fullmatch("z|[+-]00:?00", zone):
+        zone = ""
+    return day if time + zone == "00:00:00" else f"{day} {time}{zone}"

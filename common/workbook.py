@@ -2,15 +2,21 @@
 
 Values are those that Excel computed last; numbers, yes and no and dates have the form that other
 formats give (common/cells.py). Rows that are hidden or filtered out are rows like the others.
+Control characters in text stand in the file as `_x000D_` (ST_Xstring, ECMA-376 part 1, 22.9.2.19):
+they are characters again in what is read. That very text, `_x005F_x000D_` in the file, cannot be
+told from them where openpyxl takes `x005F_` away, which is nearly everywhere; every other `_xHHHH_`
+is text.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,12 @@ from silotune.common.errors import DataError
 
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 BLOCK = 1 << 20  # bytes
+# Of what XML cannot hold, and the mark of what is none. openpyxl writes other such text as it is.
+ESCAPE = re.compile("_x(00[01][0-9A-F]|005F|FFF[EF])_", re.IGNORECASE)
+LARGEST = 1 << 53  # up to here a floating-point number holds every whole number
+DIGITS = 12  # of a larger number that it may have
+LONG = ("a number beyond 2^53 with more than 12 digits, as identifiers have: workbooks keep 15 to "
+        "17 digits of a number, so it may be another one by now")
 ERROR = "an error of Excel's, such as #N/A, or a formula without a value, where a value is expected"
 
 
@@ -28,7 +40,7 @@ def rows(path: Path, _: object) -> Iterator[Row]:
 
     Raises:
         DataError: it is no workbook, has several sheets with cells in them, or cells that hold an
-            error or a formula that was never computed.
+            error, a formula that was never computed, or a number so long that digits may be lost.
     """
     try:
         with warnings.catch_warnings():
@@ -43,6 +55,11 @@ def rows(path: Path, _: object) -> Iterator[Row]:
     except Exception:  # openpyxl raises what it meets in a damaged file
         raise _damaged(path) from None
     yield from found
+
+
+def unescaped(text: str) -> str:
+    """Text with the control characters that its escapes stand for: 'a_x000D_' is 'a\\r'."""
+    return ESCAPE.sub(lambda found: chr(int(found[1], 16)), text) if "_x" in text.lower() else text
 
 
 def _damaged(path: Path) -> DataError:
@@ -62,9 +79,10 @@ def _rows(path: Path) -> list[Row]:
     try:
         found: dict[str, list[Row]] = {}
         wrong: list[int] = []
+        long: list[int] = []
         for sheet in book.worksheets:
             beside = formulas[sheet.title] if formulas is not None else None
-            own = _rows_of(sheet, beside, wrong)
+            own = _rows_of(sheet, beside, wrong, long)
             if own:
                 found[sheet.title] = own
     finally:
@@ -76,18 +94,24 @@ def _rows(path: Path) -> list[Row]:
             f"Data file {path.name} has {len(found)} sheets with cells in them: keep the one with "
             "the records, or save it as .csv.", code="E311", local=f"sheets: {', '.join(found)}",
         )
-    if wrong:
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise DataError(
-            f"Data file {path.name} has {ERROR}: row{'s' * (len(wrong) > 1)} "
-            f"{', '.join(map(str, wrong[:10]))}{more}. Correct those cells.", code="E311",
-        )
+    _refuse(path, wrong, ERROR, "Correct those cells.")
+    _refuse(path, long, LONG, "Write that column as text, from the source that had all digits.")
     return next(iter(found.values()), [])
 
 
-def _rows_of(sheet: Any, formulas: Any, wrong: list[int]) -> list[Row]:
+def _refuse(path: Path, lines: list[int], what: str, mend: str) -> None:
+    """DataError if there are such rows."""
+    if lines:
+        more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise DataError(
+            f"Data file {path.name} has {what}: row{'s' * (len(lines) > 1)} "
+            f"{', '.join(map(str, lines[:10]))}{more}. {mend}", code="E311",
+        )
+
+
+def _rows_of(sheet: Any, formulas: Any, wrong: list[int], long: list[int]) -> list[Row]:
     """formulas: the same sheet with formulas in place of their values, if it has any. wrong takes
-    the numbers of rows with a cell that has no value."""
+    the numbers of rows with a cell that has no value, long those of rows with a number too long."""
     found: list[Row] = []
     width = 0
     sheet.reset_dimensions()  # some programs write them wrongly
@@ -103,6 +127,8 @@ def _rows_of(sheet: Any, formulas: Any, wrong: list[int]) -> list[Row]:
         )
         if bad:
             wrong.append(line)
+        if any(_may_have_lost_digits(one.value) for one in cells):
+            long.append(line)
         while row and not row[-1] and (len(row) > width or not found):
             row.pop()
         if not any(row) and not bad:
@@ -112,8 +138,16 @@ def _rows_of(sheet: Any, formulas: Any, wrong: list[int]) -> list[Row]:
     return found
 
 
+def _may_have_lost_digits(value: object) -> bool:
+    if not isinstance(value, int | float) or not LARGEST < abs(value) < math.inf:
+        return False
+    return len(Decimal(repr(value)).normalize().as_tuple().digits) > DIGITS
+
+
 def _text(one: Any) -> str:
     value = one.value
+    if isinstance(value, str):
+        value = unescaped(value)
     if isinstance(value, datetime):
         from openpyxl.styles.numbers import is_datetime
 
