@@ -44,10 +44,8 @@ NOUNS = {
     "server": ("silotune.server.cli", "run the server of a federation"),
     "site": ("silotune.client.cli", "run a site"),
 }
-# What `contract validate` asks, named for the same reason: what a site would refuse of a contract,
-# and where the folder of a packaged model is.
+# What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
 CONTRACT_CHECK = "silotune.client.contract_check"
-MODEL_SOURCES = "silotune.simulations.data"
 
 
 class Nouns(click.Group):
