@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from silotune.common.contract import Contract
     from silotune.common.reading import Reading
 
+CLOSE_CODE = 0.8  # codes are short: one of four characters in common says nothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
@@ -96,7 +97,8 @@ def explain(code: str, as_json: bool) -> None:
     code = code.upper()
     if code not in CODES:
         raise UsageError(
-            f"There is no code '{code}'.{did_you_mean(code, CODES)} Known: {', '.join(CODES)}."
+            f"There is no code '{code}'.{did_you_mean(code, CODES, CLOSE_CODE)} "
+            f"Known: {', '.join(CODES)}."
         )
     emit({"code": code, "text": CODES[code]}, as_json, f"{code}  {CODES[code]}")
 
@@ -182,8 +184,8 @@ def main() -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        echo("Stopped.", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        echo(str(error) or "Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
         if debug:

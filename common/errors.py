@@ -190,7 +190,7 @@ class RunError(SilotuneError):
     default_code = "E601"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `known`, or ''."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Iterable[str], least: float = 0.6) -> str:
+    """' Did you mean 'x'?' for the nearest of `known`, or ''. least: how alike, from 0 to 1."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=least)
     return f" Did you mean '{near[0]}'?" if near else ""

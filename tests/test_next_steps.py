@@ -19,10 +19,14 @@ import pytest
 from silotune.client import supervisor
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
+from silotune.common.model import build
 from silotune.server import cli as server_cli
 from silotune.server import events, service
+from silotune.server.registry import Registry
 from silotune.simulations import run as simulation
-from silotune.simulations.progress import Progress
+from silotune.simulations.arms import Job
+from silotune.simulations.progress import Progress, adapter_step
+from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 from tests.test_house import ROOMS, ROOT
 
@@ -274,12 +278,45 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     folder.mkdir()
     (folder / "contract.json").write_text(table_contract.model_dump_json())
     progress = Progress({"title": "x", "metric": "auc"}, table_contract)
+    main = main_job(scene, table_contract, None)
+    progress.start([], [main], 1)
     progress.finish({
         "verdict": {"word": "usable", "lines": [], "warnings": []}, "arms": [], "seconds": 1.0,
         "metric": {"name": "auc", "label": "AUC"}, "privacy": {"sites": []}, "recipe": "x",
         "peak_memory_bytes": 0,
     }, folder)
-    assert table_contract.hash in scene.follow(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert table_contract.hash in scene.follow(said)
+    used, shown = re.findall(r"^next:.*$", said, re.M)
+    assert " contract show " in shown
+    assert "40 rows of north.csv" in scene.follow(used)
+
+
+def main_job(scene: Scene, contract: Contract, model: Path | None, rows: str = "") -> Job:
+    """A job that was carried out, on rows of the kind of task `rows`."""
+    arm, split = scene.folder / "a run" / "arms" / "federated-lora-0", scene.folder / "a split"
+    initial = build(contract, model).initial_arrays()
+    Registry.create(arm, contract).release(initial)
+    (split / "test").mkdir(parents=True)
+    if rows:
+        tiny.write(split / "test" / "north.csv", tiny.rows_of(rows, 40))
+    else:
+        scene.write_rows(split / "test" / "north.csv", 40)
+    return Job("federated-lora", 0, contract, arm, model, split, federated=True, evaluate_every=1)
+
+
+def used_adapter(scene: Scene) -> None:
+    """Of a ranking, by a model that is not in the cache; of a table in `simulated`."""
+    folder = tiny.folder_of("bert")
+    line = adapter_step(main_job(scene, tiny.contract_of("bi", "bert", folder), folder, "bi"))
+    assert "--model" in line
+    assert len(scene.follow(line, QUERY="chest pain").splitlines()) == 10
+
+
+def test_no_command_uses_the_adapter_of_tokens(scene: Scene) -> None:
+    folder = tiny.folder_of("bert")
+    job = main_job(scene, tiny.contract_of("tokens", "bert", folder), folder, "tokens")
+    assert adapter_step(job) == ""
 
 
 def interrupted(
@@ -413,6 +450,7 @@ CASES: dict[str, Callable[..., None]] = {
     "server/cli.py:_reach": no_server,
     "server/cli.py:stop": server_stop,
     "simulations/cli.py:sim_ls": recipes,
+    "simulations/progress.py:adapter_step": used_adapter,
     "simulations/progress.py:finish": simulated,
 }
 
