@@ -185,7 +185,8 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        echo(str(error) or "Stopped.", err=True)
+        # click makes an Abort of the other; who was interrupted may have said what is lost.
+        echo(str(error.__cause__ or error) or "Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
         if debug:

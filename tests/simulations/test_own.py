@@ -337,7 +337,7 @@ def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
     assert code == 130
     assert re.fullmatch(
         r"Stopped: 1 of \d+ runs were done, and their comparison is lost: a new `silotune sim run` "
-        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.\n", wrong
+        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.", wrong.strip()
     )
     code, _, wrong = run("contract", "show", table.parent / "run")
     assert code == 2
