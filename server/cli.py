@@ -457,8 +457,10 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
     lines = [f"watch:   {command('status')}", f"stop:    {command('stop', name)}"]
     if not begun:
         return "\n".join([f"Detached. The run {name} has not begun; Flower has it.", *lines])
+    waiting = events.standing(said).waiting
+    does = f"it is {_waiting(waiting)}, then" if waiting else "its"
     return "\n".join([
-        f"Detached. The run {name} goes on: its sites train, and each round spends ε.", *lines,
+        f"Detached. The run {name} goes on: {does} sites train, and each round spends ε.", *lines,
         f"resume:  {shlex.join(['silotune', *again])}   (once it is stopped; what it has committed "
         "is kept)",
     ])

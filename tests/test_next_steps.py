@@ -368,6 +368,18 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
     assert "adapter" in scene.says(*shlex.split(said["resume"])[1:])
 
 
+def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
+    err = interrupted(scene, monkeypatch, run, *BEGUN, {
+        "event": "waiting", "sites": ["south"], "refused": {}, "nodes": {}, "seconds": 15,
+        "of": 600,
+    })
+    assert err.startswith("Detached. The run r goes on: it is waiting for south, 15 s of 600, then "
+                          "sites train, and each round spends ε.")
+
+
 def detached(scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune) -> None:
     """A run that had stopped already."""
     err = interrupted(scene, monkeypatch, run, *BEGUN,
