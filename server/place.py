@@ -185,7 +185,7 @@ class Place:
                 problems.append(f"The contract has {other} of '{site.name}': make the sites' "
                                 "contract with `silotune server contract`.")
         if problems:
-            raise UsageError("\n".join(problems))
+            raise UsageError(" ".join(problems))
 
     def with_roster(self, draft: Contract, *, masked: bool) -> Contract:
         """The contract with the keys of the admitted sites that it names, and without the others.
