@@ -12,8 +12,10 @@ from silotune.common import contract as contracts
 from silotune.common.adapter import check, load
 from silotune.common.cli import emit, reading_options
 from silotune.common.errors import DataError, ProtocolError, UsageError
+from silotune.common.model_source import required
 
 if TYPE_CHECKING:
+    from silotune.common.contract import Contract
     from silotune.common.reading import Reading
 
 
@@ -22,9 +24,12 @@ def adapter() -> None:
     """Use the adapter of a run."""
 
 
+ADAPTER, MODEL = "adapter.safetensors", "--model FOLDER"
+MOST_NAMED = 8  # arms, in an error
 _run = click.argument("run", type=click.Path(path_type=Path))
 _data = click.argument("data", type=click.Path(path_type=Path))
-_model = click.option("--model", type=click.Path(path_type=Path), help="Folder of the base model.")
+_model = click.option("--model", type=click.Path(path_type=Path),
+                      help="Folder of the base model, if it is no packaged one.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -57,13 +62,13 @@ def watch(
     from silotune.common import model as models
     from silotune.common import watch as streams
 
-    contract = contracts.load(run / "contract.json")
+    contract = _contract(run)
     streams.check_task(contract)
     table = records.table(data, reading)
     if column:
         table = streams.ordered(table, column)
     inputs = records.unlabelled(table, contract)
-    network = models.build(contract, model)
+    network = models.build(contract, required(contract, model, MODEL))
     values = streams.told(contract, network, _arrays(run, network), inputs)
     alerts = drift.alerts(values, false_alarms)
     out.mkdir(parents=True, exist_ok=True)
@@ -114,10 +119,10 @@ def search(
     from silotune.common import records
     from silotune.common.retrieval import Index, check_contract
 
-    contract = contracts.load(run / "contract.json")
+    contract = _contract(run)
     column = check_contract(contract).second
     items = list(dict.fromkeys(records.column(records.table(data, reading), column)))
-    network = models.build(contract, model)
+    network = models.build(contract, required(contract, model, MODEL))
     found = Index(contract, network, _arrays(run, network))
     found.read(items, index)
     results: list[dict[str, Any]] = [
@@ -152,7 +157,7 @@ def answer(
     from silotune.common.language import LanguageModel
     from silotune.common.rouge import require_rouge, rouge
 
-    contract = contracts.load(run / "contract.json")
+    contract = _contract(run)
     if contract.task.kind != "language":
         raise UsageError(f"'{contract.name}' is a task of {contract.task.kind}: it has no answers.")
     table, label = records.table(data, reading), contract.task.label_column
@@ -160,7 +165,7 @@ def answer(
     wanted = records.column(table, label)[:rows] if label in table.header else None
     if wanted:
         require_rouge()  # before minutes of writing
-    network = models.build(contract, model)
+    network = models.build(contract, required(contract, model, MODEL))
     assert isinstance(network, LanguageModel)
     with network.lock:
         network.load(_arrays(run, network))
@@ -174,9 +179,20 @@ def answer(
     emit(result, as_json, "\n".join(lines))
 
 
+def _contract(run: Path) -> Contract:
+    """The contract of the run; UsageError that names its arms for a folder of `sim run`."""
+    arms = [file.parent for file in sorted((run / "arms").glob(f"*/{ADAPTER}"))]
+    if arms and not (run / ADAPTER).is_file():
+        arms.sort(key=lambda arm: not arm.name.startswith("federated"))  # what a run is about
+        more = ", …" if len(arms) > MOST_NAMED else ""
+        named = ", ".join(map(str, arms[:MOST_NAMED]))
+        raise UsageError(f"{run} has no adapter of its own, its arms have: {named}{more}.")
+    return contracts.load(run / "contract.json")
+
+
 def _arrays(run: Path, network: Any) -> Any:
     """The run's adapter; DataError unless it is the contract's."""
-    file = run / "adapter.safetensors"
+    file = run / ADAPTER
     arrays = load(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.named_tensors().items()}
     try:

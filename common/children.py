@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
+
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER, SET_NO_NEW_PRIVS = 1, 36, 38  # linux/prctl.h
 QUIET = 5  # looks in a row at which nobody is there: one that forks can hide from a single one
 MOST_PROCESSES = 1024  # of a relay's user, threads counted
@@ -119,7 +121,8 @@ def repeat_lines(
                         say(f"({lines - LINES_A_SECOND} lines were left out)")
                     second, lines = int(time.monotonic()), 0
                 lines += 1
-                text = line.decode(errors="replace")
+                # Whole colour codes first: without its first character one is text.
+                text = click.unstyle(line.decode(errors="replace"))
                 text = "".join(c for c in text if c.isprintable()).strip()
                 if text and lines <= LINES_A_SECOND:
                     say(text)

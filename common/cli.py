@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from silotune.common.contract import Contract
     from silotune.common.reading import Reading
 
+CLOSE_CODE = 0.8  # codes are short: one of four characters in common says nothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
@@ -44,10 +45,8 @@ NOUNS = {
     "server": ("silotune.server.cli", "run the server of a federation"),
     "site": ("silotune.client.cli", "run a site"),
 }
-# What `contract validate` asks, named for the same reason: what a site would refuse of a contract,
-# and where the folder of a packaged model is.
+# What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
 CONTRACT_CHECK = "silotune.client.contract_check"
-MODEL_SOURCES = "silotune.simulations.data"
 
 
 class Nouns(click.Group):
@@ -98,7 +97,8 @@ def explain(code: str, as_json: bool) -> None:
     code = code.upper()
     if code not in CODES:
         raise UsageError(
-            f"There is no code '{code}'.{did_you_mean(code, CODES)} Known: {', '.join(CODES)}."
+            f"There is no code '{code}'.{did_you_mean(code, CODES, CLOSE_CODE)} "
+            f"Known: {', '.join(CODES)}."
         )
     emit({"code": code, "text": CODES[code]}, as_json, f"{code}  {CODES[code]}")
 
@@ -184,8 +184,9 @@ def main() -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        echo("Stopped.", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click makes an Abort of the other; who was interrupted may have said what is lost.
+        echo(str(error.__cause__ or error) or "Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
         if debug:

@@ -104,6 +104,11 @@ def named(name: Path) -> Contract:
     }
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
+    if (name / "arms").is_dir():
+        raise UsageError(
+            f"{name} is a `silotune sim run` that has not ended, or was stopped: it has no "
+            "contract.json and no result. A new one begins again."
+        )
     if name.is_dir():
         raise UsageError(f"{name} is no run's folder: it has no contract.json.")
     if not name.exists() and name.suffix not in (".toml", ".json"):

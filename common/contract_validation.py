@@ -6,9 +6,10 @@ import importlib
 from pathlib import Path
 
 from silotune.common.architecture import OneHotModel
-from silotune.common.cli import CONTRACT_CHECK, MODEL_SOURCES
+from silotune.common.cli import CONTRACT_CHECK
 from silotune.common.contract import Contract
 from silotune.common.errors import SilotuneError
+from silotune.common.model_source import folder_of
 
 
 def validate(contract: Contract, folder: Path | None) -> list[str]:
@@ -23,7 +24,7 @@ def validate(contract: Contract, folder: Path | None) -> list[str]:
     """
     left_out = []
     if not isinstance(contract.model, OneHotModel):
-        folder = folder or importlib.import_module(MODEL_SOURCES).present(contract.model.name)
+        folder = folder_of(contract, folder)
         if folder is None:
             left_out = [f"not checked: [model] and [adapter], for '{contract.model.name}' is not "
                         "here; name its folder with --model"]

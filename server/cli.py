@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from silotune.common import contract as contracts
+from silotune.common import model_folder, model_source
+from silotune.common.architecture import OneHotModel
 from silotune.common.cli import emit, next_step, reading_options, reading_words, warning_lines
-from silotune.common.errors import RunError, UsageError
+from silotune.common.durable import write_durably
+from silotune.common.errors import PeerError, RunError, UsageError
 from silotune.common.journal import Journal
 from silotune.common.terminal import echo
 
 if TYPE_CHECKING:
+    from silotune.common.contract import Contract
     from silotune.common.reading import Reading
-    from silotune.server.events import Events
+    from silotune.server.events import Event, Events
     from silotune.server.place import Place
 
 FOLDER = click.option(
@@ -31,10 +36,13 @@ FOLDER = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 LOOK_SECONDS = 0.5
 SHOWN = ("loss", "accuracy", "auc")  # of the public rows
+START_SECONDS = 10.0  # until a server that is just being started answers
 FIRST_SECONDS = 120.0  # until Flower has begun a run
 BUILD_SECONDS = 1800.0  # until its process has built the model
+MODEL_HELP = "The base model's folder, if it is no packaged one."
 RUN_NAME = r"[a-z0-9][a-z0-9-]{0,63}"
 CLOSED_SUM = "does not open"
+NOT_BEGUN = "not begun"
 DIED = "The process that carried out the run ended without a word."
 
 
@@ -97,8 +105,8 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     from silotune.common import join
     from silotune.server.place import Place
 
-    found = join.load(request)
-    Place(folder).admit(found, fingerprint)
+    place, found = Place.open(folder), join.load(request)
+    place.admit(found, fingerprint)
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
     emit({"site": found.site, "public_key": found.public_key}, as_json, "\n".join([
         f"✓ {found.site} is in the roster; for the contract:", entry,
@@ -116,40 +124,60 @@ def fingerprint(folder: Path) -> None:
     $ silotune server fingerprint --folder federation
     91:0C:…
     """
+    from silotune.common import fields
     from silotune.server import authority
+    from silotune.server.place import Place
 
-    echo(authority.fingerprint((folder / "ca.crt").read_bytes()))
+    path = Place.open(folder).folder / "ca.crt"
+    try:
+        echo(authority.fingerprint(fields.read_text(path, "Certificate").encode()))
+    except ValueError:
+        raise UsageError(f"{path} holds no PEM certificate.", code="E102") from None
 
 
 @server.command("contract")
 @click.argument("draft", type=click.Path(path_type=Path))
 @click.option("--unmasked", is_flag=True, help="Without secure aggregation: the server sees each "
               "site's update by itself.")
+@click.option("--replace", is_flag=True, help="In the place of one of that name which no site has "
+              "yet, and no run.")
 @FOLDER
 @JSON
-def contract_(draft: Path, unmasked: bool, folder: Path, as_json: bool) -> None:
+def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json: bool) -> None:
     """Make the contract that the sites get: a draft with the keys of the sites in the roster.
 
     \b
     $ silotune server contract heart.toml --folder federation
     ✓ heart-diagnosis for cleveland, hungary, va-long-beach (not in the roster: switzerland)
-      the server sees sums of at least 3 of 3 sites; 3 open one
+      masks: the server sees sums of at least 3 of 3 sites; 3 open one
     sha256  3f9a…
     next:   send federation/contracts/heart-diagnosis.json to the sites; silotune server start …
     """
     from silotune.server.place import Place
 
-    place, wanted = Place(folder), contracts.load(draft)
+    place, wanted = Place.open(folder), contracts.load(draft)
     made = place.with_roster(wanted, masked=not unmasked)
-    path = place.write_contract(made)
+    path = place.write_contract(made, draft, replace=replace)
     names = [site.name for site in made.sites]
     absent = [site.name for site in wanted.sites if site.name not in names]
+    warnings, masks = list(made.warnings), f"masks: {made.masks}"
+    if made.quorum < wanted.quorum:
+        warnings.append(f"quorum: {made.quorum}, not {wanted.quorum} as in the draft: that many "
+                        "sites are in the roster")
+    if made.secure_aggregation is None and not unmasked:
+        warnings.append(masks)
+    add = [next_step(
+        "server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", "--folder", folder,
+        note=f"for {', '.join(absent)}; make the contract again afterwards, with --replace if no "
+        "site has this one",
+    )] if absent else []
     emit({"contract": str(path), "sha256": made.hash, "sites": names, "absent": absent,
-          "warnings": made.warnings}, as_json,
+          "warnings": warnings}, as_json,
          "\n".join([
              f"✓ {made.name} for {', '.join(names)}"
              + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
-             f"  {made.masks}", f"sha256  {made.hash}", *warning_lines(made),
+             *([] if masks in warnings else [f"  {masks}"]), f"sha256  {made.hash}",
+             *(f"! {warning}" for warning in warnings), *add,
              next_step("server", "start", "--folder", folder,
                        first=f"send {path} to the sites, then: "),
          ]))
@@ -169,13 +197,13 @@ def start(folder: Path, log_json: bool) -> None:
     from silotune.server.place import Place
     from silotune.server.service import Service
 
-    sys.exit(Service(Place(folder), Journal("server", as_json=log_json)).run())
+    sys.exit(Service(Place.open(folder), Journal("server", as_json=log_json)).run())
 
 
 @server.command()
 @click.argument("contract", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="The run's name; by default the contract's, with the time.")
-@click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
+@click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
 @reading_options
 @FOLDER
@@ -203,7 +231,7 @@ def run(
 @server.command()
 @click.argument("name")
 @click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
-@click.option("--model", type=click.Path(path_type=Path), help="The base model's folder.")
+@click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
 @reading_options
 @FOLDER
@@ -220,10 +248,39 @@ def resume(
     """
     from silotune.server.place import Place
 
-    path = Place(folder).runs / name / "contract.json"
+    place = Place.open(folder)
+    path = place.runs / name / "contract.json"
     if not path.is_file():
-        raise UsageError(f"{path.parent} holds no run. Runs: {', '.join(_runs(folder)) or 'none'}.")
+        states = {found["run"]: found["state"] for found in map(_standing, _runs(place))}
+        if name in states:
+            raise UsageError(f"The run '{name}' has no round to go on from ({states[name]}). Begin "
+                             f"it again: silotune server run CONTRACT --run {name}")
+        raise _unknown(place, name)
     _carry_out(folder, path, name, model, test, reading, "skip" if skip_round else "yes")
+
+
+@server.command()
+@click.argument("name", metavar="RUN")
+@FOLDER
+def stop(name: str, folder: Path) -> None:
+    """Stop a run. The open round is given up; what was committed is kept, and what a site was
+    charged stays spent.
+
+    \b
+    $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
+    ✓ heart-diagnosis-20261122-1015 is told to stop
+    """
+    from silotune.server.place import Place
+    from silotune.server.service import flwr
+
+    place = Place.open(folder)
+    if not (number := _number(place, name)).is_file():
+        raise _unknown(place, name)
+    flwr(place, "stop", number.read_text(encoding="utf-8"), "silotune")
+    echo(f"✓ {name} is told to stop")
+    if (place.runs / name / "contract.json").is_file():
+        echo(next_step("server", "resume", name, "--folder", folder,
+                       note="to go on with it, from its last whole round"))
 
 
 @server.command()
@@ -238,18 +295,29 @@ def status(folder: Path, as_json: bool) -> None:
     """
     from silotune.server.place import Place
 
-    found = [_standing(Place(folder).runs / name) for name in _runs(folder)]
+    found = [_standing(run) for run in _runs(Place.open(folder))]
     text = "\n".join(
-        f"{s['run']}   {s['round']}/{s['rounds']}   {s['state']}{_without(s['absent'])}"
+        f"{s['run']}   {s['round']}/{s['rounds'] or '–'}   {s['state']}{_without(s['absent'])}"
         for s in found
     )
     emit({"runs": found}, as_json, text or "no run yet")
 
 
-def _runs(folder: Path) -> list[str]:
-    from silotune.server.place import Place
+def _runs(place: Place) -> list[Path]:
+    """The folders of all runs, also of those that ended before their first round."""
+    files = [file for name in ("contract.json", "events.jsonl")
+             for file in place.runs.glob(f"*/{name}")]
+    return sorted({file.parent for file in files})
 
-    return sorted(path.parent.name for path in Place(folder).runs.glob("*/contract.json"))
+
+def _unknown(place: Place, name: str) -> UsageError:
+    runs = ", ".join(run.name for run in _runs(place))
+    return UsageError(f"There is no run '{name}'. Runs: {runs or 'none'}.")
+
+
+def _number(place: Place, name: str) -> Path:
+    """The file with Flower's own number of a run."""
+    return place.folder / "flwr" / "apps" / f"{name}.run-id"
 
 
 def _standing(folder: Path) -> dict[str, Any]:
@@ -260,6 +328,9 @@ def _standing(folder: Path) -> dict[str, Any]:
     found = standing(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
         state = "done"
+    elif not (folder / "contract.json").is_file():
+        state = f"failed before its first round: {found.code} {found.why}"
+        state = state if found.why else NOT_BEGUN
     elif not found.why and held(folder):
         state = "running"
     else:
@@ -267,7 +338,7 @@ def _standing(folder: Path) -> dict[str, Any]:
     if state == "running" and found.waiting:
         state = _waiting(found.waiting)
     return {"run": folder.name, "round": max(found.committed, default=0), "rounds": found.planned,
-            "state": state, "absent": dict(found.absent)}
+            "state": state, "code": found.code, "absent": dict(found.absent)}
 
 
 def _carry_out(
@@ -277,42 +348,43 @@ def _carry_out(
     """Hand a run to Flower and repeat what its events say until it ends."""
     from silotune.server.events import Events
     from silotune.server.fab import write_app
-    from silotune.server.metrics import answers
     from silotune.server.place import Place
     from silotune.server.service import flwr
 
-    place = Place(folder)
+    place = Place.open(folder)
     where = place.runs / name
     if not resume and (where / "contract.json").exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
     agreed = contracts.load(contract)
     for line in warning_lines(agreed):
         echo(line, err=True)
+    if not resume:  # a site may have been removed since: a run goes on without it
+        place.check_sites(agreed)
+    base = _model(agreed, model)
     if test is not None:  # what is wrong with its rows is said now, on this screen
         from silotune.common import records
 
         records.read(test, agreed, reading)
+    _reach(place)
     events, rounds, token = Events(where), agreed.rounds, secrets.token_hex(8)
     events.new()  # what was before
     app = write_app(
-        place.folder / "flwr" / "apps" / name, contract=contract, model=model, run=name,
+        place.folder / "flwr" / "apps" / name, contract=contract, model=base, run=name,
         runs=place.runs, resume=resume, test=test, reading=reading, token=token,
     )
-    end = time.monotonic() + FIRST_SECONDS
-    while not answers("127.0.0.1", place.settings.link_port) and time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)  # it may just be starting
     more = [word for option, value in (("--model", model), ("--test", test)) if value
             for word in (option, str(value))]
     more += shlex.split(reading_words(reading, "--{key} {value}"))
     again = ["server", "resume", name, "--folder", str(folder), *more]
-    flower_run = ""
+    number = ""
     try:
         said = flwr(place, "run", app.resolve(), "silotune", "--format", "json")
-        flower_run = json.loads(said)["run-id"]
+        number = str(json.loads(said)["run-id"])
+        write_durably(_number(place, name), number.encode())
         echo(f"run {name}")
         adapter = _follow(where, events, rounds, token)
     except KeyboardInterrupt:
-        echo(_detached(place, name, flower_run, shlex.join(["silotune", *again])), err=True)
+        echo(_detached(place, name, number, token, again), err=True)
         sys.exit(130)
     except RunError as error:
         if (where / "contract.json").is_file():
@@ -325,23 +397,99 @@ def _carry_out(
     echo(f"adapter  {adapter}")
 
 
-def _detached(place: Place, name: str, flower_run: str, again: str) -> str:
-    """What Ctrl-C has not done, and how to do it. flower_run: Flower's number of the run, or ""."""
-    from silotune.server.service import BIN, environment
+def _model(contract: Contract, named: Path | None) -> Path | None:
+    """The folder of the contract's base model, if it has one; DataError if that is another model,
+    or not there."""
+    found = model_source.required(contract, named, "--model FOLDER")
+    if found is None:
+        return None
+    assert not isinstance(contract.model, OneHotModel)
+    model_folder.check(found, contract.model.sha256)
+    return found
 
-    folder = str(place.folder)
-    watch = shlex.join(["silotune", "server", "status", "--folder", folder])
-    if not flower_run:
-        return f"Detached before the run {name} had a number; it may have begun: {watch}"
-    kept = environment(place)
-    words = [f"{key}={shlex.quote(kept[key])}" for key in ("FLWR_HOME", "FLWR_TELEMETRY_ENABLED")]
-    stop = shlex.join([str(BIN / "flwr"), "stop", flower_run, "silotune"])
+
+def _reach(place: Place) -> None:
+    """Wait a moment for the server, which may just be starting; PeerError E406 if it is not."""
+    from silotune.server.metrics import answers
+
+    words, said = ["server", "start", "--folder", str(place.folder)], False
+    end = time.monotonic() + START_SECONDS
+    while not answers("127.0.0.1", place.settings.link_port):
+        if not said:
+            echo(f"waiting for the server ({shlex.join(['silotune', *words])})", err=True)
+            said = True
+        if time.monotonic() > end:
+            echo(next_step(*words, note="in another terminal; it runs until it is stopped"))
+            raise PeerError(f"No server answers at {place.link}.", code="E406")
+        time.sleep(LOOK_SECONDS)
+
+
+def _detached(place: Place, name: str, number: str, token: str, again: Sequence[str]) -> str:
+    """What Ctrl-C has not done, and how to do it; what became of the run, if it has ended.
+
+    number: Flower's own of the run, or "". token: of the process that is to carry it out. again:
+    the command that resumes it.
+    """
+    from silotune.server import events, registry
+
+    where = place.runs / name
+
+    def command(*words: str) -> str:
+        return shlex.join(["silotune", "server", *words, "--folder", str(place.folder)])
+
+    said = events.Events(where).new()
+    end, begun = _end_of(said, token)
+    if end is None and begun and not registry.held(where):
+        end = {"event": "failed", "code": "E603", "why": DIED}
+    if not number and not begun and end is None:
+        return f"Detached before the run {name} had a number; it may have begun: " + command(
+            "status"
+        )
+    if end is None and not begun and (why := _ended_in_flower(place, number)):
+        end = {"event": "refused", "code": "E605", "why": why}
+        events.append(where, **{"what" if k == "event" else k: v for k, v in end.items()},
+                      token=token)
+    if end is not None and end["event"] == "released":
+        return f"The run {name} is done: {where / 'adapter.safetensors'}"
+    if end is not None:
+        resume = [next_step(*again)] if (where / "contract.json").is_file() else []
+        return "\n".join([f"The run {name} has ended: {end['code']} {end['why']}", *resume])
+    lines = [f"watch:   {command('status')}", f"stop:    {command('stop', name)}"]
+    if not begun:
+        return "\n".join([f"Detached. The run {name} has not begun; Flower has it.", *lines])
+    waiting = events.standing(said).waiting
+    does = f"it is {_waiting(waiting)}, then" if waiting else "its"
     return "\n".join([
-        f"Detached. The run {name} goes on: its sites train, and each round spends ε.",
-        f"watch:   {watch}",
-        f"stop:    {' '.join(words)} {stop}",
-        f"resume:  {again}   (once it is stopped; what it has committed is kept)",
+        f"Detached. The run {name} goes on: {does} sites train, and each round spends ε.", *lines,
+        f"resume:  {shlex.join(['silotune', *again])}   (once it is stopped; what it has committed "
+        "is kept)",
     ])
+
+
+def _end_of(said: Sequence[Event], token: str) -> tuple[Event | None, bool]:
+    """How the process with this token ended its run, None if it has not; whether it has begun it.
+    """
+    begun = False
+    for event in said:
+        own, kind = event.get("token") == token, event["event"]
+        begun |= own and kind == "taken"
+        if (own and kind == "refused") or (begun and kind in ("released", "stopped", "failed")):
+            return event, begun
+    return None, begun
+
+
+def _ended_in_flower(place: Place, number: str) -> str:
+    """A sentence, if Flower has ended the run of this number; "" if not, or if it cannot say."""
+    from silotune.server.service import flwr
+
+    try:
+        said = flwr(place, "list", "silotune", "--run-id", number, "--format", "json")
+        status = str(json.loads(said)["runs"][0]["status"])
+    except (PeerError, ValueError, LookupError, TypeError):
+        return ""
+    if not status.startswith("finished"):
+        return ""
+    return f"Flower ended it before its first round ({status}); see what the server says."
 
 
 def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
@@ -350,6 +498,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
     token: of the process that is to carry it out. Another one may be writing here, too.
     """
     from silotune.server.disk import no_room
+    from silotune.server.events import append
     from silotune.server.registry import held
 
     end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
@@ -369,9 +518,12 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
             if kind in ("stopped", "failed"):
                 raise RunError(event["why"], code=event["code"])
         if not ours and time.monotonic() > end:
-            raise no_room(where.parent) or RunError(
-                "Flower did not begin the run; see what the server says."
+            late = no_room(where.parent) or RunError(
+                "Flower did not begin the run; see what the server says.", code="E605"
             )
+            with contextlib.suppress(OSError):  # so that `server status` shows it
+                append(where, "refused", code=late.code, why=str(late), token=token)
+            raise late
         alone = alone + 1 if ours and not held(where) else 0
         if alone > 2:  # what it said last has been read since
             raise no_room(where) or RunError(DIED, code="E603")

@@ -81,6 +81,7 @@ class Standing:
     committed: set[int] = field(default_factory=set)
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
     why: str = ""  # it stopped, and was not resumed since
+    code: str = ""  # of that
     waiting: Mapping[str, Any] = field(default_factory=dict)  # of the last event, if it is that
     absent: Mapping[str, str] = field(default_factory=dict)  # sites, and why
     released: bool = False
@@ -96,6 +97,7 @@ def standing(events: list[Event]) -> Standing:
         found.waiting = event if kind == "waiting" else {}
         if kind == "run":  # a resumed run begins with another
             found.planned, found.why, found.absent = int(event["rounds"]), "", {}
+            found.code = ""
         elif kind == "absent":
             found.absent = event["sites"]
         elif kind == "committed":
@@ -104,8 +106,9 @@ def standing(events: list[Event]) -> Standing:
                 found.seconds, found.timed = found.seconds + at - since, found.timed + 1
         elif kind == "rejected":
             found.rejected[str(event["site"]), str(event["code"])] += 1
-        elif kind in ("stopped", "failed"):
-            found.why = str(event["why"])
+        elif kind in ("stopped", "failed") or (kind == "refused" and not found.planned):
+            # A process that could not take up a run leaves it as it was.
+            found.why, found.code = str(event["why"]), str(event.get("code", ""))
         elif kind == "released":
             found.released = True
         if kind == "skipped":  # its commit follows at once and took no time

@@ -6,6 +6,7 @@ nginx.conf  nginx/  flwr/  state.db  runs/
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -56,6 +57,17 @@ class ServerSettings(Frozen):
 @dataclass(frozen=True)
 class Place:
     folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Place:
+        """The server that a folder holds; UsageError E102 if this user can read none there."""
+        if not os.access(folder / "server.toml", os.R_OK):
+            raise UsageError(
+                f"{folder} holds no server: there is no server.toml that can be read. Name the "
+                "server's folder with --folder, or make a server: `silotune server init`.",
+                code="E102",
+            )
+        return cls(folder)
 
     @property
     def settings(self) -> ServerSettings:
@@ -159,6 +171,21 @@ class Place:
         write_durably(path, request.model_dump_json(indent=1).encode())
         return path
 
+    def check_sites(self, contract: Contract) -> None:
+        """UsageError that names each site of a contract whose updates could not count: it is not in
+        the roster, or the contract does not have its key."""
+        keys = {request.site: request.public_key for request in self.roster()}
+        problems = []
+        for site in contract.sites:
+            if site.name not in keys:
+                problems.append(f"'{site.name}' is not in the roster: add its request with "
+                                "`silotune server add`.")
+            elif site.public_key != keys[site.name]:
+                other = "no key" if site.public_key is None else "another key"
+                problems.append(f"The contract has {other} of '{site.name}': make the sites' "
+                                "contract with `silotune server contract`.")
+        if problems:
+            raise UsageError(" ".join(problems))
 
     def with_roster(self, draft: Contract, *, masked: bool) -> Contract:
         """The contract with the keys of the admitted sites that it names, and without the others.
@@ -185,14 +212,24 @@ class Place:
             secure_aggregation={"threshold": threshold}, quorum=max(found.quorum, threshold)
         )
 
-    def write_contract(self, contract: Contract) -> Path:
-        """contracts/<name>.json, which every site gets. UsageError if another has the name."""
+    def write_contract(self, contract: Contract, draft: Path, *, replace: bool = False) -> Path:
+        """contracts/<name>.json, which every site gets. draft: the file that it was made of.
+
+        replace: if another contract has the name. UsageError without it, or if a run has used that
+        other one.
+        """
         path = self.folder / "contracts" / f"{contract.name.replace(' ', '-')}.json"
-        if path.exists() and contracts.load(path).hash != contract.hash:
-            raise UsageError(
-                f"{path} is another contract, which sites may have permitted. Give this one "
-                "another name."
-            )
+        if path.exists() and (old := contracts.load(path).hash) != contract.hash:
+            used = [file.parent.name for file in sorted(self.runs.glob("*/contract.json"))
+                    if contracts.load(file).hash == old]
+            other = f"Give this one another name: the key `name` in {draft}."
+            if used:
+                raise UsageError(f"{path} is the contract of the run {', '.join(used)}. {other}")
+            if not replace:
+                raise UsageError(
+                    f"{path} is another contract, which sites may have permitted. {other} If no "
+                    "site has that contract yet, replace it with --replace."
+                )
         path.parent.mkdir(mode=0o700, exist_ok=True)
         write_durably(path, contract.model_dump_json(indent=1, exclude_none=True).encode())
         return path

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -16,12 +18,13 @@ from silotune.common import children, monitor
 from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, UsageError
 from silotune.common.journal import Journal, Source
-from silotune.server.metrics import ServerMonitor, answers
+from silotune.server.metrics import PROBE_SECONDS, ServerMonitor, answers
 from silotune.server.place import Place
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120.0
 DRAIN_SECONDS = 20.0
+ANSWERED = re.compile(r"\[uvicorn\.access\].* [1-3]\d\d$")  # a request that was as it should be
 
 
 class Service:
@@ -41,9 +44,7 @@ class Service:
         if nginx is None:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
         folder, settings = self.place.folder.resolve(), self.place.settings
-        for host, port in (("127.0.0.1", settings.link_port), (settings.reachable, settings.port)):
-            if answers(host, port):
-                raise UsageError(f"Port {port} is in use. Does a server run here already?")
+        self.check_ports()
         served = self._serve_metrics()
         temporary = None
         try:
@@ -73,11 +74,36 @@ class Service:
             if served is not None:
                 served.close()
 
+    def check_ports(self) -> None:
+        """UsageError for a port of server.toml that is taken: by this folder's own server, or by
+        another program."""
+        settings = self.place.settings
+        for key, host, port in (("link_port", "127.0.0.1", settings.link_port),
+                                ("port", settings.reachable, settings.port)):
+            if not answers(host, port):
+                continue
+            taken = f"{key} = {port} in {self.place.folder / 'server.toml'} is in use"
+            if self._is_ours(host, port):
+                raise UsageError(f"{taken}: this folder's own server runs already.")
+            raise UsageError(f"{taken} by another program: end that one, or set another {key}.")
+
+    def _is_ours(self, host: str, port: int) -> bool:
+        """Whether what answers there shows this server's certificate."""
+        own = (self.place.folder / "server.crt").read_text(encoding="utf-8")
+        try:
+            shown = ssl.get_server_certificate((host, port), timeout=PROBE_SECONDS)
+        except OSError:
+            return False
+        return ssl.PEM_cert_to_DER_cert(shown) == ssl.PEM_cert_to_DER_cert(own)
+
     def _serve_metrics(self) -> monitor.Monitor | None:
         if (port := self.place.settings.metrics_port) is None:
             return None
         shown = ServerMonitor(self.place, self._runs)
-        return monitor.serve(port, shown.collect, shown.health)
+        try:
+            return monitor.serve(port, shown.collect, shown.health)
+        except UsageError as error:
+            raise UsageError(f"{error} It is metrics_port in server.toml.") from None
 
     def _runs(self, name: str) -> bool:
         process = self._processes.get(name)
@@ -105,7 +131,13 @@ class Service:
         )
         self._processes[name] = process
         # nginx repeats what strangers send to it.
-        children.repeat_lines(process, partial(self.say, source=name))
+        children.repeat_lines(process, partial(self.repeat, name))
+
+    def repeat(self, name: Source, line: str) -> None:
+        """Say what a process said; not each request that Flower answered, which would hide what
+        this server says itself."""
+        if not ANSWERED.search(line):
+            self.say(line, source=name)
 
     def _wait_for(self, name: str, host: str, port: int) -> None:
         """PeerError if the process ends before it answers on the port, or never does."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ from rich.text import Text
 from silotune.common.architecture import OneHotModel
 from silotune.common.cli import next_step
 from silotune.common.contract import Contract
+from silotune.common.inputs import PairInput
 from silotune.common.lengths import Lengths
 from silotune.common.metrics import METRICS
+from silotune.common.model_source import folder_of
 from silotune.common.plan import epsilon_text
 from silotune.common.terminal import escaped
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import Job, JobResult
 
 BAR = 12
+WIDE = 160  # columns of what is no terminal and does not say by COLUMNS how many it has
+# What uses the adapter of a task: a verb of `silotune adapter`, the package that it needs, and the
+# extra that has it.
+USES = {
+    **dict.fromkeys(("classification", "multi-label", "regression"), ("watch", "river", "monitor")),
+    "ranking": ("search", "", ""), "language": ("answer", "rouge_score", "llm"),
+}
 GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
 PLAIN = Console()  # for measuring
 Columns = list[tuple[str, list[str]]]  # a title and a cell for each row
@@ -52,20 +62,20 @@ class Progress:
         self.console = EscapingConsole(
             highlight=False, markup=False, soft_wrap=True, quiet=quiet
         )
-        if not self.console.is_terminal:
-            self.console.width = 160
+        if not self.console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+            self.console.width = WIDE
         self._live: Live | None = None
         self._jobs: list[Job] = []
         self._main: tuple[str, int] = ("", 0)
         self._rounds: dict[tuple[str, int], int] = {}
         self._cost_done = self._cost_all = 0.0
-        self._began = time.monotonic()
+        self._began = self._started = time.monotonic()
         self._finished = 0
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
         """Show that something of unknown length goes on."""
-        with self.console.status(f"fetching and checking {what}"):
+        with self.console.status(what):
             yield
 
     def start(
@@ -75,7 +85,8 @@ class Progress:
         """The header: model, data, what is to be said of the data, plan."""
         c, say = self.contract, self.console.print
         records = sum(int(k["train"]) + int(k["test"]) for k in counts)
-        say(f"Silotune · CPU, {os.cpu_count()} cores · nothing keeps running afterwards")
+        where = f"{os.cpu_count()} cores, device {jobs[0].performance.device}"
+        say(f"Silotune · {where} · nothing keeps running afterwards")
         model = "one-hot public bins"
         if not isinstance(c.model, OneHotModel):
             model = f"{c.model.name} (sha256 {c.model.sha256[:4]}…)"
@@ -107,10 +118,11 @@ class Progress:
         )
         self._jobs, self._main = jobs, (jobs[0].arm, jobs[0].repeat)
         self._cost_all = sum(job.cost for job in jobs)
-        self._began = time.monotonic()
+        self._began = self._started = time.monotonic()
         if self.console.is_terminal:
-            self._live = Live(Text(""), console=self.console, transient=True, refresh_per_second=4)
-            self._live.start()
+            self._live = Live(get_renderable=self._status, console=self.console, transient=True,
+                              refresh_per_second=4)
+            self._live.start(refresh=True)
 
     def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None:
         """One committed round of any run; those of the main run become lines."""
@@ -119,11 +131,9 @@ class Progress:
         self._cost_done += cost
         if (arm, repeat) == self._main:
             self.console.print(self._line(facts))
-        self._refresh()
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
-        self._refresh()
         if not self.console.is_terminal:
             self.console.print(
                 f"done {self._finished}/{len(self._jobs)}: {result.arm}, repeat "
@@ -148,12 +158,24 @@ class Progress:
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        say(next_step("contract", "show", folder), markup=False)
+        if self._jobs and (line := adapter_step(self._jobs[0])):
+            say(line)
+        say(next_step("contract", "show", folder))
 
     def stop(self) -> None:
         """Give the terminal back, whatever happened."""
         if self._live:
             self._live.stop()
+
+    def interrupted(self, folder: Path) -> str:
+        """What is left of a run that was stopped, in sentences; "" before it began."""
+        if not self._jobs:
+            return ""
+        return (
+            f"Stopped: {self._finished} of {len(self._jobs)} runs were done, and their comparison "
+            "is lost: a new `silotune sim run` begins again. What they wrote is in "
+            f"{folder / 'arms'}."
+        )
 
     def _metric_label(self) -> str:
         return METRICS[str(self.facts["metric"])]
@@ -176,19 +198,42 @@ class Progress:
     def _left(self) -> str:
         if self._cost_done < 0.02 * self._cost_all:
             return ""  # too early for a rate
-        seconds = (time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1)
-        minutes, rest = divmod(round(max(0.0, seconds)), 60)
-        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+        return _clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
 
-    def _refresh(self) -> None:
-        if self._live:
-            share = self._cost_done / self._cost_all if self._cost_all else 0
-            self._live.update(
-                Text(
-                    f"comparing: {self._finished} of {len(self._jobs)} runs done, "
-                    f"{100 * share:.0f} %, {self._left()} left"
-                )
-            )
+    def _status(self) -> Text:
+        """The live line, as it is now."""
+        since = _clock(time.monotonic() - self._started)
+        if not self._cost_done:
+            return Text(f"starting {len(self._jobs)} runs, {since}")
+        left = self._left()
+        return Text(
+            f"comparing: {self._finished} of {len(self._jobs)} runs done, "
+            f"{100 * self._cost_done / self._cost_all:.0f} %, {since} so far"
+            + (f", {left} left" if left else "")
+        )
+
+
+def adapter_step(job: Job) -> str:
+    """The line that uses a run's adapter on rows that it was tested by; "" if no command does."""
+    contract, files = job.contract, sorted((job.data / "test").glob("*.csv"))
+    verb, package, extra = USES.get(contract.task.kind, ("", "", ""))
+    more: list[object] = []
+    if verb == "search":
+        if not isinstance(contract.input, PairInput) or contract.input.by != "bi":
+            return ""
+        more = ["QUERY"]
+    if not verb or not files:
+        return ""
+    if job.model_folder is not None and folder_of(contract, None) != job.model_folder:
+        more += ["--model", job.model_folder]
+    missing = package and find_spec(package) is None
+    return next_step("adapter", verb, job.folder, files[0], *more,
+                     note=f"needs: pip install 'silotune[{extra}]'" if missing else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -7,14 +7,17 @@ import multiprocessing as mp
 import os
 import platform
 import queue
+import re
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +31,7 @@ from silotune.common.errors import (
     DataError,
     RefusalError,
     RunError,
+    SilotuneError,
     UsageError,
     did_you_mean,
 )
@@ -44,6 +48,8 @@ from silotune.simulations.progress import Progress
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.summary import summarise
 
+AT_LEAST_ONE = ("repeats", "cheap_repeats", "evaluate_every", "processes")
+REFUSED = ("compile",)  # as Performance says, so it is not offered
 OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
 
 
@@ -89,7 +95,7 @@ class Options:
             except ValueError:
                 kind = {int: "a whole number", _flag: "true or false"}.get(readers[key], "a number")
                 raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
-            if key in ("repeats", "cheap_repeats", "evaluate_every") and int(value) < 1:
+            if key in AT_LEAST_ONE and int(value) < 1:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
         options.performance = _performance(computing)
         options.reading = Reading.of(
@@ -113,9 +119,14 @@ def computing(words: tuple[str, ...]) -> Performance:
 def _setting(word: str, known: list[str]) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals or key not in known:
+        offered = sorted(set(known) - set(REFUSED))
+        rounds = (
+            " Rounds are the contract's: `silotune sim export RECIPE --rounds N --out FOLDER` "
+            "writes a contract with others."
+        ) if key == "rounds" else ""
         raise UsageError(
-            f"'{word}' is not a setting. Use key=value with one of: {', '.join(known)}."
-            + did_you_mean(key, known)
+            f"'{word}' is not a setting. Use key=value with one of: {', '.join(offered)}."
+            + (rounds or did_you_mean(key, offered))
         )
     return key, value
 
@@ -155,7 +166,7 @@ def run(
     arms = _chosen(arms_of(contract, recipe.facts["arms"]), options.arms)
     progress = Progress(recipe.facts, contract, quiet=quiet)
     _set_aside(folder)
-    with progress.busy(f"data {recipe.facts['title']}"):
+    with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
         counts, rows, notes = recipe.rows(folder)
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
@@ -164,22 +175,16 @@ def run(
     _check_figure(recipe.facts["metric"], contract, rows)
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
-        with progress.busy(f"model {contract.model.name}"):
+        with progress.busy(f"fetching and checking model {contract.model.name}"):
             model_folder = options.model or data.fetch(contract.model.name)
     measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
-    progress.start(counts, jobs, processes, notes, measured)
-    try:
-        results = run_jobs(jobs, processes, progress, check=True)
-    except RefusalError as error:
-        if error.code == "E205" and recipe.contract.secure_aggregation is None:
-            raise RefusalError(
-                f"{error} The masks are the simulation's: masked=false runs without.", code="E205"
-            ) from None
-        raise
-    finally:
-        progress.stop()
+    results = _results(
+        jobs, processes, progress, folder,
+        partial(progress.start, counts, jobs, processes, notes, measured),
+        own_masks=recipe.contract.secure_aggregation is None,
+    )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
@@ -220,6 +225,34 @@ def run(
     write_report(result, folder / "report.html")
     progress.finish(result, folder)
     return result
+
+
+def _results(
+    jobs: list[Job], processes: int, progress: Progress, folder: Path, start: Callable[[], None], *,
+    own_masks: bool,
+) -> list[JobResult]:
+    """Of all jobs. start: shows the plan, once nothing of it would be refused. own_masks: they are
+    the simulation's, the contract has none."""
+    waiting = ExitStack()
+    waiting.enter_context(progress.busy("checking the plan"))
+
+    def checked() -> None:
+        waiting.close()
+        start()
+
+    try:
+        return run_jobs(jobs, processes, progress, checked=checked)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(progress.interrupted(folder)) from None
+    except RefusalError as error:
+        if error.code == "E205" and own_masks:
+            raise RefusalError(
+                f"{error} The masks are the simulation's: masked=false runs without.", code="E205"
+            ) from None
+        raise
+    finally:
+        waiting.close()
+        progress.stop()
 
 
 def _chosen(arms: list[Arm], names: Sequence[str]) -> list[Arm]:
@@ -301,10 +334,11 @@ class Watcher(Protocol):
 
 
 def run_jobs(
-    jobs: list[Job], processes: int, progress: Watcher, *, check: bool = False
+    jobs: list[Job], processes: int, progress: Watcher, *,
+    checked: Callable[[], object] | None = None,
 ) -> list[JobResult]:
-    """All jobs over a pool of processes; each loads the base model once. check: whether to ask
-    first, of all of them, what a site would refuse."""
+    """All jobs over a pool of processes; each loads the base model once. checked: is called before
+    the first one, and once it is known that no site would refuse any of them; None: nobody asks."""
     context = mp.get_context("spawn")
     channel = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -313,11 +347,12 @@ def run_jobs(
         processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
     ) as executor:
         try:
-            if check:
+            if checked is not None:
                 distinct = list({job.contract.hash: job for job in jobs}.values())
                 parts = [distinct[start::processes] for start in range(processes)]
                 for asked in [executor.submit(pool.check, part) for part in parts if part]:
                     asked.result()
+                checked()
             pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
             while pending:
                 done, pending = wait(pending, timeout=0.1)
@@ -325,13 +360,20 @@ def run_jobs(
                 for future in done:
                     results.append(future.result())
                     progress.done(results[-1])
-        except BaseException:
+        except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
             for child in mp.active_children():
                 child.terminate()
+            if isinstance(error, SilotuneError):
+                _name_settings_as_typed(error)
             raise
     _drain(channel, progress)
     return results
+
+
+def _name_settings_as_typed(error: SilotuneError) -> None:
+    """Without the section that they have in a site's policy (performance.device)."""
+    error.args = (re.sub(r"\bperformance\.(?=[a-z])", "", str(error)),)
 
 
 def _drain(channel: Any, progress: Watcher) -> None:

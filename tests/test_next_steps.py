@@ -19,10 +19,14 @@ import pytest
 from silotune.client import supervisor
 from silotune.common.contract import Contract
 from silotune.common.errors import RunError
+from silotune.common.model import build
 from silotune.server import cli as server_cli
-from silotune.server import service
+from silotune.server import events, service
+from silotune.server.registry import Registry
 from silotune.simulations import run as simulation
-from silotune.simulations.progress import Progress
+from silotune.simulations.arms import Job
+from silotune.simulations.progress import Progress, adapter_step
+from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 from tests.test_house import ROOMS, ROOT
 
@@ -102,6 +106,18 @@ class Scene:
         return self.says("server", "add", "a site/north.request.json", "--fingerprint", print_,
                          "--folder", "server")
 
+    def add_south(self) -> None:
+        made = json.loads(self.says("site", "init", "--name", "south", "--folder", "b", "--json"))
+        self.says("server", "add", made["request"], "--fingerprint", made["fingerprint"],
+                  "--folder", "server")
+
+    def federation(self) -> Path:
+        """The contract of a server that has both of its sites."""
+        self.added()
+        self.add_south()
+        made = self.says("server", "contract", "draft.toml", "--folder", "server", "--json")
+        return Path(json.loads(made)["contract"])
+
 
 @pytest.fixture
 def scene(
@@ -180,17 +196,59 @@ def server_add(scene: Scene) -> None:
 
 def server_contract(scene: Scene) -> None:
     scene.added()
-    scene.follow(scene.says("server", "contract", "draft.toml", "--folder", "server"))
+    said = scene.says("server", "contract", "draft.toml", "--folder", "server")
+    scene.follow(said)
+    add = "\n".join(line for line in said.splitlines() if " server add " in line)
+    made = json.loads(scene.says("site", "init", "--name", "south", "--folder", "b", "--json"))
+    assert "south is in the roster" in scene.follow(
+        add, REQUEST=made["request"], FINGERPRINT=made["fingerprint"]
+    )
+    scene.says("server", "contract", "draft.toml", "--folder", "server", code=2)
+    again = scene.says("server", "contract", "draft.toml", "--folder", "server", "--replace")
+    assert "small for north, south" in again
+
+
+def no_server(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = scene.federation()
+    monkeypatch.setattr(server_cli, "START_SECONDS", 0.0)
+    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: False)
+    scene.follow(scene.says("server", "run", contract, "--folder", "server", code=1))
+
+
+def server_stop(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the run that was stopped, the resumed one ends."""
+    contract = scene.federation()
+    told = started(monkeypatch)
+    monkeypatch.setattr(server_cli, "_follow", lambda where, *_: where / "adapter.safetensors")
+    scene.says("server", "run", contract, "--folder", "server", "--run", "r")
+    where = scene.folder / "server" / "runs" / "r"
+    where.mkdir()
+    (where / "contract.json").write_text(contract.read_text())
+    said = scene.says("server", "stop", "r", "--folder", "server")
+    assert told[-1] == ("stop", "17", "silotune")
+    assert "adapter" in scene.follow(said)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, status: str = "running") -> list[tuple[str, ...]]:
+    """A server that takes every run, as Flower's number 17; what it was told."""
+    told: list[tuple[str, ...]] = []
+
+    def flwr(_: Any, *words: str | Path) -> str:
+        told.append(tuple(map(str, words)))
+        return json.dumps({"run-id": "17", "runs": [{"status": status}]})
+
+    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: True)
+    monkeypatch.setattr(service, "flwr", flwr)
+    return told
 
 
 def stopped_run(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract
 ) -> None:
     """`server run` that stopped; the resumed one does not."""
-    scene.server()
+    contract = scene.federation()
     ends: list[RunError | None] = []
-    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "1"}')
+    started(monkeypatch)
 
     def follow(where: Path, *_: Any) -> Path:
         where.mkdir(parents=True, exist_ok=True)
@@ -203,7 +261,7 @@ def stopped_run(
     scene.write_rows(scene.folder / "public rows.csv", 20)
     for sentence in ("below the quorum", f"a sum {server_cli.CLOSED_SUM}"):
         ends[:] = [RunError(sentence, code="E402"), None, None]
-        said = scene.says("server", "run", "draft.toml", "--folder", "server", "--test",
+        said = scene.says("server", "run", contract, "--folder", "server", "--test",
                           "public rows.csv", "--run", f"r{len(sentence)}", code=1)
         assert ("--skip-round" in said) == (server_cli.CLOSED_SUM in sentence)
         for line in re.findall(r"^next:.*$", said, re.M):
@@ -220,12 +278,173 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     folder.mkdir()
     (folder / "contract.json").write_text(table_contract.model_dump_json())
     progress = Progress({"title": "x", "metric": "auc"}, table_contract)
+    main = main_job(scene, table_contract, None)
+    progress.start([], [main], 1)
     progress.finish({
         "verdict": {"word": "usable", "lines": [], "warnings": []}, "arms": [], "seconds": 1.0,
         "metric": {"name": "auc", "label": "AUC"}, "privacy": {"sites": []}, "recipe": "x",
         "peak_memory_bytes": 0,
     }, folder)
-    assert table_contract.hash in scene.follow(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert table_contract.hash in scene.follow(said)
+    used, shown = re.findall(r"^next:.*$", said, re.M)
+    assert " contract show " in shown
+    assert "40 rows of north.csv" in scene.follow(used)
+
+
+def main_job(scene: Scene, contract: Contract, model: Path | None, rows: str = "") -> Job:
+    """A job that was carried out, on rows of the kind of task `rows`."""
+    arm, split = scene.folder / "a run" / "arms" / "federated-lora-0", scene.folder / "a split"
+    initial = build(contract, model).initial_arrays()
+    Registry.create(arm, contract).release(initial)
+    (split / "test").mkdir(parents=True)
+    if rows:
+        tiny.write(split / "test" / "north.csv", tiny.rows_of(rows, 40))
+    else:
+        scene.write_rows(split / "test" / "north.csv", 40)
+    return Job("federated-lora", 0, contract, arm, model, split, federated=True, evaluate_every=1)
+
+
+def used_adapter(scene: Scene) -> None:
+    """Of a ranking, by a model that is not in the cache; of a table in `simulated`."""
+    folder = tiny.folder_of("bert")
+    line = adapter_step(main_job(scene, tiny.contract_of("bi", "bert", folder), folder, "bi"))
+    assert "--model" in line
+    assert len(scene.follow(line, QUERY="chest pain").splitlines()) == 10
+
+
+def test_no_command_uses_the_adapter_of_tokens(scene: Scene) -> None:
+    folder = tiny.folder_of("bert")
+    job = main_job(scene, tiny.contract_of("tokens", "bert", folder), folder, "tokens")
+    assert adapter_step(job) == ""
+
+
+def interrupted(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune, *said: dict[str, Any],
+    status: str = "running",
+) -> str:
+    """What Ctrl-C on `server run` says, when the run's process has said this before: `own` stands
+    for its token. status: what Flower says of it."""
+    contract = scene.federation()
+    started(monkeypatch, status)
+
+    def follow(where: Path, _: Any, __: Any, token: str) -> Path:
+        for facts in said:
+            own = {"token": token} if facts.get("own") else {}
+            more = {k: v for k, v in facts.items() if k not in ("own", "event")}
+            if facts["event"] == "taken":
+                (where / "contract.json").write_text(contract.read_text())
+            events.append(where, facts["event"], **more, **own)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_cli, "_follow", follow)
+        code, _, err = run("server", "run", contract, "--folder", "server", "--run", "r")
+    assert code == 130
+    return err
+
+
+BEGUN: tuple[dict[str, Any], ...] = (
+    {"event": "starting", "own": True}, {"event": "taken", "own": True},
+    {"event": "run", "rounds": 3},
+)
+
+
+def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
+    monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
+    err = interrupted(scene, monkeypatch, run, *BEGUN)
+    assert err.splitlines()[0] == (
+        "Detached. The run r goes on: its sites train, and each round spends ε."
+    )
+    said = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", err, re.M))
+    assert "r   0/3   running" in scene.says(*shlex.split(said["watch"])[1:])
+    told = started(monkeypatch)
+    scene.says(*shlex.split(said["stop"])[1:])
+    assert told == [("stop", "17", "silotune")]
+    monkeypatch.setattr(server_cli, "_follow", lambda where, *_: where / "adapter.safetensors")
+    assert "adapter" in scene.says(*shlex.split(said["resume"])[1:])
+
+
+def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
+    err = interrupted(scene, monkeypatch, run, *BEGUN, {
+        "event": "waiting", "sites": ["south"], "refused": {}, "nodes": {}, "seconds": 15,
+        "of": 600,
+    })
+    assert err.startswith("Detached. The run r goes on: it is waiting for south, 15 s of 600, then "
+                          "sites train, and each round spends ε.")
+
+
+def detached(scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune) -> None:
+    """A run that had stopped already."""
+    err = interrupted(scene, monkeypatch, run, *BEGUN,
+                      {"event": "stopped", "code": "E402", "why": "Too few sites."})
+    assert err.startswith("The run r has ended: E402 Too few sites.")
+    monkeypatch.setattr(server_cli, "_follow", lambda where, *_: where / "adapter.safetensors")
+    assert "adapter" in scene.follow(err)
+
+
+def test_ctrl_c_on_a_run_whose_process_died_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    err = interrupted(scene, monkeypatch, run, *BEGUN)
+    assert err.startswith("The run r has ended: E603 ")
+
+
+def test_ctrl_c_on_a_run_that_was_done_names_its_adapter(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    err = interrupted(scene, monkeypatch, run, *BEGUN, {"event": "released"})
+    assert err == "The run r is done: server/runs/r/adapter.safetensors\n"
+
+
+def test_ctrl_c_on_a_run_that_failed_before_its_first_round_says_so_and_status_shows_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    err = interrupted(scene, monkeypatch, run, {
+        "event": "refused", "own": True, "code": "E314", "why": "No model."
+    })
+    assert err == "The run r has ended: E314 No model.\n"
+    assert scene.says("server", "status", "--folder", "server") == (
+        "r   0/–   failed before its first round: E314 No model.\n"
+    )
+    code, _, wrong = run("server", "resume", "r", "--folder", "server")
+    assert code == 2
+    assert "E314 No model." in wrong
+    assert "server run CONTRACT --run r" in wrong
+
+
+@pytest.mark.parametrize(("status", "says"), [
+    ("pending", "Detached. The run r has not begun; Flower has it."),
+    ("finished:failed", "The run r has ended: E605 Flower ended it before its first round"),
+])
+def test_ctrl_c_on_a_run_that_said_nothing_asks_flower_what_became_of_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune, status: str, says: str
+) -> None:
+    err = interrupted(scene, monkeypatch, run, status=status)
+    assert err.startswith(says)
+    assert "resume:" not in err
+    listed = scene.says("server", "status", "--folder", "server")
+    assert ("r   0/–   failed before its first round: E605" in listed) == ("E605" in says)
+
+
+def test_ctrl_c_before_flower_has_begun_a_run_says_that_it_may_have_begun(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
+) -> None:
+    def flwr(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    contract = scene.federation()
+    started(monkeypatch)
+    monkeypatch.setattr(service, "flwr", flwr)
+    code, _, err = run("server", "run", contract, "--folder", "server", "--run", "r")
+    assert code == 130
+    assert "it may have begun: silotune server status --folder server" in err
 
 
 CASES: dict[str, Callable[..., None]] = {
@@ -239,54 +458,13 @@ CASES: dict[str, Callable[..., None]] = {
     "server/cli.py:add": server_add,
     "server/cli.py:contract_": server_contract,
     "server/cli.py:_carry_out": stopped_run,
+    "server/cli.py:_detached": detached,
+    "server/cli.py:_reach": no_server,
+    "server/cli.py:stop": server_stop,
     "simulations/cli.py:sim_ls": recipes,
+    "simulations/progress.py:adapter_step": used_adapter,
     "simulations/progress.py:finish": simulated,
 }
-
-
-def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract, run: Silotune
-) -> None:
-    """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
-    scene.server()
-    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "17"}')
-    interrupted = [True, False]
-
-    def follow(where: Path, *_: Any) -> Path:
-        where.mkdir(parents=True, exist_ok=True)
-        (where / "contract.json").write_text(table_contract.model_dump_json())
-        if interrupted.pop(0):
-            raise KeyboardInterrupt
-        return where / "adapter.safetensors"
-
-    monkeypatch.setattr(server_cli, "_follow", follow)
-    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
-    assert (code, err.splitlines()[0]) == (
-        130, "Detached. The run r goes on: its sites train, and each round spends ε."
-    )
-    said = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", err, re.M))
-    scene.says(*shlex.split(said["watch"])[1:])
-    assert "adapter" in scene.says(*shlex.split(said["resume"])[1:])
-    home, telemetry, program, *words = shlex.split(said["stop"])
-    assert home == f"FLWR_HOME={scene.folder / 'server' / 'flwr'}"
-    assert telemetry == "FLWR_TELEMETRY_ENABLED=0"
-    assert os.access(program, os.X_OK)
-    assert words == ["stop", "17", "silotune"]
-
-
-def test_ctrl_c_before_flower_has_begun_a_run_says_that_it_may_have_begun(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
-) -> None:
-    def flwr(*_: object) -> str:
-        raise KeyboardInterrupt
-
-    scene.server()
-    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(service, "flwr", flwr)
-    code, _, err = run("server", "run", "draft.toml", "--folder", "server", "--run", "r")
-    assert code == 130
-    assert "it may have begun: silotune server status --folder server" in err
 
 
 def test_every_line_is_run() -> None:

@@ -86,6 +86,15 @@ def test_another_ca_than_the_one_read_out(folder: Path, join: Join) -> None:
     assert not (folder / "north" / "server-ca.crt").exists()
 
 
+def test_a_slip_of_the_pen_is_no_other_ca(folder: Path, join: Join) -> None:
+    done = join("--fingerprint", "AA")
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception) == (
+        "'AA' is no fingerprint: this one has 32 pairs of hexadecimal digits."
+    )
+    assert not (folder / "north" / "server-ca.crt").exists()
+
+
 def test_a_second_certificate_behind_the_compared_one_is_not_trusted(
     folder: Path, join: Join
 ) -> None:

@@ -23,6 +23,10 @@ def test_bytes_that_are_no_text_end_nothing() -> None:
     assert found == ["a \ufffd\ufffd]0;owned b", "second"]
 
 
+def test_colours_are_left_out_whole() -> None:
+    assert said(r"print('\x1b[92mINFO \x1b[0m:      ready')") == ["INFO :      ready"]
+
+
 def test_what_is_left_out_is_counted() -> None:
     found = said("import time\nfor k in range(5):\n    for i in range(2000): print(i)\n"
                  "    time.sleep(0.6)")

@@ -189,6 +189,8 @@ def test_explain_an_unknown_code(run: Callable[..., Ran]) -> None:
     assert (code, out) == (2, "")
     assert "There is no code 'E3002'. Did you mean 'E302'?" in err
     assert "E601" in err
+    for far in ("e9", "E", "E999", "x"):
+        assert "Did you mean" not in run("explain", far)[2]
 
 
 def sources() -> Iterator[ast.Module]:

@@ -49,10 +49,11 @@ def test_the_operators_commands(
     code, out, err = run("server", "contract", draft, "--folder", "server", "--unmasked")
     assert code == 0, err
     assert LARGE_DELTA in out
-    monkeypatch.setattr(server_cli, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: True)
     monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "1"}')
     monkeypatch.setattr(server_cli, "_follow", lambda *_: Path("adapter.safetensors"))
-    code, out, err = run("server", "run", draft, "--folder", "server")
+    (made,) = Path("server/contracts").iterdir()
+    code, out, err = run("server", "run", made, "--folder", "server")
     assert code == 0, err
     assert LARGE_DELTA in err
 

@@ -175,3 +175,32 @@ def test_a_stream_in_another_encoding_and_delimiter(tmp_path: Path) -> None:
     assert "set --encoding 'cp1252'" in str(refused.exception)
     found = call(run, file, "--out", tmp_path, "--json", "--encoding", "cp1252")
     assert json.loads(found.output) == expected
+
+
+def test_a_packaged_model_is_found_in_the_cache_and_another_one_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.folder_of("bert")
+    made = tiny.contract_of("classification", "bert", folder)
+    run = tmp_path / "runs" / "arms" / "federated-lora-0"
+    run.mkdir(parents=True)
+    (run / "contract.json").write_text(made.model_dump_json())
+    save_file(models.build(made, folder).initial_arrays(), run / "adapter.safetensors")
+    data = tiny.write(tmp_path / "rows.csv", tiny.rows_of("classification", 40))
+    cache: dict[str, Path] = {}
+    monkeypatch.setattr("silotune.simulations.data.present", cache.get)
+    error = call(run, data, "--out", tmp_path / "watch").exception
+    assert isinstance(error, DataError)
+    assert error.code == "E314"
+    assert "--model FOLDER" in str(error)
+    cache["tiny"] = folder
+    assert "40 rows of rows.csv" in call(run, data, "--out", tmp_path / "watch").output
+    cache["tiny"] = tiny.folder_of("bert", window=1)  # of other bytes: hash-checked as elsewhere
+    (cache["tiny"] / "vocab.txt").write_text("[PAD]\n")
+    error = call(run, data, "--out", tmp_path / "watch").exception
+    assert isinstance(error, DataError)
+    assert error.code == "E305"
+    (tmp_path / "runs" / "contract.json").write_text(made.model_dump_json())
+    error = call(tmp_path / "runs", data).exception
+    assert isinstance(error, UsageError)
+    assert str(run) in str(error)

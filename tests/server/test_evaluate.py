@@ -19,6 +19,8 @@ from silotune.common.model import build
 from silotune.common.reading import Reading
 from silotune.server.evaluate import PublicTest
 from silotune.server.fab import write_app
+from silotune.server.place import Place, ServerSettings
+from tests.server.test_place import admitted
 
 HEADER = "age,smoker,outcome\n"
 ZERO: Arrays = {"head.bias": np.zeros(2, np.float32), "head.weight": np.zeros((2, 6), np.float32)}
@@ -145,11 +147,15 @@ def test_the_app_reads_the_public_rows_as_the_command_does(
 def test_what_is_wrong_with_the_public_rows_is_said_before_the_run(
     tmp_path: Path, table_contract: Contract, run: Callable[..., tuple[int, str, str]]
 ) -> None:
+    place = admitted(
+        Place.create(tmp_path / "fed", ServerSettings(host="fl.example.org")), "north", "south"
+    )
     contract = tmp_path / "contract.json"
-    contract.write_text(table_contract.model_dump_json(exclude_none=True))
+    made = place.with_roster(table_contract, masked=False)
+    contract.write_text(made.model_dump_json(exclude_none=True))
     path = tmp_path / "test.csv"
     path.write_text("age;smoker;outcome\n70;yes;1\n30;no;maybe\n")
-    words = ("server", "run", contract, "--folder", tmp_path, "--test", path)
+    words = ("server", "run", contract, "--folder", place.folder, "--test", path)
     code, _, wrong = run(*words)
     assert (code, "E303 test.csv" in wrong, "(0, 1): row 3" in wrong) == (1, True, True)
     path.write_bytes("age;smoker;outcome\n70;yes;1\n30;no;é\n".encode("latin-1"))

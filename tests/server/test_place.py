@@ -92,8 +92,11 @@ def test_openssl_agrees(place: Place) -> None:
 def test_a_request_is_admitted_by_the_fingerprint_that_was_read_out(place: Place) -> None:
     found = request()
     assert re.fullmatch(r"([0-9A-F]{2}:){15}[0-9A-F]{2}", found.fingerprint)
-    for wrong in ("", "00", found.fingerprint[:-1], found.fingerprint + "0", request().fingerprint):
+    for wrong in (request().fingerprint, "00:" * 15 + "00"):
         with pytest.raises(UsageError, match="do not add it; phone the site"):
+            place.admit(found, wrong)
+    for wrong in ("", "00", "AA:BB", "x" * 32, found.fingerprint[:-1], found.fingerprint + "0"):
+        with pytest.raises(UsageError, match="is no fingerprint: this one has 16 pairs of"):
             place.admit(found, wrong)
     assert place.roster() == []
     place.admit(found, found.fingerprint.replace(":", " ").lower())
@@ -176,11 +179,43 @@ def test_a_contract_gets_the_keys_of_the_roster(place: Place, table_contract: Co
     assert made.quorum == 3
     assert made.secure_aggregation is not None
     assert place.with_roster(wanted, masked=False).secure_aggregation is None
-    path = place.write_contract(made)
+    path = place.write_contract(made, Path("a.toml"))
     assert contracts.load(path).hash == made.hash
-    assert place.write_contract(made) == path
-    with pytest.raises(UsageError, match="another contract"):
-        place.write_contract(made.changed(deadline_seconds=1.0))
+    assert place.write_contract(made, Path("a.toml")) == path
+
+
+def test_a_contract_is_replaced_only_when_it_is_asked_for_and_no_run_has_used_it(
+    place: Place, table_contract: Contract
+) -> None:
+    draft_, other = Path("a.toml"), table_contract.changed(deadline_seconds=1.0)
+    path = place.write_contract(table_contract, draft_)
+    with pytest.raises(UsageError, match=r"the key `name` in a\.toml.*with --replace"):
+        place.write_contract(other, draft_)
+    assert place.write_contract(other, draft_, replace=True) == path
+    assert contracts.load(path).hash == other.hash
+    (place.runs / "r1").mkdir()
+    (place.runs / "r1" / "contract.json").write_text(other.model_dump_json())
+    with pytest.raises(UsageError, match=r"the contract of the run r1\. Give this"):
+        place.write_contract(table_contract, draft_, replace=True)
+    assert contracts.load(path).hash == other.hash
+
+
+def test_sites_whose_updates_could_not_count_are_named(
+    place: Place, table_contract: Contract
+) -> None:
+    admitted(place, "north", "south")
+    made = place.with_roster(draft(table_contract, "north", "south"), masked=False)
+    place.check_sites(made)
+    keyed = made.model_dump(mode="json")["sites"]
+    changed = made.changed(sites=[
+        keyed[0] | {"public_key": None}, keyed[1] | {"public_key": "1" * 64}, {"name": "east"},
+    ])
+    with pytest.raises(UsageError) as caught:
+        place.check_sites(changed)
+    assert "\n" not in str(caught.value)
+    for problem in ("The contract has no key of 'north': ", "The contract has another key of "
+                    "'south': ", "'east' is not in the roster: "):
+        assert problem in str(caught.value)
 
 
 def test_a_contract_for_nobody_in_the_roster(place: Place, table_contract: Contract) -> None:

@@ -285,7 +285,7 @@ class InProcess:
         future: Future[Any] = Future()
         try:
             future.set_result(function(*args))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             future.set_exception(error)
         return future
 
@@ -310,10 +310,45 @@ def test_a_device_that_is_not_there_stops_a_simulation_before_it_computes(
     table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran]
 ) -> None:
     contract_of(table)
-    code, _, wrong = run(*few(table, "run", "device=cuda"))
+    code, said, wrong = run(*few(table, "run", "device=cuda"))
     assert code == 1
-    assert "E309 performance.device is 'cuda'" in wrong
+    assert "E309 device is 'cuda'" in wrong
+    assert "Plan" not in said
     assert not (table.parent / "run" / "arms").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
+    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, left = contract_of(table), [True]
+
+    def work(job: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return pool_work(job)
+
+    pool_work = pool.work
+    monkeypatch.setattr(pool, "work", work)
+    monkeypatch.setattr(run_module, "wait", one_at_a_time)
+    code, _, wrong = run(*few(table, "run"))
+    assert code == 130
+    assert re.fullmatch(
+        r"Stopped: 1 of \d+ runs were done, and their comparison is lost: a new `silotune sim run` "
+        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.", wrong.strip()
+    )
+    code, _, wrong = run("contract", "show", table.parent / "run")
+    assert code == 2
+    assert "has not ended, or was stopped: it has no contract.json and no result" in wrong
+    assert file.exists()
+
+
+def one_at_a_time(pending: set[Future[Any]], **_: object) -> tuple[Any, Any]:
+    """What has a result comes before what was interrupted."""
+    first = min(pending, key=lambda future: future.exception() is not None)
+    return {first}, pending - {first}
 
 
 @pytest.mark.usefixtures("in_process")

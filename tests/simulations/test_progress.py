@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,12 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from silotune.simulations.progress import result_tables
+from silotune.common.contract import Contract
+from silotune.server.rounds import RoundFacts
+from silotune.simulations import progress as progress_module
+from silotune.simulations.arms import Job
+from silotune.simulations.progress import Progress, result_tables
+from tests.conftest import Ran
 
 LABELS = (
     "Always the majority class", "Federated DP-LoRA", "Alone, DP-LoRA, same plan",
@@ -110,3 +119,69 @@ def test_one_site_more_makes_rows_of_them() -> None:
     """There is one width, and not a range of them, at which the layout changes."""
     wide = [len(lines_of(result_of(HOSPITALS, 8, 3), width)) == 9 for width in range(60, 200, 5)]
     assert len(list(itertools.groupby(wide))) == 2
+
+
+# The live line
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def round_of(number: int) -> RoundFacts:
+    return RoundFacts(number, ("north",), {}, {}, 0, 0, 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(progress_module, "time", found)
+    return found
+
+
+def job_of(contract: Contract) -> Job:
+    return Job("federated-lora", 0, contract, Path("arm"), None, Path("split"), federated=True,
+               evaluate_every=1)
+
+
+def test_something_is_shown_at_once_and_no_time_left_without_a_time(
+    table_contract: Contract, clock: Clock
+) -> None:
+    shown = Progress({"title": "x", "metric": "auc"}, table_contract)
+    jobs = [job_of(table_contract)] * 100
+    shown.console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    shown.start([], jobs, 1)
+    shown.stop()
+    assert isinstance(shown.console.file, io.StringIO)
+    assert "starting 100 runs, 0s" in shown.console.file.getvalue()
+    clock.now = 95.0
+    assert shown._status().plain == "starting 100 runs, 1m35s"
+    shown.round("alone", 0, jobs[0].cost / 3, round_of(1))
+    assert shown._status().plain == "comparing: 0 of 100 runs done, 0 %, 1m35s so far"
+    clock.now = 100.0
+    assert "left" not in shown._status().plain
+    shown.round("alone", 0, 10 * jobs[0].cost, round_of(2))
+    assert re.search(r"10 %, 1m40s so far, \d+s left$", shown._status().plain)
+
+
+def test_a_pipe_has_the_width_that_columns_says(
+    table_contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"title": "x", "metric": "auc"}
+    for columns, width in (("80", 80), ("", 160), ("wide", 160)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert Progress(facts, table_contract).console.width == width
+
+
+@pytest.mark.parametrize("words", [["sim", "ls"], ["data", "ls"]])
+def test_no_name_overruns_its_column(words: list[str], run: Callable[..., Ran]) -> None:
+    lines = run(*words)[1].splitlines()
+    rows = json.loads(run(*words, "--json")[1])
+    key = "title" if words[0] == "sim" else "about"
+    both = zip(lines, rows, strict=False)  # `sim ls` says what to do next, too
+    assert len({line.index(row[key], len(row["name"])) for line, row in both}) == 1

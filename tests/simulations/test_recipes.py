@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from silotune.client.accounting import epsilon, plan
 from silotune.client.masking import check_bound
 from silotune.common.architecture import OneHotModel
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import ContractError, DataError, UsageError
 from silotune.common.inputs import TableInput
 from silotune.common.performance import Performance
 from silotune.simulations import data
@@ -26,6 +27,7 @@ from silotune.simulations.masks import masked
 from silotune.simulations.recipe import load_recipe, recipe_names
 from silotune.simulations.run import Options, _set_aside, computing
 from silotune.simulations.tables import TABLES
+from tests.conftest import Ran
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +127,8 @@ def test_rows_are_the_same_with_other_releases_of_pandas(
         (("epsilon=abc",), "'epsilon' must be a number, got 'abc'"),
         (("repeats=1.5",), "'repeats' must be a whole number, got '1.5'"),
         (("repeats=0",), "'repeats' must be at least 1"),
+        (("processes=0",), "'processes' must be at least 1, got '0'"),
+        (("rounds=3",), "Rounds are the contract's: `silotune sim export RECIPE --rounds N"),
         (("epsilonn=3",), "Did you mean 'epsilon'"),
         (("epsilon",), "key=value"),
     ],
@@ -134,6 +138,23 @@ def test_a_wrong_setting_is_one_sentence(words: tuple[str, ...], says: str) -> N
         Options.parse(words)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_settings_that_are_offered_are_sorted_and_none_of_them_is_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        Options.parse(("x",))
+    offered = str(error.value).partition("one of: ")[2].rstrip(".").split(", ")
+    assert offered == sorted(offered)
+    assert {"device", "epsilon", "data"} <= set(offered)
+    assert "compile" not in offered
+    with pytest.raises(ContractError, match="compile = true is refused"):
+        Options.parse(("compile=true",))
+
+
+def test_a_study_needs_a_process(run: Callable[..., Ran]) -> None:
+    code, _, wrong = run("sim", "compare", "heart-methods", "--processes", "0")
+    assert code == 2
+    assert "--processes" in wrong
 
 
 def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:

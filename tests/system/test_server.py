@@ -98,7 +98,7 @@ def enrol(operator: Operator, site: str) -> None:
     made = json.loads(operator.silotune("site", "init", "--name", site, "--folder", site, "--json"))
     request = json.loads((operator.folder / made["request"]).read_text())
     assert set(request) == {"format", "site", "public_key", "node_key"}
-    wrong = "00" + made["fingerprint"][2:] if made["fingerprint"][:2] != "00" else "11"
+    wrong = ("11" if made["fingerprint"].startswith("00") else "00") + made["fingerprint"][2:]
     said = operator.silotune(
         "server", "add", made["request"], "--fingerprint", wrong, "--folder", "server", ok=False
     )
