@@ -96,6 +96,8 @@ CODES: dict[str, str] = {
     "variables it names, the server, or the user's rights. What the server said is on your screen.",
     "E313": "Records were not prepared: rows do not fit the contract and [prepare] in site.toml "
     "does not say what to do with them. The report lists all of them by row number.",
+    "E314": "Each entity in the texts lies beyond the tokens that the model reads, so that nothing "
+    "can be learnt. Raise model.max_tokens in the contract, or split the texts.",
     "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",
     "E402": "A site did not answer within the contract's deadline; of a run: fewer sites answered "
@@ -179,6 +181,11 @@ class ProtocolError(SilotuneError):
 
 class RunError(SilotuneError):
     default_code = "E601"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """'1 row', '2,000 rows'; many: where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
