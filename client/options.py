@@ -21,7 +21,7 @@ class _PolicyFile(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        path = super().convert(value, param, ctx)
+        path = Path(str(super().convert(value, param, ctx)))
         if not path.is_dir():
             return path
         if not (path / POLICY).is_file():

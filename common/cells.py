@@ -29,7 +29,7 @@ FIXED_BELOW = 10**15  # larger ones are written as their source's type has them:
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # Numbers as people write them that are not read, for one country's separator is another's comma.
 SEPARATED = re.compile(r"[+-]?[0-9]+(?:[_,.'’ \u00a0\u2009\u202f][0-9]+)+")
-UNREAD = "; digit separators and decimal commas, as in 1_030 and 1,5, are not read"
+UNREAD = "; digit separators and decimal commas, as in 1_000 and 0,5, are not read"
 # Not one with leading zeros or an exponent: those may be codes.
 DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]*)\.[0-9]+")
 # Control characters other than tab and the ends of lines, and those of them beyond ASCII: for both

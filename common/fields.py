@@ -71,7 +71,8 @@ def as_toml(value: Any) -> str:
     """A text, number, flag or list as it stands in TOML."""
     import tomlkit
 
-    return tomlkit.item(value).as_string()
+    text: str = tomlkit.item(value).as_string()
+    return text
 
 
 def kind_or(default: str) -> Callable[[Any], str | None]:

@@ -232,7 +232,7 @@ CASES: dict[str, Callable[..., None]] = {
     "client/cli.py:init": site_init,
     "client/cli.py:_sign": site_sign,
     "client/cli.py:check": site_check,
-    "client/prepare_cli.py:prepare": site_prepare,
+    "client/prepare_cli.py:_prepare": site_prepare,
     "client/privacy_cli.py:export": privacy_export,
     "common/contract_cli.py:new": contract_new,
     "server/cli.py:init": server_init,
