@@ -273,7 +273,8 @@ def start(
     from silotune.common import query
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
-    found, policy = Site.at(config.resolve()), policies.load(config)
+    Site.at(config)
+    policy = policies.load(config)
     if policy.server is None:
         raise UsageError(
             f"{config} has no [server]: "
@@ -291,7 +292,7 @@ def start(
             "names begin with SILOTUNE_ alone."
         )
     sys.exit(
-        Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run()
+        Supervisor(Site(config.resolve()), file, policy.server, users, journal, metrics_port, secrets).run()
     )
 
 

@@ -397,7 +397,7 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
         return [Check("lengths", "ok", f"no text is longer than the model's {limit}")]
     local = lengths_.sentence
     if every > 1:
-        local = f"of every {every}th record: {local}"
+        local = f"one record in {every} was measured: {local}"
     text = f"texts are longer than the model's {limit}: what is beyond is not read"
     fix = "ask the operator to raise model.max_tokens in the contract, or split the texts"
     if lengths_.all_lost:
