@@ -291,9 +291,8 @@ def start(
             f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
             "names begin with SILOTUNE_ alone."
         )
-    sys.exit(
-        Supervisor(Site(config.resolve()), file, policy.server, users, journal, metrics_port, secrets).run()
-    )
+    found = Site(config.resolve())
+    sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
 
 
 @site.command()
