@@ -250,8 +250,11 @@ def _permission(policy: Policy, contract: Contract, site: Site) -> list[Check]:
     if not refusals:
         return [Check("permission", "ok", "the policy permits this contract")]
     return [
-        Check("permission", "problem", str(refusal), "if the records' owner agrees, "
-              + _in_policy(site, "change [permits]"), refusal.code)
+        Check(
+            "permission", "problem", str(refusal), "ask the operator for a contract that fits, or, "
+            f"if the records' owner agrees, {_then_sign(site, f'change {site.config}')}",
+            refusal.code,
+        )
         for refusal in refusals
     ]
 
@@ -308,10 +311,12 @@ def _fix_of_model(site: Site, policy: Policy, contract: Contract, error: Silotun
             return "ask the operator to correct [model] and [adapter] of the contract"
         return _in_policy(site, f"name the folder of '{name}' as folder in [model]")
     sources = importlib.import_module(MODEL_SOURCES)
-    if name not in sources.SOURCES:
-        return _in_policy(site, f"put folder = \"…\", the folder of '{name}', in [model]")
+    source = sources.SOURCES.get(name)
+    if source is None or (source.converted or source.sha256) != contract.model.sha256:
+        return _in_policy(site, "take the model from where the operator has it, and put "
+                          f"folder = \"…\", the folder of '{name}', in [model]")
     fetch = "" if sources.present(name) else f"{command('data', 'fetch', name)}, then "
-    folder = as_toml(str(sources.SOURCES[name].path))
+    folder = as_toml(str(source.path))
     return (f"{fetch}" + _in_policy(site, f"put folder = {folder} in [model]")
             + "   (the worker's user must be able to read that folder; a copy of it will do)")
 
@@ -380,8 +385,7 @@ def _columns(found: records.Table, contract: Contract) -> tuple[Records, str]:
     if contract.privacy.entity:
         units.of_entities(found, contract.privacy.entity)
     count = counted(len(contract.columns), "column")
-    fit = "fits" if len(contract.columns) == 1 else "fit"
-    return parsed, f"{count} and the label {fit} the schema"
+    return parsed, f"{count} and the label fit the schema"
 
 
 def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:

@@ -193,6 +193,7 @@ def test_what_is_said_of_a_missing_model_works(
 
     class Source:
         path = tmp_path / "the cache" / name
+        sha256, converted = tiny.sha256(folder), ""
 
     monkeypatch.setattr(sources, "SOURCES", {name: Source})
     fix = row_of(run, site, "model")["fix"]
@@ -207,8 +208,10 @@ def test_what_is_said_of_a_missing_model_works(
     assert run(*shlex.split(sign)[1:])[0] == 0
     assert row_of(run, site, "model")["state"] == "ok"
     assert row_of(run, site, "signature")["state"] == "ok"
-    monkeypatch.setattr(sources, "SOURCES", {})
     edit(site, line, "")
+    Source.sha256 = "0" * 64  # another model of that name
+    assert f"the folder of '{name}', in [model]" in row_of(run, site, "model")["fix"]
+    monkeypatch.setattr(sources, "SOURCES", {})
     assert f"the folder of '{name}', in [model]" in row_of(run, site, "model")["fix"]
 
 
