@@ -103,7 +103,7 @@ def test_what_a_policy_must_not_say_is_told_in_one_sentence_with_its_line(
     with pytest.raises(ContractError) as error:
         policies.load(path)
     (problem,) = [p for p in error.value.problems if told in p]
-    assert re.search(r"\(site\.toml:\d+\)", problem)
+    assert re.search(rf"\({re.escape(str(path))}:\d+\)", problem)
     assert len(problem.splitlines()) == 1
     assert error.value.code == "E103"
 
