@@ -215,6 +215,8 @@ def export(file: Path, config: Path) -> None:
     from silotune.common.durable import write_durably
 
     site = Site.at(config)
+    if file.exists():
+        raise UsageError(f"{file} is there already. Name a new file.")
     keys = Keys.load(site.keys)
     lines = list(Ledger.open(site.state, keys).export())
     write_durably(file, ("\n".join(lines) + "\n").encode())

@@ -142,6 +142,14 @@ def test_init_writes_a_path_that_is_found_from_site_toml(
     assert f"! records {found} is not there yet" in out
 
 
+def test_an_export_replaces_no_file(site: Site, run: Run) -> None:
+    file = site.folder / "records.csv"
+    before = file.read_bytes()
+    code, _, err = run("privacy", "export", file, "--config", site.config)
+    assert (code, file.read_bytes()) == (2, before)
+    assert "Name a new file." in err
+
+
 # Remedies of check -----------------------------------------------------------------------------
 
 
