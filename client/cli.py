@@ -15,19 +15,15 @@ from pathlib import Path
 
 import click
 
+from silotune.client.options import CONFIG, CONTRACT, JOIN, JOIN_NOTE, JSON, on_site
 from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
 from silotune.common import contract as contracts
-from silotune.common.cli import emit, next_step
+from silotune.common.cli import command, emit, next_step
 from silotune.common.errors import SilotuneError, UsageError
 from silotune.common.journal import Journal
-from silotune.common.terminal import echo
+from silotune.common.terminal import busy, echo
 
-CONFIG = click.option(
-    "--config", default="site.toml", type=click.Path(path_type=Path), help="The site's policy."
-)
-CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
 PORT = click.IntRange(1, 65535)
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
@@ -46,10 +42,11 @@ site.add_command(own)
 
 @site.command()
 @click.option("--name", required=True, help="This site's name in the contract.")
-@click.option("--data", default="records.csv", help="The records, a file.")
+@click.option("--data", type=click.Path(path_type=Path), help="The file with the records; by "
+              "default records.csv in the site's folder.")
 @click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where to make it.")
 @JSON
-def init(name: str, data: str, folder: Path, as_json: bool) -> None:
+def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     """Make a site: its keys, an empty ledger, and a commented policy to edit.
 
     \b
@@ -69,7 +66,7 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
     from silotune.common.durable import write_durably
-    from silotune.common.fields import Name
+    from silotune.common.fields import Name, as_toml
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -93,24 +90,33 @@ def init(name: str, data: str, folder: Path, as_json: bool) -> None:
     write_durably(made.relay / "node.pub", node.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     ) + b"\n")
+    records = data or Path("records.csv")
+    if data is not None and data.exists():  # the reader's folder counts before the site's
+        records = made.from_policy(data)
+    expected = made.folder / records
     template = (resources.files("silotune.client") / "site.toml.j2").read_text(encoding="utf-8")
     text = Environment(
         undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False  # noqa: S701
-    ).from_string(template).render(name=name, data=data.replace("\\", "\\\\").replace('"', '\\"'))
+    ).from_string(template).render(name=name, data=as_toml(str(records)))
     write_durably(made.config, text.encode())
     request = made.request(name)
     file = folder / f"{name}.request.json"
     write_durably(file, request.model_dump_json(indent=1).encode())
     facts = {
         "name": name, "config": str(made.config), "public_key": keys.public,
-        "request": str(file), "fingerprint": request.fingerprint,
+        "request": str(file), "fingerprint": request.fingerprint, "data": str(expected),
+        "data_is_there": expected.is_file(),
     }
     emit(facts, as_json, "\n".join([
         f"✓ keys made in {folder / 'keys'} (0600); they stay here",
         f"✓ policy  {made.config}",
         f"✓ request {file}, for the operator: public parts only",
+        *([] if expected.is_file() else [
+            f"! records {expected} is not there yet: put the records there, or correct data.file "
+            f"in {made.config}"
+        ]),
         f"fingerprint  {request.fingerprint}  (read it out to the operator)",
-        next_step("site", "sign", "--config", made.config, first=f"edit {made.config}, then: "),
+        next_step(*on_site(made.config, "sign"), first=f"edit {made.config}, then: "),
     ]))
 
 
@@ -127,7 +133,7 @@ def fingerprint(config: Path) -> None:
     from silotune.client.site import Site
     from silotune.common import join
 
-    found, name = Site(config), policies.load(config).name
+    found, name = Site.at(config), policies.load(config).name
     file = found.folder / f"{name}.request.json"
     request = found.request(name)
     if file.exists() and join.load(file) != request:
@@ -162,7 +168,7 @@ def join_(
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise UsageError(f"--set takes KEY=VALUE, such as data.repeated=keep, not '{wrong[0]}'.")
     found = contracts.load(contract)
-    enrol(Site(config), found, address=address, ca=ca, fingerprint=fingerprint,
+    enrol(Site.at(config), found, address=address, ca=ca, fingerprint=fingerprint,
           settings={name: value for name, _, value in pairs})
     echo(f"✓ {ca} is the CA that the operator read out")
     echo(f"✓ leaves the site: {found.leaves}")
@@ -192,7 +198,7 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
 
-    found = Site(config)
+    found = Site.at(config)
     keys = Keys.load(found.keys)
     ledger = Ledger.open(found.state, keys)
     signed = policies.sign(
@@ -207,7 +213,7 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
         "A worker that is running finishes the run it has begun, as far as this policy permits "
         "it. For another run, start it again.\n"
-        + next_step("site", "check", contract or "CONTRACT", "--config", config,
+        + next_step(*on_site(config, "check", contract or "CONTRACT"),
                     note="" if contract else "CONTRACT: the file that the operator sent"),
     )
 
@@ -228,10 +234,16 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     Not ready: 1 problem, 0 warnings. No record was sent, nothing was spent.
     """
     _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
-    if not as_json:
+    if as_json:
+        return
+    from silotune.client import policy as policies  # loads torch
+
+    if policies.load(config).server is None:
+        echo(next_step(*on_site(config, "join", contract, *JOIN), note=JOIN_NOTE))
+    else:
         echo(next_step(
-            "site", "start", contract, "--config", config, "--worker-user", "USER",
-            "--relay-user", "OTHER", note="as root; two users of this machine, made for this",
+            *on_site(config, "start", contract), "--worker-user", "USER", "--relay-user", "OTHER",
+            note="as root; two users of this machine, made for this",
         ))
 
 
@@ -253,7 +265,7 @@ def start(
     \b
     $ silotune site start heart.toml --worker-user silotune --relay-user silotune-relay
     worker is ready on /run/silotune-x1/worker.sock
-    relay is connecting to server.example.org:8000
+    relay is connecting to server.example.org:8443
     """
     from silotune.client import policy as policies
     from silotune.client.site import Site
@@ -261,13 +273,17 @@ def start(
     from silotune.common import query
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
+    Site.at(config)
     policy = policies.load(config)
     if policy.server is None:
-        raise UsageError(f"{config} has no [server]: address and ca say where to connect.")
+        raise UsageError(
+            f"{config} has no [server]: "
+            f"{command(*on_site(config, 'join', contract, *JOIN))} ({JOIN_NOTE})"
+        )
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
         _stop_unless(_preflight(config, contract, say=journal.say))
-    site_, file = Site(config.resolve()), contract.resolve()
+    file = contract.resolve()
     secrets = query.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
         # Of root's environment the policy, whose signature the worker checks later, names parts.
@@ -275,9 +291,8 @@ def start(
             f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
             "names begin with SILOTUNE_ alone."
         )
-    sys.exit(
-        Supervisor(site_, file, policy.server, users, journal, metrics_port, secrets).run()
-    )
+    found = Site(config.resolve())
+    sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
 
 
 @site.command()
@@ -391,10 +406,11 @@ def _preflight(
 ) -> bool:
     """Print the table; True when there is no problem. local: also what no log may hold; network:
     also whether the server can be reached."""
-    from silotune.client.preflight import check as rows_of
-    from silotune.client.site import Site
+    with busy(f"checking {config} against {contract}"):
+        from silotune.client.preflight import check as rows_of  # loads torch: after the line
+        from silotune.client.site import Site
 
-    rows = rows_of(Site(config), contract, network=network)
+        rows = rows_of(Site.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     warnings = sum(row.state == "warning" for row in rows)
     wide = max(len(row.name) for row in rows)

@@ -16,10 +16,19 @@ from pandera.errors import SchemaErrors
 
 from silotune.client import lineage
 from silotune.common import schema, tagging
+from silotune.common.cells import UNREAD, unread
 from silotune.common.contract import Contract
-from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput, TextInput
+from silotune.common.inputs import NumberColumn, TableInput, TextInput
 from silotune.common.records import REMEMBERED
 from silotune.common.task import Regression, Tokens
+
+REMEDIES = {
+    "outside": 'correct the cells, or set outside = "missing" in [prepare]',
+    "no target": 'fill in the column, or set missing_target = "drop" in [prepare]',
+    "target": "correct the cells, or ask the operator for a contract with these values",
+    "words": "correct the rows",
+    "key": "fill in the key, or remove the rows",
+}
 
 
 class Rule(NamedTuple):
@@ -33,19 +42,27 @@ class Rule(NamedTuple):
     code: str
     what: str
 
+    @property
+    def remedy(self) -> str:
+        """What the owner can do about cells that are refused."""
+        return REMEDIES.get(self.kind, "")
+
 
 class Columns:
     """The rules of a contract for a table with this header, which has the contract's columns."""
 
     def __init__(self, contract: Contract, header: Sequence[str]) -> None:
         self.rules: list[Rule] = []
+        self.task = contract.task
         spec, task = contract.input, contract.task
         columns: dict[str, Any] = {}
         for column in spec.columns if isinstance(spec, TableInput) else ():
-            checks = [self._cells(
-                Rule(column.name, "outside", "E302", f"allows {_allowed(column)}"),
-                partial(_fits, partial(schema.choice_of, column), schema.OutsideSchemaError),
-            )]
+            checks = [
+                self._cells(
+                    Rule(column.name, "outside", "E302", f"allows {allowed}"),
+                    partial(_not_read_as, partial(schema.misfit, column), f"allows {allowed}"),
+                ) for allowed in schema.allowed(column)
+            ]
             if isinstance(column, NumberColumn) and column.lowest is not None:
                 what = f"is below {column.lowest:g}: counts as missing"
                 checks.append(self._cells(
@@ -68,9 +85,11 @@ class Columns:
         columns[label] = pandera.Column(checks=[
             *bounds,
             self._cells(Rule(label, "no target", "E303", "is empty"), _filled),
-            self._cells(
-                Rule(label, "target", "E303", f"allows {task.answers}"),
-                lambda text: not _filled(text) or _fits(task.target, ValueError, text),
+            *(
+                self._cells(
+                    Rule(label, "target", "E303", f"allows {task.answers}{written}"),
+                    partial(self._is_target, written),
+                ) for written in (("", UNREAD) if isinstance(task, Regression) else ("",))
             ),
         ])
         entity = contract.privacy.entity
@@ -99,6 +118,12 @@ class Columns:
         self.rules.append(rule)
         return str(len(self.rules) - 1)
 
+    def _is_target(self, written: str, text: str) -> bool:
+        """Whether an answer is none of those that are refused as `written`: UNREAD or otherwise."""
+        if not _filled(text) or _fits(self.task.target, ValueError, text):
+            return True
+        return isinstance(self.task, Regression) and unread(text) != written
+
     def _cells(self, rule: Rule, fits: Callable[[str], bool]) -> pandera.Check:
         """A check of each cell; equal ones are looked at once."""
         known = lru_cache(REMEMBERED)(fits)
@@ -121,12 +146,6 @@ class Columns:
             self.rules[int(number)]: sorted(map(int, cases["index"]))
             for number, cases in found.groupby("check")
         }
-
-
-def _allowed(column: NumberColumn | CategoryColumn) -> str:
-    if isinstance(column, NumberColumn):
-        return "numbers or nothing"
-    return f"{', '.join(column.raw_values)} or nothing"
 
 
 def _filled(text: str) -> bool:

@@ -118,8 +118,8 @@ def _read_key(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"Key {path} cannot be read: {error.strerror}. `silotune site init` makes the keys of "
-            "a new site.", code="E214",
+            f"Key {path} cannot be read: {error.strerror}. Restore it from the site's backup.",
+            code="E214",
         ) from None
     if mode & 0o077:
         raise UsageError(

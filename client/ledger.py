@@ -49,7 +49,7 @@ from silotune.client.identity import Links, Origin
 from silotune.client.keys import Keys, make_private_folder
 from silotune.client.lineage import SIZE, Lineage, basis_of
 from silotune.common.durable import is_full, write_durably
-from silotune.common.errors import RefusalError
+from silotune.common.errors import RefusalError, counted
 from silotune.common.messages import Receipt
 from silotune.common.signing import verifies
 
@@ -374,10 +374,11 @@ class Ledger:
                     pass
             digests = self._digests[receipt.sequence : receipt.sequence + 1]
         if digests != [receipt.head]:
+            entries = counted(len(self.entries), "entry", "entries")
             raise RefusalError(
                 f"The server holds a receipt for entry {receipt.sequence} that this ledger "
-                f"({len(self.entries)} entries) did not give: it was rolled back, copied or "
-                "replaced. Restore the newest ledger and head; what it lacks cannot be spent anew.",
+                f"({entries}) did not give: it was rolled back, copied or replaced. "
+                "Restore the newest ledger and head; what it lacks cannot be spent anew.",
                 code="E211",
             )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from silotune.client.options import CONFIG, JSON
 from silotune.common import contract as contracts
 from silotune.common.adapter import load
 from silotune.common.cli import emit
@@ -16,11 +17,10 @@ from silotune.common.terminal import echo
 @click.command()
 @click.argument("released", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
-@click.option("--config", default="site.toml", type=click.Path(path_type=Path),
-              help="The site's policy.")
+@CONFIG
 @click.option("--out", default=Path("own"), show_default=True, type=click.Path(path_type=Path),
               help="A new folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:
     """Put what a run left at this site (`personal` in the contract, or method fedsa) into the
     adapter that it released. RELEASED is the operator's folder: contract.json,
@@ -40,7 +40,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     from silotune.common.durable import write_durably
 
     contract = contracts.load(released / "contract.json")
-    policy, ledger, _ = Site(config).open()
+    policy, ledger, _ = Site.at(config).open()
     charges = [c for c in ledger.charges.values() if c.contract == contract.hash]
     left = {
         c.run: None for c in charges

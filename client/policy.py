@@ -19,13 +19,15 @@ from silotune.client.deidentify import Deidentify
 from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
+from silotune.client.options import on_site
 from silotune.common import fields, records, sources, strict_json
 from silotune.common import query as queries
 from silotune.common.architecture import OneHotModel
+from silotune.common.cli import command
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.encodings import encoding_of
-from silotune.common.errors import DataError, RefusalError
+from silotune.common.errors import DataError, RefusalError, counted
 from silotune.common.fields import (
     Count,
     Delta,
@@ -219,21 +221,31 @@ class Policy(Frozen):
 
     def check_records(self, found: Lineage, unit: Unit = "record") -> None:
         """DataError unless the records are as many and as distinct as the owner wants."""
+        for problem in self.problems_of_records(found, unit):
+            raise problem
+
+    def problems_of_records(self, found: Lineage, unit: Unit) -> list[DataError]:
+        """In which way the records are fewer or less distinct than the owner wants."""
+        problems = []
         count, what = found.rows, "rows"
         if unit == "entity":
             count, what = len(found.fingerprints), f"entities ({', '.join(self.data.key)})"
         if count < self.permits.min_records:
-            raise DataError(
+            problems.append(DataError(
                 f"{self.data.source} has fewer {what} than permits.min_records = "
-                f"{self.permits.min_records}.", code="E304",
-            )
+                f"{self.permits.min_records}. Add records, or lower permits.min_records.",
+                code="E304",
+            ))
         if unit == "record" and found.repeated and self.data.repeated == "refuse":
-            raise DataError(
+            problems.append(DataError(
                 f"Rows of {self.data.source} are the same record more than once; the privacy "
                 "unit is one record. Name the columns that tell records apart in data.key, remove "
-                "the copies, or set data.repeated = \"keep\" if equal rows are different people.",
-                code="E307", local=f"{found.repeated} rows repeat another one.",
-            )
+                "the copies (duplicates = \"drop\" in [prepare], then `silotune site prepare`), or "
+                "set data.repeated = \"keep\" if equal rows are different people.",
+                code="E307", local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} "
+                "another one.",
+            ))
+        return problems
 
     def for_worker_of(self, started: Policy) -> Policy:
         """What this policy says of a worker that runs: its own rules, over the records, the model
@@ -310,8 +322,8 @@ class Policy(Frozen):
              f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
              f"permits.colluders = {permits.colluders}"),
             (len(contract.sites) < permits.min_sites,
-             f"{len(contract.sites)} sites are fewer than permits.min_sites = "
-             f"{permits.min_sites}"),
+             f"it has {len(contract.sites)} site{'s' * (len(contract.sites) != 1)}, fewer than "
+             f"permits.min_sites = {permits.min_sites}"),
             (contract.quorum < permits.min_quorum,
              f"a quorum of {contract.quorum} is below permits.min_quorum = {permits.min_quorum}"),
         ):
@@ -333,7 +345,7 @@ def load(path: Path) -> Policy:
 
 def parse(text: str, path: Path) -> Policy:
     """site.toml's text, as if it stood at `path`; ContractError lists every problem."""
-    policy = fields.parse(text, path.name, Policy)
+    policy = fields.parse(text, str(path), Policy)
     base = path.resolve().parent
     data = policy.data.within(base)
     model, server = policy.model, policy.server
@@ -388,25 +400,25 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     RefusalError E213 otherwise.
     """
     text = fields.read_text(path, "Policy")
-    mend = "Look at it, then let the owner sign it: silotune site sign."
+    mend = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
     try:
         found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
     except (OSError, ValueError, RecursionError):
-        raise RefusalError(f"{path.name} is not signed. {mend}", code="E213") from None
+        raise RefusalError(f"{path} is not signed. {mend}", code="E213") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     if found.policy != digest:
         raise RefusalError(
-            f"{path.name} has changed since its owner signed it. {mend}", code="E213"
+            f"{path} has changed since its owner signed it. {mend}", code="E213"
         )
     statement = Signature.statement(digest, found.serial)
     if not verifies(owner.hex(), found.signature, statement):
         raise RefusalError(
-            f"{path.name} carries a signature that is not the owner's. {mend}", code="E213"
+            f"{path} carries a signature that is not the owner's. {mend}", code="E213"
         )
     policy = parse(text, path)
     if policy.name != ledger.site:
         raise RefusalError(
-            f"{path.name} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
+            f"{path} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
             code="E213",
         )
     with ledger.writing():
@@ -422,7 +434,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
             )
         elif (last.policy, last.serial) != (digest, found.serial):
             raise RefusalError(
-                f"{path.name} is an older policy (number {found.serial}); the ledger has "
+                f"{path} is an older policy (number {found.serial}); the ledger has "
                 f"adopted number {last.serial}. {mend}", code="E213",
             )
     return policy

@@ -24,8 +24,9 @@ from silotune.client.columns import Columns, Rule
 from silotune.client.deidentify import Deidentifier, Deidentify
 from silotune.client.identity import Links, Origin, links_between
 from silotune.client.policy import Prepare
-from silotune.common import records
+from silotune.common import records, tagging
 from silotune.common.cells import BLOCK_ROWS, Builder, Row
+from silotune.common.cli import command
 from silotune.common.contract import Contract
 from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
@@ -36,20 +37,21 @@ from silotune.common.task import Language, Tokens
 
 T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
-REPLACED = "replaced"
+REPLACED, REWRITTEN = "replaced", "rewritten"
 
 
 @dataclass
 class Problem:
     """What is wrong with `count` rows, the first of them by number, and what was done about it.
 
-    Where rows are refused nothing is prepared.
+    Where rows are refused nothing is prepared. remedy: what the owner can do about those.
     """
 
     column: str
     what: str
     done: str
     code: str = ""
+    remedy: str = ""
     count: int = 0
     rows: list[int] = field(default_factory=list)
 
@@ -86,6 +88,25 @@ class Prepared:
         return len(self.raw.rows)
 
     @property
+    def warnings(self) -> list[str]:
+        """What the owner's own rules did to so much of the records that they may be wrong."""
+        found = []
+        emptied = dict.fromkeys(p.column for p in self.problems if p.done == EMPTIED)
+        for column in emptied:
+            place = self.cleaned.header.index(column)
+            if not any(cells[place] for _, cells in self.cleaned.rows):
+                found.append(
+                    f"each cell of column '{column}' is empty now, so that nothing can be learnt "
+                    'from it: correct the cells, for outside = "missing" in [prepare] emptied them'
+                )
+        left_out = self.read - len(self.table.rows)
+        if not self.refused and 2 * left_out > self.read:
+            reasons = "; ".join(f"{reason}: {n:,}" for reason, n in self.left_out.items())
+            found.append(f"more than half of the rows are left out, {left_out:,} of "
+                         f"{self.read:,} ({reasons})")
+        return found
+
+    @property
     def refused(self) -> list[Problem]:
         """What the owner has to decide first."""
         return [problem for problem in self.problems if problem.done == REFUSED]
@@ -114,8 +135,9 @@ class _Texts:
         actions = {settings.action_for(kind) for kind in settings.kinds} if settings else set()
         if "pseudonymise" in actions and key is None:
             raise UsageError(
-                "[prepare.deidentify] in site.toml: pseudonyms need the site's own key, which "
-                "`silotune site init` makes. Anybody could try names on those of a known one."
+                "[prepare.deidentify] in site.toml: pseudonyms need the site's own key, for "
+                "anybody could try names on those of a known one. Make a site: "
+                + command("site", "init", "--name", "NAME", "--folder", "FOLDER")
             )
         self.cleaner = Deidentifier(settings, key or bytes(32)) if settings else None
         columns = contract.columns if not isinstance(contract.input, TableInput) else ()
@@ -151,8 +173,8 @@ class _Texts:
 
 def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) -> Prepared:
     columns, header = Columns(contract, table.header), table.header
-    ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302")
-    found = {rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code)
+    ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302", "correct the rows")
+    found = {rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code, rule.remedy)
              for rule in columns.rules}
     places = {rule: header.index(rule.column) for rule in columns.rules}
     builder, reasons = Builder(), Counter[str]()
@@ -171,8 +193,12 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
             problem = found[rule]
             for at in misfits:
                 problem.add(rows[at][0])
+                cells = rows[at][1]
                 if problem.done == EMPTIED:
-                    rows[at][1][places[rule]] = ""
+                    cells[places[rule]] = ""
+                elif problem.done == REWRITTEN:
+                    tags = cells[places[rule]].split()
+                    cells[places[rule]] = " ".join(tagging.to_iob2(tags))
                 elif problem.done != LEFT:
                     left_out.setdefault(at, problem.sentence)
         reasons.update(left_out.values())
@@ -189,8 +215,10 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
 
 def _done(rule: Rule, rules: Prepare) -> str:
     """What the owner's rules say of cells that break a rule."""
-    if rule.kind in ("bound", "scheme"):
+    if rule.kind == "bound":
         return LEFT
+    if rule.kind == "scheme":
+        return REWRITTEN
     if rule.kind == "outside" and rules.outside == "missing":
         return EMPTIED
     if rule.kind == "no target" and rules.missing_target == "drop":

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from silotune.client.options import CONFIG, CONTRACT, on_site
 from silotune.common import contract as contracts
 from silotune.common import query
-from silotune.common.cli import emit, next_step
-from silotune.common.errors import DataError, UsageError
+from silotune.common.cli import command, emit, next_step
+from silotune.common.errors import DataError, SilotuneError, UsageError, counted
+from silotune.common.fields import as_toml
+from silotune.common.terminal import busy
 
 if TYPE_CHECKING:
     from silotune.client.counts import Charged, Counts
     from silotune.client.ledger import Ledger
-    from silotune.client.policy import Data
+    from silotune.client.policy import Data, Policy
     from silotune.client.prepare import Prepared
     from silotune.client.site import Site
+    from silotune.common.contract import Contract
     from silotune.common.records import Table
 
 MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 
 
 @click.command()
-@click.argument("contract", type=click.Path(path_type=Path))
-@click.option("--config", default="site.toml", type=click.Path(path_type=Path),
-              help="The site's policy.")
+@CONTRACT
+@CONFIG
 @click.option("--out", default=None, type=click.Path(path_type=Path),
               help="The folder to write to; 'prepared' beside site.toml.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: counts of private records.")
@@ -46,6 +50,18 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     records   prepared/records.parquet
     next:   set file = "prepared/records.parquet" in [data] of site.toml, then: silotune site sign
     """
+    with busy(f"preparing the records of {config}"):
+        facts, lines, failure = _prepare(contract, config, out)
+    emit(facts, as_json, "\n".join(lines))
+    if failure is not None:
+        raise failure
+
+
+def _prepare(
+    contract: Path, config: Path, out: Path | None
+) -> tuple[dict[str, Any], list[str], SilotuneError | None]:
+    """What is to be said of it, as facts and as lines, and why nothing was prepared if that is so.
+    """
     from silotune.client import counts, prepare_report
     from silotune.client import policy as policies
     from silotune.client import prepare as preparing
@@ -54,10 +70,14 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     from silotune.common.durable import write_durably
     from silotune.common.reading import stem_of
 
-    agreed, policy, site = contracts.load(contract), policies.load(config), Site(config)
-    ledger = _ledger(site)
+    agreed, site = contracts.load(contract), Site.at(config)
+    policy = policies.load(config)
+    again = on_site(config, "prepare", contract)
     data, folder = policy.data, out or site.folder / "prepared"
     file = folder / f"{stem_of(data.file) if data.file else policy.name}.parquet"
+    report = folder / "report.html"
+    _keep_what_is_there(data, file, report, command(*again, "--out", "FOLDER"))
+    ledger = _ledger(site)
     pseudonyms = ledger.pseudonyms_key if ledger else None
     raw = data.table()
     prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
@@ -65,55 +85,113 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
     secret = ledger.fingerprint_key if ledger else bytes(32)
     origin = preparing.origin(prepared, data.key, secret)
     charged = counts.charged(prepared.table, data.key, ledger, origin.links)
-    facts = {
+    shown = {
         "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
-        "file": str(file), "key": data.key, "notes": raw.notes, "charged": charged,
-        "made_up": counts.made_up(agreed),
+        "file": str(file), "key": data.key, "notes": (*raw.notes, *prepared.warnings),
+        "charged": charged, "made_up": counts.made_up(agreed),
         "when": time.strftime("%Y-%m-%d %H:%M"), "numbering": _numbering(data),
-        "rules": ", ".join(f"{k} = {v}".lower() for k, v in policy.prepare.model_dump().items()),
+        "rules": ", ".join(_settings(policy.prepare.model_dump(mode="json", exclude_none=True))),
     }
-    page = prepare_report.render(facts, prepared, found)
+    page = prepare_report.render(shown, prepared, found)
     if not folder.exists():
         make_private_folder(folder)
-    report = folder / "report.html"
     write_durably(report, page.encode())
     written = not prepared.refused and found.rows > 0 and ledger is not None
+    hindrances: list[str] = []
     if written:
         assert ledger is not None
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
         ledger.link(origin, source=data.source, rows=found.rows)
         preparing.write(prepared.table, file)
+        hindrances = _hindrances(policy, agreed, prepared.table, secret, file)
     lines, lengths = _lines(data, raw, prepared, found, charged), found.lengths
+    lines += [f"! `silotune site check` would refuse these rows. {text}" for text in hindrances]
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
     if written:
-        lines += [
-            f"records   {file} (0600)",
-            next_step("site", "sign", "--config", config, first=f"set file = \""
-                      f"{_from(site.folder, file)}\" in [data] of {config}, then: "),
-        ]
-    emit(
-        {"prepared": written, "read": prepared.read, "kept": found.rows,
-         "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
-         "notes": raw.notes, "cut": lengths.cut, "texts": lengths.texts,
-         "entities": lengths.entities, "entities_cut": lengths.lost,
-         "report": str(report), "file": str(file)},
-        as_json, "\n".join(lines),
-    )
-    if refused := prepared.refused:
-        raise DataError(
-            f"{data.source} has {len(refused)} kind{'s' * (len(refused) != 1)} of problem: nothing "
-            "was prepared. Correct the rows, or say in [prepare] of site.toml what to do with them "
-            "(outside, missing_target).", code="E313",
-        )
-    if not found.rows:
-        raise DataError(f"No row of {data.source} is left; nothing was prepared.", code="E304")
-    if ledger is None:
+        lines.append(f"records   {file} (0600)")
+        where = as_toml(str(site.from_policy(file)))
+        instead = "" if data.file else "instead of url and query "
+        first = f"set file = {where} {instead}in [data] of {config}, then: "
+        sign = next_step(*on_site(config, "sign"), first=first)
+        words = (*again, "--out", out) if out else again
+        prepare_again = next_step(*words, first="correct what has a !, then: ")
+        lines.append(prepare_again if hindrances or lengths.all_lost else sign)
+    facts = {
+        "prepared": written, "read": prepared.read, "kept": found.rows,
+        "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
+        "notes": raw.notes, "warnings": prepared.warnings, "refused_by_check": hindrances,
+        "cut": lengths.cut, "texts": lengths.texts, "entities": lengths.entities,
+        "entities_cut": lengths.lost, "report": str(report), "file": str(file),
+    }
+    return facts, lines, _failure(data, site, prepared, config, ledger, policy.name)
+
+
+def _keep_what_is_there(data: Data, file: Path, report: Path, again: str) -> None:
+    """UsageError if what is written would stand beside or replace the records that are read, or a
+    file that no `site prepare` wrote."""
+    folder = file.parent.resolve()
+    if data.file is not None and data.file.resolve().parent == folder:
         raise UsageError(
-            f"Nothing was prepared: {site.keys} does not exist, and only this site's ledger can "
-            "remember which record a prepared row is. `silotune site init` makes keys, ledger and "
-            "site.toml in a new folder; copy [data] and [prepare] into that site.toml.",
-            code="E214",
+            f"{file.parent} is the folder of {data.file.name}, the records that are read: nothing "
+            f"is written there, for it could replace them. Name another folder: {again} If an "
+            f"earlier `silotune site prepare` wrote {data.file.name}, set file in [data] to the "
+            "records that it was made of."
         )
+    if file.exists() and not report.exists():
+        raise UsageError(
+            f"{file} is there already, and no `silotune site prepare` wrote it. Name another "
+            f"folder: {again}"
+        )
+
+
+def _hindrances(
+    policy: Policy, contract: Contract, table: Table, secret: bytes, file: Path
+) -> list[str]:
+    """Why `silotune site check` would refuse the prepared rows, with its own words."""
+    from silotune.client import lineage
+    from silotune.client.policy import Data
+
+    data = Data(file=file, key=policy.data.key, repeated=policy.data.repeated)
+    judged = policy.model_copy(update={"data": data})
+    found = lineage.of_table(table, data.key, secret)
+    return [
+        f"{problem} {problem.local}".strip()
+        for problem in judged.problems_of_records(found, contract.privacy.unit)
+    ]
+
+
+def _failure(
+    data: Data, site: Site, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
+) -> SilotuneError | None:
+    """Why nothing was prepared."""
+    if refused := prepared.refused:
+        mends = "; ".join(f"{problem.sentence}: {problem.remedy}" for problem in refused)
+        return DataError(
+            f"{data.source} has {counted(len(refused), 'kind')} of problem: nothing was prepared. "
+            f"{mends}. [prepare] is in {config}.", code="E313",
+        )
+    if not len(prepared.table.rows):
+        return DataError(
+            f"No row of {data.source} is left; nothing was prepared. Correct the rows, or "
+            f"[prepare] in {config}, which left them out.", code="E304",
+        )
+    if ledger is None:
+        made = command("site", "init", "--name", name, "--folder", "FOLDER")
+        return UsageError(
+            f"Nothing was prepared: {site.keys} does not exist, and only this site's ledger can "
+            "remember which record a prepared row is. Make keys, ledger and site.toml in a new "
+            f"folder, and copy [data] and [prepare] into that site.toml: {made}", code="E214",
+        )
+    return None
+
+
+def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Settings as they can stand in [prepare] of site.toml, one a member."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key} = {as_toml(value)}"
 
 
 def _lines(
@@ -127,7 +205,7 @@ def _lines(
     for p in prepared.problems:
         mark = MARKS.get(p.done, "!")
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
-    lines += [f"! {note}" for note in raw.notes]
+    lines += [f"! {note}" for note in (*raw.notes, *prepared.warnings)]
     if data.query and not query.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     refused = prepared.refused
@@ -160,9 +238,3 @@ def _numbering(data: Data) -> str:
     if suffix == ".xlsx":
         return "the row of the sheet"
     return "the line of the file on which the row starts"
-
-
-def _from(folder: Path, file: Path) -> Path:
-    """The file's path as site.toml has it: from its own folder on, if it lies there."""
-    file = file.resolve()
-    return file.relative_to(folder) if file.is_relative_to(folder) else file

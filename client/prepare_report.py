@@ -12,7 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from silotune.client.counts import MISSING, Counts
-from silotune.client.prepare import DROPPED, EMPTIED, LEFT, REFUSED, REPLACED, Prepared, Problem
+from silotune.client.prepare import (
+    DROPPED,
+    EMPTIED,
+    LEFT,
+    REFUSED,
+    REPLACED,
+    REWRITTEN,
+    Prepared,
+    Problem,
+)
 from silotune.common.figures import Plot, paint, svg_of
 
 if TYPE_CHECKING:
@@ -26,7 +35,8 @@ LONGEST = 30  # characters of a bar's name; all of it stands in the table beside
 
 NAMES = ("ink", "muted", "line", "accent", "good", "fair", "bad")
 PAINT = paint(NAMES)
-COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", REPLACED: "fair", LEFT: "muted"}
+COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", REPLACED: "fair",
+           REWRITTEN: "fair", LEFT: "muted"}
 
 
 def render(facts: Mapping[str, Any], prepared: Prepared, counts: Counts) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from silotune.client.cli import CONFIG, JSON
+from silotune.client.options import CONFIG, JSON
 from silotune.common.cli import emit, next_step
-from silotune.common.errors import UsageError
+from silotune.common.errors import UsageError, counted
 from silotune.common.terminal import echo
 
 
@@ -35,7 +35,7 @@ def spent(config: Path, as_json: bool) -> None:
     from silotune.client.budget import Budget
     from silotune.client.site import Site
 
-    policy, ledger, _ = Site(config).open()
+    policy, ledger, _ = Site.at(config).open()
     limits = policy.limits
     rows: list[dict[str, Any]] = []
     for entry in ledger.lineages().values():
@@ -74,7 +74,8 @@ def spent(config: Path, as_json: bool) -> None:
     ]
     lost = sum(r["not_released"] for r in rows)
     if lost:
-        notes.append(f"{lost} charged rounds never left (a crash or a failure); they count.")
+        rounds, what = counted(lost, "charged round"), "it counts" if lost == 1 else "they count"
+        notes.append(f"{rounds} never left (a crash or a failure); {what}.")
     emit(facts, as_json, "\n".join([head, *_table(titles, cells), *notes]))
 
 
@@ -183,7 +184,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
         if public_key is None:
             what += " by the key the file names; compare it: --public-key"
     else:
-        site = Site(config)
+        site = Site.at(config)
         entries = Ledger.open(site.state, Keys.load(site.keys)).entries
         what = "chain, MACs, head, fingerprints and links hold"
     charges = sum(isinstance(entry, Charged) for entry in entries)
@@ -191,7 +192,8 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     emit(
         {"valid": True, "entries": len(entries), "charges": charges, "released": released},
         as_json,
-        f"✓ {len(entries)} entries: {what} · {charges} charges, {released} released",
+        f"✓ {counted(len(entries), 'entry', 'entries')}: {what} · {counted(charges, 'charge')}, "
+        f"{released} released",
     )
 
 
@@ -212,11 +214,13 @@ def export(file: Path, config: Path) -> None:
     from silotune.client.site import Site
     from silotune.common.durable import write_durably
 
-    site = Site(config)
+    site = Site.at(config)
+    if file.exists():
+        raise UsageError(f"{file} is there already. Name a new file.")
     keys = Keys.load(site.keys)
     lines = list(Ledger.open(site.state, keys).export())
     write_durably(file, ("\n".join(lines) + "\n").encode())
-    echo(f"✓ {len(lines) - 2} entries in {file}")
+    echo(f"✓ {counted(len(lines) - 2, 'entry', 'entries')} in {file}")
     echo(next_step("privacy", "verify", file, "--public-key", keys.public))
 
 

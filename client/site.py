@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from silotune.client import policy as policies
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Policy
+from silotune.common.cli import command
+from silotune.common.errors import UsageError
 from silotune.common.join import JoinRequest
 
 
@@ -17,6 +20,24 @@ class Site:
     """keys/ and state/ are the worker's alone; relay/ holds the node key that the relay gets."""
 
     config: Path
+
+    @classmethod
+    def at(cls, config: Path) -> Self:
+        """The site whose policy is `config`. UsageError E102 if there is none."""
+        try:
+            config.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            mend = command("site", "init", "--name", "NAME", "--folder", config.parent)
+            raise UsageError(
+                f"There is no site at {config}. Name its site.toml with --config, or make a site: "
+                f"{mend}", code="E102",
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"Policy {config} cannot be read: {error.strerror}. Run this as the site's user.",
+                code="E102",
+            ) from None
+        return cls(config)
 
     @property
     def folder(self) -> Path:
@@ -33,6 +54,11 @@ class Site:
     @property
     def relay(self) -> Path:
         return self.folder / "relay"
+
+    def from_policy(self, file: Path) -> Path:
+        """A file's path as site.toml has it: from the site's folder on, if it lies there."""
+        file = file.parent.resolve() / file.name
+        return file.relative_to(self.folder) if file.is_relative_to(self.folder) else file
 
     def request(self, name: str) -> JoinRequest:
         """What the operator gets: the public halves of the keys that are here."""

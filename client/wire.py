@@ -101,5 +101,5 @@ def ask(path: Path, wire: bytes, timeout: float) -> bytes:
     except httpx.HTTPError as error:
         raise PeerError(
             f"The worker does not answer on {path} ({type(error).__name__}). Start it with "
-            "`silotune site start`."
+            "`silotune site start CONTRACT --config SITE.TOML`."
         ) from None

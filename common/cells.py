@@ -27,6 +27,9 @@ BLOCK_ROWS = 16_384
 BLOCK_CHARACTERS = 1 << 24
 FIXED_BELOW = 10**15  # larger ones are written as their source's type has them: 1e+16
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# Numbers as people write them that are not read, for one country's separator is another's comma.
+SEPARATED = re.compile(r"[+-]?[0-9]+(?:[_,.'’ \u00a0\u2009\u202f][0-9]+)+")
+UNREAD = "; digit separators and decimal commas, as in 1_000 and 0,5, are not read"
 # Not one with leading zeros or an exponent: those may be codes.
 DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]*)\.[0-9]+")
 # Control characters other than tab and the ends of lines, and those of them beyond ASCII: for both
@@ -163,6 +166,11 @@ def _words(values: list[object]) -> str:
         if len(word.split()) != 1 or word != word.strip():
             raise NotTextError("a list with a word that is empty or has a space in it")
     return _checked(" ".join(map(str, values)))
+
+
+def unread(text: str) -> str:
+    """What is said of a number that is written as `number_of` does not read it; '' of others."""
+    return UNREAD if SEPARATED.fullmatch(text.strip()) else ""
 
 
 def number_of(text: str) -> float:

@@ -146,6 +146,11 @@ def warning_lines(contract: Contract) -> list[str]:
     return [f"! {warning}" for warning in contract.warnings]
 
 
+def command(*words: object) -> str:
+    """A command of `silotune` that can be pasted into a shell. words: as of `next_step`."""
+    return shlex.join(["silotune", *map(str, words)])
+
+
 def next_step(*words: object, first: str = "", note: str = "") -> str:
     """The line that says what to do next: a command of `silotune` that can be pasted into a shell.
 
@@ -156,8 +161,7 @@ def next_step(*words: object, first: str = "", note: str = "") -> str:
         first: what to do before it, if that is no command.
         note: what else there is to know, behind the command.
     """
-    command = shlex.join(["silotune", *map(str, words)])
-    return f"next:   {first}{command}" + (f"   ({note})" if note else "")
+    return f"next:   {first}{command(*words)}" + (f"   ({note})" if note else "")
 
 
 def main() -> None:

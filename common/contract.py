@@ -360,7 +360,7 @@ class Contract(Frozen):
 
 def load(path: Path) -> Contract:
     """Read and validate a contract; ContractError lists every problem with its line."""
-    return parse(fields.read_text(path, "Contract"), path.name)
+    return parse(fields.read_text(path, "Contract"), str(path))
 
 
 def parse(text: str, source: str = "contract") -> Contract:

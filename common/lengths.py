@@ -46,6 +46,11 @@ class Lengths:
         return sum(self.tokens[self.limit + 1 :])
 
     @property
+    def all_lost(self) -> bool:
+        """Whether there are entities and none of them is read."""
+        return 0 < self.entities == self.lost
+
+    @property
     def sentence(self) -> str:
         """What is lost, with the counts."""
         what = "are longer than" if self.exact else "have more words than"

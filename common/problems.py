@@ -31,6 +31,7 @@ WORDS = {
     "path_type": "must be a path",
 }
 LONGEST_KEY = 200
+DICT_KEY = "[key]"  # what Pydantic adds to the path of a table's key that is not allowed
 PATTERNS = {  # part of a pattern -> what it means
     "{64}": "must be 64 hexadecimal digits",
     "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
@@ -59,12 +60,14 @@ def contract_error(
 
 
 def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:
-    # Pydantic puts a union's chosen kind into the path; it is no key of the file.
+    # Pydantic puts a union's chosen kind into the path; neither is a key of the file.
     raw = error["loc"]
     loc = tuple(
         part
         for before, part in zip((None, *raw), raw, strict=False)
-        if not (part in KINDS and (before in ("input", "model", "task") or isinstance(before, int)))
+        if part != DICT_KEY and not (
+            part in KINDS and (before in ("input", "model", "task") or isinstance(before, int))
+        )
     )
     where = _where(loc, source, lines)
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)

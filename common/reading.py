@@ -7,14 +7,14 @@ import codecs
 import gzip
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self, TextIO, cast
 
 from silotune.common.encodings import ENCODINGS, WINDOWS_ENCODINGS, encoding_of, usual_name
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, UsageError, did_you_mean
 
 DELIMITERS = {",": ",", ";": ";", "\t": "tab", "|": "|"}  # and how a user writes them
 SAMPLE = 1 << 16  # bytes from which an encoding is guessed
@@ -39,6 +39,22 @@ OTHER_FORMATS = (
 def stem_of(path: Path) -> str:
     """A file's name without the suffixes of its format and compression."""
     return Path(path.name.removesuffix(".gz")).stem
+
+
+def columns_like(names: Sequence[str], header: Sequence[str]) -> str:
+    """What may be wrong with a header that lacks `names`: how it is divided, or a name's spelling;
+    begins with a space, or is ''."""
+    undivided = next(
+        (found for found in header if any(re.search(rf"\b{re.escape(n)}\b", found) for n in names)
+         and re.search(r"[,;:\t|]", found)), None,
+    )
+    if undivided is None:
+        return "".join(did_you_mean(name, header) for name in names)
+    allowed = " ".join(DELIMITERS.values())
+    return (
+        f" '{undivided}' looks like several columns: set the delimiter of the file, one of "
+        f"{allowed}, or save it with one of these between its cells."
+    )
 
 
 def delimiter_of(name: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 from silotune.common import schema, sources
 from silotune.common.cells import Row
 from silotune.common.contract import Contract
-from silotune.common.errors import DataError, did_you_mean
+from silotune.common.errors import DataError
 from silotune.common.inputs import NumberColumn, PairInput, TableInput, TextInput
-from silotune.common.reading import Reading
+from silotune.common.reading import Reading, columns_like
 from silotune.common.sources import Problems
 from silotune.common.task import (
     Classification,
@@ -106,7 +106,7 @@ def column(table: Table, name: str) -> list[str]:
         raise DataError(
             f"Column '{name}' is not in {table.source}.", code="E302",
             local=f"it has: {', '.join(table.header[:20])}."
-            + did_you_mean(name, table.header),
+            + columns_like([name], table.header),
         )
     problems, at = Problems(), table.header.index(name)
     found = [cells[at] for _, cells in _whole(table, problems)]
@@ -164,19 +164,19 @@ def _check_columns(table: Table, contract: Contract, wanted: Sequence[str]) -> N
         raise DataError(
             " ".join(f"Column '{c}' is not in {source}." for c in absent)
             + f" The contract '{contract.name}' names its columns in [input] and [task]. "
-            "Stopped before training; ε spent: 0.",
+            "Rename the columns of the file, or agree on another contract.",
             code="E302",
             # A file without a header has a record there.
             local=f"it has: {', '.join(header[:20])}."
-            + "".join(did_you_mean(c, header) for c in absent),
+            + columns_like(absent, header),
         )
     twice = [c for c in needed if header.count(c) > 1]
     if twice:
         raise DataError(f"Column '{twice[0]}' stands twice in the header of {source}.", code="E302")
     if not table.rows:
         raise DataError(
-            f"{source} has no rows; a site without records cannot take part. "
-            "Take it out of the contract's sites, or fill it.",
+            f"{source} has no rows: a site without records cannot take part. Add the records, or "
+            "ask the operator to remove the site from the contract.",
             code="E304",
         )
 

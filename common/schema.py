@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.cells import index_among, number_of
+from silotune.common.cells import UNREAD, index_among, number_of, unread
 from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput
 
 Choice = int | None  # the index of a column's choice; None when the value is missing
@@ -27,6 +27,13 @@ class OutsideSchemaError(ValueError):
         self.column, self.allowed, self.value = column, allowed, value
 
 
+def allowed(column: NumberColumn | CategoryColumn) -> tuple[str, ...]:
+    """What `choice_of` may say that the column allows."""
+    if isinstance(column, NumberColumn):
+        return "numbers or nothing", f"numbers or nothing{UNREAD}"
+    return (f"{', '.join(column.raw_values)} or nothing",)
+
+
 def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
     """The index of the column's choice that `raw` falls into; OutsideSchemaError if none."""
     raw = raw.strip()
@@ -35,16 +42,25 @@ def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
     if isinstance(column, CategoryColumn):
         found = index_among(column.raw_values, raw)
         if found is None:
-            allowed = ", ".join(column.raw_values)
-            raise OutsideSchemaError(column.name, f"{allowed} or nothing", raw)
+            raise OutsideSchemaError(column.name, allowed(column)[0], raw)
         return found
     try:
         number = number_of(raw)
     except ValueError:
-        raise OutsideSchemaError(column.name, "numbers or nothing", raw) from None
+        what = allowed(column)[bool(unread(raw))]
+        raise OutsideSchemaError(column.name, what, raw) from None
     if math.isnan(number) or (column.lowest is not None and number < column.lowest):
         return None
     return bisect_right(column.edges, number)
+
+
+def misfit(column: NumberColumn | CategoryColumn, raw: str) -> str:
+    """What the column allows, said of a value that it does not; '' of others."""
+    try:
+        choice_of(column, raw)
+    except OutsideSchemaError as error:
+        return f"allows {error.allowed}"
+    return ""
 
 
 def below(column: NumberColumn, raw: str) -> str:

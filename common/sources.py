@@ -91,7 +91,7 @@ class Problems:
         if not self.counts:
             return
         raise DataError(
-            f"{what}: {'; '.join(self.sentences)}. {mend} ε spent: 0.",
+            f"{what}: {'; '.join(self.sentences)}. {mend}",
             code=next(iter(self.shown))[0], local=self.local,
         )
 
@@ -464,7 +464,7 @@ def _kind_of(path: Path) -> _Kind:
         what = f"{suffix} files are not" if suffix else "a file without a suffix is not"
         raise DataError(
             f"Data file {path.name}: {what} read. {advice} Read are {', '.join(SUFFIXES)}, and "
-            "text files that gzip compressed, such as .csv.gz."
+            "text files compressed by gzip, such as .csv.gz."
         )
     return KINDS[suffix]
 

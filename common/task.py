@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from silotune.common import tagging
-from silotune.common.cells import index_among, number_of
+from silotune.common.cells import index_among, number_of, unread
 from silotune.common.fields import (
     Bound,
     Cells,
@@ -237,7 +237,7 @@ class Regression(Frozen):
         """The place between the bounds, 0 to 1, on the scale that is learnt."""
         number = self._number(cell)
         if math.isnan(number):
-            raise ValueError("numbers")
+            raise ValueError(f"numbers{unread(cell)}")
         low, high = self._scale(self.lowest), self._scale(self.highest)
         return (self._scale(min(max(number, self.lowest), self.highest)) - low) / (high - low)
 

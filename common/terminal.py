@@ -9,7 +9,11 @@ the code to that), and rich prints by a console that does the same (simulations/
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -50,3 +54,18 @@ def escaped_json(data: Any) -> str:
 def echo(text: str, *, err: bool = False) -> None:
     """Print lines of text to standard output or, with `err`, to standard error."""
     click.echo(escaped(text), err=err)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show `what` on the last line of a terminal (standard error) until the body has ended, so that
+    a command of many seconds says at once what it does. Elsewhere nothing is written."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = escaped(what, lines=False)[: max(shutil.get_terminal_size().columns - 3, 0)]
+    click.echo(f"{line} …", err=True, nl=False)
+    try:
+        yield
+    finally:
+        click.echo("\r\x1b[K", err=True, nl=False)  # to the line's start, and clear it

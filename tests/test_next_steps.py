@@ -151,14 +151,30 @@ def site_check(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.ready()
     said = scene.says("site", "check", "draft.toml", "--config", "a site/site.toml")
     scene.follow(said, USER="61001", OTHER="61002")
+    # Without a server the site has to join first.
+    config = scene.folder / "a site" / "site.toml"
+    text = config.read_text()
+    config.write_text(re.sub(r"\[server\]\naddress.*\nca.*\n", "", text))
+    assert config.read_text() != text
+    scene.says("site", "sign", "--config", "a site/site.toml")
+    said = scene.says("site", "check", "draft.toml", "--config", "a site/site.toml")
+    print_ = scene.says("server", "fingerprint", "--folder", "server").strip()
+    said = scene.follow(said, **{
+        "HOST:PORT": "127.0.0.1:1", "CA": "server/ca.crt", "FINGERPRINT": print_,
+    })
+    assert "--worker-user USER" in scene.follow(said)
 
 
 def site_prepare(scene: Scene) -> None:
     scene.ready()
-    said = scene.says("site", "prepare", "draft.toml", "--config", "a site/site.toml")
-    (setting,) = re.findall(r"next:   set (file = \".*?\") in \[data\]", said)
     config = scene.folder / "a site" / "site.toml"
     text = config.read_text()
+    config.write_text(text.replace("min_records = 100", "min_records = 121"))
+    said = scene.says("site", "prepare", "draft.toml", "--config", "a site/site.toml")
+    assert "! `silotune site check` would refuse these rows." in said
+    config.write_text(text)  # what that line says
+    said = scene.follow(said)
+    (setting,) = re.findall(r"next:   set (file = \".*?\") in \[data\]", said)
     assert 'file = "rows.csv"' in text
     config.write_text(text.replace('file = "rows.csv"', setting))
     assert "policy number 2" in scene.follow(said)
@@ -451,7 +467,7 @@ CASES: dict[str, Callable[..., None]] = {
     "client/cli.py:init": site_init,
     "client/cli.py:_sign": site_sign,
     "client/cli.py:check": site_check,
-    "client/prepare_cli.py:prepare": site_prepare,
+    "client/prepare_cli.py:_prepare": site_prepare,
     "client/privacy_cli.py:export": privacy_export,
     "common/contract_cli.py:new": contract_new,
     "server/cli.py:init": server_init,

@@ -184,7 +184,8 @@ def test_delta_is_held_against_the_sites_own_number_of_records(
     write_rows(site.folder / "rows.csv", 240).chmod(0o600)
     row = checks(run, site, code=1)["delta of the budget"]
     assert (row["state"], row["code"]) == ("problem", "E205")
-    assert row["fix"].startswith("set delta in [budgets.record] of site.toml")
+    sign = f"then: silotune site sign --config {site.config}"
+    assert row["fix"] == f"set delta in [budgets.record] of {site.config}, {sign}"
     edit(site, "delta = 5e-3\n\n", "delta = 1e-4\n\n")
     run("site", "sign", "--config", site.config)
     assert checks(run, site)["delta of the budget"]["state"] == "ok"

@@ -3,22 +3,26 @@ report in which no record stands."""
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
+import sqlite3
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.client import counts, prepare_report
+from silotune.client import budget, counts, prepare_report
+from silotune.client import policy as policies
 from silotune.client.deidentify import Deidentify
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
@@ -304,6 +308,8 @@ def site(tmp_path: Path, bounded: Contract, monkeypatch: pytest.MonkeyPatch) -> 
     done = CliRunner().invoke(silotune, ["site", "init", "--name", "north", "--folder", "."])
     assert done.exit_code == 0
     records_file(tmp_path / "records.csv", *GOOD)
+    text = (tmp_path / "site.toml").read_text()
+    (tmp_path / "site.toml").write_text(text.replace("min_records = 100", "min_records = 1"))
     return Site(tmp_path / "site.toml")
 
 
@@ -341,7 +347,7 @@ def test_what_next_says_works(site: Site) -> None:
         done = CliRunner().invoke(silotune, words)
     assert re.search(r"✓ data access +mode 600", done.output)
     assert re.search(r"✓ data +records.parquet, 3 rows", done.output)
-    assert re.search(r"✓ columns +2 and the label fit", done.output)
+    assert re.search(r"✓ columns +2 columns and the label fit", done.output)
 
 
 def test_no_file_where_the_owner_has_to_decide_first(
@@ -493,11 +499,11 @@ def test_contracts_of_texts_have_no_choices_to_draw(table_contract: Contract) ->
 # Tags and long texts --------------------------------------------------------------------------
 
 
-def test_tags_of_another_scheme_are_counted_and_left_as_they_are(
+def test_tags_of_another_scheme_are_counted_and_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records in IOB1, as a CoNLL file, with texts that the model does not read to their end. What
-    is prepared has the same cells, so that the rows stay the same records."""
+    """Records in IOB1, as a CoNLL file, with texts that the model does not read to their end. The
+    prepared rows are linked to those they were made of, and say nothing more about their tags."""
     monkeypatch.chdir(tmp_path)
     Path("contract.toml").write_text(TOKENS)
     done = CliRunner().invoke(silotune, ["site", "init", "--name", "north", "--folder", "."])
@@ -511,14 +517,31 @@ def test_tags_of_another_scheme_are_counted_and_left_as_they_are(
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     for what in ("column 'marks' is in IOB1: read as IOB2", "column 'marks' is in BIOES: read as"):
-        assert any(what in line and "left as they are" in line for line in lines), done.output
+        assert any(what in line and "rewritten" in line for line in lines), done.output
     assert any("rows 1, 3" in line for line in lines)
     assert ("! 1 of 4 texts have more words than the model's 8 tokens: what is beyond is not read, "
             "with 1 of 3 entities, in 1 text.") in done.output
     found = records.table(tmp_path / "prepared" / "records.parquet")
     assert found.header == ["sentence", "marks"]
-    assert found.rows[0][1] == ["gout", "I-Disease"]
-    assert records.parse(found, parse(TOKENS)).labels == [[1], [0] * 9 + [1], [3], [0]]
+    assert [cells[1] for _, cells in found.rows] == [
+        "B-Disease", "O " * 9 + "B-Disease", "B-Drug", "O",
+    ]
+    parsed = records.parse(found, parse(TOKENS))
+    assert (parsed.labels, parsed.notes) == ([[1], [0] * 9 + [1], [3], [0]], ())
+    state = Site(config).state
+    raw = of_table(
+        records.named_by(parse(TOKENS), records.table(Path("records.conll"))), (),
+        (ledger := Ledger.open(state, Keys.load(Path("keys")))).fingerprint_key,
+    )
+    with ledger.writing():
+        ledger.charge(
+            raw, source="records.conll", contract="0" * 64, run="r", round=1, attempt=1,
+            request="0" * 64, unit="record", noise_multiplier=1.0, sampling_rate=0.5, steps=1,
+            order=4.0,
+        )
+    prepared = of_table(found, (), ledger.fingerprint_key)
+    (overlap,) = budget.overlaps(ledger, prepared).values()
+    assert overlap.all()
 
 
 def test_control_characters_are_reported_by_the_command(site: Site) -> None:
@@ -529,3 +552,144 @@ def test_control_characters_are_reported_by_the_command(site: Site) -> None:
     assert "control characters stand in row 2" in (
         site.folder / "prepared" / "report.html"
     ).read_text()
+
+
+# What the owner is told to do -----------------------------------------------------------------
+
+
+def test_what_check_would_refuse_of_prepared_rows_is_said_and_mended(site: Site) -> None:
+    text = site.config.read_text()
+    site.config.write_text(text.replace("min_records = 1", "min_records = 4"))
+    records_file(site.folder / "records.csv", *GOOD, GOOD[0])
+    done = run()
+    assert done.exit_code == 0, done.output
+    refusal = "! `silotune site check` would refuse these rows. "
+    assert f"{refusal}Rows of records.parquet are the same record more than once" in done.output
+    assert 'duplicates = "drop" in [prepare]' in done.output
+    again = "next:   correct what has a !, then: silotune site prepare contract.json --config "
+    assert again in done.output
+    rule(site, '[prepare]\nduplicates = "drop"\n')
+    done = run()
+    assert f"{refusal}records.parquet has fewer rows than permits.min_records = 4." in done.output
+    assert again in done.output
+    site.config.write_text(site.config.read_text().replace("min_records = 4", "min_records = 3"))
+    done = run("--json")
+    assert json.loads(done.output)["refused_by_check"] == []
+    assert "then: silotune site sign --config site.toml" in run().output
+
+
+def test_each_refused_problem_names_its_own_remedy(site: Site) -> None:
+    records_file(site.folder / "records.csv", *BAD)
+    told = str(run().exception)
+    for sentence in (
+        "3 fields are expected: correct the rows;",
+        "column 'age' allows numbers or nothing: correct the cells, or set outside = \"missing\"",
+        "column 'outcome' is empty: fill in the column, or set missing_target = \"drop\" in",
+        "column 'outcome' allows well, ill: correct the cells, or ask the operator for a contract",
+    ):
+        assert sentence in told
+    records_file(site.folder / "records.csv", ["71", "yes", "7"])
+    told = str(run().exception)
+    assert "missing_target" not in told
+    assert "outside" not in told
+
+
+def test_digit_separators_are_named_as_what_is_not_read(site: Site, bounded: Contract) -> None:
+    rows = [[text, "yes", "1"] for text in ("1_030", "1,5", "1 030", "x", "2")]
+    found = prepare(table(*rows), bounded, Prepare(), ())
+    sentences = {
+        sentence: places for sentence, (done, places) in told(found).items() if done == "refused"
+    }
+    assert sentences == {
+        "column 'age' allows numbers or nothing": "row 5",
+        "column 'age' allows numbers or nothing; digit separators and decimal commas, as in 1_000 "
+        "and 0,5, are not read": "rows 2, 3, 4",
+    }
+
+
+def test_rules_that_empty_a_column_or_leave_most_rows_out_are_warned_of(site: Site) -> None:
+    rule(site, '[prepare]\noutside = "missing"\nduplicates = "drop"\n')
+    records_file(site.folder / "records.csv", *([f'"1,{n:03}"', "yes", "1"] for n in range(9)))
+    done = run()
+    assert "! each cell of column 'age' is empty now" in done.output
+    assert ("! more than half of the rows are left out, 8 of 9 (rows repeat an earlier one: 8)"
+            in done.output)
+    page = (site.folder / "prepared" / "report.html").read_text()
+    assert "more than half of the rows are left out" in page
+    records_file(site.folder / "records.csv", *GOOD)
+    done = run()
+    assert "each cell" not in done.output
+    assert "more than half" not in done.output
+
+
+def test_the_raw_records_are_never_replaced(site: Site) -> None:
+    """Neither by preparing what was prepared, nor by --out; nor is another's file."""
+    assert run().exit_code == 0
+    prepared = site.folder / "prepared" / "records.parquet"
+    report = site.folder / "prepared" / "report.html"
+    raw = site.folder / "records.parquet"
+    raw.write_bytes(prepared.read_bytes())
+    raw.chmod(0o600)
+    text = site.config.read_text()
+    for source, words in (
+        ("records.parquet", ["--out", "."]),
+        ("prepared/records.parquet", []),
+        ("records.csv", ["--out", "."]),
+    ):
+        site.config.write_text(text.replace('"records.csv"', f'"{source}"'))
+        before = {file: file.read_bytes() for file in (raw, prepared, report)}
+        done = run(*words)
+        assert isinstance(done.exception, UsageError), source
+        assert str(done.exception).count("--out FOLDER") == 1
+        assert {file: file.read_bytes() for file in before} == before
+        assert not (site.folder / "report.html").exists()
+    site.config.write_text(text)
+    other = site.folder / "other"
+    other.mkdir()
+    (other / "records.parquet").write_bytes(b"somebody's")
+    done = run("--out", "other")
+    assert isinstance(done.exception, UsageError)
+    assert (other / "records.parquet").read_bytes() == b"somebody's"
+    assert run("--out", "third").exit_code == 0
+    assert run("--out", "third").exit_code == 0  # its own
+
+
+def test_the_report_shows_settings_as_they_stand_in_site_toml(site: Site) -> None:
+    rule(site, '[prepare]\nduplicates = "drop"\n[prepare.deidentify]\nkinds = ["card"]\n'
+         'actions = { card = "block" }\n')
+    Path("contract.json").write_text(
+        changed(parse(Path("contract.json").read_text(), "c.json"), **TEXT).model_dump_json()
+    )
+    (site.folder / "records.csv").write_text("note,outcome\nno complaints,0\n")
+    assert run().exit_code == 0
+    page = html.unescape((site.folder / "prepared" / "report.html").read_text())
+    (rules,) = re.findall(r"<dt>Rules</dt><dd>(.*?)</dd>", page)
+    settings_ = tomllib.loads("\n".join(re.split(r", (?=[a-z_.]+ = )", rules)))
+    assert Prepare.model_validate(settings_) == policies.load(site.config).prepare
+
+
+def test_the_template_shows_every_setting_of_prepare_with_its_values(site: Site) -> None:
+    text = site.config.read_text()
+    lines = text[text.index("# [prepare]"):text.index("\n[model]")]
+    for model in (Prepare, Deidentify):
+        for name, field in model.model_fields.items():
+            if name == "deidentify":
+                continue
+            assert f"# {name} = " in lines, name
+            for value in get_args(field.annotation):
+                if isinstance(value, str):
+                    assert f'"{value}"' in lines, (name, value)
+
+
+def test_a_database_is_replaced_as_a_whole_by_the_prepared_file(site: Site) -> None:
+    database = sqlite3.connect(site.folder / "records.db")
+    with database:
+        database.execute("CREATE TABLE visits (age, smoker, outcome)")
+        database.executemany("INSERT INTO visits VALUES (?, ?, ?)", GOOD)
+    database.close()
+    text = site.config.read_text()
+    source = 'url = "sqlite:///records.db"\nquery = "SELECT * FROM visits ORDER BY age"'
+    site.config.write_text(text.replace('file = "records.csv"', source))
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert 'set file = "prepared/north.parquet" instead of url and query in [data]' in done.output

@@ -450,7 +450,7 @@ def test_an_empty_key_is_refused_by_row_number(
     told = str(error.value)
     assert told == (
         "rows.csv: the key of the privacy unit (patient) is empty: rows 14, 16. Give these rows a "
-        "key, or take them out. ε spent: 0."
+        "key, or remove them."
     )
     assert "secret" not in error.value.local + told
 

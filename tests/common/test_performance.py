@@ -81,7 +81,7 @@ def test_settings_that_do_not_go_together_are_told_in_one_sentence(
     (problem,) = error.value.problems
     assert f'gradients = "{engine}"' in problem
     assert problem.startswith(f"{other} does not go with")
-    assert problem.endswith("(site.toml:12).")
+    assert problem.endswith("/site.toml:12).")
     assert len(problem.splitlines()) == 1
 
 
@@ -98,7 +98,7 @@ def test_compiled_layers_are_refused_wherever_they_can_be_asked_for(tmp_path: Pa
     sentence = "compile = true is refused: .* leave the key out"
     with pytest.raises(ContractError, match=sentence) as error:
         loaded(tmp_path, "compile = true")
-    assert "(site.toml:" in str(error.value)
+    assert "site.toml:" in str(error.value)
     for ask in (Options.parse, computing):
         with pytest.raises(ContractError, match=sentence):
             ask(("compile=true",))
@@ -127,7 +127,7 @@ def test_each_problem_is_one_sentence_with_file_line_key_and_value(
         loaded(tmp_path, line)
     (problem,) = error.value.problems
     assert told in problem
-    assert "(site.toml:11)" in problem
+    assert "/site.toml:11)" in problem
     assert len(problem.splitlines()) == 1
     value = line.split(" = ")[1]
     assert "Unknown key" in problem or f"got {value}" in problem

@@ -106,7 +106,7 @@ def test_a_contract_with_a_key_twice_or_half_a_character_is_one_sentence(
         file.write_text(changed)
         code, out, err = run("contract", "validate", str(file))
         assert (code, out) == (2, "")
-        assert err.startswith("✗ E102 c.json is not valid JSON: ")
+        assert err.startswith(f"✗ E102 {file} is not valid JSON: ")
         assert words in err
         assert "line " in err
         assert len(err.splitlines()) == 1

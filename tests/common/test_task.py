@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from silotune.common import contract as contracts
+from silotune.common.cells import UNREAD
 from silotune.common.contract import Contract
 from silotune.common.errors import ContractError, DataError
 from silotune.common.records import Records, parse
@@ -72,7 +73,7 @@ def test_several_values_can_mean_one_label() -> None:
      "IOB1, BIOES or BILOU for the same entities"),
     ("regression", "", "numbers"), ("regression", "nan", "numbers"),
     ("regression", "5 €", "numbers"), ("regression", "inf", "numbers"),
-    ("regression", "1_030", "numbers"),
+    ("regression", "1_030", f"numbers{UNREAD}"), ("regression", "1,5", f"numbers{UNREAD}"),
     ("ranking", "maybe", "yes, no"), ("ranking", "", "yes, no"),
     ("language", "", "a text that is not empty"), ("language", " \n", "a text that is not empty"),
 ])

@@ -1,0 +1,45 @@
+"""Options that the commands of `silotune site` and `silotune privacy` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from silotune.common.errors import UsageError
+
+POLICY = "site.toml"
+JOIN = ("--server", "HOST:PORT", "--ca", "CA", "--fingerprint", "FINGERPRINT")  # what a site needs
+JOIN_NOTE = "the operator has all three"
+
+
+class _PolicyFile(click.Path):
+    """A site's policy, by its own path or by that of its folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.is_dir():
+            return path
+        if not (path / POLICY).is_file():
+            raise UsageError(
+                f"--config {path} is a folder without {POLICY}. Name a site's {POLICY}, or the "
+                "folder that holds it.", code="E102",
+            )
+        return path / POLICY
+
+
+CONFIG = click.option(
+    "--config", default=POLICY, type=_PolicyFile(), help="The site's policy, or its folder."
+)
+CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def on_site(config: Path, verb: str, *words: object) -> tuple[object, ...]:
+    """The words of a `silotune site` command on the site of `config`, for a line of advice: with
+    --config, for without it the command would be about the site of the folder it is typed in."""
+    return ("site", verb, *words, "--config", config)
