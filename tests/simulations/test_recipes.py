@@ -277,9 +277,12 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     headline = f"{main['metrics']['auc']['mean']:.3f}"
     assert headline in done.stdout
     assert headline in page
-    (following,) = re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
-    shown = subprocess.run(
-        [Path(sys.executable).parent / "silotune", *shlex.split(following)], cwd=ROOT,
-        capture_output=True, text=True, check=False,
+    used, shown = (
+        subprocess.run(
+            [Path(sys.executable).parent / "silotune", *shlex.split(following)], cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )
+        for following in re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
     )
+    assert used.returncode == 0, used.stdout + used.stderr
     assert result["contract_sha256"] in shown.stdout, shown.stderr

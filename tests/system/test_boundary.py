@@ -137,7 +137,7 @@ class Deployment:
             ("contracts = []", f'contracts = ["{self.contract.hash}"]'),
             ("min_sites = 2", "min_sites = 1"), ("min_quorum = 2", "min_quorum = 1"),
             ("# [server]", "[server]"), ('# ca = "ca.crt"', f'ca = "{self.federation.ca}"'),
-            ('# address = "server.example.org:8000"', f'address = "{self.federation.address}"'),
+            ('# address = "server.example.org:8443"', f'address = "{self.federation.address}"'),
         ):
             assert old in text, old
             text = text.replace(old, new)
