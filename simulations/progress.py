@@ -74,7 +74,9 @@ class Progress:
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Show that something of unknown length goes on."""
+        """Show that something of unknown length goes on; in a file or a pipe as a line."""
+        if not self.console.is_terminal:
+            self.console.print(what)
         with self.console.status(what):
             yield
 

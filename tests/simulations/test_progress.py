@@ -169,6 +169,16 @@ def test_something_is_shown_at_once_and_no_time_left_without_a_time(
     assert re.search(r"10 %, 1m40s so far, \d+s left$", shown._status().plain)
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_pipe_says_at_once_what_takes_time(
+    table_contract: Contract, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    shown = Progress({"title": "x", "metric": "auc"}, table_contract, quiet=quiet)
+    with shown.busy("checking the plan"):
+        assert capsys.readouterr().out == ("" if quiet else "checking the plan\n")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_pipe_has_the_width_that_columns_says(
     table_contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
