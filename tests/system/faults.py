@@ -480,12 +480,16 @@ def two_servers(d: Deployment) -> str:
     return f"the second: E602; the first: {ended(d, name, run)}"
 
 
+def heed_interrupts() -> None:
+    """In the main thread, before a fault is done: a shell has its background ignore SIGINT, and so
+    does what is started there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(d: Deployment) -> str:
     """Ctrl-C on `server run` ends no run. It says so, and each command that it prints does what it
     says, pasted into another terminal."""
     d.use(deadline_seconds=60.0)
-    # A shell has its background ignore the signal, and so does what is started there.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     first(d).stop_at("asked", 2)
     name, run = d.begin()
     wait_for(first(d).stopped, "round 2", 60)

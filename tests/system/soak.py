@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tests.system.faults import CONTRACTS, Fault, faults, federation
+from tests.system.faults import CONTRACTS, Fault, faults, federation, heed_interrupts
 
 RESULTS = Path("simulations/benchmarks/results/soak.json")
 MOST_SECONDS = 18 * 60  # after which no fault is begun
@@ -35,6 +35,7 @@ FEDERATIONS = {"plain": 3, "masked": 1, "own": 1}
 
 def main(words: list[str]) -> int:
     torch.set_num_threads(1)
+    heed_interrupts()
     chosen = [f for f in faults() if not words or any(word in f.name for word in words)]
     known = _known()
     # A machine that does not get through them in the time begins, next time, with what it left out.

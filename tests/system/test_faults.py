@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.faults import faults, federation
+from tests.system.faults import faults, federation, heed_interrupts
 
 SHORT = ("kill -9 of ServerApp", "two servers, one run")
 MORE = (
@@ -26,6 +26,7 @@ def test_every_fault_has_a_name_of_its_own() -> None:
 def survived(names: tuple[str, ...], folder: Path) -> dict[str, str]:
     """What each of the faults, one after the other to one federation, ended in."""
     chosen = {fault.name: fault for fault in faults()}
+    heed_interrupts()
     with federation(folder / "f", "plain") as found:
         return {name: chosen[name].do(found) for name in names}
 
