@@ -418,6 +418,18 @@ def test_shares_of_another_length_are_refused_though_a_member_sealed_them() -> N
                 "what b sealed for this site does not open", "E507")
 
 
+@pytest.mark.parametrize("greater", [False, True])
+def test_a_site_that_was_started_again_takes_no_keys_of_before(greater: bool) -> None:
+    """They are signed by it, for the same terms. Greater or smaller, as bytes are compared."""
+    agreed = terms(3, 3)
+    cast = Cast(agreed)
+    before = next(
+        other.keys for other in iter(lambda: Member(agreed, "a", signing_key("a").sign), None)
+        if (other.keys > cast.keys["a"]) == greater
+    )
+    refused(lambda: cast.members["a"].shares(cast.keys | {"a": before}), "own keys are not among")
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_what_is_sealed_has_the_size_that_the_server_asks_for(rounds: int) -> None:
     cast = Cast(replace(terms(3, 3), rounds=rounds)).agree()
