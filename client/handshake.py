@@ -1,7 +1,7 @@
 """The way to the server, proved by going it: name, port, certificate, clock.
 
 Nothing is sent but a TLS handshake and GET /health. What is wrong is told apart, because a wrong
-name, a firewall, an expired certificate and another authority need different people to mend them.
+name, a firewall, an expired certificate and another authority need different people to fix them.
 """
 
 from __future__ import annotations

@@ -86,7 +86,6 @@ HALF_WAY = Decimal("0.001")  # as much as two digits in the fifteenth place are 
 FREE = 4  # of a row's numbers that lie half-way, how many are rounded both ways
 
 
-
 def _any_of(codes: Iterable[int]) -> re.Pattern[str]:
     """Any one of these characters; in ranges, which are much faster to match beyond U+FFFF."""
     ranges: list[list[int]] = []

@@ -322,7 +322,7 @@ class Policy(Frozen):
              f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
              f"permits.colluders = {permits.colluders}"),
             (len(contract.sites) < permits.min_sites,
-             f"it has {len(contract.sites)} site{'s' * (len(contract.sites) != 1)}, fewer than "
+             f"it has {counted(len(contract.sites), 'site')}, fewer than "
              f"permits.min_sites = {permits.min_sites}"),
             (contract.quorum < permits.min_quorum,
              f"a quorum of {contract.quorum} is below permits.min_quorum = {permits.min_quorum}"),
@@ -400,20 +400,20 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     RefusalError E213 otherwise.
     """
     text = fields.read_text(path, "Policy")
-    mend = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
+    remedy = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
     try:
         found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
     except (OSError, ValueError, RecursionError):
-        raise RefusalError(f"{path} is not signed. {mend}", code="E213") from None
+        raise RefusalError(f"{path} is not signed. {remedy}", code="E213") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     if found.policy != digest:
         raise RefusalError(
-            f"{path} has changed since its owner signed it. {mend}", code="E213"
+            f"{path} has changed since its owner signed it. {remedy}", code="E213"
         )
     statement = Signature.statement(digest, found.serial)
     if not verifies(owner.hex(), found.signature, statement):
         raise RefusalError(
-            f"{path} carries a signature that is not the owner's. {mend}", code="E213"
+            f"{path} carries a signature that is not the owner's. {remedy}", code="E213"
         )
     policy = parse(text, path)
     if policy.name != ledger.site:
@@ -435,7 +435,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
         elif (last.policy, last.serial) != (digest, found.serial):
             raise RefusalError(
                 f"{path} is an older policy (number {found.serial}); the ledger has "
-                f"adopted number {last.serial}. {mend}", code="E213",
+                f"adopted number {last.serial}. {remedy}", code="E213",
             )
     return policy
 

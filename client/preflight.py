@@ -68,9 +68,9 @@ class _Table:
             value, result = step()
         except SilotuneError as error:
             local = error.local if isinstance(error, DataError) else ""
-            mend = fix if isinstance(fix, str) else fix(error)
+            remedy = fix if isinstance(fix, str) else fix(error)
             self.rows += [
-                Check(name, "problem", line, mend, error.code, local)
+                Check(name, "problem", line, remedy, error.code, local)
                 for line in str(error).splitlines()
             ]
             return None
@@ -79,7 +79,7 @@ class _Table:
 
 
 def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Check]:
-    """All rows, in the order in which a person would mend them. network: shake hands with the
+    """All rows, in the order in which a person would correct them. network: shake hands with the
     server, too (a worker has no network)."""
     table = _Table()
     contract = table.attempt(

@@ -165,10 +165,10 @@ def _failure(
 ) -> SilotuneError | None:
     """Why nothing was prepared."""
     if refused := prepared.refused:
-        mends = "; ".join(f"{problem.sentence}: {problem.remedy}" for problem in refused)
+        remedies = "; ".join(f"{problem.sentence}: {problem.remedy}" for problem in refused)
         return DataError(
             f"{data.source} has {counted(len(refused), 'kind')} of problem: nothing was prepared. "
-            f"{mends}. [prepare] is in {config}.", code="E313",
+            f"{remedies}. [prepare] is in {config}.", code="E313",
         )
     if not len(prepared.table.rows):
         return DataError(

@@ -27,10 +27,10 @@ class Site:
         try:
             config.stat()
         except (FileNotFoundError, NotADirectoryError):
-            mend = command("site", "init", "--name", "NAME", "--folder", config.parent)
+            remedy = command("site", "init", "--name", "NAME", "--folder", config.parent)
             raise UsageError(
                 f"There is no site at {config}. Name its site.toml with --config, or make a site: "
-                f"{mend}", code="E102",
+                f"{remedy}", code="E102",
             ) from None
         except OSError as error:
             raise UsageError(

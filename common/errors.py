@@ -157,7 +157,7 @@ class UsageError(SilotuneError):
 
 
 class ContractError(UsageError):
-    """All problems of one contract. `problems` are sentences with file, key, value and mend."""
+    """All problems of one contract. `problems` are sentences with file, key, value and remedy."""
 
     default_code = "E103"
 

@@ -85,13 +85,13 @@ class Problems:
         )
 
     def raise_if_any(
-        self, what: str, mend: str = "Correct those rows, or agree on another contract."
+        self, what: str, remedy: str = "Correct those rows, or agree on another contract."
     ) -> None:
         """DataError with every kind of problem and its first rows."""
         if not self.counts:
             return
         raise DataError(
-            f"{what}: {'; '.join(self.sentences)}. {mend}",
+            f"{what}: {'; '.join(self.sentences)}. {remedy}",
             code=next(iter(self.shown))[0], local=self.local,
         )
 

