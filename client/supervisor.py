@@ -319,13 +319,20 @@ class Supervisor:
         command: list[str | Path], user: int | None, environment: dict[str, str],
         fds: tuple[int, ...] = (), stderr: int = subprocess.STDOUT,
     ) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [str(word) for word in command], env=environment, pass_fds=fds,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd="/",
-            umask=0o077, start_new_session=True, user=user,
-            group=None if user is None else _group(user),
-            extra_groups=None if user is None else [],
-        )
+        try:
+            return subprocess.Popen(
+                [str(word) for word in command], env=environment, pass_fds=fds,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd="/",
+                umask=0o077, start_new_session=True, user=user,
+                group=None if user is None else _group(user),
+                extra_groups=None if user is None else [],
+            )
+        except PermissionError:
+            raise UsageError(
+                f"User {os.geteuid() if user is None else user} may not run {command[0]} or its "
+                f"Python ({sys.base_prefix}). Install Silotune where that user can run it, for "
+                "example in /opt/silotune.", code="E105",
+            ) from None
 
 
 def _folder_of_root() -> Path:

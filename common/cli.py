@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import os
 import shlex
 import sys
 import traceback
@@ -141,6 +142,13 @@ def _show_traceback(*error: Any) -> None:
     echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
 
 
+def _say_unexpected(error: Exception) -> None:
+    echo(
+        f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to see "
+        "where.", err=True,
+    )
+
+
 def warning_lines(contract: Contract) -> list[str]:
     """What those who agree to a contract should know of it, each as a line of its own."""
     return [f"! {warning}" for warning in contract.warnings]
@@ -170,7 +178,7 @@ def main() -> None:
     debug = len(args) < len(sys.argv) - 1  # wherever it stands
     sys.excepthook = _show_traceback
     try:
-        silotune.main(args, standalone_mode=False)
+        silotune.main(args, prog_name="silotune", standalone_mode=False)
     except SilotuneError as error:
         if debug:
             raise
@@ -192,11 +200,20 @@ def main() -> None:
         # click makes an Abort of the other; who was interrupted may have said what is lost.
         echo(str(error.__cause__ or error) or "Stopped.", err=True)
         sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        if error.filename is None or error.strerror is None:
+            _say_unexpected(error)
+        else:
+            file = escaped(os.fsdecode(error.filename), lines=False)
+            echo(
+                f"✗ E105 {file}: {error.strerror}. This command runs as user {os.geteuid()}.",
+                err=True,
+            )
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        echo(
-            f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to "
-            "see where.", err=True,
-        )
+        _say_unexpected(error)
         sys.exit(1)

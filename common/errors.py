@@ -27,6 +27,10 @@ CODES: dict[str, str] = {
     "E104": "Another `silotune site start` runs on this site's folder, or with its relay's user. "
     "Stop it first, or give each site a folder and a relay user of its own; the lock ends with the "
     "process that holds it.",
+    "E105": "The operating system does not let this command read, write or run a file: the message "
+    "names the file, the reason and the number of the user. Give that user access to the file and "
+    "to each folder above it (`namei -l FILE` lists them), or run the command as the user whose "
+    "file it is.",
     "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
     "with the site's: `silotune contract show FILE` prints the hash of each.",
     "E202": "The request is not in the contract's plan: a round that does not exist, or one that "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ name = "north"
 [[sites]]
 name = "south"
 """
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """A test changes neither umask nor folder of the process: later tests run in it, too."""
+    before = _umask(), Path.cwd()
+    yield
+    assert (_umask(), Path.cwd()) == before
+
+
+def _umask() -> int:
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 @pytest.fixture

@@ -82,8 +82,10 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
 def test_a_site_that_is_not_there_is_one_sentence(
-    site: Site, run: Run, words: tuple[str, ...], table_contract: Contract
+    site: Site, run: Run, words: tuple[str, ...], table_contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: mask)  # `site worker` sets that of its process
     Path("released").mkdir()
     Path("released/contract.json").write_text(table_contract.model_dump_json())
     code, out, err = run(*words, "--config", "nosuch/site.toml")

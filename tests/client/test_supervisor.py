@@ -288,3 +288,16 @@ def test_a_databases_password_is_the_workers_alone(
     assert "DATABASE_PASSWORD" in worker
     assert "DATABASE_PASSWORD" not in relay
     assert "ANOTHER" not in [*worker, *relay]
+
+
+def test_a_program_that_the_user_may_not_run_is_one_sentence(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "silotune").chmod(0o644)
+    started = start()
+    assert started.process.wait(60) == 1
+    assert started.log.read_text().splitlines()[-1] == (
+        f"silotune.common.errors.UsageError: User {os.geteuid()} may not run "
+        f"{tmp_path}/bin/silotune or its Python ({sys.base_prefix}). Install Silotune where that "
+        "user can run it, for example in /opt/silotune."
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -122,6 +124,25 @@ def test_an_unexpected_failure_tells_no_value(
     assert err.startswith("✗ E500 An unexpected failure (ValueError).")
     assert "Maria" not in err
     assert "Traceback" not in err
+
+
+def test_a_file_that_the_system_refuses_is_one_sentence(
+    run: Callable[..., Ran], failing: Callable[[BaseException], None]
+) -> None:
+    failing(PermissionError(errno.EACCES, "Permission denied", "/srv/run\n1/run.json"))
+    assert run("boom") == (
+        1, "", "✗ E105 /srv/run\\n1/run.json: Permission denied. This command runs as user "
+        f"{os.geteuid()}.\n"
+    )
+
+
+def test_a_failure_of_the_system_without_a_file_is_unexpected(
+    run: Callable[..., Ran], failing: Callable[[BaseException], None]
+) -> None:
+    failing(OSError("no file"))
+    code, out, err = run("boom")
+    assert (code, out) == (1, "")
+    assert err.startswith("✗ E500 An unexpected failure (OSError).")
 
 
 def test_values_show_on_the_owners_screen_only(
