@@ -42,7 +42,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "client/release.py": ("client/test_release.py", "client/test_masking.py"),
     "client/policy.py": ("client/test_policy.py",),
     "client/ledger.py": ("client/test_ledger.py", "client/test_identity.py"),
-    "client/entries.py": ("client/test_ledger.py",),
+    "client/entries.py": ("client/test_ledger.py", "client/test_policy.py"),
     "client/budget.py": ("client/test_budget.py", "client/test_identity.py"),
     "client/lineage.py": ("client/test_lineage.py", "client/test_identity.py"),
     "client/identity.py": ("client/test_identity.py",),

@@ -110,6 +110,8 @@ def test_links_are_read_back_from_their_bytes(stars: dict[int, list[int]]) -> No
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
     with pytest.raises(ValueError, match="cut short"):
         Links.of_content(found.content() + b"\0" * 8)
+    with pytest.raises(ValueError, match="cut short"):
+        Links.of_content(found.content()[:-8])
 
 
 # Any chain of our tools ------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import hmac
 import json
 import math
@@ -1235,3 +1236,35 @@ def test_a_release_that_the_database_does_not_take_leaves_the_charge(
     again = home.open()
     again.release(lost, b"reply")
     close(again)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
+    tmp_path: Path, on_disk: bool
+) -> None:
+    keys = Keys.create(tmp_path / "keys")
+    ledger = (Ledger.create(tmp_path / "state", keys, "north") if on_disk
+              else Ledger.in_memory("north", keys))
+    charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
+    assert ledger.own(charges) is None
+    for paid, own in zip(charges, (b"first", b"second", None), strict=True):
+        ledger.release(paid, b"the reply", own)
+    assert ledger.own(charges) == b"second"
+    assert ledger.own(charges[:1]) == b"first"
+    if on_disk:
+        (tmp_path / "state" / "replies" / hashlib.sha256(b"second").hexdigest()).unlink()
+        with pytest.raises(RefusalError, match="is not on disk any more") as refusal:
+            ledger.own(charges)
+        assert refusal.value.code == "E212"
+    close(ledger)
+
+
+def test_a_number_written_as_text_is_not_in_the_ledgers_form(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
+    close(ledger)
+    with sqlite3.connect(tmp_path / "state" / FILE) as connection:
+        ((body,),) = connection.execute("SELECT body FROM entries WHERE sequence = 1").fetchall()
+    connection.close()
+    assert entries.chained(body, 0, FIRST).sequence == 1
+    with pytest.raises(RefusalError, match="entry 1 is not in a ledger's form"):
+        entries.chained(body.replace('"sequence":1', '"sequence":"1"'), 0, FIRST)

@@ -463,6 +463,18 @@ def test_a_number_that_lost_its_last_digits_makes_no_new_record(how: str) -> Non
     assert shared(other, one).all()
 
 
+def test_four_numbers_of_a_row_are_rounded_both_ways_and_no_more() -> None:
+    """Each of them doubles the row's fingerprints."""
+    one, other = (made([["p", *[cell] * 4, "é"]]) for cell in REWRITTEN["half-way"])
+    assert shared(one, other).all()
+    half_way = "1.234567890125"
+    forms = {n: lineage._rounded_forms([half_way] * n, range(n)) for n in (1, 4, 8)}
+    ten_decimals = 1  # where no number is half-way
+    assert {n: len(of) for n, of in forms.items()} == {
+        1: 2 + ten_decimals, 4: 2**4 + ten_decimals, 8: 2**4 + ten_decimals
+    }
+
+
 @pytest.mark.parametrize(("one", "other"), [
     ("1.23456789012", "1.23456789013"), ("1.2345678901234", "1.2345678902234"),
     ("1234567890123", "1234567890124"), ("9007199254740991", "9007199254740990"),
