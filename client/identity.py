@@ -44,7 +44,7 @@ class Links(NamedTuple):
         """ValueError if it is not what `content` gives."""
         size = int.from_bytes(content[:8], "little")
         at, end = 8 + 8 * size, 8 + 12 * size
-        if end > len(content) or (len(content) - end) % 8:
+        if end > len(content):
             raise ValueError("the links are cut short")
         centres = np.frombuffer(content[8:at], np.uint64)
         counts = np.frombuffer(content[at:end], np.uint32)

@@ -43,7 +43,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "client/policy.py": ("client/test_policy.py",),
     "client/ledger.py": ("client/test_ledger.py", "client/test_identity.py"),
     "client/entries.py": ("client/test_ledger.py", "client/test_policy.py"),
-    "client/budget.py": ("client/test_budget.py", "client/test_identity.py"),
+    "client/budget.py": ("client/test_budget.py", "client/test_identity.py", "client/test_units.py"),
     "client/lineage.py": ("client/test_lineage.py", "client/test_identity.py"),
     "client/identity.py": ("client/test_identity.py",),
     "client/masking.py": ("client/test_masking.py",),
