@@ -42,6 +42,7 @@ from silotune.client.accounting import (
     mechanism_of,
     noise_for,
     plan,
+    room,
     tight_epsilon,
 )
 from silotune.common.contract import Contract
@@ -478,3 +479,17 @@ def test_equal_phases_keep_their_own_mechanisms(table_contract: Contract) -> Non
 def test_the_orders_are_opacus_own_and_larger_ones() -> None:
     assert ALPHAS[: len(OPACUS)] == OPACUS
     assert all(low < high < 1.2 * low for low, high in pairwise(ALPHAS[len(OPACUS) - 1 :]))
+
+
+@pytest.mark.parametrize("used", [0.0, 0.25, 0.5, 0.9])
+def test_what_is_left_is_what_a_gaussian_mechanism_may_still_cost(used: float) -> None:
+    """RDP adds up at one order: of a Gaussian mechanism that costs the whole limit there, what is
+    left after the part `used` of its rho is the epsilon of the mechanism with the rest of it."""
+    whole = noise_for(8.0, DELTA, 1.0, 1)
+    order = best_order([Mechanism(whole, 1.0, 1)], DELTA)
+    limit = epsilon_at(order, [Mechanism(whole, 1.0, 1)], DELTA)
+    history = [Mechanism(whole / math.sqrt(used), 1.0, 1)] if used else []
+    rest = Mechanism(whole / math.sqrt(1 - used), 1.0, 1)
+    assert room(order, history, limit, DELTA) == pytest.approx(epsilon([rest], DELTA), rel=1e-9)
+    assert epsilon_at(order, [*history, rest], DELTA) == pytest.approx(limit, rel=1e-9)
+    assert room(order, [*history, rest], limit, DELTA) == 0
