@@ -45,7 +45,8 @@ bench-sim: $(INSTALLED)  ## a simulated client beside Flower's and pfl-research'
 lock: $(INSTALLED)  ## the SHA-256 of all that is installed, from pip's index; writes *requirements.lock
 	$(BIN)/python -m silotune.common.requirements_lock $(LOCK)
 
-check: $(INSTALLED)  ## ruff, mypy strict and the direction of imports
+check: $(INSTALLED)  ## format, ruff, mypy strict and the direction of imports
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_house.py

@@ -26,7 +26,8 @@ from silotune.common.errors import UsageError
 from silotune.common.plan import Target
 
 ALPHAS = (
-    *(1 + x / 10 for x in range(1, 100)), *range(12, 64),  # Opacus' own
+    *(1 + x / 10 for x in range(1, 100)),
+    *range(12, 64),  # Opacus' own
     *(round(2 ** (x / 4)) for x in range(24, 53)),  # 64 to 8192
 )
 LAST_OF_OPACUS = 63  # its binomial coefficients overflow from order 1030 on
@@ -133,8 +134,7 @@ def _merged(history: Sequence[Mechanism]) -> list[Mechanism]:
 
 def _rdp_at(order: float, history: Sequence[Mechanism]) -> float:
     return sum(
-        _rdp_of_step(m.noise_multiplier, m.sampling_rate, order) * m.steps
-        for m in _merged(history)
+        _rdp_of_step(m.noise_multiplier, m.sampling_rate, order) * m.steps for m in _merged(history)
     )
 
 
@@ -165,8 +165,11 @@ def _rdp_at_whole_order(sigma: float, q: float, order: int) -> float:
     """
     k = np.arange(2, order + 1, dtype=np.float64)
     log_weight = (
-        gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-        + k * math.log(q) + (order - k) * math.log1p(-q)
+        gammaln(order + 1)
+        - gammaln(k + 1)
+        - gammaln(order - k + 1)
+        + k * math.log(q)
+        + (order - k) * math.log1p(-q)
     )
     exponent = k * (k - 1) / (2 * sigma**2)
     excess = logsumexp(log_weight + exponent + np.log(-np.expm1(-exponent)))

@@ -43,8 +43,9 @@ def check(server: Server, node_key: Path) -> str:
         key = load_ssh_private_key(node_key.read_bytes(), None)
         authority = server.ca.read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(f"{node_key} or {server.ca} cannot be read ({type(error).__name__}).") \
-            from None
+        raise DataError(
+            f"{node_key} or {server.ca} cannot be read ({type(error).__name__})."
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise DataError(f"{node_key} is no key of the kind that Flower takes (ECDSA).")
     found = within(lambda: _asked(server.address, authority, key))

@@ -109,7 +109,8 @@ class Budget:
         epsilons add up to more than they compose to."""
         return min(
             accounting.room(past.order, past.history, limit.epsilon, limit.delta)
-            if past.order else limit.epsilon
+            if past.order
+            else limit.epsilon
             for past in self.pasts()
         )
 

@@ -67,9 +67,10 @@ def is_iban(value: str) -> bool:
         return False
     if len(value) != IBAN_LENGTHS.get(value[:2]):
         return False
-    return 2 <= int(value[2:4]) <= 98 and int(
-        "".join(str(int(c, 36)) for c in value[4:] + value[:4])
-    ) % 97 == 1
+    return (
+        2 <= int(value[2:4]) <= 98
+        and int("".join(str(int(c, 36)) for c in value[4:] + value[:4])) % 97 == 1
+    )
 
 
 def is_ssn(number: str) -> bool:
@@ -77,8 +78,10 @@ def is_ssn(number: str) -> bool:
     area, group, serial = number[:3], number[3:5], number[5:]
     return (
         len(number) == 9
-        and area not in {"000", "666"} and area < "900"
-        and group != "00" and serial != "0000"
+        and area not in {"000", "666"}
+        and area < "900"
+        and group != "00"
+        and serial != "0000"
         and len(set(number)) > 1
         and number not in {"123456789", "078051120", "219099999"}  # printed on samples
     )

@@ -225,7 +225,12 @@ class ChineseNames:
         return end >= len(text) or not _is_chinese(text[end])
 
     def _score(
-        self, text: str, start: int, after: int, size: int, label: re.Match[str] | None,
+        self,
+        text: str,
+        start: int,
+        after: int,
+        size: int,
+        label: re.Match[str] | None,
         role: re.Match[str] | None,
     ) -> float:
         """How sure it is that `size` characters after the family name are the given one; 0: not."""
@@ -258,7 +263,10 @@ class ChineseNames:
             return 0
         before = text[start - 1 : start] if start else ""
         if (
-            not before or before in _ENDS or labelled or _BEFORE_TITLE.match(before)
+            not before
+            or before in _ENDS
+            or labelled
+            or _BEFORE_TITLE.match(before)
             or _BEFORE.search(text, max(0, start - 2), start)
         ):
             return 0.85

@@ -42,8 +42,11 @@ site.add_command(own)
 
 @site.command()
 @click.option("--name", required=True, help="This site's name in the contract.")
-@click.option("--data", type=click.Path(path_type=Path), help="The file with the records; by "
-              "default records.csv in the site's folder.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="The file with the records; by default records.csv in the site's folder.",
+)
 @click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where to make it.")
 @JSON
 def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
@@ -83,41 +86,69 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     Ledger.create(made.state, keys, name)
     make_private_folder(made.relay)
     node = ec.generate_private_key(ec.SECP384R1())  # the kind of key Flower's SuperNode takes
-    write_durably(made.relay / "node.key", node.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    ))
-    write_durably(made.relay / "node.pub", node.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    ) + b"\n")
+    write_durably(
+        made.relay / "node.key",
+        node.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        ),
+    )
+    write_durably(
+        made.relay / "node.pub",
+        node.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        + b"\n",
+    )
     records = data or Path("records.csv")
     if data is not None and data.exists():  # the reader's folder counts before the site's
         records = made.from_policy(data)
     expected = made.folder / records
     template = (resources.files("silotune.client") / "site.toml.j2").read_text(encoding="utf-8")
-    text = Environment(
-        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False  # noqa: S701
-    ).from_string(template).render(name=name, data=as_toml(str(records)))
+    text = (
+        Environment(
+            undefined=StrictUndefined,
+            keep_trailing_newline=True,
+            autoescape=False,  # noqa: S701
+        )
+        .from_string(template)
+        .render(name=name, data=as_toml(str(records)))
+    )
     write_durably(made.config, text.encode())
     request = made.request(name)
     file = folder / f"{name}.request.json"
     write_durably(file, request.model_dump_json(indent=1).encode())
     facts = {
-        "name": name, "config": str(made.config), "public_key": keys.public,
-        "request": str(file), "fingerprint": request.fingerprint, "data": str(expected),
+        "name": name,
+        "config": str(made.config),
+        "public_key": keys.public,
+        "request": str(file),
+        "fingerprint": request.fingerprint,
+        "data": str(expected),
         "data_is_there": expected.is_file(),
     }
-    emit(facts, as_json, "\n".join([
-        f"✓ keys made in {folder / 'keys'} (0600); they stay here",
-        f"✓ policy  {made.config}",
-        f"✓ request {file}, for the operator: public parts only",
-        *([] if expected.is_file() else [
-            f"! records {expected} is not there yet: put the records there, or correct data.file "
-            f"in {made.config}"
-        ]),
-        f"fingerprint  {request.fingerprint}  (read it out to the operator)",
-        next_step(*on_site(made.config, "sign"), first=f"edit {made.config}, then: "),
-    ]))
+    emit(
+        facts,
+        as_json,
+        "\n".join(
+            [
+                f"✓ keys made in {folder / 'keys'} (0600); they stay here",
+                f"✓ policy  {made.config}",
+                f"✓ request {file}, for the operator: public parts only",
+                *(
+                    []
+                    if expected.is_file()
+                    else [
+                        f"! records {expected} is not there yet: put the records there, or correct "
+                        f"data.file in {made.config}"
+                    ]
+                ),
+                f"fingerprint  {request.fingerprint}  (read it out to the operator)",
+                next_step(*on_site(made.config, "sign"), first=f"edit {made.config}, then: "),
+            ]
+        ),
+    )
 
 
 @site.command()
@@ -150,8 +181,13 @@ def fingerprint(config: Path) -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="More of site.toml.")
 @KEY
 def join_(
-    contract: Path, config: Path, address: str, ca: Path, fingerprint: str,
-    settings: tuple[str, ...], key: Path | None,
+    contract: Path,
+    config: Path,
+    address: str,
+    ca: Path,
+    fingerprint: str,
+    settings: tuple[str, ...],
+    key: Path | None,
 ) -> None:
     """Permit a contract and the way to its server, in site.toml, and sign it as the owner.
 
@@ -168,8 +204,14 @@ def join_(
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise UsageError(f"--set takes KEY=VALUE, such as data.repeated=keep, not '{wrong[0]}'.")
     found = contracts.load(contract)
-    enrol(Site.at(config), found, address=address, ca=ca, fingerprint=fingerprint,
-          settings={name: value for name, _, value in pairs})
+    enrol(
+        Site.at(config),
+        found,
+        address=address,
+        ca=ca,
+        fingerprint=fingerprint,
+        settings={name: value for name, _, value in pairs},
+    )
     echo(f"✓ {ca} is the CA that the operator read out")
     echo(f"✓ leaves the site: {found.leaves}")
     _sign(config, key, contract, as_json=False)
@@ -208,13 +250,16 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
     permitted = len(policy.permits.contracts)
     limits = {unit: asdict(limit) for unit, limit in policy.limits.items()}
     emit(
-        {"serial": signed.serial, "policy": signed.policy, "budgets": limits}, as_json,
+        {"serial": signed.serial, "policy": signed.policy, "budgets": limits},
+        as_json,
         f"✓ {config} is policy number {signed.serial} of {policy.name}: "
         f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
         "A worker that is running finishes the run it has begun, as far as this policy permits "
         "it. For another run, start it again.\n"
-        + next_step(*on_site(config, "check", contract or "CONTRACT"),
-                    note="" if contract else "CONTRACT: the file that the operator sent"),
+        + next_step(
+            *on_site(config, "check", contract or "CONTRACT"),
+            note="" if contract else "CONTRACT: the file that the operator sent",
+        ),
     )
 
 
@@ -241,24 +286,38 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     if policies.load(config).server is None:
         echo(next_step(*on_site(config, "join", contract, *JOIN), note=JOIN_NOTE))
     else:
-        echo(next_step(
-            *on_site(config, "start", contract), "--worker-user", "USER", "--relay-user", "OTHER",
-            note="as root; two users of this machine, made for this",
-        ))
+        echo(
+            next_step(
+                *on_site(config, "start", contract),
+                "--worker-user",
+                "USER",
+                "--relay-user",
+                "OTHER",
+                note="as root; two users of this machine, made for this",
+            )
+        )
 
 
 @site.command()
 @CONTRACT
 @CONFIG
 @click.option("--worker-user", help="Who may read the records: a user of this machine.")
-@click.option("--relay-user", help="Who runs Flower's SuperNode, and may not: "
-              "a user of its own, whose processes all end with the site.")
+@click.option(
+    "--relay-user",
+    help="Who runs Flower's SuperNode, and may not: "
+    "a user of its own, whose processes all end with the site.",
+)
 @click.option("--one-user", is_flag=True, help="Run both as this user: NOT for private records.")
 @click.option("--metrics-port", type=PORT, help="Serve /metrics and /healthz on 127.0.0.1.")
 @LOG_JSON
 def start(
-    contract: Path, config: Path, worker_user: str | None, relay_user: str | None, one_user: bool,
-    metrics_port: int | None, log_json: bool,
+    contract: Path,
+    config: Path,
+    worker_user: str | None,
+    relay_user: str | None,
+    one_user: bool,
+    metrics_port: int | None,
+    log_json: bool,
 ) -> None:
     """Check, then run the worker and the relay until they are stopped.
 
@@ -303,7 +362,11 @@ def start(
 @click.option("--ready-fd", type=int, hidden=True)
 @LOG_JSON
 def worker(
-    contract: Path, config: Path, socket: Path | None, fd: int | None, ready_fd: int | None,
+    contract: Path,
+    config: Path,
+    socket: Path | None,
+    fd: int | None,
+    ready_fd: int | None,
     log_json: bool,
 ) -> None:
     """Check, then answer the relay until stopped. `site start` and systemd run this.
@@ -401,8 +464,13 @@ def metrics(config: Path, port: int) -> None:
 
 
 def _preflight(
-    config: Path, contract: Path, *, say: Callable[[str], None] = echo,
-    as_json: bool = False, local: bool = False, network: bool = False,
+    config: Path,
+    contract: Path,
+    *,
+    say: Callable[[str], None] = echo,
+    as_json: bool = False,
+    local: bool = False,
+    network: bool = False,
 ) -> bool:
     """Print the table; True when there is no problem. local: also what no log may hold; network:
     also whether the server can be reached."""

@@ -61,37 +61,50 @@ class Columns:
                 self._cells(
                     Rule(column.name, "outside", "E302", f"allows {allowed}"),
                     partial(_not_read_as, partial(schema.misfit, column), f"allows {allowed}"),
-                ) for allowed in schema.allowed(column)
+                )
+                for allowed in schema.allowed(column)
             ]
             if isinstance(column, NumberColumn) and column.lowest is not None:
                 what = f"is below {column.lowest:g}: counts as missing"
-                checks.append(self._cells(
-                    Rule(column.name, "bound", "", what),
-                    partial(_not_read_as, partial(schema.below, column), what),
-                ))
+                checks.append(
+                    self._cells(
+                        Rule(column.name, "bound", "", what),
+                        partial(_not_read_as, partial(schema.below, column), what),
+                    )
+                )
             columns[column.name] = pandera.Column(checks=checks)
         label = task.label_column
-        bounds = [self._cells(
-            Rule(label, "bound", "", task.read_as_bound),
-            partial(_not_read_as, task.read_otherwise, task.read_as_bound),
-        )] if isinstance(task, Regression) else []
+        bounds = (
+            [
+                self._cells(
+                    Rule(label, "bound", "", task.read_as_bound),
+                    partial(_not_read_as, task.read_otherwise, task.read_as_bound),
+                )
+            ]
+            if isinstance(task, Regression)
+            else []
+        )
         if isinstance(task, Tokens):
             bounds += [
                 self._cells(
                     Rule(label, "scheme", "", what),
                     partial(_not_read_as, task.read_otherwise, what),
-                ) for what in tagging.READ_OTHERWISE.values()
+                )
+                for what in tagging.READ_OTHERWISE.values()
             ]
-        columns[label] = pandera.Column(checks=[
-            *bounds,
-            self._cells(Rule(label, "no target", "E303", "is empty"), _filled),
-            *(
-                self._cells(
-                    Rule(label, "target", "E303", f"allows {task.answers}{written}"),
-                    partial(self._is_target, written),
-                ) for written in (("", UNREAD) if isinstance(task, Regression) else ("",))
-            ),
-        ])
+        columns[label] = pandera.Column(
+            checks=[
+                *bounds,
+                self._cells(Rule(label, "no target", "E303", "is empty"), _filled),
+                *(
+                    self._cells(
+                        Rule(label, "target", "E303", f"allows {task.answers}{written}"),
+                        partial(self._is_target, written),
+                    )
+                    for written in (("", UNREAD) if isinstance(task, Regression) else ("",))
+                ),
+            ]
+        )
         entity = contract.privacy.entity
         for name in header if entity else ():
             if entity and lineage.canonical(name) in map(lineage.canonical, entity.key):
@@ -104,11 +117,14 @@ class Columns:
         whole = []
         if isinstance(task, Tokens) and isinstance(spec, TextInput):
             rule = Rule(label, "words", "E303", f"needs as many tags as '{spec.column}' has words")
-            whole.append(pandera.Check(
-                lambda rows: rows[spec.column].str.split().str.len()
-                == rows[label].str.split().str.len(),
-                error=self._number(rule),
-            ))
+            whole.append(
+                pandera.Check(
+                    lambda rows: (
+                        rows[spec.column].str.split().str.len() == rows[label].str.split().str.len()
+                    ),
+                    error=self._number(rule),
+                )
+            )
         self.names = list(dict.fromkeys([*contract.columns, *columns]))
         self._places = [header.index(name) for name in self.names]
         self._schema = pandera.DataFrameSchema(columns, checks=whole)

@@ -75,9 +75,12 @@ def count(table: Table, contract: Contract, model: Path | None) -> Counts:
         choices={name: _in_order(columns[name], counter) for name, counter in found.items()},
         targets={word: labels[word] for word in dict.fromkeys([*_words(task), *labels])},
         lengths=lengths.measure(
-            (records.parse(Table(table.source, table.header, block), contract)
-             for block in blocks(table.rows)),
-            contract, lengths.tokenizer_of(model),
+            (
+                records.parse(Table(table.source, table.header, block), contract)
+                for block in blocks(table.rows)
+            ),
+            contract,
+            lengths.tokenizer_of(model),
         ),
     )
 

@@ -33,9 +33,7 @@ def load(table: records.Table, contract: Contract, model: Network) -> Dataset:
     found = records.parse(table, contract)
     entity = contract.privacy.entity
     of = units.of_entities(table, entity) if entity else units.of_records(len(found))
-    return Dataset(
-        _encode(model, tuple(found.inputs)), model.objective.tensor(found.labels), of
-    )
+    return Dataset(_encode(model, tuple(found.inputs)), model.objective.tensor(found.labels), of)
 
 
 @lru_cache(maxsize=16)

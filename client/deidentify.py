@@ -45,8 +45,21 @@ from silotune.common.errors import DataError, UsageError
 from silotune.common.fields import Distinct, Frozen
 
 Kind = Literal[
-    "person", "email", "phone", "address", "date", "iban", "card", "ssn", "record_number",
-    "resident_id", "passport", "license_plate", "messenger_id", "url", "ip_address",
+    "person",
+    "email",
+    "phone",
+    "address",
+    "date",
+    "iban",
+    "card",
+    "ssn",
+    "record_number",
+    "resident_id",
+    "passport",
+    "license_plate",
+    "messenger_id",
+    "url",
+    "ip_address",
 ]
 Action = Literal["redact", "mask", "pseudonymise", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -166,13 +179,19 @@ class Deidentifier:
             # Its message may hold the text. Only its type goes on, not even as a cause.
             failed = type(error).__name__
         else:
-            return merged([
-                Finding(
-                    places[r.start], places[r.end - 1] + 1, r.entity_type, r.score,
-                    self.settings.action_for(r.entity_type) == "block",
-                )
-                for r in results if r.end > r.start
-            ])
+            return merged(
+                [
+                    Finding(
+                        places[r.start],
+                        places[r.end - 1] + 1,
+                        r.entity_type,
+                        r.score,
+                        self.settings.action_for(r.entity_type) == "block",
+                    )
+                    for r in results
+                    if r.end > r.start
+                ]
+            )
         raise DataError(f"A text could not be searched for personal details ({failed}).")
 
     def _replaced(self, found: Finding, text: str) -> str:
@@ -237,10 +256,15 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
     out = []
     for group in done:
         best = max(group, key=lambda f: (round(f.score, 6), f.end - f.start, -_RANK[f.kind]))
-        out.append(Finding(
-            group[0].start, max(f.end for f in group), best.kind, best.score,
-            any(f.blocks for f in group),
-        ))
+        out.append(
+            Finding(
+                group[0].start,
+                max(f.end for f in group),
+                best.kind,
+                best.score,
+                any(f.blocks for f in group),
+            )
+        )
     return out
 
 
@@ -253,7 +277,8 @@ def _engine(settings: Deidentify) -> Any:
     if find_spec("presidio_analyzer") is None:
         raise UsageError(
             "[prepare.deidentify] needs Presidio, which is not installed: `pip install "
-            "presidio-analyzer`, or install Silotune with its extra 'deidentify'.", code="E103",
+            "presidio-analyzer`, or install Silotune with its extra 'deidentify'.",
+            code="E103",
         )
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import NoOpNlpEngine
@@ -272,7 +297,8 @@ def _engine(settings: Deidentify) -> Any:
     if not found:
         raise UsageError(
             f"[prepare.deidentify] kinds {', '.join(settings.kinds)} are not of language "
-            f"'{settings.language}': nothing would be looked for.", code="E103",
+            f"'{settings.language}': nothing would be looked for.",
+            code="E103",
         )
     engine = AnalyzerEngine(
         registry=RecognizerRegistry(found, supported_languages=[LANGUAGE]),

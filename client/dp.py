@@ -168,8 +168,11 @@ def private_gradient(
 
 
 def _accumulate(
-    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, groups: Iterable[Group],
-    losses: Losses, gradients: str,
+    modules: list[nn.Module],
+    optimizer: CryptoNoiseOptimizer,
+    groups: Iterable[Group],
+    losses: Losses,
+    gradients: str,
 ) -> None:
     for units, parts in groups:
         if gradients == "ghost":

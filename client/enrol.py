@@ -28,7 +28,12 @@ CA_FILE = "server-ca.crt"
 
 
 def enrol(
-    site: Site, contract: Contract, *, address: str, ca: Path, fingerprint: str,
+    site: Site,
+    contract: Contract,
+    *,
+    address: str,
+    ca: Path,
+    fingerprint: str,
     settings: Mapping[str, str],
 ) -> Policy:
     """Write all that into site.toml; the owner has to sign it then. UsageError, and nothing is

@@ -27,9 +27,9 @@ from silotune.common.errors import UsageError
 
 _LABELS = {  # kind → what models call it (CoNLL, OntoNotes, i2b2/n2c2 and frequent spellings)
     "person": "PER PERSON PERS PS NAME PATIENT DOCTOR STAFF HCW NAME_PATIENT NAME_DOCTOR FIRSTNAME "
-              "LASTNAME GIVENNAME SURNAME MIDDLENAME USERNAME",
+    "LASTNAME GIVENNAME SURNAME MIDDLENAME USERNAME",
     "address": "LOC LOCATION GPE LC ADDRESS STREET CITY STATE ZIP ZIPCODE POSTCODE LOCATION_OTHER "
-               "BUILDINGNUM BUILDINGNUMBER SECONDARYADDRESS",
+    "BUILDINGNUM BUILDINGNUMBER SECONDARYADDRESS",
     "date": "DATE DAT DT DATE_TIME DATEOFBIRTH DOB",
     "phone": "PHONE PHONENUMBER PHONEIMEI TELEPHONENUM TELEPHONE FAX CONTACT",
     "email": "EMAIL EMAIL_ADDRESS",
@@ -83,8 +83,13 @@ class EntityModel(LocalRecognizer):
                 self.folder, local_files_only=True, trust_remote_code=False
             )
             self.model, facts = AutoModelForTokenClassification.from_pretrained(
-                self.folder, config=config, dtype=torch.float32, use_safetensors=True,
-                output_loading_info=True, local_files_only=True, trust_remote_code=False,
+                self.folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except Exception as error:  # a damaged folder fails in many ways
             raise _refused(self.folder, f"cannot be read ({type(error).__name__})") from None
@@ -96,7 +101,8 @@ class EntityModel(LocalRecognizer):
         labels = [_kind(config.id2label[at]) for at in range(config.num_labels)]
         self._columns = {
             kind: [at for at, other in enumerate(labels) if other == kind]
-            for kind in sorted(self.kinds) if kind in labels
+            for kind in sorted(self.kinds)
+            if kind in labels
         }
         if not self._columns:
             names = ", ".join(sorted(map(str, config.id2label.values()))[:12])
@@ -132,8 +138,13 @@ class EntityModel(LocalRecognizer):
         if not text.strip():
             return []
         coded = self.tokenizer(
-            text, truncation=True, max_length=self._window, stride=self._window // 4,
-            return_overflowing_tokens=True, return_offsets_mapping=True, padding=True,
+            text,
+            truncation=True,
+            max_length=self._window,
+            stride=self._window // 4,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            padding=True,
             return_tensors="pt",
         )
         coded.pop("overflow_to_sample_mapping", None)

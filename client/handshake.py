@@ -32,16 +32,17 @@ DAYS = 30  # before a certificate expires it is said
 
 
 def shake(server: Server) -> str:
-    """What was found, in a line; PeerError with what is wrong, DataError if the CA cannot be read.
-    """
+    """What was found, in a line; PeerError with what is wrong, DataError for the CA."""
     host, _, port = server.address.rpartition(":")
     began = time.perf_counter()
     try:
         context = ssl.create_default_context(cafile=str(server.ca))
         authority = x509.load_pem_x509_certificate(server.ca.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{server.ca} (server.ca) holds no certificate that can be read "
-                        f"({type(error).__name__}).") from None
+        raise DataError(
+            f"{server.ca} (server.ca) holds no certificate that can be read "
+            f"({type(error).__name__})."
+        ) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         status, body, date = within(lambda: _greet(server.address, context))
@@ -55,8 +56,10 @@ def shake(server: Server) -> str:
     ahead = time.time() - _date(date)
     if not -MOST_BEHIND < ahead < MOST_AHEAD + 1:  # the date has whole seconds
         which = "ahead of" if ahead > 0 else "behind"
-        raise PeerError(f"this machine's clock is {_span(abs(ahead))} {which} the server's; Flower "
-                        f"allows {MOST_AHEAD:.0f} s ahead and 5 min behind. Set it (NTP).")
+        raise PeerError(
+            f"this machine's clock is {_span(abs(ahead))} {which} the server's; Flower "
+            f"allows {MOST_AHEAD:.0f} s ahead and 5 min behind. Set it (NTP)."
+        )
     left = (authority.not_valid_after_utc.timestamp() - time.time()) / 86400
     soon = f", the CA expires in {left:.0f} days" if left < DAYS else ""
     clock = f", clock {_span(abs(ahead))} off" if abs(ahead) > 60 else ""
@@ -121,13 +124,17 @@ def _cause(error: Exception, host: str, port: str, authority: x509.Certificate) 
 def _distrust(error: ssl.SSLCertVerificationError, host: str, authority: x509.Certificate) -> str:
     why = re.sub(r"[^A-Za-z0-9 .,':-]", "", error.verify_message or "")
     if "expired" in why or "not yet valid" in why:
-        return (f"the server's certificate is not valid at this machine's time ({why}). Is the "
-                "clock right? Then the operator makes a new certificate.")
+        return (
+            f"the server's certificate is not valid at this machine's time ({why}). Is the "
+            "clock right? Then the operator makes a new certificate."
+        )
     if "mismatch" in why or "not valid for" in why:
         return f"the server's certificate is for another name than {host}: check server.address."
     own = pairs(authority.fingerprint(SHA256()))
-    return (f"the server's certificate is not signed by the CA you enrolled with "
-            f"({own[:5]}…{own[-5:]}). Do not continue; phone the operator.")
+    return (
+        f"the server's certificate is not signed by the CA you enrolled with "
+        f"({own[:5]}…{own[-5:]}). Do not continue; phone the operator."
+    )
 
 
 def _date(text: str) -> float:

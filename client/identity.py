@@ -76,8 +76,9 @@ def links_between(raw: RowPrints, prepared: RowPrints, made_of: Sequence[int]) -
             centres.append(code)
             counts.append(len(others))
             nodes += others
-    return Links(np.array(centres, np.uint64), np.array(counts, np.uint32),
-                 np.array(nodes, np.uint64))
+    return Links(
+        np.array(centres, np.uint64), np.array(counts, np.uint32), np.array(nodes, np.uint64)
+    )
 
 
 def _rows_of(prints: RowPrints) -> list[tuple[int, frozenset[int]]]:
@@ -87,8 +88,9 @@ def _rows_of(prints: RowPrints) -> list[tuple[int, frozenset[int]]]:
     codes = prints.decodings.codes
     return [
         (code, frozenset(codes[start:end].tolist()) if end > start else none)
-        for code, (start, end) in zip(codes_of(prints.fingerprints).tolist(), pairwise(ends),
-                                      strict=True)
+        for code, (start, end) in zip(
+            codes_of(prints.fingerprints).tolist(), pairwise(ends), strict=True
+        )
     ]
 
 

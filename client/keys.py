@@ -34,8 +34,7 @@ class Keys:
 
     @classmethod
     def in_memory(cls, signing: bytes | None = None) -> Keys:
-        """Keys that end with the process; `signing` (32 bytes): of a simulated site's roster entry.
-        """
+        """Keys that end with the process. signing: 32 bytes, of a simulated site's roster entry."""
         key = signing or secrets.token_bytes(32)
         return cls(secrets.token_bytes(32), Ed25519PrivateKey.from_private_bytes(key), b"")
 
@@ -46,7 +45,8 @@ class Keys:
         if any((folder / name).exists() for name in ("secret.key", "site.key", "owner.key")):
             raise UsageError(
                 f"{folder} already holds keys. With other keys the ledger beside them could not "
-                "be read: choose another folder, or keep these.", code="E214",
+                "be read: choose another folder, or keep these.",
+                code="E214",
             )
         owner = Ed25519PrivateKey.generate()
         for name, data in (
@@ -124,7 +124,8 @@ def _read_key(path: Path) -> bytes:
     if mode & 0o077:
         raise UsageError(
             f"Key {path} is open to other users (mode {mode & 0o777:o}). Close it with "
-            f"chmod 600 {path}, and make new keys if somebody may have read it.", code="E214",
+            f"chmod 600 {path}, and make new keys if somebody may have read it.",
+            code="E214",
         )
     if len(data) != 32:
         raise UsageError(f"Key {path} has {len(data)} bytes, not 32.", code="E214")

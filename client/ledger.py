@@ -187,12 +187,15 @@ class Ledger:
     def append(self, kind: type[AnyEntry], **facts: Any) -> AnyEntry:
         """Write one entry, within `writing`; returns it. ValidationError if a fact is not valid."""
         assert self._database.in_transaction
-        if kind is Charged and (
-            facts["contract"], facts["run"], facts["round"], facts["attempt"]
-        ) in self.charges:
+        if (
+            kind is Charged
+            and (facts["contract"], facts["run"], facts["round"], facts["attempt"]) in self.charges
+        ):
             raise RefusalError("This request was charged already.")
         entry = kind(
-            sequence=len(self.entries) + 1, previous=self._digests[-1], at=round(time.time(), 3),
+            sequence=len(self.entries) + 1,
+            previous=self._digests[-1],
+            at=round(time.time(), 3),
             **facts,
         )
         body = entry.model_dump_json()
@@ -207,8 +210,13 @@ class Ledger:
         assert self._database.in_transaction
         self._database.execute(
             "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
-            (lineage.id, lineage.columns, lineage.fingerprints.tobytes(),
-             lineage.decodings.counts.tobytes(), lineage.decodings.codes.tobytes()),
+            (
+                lineage.id,
+                lineage.columns,
+                lineage.fingerprints.tobytes(),
+                lineage.decodings.counts.tobytes(),
+                lineage.decodings.codes.tobytes(),
+            ),
         )
         facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
         return self.append(Charged, **facts)
@@ -244,13 +252,15 @@ class Ledger:
             for basis, found in origin.links.items():
                 content = found.content()
                 name = hashlib.sha256(content).hexdigest()
-                self._database.execute(
-                    "INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content)
-                )
+                self._database.execute("INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content))
                 made.append(BasisLinks(basis=basis, links=name))
             return self.append(
-                Prepared, source=source, rows=rows, columns=origin.columns,
-                changed=origin.changed, made=tuple(made),
+                Prepared,
+                source=source,
+                rows=rows,
+                columns=origin.columns,
+                changed=origin.changed,
+                made=tuple(made),
             )
 
     def links(self, basis: str) -> list[Links]:
@@ -258,7 +268,8 @@ class Ledger:
         does not have them."""
         return [
             self._links(entry, entry.bases[basis])
-            for entry in self.preparations if basis in entry.bases
+            for entry in self.preparations
+            if basis in entry.bases
         ]
 
     def _row(self, query: str, name: str) -> tuple[Any, ...] | None:
@@ -271,8 +282,10 @@ class Ledger:
 
     def _links(self, entry: Prepared, name: str) -> Links:
         row = self._row("SELECT content FROM links WHERE digest = ?", name)
-        if row is not None and isinstance(row[0], bytes) and (
-            hashlib.sha256(row[0]).hexdigest() == name
+        if (
+            row is not None
+            and isinstance(row[0], bytes)
+            and (hashlib.sha256(row[0]).hexdigest() == name)
         ):
             return Links.of_content(row[0])
         raise damaged(f"the links of entry {entry.sequence} are not those it names")
@@ -309,8 +322,9 @@ class Ledger:
     def own(self, charges: Iterable[Charged]) -> bytes | None:
         """What stayed at the site with the latest round of these that was released; None if there
         is none. RefusalError E212 if it is not there any more."""
-        last = max((c for c in charges if self._left(c)), default=None,
-                   key=lambda c: (c.round, c.sequence))
+        last = max(
+            (c for c in charges if self._left(c)), default=None, key=lambda c: (c.round, c.sequence)
+        )
         if last is None:
             return None
         found = self._kept(self._left(last) or "")
@@ -366,7 +380,8 @@ class Ledger:
         if not verifies(self._keys.public, receipt.signature, statement):
             raise RefusalError(
                 "The server showed a receipt that this site's key did not sign. The ledger is not "
-                "in question: ask the operator, or tell why the site has new keys.", code="E503",
+                "in question: ask the operator, or tell why the site has new keys.",
+                code="E503",
             )
         with self._lock:
             if receipt.sequence > len(self.entries):
@@ -510,15 +525,16 @@ def _are_blobs(cells: Sequence[object], sizes: Sequence[int]) -> bool:
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(
-            path.resolve().as_uri() + "?mode=rw", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=BUSY_SECONDS,
+            path.resolve().as_uri() + "?mode=rw",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=BUSY_SECONDS,
         )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise _refusal(
-            error, path.parent, NOTHING_SPENT, f"{path} cannot be opened "
-        ) from None
+        raise _refusal(error, path.parent, NOTHING_SPENT, f"{path} cannot be opened ") from None
     return database
 
 
@@ -552,5 +568,6 @@ def _has_no_room(folder: Path | None) -> bool:
 def _full(folder: Path | None, outcome: str) -> RefusalError:
     return RefusalError(
         f"The disk of this site is full: {folder} has no room left. {outcome} Free space there; "
-        "the site then goes on.", code="E216",
+        "the site then goes on.",
+        code="E216",
     )

@@ -73,10 +73,27 @@ Codes = NDArray[np.uint64]
 
 # UTF-16 is left out: its bytes have NULs in every column name, so they cannot be read as another.
 READ_AS = tuple(name for name in ENCODINGS if not name.startswith("utf-16"))
-MISSING_WORDS = frozenset({
-    "", "nan", "na", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "null", "none", "nil", "nat",
-    "-1.#ind", "1.#ind", "-1.#qnan", "1.#qnan", "\\n",
-})
+MISSING_WORDS = frozenset(
+    {
+        "",
+        "nan",
+        "na",
+        "n/a",
+        "#n/a",
+        "#n/a n/a",
+        "#na",
+        "<na>",
+        "null",
+        "none",
+        "nil",
+        "nat",
+        "-1.#ind",
+        "1.#ind",
+        "-1.#qnan",
+        "1.#qnan",
+        "\\n",
+    }
+)
 # How a long number is rounded.
 DIGITS, DECIMALS = 12, 10
 LEAST = -6  # the power of ten from which decimals count: five of the digits and more are left
@@ -94,24 +111,47 @@ def _any_of(codes: Iterable[int]) -> re.Pattern[str]:
             ranges[-1][1] = code
         else:
             ranges.append([code, code])
-    return re.compile("[" + "".join(
-        f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges
-    ) + "]")
+    return re.compile(
+        "["
+        + "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges)
+        + "]"
+    )
 
 
 # What nobody sees. Default_Ignorable_Code_Point in DerivedCoreProperties.txt of Unicode 16.0, those
 # not assigned yet as well, ...
-_IGNORABLE = [code for first, last in (
-    (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5),
-    (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x3164, 0x3164),
-    (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3),
-    (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
-) for code in range(first, last + 1)]
+_IGNORABLE = [
+    code
+    for first, last in (
+        (0xAD, 0xAD),
+        (0x34F, 0x34F),
+        (0x61C, 0x61C),
+        (0x115F, 0x1160),
+        (0x17B4, 0x17B5),
+        (0x180B, 0x180F),
+        (0x200B, 0x200F),
+        (0x202A, 0x202E),
+        (0x2060, 0x206F),
+        (0x3164, 0x3164),
+        (0xFE00, 0xFE0F),
+        (0xFEFF, 0xFEFF),
+        (0xFFA0, 0xFFA0),
+        (0xFFF0, 0xFFF8),
+        (0x1BCA0, 0x1BCA3),
+        (0x1D173, 0x1D17A),
+        (0xE0000, 0xE0FFF),
+    )
+    for code in range(first, last + 1)
+]
 # ... and the categories Cc and Cf but for white space (Unicode has none of them elsewhere).
-_UNSEEN = _any_of({
-    code for code in range(0x20000)
-    if unicodedata.category(chr(code)) in ("Cc", "Cf") and not chr(code).isspace()
-} | set(_IGNORABLE))
+_UNSEEN = _any_of(
+    {
+        code
+        for code in range(0x20000)
+        if unicodedata.category(chr(code)) in ("Cc", "Cf") and not chr(code).isspace()
+    }
+    | set(_IGNORABLE)
+)
 _PLAIN = {
     **dict.fromkeys("‘’‚‛‹›`´ʹʻʼʽˈˊˋ′‵❛❜ꞌ׳＇", "'"),
     **dict.fromkeys("“”„‟«»ʺˮ״″‶❝❞〝〞〟＂", '"'),
@@ -132,12 +172,12 @@ _UTF8 = re.compile(
     rb"|[\xE1-\xEC\xEE\xEF][\x80-\xBF]{2}|\xED[\x80-\x9F][\x80-\xBF]"
     rb"|\xF0[\x90-\xBF][\x80-\xBF]{2}|[\xF1-\xF3][\x80-\xBF]{3}|\xF4[\x80-\x8F][\x80-\xBF]{2})*"
 )
-_C1 = re.compile("[\x80-\x9F]")
+_C1 = re.compile("[\x80-\x9f]")
 _C1_IN_WINDOWS = {
     code: found for code in range(0x80, 0xA0) if (found := bytes([code]).decode("cp1252", "ignore"))
 }
 # Two bytes that can begin a character in UTF-8, as Latin-1 and Windows-1252 have them.
-_LIKE_UTF8 = re.compile(f"[\xC2-\xF4][\x80-\xBF{''.join(_C1_IN_WINDOWS.values())}]")
+_LIKE_UTF8 = re.compile(f"[\xc2-\xf4][\x80-\xbf{''.join(_C1_IN_WINDOWS.values())}]")
 # The encodings in which several byte sequences are one character, each with the form of its text: a
 # codec takes longer to refuse what has not that form.
 _BIG5 = re.compile(rb"(?:[\x00-\x80]|[\x81-\xFE][\x40-\x7E\xA1-\xFE])*+")
@@ -145,7 +185,8 @@ _MANY_TO_ONE = {
     "cp932": re.compile(
         rb"(?:[\x00-\x80\xA0-\xDF\xFD-\xFF]|[\x81-\x9F\xE0-\xFC][\x40-\x7E\x80-\xFC])*+"
     ),
-    "big5": _BIG5, "cp950": _BIG5,
+    "big5": _BIG5,
+    "cp950": _BIG5,
 }
 
 
@@ -188,8 +229,13 @@ class Lineage:
 
     @classmethod
     def of_bytes(
-        cls, basis: str, fingerprints: bytes, rows: int, columns: str = "",
-        counts: bytes = b"", codes: bytes = b"",
+        cls,
+        basis: str,
+        fingerprints: bytes,
+        rows: int,
+        columns: str = "",
+        counts: bytes = b"",
+        codes: bytes = b"",
     ) -> Lineage:
         decodings = Decodings(np.frombuffer(counts, np.uint32), np.frombuffer(codes, np.uint64))
         return cls(basis, _array(fingerprints), rows, columns, decodings)
@@ -206,8 +252,10 @@ class Lineage:
     @property
     def names(self) -> frozenset[str]:
         """The canonical names of the columns; empty where they are not known."""
-        return frozenset(name for name, _ in json.loads(self.columns)[1]) if self.columns else (
-            frozenset()
+        return (
+            frozenset(name for name, _ in json.loads(self.columns)[1])
+            if self.columns
+            else (frozenset())
         )
 
     @property
@@ -277,7 +325,9 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
     return RowPrints(
-        basis_of(columns), columns, _array(bytes(prints)),
+        basis_of(columns),
+        columns,
+        _array(bytes(prints)),
         Decodings(np.array(counts, np.uint32), np.array(codes, np.uint64)),
     )
 
@@ -432,8 +482,9 @@ def _choices(text: str, encoding: str) -> Iterator[dict[str, bytes]]:
         elif options:
             certain[character] = options[0]
     for at in range(max(map(len, doubtful.values()), default=1)):
-        chosen = {character: options[at:][:1] or options[-1:]
-                  for character, options in doubtful.items()}
+        chosen = {
+            character: options[at:][:1] or options[-1:] for character, options in doubtful.items()
+        }
         yield certain | {character: form for character, (form,) in chosen.items() if form}
 
 
@@ -476,10 +527,12 @@ def _doubtful_bytes() -> re.Pattern[bytes]:
         for forms in _byte_forms(encoding).values():
             for form in forms if len(forms) > 1 else ():
                 trails.setdefault(form[0], set()).add(form[1:])
-    return re.compile(b"|".join(
-        re.escape(bytes([lead])) + b"[" + b"".join(map(re.escape, sorted(ends))) + b"]"
-        for lead, ends in trails.items()
-    ))
+    return re.compile(
+        b"|".join(
+            re.escape(bytes([lead])) + b"[" + b"".join(map(re.escape, sorted(ends))) + b"]"
+            for lead, ends in trails.items()
+        )
+    )
 
 
 @lru_cache(maxsize=1 << 16)

@@ -73,8 +73,11 @@ class Masking:
         member = self._member(request.agreement)
         factor = vector.factor(self.contract, self.contract.weight_share(self.name))
         return member.mask(
-            request.round, vector.join(self.contract, change, metrics), factor,
-            vector.bound(self.contract), bytes.fromhex(digest),
+            request.round,
+            vector.join(self.contract, change, metrics),
+            factor,
+            vector.bound(self.contract),
+            bytes.fromhex(digest),
         )
 
     def run_of(self, agreement: str) -> str:
@@ -134,5 +137,6 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
         if not largest <= bound <= widest:
             raise RefusalError(
                 f"secure_aggregation.bound = {bound:g} does not fit this plan's updates and "
-                f"noise: it must lie between {largest:.2g} and {widest:.2g}.", code="E205",
+                f"noise: it must lie between {largest:.2g} and {widest:.2g}.",
+                code="E205",
             )

@@ -66,8 +66,9 @@ REQUEST, SECONDS = "silotune_site_requests", "silotune_site_request_seconds"
 EPSILON, CA = "silotune_site_run_epsilon", "silotune_site_ca_expiry_timestamp_seconds"
 READY, LAST = (f"silotune_site_{what}_timestamp_seconds" for what in ("ready", "last_answer"))
 WRITTEN = {
-    REQUEST: Known("counter", "Requests answered, by kind and code.",
-                   {"kind": _KIND, "code": _CODE}),
+    REQUEST: Known(
+        "counter", "Requests answered, by kind and code.", {"kind": _KIND, "code": _CODE}
+    ),
     SECONDS: Known("summary", "Seconds from request to reply, in tenths.", {"kind": _KIND}),
     EPSILON: Known("gauge", "The epsilon that the run's last update stated.", {"run": _RUN}),
     READY: Known("gauge", "When the worker was ready.", {}),
@@ -101,15 +102,24 @@ class Answered:
     @property
     def facts(self) -> dict[str, Fact]:
         """For the journal."""
-        found = {"kind": self.kind, "code": self.code, "run": self.run, "round": self.round,
-                 "attempt": self.attempt, "seconds": round(self.seconds, 3)}
+        found = {
+            "kind": self.kind,
+            "code": self.code,
+            "run": self.run,
+            "round": self.round,
+            "attempt": self.attempt,
+            "seconds": round(self.seconds, 3),
+        }
         return {key: value for key, value in found.items() if value is not None}
 
     @property
     def text(self) -> str:
-        which = [self.kind, *([self.run] if self.run else []),
-                 *([f"round {self.round}"] if self.round else []),
-                 *([f"attempt {self.attempt}"] if (self.attempt or 1) > 1 else [])]
+        which = [
+            self.kind,
+            *([self.run] if self.run else []),
+            *([f"round {self.round}"] if self.round else []),
+            *([f"attempt {self.attempt}"] if (self.attempt or 1) > 1 else []),
+        ]
         return f"{' '.join(which)}: {self.code}, {self.seconds:.1f} s"
 
 
@@ -232,11 +242,13 @@ def _known(data: bytes) -> Iterable[Metric]:
 def _may_show(family: Metric, name: str, labels: dict[str, Any], value: float) -> bool:
     known = WRITTEN.get(family.name)
     return (
-        known is not None and family.type == known.kind
+        known is not None
+        and family.type == known.kind
         and name in [family.name + suffix for suffix in _SUFFIXES[known.kind]]
         and labels.keys() == known.labels.keys()
         and all(known.labels[key].fullmatch(text) for key, text in labels.items())
-        and math.isfinite(value) and value >= 0
+        and math.isfinite(value)
+        and value >= 0
     )
 
 
@@ -257,7 +269,7 @@ class SiteMonitor:
         self.running = running or Running()
 
     def health(self) -> str:
-        """"" or which is not well: "worker" (it does not run, or has not written), "relay"."""
+        """ "" or which is not well: "worker" (it does not run, or has not written), "relay"."""
         if self.running.worker is False or not self._read().fresh:
             return "worker"
         return "relay" if self.running.relay is False else ""

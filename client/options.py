@@ -27,7 +27,8 @@ class _PolicyFile(click.Path):
         if not (path / POLICY).is_file():
             raise UsageError(
                 f"--config {path} is a folder without {POLICY}. Name a site's {POLICY}, or the "
-                "folder that holds it.", code="E102",
+                "folder that holds it.",
+                code="E102",
             )
         return path / POLICY
 

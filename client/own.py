@@ -53,7 +53,8 @@ class Own:
     def content(self) -> bytes:
         arrays = {
             f"{kind}/{name}": np.ascontiguousarray(array)
-            for kind in KINDS for name, array in getattr(self, kind).items()
+            for kind in KINDS
+            for name, array in getattr(self, kind).items()
         }
         return save(arrays | {name: np.array([getattr(self, name)]) for name in NUMBERS})
 
@@ -72,7 +73,8 @@ class Own:
         """What is added to each step's gradient: all sites' mean gradient less this site's."""
         return {
             name: asked[CONTROL + name] - self.gradient[name]
-            for name in names if CONTROL + name in asked and name in self.gradient
+            for name in names
+            if CONTROL + name in asked and name in self.gradient
         }
 
     def after(self, contract: Contract, number: int, asked: Arrays, change: Arrays) -> Self:
@@ -88,8 +90,10 @@ class Own:
         mean, averaged = self.mean, self.averaged
         if kept and contract.averages_in(number):
             averaged += 1
-            mean = {n: mean.get(n, a) + (a - mean.get(n, a)) / np.float32(averaged)
-                    for n, a in tensors.items()}
+            mean = {
+                n: mean.get(n, a) + (a - mean.get(n, a)) / np.float32(averaged)
+                for n, a in tensors.items()
+            }
         gradient = {}
         if phase.control:
             corrections = self.corrections(asked, change)

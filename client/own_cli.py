@@ -18,8 +18,13 @@ from silotune.common.terminal import echo
 @click.argument("released", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
 @CONFIG
-@click.option("--out", default=Path("own"), show_default=True, type=click.Path(path_type=Path),
-              help="A new folder.")
+@click.option(
+    "--out",
+    default=Path("own"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="A new folder.",
+)
 @JSON
 def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:
     """Put what a run left at this site (`personal` in the contract, or method fedsa) into the
@@ -43,7 +48,8 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     policy, ledger, _ = Site.at(config).open()
     charges = [c for c in ledger.charges.values() if c.contract == contract.hash]
     left = {
-        c.run: None for c in charges
+        c.run: None
+        for c in charges
         if (entry := ledger.releases.get(c.sequence)) is not None and entry.own
     }
     if name is None and len(left) == 1:
@@ -62,5 +68,8 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     facts = {"run": name, "site": policy.name, "own": own_names, "tensors": len(arrays)}
     if contract.privacy.mode == "none":
         echo("! The contract trains without DP: this model can give records away.", err=True)
-    emit(facts, as_json, f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of "
-         f"{len(arrays)} tensors")
+    emit(
+        facts,
+        as_json,
+        f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of {len(arrays)} tensors",
+    )

@@ -34,10 +34,20 @@ class Found(NamedTuple):
     score: float
 
 
-_TO_ASCII = str.maketrans({
-    "ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "þ": "th",
-    "'": None,
-})
+_TO_ASCII = str.maketrans(
+    {
+        "ł": "l",
+        "ø": "o",
+        "đ": "d",
+        "ð": "d",
+        "ı": "i",
+        "æ": "ae",
+        "œ": "oe",
+        "ß": "ss",
+        "þ": "th",
+        "'": None,
+    }
+)
 
 
 def folded(word: str) -> str:
@@ -76,11 +86,16 @@ class Names:
         lists, more = _lists("names.toml"), _lists("names_faker.toml")["en"]
         en, zh = lists["en"], lists["zh"]
         return cls(
-            given=_words(en["given"] + more["given"]), given_words=_words(en["given_words"]),
-            family=_words(en["family"] + more["family"]), family_words=_words(en["family_words"]),
-            other=_words(en["other"]), rare_given=_words(more["given_words"]),
-            rare_family=_words(more["family_words"]), en_places=_words(en["places"]),
-            eponyms=_words(en["eponyms"]), zh_rare=frozenset("".join(zh["rare"].split())),
+            given=_words(en["given"] + more["given"]),
+            given_words=_words(en["given_words"]),
+            family=_words(en["family"] + more["family"]),
+            family_words=_words(en["family_words"]),
+            other=_words(en["other"]),
+            rare_given=_words(more["given_words"]),
+            rare_family=_words(more["family_words"]),
+            en_places=_words(en["places"]),
+            eponyms=_words(en["eponyms"]),
+            zh_rare=frozenset("".join(zh["rare"].split())),
             zh_family=frozenset("".join(zh["family"].split())),
             zh_compound=frozenset(zh["compound"].split()),
             zh_given=frozenset("".join(zh["given"].split())),
@@ -111,36 +126,42 @@ _WORD = re.compile(rf"(?<![{LETTERS}])[{LETTERS}]+(?:['-][{LETTERS}]+)*")
 # Between two words of a name. A full stop belongs to an initial or a title before it.
 _SPACE, _LINE, _STOP, _COMMA, _BREAK = range(5)
 _GAPS = (
-    (re.compile(r"[ \t]{1,3}"), _SPACE), (re.compile(r"[ \t]*\r?\n[ \t]*"), _LINE),
-    (re.compile(r"\.[ \t]{0,2}|_"), _STOP), (re.compile(r"[ \t]?,[ \t]{0,2}"), _COMMA),
+    (re.compile(r"[ \t]{1,3}"), _SPACE),
+    (re.compile(r"[ \t]*\r?\n[ \t]*"), _LINE),
+    (re.compile(r"\.[ \t]{0,2}|_"), _STOP),
+    (re.compile(r"[ \t]?,[ \t]{0,2}"), _COMMA),
 )
 _CHINESE = re.compile("[\u3001\u4e00-\u9fff]")
 _PARTICLES = _words(
     "van von der den de del della di da dos das do la le el al bin ibn ben bint abu ter ten zu af "
-    "st san y e")
+    "st san y e"
+)
 _MOST = 6  # words of one name
 
 _SHORT_TITLES = _words("mr mrs ms miss mx messrs dr drs prof rev sgt capt")
 _SURE_TITLES = _words("mr mrs miss mx messrs")  # hardly ever another word
 _LONG_TITLES = _words(
     "doctor professor sir dame lady lord nurse sister brother reverend father judge justice "
-    "captain officer pastor rabbi imam midwife matron uncle aunt auntie rn")
+    "captain officer pastor rabbi imam midwife matron uncle aunt auntie rn"
+)
 _TITLES = _SHORT_TITLES | _LONG_TITLES
 
 # What stands before a person: a label, enough for any capitalised word.
-_LABEL = re.compile(bounded(
-    r"(?:\b(?:patient|pt|client|customer|beneficiary|payee|payer|"
-    r"(?:card|account|policy) ?holder|attending(?: physician)?|physician|surgeon|"
-    r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|"
-    r"applicant|employee|member|contact|author|doctor|dr|nurse|gp|clinician|registrar|keyworker|"
-    r"key worker|midwife|therapist|interpreter|"
-    r"reviewed by|seen by|written by|reported by|dictated by|typed by|verified by|"
-    r"emergency contact|cc)(?: name)?\s*[:=]\s*"
-    r"|\bDear |\b(?:regards|sincerely|thanks|cheers|yours|faithfully|wishes),?\s+"
-    r"|\b(?:my name is|this is|signed by|named|called|known as|aka|née|nee|"
-    r"(?:name|known) (?:really )?(?:is|as)|i am|i'm) "
-    r"|(?:姓名|名字|我是|我叫|名叫|叫做|自称|化名|昵称|户主|户名|联系人|收件人|寄件人|发件人|经办人|持卡人|收款人|"
-    r"付款人|申请人|患者|病人|家属|朋友|同事|同学|室友|老公|老婆|丈夫|妻子|先生|女士|医生|护士)[为是叫]?[:\s]*)$"),
+_LABEL = re.compile(
+    bounded(
+        r"(?:\b(?:patient|pt|client|customer|beneficiary|payee|payer|"
+        r"(?:card|account|policy) ?holder|attending(?: physician)?|physician|surgeon|"
+        r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|"
+        r"applicant|employee|member|contact|author|doctor|dr|nurse|gp|clinician|registrar|keyworker|"
+        r"key worker|midwife|therapist|interpreter|"
+        r"reviewed by|seen by|written by|reported by|dictated by|typed by|verified by|"
+        r"emergency contact|cc)(?: name)?\s*[:=]\s*"
+        r"|\bDear |\b(?:regards|sincerely|thanks|cheers|yours|faithfully|wishes),?\s+"
+        r"|\b(?:my name is|this is|signed by|named|called|known as|aka|née|nee|"
+        r"(?:name|known) (?:really )?(?:is|as)|i am|i'm) "
+        r"|(?:姓名|名字|我是|我叫|名叫|叫做|自称|化名|昵称|户主|户名|联系人|收件人|寄件人|发件人|经办人|持卡人|收款人|"
+        r"付款人|申请人|患者|病人|家属|朋友|同事|同学|室友|老公|老婆|丈夫|妻子|先生|女士|医生|护士)[为是叫]?[:\s]*)$"
+    ),
     re.IGNORECASE,
 )
 _COLON = re.compile(r"[:=]\s*$")
@@ -151,14 +172,18 @@ _FIELD = re.compile(
 _NO_NAME_FIELD = _words(
     "drug test file product trade brand generic hospital host domain study trial company bank "
     "medication device clinic ward school employer pharmacy procedure street site column sheet "
-    "user login group")
+    "user login group"
+)
 # The second sort makes a word likelier to be a name.
-_KIN = re.compile(bounded(
-    r"\b(?:patient|husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|friend|"
-    r"neighbou?r|aunt|uncle|nephew|niece|carer|colleague|referring|seen by|reviewed by|spoke (?:to|"
-    r"with)|discussed with|examined by|reported by|written by|paid to|transfer(?:red)? to|sent to|"
-    r"holder|beneficiary|customer|client|nurse|physician|by|with|w/|to|from|and|for|asked|told|rang|"
-    r"called|phoned|emailed|texted|messaged|thanked|informed|cc|via),? $"),
+_KIN = re.compile(
+    bounded(
+        r"\b(?:patient|husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|friend|"
+        r"neighbou?r|aunt|uncle|nephew|niece|carer|colleague|referring|seen by|reviewed by|spoke "
+        r"(?:to|with)|discussed with|examined by|reported by|written by|paid to|transfer(?:red)? "
+        r"to|sent "
+        r"to|holder|beneficiary|customer|client|nurse|physician|by|with|w/|to|from|and|for|"
+        r"asked|told|rang|called|phoned|emailed|texted|messaged|thanked|informed|cc|via),? $"
+    ),
     re.IGNORECASE,
 )
 # Before a family name by itself; "to" and "from" stand before places, too.
@@ -183,45 +208,57 @@ _ROLES = (
     "hi|hello|hey|dear|thank you|thanks to|thanks|thx|cheers|morning|signed"
 )
 _ROLE_WORDS = frozenset(_ROLES.split("|"))
-_ROLE = re.compile(bounded(
-    rf"\b(?:{_ROLES}|"
-    r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
-    r"ask|tell|call|contact|text|email|remind|seen|copied to|cc to|addressed to|owed to|sold to|"
-    r"seen with|met|met with|met w/|asked|told|thanked|"
-    r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
-    r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given by|"
-    r"issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $"
-    r"|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"),
+_ROLE = re.compile(
+    bounded(
+        rf"\b(?:{_ROLES}|"
+        r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
+        r"ask|tell|call|contact|text|email|remind|seen|copied to|cc to|addressed to|owed to|sold "
+        r"to|seen with|met|met with|met w/|asked|told|thanked|"
+        r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
+        r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given "
+        r"by|issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $"
+        r"|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"
+    ),
     re.IGNORECASE,
 )
 _ROLE_LABEL = re.compile(bounded(rf"\b(?:{_ROLES})\s*[:=]\s*$"), re.IGNORECASE)
 # What several people stand behind.
-_PEOPLE = re.compile(bounded(
-    rf"\b(?:(?:{_ROLES})s|witnesses|present|absent|apologies|attendees|attending|assigned(?: to)?|"
-    r"roll call|participants|members|players|crew|team|staff|on shift|on duty|names|invited|guests|"
-    r"children|siblings|sons|daughters|parents|authors|signatories|beneficiaries|trustees)\s*:\s*$"),
-    re.IGNORECASE)
+_PEOPLE = re.compile(
+    bounded(
+        rf"\b(?:(?:{_ROLES})s|witnesses|present|absent|apologies|attendees|attending|assigned(?: "
+        r"to)?|roll call|participants|members|players|crew|team|staff|on shift|on "
+        r"duty|names|invited|guests|children|siblings|sons|daughters|parents|authors|signatories|beneficiaries|trustees)\s*:\s*$"
+    ),
+    re.IGNORECASE,
+)
 _TICKET = re.compile(r"(?<![A-Z])[A-Z]{2,20}/[A-Z]{2,20} (?:MR|MRS|MS|MISS|MSTR|DR)(?![A-Z])")
 _VERB_AFTER = re.compile(
     r"(?:'s)? (?:has|is|was|had|will|would|did|does|can|could|knows|needs|feels|felt|seems|appears|"
-    r"took|takes|came|went|got|made|started|stopped|returned|tried|thought|also|always|never)\b")
+    r"took|takes|came|went|got|made|started|stopped|returned|tried|thought|also|always|never)\b"
+)
 _ARTICLE = re.compile(
     r"\b(?:the|an?|this|that|these|each|every|our|your|its|no|any|some|of|in|on|at|to|into|per|than|"
-    r"as|or) $", re.IGNORECASE)
+    r"as|or) $",
+    re.IGNORECASE,
+)
 _MAILBOX = re.compile(r" ?<[^<>\s]+@")
 _SPOKE = re.compile(
     bounded(r"\b(?:spoke|spoken|speak|talked|chatted) (?:to|with) $"), re.IGNORECASE
 )
-_RELATIVE = re.compile(bounded(
-    r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
-    r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|colleague|nanny|"
-    r"babysitter|(?:spoke|speak|spoken|talked|met) (?:to|with)),? $"), re.IGNORECASE
+_RELATIVE = re.compile(
+    bounded(
+        r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
+        r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|colleague|nanny|"
+        r"babysitter|(?:spoke|speak|spoken|talked|met) (?:to|with)),? $"
+    ),
+    re.IGNORECASE,
 )
 _DOES = re.compile(  # what people do, behind a name
     r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
     r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
     r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|"
-    r"who|aged|born|DOB|MD\b|RN\b|\()", re.IGNORECASE
+    r"who|aged|born|DOB|MD\b|RN\b|\()",
+    re.IGNORECASE,
 )
 _ACTS = re.compile(  # what nothing but a person does
     r" (?:(?:has |have |had |also |then |just |never |kindly )?(?:said|says|sat|asked|asks|"
@@ -236,10 +273,14 @@ _ACTS = re.compile(  # what nothing but a person does
     r"radiology|pharmacy|reception|vendor|procurement|the (?:lab|office|ward|clinic|bank)))\b)"
     r"|, (?:his|her|their|my|the patient's|pt's) (?:\w+ )?(?:son|daughter|wife|husband|mother|"
     r"father|mum|mom|dad|brother|sister|partner|spouse|carer|friend|aunt|uncle|niece|nephew|cousin|"
-    r"neighbou?r|flatmate|boss|manager|colleague|gran\w*)\b", re.IGNORECASE)
+    r"neighbou?r|flatmate|boss|manager|colleague|gran\w*)\b",
+    re.IGNORECASE,
+)
 _CLOSING = re.compile(
     r"\b(?:regards|sincerely|faithfully|thanks|thank you|cheers|yours|best|wishes|love|"
-    r"respectfully|cordially|gratefully|ta|xx?)[,.!]?\s*$", re.IGNORECASE)
+    r"respectfully|cordially|gratefully|ta|xx?)[,.!]?\s*$",
+    re.IGNORECASE,
+)
 # The speaker of a line of a chat; a prefix (a time, [chat], a role) says that it is one.
 _SPEAKER = re.compile(
     r"^[ \t]*(?P<sign>(?:\[[^\]\n]{1,24}\]|\(?\d{1,2}:\d{2}(?::\d{2})?\)?(?: ?[ap]m)?|[-*>])"
@@ -247,12 +288,15 @@ _SPEAKER = re.compile(
     rf"(?P<role>(?:agent|caller|customer|client|user|advisor|adviser|operator|support|rep|host|nurse|"
     rf"doctor|patient)[ \t]+)?"
     rf"(?P<name>[{LETTERS}][{LETTERS}'.-]*(?: [{LETTERS}][{LETTERS}'.-]*){{0,3}})"
-    r"(?: ?\([^)\n]{1,20}\))?[ \t]?[:>](?!/)", re.MULTILINE | re.IGNORECASE)
+    r"(?: ?\([^)\n]{1,20}\))?[ \t]?[:>](?!/)",
+    re.MULTILINE | re.IGNORECASE,
+)
 _GREETED = re.compile(
     rf"(?:^|[.!\n] ?)(?:hi|hello|hey|hiya|good (?:morning|afternoon|evening|day)|dear \w+)"
     rf"(?: (?:all|team|both|there|everyone|folks|guys|again|\w+))?[,!.:-]* "
     rf"(?P<name>[{LETTERS}][{LETTERS}'-]*(?: [{LETTERS}][{LETTERS}'-]*)?) (?:here|from|speaking)\b",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _MONTH_NAMES = _words("april may june august summer winter spring autumn")
 _PLACE_WORDS = re.compile(r"\b(?:from|in|at|near|of|to|through|via|around) $", re.IGNORECASE)
 _INSIDE_PLACE = re.compile(r"\b(?:in|at|near|of|through|via|around) $", re.IGNORECASE)
@@ -313,8 +357,12 @@ class EnglishNames:
     def find(self, text: str) -> Iterator[Found]:
         """Every name, extended over the words beside it that can belong to it; they may overlap."""
         one = _Text(text, self.names)
-        listed = [*one.pairs(), *one.family_first(), *one.with_initials(),
-                  *one.with_middle_initial()]
+        listed = [
+            *one.pairs(),
+            *one.family_first(),
+            *one.with_initials(),
+            *one.with_middle_initial(),
+        ]
         signed = [*one.titled(), *one.labelled(), *one.lists(), *one.fields()]
         spans = [one.extended(span) for span in (*listed, *signed)]
         taken = {at for span in spans for at in range(span.first, span.last + 1)}
@@ -361,7 +409,8 @@ class _Text:
     def given(self, at: int) -> bool:
         key = self.words[at].key.split("-")[0]
         return (
-            self.sure(at) or key in self.names.given_words
+            self.sure(at)
+            or key in self.names.given_words
             or (key in self.names.rare_given and self._capitalised(at))
         )
 
@@ -381,7 +430,8 @@ class _Text:
     def family(self, at: int) -> bool:
         parts = self._parts(at)
         return (
-            self.own_family(at) or any(part in self.names.family_words for part in parts)
+            self.own_family(at)
+            or any(part in self.names.family_words for part in parts)
             or (self._capitalised(at) and any(part in self.names.rare_family for part in parts))
         )
 
@@ -463,8 +513,11 @@ class _Text:
                 if score := self._comma_score(at):
                     yield Span(at, at + 1, score)
             elif (
-                self.gaps[at] == _SPACE and one.capital and other.capital
-                and self.own_family(at) and self.sure(at + 1)
+                self.gaps[at] == _SPACE
+                and one.capital
+                and other.capital
+                and self.own_family(at)
+                and self.sure(at + 1)
             ):
                 yield Span(at, at + 1, 0.6)
 
@@ -481,7 +534,8 @@ class _Text:
             starts = not self.before(at).strip() or self.before(at).rstrip(" ").endswith("\n")
             return 0.5 if one.capital and (self.mixed(at) or starts) else 0
         half = (
-            (self.given(at + 1) and len(one.text) > 3) or self.family(at)
+            (self.given(at + 1) and len(one.text) > 3)
+            or self.family(at)
             or (len(one.text) > 3 and (self.given(at) or self.family(at + 1)))
         )
         names = not self.other(at) and not self.other(at + 1) and not other.upper
@@ -505,9 +559,16 @@ class _Text:
                 if dotted or (self.own_family(to) and word.key not in "ai"):
                     yield Span(at, to, 0.6)
             elif (dotted and self.own_family(to)) or (
-                dotted and self.mixed(at) and last.capital and word.capital and not self.other(to)
-                and (_KIN.search(self.before(at)) or _DOES.match(self.text, last.end)
-                     or self._begins(at))
+                dotted
+                and self.mixed(at)
+                and last.capital
+                and word.capital
+                and not self.other(to)
+                and (
+                    _KIN.search(self.before(at))
+                    or _DOES.match(self.text, last.end)
+                    or self._begins(at)
+                )
             ):
                 yield Span(at, to, 0.5)
 
@@ -582,7 +643,9 @@ class _Text:
     def _plain(self, at: int) -> bool:
         """Word `at` follows directly and is none of those that belong to no name."""
         return (
-            at < len(self.words) and self.joined(at - 1) and not self.other(at)
+            at < len(self.words)
+            and self.joined(at - 1)
+            and not self.other(at)
             and len(self.words[at].key) > 2
             and self.words[at].capital == self.words[at - 1].capital
         )
@@ -590,9 +653,16 @@ class _Text:
     def labelled(self) -> Iterator[Span]:
         """Patient: Okonjo; Dear Okonjo."""
         for at, word in enumerate(self.words):
-            if not word.capital or self.other(at) or (at and self.joined(at - 1)
-                                                      and self.words[at - 1].capital
-                                                      and not self.other(at - 1)):
+            if (
+                not word.capital
+                or self.other(at)
+                or (
+                    at
+                    and self.joined(at - 1)
+                    and self.words[at - 1].capital
+                    and not self.other(at - 1)
+                )
+            ):
                 continue
             before = self.before(at)
             if not _LABEL.search(before):
@@ -665,8 +735,11 @@ class _Text:
                     continue
                 last = at
                 while (
-                    last - at < _MOST and self.joined(last) and last + 1 not in taken
-                    and self.words[last + 1].capital and not self.other(last + 1)
+                    last - at < _MOST
+                    and self.joined(last)
+                    and last + 1 not in taken
+                    and self.words[last + 1].capital
+                    and not self.other(last + 1)
                 ):
                     last += 1
                 yield from self._judged(at, last)
@@ -700,7 +773,8 @@ class _Text:
         if any(re.fullmatch(_NOUNS, self.words[at].key) for at in named):
             return
         listed = any(
-            self.given(at) or self.family(at)
+            self.given(at)
+            or self.family(at)
             or (self.words[at].capital and self.words[at].key in self.names.rare_given)
             for at in named
         )
@@ -802,7 +876,8 @@ class _Text:
         words = range(first, last + 1)
         return (
             any(
-                self.given(at) or self.family(at)
+                self.given(at)
+                or self.family(at)
                 or (rare and self.words[at].key in self.names.rare_given)
                 for at in words
             )
@@ -825,9 +900,9 @@ class _Text:
                 continue
             signed = line["sign"] or line["role"]
             sure = any(self.sure(at) for at in range(words[0], words[1] + 1))
-            if (
-                (signed or sure or len(lines) > 2) and self._listed(*words, rare=bool(signed))
-            ) or (line["sign"] and line["sign"][0] == "[" and self.words[words[0]].capital):
+            if ((signed or sure or len(lines) > 2) and self._listed(*words, rare=bool(signed))) or (
+                line["sign"] and line["sign"][0] == "[" and self.words[words[0]].capital
+            ):
                 yield Span(*words, 0.6)
         for greeting in _GREETED.finditer(self.text):
             words = self._covered(*greeting.span("name"))
@@ -919,8 +994,11 @@ class _Text:
         taken = self._taken(spans)
         parts = {
             self.words[at].key
-            for span in spans if span.score >= 0.6 for at in range(span.first, span.last + 1)
-            if len(self.words[at].key) > 2 and not self.other(at)
+            for span in spans
+            if span.score >= 0.6
+            for at in range(span.first, span.last + 1)
+            if len(self.words[at].key) > 2
+            and not self.other(at)
             and self.words[at].key not in _PARTICLES
         }
         for at, word in enumerate(self.words):
@@ -949,8 +1027,11 @@ class _Text:
         while last + 1 < len(self.words) and last - first < _MOST and self.joined(last):
             to = last + 1
             while (
-                to < last + 3 and to + 1 < len(self.words) and self.joined(to)
-                and self.words[to].key in _PARTICLES and not self.words[to].capital
+                to < last + 3
+                and to + 1 < len(self.words)
+                and self.joined(to)
+                and self.words[to].key in _PARTICLES
+                and not self.words[to].capital
             ):
                 to += 1
             if not self._beside(to, last):

@@ -204,7 +204,8 @@ class Policy(Frozen):
     def limits(self) -> dict[Unit, Limit]:
         """The budget of each unit that has one."""
         found: tuple[tuple[Unit, Budgets.Budget | None], ...] = (
-            ("record", self.budgets.record), ("entity", self.budgets.entity),
+            ("record", self.budgets.record),
+            ("entity", self.budgets.entity),
         )
         return {unit: Limit(b.epsilon, b.delta) for unit, b in found if b}
 
@@ -231,20 +232,24 @@ class Policy(Frozen):
         if unit == "entity":
             count, what = len(found.fingerprints), f"entities ({', '.join(self.data.key)})"
         if count < self.permits.min_records:
-            problems.append(DataError(
-                f"{self.data.source} has fewer {what} than permits.min_records = "
-                f"{self.permits.min_records}. Add records, or lower permits.min_records.",
-                code="E304",
-            ))
+            problems.append(
+                DataError(
+                    f"{self.data.source} has fewer {what} than permits.min_records = "
+                    f"{self.permits.min_records}. Add records, or lower permits.min_records.",
+                    code="E304",
+                )
+            )
         if unit == "record" and found.repeated and self.data.repeated == "refuse":
-            problems.append(DataError(
-                f"Rows of {self.data.source} are the same record more than once; the privacy "
-                "unit is one record. Name the columns that tell records apart in data.key, remove "
-                "the copies (duplicates = \"drop\" in [prepare], then `silotune site prepare`), or "
-                "set data.repeated = \"keep\" if equal rows are different people.",
-                code="E307", local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} "
-                "another one.",
-            ))
+            problems.append(
+                DataError(
+                    f"Rows of {self.data.source} are the same record more than once; the privacy "
+                    "unit is one record. Name the columns that tell records apart in data.key, "
+                    'remove the copies (duplicates = "drop" in [prepare], then `silotune site '
+                    'prepare`), or set data.repeated = "keep" if equal rows are different people.',
+                    code="E307",
+                    local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} another one.",
+                )
+            )
         return problems
 
     def for_worker_of(self, started: Policy) -> Policy:
@@ -258,11 +263,10 @@ class Policy(Frozen):
         if self.data != loaded:
             raise RefusalError(
                 "[data] of the policy that the owner signed last names other records than this "
-                "worker has loaded. Start the worker again.", code="E213",
+                "worker has loaded. Start the worker again.",
+                code="E213",
             )
-        return self.model_copy(
-            update={"model": started.model, "performance": started.performance}
-        )
+        return self.model_copy(update={"model": started.model, "performance": started.performance})
 
     def refusals(self, contract: Contract) -> list[RefusalError]:
         """Every reason why this site does not take part in `contract`; empty if it does."""
@@ -270,70 +274,109 @@ class Policy(Frozen):
         limit, entity, target = self.limits.get(p.unit), p.entity, self.target(contract)
         found: list[tuple[str, str]] = []
         if contract.hash not in permits.contracts:
-            found.append((
-                "E201",
-                f"The contract '{contract.name}' ({contract.hash}) is not among the contracts this "
-                "site permits. If you agree to it, add its hash to permits.contracts and sign.",
-            ))
+            found.append(
+                (
+                    "E201",
+                    f"The contract '{contract.name}' ({contract.hash}) is not among the contracts "
+                    "this site permits. If you agree to it, add its hash to permits.contracts and "
+                    "sign.",
+                )
+            )
         if self.name not in contract.weights():
-            found.append((
-                "E201",
-                f"'{self.name}' is not in the contract's sites: {', '.join(contract.weights())}.",
-            ))
+            found.append(
+                (
+                    "E201",
+                    f"'{self.name}' is not in the contract's sites: "
+                    f"{', '.join(contract.weights())}.",
+                )
+            )
         if p.mode == "none" and not permits.allow_without_dp:
-            found.append((
-                "E203",
-                f"The contract '{contract.name}' trains without differential privacy and "
-                f"{self.name} does not allow that (allow_without_dp = false).",
-            ))
+            found.append(
+                (
+                    "E203",
+                    f"The contract '{contract.name}' trains without differential privacy and "
+                    f"{self.name} does not allow that (allow_without_dp = false).",
+                )
+            )
         for wrong, what in (
-            (limit is None, f"it protects the unit '{p.unit}', for which site.toml has no "
-             f"[budgets.{p.unit}]"),
-            (entity is not None and not lineage.same_columns(entity.key, self.data.key),
-             f"its entity is known by {', '.join(entity.key if entity else ())}, data.key is "
-             f"{', '.join(self.data.key) or 'empty'}"),
-            (p.largest_clip_norm > permits.max_clip_norm,
-             f"clip norm {p.largest_clip_norm:g} is looser than permits.max_clip_norm = "
-             f"{permits.max_clip_norm:g}"),
-            (limit is not None and target.delta > limit.delta,
-             f"δ = {target.delta:g} is larger than the budget's "
-             f"{limit.delta if limit else 0:g}"),
-            (self.performance.gradients == "ghost" and not permits.allow_inexact_clipping,
-             "performance.gradients = \"ghost\" does not clip exactly, which "
-             "permits.allow_inexact_clipping does not allow"),
-            (self.performance.gradients == "ghost" and entity is not None,
-             "performance.gradients = \"ghost\" has no gradient of an entity"),
-            (self.performance.gradients == "ghost" and contract.reads_apart,
-             "performance.gradients = \"ghost\" has no gradient of pairs read apart, whose two "
-             "texts go through the same layers"),
-            (contract.task.kind not in permits.tasks,
-             f"task '{contract.task.kind}' is not in permits.tasks"),
-            (not isinstance(contract.model, OneHotModel) and bool(permits.models)
-             and contract.model.sha256 not in permits.models,
-             "its model's SHA-256 is not in permits.models"),
-            (secure is None and permits.masked_only is True,
-             "it has no [secure_aggregation], and permits.masked_only = true"),
-            (secure is None and permits.masked_only == "auto" and contract.can_be_masked,
-             f"it has no [secure_aggregation], which permits.masked_only = \"auto\" asks for where "
-             f"three or more sites take part, and it has {len(contract.sites)}. The operator makes "
-             "the contract with masks by `silotune server contract`, without --unmasked; or set "
-             "permits.masked_only = false and sign"),
-            (secure is not None and secure.colluders < permits.colluders,
-             f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
-             f"permits.colluders = {permits.colluders}"),
-            (len(contract.sites) < permits.min_sites,
-             f"it has {counted(len(contract.sites), 'site')}, fewer than "
-             f"permits.min_sites = {permits.min_sites}"),
-            (contract.quorum < permits.min_quorum,
-             f"a quorum of {contract.quorum} is below permits.min_quorum = {permits.min_quorum}"),
+            (
+                limit is None,
+                f"it protects the unit '{p.unit}', for which site.toml has no [budgets.{p.unit}]",
+            ),
+            (
+                entity is not None and not lineage.same_columns(entity.key, self.data.key),
+                f"its entity is known by {', '.join(entity.key if entity else ())}, data.key is "
+                f"{', '.join(self.data.key) or 'empty'}",
+            ),
+            (
+                p.largest_clip_norm > permits.max_clip_norm,
+                f"clip norm {p.largest_clip_norm:g} is looser than permits.max_clip_norm = "
+                f"{permits.max_clip_norm:g}",
+            ),
+            (
+                limit is not None and target.delta > limit.delta,
+                f"δ = {target.delta:g} is larger than the budget's {limit.delta if limit else 0:g}",
+            ),
+            (
+                self.performance.gradients == "ghost" and not permits.allow_inexact_clipping,
+                'performance.gradients = "ghost" does not clip exactly, which '
+                "permits.allow_inexact_clipping does not allow",
+            ),
+            (
+                self.performance.gradients == "ghost" and entity is not None,
+                'performance.gradients = "ghost" has no gradient of an entity',
+            ),
+            (
+                self.performance.gradients == "ghost" and contract.reads_apart,
+                'performance.gradients = "ghost" has no gradient of pairs read apart, whose two '
+                "texts go through the same layers",
+            ),
+            (
+                contract.task.kind not in permits.tasks,
+                f"task '{contract.task.kind}' is not in permits.tasks",
+            ),
+            (
+                not isinstance(contract.model, OneHotModel)
+                and bool(permits.models)
+                and contract.model.sha256 not in permits.models,
+                "its model's SHA-256 is not in permits.models",
+            ),
+            (
+                secure is None and permits.masked_only is True,
+                "it has no [secure_aggregation], and permits.masked_only = true",
+            ),
+            (
+                secure is None and permits.masked_only == "auto" and contract.can_be_masked,
+                f'it has no [secure_aggregation], which permits.masked_only = "auto" asks for '
+                f"where three or more sites take part, and it has {len(contract.sites)}. The "
+                "operator makes the contract with masks by `silotune server contract`, without "
+                "--unmasked; or set permits.masked_only = false and sign",
+            ),
+            (
+                secure is not None and secure.colluders < permits.colluders,
+                f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
+                f"permits.colluders = {permits.colluders}",
+            ),
+            (
+                len(contract.sites) < permits.min_sites,
+                f"it has {counted(len(contract.sites), 'site')}, fewer than "
+                f"permits.min_sites = {permits.min_sites}",
+            ),
+            (
+                contract.quorum < permits.min_quorum,
+                f"a quorum of {contract.quorum} is below permits.min_quorum = {permits.min_quorum}",
+            ),
         ):
             if wrong:
                 found.append(("E205", f"The contract '{contract.name}': {what}."))
         found += [
-            ("E206",
-             f"The contract '{contract.name}' asks for the metric '{metric}', which is not in "
-             "permits.metrics.")
-            for metric in contract.metrics if metric not in permits.metrics
+            (
+                "E206",
+                f"The contract '{contract.name}' asks for the metric '{metric}', which is not in "
+                "permits.metrics.",
+            )
+            for metric in contract.metrics
+            if metric not in permits.metrics
         ]
         return [RefusalError(sentence, code=code) for code, sentence in found]
 
@@ -361,7 +404,10 @@ def parse(text: str, path: Path) -> Policy:
         prepare = prepare.model_copy(update={"deidentify": found})
     return policy.model_copy(
         update={
-            "data": data, "model": model, "server": server, "performance": performance,
+            "data": data,
+            "model": model,
+            "server": server,
+            "performance": performance,
             "prepare": prepare,
         }
     )
@@ -407,9 +453,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
         raise RefusalError(f"{path} is not signed. {remedy}", code="E213") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     if found.policy != digest:
-        raise RefusalError(
-            f"{path} has changed since its owner signed it. {remedy}", code="E213"
-        )
+        raise RefusalError(f"{path} has changed since its owner signed it. {remedy}", code="E213")
     statement = Signature.statement(digest, found.serial)
     if not verifies(owner.hex(), found.signature, statement):
         raise RefusalError(
@@ -435,7 +479,8 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
         elif (last.policy, last.serial) != (digest, found.serial):
             raise RefusalError(
                 f"{path} is an older policy (number {found.serial}); the ledger has "
-                f"adopted number {last.serial}. {remedy}", code="E213",
+                f"adopted number {last.serial}. {remedy}",
+                code="E213",
             )
     return policy
 
@@ -451,14 +496,18 @@ def adopted(ledger: Ledger) -> Policy:
     if text is None:
         raise RefusalError(
             "The text of the policy adopted last is not in state/ any more. Start the worker "
-            "again.", code="E213",
+            "again.",
+            code="E213",
         )
     folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site.py
     return parse(text, folder / "site.toml")
 
 
 def permitting(
-    contract: Contract, name: str, data: Path, model: Path | None,
+    contract: Contract,
+    name: str,
+    data: Path,
+    model: Path | None,
     performance: Performance | None = None,
 ) -> Policy:
     """A policy that permits exactly `contract` and its budget once: for simulations and tests."""
@@ -471,10 +520,16 @@ def permitting(
         budgets=Budgets(**{p.unit: budget}),
         performance=performance or Performance(),
         permits=Permits(
-            contracts=(contract.hash,), tasks=(contract.task.kind,),
-            max_clip_norm=p.largest_clip_norm, min_records=1,
-            min_sites=1, metrics=contract.metrics, min_quorum=1,
-            masked_only=contract.secure_aggregation is not None, set_changes=1_000_000,
-            allow_without_dp=p.mode == "none", allow_inexact_clipping=True,
+            contracts=(contract.hash,),
+            tasks=(contract.task.kind,),
+            max_clip_norm=p.largest_clip_norm,
+            min_records=1,
+            min_sites=1,
+            metrics=contract.metrics,
+            min_quorum=1,
+            masked_only=contract.secure_aggregation is not None,
+            set_changes=1_000_000,
+            allow_without_dp=p.mode == "none",
+            allow_inexact_clipping=True,
         ),
     )

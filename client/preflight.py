@@ -83,19 +83,29 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
     server, too (a worker has no network)."""
     table = _Table()
     contract = table.attempt(
-        "contract", "name the contract's file, or ask the operator for a contract that is valid",
+        "contract",
+        "name the contract's file, or ask the operator for a contract that is valid",
         lambda: _contract(contract_file),
     )
     keys = table.attempt("keys", lambda _: _fix_of_keys(site), lambda: _keys(site))
-    policy = table.attempt("policy", _then_sign(site, f"correct {site.config}"),
-                           lambda: _policy(site))
-    ledger = table.attempt("ledger", lambda error: _fix_of_ledger(site, error),
-                           lambda: _ledger(site, keys)) if keys else None
+    policy = table.attempt(
+        "policy", _then_sign(site, f"correct {site.config}"), lambda: _policy(site)
+    )
+    ledger = (
+        table.attempt(
+            "ledger", lambda error: _fix_of_ledger(site, error), lambda: _ledger(site, keys)
+        )
+        if keys
+        else None
+    )
     if ledger and keys:
         table.rows.append(_clock(ledger))
         if policy:
-            table.attempt("signature", command(*on_site(site.config, "sign")),
-                          lambda: _signature(site, ledger, keys))
+            table.attempt(
+                "signature",
+                command(*on_site(site.config, "sign")),
+                lambda: _signature(site, ledger, keys),
+            )
     table.rows.append(_disk(site))
     if network and policy:
         _check_server(table, policy, site, contract_file)
@@ -104,11 +114,17 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
         table.rows.append(_roster(policy, contract, keys))
         table.rows.append(_masks(policy, contract))
         if not isinstance(contract.model, OneHotModel):
-            table.attempt("model", lambda error: _fix_of_model(site, policy, contract, error),
-                          lambda: _model(policy, contract))
+            table.attempt(
+                "model",
+                lambda error: _fix_of_model(site, policy, contract, error),
+                lambda: _model(policy, contract),
+            )
     if policy:
-        table.attempt("device", _in_policy(site, 'set device = "auto" in [performance]'),
-                      lambda: _device(policy))
+        table.attempt(
+            "device",
+            _in_policy(site, 'set device = "auto" in [performance]'),
+            lambda: _device(policy),
+        )
         _check_records(table, policy, contract, ledger, site, contract_file)
     if contract:
         table.rows.append(Check("leaves the site", "ok", contract.leaves))
@@ -140,22 +156,35 @@ def _fix_of_keys(site: Site) -> str:
 def _fix_of_ledger(site: Site, error: SilotuneError) -> str:
     if error.code == "E216":
         return "free space on the disk or close the other program, then run this again"
-    return (f"restore the newest backup of {site.state} and {site.keys / 'head'}, then: "
-            + command("privacy", "verify", "--config", site.config))
+    return f"restore the newest backup of {site.state} and {site.keys / 'head'}, then: " + command(
+        "privacy", "verify", "--config", site.config
+    )
 
 
 def _check_server(table: _Table, policy: Policy, site: Site, contract_file: Path) -> None:
     if policy.server is None:
         join = command(*on_site(site.config, "join", contract_file, *JOIN))
-        table.rows.append(Check("handshake", "warning", "[server] is not set: nothing to reach, "
-                                "and `site start` needs it", f"{join}   ({JOIN_NOTE})"))
+        table.rows.append(
+            Check(
+                "handshake",
+                "warning",
+                "[server] is not set: nothing to reach, and `site start` needs it",
+                f"{join}   ({JOIN_NOTE})",
+            )
+        )
         return
     server = policy.server
     fix = _in_policy(site, "correct address and ca in [server]")
-    if table.attempt("handshake", f"ask the operator whether the server runs, or {fix}",
-                     lambda: (True, shake(server))):
-        table.attempt("node key", lambda error: _fix_of_node_key(site, policy, error),
-                      lambda: (True, _admission(server, site.relay / "node.key")))
+    if table.attempt(
+        "handshake",
+        f"ask the operator whether the server runs, or {fix}",
+        lambda: (True, shake(server)),
+    ):
+        table.attempt(
+            "node key",
+            lambda error: _fix_of_node_key(site, policy, error),
+            lambda: (True, _admission(server, site.relay / "node.key")),
+        )
 
 
 def _fix_of_node_key(site: Site, policy: Policy, error: SilotuneError) -> str:
@@ -173,7 +202,11 @@ def _admission(server: Server, node_key: Path) -> str:
 
 
 def _check_records(
-    table: _Table, policy: Policy, contract: Contract | None, ledger: Ledger | None, site: Site,
+    table: _Table,
+    policy: Policy,
+    contract: Contract | None,
+    ledger: Ledger | None,
+    site: Site,
     contract_file: Path,
 ) -> None:
     data = policy.data
@@ -187,31 +220,47 @@ def _check_records(
     if contract:
         prepare = command(*on_site(site.config, "prepare", contract_file))
         parsed = table.attempt(
-            "columns", "correct the rows, or agree on another contract; all problems are listed by "
-            f"{prepare}", lambda: _columns(found, contract),
+            "columns",
+            f"correct the rows, or agree on another contract; all problems are listed by {prepare}",
+            lambda: _columns(found, contract),
         )
         if parsed is not None:
             table.rows += [
-                Check("rows", "warning", note, "correct these rows if they mean something else; "
-                      f"tags are rewritten by {prepare}")
+                Check(
+                    "rows",
+                    "warning",
+                    note,
+                    "correct these rows if they mean something else; "
+                    f"tags are rewritten by {prepare}",
+                )
                 for note in parsed.notes
             ]
             if policy.model.folder is not None:
                 table.rows += _lengths(parsed, contract, policy.model.folder)
     secret = ledger.fingerprint_key if ledger else bytes(32)
-    records_ = table.attempt("record key", _in_policy(site, "correct key in [data]"),
-                             lambda: _lineage(found, policy, secret))
+    records_ = table.attempt(
+        "record key",
+        _in_policy(site, "correct key in [data]"),
+        lambda: _lineage(found, policy, secret),
+    )
     if records_ is None:
         return
     if not policy.data.key:
         table.rows[-1] = Check(
-            "record key", "warning", "none: a row that is corrected counts as a new record",
-            _in_policy(site, "name the columns that identify a record, such as "
-                       "key = [\"patient_id\"], in [data]"),
+            "record key",
+            "warning",
+            "none: a row that is corrected counts as a new record",
+            _in_policy(
+                site,
+                'name the columns that identify a record, such as key = ["patient_id"], in [data]',
+            ),
         )
     unit = contract.privacy.unit if contract else next(iter(policy.limits))
-    table.attempt("records", lambda error: _fix_of_records(site, error),
-                  lambda: _records(policy, records_, unit))
+    table.attempt(
+        "records",
+        lambda error: _fix_of_records(site, error),
+        lambda: _records(policy, records_, unit),
+    )
     if contract and contract.privacy.unit in policy.limits:
         if contract.privacy.mode == "dp":
             table.rows += _deltas(records_, policy, contract, site)
@@ -252,7 +301,10 @@ def _permission(policy: Policy, contract: Contract, site: Site) -> list[Check]:
         return [Check("permission", "ok", "the policy permits this contract")]
     return [
         Check(
-            "permission", "problem", str(refusal), "ask the operator for a contract that fits, or, "
+            "permission",
+            "problem",
+            str(refusal),
+            "ask the operator for a contract that fits, or, "
             f"if the records' owner agrees, {_then_sign(site, f'change {site.config}')}",
             refusal.code,
         )
@@ -263,39 +315,63 @@ def _permission(policy: Policy, contract: Contract, site: Site) -> list[Check]:
 def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
     entry = next((site for site in contract.sites if site.name == policy.name), None)
     if entry is None:
-        return Check("roster", "problem", f"'{policy.name}' is not in it",
-                     "the operator adds the site to the contract", "E201")
+        return Check(
+            "roster",
+            "problem",
+            f"'{policy.name}' is not in it",
+            "the operator adds the site to the contract",
+            "E201",
+        )
     if entry.public_key is None:
-        return Check("roster", "warning", "this site is in it, without a key",
-                     _fix_of_roster(policy, keys) if keys else "")
+        return Check(
+            "roster",
+            "warning",
+            "this site is in it, without a key",
+            _fix_of_roster(policy, keys) if keys else "",
+        )
     if keys is not None and entry.public_key != keys.public:
-        return Check("roster", "problem", f"the key {entry.public_key[:12]}… is not this site's",
-                     _fix_of_roster(policy, keys), "E201")
+        return Check(
+            "roster",
+            "problem",
+            f"the key {entry.public_key[:12]}… is not this site's",
+            _fix_of_roster(policy, keys),
+            "E201",
+        )
     return Check("roster", "ok", f"{policy.name}, key {entry.public_key[:12]}…")
 
 
 def _fix_of_roster(policy: Policy, keys: Keys) -> str:
-    return (f"the operator sets public_key = \"{keys.public}\" for '{policy.name}' in the "
-            "contract's [[sites]]")
+    return (
+        f"the operator sets public_key = \"{keys.public}\" for '{policy.name}' in the "
+        "contract's [[sites]]"
+    )
 
 
 def _masks(policy: Policy, contract: Contract) -> Check:
     if contract.secure_aggregation is None:
-        return Check("masks", "warning", contract.masks, "ask the operator for a contract with "
-                     "[secure_aggregation]")
+        return Check(
+            "masks",
+            "warning",
+            contract.masks,
+            "ask the operator for a contract with [secure_aggregation]",
+        )
     try:
         check_bound(contract, accounting.plan(contract, policy.target(contract)))
     except RefusalError as error:
-        return Check("masks", "problem", str(error), "the operator changes the contract",
-                     error.code)
+        return Check(
+            "masks", "problem", str(error), "the operator changes the contract", error.code
+        )
     return Check("masks", "ok", contract.masks)
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
     assert not isinstance(contract.model, OneHotModel)
     if policy.model.folder is None:
-        raise DataError(f"The contract needs the model '{contract.model.name}', and folder in "
-                        "[model] is not set.", code="E305")
+        raise DataError(
+            f"The contract needs the model '{contract.model.name}', and folder in "
+            "[model] is not set.",
+            code="E305",
+        )
     from silotune.common import model_fit
 
     model_fit.check(contract.at(policy.name), policy.model.folder, policy.performance)
@@ -314,12 +390,18 @@ def _fix_of_model(site: Site, policy: Policy, contract: Contract, error: Silotun
     sources = importlib.import_module(SOURCES)
     source = sources.SOURCES.get(name)
     if source is None or (source.converted or source.sha256) != contract.model.sha256:
-        return _in_policy(site, "take the model from where the operator has it, and put "
-                          f"folder = \"…\", the folder of '{name}', in [model]")
+        return _in_policy(
+            site,
+            "take the model from where the operator has it, and put "
+            f"folder = \"…\", the folder of '{name}', in [model]",
+        )
     fetch = "" if sources.present(name) else f"{command('data', 'fetch', name)}, then "
     folder = as_toml(str(source.path))
-    return (f"{fetch}" + _in_policy(site, f"put folder = {folder} in [model]")
-            + "   (the worker's user must be able to read that folder; a copy of it will do)")
+    return (
+        f"{fetch}"
+        + _in_policy(site, f"put folder = {folder} in [model]")
+        + "   (the worker's user must be able to read that folder; a copy of it will do)"
+    )
 
 
 def _device(policy: Policy) -> tuple[None, str]:
@@ -338,8 +420,10 @@ def _access(file: Path, site: Site) -> Check:
     try:
         facts = file.stat()
     except PermissionError:
-        return problem(f"{file} lies in a folder that this user may not enter.",
-                       "run this as the user of the records, or move the file")
+        return problem(
+            f"{file} lies in a folder that this user may not enter.",
+            "run this as the user of the records, or move the file",
+        )
     except OSError as error:
         return problem(f"{file} cannot be reached: {error.strerror}.", absent)
     mode, user = facts.st_mode & 0o777, os.geteuid()
@@ -348,8 +432,9 @@ def _access(file: Path, site: Site) -> Check:
     close = shlex.join(["chmod", "600", str(file)])
     if facts.st_uid != user:
         own = shlex.join(["chown", _user_name(user), str(file)])
-        return problem(f"{file.name} belongs to another user ({facts.st_uid}).",
-                       f"as root: {own} && {close}")
+        return problem(
+            f"{file.name} belongs to another user ({facts.st_uid}).", f"as root: {own} && {close}"
+        )
     if mode & 0o077:
         return problem(f"{file.name} is open to other users (mode {mode:o}).", close)
     return Check("data access", "ok", f"mode {mode:o}: this user alone")
@@ -366,13 +451,25 @@ def _query(data: Data) -> list[Check]:
     """What may be better about how a database is asked; that it answers is another row."""
     found = []
     if query.shows_password(data.url or ""):
-        found.append(Check("data access", "warning", "a password stands in site.toml",
-                           "write ${PASSWORD} in its place in data.url, and set that variable for "
-                           "the worker alone"))
+        found.append(
+            Check(
+                "data access",
+                "warning",
+                "a password stands in site.toml",
+                "write ${PASSWORD} in its place in data.url, and set that variable for "
+                "the worker alone",
+            )
+        )
     if not query.ordered(data.query or ""):
-        found.append(Check("row numbers", "warning", "the query has no ORDER BY: the numbers of "
-                           "rows in messages may change from one reading to the next",
-                           "add ORDER BY to data.query"))
+        found.append(
+            Check(
+                "row numbers",
+                "warning",
+                "the query has no ORDER BY: the numbers of "
+                "rows in messages may change from one reading to the next",
+                "add ORDER BY to data.query",
+            )
+        )
     return found
 
 
@@ -406,8 +503,9 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
     text = f"texts are longer than the model's {limit}: what is beyond is not read"
     fix = "ask the operator to raise model.max_tokens in the contract, or split the texts"
     if lengths_.all_lost:
-        return [Check("lengths", "problem", f"{text}, and each entity lies there", fix, "E315",
-                      local)]
+        return [
+            Check("lengths", "problem", f"{text}, and each entity lies there", fix, "E315", local)
+        ]
     return [Check("lengths", "warning", text, fix, "", local)]
 
 
@@ -428,8 +526,7 @@ def _fix_of_records(site: Site, error: SilotuneError) -> str:
     if error.code == "E304":
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
     return "remove the copies, or " + _in_policy(
-        site, "name the columns that tell records apart as key, or set repeated = \"keep\", in "
-        "[data]"
+        site, 'name the columns that tell records apart as key, or set repeated = "keep", in [data]'
     )
 
 
@@ -446,8 +543,11 @@ def _deltas(found: Lineage, policy: Policy, contract: Contract, site: Site) -> l
         budget_fix = f"first the contract's delta, then {budget_fix}"
     checks = []
     for name, delta, fix in (
-        ("delta of the run", of_run, "the operator sets delta in the contract's [privacy], or at "
-         "this site in [[sites]]"),
+        (
+            "delta of the run",
+            of_run,
+            "the operator sets delta in the contract's [privacy], or at this site in [[sites]]",
+        ),
         ("delta of the budget", policy.limits[unit].delta, budget_fix),
     ):
         size = size_of_delta(delta, units)
@@ -455,40 +555,59 @@ def _deltas(found: Lineage, policy: Policy, contract: Contract, site: Site) -> l
             checks.append(Check(name, "ok", f"{delta:g}, small for this site's number of {what}"))
             continue
         refused = size == "meaningless" and not contract.privacy.allow_large_delta
-        checks.append(Check(
-            name, "problem" if refused else "warning",
-            f"{delta:g} is large for this site's number of {what}: some of them could be "
-            "published whole within the guarantee",
-            fix, "E205" if refused else "",
-            f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
-            f"{fitting:g}.",
-        ))
+        checks.append(
+            Check(
+                name,
+                "problem" if refused else "warning",
+                f"{delta:g} is large for this site's number of {what}: some of them could be "
+                "published whole within the guarantee",
+                fix,
+                "E205" if refused else "",
+                f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
+                f"{fitting:g}.",
+            )
+        )
     return checks
 
 
 def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) -> Check:
     if contract.privacy.mode == "none":
-        return Check("privacy budget", "warning", "the contract trains WITHOUT privacy: afterwards "
-                     "nothing is left of any budget for these records")
+        return Check(
+            "privacy budget",
+            "warning",
+            "the contract trains WITHOUT privacy: afterwards "
+            "nothing is left of any budget for these records",
+        )
     unit = contract.privacy.unit
     limit, purse = policy.limits[unit], Budget(ledger, found, unit)
     plan = accounting.plan(contract, policy.target(contract))
     order = ledger.order or budget.order_of(plan, limit)
     spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
-    text = (f"this plan {epsilon_text(accounting.epsilon(plan, limit.delta))} · "
-            f"spent before {epsilon_text(spent)} · "
-            f"together {epsilon_text(together)} (RDP, δ = {limit.delta:g}) · "
-            f"limit {epsilon_text(limit.epsilon)}")
+    text = (
+        f"this plan {epsilon_text(accounting.epsilon(plan, limit.delta))} · "
+        f"spent before {epsilon_text(spent)} · "
+        f"together {epsilon_text(together)} (RDP, δ = {limit.delta:g}) · "
+        f"limit {epsilon_text(limit.epsilon)}"
+    )
     try:
         purse.check(plan, order, limit, "this plan")
     except RefusalError as error:
-        return Check("privacy budget", "problem", text,
-                     _alternatives(purse, plan, order, limit, policy, contract), error.code)
+        return Check(
+            "privacy budget",
+            "problem",
+            text,
+            _alternatives(purse, plan, order, limit, policy, contract),
+            error.code,
+        )
     return Check("privacy budget", "ok", text)
 
 
 def _alternatives(
-    purse: Budget, plan: list[accounting.Mechanism], order: float, limit: Limit, policy: Policy,
+    purse: Budget,
+    plan: list[accounting.Mechanism],
+    order: float,
+    limit: Limit,
+    policy: Policy,
     contract: Contract,
 ) -> str:
     """What would fit instead: fewer rounds at this noise, or more noise over these rounds."""
@@ -521,18 +640,30 @@ def _alternatives(
 def _clock(ledger: Ledger) -> Check:
     last = ledger.entries[-1].at
     if time.time() < last:
-        return Check("clock", "warning", "it stands before the ledger's last entry; accounting "
-                     "does not use it", "set the machine's clock")
+        return Check(
+            "clock",
+            "warning",
+            "it stands before the ledger's last entry; accounting does not use it",
+            "set the machine's clock",
+        )
     return Check("clock", "ok", "after the ledger's last entry")
 
 
 def _disk(site: Site) -> Check:
     folder = site.state if site.state.is_dir() else site.folder
     if not os.access(folder, os.W_OK):
-        return Check("disk", "problem", f"{folder} is not writable by this user",
-                     f"run this as the user of {folder}")
+        return Check(
+            "disk",
+            "problem",
+            f"{folder} is not writable by this user",
+            f"run this as the user of {folder}",
+        )
     free = shutil.disk_usage(folder).free
     if free < LEAST_DISK:
-        return Check("disk", "problem", f"{free >> 20} MB free for {folder}",
-                     f"free at least {LEAST_DISK >> 20} MB")
+        return Check(
+            "disk",
+            "problem",
+            f"{free >> 20} MB free for {folder}",
+            f"free at least {LEAST_DISK >> 20} MB",
+        )
     return Check("disk", "ok", f"{free >> 30} GB free")

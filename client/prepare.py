@@ -102,8 +102,10 @@ class Prepared:
         left_out = self.read - len(self.table.rows)
         if not self.refused and 2 * left_out > self.read:
             reasons = "; ".join(f"{reason}: {n:,}" for reason, n in self.left_out.items())
-            found.append(f"more than half of the rows are left out, {left_out:,} of "
-                         f"{self.read:,} ({reasons})")
+            found.append(
+                f"more than half of the rows are left out, {left_out:,} of "
+                f"{self.read:,} ({reasons})"
+            )
         return found
 
     @property
@@ -113,7 +115,10 @@ class Prepared:
 
 
 def prepare(
-    table: Table, contract: Contract, rules: Prepare, key: Sequence[str],
+    table: Table,
+    contract: Contract,
+    rules: Prepare,
+    key: Sequence[str],
     pseudonyms: bytes | None = None,
 ) -> Prepared:
     """Check and clean all rows; key: the columns that tell records apart (data.key); pseudonyms:
@@ -174,8 +179,10 @@ class _Texts:
 def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) -> Prepared:
     columns, header = Columns(contract, table.header), table.header
     ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302", "correct the rows")
-    found = {rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code, rule.remedy)
-             for rule in columns.rules}
+    found = {
+        rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code, rule.remedy)
+        for rule in columns.rules
+    }
     places = {rule: header.index(rule.column) for rule in columns.rules}
     builder, reasons = Builder(), Counter[str]()
     made_of, read = array("L"), 0

@@ -33,8 +33,12 @@ MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 @click.command()
 @CONTRACT
 @CONFIG
-@click.option("--out", default=None, type=click.Path(path_type=Path),
-              help="The folder to write to; 'prepared' beside site.toml.")
+@click.option(
+    "--out",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="The folder to write to; 'prepared' beside site.toml.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: counts of private records.")
 def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> None:
     """Check all records against a contract, clean them by [prepare] in site.toml, and write them
@@ -60,8 +64,7 @@ def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> No
 def _prepare(
     contract: Path, config: Path, out: Path | None
 ) -> tuple[dict[str, Any], list[str], SilotuneError | None]:
-    """What is to be said of it, as facts and as lines, and why nothing was prepared if that is so.
-    """
+    """Facts and lines about it, and why nothing was prepared if that is so."""
     from silotune.client import counts, prepare_report
     from silotune.client import policy as policies
     from silotune.client import prepare as preparing
@@ -86,10 +89,17 @@ def _prepare(
     origin = preparing.origin(prepared, data.key, secret)
     charged = counts.charged(prepared.table, data.key, ledger, origin.links)
     shown = {
-        "site": policy.name, "contract": agreed.name, "hash": agreed.hash, "source": data.source,
-        "file": str(file), "key": data.key, "notes": (*raw.notes, *prepared.warnings),
-        "charged": charged, "made_up": counts.made_up(agreed),
-        "when": time.strftime("%Y-%m-%d %H:%M"), "numbering": _numbering(data),
+        "site": policy.name,
+        "contract": agreed.name,
+        "hash": agreed.hash,
+        "source": data.source,
+        "file": str(file),
+        "key": data.key,
+        "notes": (*raw.notes, *prepared.warnings),
+        "charged": charged,
+        "made_up": counts.made_up(agreed),
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "numbering": _numbering(data),
         "rules": ", ".join(_settings(policy.prepare.model_dump(mode="json", exclude_none=True))),
     }
     page = prepare_report.render(shown, prepared, found)
@@ -117,11 +127,20 @@ def _prepare(
         prepare_again = next_step(*words, first="correct what has a !, then: ")
         lines.append(prepare_again if hindrances or lengths.all_lost else sign)
     facts = {
-        "prepared": written, "read": prepared.read, "kept": found.rows,
-        "problems": [asdict(p) for p in prepared.problems], "charged": asdict(charged),
-        "notes": raw.notes, "warnings": prepared.warnings, "refused_by_check": hindrances,
-        "cut": lengths.cut, "texts": lengths.texts, "entities": lengths.entities,
-        "entities_cut": lengths.lost, "report": str(report), "file": str(file),
+        "prepared": written,
+        "read": prepared.read,
+        "kept": found.rows,
+        "problems": [asdict(p) for p in prepared.problems],
+        "charged": asdict(charged),
+        "notes": raw.notes,
+        "warnings": prepared.warnings,
+        "refused_by_check": hindrances,
+        "cut": lengths.cut,
+        "texts": lengths.texts,
+        "entities": lengths.entities,
+        "entities_cut": lengths.lost,
+        "report": str(report),
+        "file": str(file),
     }
     return facts, lines, _failure(data, site, prepared, config, ledger, policy.name)
 
@@ -168,19 +187,22 @@ def _failure(
         remedies = "; ".join(f"{problem.sentence}: {problem.remedy}" for problem in refused)
         return DataError(
             f"{data.source} has {counted(len(refused), 'kind')} of problem: nothing was prepared. "
-            f"{remedies}. [prepare] is in {config}.", code="E313",
+            f"{remedies}. [prepare] is in {config}.",
+            code="E313",
         )
     if not len(prepared.table.rows):
         return DataError(
             f"No row of {data.source} is left; nothing was prepared. Correct the rows, or "
-            f"[prepare] in {config}, which left them out.", code="E304",
+            f"[prepare] in {config}, which left them out.",
+            code="E304",
         )
     if ledger is None:
         made = command("site", "init", "--name", name, "--folder", "FOLDER")
         return UsageError(
             f"Nothing was prepared: {site.keys} does not exist, and only this site's ledger can "
             "remember which record a prepared row is. Make keys, ledger and site.toml in a new "
-            f"folder, and copy [data] and [prepare] into that site.toml: {made}", code="E214",
+            f"folder, and copy [data] and [prepare] into that site.toml: {made}",
+            code="E214",
         )
     return None
 

@@ -35,8 +35,14 @@ LONGEST = 30  # characters of a bar's name; all of it stands in the table beside
 
 NAMES = ("ink", "muted", "line", "accent", "good", "fair", "bad")
 PAINT = paint(NAMES)
-COLOURS = {REFUSED: "bad", DROPPED: "fair", EMPTIED: "fair", REPLACED: "fair",
-           REWRITTEN: "fair", LEFT: "muted"}
+COLOURS = {
+    REFUSED: "bad",
+    DROPPED: "fair",
+    EMPTIED: "fair",
+    REPLACED: "fair",
+    REWRITTEN: "fair",
+    LEFT: "muted",
+}
 
 
 def render(facts: Mapping[str, Any], prepared: Prepared, counts: Counts) -> str:
@@ -44,11 +50,17 @@ def render(facts: Mapping[str, Any], prepared: Prepared, counts: Counts) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
-        loader=PackageLoader("silotune.client", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("silotune.client", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return env.get_template("prepare_report.html.j2").render(
-        **facts, prepared=prepared, counts=counts, plots=draw(prepared, counts),
+        **facts,
+        prepared=prepared,
+        counts=counts,
+        plots=draw(prepared, counts),
     )
 
 
@@ -57,18 +69,36 @@ def draw(prepared: Prepared, counts: Counts) -> list[Plot]:
     import matplotlib
 
     style: dict[Any, Any] = {
-        "svg.fonttype": "none", "text.parse_math": False, "font.size": 9,
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-        "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
-        "axes.spines.bottom": False, "axes.labelcolor": PAINT["muted"], "axes.axisbelow": True,
-        "grid.color": PAINT["line"], "grid.linewidth": 0.7, "text.color": PAINT["ink"],
-        "xtick.color": PAINT["muted"], "ytick.color": PAINT["ink"], "axes.titlesize": 9,
-        "xtick.major.size": 0, "ytick.major.size": 0, "axes.titlecolor": PAINT["ink"],
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.size": 9,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.spines.bottom": False,
+        "axes.labelcolor": PAINT["muted"],
+        "axes.axisbelow": True,
+        "grid.color": PAINT["line"],
+        "grid.linewidth": 0.7,
+        "text.color": PAINT["ink"],
+        "xtick.color": PAINT["muted"],
+        "ytick.color": PAINT["ink"],
+        "axes.titlesize": 9,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "axes.titlecolor": PAINT["ink"],
     }
     found = []
     figures: tuple[Callable[[], Plot], ...] = (
-        partial(_rows, prepared), partial(_problems, prepared.problems), partial(_labels, counts),
-        partial(_missing, counts), partial(_choices, counts), partial(_tokens, counts),
+        partial(_rows, prepared),
+        partial(_problems, prepared.problems),
+        partial(_labels, counts),
+        partial(_missing, counts),
+        partial(_choices, counts),
+        partial(_tokens, counts),
     )
     for number, make in enumerate(figures):
         # The salt makes ids reproducible, and distinct between figures of one page.
@@ -116,9 +146,7 @@ def _choices(counts: Counts) -> Plot:
     from matplotlib.figure import Figure
 
     title = "Choices by column"
-    found = {
-        name: choices for name, choices in counts.choices.items() if len(choices) > 2
-    }
+    found = {name: choices for name, choices in counts.choices.items() if len(choices) > 2}
     if not found or not counts.rows:
         return Plot(title, "The contract's inputs are texts: they have no choices.")
     shown, across = dict(list(found.items())[:MAX_COLUMNS]), 3
@@ -138,8 +166,15 @@ def _choices(counts: Counts) -> Plot:
             axes.set_xticks([])
             axes.set_title(_short(name, LONGEST), loc="left", weight="bold")
             for at, n in enumerate(choices.values()):
-                axes.annotate(f"{n:,}", (n, at), xytext=(3, 0), textcoords="offset points",
-                              va="center", fontsize=7.5, color=PAINT["muted"])
+                axes.annotate(
+                    f"{n:,}",
+                    (n, at),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.5,
+                    color=PAINT["muted"],
+                )
     more = len(found) - len(shown)
     alt = f"{len(shown)} columns" + (f"; {more} more are not drawn." if more else ".")
     return Plot(title, alt, svg_of(figure, NAMES))
@@ -160,15 +195,26 @@ def _tokens(counts: Counts) -> Plot:
     figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
     axes: Axes = figure.add_subplot()
     starts = [i * size for i in range(len(sums))]
-    axes.bar(starts, sums, width=size * 0.9, align="edge", color=[
-        PAINT["accent" if start <= limit else "bad"] for start in starts
-    ])
+    axes.bar(
+        starts,
+        sums,
+        width=size * 0.9,
+        align="edge",
+        color=[PAINT["accent" if start <= limit else "bad"] for start in starts],
+    )
     axes.grid(axis="y")
     axes.set_xlim(0, max(longest + size, limit * 1.28))
     axes.axvline(limit, color=PAINT["ink"], linewidth=1, linestyle=(0, (4, 2)))
-    axes.annotate(f"the model cuts at {limit}", (limit, 1), xycoords=("data", "axes fraction"),
-                  xytext=(5, -3), textcoords="offset points", ha="left", va="top",
-                  color=PAINT["muted"])
+    axes.annotate(
+        f"the model cuts at {limit}",
+        (limit, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(5, -3),
+        textcoords="offset points",
+        ha="left",
+        va="top",
+        color=PAINT["muted"],
+    )
     axes.set_xlabel("tokens")
     axes.yaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
     axes.yaxis.label.set_color(PAINT["muted"])
@@ -184,16 +230,26 @@ def _bars(bars: Sequence[tuple[str, int, str]], whole: int = 0) -> str:
     shown = bars[:MAX_BARS]
     figure = Figure(figsize=(WIDTH, LINE * len(shown) + 0.1), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(shown)), [n for _, n, _ in shown],
-              color=[PAINT[colour] for _, _, colour in shown], height=0.66)
+    axes.barh(
+        range(len(shown)),
+        [n for _, n, _ in shown],
+        color=[PAINT[colour] for _, _, colour in shown],
+        height=0.66,
+    )
     axes.set_yticks(range(len(shown)), [_short(name, 2 * LONGEST) for name, _, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, max(1, *(n for _, n, _ in shown)) * 1.22)
     axes.set_xticks([])
     for at, (_, n, _) in enumerate(shown):
         share = f" · {n / whole:.1%}" if whole else ""
-        axes.annotate(f"{n:,}{share}", (n, at), xytext=(4, 0), textcoords="offset points",
-                      va="center", color=PAINT["muted"])
+        axes.annotate(
+            f"{n:,}{share}",
+            (n, at),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=PAINT["muted"],
+        )
     return svg_of(figure, NAMES)
 
 

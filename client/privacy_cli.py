@@ -44,28 +44,52 @@ def spent(config: Path, as_json: bool) -> None:
         limit = limits.get(entry.unit) or next(iter(limits.values()))
         charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
         epsilon = purse.spent(limit.delta)
-        rows.append({
-            "records": entry.source, "lineage": entry.lineage, "first_used": entry.at,
-            "rows": entry.rows, "unit": entry.unit,
-            "runs": len({(c.contract, c.run) for c in charges}),
-            "rounds": len(charges),
-            "not_released": sum(c.sequence not in ledger.releases for c in charges),
-            "epsilon_rdp": _finite(epsilon), "epsilon_prv": _finite(purse.tight(limit.delta)),
-            "room": purse.room(limit),
-        })
+        rows.append(
+            {
+                "records": entry.source,
+                "lineage": entry.lineage,
+                "first_used": entry.at,
+                "rows": entry.rows,
+                "unit": entry.unit,
+                "runs": len({(c.contract, c.run) for c in charges}),
+                "rounds": len(charges),
+                "not_released": sum(c.sequence not in ledger.releases for c in charges),
+                "epsilon_rdp": _finite(epsilon),
+                "epsilon_prv": _finite(purse.tight(limit.delta)),
+                "room": purse.room(limit),
+            }
+        )
     facts = {
-        "site": policy.name, "adjacency": "add or remove one",
-        "limits": {unit: asdict(limit) for unit, limit in limits.items()}, "lineages": rows,
+        "site": policy.name,
+        "adjacency": "add or remove one",
+        "limits": {unit: asdict(limit) for unit, limit in limits.items()},
+        "lineages": rows,
     }
     head = f"{policy.name} · {policy.limits_in_words()} for ever, add or remove one"
     if not rows:
         emit(facts, as_json, f"{head}\nNothing was ever charged.")
         return
-    titles = ("Records", "first used", "rows", "runs", "rounds", "ε spent (RDP)", "ε (PRV)",
-              "room for a plan of")
+    titles = (
+        "Records",
+        "first used",
+        "rows",
+        "runs",
+        "rounds",
+        "ε spent (RDP)",
+        "ε (PRV)",
+        "room for a plan of",
+    )
     cells: list[tuple[str, ...]] = [
-        (r["records"], _day(r["first_used"]), f"{r['rows']:,}", str(r["runs"]), str(r["rounds"]),
-         _shown(r["epsilon_rdp"]), _shown(r["epsilon_prv"]), _shown(r["room"]))
+        (
+            r["records"],
+            _day(r["first_used"]),
+            f"{r['rows']:,}",
+            str(r["runs"]),
+            str(r["rounds"]),
+            _shown(r["epsilon_rdp"]),
+            _shown(r["epsilon_prv"]),
+            _shown(r["room"]),
+        )
         for r in rows
     ]
     notes = [
@@ -89,8 +113,14 @@ def spent(config: Path, as_json: bool) -> None:
 @click.option("--steps", type=int, default=1, show_default=True)
 @JSON
 def plan(
-    contract: Path | None, site: str | None, epsilon: float | None,
-    noise_multiplier: float | None, delta: float, sampling_rate: float, steps: int, as_json: bool,
+    contract: Path | None,
+    site: str | None,
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    as_json: bool,
 ) -> None:
     """The noise a target epsilon needs, or the epsilon that a noise costs.
 
@@ -108,9 +138,11 @@ def plan(
     from silotune.common.plan import epsilon_text
 
     for name, value, kind in (
-        ("--epsilon", epsilon, fields.Epsilon), ("--delta", delta, fields.Delta),
+        ("--epsilon", epsilon, fields.Epsilon),
+        ("--delta", delta, fields.Delta),
         ("--noise-multiplier", noise_multiplier, fields.Positive),
-        ("--sampling-rate", sampling_rate, fields.Rate), ("--steps", steps, fields.Count),
+        ("--sampling-rate", sampling_rate, fields.Rate),
+        ("--steps", steps, fields.Count),
     ):
         try:
             if value is not None:
@@ -125,8 +157,9 @@ def plan(
         if found.privacy.mode == "none":
             raise UsageError(f"{contract} trains without differential privacy: ε is infinite.")
         if site is not None and site not in found.weights():
-            raise UsageError(f"'{site}' is not in the contract's sites: "
-                             f"{', '.join(found.weights())}.")
+            raise UsageError(
+                f"'{site}' is not in the contract's sites: {', '.join(found.weights())}."
+            )
         target = found.target_of(site or "")
         delta, mechanisms = target.delta, accounting.plan(found, target)
         if len({found.target_of(name) for name in found.weights()}) > 1:
@@ -141,22 +174,40 @@ def plan(
     rdp, prv = accounting.epsilon(mechanisms, delta), accounting.tight_epsilon(mechanisms, delta)
     shares = accounting.shares(mechanisms, delta)
     facts = {
-        "unit": unit, "adjacency": "add or remove one", "delta": delta, "epsilon_rdp": rdp,
-        "epsilon_prv": prv, "mechanisms": [
+        "unit": unit,
+        "adjacency": "add or remove one",
+        "delta": delta,
+        "epsilon_rdp": rdp,
+        "epsilon_prv": prv,
+        "mechanisms": [
             {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
-        ], **({"quietest_weights": weights} if weights else {}),
+        ],
+        **({"quietest_weights": weights} if weights else {}),
     }
-    emit(facts, as_json, "\n".join([
-        *(f"{m.steps} steps, sampling rate {m.sampling_rate:g}, noise multiplier "
-          f"{m.noise_multiplier:.4f}"
-          + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
-          for m, share in zip(mechanisms, shares, strict=True)),
-        f"  ε {epsilon_text(rdp)} (RDP) · {epsilon_text(prv)} (PRV) at δ = {delta:g} per {unit}, "
-        "add or remove one",
-        *(["  sites' weights with the least noise in the mean: "
-           + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())]
-          if weights else []),
-    ]))
+    emit(
+        facts,
+        as_json,
+        "\n".join(
+            [
+                *(
+                    f"{m.steps} steps, sampling rate {m.sampling_rate:g}, noise multiplier "
+                    f"{m.noise_multiplier:.4f}"
+                    + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
+                    for m, share in zip(mechanisms, shares, strict=True)
+                ),
+                f"  ε {epsilon_text(rdp)} (RDP) · {epsilon_text(prv)} (PRV) at δ = {delta:g} per "
+                f"{unit}, add or remove one",
+                *(
+                    [
+                        "  sites' weights with the least noise in the mean: "
+                        + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+                    ]
+                    if weights
+                    else []
+                ),
+            ]
+        ),
+    )
 
 
 @privacy.command()

@@ -55,11 +55,18 @@ class Shape(PatternRecognizer):
     """
 
     def __init__(
-        self, kind: str, *patterns: tuple[str, float], proof: Rule | None = None,
-        possible: Rule | None = None, near: str = "", against: str = "", ignore_case: bool = True,
+        self,
+        kind: str,
+        *patterns: tuple[str, float],
+        proof: Rule | None = None,
+        possible: Rule | None = None,
+        near: str = "",
+        against: str = "",
+        ignore_case: bool = True,
     ) -> None:
         super().__init__(
-            supported_entity=kind, supported_language=LANGUAGE,
+            supported_entity=kind,
+            supported_language=LANGUAGE,
             patterns=[Pattern(kind, bounded(pattern), score) for pattern, score in patterns],
             global_regex_flags=int(re.MULTILINE | (re.IGNORECASE if ignore_case else 0)),
         )
@@ -76,8 +83,11 @@ class Shape(PatternRecognizer):
         return not self.possible(pattern_text) if self.possible else None
 
     def enhance_using_context(
-        self, text: str, raw_recognizer_results: list[RecognizerResult],
-        other_raw_recognizer_results: list[RecognizerResult], nlp_artifacts: Any,
+        self,
+        text: str,
+        raw_recognizer_results: list[RecognizerResult],
+        other_raw_recognizer_results: list[RecognizerResult],
+        nlp_artifacts: Any,
         context: list[str] | None = None,
     ) -> list[RecognizerResult]:
         for found in raw_recognizer_results:
@@ -130,8 +140,11 @@ MOBILES = (
     (r"(?:tel|phone|mobile|mob|cell)[.:# ]*\K1[3-9]\d{9}(?!\d)", 0.9),
 )
 LANDLINES = (
-    (r"(?<![\d.-])(?:\+?86[ -]?)?\(?0(?:10|2\d|[3-9]\d{2})(?:\)|[ -]|\) ?)[2-9]\d{6,7}(?:-\d{1,5})?"
-     r"(?!\d)", 0.75),
+    (
+        r"(?<![\d.-])(?:\+?86[ -]?)?\(?0(?:10|2\d|[3-9]\d{2})(?:\)|[ -]|\) ?)[2-9]\d{6,7}"
+        r"(?:-\d{1,5})?(?!\d)",
+        0.75,
+    ),
     (r"(?<![\d.-])0(?:10|2\d|[3-9]\d{2})[2-9]\d{6,7}(?!\d)", 0.4),
     (r"(?<![\d.-])[48]00-?\d{3,4}-?\d{3,4}(?!\d)", 0.3),
     (r"(?<![\d.-])09\d{2}([- ]?)\d{3}\1\d{3}(?!\d)", 0.6),  # Taiwan
@@ -141,40 +154,68 @@ LANDLINES = (
 # Beside the plans of phonenumbers: ranges that are newer than it, and those kept for examples.
 ENGLISH_PHONES = (
     (r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|0)7\d{3}[ -]?\d{3}[ -]?\d{3}(?![\d-])", 0.7),
-    (r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|\(?0)(?:2\d\)? ?\d{4} \d{4}|1\d{2}\)? ?\d{3} \d{4}"
-     r"|1\d{3}\)? ?\d{6})(?![\d-])", 0.6),
-    (r"(?<![\w.,/-])(?:\+?1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([-. ]))"
-     r"[2-9]\d{2}[-. ]\d{4}(?![\d-])", 0.6),
+    (
+        r"(?<![\w.,/-])(?:\+44 ?(?:\(0\) ?)?|\(?0)(?:2\d\)? ?\d{4} \d{4}|1\d{2}\)? ?\d{3} \d{4}"
+        r"|1\d{3}\)? ?\d{6})(?![\d-])",
+        0.6,
+    ),
+    (
+        r"(?<![\w.,/-])(?:\+?1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([-. ]))"
+        r"[2-9]\d{2}[-. ]\d{4}(?![\d-])",
+        0.6,
+    ),
 )
 _CODE_NUMBER = r"(?:\d{3} \d{3} \d{4}|[A-Z]{0,4}-?\d[\dA-Z]*(?:[-/][\dA-Z]+)*)(?![\dA-Z])"
 _SEPARATOR = r"[ \t,;|]+"
 RECORDS = (
     # A row of a list: name, date of birth, number, and nothing or another number.
-    (rf"^[^\d\n]{{3,60}}\d{{1,4}}([/.-])\d{{1,2}}\1\d{{2,4}}{_SEPARATOR}\K"
-     rf"(?:[A-Z]{{0,2}}\d{{6,9}}|\d{{2,4}}-\d{{4,6}})(?={_SEPARATOR}[(+\d]|\s*$)", 0.6),
-    (r"\b(?:MRN?|EMR|EHR|UR|CRN|CHI|NHI|medical\s+rec(?:ord)?|health\s+record|patient|pt|hosp(?:ital)?|"
-     r"chart|record|case\s+note|file|folder|episode|encounter|admission|clinic|accession|unit|NHS|PAS)"
-     r"\.?\s*(?:(?:number|num|no\b|nr\b|id\b|identifier|#)\.?\s*)+"
-     rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}", 0.85),
-    (r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
-     rf"\K{_CODE_NUMBER}", 0.85),
+    (
+        rf"^[^\d\n]{{3,60}}\d{{1,4}}([/.-])\d{{1,2}}\1\d{{2,4}}{_SEPARATOR}\K"
+        rf"(?:[A-Z]{{0,2}}\d{{6,9}}|\d{{2,4}}-\d{{4,6}})(?={_SEPARATOR}[(+\d]|\s*$)",
+        0.6,
+    ),
+    (
+        r"\b(?:MRN?|EMR|EHR|UR|CRN|CHI|NHI|medical\s+rec(?:ord)?|health\s+record|patient|pt|hosp(?:ital)?|"
+        r"chart|record|case\s+note|file|folder|episode|encounter|admission|clinic|accession|unit|NHS|PAS)"
+        r"\.?\s*(?:(?:number|num|no\b|nr\b|id\b|identifier|#)\.?\s*)+"
+        rf"(?:is|was|[:=#])*\s*\K{_CODE_NUMBER}",
+        0.85,
+    ),
+    (
+        r"\b(?:MRN|MR\s?#|URN|medical\s+record|chart|NHS)\s*[:=#]*\s*(?:is\s+)?"
+        rf"\K{_CODE_NUMBER}",
+        0.85,
+    ),
     # A number of a usual form directly behind whom or what it numbers.
-    (r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b *[:#.]? *"
-     r"\K(?:[A-Z]\d{6,8}|\d{3}-\d{5,6}|\d{7,8})(?![\dA-Z-])", 0.6),
-    (r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
-     r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
-     rf"[为是]?[:\s]*\K{_CODE_NUMBER}", 0.85),
+    (
+        r"\b(?:patient|pt|MR|chart|file|folder|record|hosp(?:ital)?|ID)\b *[:#.]? *"
+        r"\K(?:[A-Z]\d{6,8}|\d{3}-\d{5,6}|\d{7,8})(?![\dA-Z-])",
+        0.6,
+    ),
+    (
+        r"(?:病历|病案|住院|门诊|急诊|就诊卡?|挂号|登记|病人|患者|病员|诊疗卡?|医保卡?|影像|检查|档案|"
+        r"建档|随访|体检|透析|手术|案)(?:[编序流]?水?号码?|ID|卡号)"
+        rf"[为是]?[:\s]*\K{_CODE_NUMBER}",
+        0.85,
+    ),
 )
 
 
 # A passport's number says itself only by its label; China's also by its form, near one.
 _PASSPORT = r"[A-Z]{0,3}\d[A-Z0-9]{5,9}"
 PASSPORTS = (
-    (r"(?<![A-Z0-9])(?=[A-Z]{0,3}\d)(?<=(?i:passports?|travel documents?|护照|通行证)[^\d\n]{0,30}?"
-     rf"(?<![A-Z0-9])(?:{_PASSPORT}(?:, ?|、|，|/|;|；| and | or |[和与及])){{1,9}}){_PASSPORT}"
-     r"(?![A-Z0-9-])", 0.85),  # further ones of a list behind a label
-    (r"(?i:passport|travel document|护照|通行证)[^\d\n]{0,30}?(?<![A-Z0-9])"
-     r"\K(?:[A-Z]{1,3} ?)?\d[A-Z0-9]{5,9}(?![A-Z0-9-])", 0.85),
+    (
+        r"(?<![A-Z0-9])(?=[A-Z]{0,3}\d)(?<=(?i:passports?|travel documents?|护照|通行证)"
+        r"[^\d\n]{0,30}?"
+        rf"(?<![A-Z0-9])(?:{_PASSPORT}(?:, ?|、|，|/|;|；| and | or |[和与及])){{1,9}}){_PASSPORT}"
+        r"(?![A-Z0-9-])",
+        0.85,
+    ),  # further ones of a list behind a label
+    (
+        r"(?i:passport|travel document|护照|通行证)[^\d\n]{0,30}?(?<![A-Z0-9])"
+        r"\K(?:[A-Z]{1,3} ?)?\d[A-Z0-9]{5,9}(?![A-Z0-9-])",
+        0.85,
+    ),
     (r"(?<![A-Z0-9])E[A-HJ-NP-Z]?\d{7,8}(?![A-Z0-9-])", 0.4),
 )
 _PASSPORT_NEAR = "passport|travel document|护照|证件|通行证"
@@ -186,19 +227,30 @@ _PLATE_LABEL = (
 )
 _PLATE = r"(?=[A-Z \-]{0,7}\d)(?=[\d \-]{0,7}[A-Z])[A-Z0-9]{1,5}(?:[ -]?[A-Z0-9]{1,5}){0,2}"
 PLATES = (
-    (r"[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z]"
-     r"[·•・ -]?(?=[A-Z]{0,4}\d)[A-HJ-NP-Z0-9]{4}(?:[A-HJ-NP-Z0-9]{1,2}|[挂学警港澳])"
-     r"(?![A-Z0-9])", 0.9),
-    (r"(?<![A-Z0-9])[A-HJ-PR-Y]{2}(?:0[2-9]|[12]\d|5[1-9]|[67]\d)[ -]?[A-HJ-PR-Z]{3}(?![A-Z0-9])",
-     0.6),  # the United Kingdom's since 2001
+    (
+        r"[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z]"
+        r"[·•・ -]?(?=[A-Z]{0,4}\d)[A-HJ-NP-Z0-9]{4}(?:[A-HJ-NP-Z0-9]{1,2}|[挂学警港澳])"
+        r"(?![A-Z0-9])",
+        0.9,
+    ),
+    (
+        r"(?<![A-Z0-9])[A-HJ-PR-Y]{2}(?:0[2-9]|[12]\d|5[1-9]|[67]\d)[ -]?[A-HJ-PR-Z]{3}"
+        r"(?![A-Z0-9])",
+        0.6,
+    ),  # the United Kingdom's since 2001
     (r"(?<![A-Z0-9-])[1-9][A-Z]{3}\d{3}(?![A-Z0-9-])", 0.5),  # California's
-    (rf"{_PLATE_LABEL}[^A-Z0-9\n]{{0,4}}(?:(?i:is|was|number|no)\b[^A-Z0-9\n]{{0,3}}){{0,2}}"
-     rf"\K{_PLATE}(?![A-Z0-9])", 0.8),
+    (
+        rf"{_PLATE_LABEL}[^A-Z0-9\n]{{0,4}}(?:(?i:is|was|number|no)\b[^A-Z0-9\n]{{0,3}}){{0,2}}"
+        rf"\K{_PLATE}(?![A-Z0-9])",
+        0.8,
+    ),
 )
 # Other plates look like any code: only in a text about vehicles.
 _VEHICLE = re.compile(
-    bounded(r"\bplates?\b|\bvehicles?\b|\bparking\b|\bcar park\b|\bmotor(?:cycle)?\b|\bcollision\b|"
-            r"\brear-ended\b|\btow(?:ed|ing)\b|\b(?:speeding|traffic)\b|\b(?:car|van|truck|lorry)\b"),
+    bounded(
+        r"\bplates?\b|\bvehicles?\b|\bparking\b|\bcar park\b|\bmotor(?:cycle)?\b|\bcollision\b|"
+        r"\brear-ended\b|\btow(?:ed|ing)\b|\b(?:speeding|traffic)\b|\b(?:car|van|truck|lorry)\b"
+    ),
     re.IGNORECASE,
 )
 _PLATE_ALONE = re.compile(
@@ -208,10 +260,15 @@ _PLATE_ALONE = re.compile(
 _ACCOUNT = r"[A-Za-z0-9][-_A-Za-z0-9]{4,19}(?![-_A-Za-z0-9])"
 MESSENGERS = (  # behind a colon any name; elsewhere one with a digit or _, which no word has
     (rf"(?:微信号?|we ?chat(?: id)?|weixin|(?<![a-z])[vw]x)\s*[:=]\s*\K{_ACCOUNT}", 0.9),
-    (r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:(?:id|account|name|user(?:name)?|number|no\.?|is|"
-     rf"was|on file|on record)\b|为|是|号码?))*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}", 0.9),
-    (r"(?<![A-Za-z])QQ\s*(?:(?:id|number|no\.?|account|is|号码?|为|是)\s*)*[:=]?\s*\K[1-9]\d{4,10}(?!\d)",
-     0.9),
+    (
+        r"(?:微信号?码?|we ?chat|weixin)(?:\s*(?:(?:id|account|name|user(?:name)?|number|no\.?|is|"
+        rf"was|on file|on record)\b|为|是|号码?))*\s*(?:[为是])?\K(?=[-A-Za-z]*[\d_]){_ACCOUNT}",
+        0.9,
+    ),
+    (
+        r"(?<![A-Za-z])QQ\s*(?:(?:id|number|no\.?|account|is|号码?|为|是)\s*)*[:=]?\s*\K[1-9]\d{4,10}(?!\d)",
+        0.9,
+    ),
 )
 _NO_PATH = r"\s<>\"'()，。；、（）《》“”\u4e00-\u9fff"
 _PATH = rf"[^{_NO_PATH}]*[^{_NO_PATH}.,;:!?]"
@@ -219,8 +276,11 @@ _DOMAINS = "com|org|net|edu|gov|info|io|cn|hk|tw|eu|de|fr|uk|us|ca|au|health"
 URLS = (
     (rf"(?:https?|ftp)://{_PATH}", 0.95),
     (rf"(?<![a-z0-9.@/-])www\.{_PATH}", 0.9),
-    (rf"(?<![a-z0-9._@/-])(?:[a-z0-9][a-z0-9-]{{1,62}}\.){{1,5}}(?:{_DOMAINS})"
-     rf"(?![a-z0-9@-]|\.[a-z0-9])(?:[/?#]{_PATH})?", 0.6),
+    (
+        rf"(?<![a-z0-9._@/-])(?:[a-z0-9][a-z0-9-]{{1,62}}\.){{1,5}}(?:{_DOMAINS})"
+        rf"(?![a-z0-9@-]|\.[a-z0-9])(?:[/?#]{_PATH})?",
+        0.6,
+    ),
 )
 
 
@@ -231,7 +291,8 @@ def ip_addresses() -> IpRecognizer:
         patterns=[
             Pattern(p.name, f"(?a){p.regex}", 0.9) for p in IpRecognizer.PATTERNS if p.score > 0.5
         ],
-        supported_language=LANGUAGE, supported_entity="ip_address",
+        supported_language=LANGUAGE,
+        supported_entity="ip_address",
     )
 
 
@@ -277,11 +338,15 @@ def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Found]]:
 _MONTHS = """
     January February March April May June July August September October November December
 """
-_MONTH = "(?:" + "|".join(
-    form
-    for name in _MONTHS.split()
-    for form in (name, name.upper(), name[:3] + r"\b\.?", name[:3].upper() + r"\b\.?")
-) + r"|Sept\b\.?)"
+_MONTH = (
+    "(?:"
+    + "|".join(
+        form
+        for name in _MONTHS.split()
+        for form in (name, name.upper(), name[:3] + r"\b\.?", name[:3].upper() + r"\b\.?")
+    )
+    + r"|Sept\b\.?)"
+)
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _ORDINAL = rf"{_DAY}(?:st|nd|rd|th)?"
 _TIME = r"(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?(?:Z|[+-]\d{2}:?\d{2})?)?"  # ISO 8601
@@ -314,8 +379,11 @@ MONTHS = (  # 3/2024, 03.2024, 2024-03
     (rf"{_ALONE}{_YEAR}[-/](?:0[1-9]|1[0-2]){_ENDS}", 0.6),
 )
 WRITTEN_DATES = (
-    (rf"(?<![\w/-])(?<!\d[.,]){_ORDINAL}(?: of)?[ -]{_MONTH}"
-     r"(?:,?[ -](?:\d{4}|'?\d{2})(?![\d:]))?", 0.75),
+    (
+        rf"(?<![\w/-])(?<!\d[.,]){_ORDINAL}(?: of)?[ -]{_MONTH}"
+        r"(?:,?[ -](?:\d{4}|'?\d{2})(?![\d:]))?",
+        0.75,
+    ),
     (rf"\b{_MONTH} {_ORDINAL}(?![\d.%]| ?(?:mg|ml|patients)\b)(?:,? \d{{4}}(?!\d))?", 0.75),
     (rf"\b{_MONTH},? (?:of )?(?:19|20)\d{{2}}(?!\d)", 0.65),
 )
@@ -323,12 +391,18 @@ _ZH_NUMBER = "[〇零一二三四五六七八九十]"
 _ZH_DAY = rf"(?:\d{{1,2}}|{_ZH_NUMBER}{{1,3}})"  # or a month
 _REPUBLIC = "(?:中华)?民国"  # Taiwan counts its years from 1912
 CHINESE_DATES = (
-    (rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
-     rf"(?: ?{_ZH_DAY} ?[日号])?)?", 0.85),
+    (
+        rf"{_REPUBLIC} ?(?:\d{{1,3}}|[百{_ZH_NUMBER[1:]}{{1,5}}) ?年(?: ?{_ZH_DAY} ?月"
+        rf"(?: ?{_ZH_DAY} ?[日号])?)?",
+        0.85,
+    ),
     (rf"{_REPUBLIC} ?\d{{1,3}}([./-])\d{{1,2}}\1\d{{1,2}}(?!\d)", 0.85),
     (rf"{_ALONE}1[01]\d([./-])(?:0?[1-9]|1[0-2])\1{_DAY}{_ENDS}", 0.55),
-    (rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
-     rf"(?: ?{_ZH_DAY} ?[日号])?", 0.8),
+    (
+        rf"(?<!\d)(?:\d{{4}}|1[01]\d|\d{{2}}|{_ZH_NUMBER}{{4}}) ?年 ?{_ZH_DAY} ?月"
+        rf"(?: ?{_ZH_DAY} ?[日号])?",
+        0.8,
+    ),
     (rf"(?<!\d){_ZH_DAY} ?月 ?{_ZH_DAY} ?[日号]", 0.7),
 )
 
@@ -376,16 +450,25 @@ _TOWN = r"[A-Z][\w'.-]+(?: (?:[A-Z][\w'.-]+|upon|on|of|the|under|le|de|la)){0,3}
 _PART = r"(?:[A-Z\d#][\w'#.-]*|upon|on|of|the|under|le|de|la)"
 _WORDS = rf"{_PART}(?: {_PART}){{0,5}}"
 STREETS = (
-    (rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,? "
-     rf"(?:(?:[A-Z][\w'.]*|\d{{1,3}}(?:st|nd|rd|th)|of|the|de|la) ){{1,4}}?{_WAY}"
-     rf"(?:,?\s{_ROOM})?"
-     rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE})|,\s{_TOWN}, {_STATES}\b)?", 0.9),
+    (
+        rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,? "
+        rf"(?:(?:[A-Z][\w'.]*|\d{{1,3}}(?:st|nd|rd|th)|of|the|de|la) ){{1,4}}?{_WAY}"
+        rf"(?:,?\s{_ROOM})?"
+        rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE})|,\s{_TOWN}, {_STATES}\b)?",
+        0.9,
+    ),
     # Whatever the street is called: from a house's number to a postcode within a few commas.
-    (rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?,? {_WORDS}"
-     rf"(?:(?:,\s|\n){_WORDS}){{0,4}}?,?\s(?:{_ZIP}|{_POSTCODE})", 0.8),
+    (
+        rf"(?:\b{_ROOM},?\s)?(?<![\d.,/:-])\b\d{{1,5}}[A-Za-z]?,? {_WORDS}"
+        rf"(?:(?:,\s|\n){_WORDS}){{0,4}}?,?\s(?:{_ZIP}|{_POSTCODE})",
+        0.8,
+    ),
     (rf"\b{_ROOM}(?:(?:,\s|\n){_WORDS}){{1,4}}?,?\s(?:{_ZIP}|{_POSTCODE})", 0.8),
-    (r"\b(?:P\.? ?O\.? ?|Post Office )Box \d{1,6}"
-     rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE}))?", 0.8),
+    (
+        r"\b(?:P\.? ?O\.? ?|Post Office )Box \d{1,6}"
+        rf"(?:(?:,?\s{_TOWN}){{0,2}},?\s(?:{_ZIP}|{_POSTCODE}))?",
+        0.8,
+    ),
     (rf"\b{_TOWN}, {_ZIP}", 0.7),
     (rf"(?:{_TOWN}, )?{_POSTCODE.replace(' ?', ' ')}", 0.6),
     (r"\b(?:[Zz]ip|ZIP)(?: [Cc]ode)?[: ]+\K\d{5}(?:-\d{4})?(?!\d)", 0.7),
@@ -411,8 +494,11 @@ def chinese_streets(places: str) -> tuple[tuple[str, float], ...]:
     region = rf"(?:{places})(?:省|市|(?:壮族|回族|维吾尔)?自治区|特别行政区)?"
     return (
         (rf"{region}{levels}(?:{rest}|{_DOOR}{{1,5}})", 0.8),
-        (r"(?:住址|地址|住所|家住|现住|居住地|户籍地?|籍贯|寄[到往至]|送[到至]|位于|家在)"
-         rf"[为是在于:\s]*\K{levels}{rest}", 0.8),
+        (
+            r"(?:住址|地址|住所|家住|现住|居住地|户籍地?|籍贯|寄[到往至]|送[到至]|位于|家在)"
+            rf"[为是在于:\s]*\K{levels}{rest}",
+            0.8,
+        ),
         (rf"{_H}{{2,4}}?(?:路|街|大道|巷|胡同)\d{{1,5}}号{_DOOR}{{0,4}}", 0.6),
     )
 
@@ -442,9 +528,12 @@ def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[Enti
         found += [
             Finder("person", EnglishNames(names).find),
             Shape(
-                "ssn", (r"(?<![\d.-])\d{3}-\d{2}-\d{4}(?![\d-])", 0.65),
-                (r"(?<![\d.-])\d{3} \d{2} \d{4}(?!\d)", 0.3), (r"(?<![\d.A-Z-])\d{9}(?!\d)", 0.2),
-                possible=lambda value: is_ssn(plain(value)), near=_SSN_NEAR,
+                "ssn",
+                (r"(?<![\d.-])\d{3}-\d{2}-\d{4}(?![\d-])", 0.65),
+                (r"(?<![\d.-])\d{3} \d{2} \d{4}(?!\d)", 0.3),
+                (r"(?<![\d.A-Z-])\d{9}(?!\d)", 0.2),
+                possible=lambda value: is_ssn(plain(value)),
+                near=_SSN_NEAR,
             ),
             Shape("phone", *ENGLISH_PHONES, near=_PHONE_NEAR),
             Shape("date", *WRITTEN_DATES, ignore_case=False),
@@ -459,19 +548,22 @@ def recognisers(language: str, kinds: frozenset[str], names: Names) -> list[Enti
                 proof=is_resident_id,
             ),
             Shape(
-                "resident_id", (r"(?<!\d)\d{15}(?!\d)", 0.2), possible=is_resident_id,
+                "resident_id",
+                (r"(?<!\d)\d{15}(?!\d)", 0.2),
+                possible=is_resident_id,
                 near="身[份分]证|证件|resident id|identity",
             ),
+            Shape("resident_id", (r"(?<![A-Z0-9])[A-Z][1289]\d{8}(?!\d)", 0.5), proof=is_taiwan_id),
             Shape(
-                "resident_id", (r"(?<![A-Z0-9])[A-Z][1289]\d{8}(?!\d)", 0.5), proof=is_taiwan_id
-            ),
-            Shape(
-                "resident_id", (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6} ?\([\dA]\)", 0.5),
+                "resident_id",
+                (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6} ?\([\dA]\)", 0.5),
                 proof=is_hong_kong_id,
             ),
             Shape(
-                "resident_id", (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6}[\dA](?![A-Z0-9])", 0.2),
-                possible=is_hong_kong_id, near=r"身[份分]证|证件|HKID|identity|\bID\b",
+                "resident_id",
+                (r"(?<![A-Z0-9])[A-Z]{1,2}\d{6}[\dA](?![A-Z0-9])", 0.2),
+                possible=is_hong_kong_id,
+                near=r"身[份分]证|证件|HKID|identity|\bID\b",
             ),
             Shape("phone", *MOBILES, *LANDLINES, near=_PHONE_NEAR),
             Shape("date", *CHINESE_DATES, possible=is_chinese_date),

@@ -104,8 +104,13 @@ def update(
     if not all(np.isfinite(v) and abs(v) <= LARGEST_METRIC for v in metrics.values()):
         raise ProtocolError("A metric of the reply is not finite or too large.", code="E502")
     facts: dict[str, Any] = {
-        "contract": contract.hash, "site": site, "run": charge.run, "round": charge.round,
-        "attempt": charge.attempt, "request": charge.request, "epsilon": epsilon,
+        "contract": contract.hash,
+        "site": site,
+        "run": charge.run,
+        "round": charge.round,
+        "attempt": charge.attempt,
+        "request": charge.request,
+        "epsilon": epsilon,
         "receipt": receipt,
     }
     names = adapter.trained_names(shapes, contract.sends_in(charge.round))

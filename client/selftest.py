@@ -88,7 +88,8 @@ def _check_forward(model: Network, longest: int) -> None:
             error = model.forward_error(lengths, bf16=bf16)
             if not error <= allowed:
                 raise _broken(
-                    "the model", f"for texts of {lengths[0]} tokens its hidden states are "
+                    "the model",
+                    f"for texts of {lengths[0]} tokens its hidden states are "
                     f"{error:.2g} of their norm off transformers' own forward pass (allowed: "
                     f"{allowed:g}); use another model, or a smaller model.max_tokens",
                 )
@@ -104,8 +105,11 @@ def _check_noise() -> None:
 def _check_sum(trains: str, parameters: list[torch.nn.Parameter]) -> None:
     """The clipped sum of the same gradients is the same to the bit in any order."""
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
-        noise_multiplier=1.0, clip_norm=1.0, divisor=1.0,
+        torch.optim.SGD(parameters, lr=1.0),
+        source=_Silent(site="self-test"),
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        divisor=1.0,
     )
     sums = []
     for order in (slice(None, None), slice(None, None, -1)):
@@ -145,10 +149,12 @@ class _MadeUp:
         rng = np.random.default_rng(0)
         self.initial = model.initial_arrays()
         # Away from zero: a head of zeros would hide every gradient of the adapter behind it.
-        model.load({
-            name: (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
-            for name, a in self.initial.items()
-        })
+        model.load(
+            {
+                name: (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
+                for name, a in self.initial.items()
+            }
+        )
 
     def _check_frozen(self, inputs: Inputs) -> None:
         """What the frozen layers give for a record is the same to the bit among other records, in
@@ -175,15 +181,18 @@ class _MadeUp:
             return model.objective.losses(outputs, targets) * factors[index].to(outputs.device)
 
         alone = [
-            torch.cat([
-                g.double().flatten() for g in torch.autograd.grad(
-                    losses(torch.tensor([row])).sum(), parameters
-                )
-            ]) for row in range(ROWS)
+            torch.cat(
+                [
+                    g.double().flatten()
+                    for g in torch.autograd.grad(losses(torch.tensor([row])).sum(), parameters)
+                ]
+            )
+            for row in range(ROWS)
         ]
         whole = [
             torch.stack([alone[row] for row in rows]).sum(dim=0)
-            / (len(rows) if self.units.mean else 1) for rows in self._members()
+            / (len(rows) if self.units.mean else 1)
+            for rows in self._members()
         ]
         # Below the middle one's norm: some gradients are clipped, and some are not.
         clip = max(0.99 * float(torch.stack([g.norm() for g in whole]).median()), TINY)
@@ -200,12 +209,18 @@ class _MadeUp:
 
         def step(order: Tensor) -> Tensor:
             optimizer = CryptoNoiseOptimizer(
-                torch.optim.SGD(parameters, lr=1.0), source=_Silent(site="self-test"),
-                noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
+                torch.optim.SGD(parameters, lr=1.0),
+                source=_Silent(site="self-test"),
+                noise_multiplier=1e-6,
+                clip_norm=clip,
+                divisor=1.0,
             )
             private_gradient(
-                model.trained_modules(trains), optimizer, groups(order),
-                losses, gradients=engine,
+                model.trained_modules(trains),
+                optimizer,
+                groups(order),
+                losses,
+                gradients=engine,
             )
             return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
@@ -214,8 +229,9 @@ class _MadeUp:
         def compare(found: Tensor, by_hand: Tensor, what: str) -> None:
             error = float((found.double() - by_hand).norm()) / clip
             if not error <= tolerance:
-                raise _broken(trains, f"{what} is off by {error:.2g} clip norms (allowed: "
-                              f"{tolerance:g})")
+                raise _broken(
+                    trains, f"{what} is off by {error:.2g} clip norms (allowed: {tolerance:g})"
+                )
 
         order = torch.arange(len(self.units))
         found = step(order)
@@ -231,9 +247,12 @@ class _MadeUp:
         beside itself alone: among the shortest texts, and among the longest."""
         gradients = PER_EXAMPLE[self.model.performance.gradients]
         linears = self.model.trained_modules(trains)
-        blocks = [block.rows for block in self.model.micro_batches(
-            self.encoded, torch.arange(ROWS), adapter=trains != "head"
-        )]
+        blocks = [
+            block.rows
+            for block in self.model.micro_batches(
+                self.encoded, torch.arange(ROWS), adapter=trains != "head"
+            )
+        ]
         for rows in {id(found): found for found in (blocks[0], blocks[-1])}.values():
             every = torch.arange(len(rows))
             places = [every.flip(0), torch.zeros_like(every)]

@@ -30,7 +30,8 @@ class Site:
             remedy = command("site", "init", "--name", "NAME", "--folder", config.parent)
             raise UsageError(
                 f"There is no site at {config}. Name its site.toml with --config, or make a site: "
-                f"{remedy}", code="E102",
+                f"{remedy}",
+                code="E102",
             ) from None
         except OSError as error:
             raise UsageError(

@@ -82,8 +82,12 @@ class SiteSets:
             self._ledger.append(Settled, charge=charge.sequence, sites=tuple(sorted(sites)))
 
     def _check_same_adapter(
-        self, settled: list[tuple[Charged, Settled]], adapter: str | None,
-        sites: Collection[str], *, exactly: bool,
+        self,
+        settled: list[tuple[Charged, Settled]],
+        adapter: str | None,
+        sites: Collection[str],
+        *,
+        exactly: bool,
     ) -> None:
         for charge, entry in settled:
             if charge.adapter != adapter or set(entry.sites) == set(sites):
@@ -93,7 +97,8 @@ class SiteSets:
                     f"The adapter is that of round {charge.round}, whose sum was of "
                     f"{', '.join(entry.sites)}. The difference of two sums from one adapter shows "
                     "the update of a site that is in one of them only: a sum of other sites is "
-                    "refused. The run goes on when the same sites take part.", code="E220",
+                    "refused. The run goes on when the same sites take part.",
+                    code="E220",
                 )
 
     def _check_changes(self, run: str, number: int, sites: Collection[str]) -> None:
@@ -103,7 +108,8 @@ class SiteSets:
             raise RefusalError(
                 f"The set of sites in the sums of run {run} has changed {self.changes(run)} times, "
                 f"which is all that permits.set_changes = {self._most_changes} in site.toml "
-                "allows. Another run begins at zero.", code="E220",
+                "allows. Another run begins at zero.",
+                code="E220",
             )
 
     @staticmethod
@@ -118,13 +124,15 @@ class SiteSets:
     def _settled(self, run: str) -> list[tuple[Charged, Settled]]:
         """The rounds of a run with the sets they were settled for, in the order of settling."""
         found = [
-            (charge, self._ledger.settled[charge.sequence]) for charge in self._charges(run)
+            (charge, self._ledger.settled[charge.sequence])
+            for charge in self._charges(run)
             if charge.sequence in self._ledger.settled
         ]
         return sorted(found, key=lambda pair: pair[1].sequence)
 
     def _charges(self, run: str) -> list[Charged]:
         return [
-            charge for charge in self._ledger.charges.values()
+            charge
+            for charge in self._ledger.charges.values()
             if (charge.contract, charge.run) == (self._contract, run)
         ]

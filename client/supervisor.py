@@ -75,11 +75,14 @@ class Users:
             raise RefusalError(
                 "Worker and relay need two users (--worker-user, --relay-user; as root), so that "
                 "code which arrives with a Flower app cannot read the records. To try things out "
-                "on public data: --one-user.", code="E207",
+                "on public data: --one-user.",
+                code="E207",
             )
         if os.geteuid() != 0:
-            raise UsageError("Only root can start processes as other users; or use systemd's "
-                             "units (client/deploy).")
+            raise UsageError(
+                "Only root can start processes as other users; or use systemd's "
+                "units (client/deploy)."
+            )
         return found
 
     @property
@@ -101,8 +104,14 @@ class Supervisor:
     """Starts, watches and stops the two processes; `run` returns the exit code."""
 
     def __init__(
-        self, site: Site, contract: Path, server: Server, users: Users, journal: Journal,
-        metrics_port: int | None = None, secrets: Sequence[str] = (),
+        self,
+        site: Site,
+        contract: Path,
+        server: Server,
+        users: Users,
+        journal: Journal,
+        metrics_port: int | None = None,
+        secrets: Sequence[str] = (),
     ) -> None:
         """secrets: names of environment variables that the worker gets, and the relay does not."""
         self.site, self.contract, self.server, self.users = site, contract, server, users
@@ -130,8 +139,10 @@ class Supervisor:
         be refused by the server, and the first of two with one user to end would kill the other.
         """
         folder, user = self.site.folder, self.users.relay
-        wanted = {folder: f"Another `silotune site start` runs on {folder}. Stop it first (Ctrl-C, "
-                          "or SIGTERM to it)."}
+        wanted = {
+            folder: f"Another `silotune site start` runs on {folder}. Stop it first (Ctrl-C, "
+            "or SIGTERM to it)."
+        }
         if user is not None:
             wanted[_folder_of_root() / f"silotune-relay-user-{user}.lock"] = (
                 f"Another `silotune site start` has the relay user {user}, whose processes all end "
@@ -186,8 +197,11 @@ class Supervisor:
         while not self._stopping:
             if worker.poll() is not None:
                 self.running.worker = False
-                self.say(f"the worker ended with {worker.returncode}; see the lines above, "
-                         "state/worker.log, and dmesg if memory ran out", "ended")
+                self.say(
+                    f"the worker ended with {worker.returncode}; see the lines above, "
+                    "state/worker.log, and dmesg if memory ran out",
+                    "ended",
+                )
                 return 1
             if relay.poll() is not None:
                 self.running.relay = False
@@ -195,8 +209,11 @@ class Supervisor:
                 children.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
-                self.say(f"the relay ended with {relay.returncode}; again in {pause:.0f} s"
-                         f"{self._of_node_key()}", "restarting")
+                self.say(
+                    f"the relay ended with {relay.returncode}; again in {pause:.0f} s"
+                    f"{self._of_node_key()}",
+                    "restarting",
+                )
                 end = time.monotonic() + pause
                 while time.monotonic() < end and not self._stopping and worker.poll() is None:
                     time.sleep(0.1)
@@ -220,9 +237,7 @@ class Supervisor:
         """The relay's home for this start: its node key, the CA's certificates, Flower's files."""
         home = self.folder / "relay"
         home.mkdir(mode=0o700)
-        write_durably(
-            home / "node.key", read_plain(self.site.relay / "node.key", self._owner).data
-        )
+        write_durably(home / "node.key", read_plain(self.site.relay / "node.key", self._owner).data)
         write_durably(home / "ca.crt", _certificates(self.server.ca))
         (home / "flwr").mkdir(mode=0o700)
         if self.users.relay is not None:
@@ -238,15 +253,30 @@ class Supervisor:
         readable, writable = os.pipe()
         wanted = [*PASSED_ON, *self.secrets]
         environment = {name: os.environ[name] for name in wanted if name in os.environ} | {
-            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(self.site.state), "LANG": "C.UTF-8",
-            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "PATH": f"{BIN}:/usr/bin:/bin",
+            "HOME": str(self.site.state),
+            "LANG": "C.UTF-8",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
         }
         with wire.listen(self.folder / "worker.sock", self.users.relay) as listener:
             worker = self._start(
-                [BIN / "silotune", "site", "worker", self.contract, "--config", self.site.config,
-                 "--fd", str(listener.fileno()), "--ready-fd", str(writable),
-                 *(["--log-json"] if self.journal.as_json else [])],
-                self.users.worker, environment, partial(self.journal.pass_on, source="worker"),
+                [
+                    BIN / "silotune",
+                    "site",
+                    "worker",
+                    self.contract,
+                    "--config",
+                    self.site.config,
+                    "--fd",
+                    str(listener.fileno()),
+                    "--ready-fd",
+                    str(writable),
+                    *(["--log-json"] if self.journal.as_json else []),
+                ],
+                self.users.worker,
+                environment,
+                partial(self.journal.pass_on, source="worker"),
                 (listener.fileno(), writable),
             )
         self._worker = worker.pid
@@ -270,11 +300,22 @@ class Supervisor:
         limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]
         self.running.relay, self.running.relay_starts = True, self.running.relay_starts + 1
         return self._start(
-            [*limit, BIN / "flower-supernode", "--root-certificates", home / "ca.crt",
-             "--superlink", self.server.address,
-             "--auth-supernode-private-key", home / "node.key", "--port", str(_free_port()),
-             "--node-config", f'socket="{self.folder / "worker.sock"}"'],
-            self.users.relay, self._relay_environment(),
+            [
+                *limit,
+                BIN / "flower-supernode",
+                "--root-certificates",
+                home / "ca.crt",
+                "--superlink",
+                self.server.address,
+                "--auth-supernode-private-key",
+                home / "node.key",
+                "--port",
+                str(_free_port()),
+                "--node-config",
+                f'socket="{self.folder / "worker.sock"}"',
+            ],
+            self.users.relay,
+            self._relay_environment(),
             # Always text: what code that arrived prints could look like a line of the worker's.
             partial(self.say, source="relay"),
         )
@@ -282,9 +323,14 @@ class Supervisor:
     def _relay_environment(self) -> dict[str, str]:
         home = self.folder / "relay"
         return {
-            "PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(home), "USER": "silotune-relay",
-            "LANG": "C.UTF-8", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+            "PATH": f"{BIN}:/usr/bin:/bin",
+            "HOME": str(home),
+            "USER": "silotune-relay",
+            "LANG": "C.UTF-8",
+            "FLWR_HOME": str(home / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         }
 
     def _of_node_key(self) -> str:
@@ -292,9 +338,20 @@ class Supervisor:
         asks: root speaks to no server."""
         home = self.folder / "relay"
         process = self._popen(
-            [BIN / "silotune", "site", "admission", "--server", self.server.address,
-             "--ca", home / "ca.crt", "--key", home / "node.key"],
-            self.users.relay, self._relay_environment(), stderr=subprocess.DEVNULL,
+            [
+                BIN / "silotune",
+                "site",
+                "admission",
+                "--server",
+                self.server.address,
+                "--ca",
+                home / "ca.crt",
+                "--key",
+                home / "node.key",
+            ],
+            self.users.relay,
+            self._relay_environment(),
+            stderr=subprocess.DEVNULL,
         )
         try:
             said, _ = process.communicate(timeout=ASK_SECONDS)
@@ -306,8 +363,12 @@ class Supervisor:
         return f" ({line})" if line else ""
 
     def _start(
-        self, command: list[str | Path], user: int | None, environment: dict[str, str],
-        repeat: Callable[[str], None], fds: tuple[int, ...] = (),
+        self,
+        command: list[str | Path],
+        user: int | None,
+        environment: dict[str, str],
+        repeat: Callable[[str], None],
+        fds: tuple[int, ...] = (),
     ) -> subprocess.Popen[bytes]:
         process = self._popen(command, user, environment, fds, subprocess.STDOUT)
         self._voices = [voice for voice in self._voices if voice.is_alive()]
@@ -316,14 +377,24 @@ class Supervisor:
 
     @staticmethod
     def _popen(
-        command: list[str | Path], user: int | None, environment: dict[str, str],
-        fds: tuple[int, ...] = (), stderr: int = subprocess.STDOUT,
+        command: list[str | Path],
+        user: int | None,
+        environment: dict[str, str],
+        fds: tuple[int, ...] = (),
+        stderr: int = subprocess.STDOUT,
     ) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
-                [str(word) for word in command], env=environment, pass_fds=fds,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd="/",
-                umask=0o077, start_new_session=True, user=user,
+                [str(word) for word in command],
+                env=environment,
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd="/",
+                umask=0o077,
+                start_new_session=True,
+                user=user,
                 group=None if user is None else _group(user),
                 extra_groups=None if user is None else [],
             )
@@ -331,7 +402,8 @@ class Supervisor:
             raise UsageError(
                 f"User {os.geteuid() if user is None else user} may not run {command[0]} or its "
                 f"Python ({sys.base_prefix}). Install Silotune where that user can run it, for "
-                "example in /opt/silotune.", code="E105",
+                "example in /opt/silotune.",
+                code="E105",
             ) from None
 
 

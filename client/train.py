@@ -87,7 +87,8 @@ def train_round(
         moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
         pulled = {
             name: start[name] - _tensor(adapter[name], model)
-            for name in own.tensors if name in start
+            for name in own.tensors
+            if name in start
         }
         corrections = {
             name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
@@ -104,21 +105,29 @@ def train_round(
         optimizer = None
         if private:
             optimizer = CryptoNoiseOptimizer(
-                torch.optim.SGD(tensors.values()), source=source,
-                noise_multiplier=gradient_noise, clip_norm=clip_norm, divisor=divisor,
+                torch.optim.SGD(tensors.values()),
+                source=source,
+                noise_multiplier=gradient_noise,
+                clip_norm=clip_norm,
+                divisor=divisor,
             )
         for step in range(mechanism.steps):
             kept = _kept(phase, model, (place, step))
             drawn = torch.from_numpy(
                 source.poisson_sample(len(data.units), mechanism.sampling_rate)
             )
-            groups = list(data.units.groups(
-                drawn,
-                lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter),
-            ))
+            groups = list(
+                data.units.groups(
+                    drawn,
+                    lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter),
+                )
+            )
             if optimizer is not None:
                 private_gradient(
-                    model.trained_modules(trains), optimizer, groups, losses,
+                    model.trained_modules(trains),
+                    optimizer,
+                    groups,
+                    losses,
                     gradients=model.performance.gradients,
                 )
             else:
@@ -146,7 +155,11 @@ class _Measured:
     """The contract's released metrics, step by step, from the logits of the training itself."""
 
     def __init__(
-        self, contract: Contract, mechanism: Mechanism, objective: Objective, divisor: float,
+        self,
+        contract: Contract,
+        mechanism: Mechanism,
+        objective: Objective,
+        divisor: float,
         source: NoiseSource,
     ) -> None:
         self.values = {"loss": objective.losses, "accuracy": objective.right}
@@ -171,7 +184,9 @@ class _Measured:
                 return found[: part.n]
 
             self.means[released.metric] += self.scale * noisy_total(
-                _of_units(groups, of_rows), released.bound, self._noise(released.share),
+                _of_units(groups, of_rows),
+                released.bound,
+                self._noise(released.share),
                 self.source,
             )
         adaptive = self.contract.privacy.adaptive

@@ -97,7 +97,8 @@ def of_entities(table: Table, entity: Entity) -> Units:
         shown = rows_in_words(empty[:SHOWN_ROWS], len(empty))
         raise DataError(
             f"{table.source}: the key of the privacy unit ({', '.join(entity.key)}) is empty: "
-            f"{shown}. Give these rows a key, or remove them.", code="E302",
+            f"{shown}. Give these rows a key, or remove them.",
+            code="E302",
         )
     kept = [
         rows[: entity.cap] if entity.keep == "first" else rows[-entity.cap :]

@@ -64,8 +64,13 @@ class Worker:
     """
 
     def __init__(
-        self, policy: Policy, contract: Contract, ledger: Ledger, *,
-        insecure_seed: int | None = None, on_answer: Callable[[Answered], object] | None = None,
+        self,
+        policy: Policy,
+        contract: Contract,
+        ledger: Ledger,
+        *,
+        insecure_seed: int | None = None,
+        on_answer: Callable[[Answered], object] | None = None,
         lane: int = 0,
     ) -> None:
         for refusal in policy.refusals(contract):
@@ -182,15 +187,28 @@ class Worker:
         if isinstance(own, bytes):
             return own
         change, metrics = train_round(
-            self.contract, phase, mechanism, self.model, self.data, asked, self.source, clip_norm,
-            place, own,
+            self.contract,
+            phase,
+            mechanism,
+            self.model,
+            self.data,
+            asked,
+            self.source,
+            clip_norm,
+            place,
+            own,
         )
         stay = adapter.trained_names(change, self.contract.stays_at(phase, place))
         sent = {name: array for name, array in change.items() if name not in stay}
         reply = release.update(
-            self.contract, self.policy.name, charge, adapter.fitted(sent, self.shapes), metrics,
+            self.contract,
+            self.policy.name,
+            charge,
+            adapter.fitted(sent, self.shapes),
+            metrics,
             self.shapes,
-            epsilon=self._run_epsilon(request.run), receipt=self.ledger.receipt(),
+            epsilon=self._run_epsilon(request.run),
+            receipt=self.ledger.receipt(),
             sign=self.ledger.sign,
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
@@ -202,8 +220,7 @@ class Worker:
         return reply
 
     def own(self, run: str, before: int) -> Own:
-        """What a run has left here before a round. RefusalError E212 if it is not there any more.
-        """
+        """What a run has left here before a round. RefusalError E212 if it is no longer there."""
         if not self.contract.keeps:
             return NOTHING
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
@@ -232,7 +249,11 @@ class Worker:
         return asked
 
     def _charge(
-        self, request: Train, arrays: Arrays, shares: messages.Blobs, digest: str,
+        self,
+        request: Train,
+        arrays: Arrays,
+        shares: messages.Blobs,
+        digest: str,
         mechanism: Mechanism,
     ) -> tuple[Charged, Own | bytes]:
         """The charge for a request, and what the run left here before it; or the charge it had
@@ -251,8 +272,11 @@ class Worker:
                 assert request.agreement is not None
                 adapter_sha256 = adapter.digest(arrays)
                 self.site_sets.check_members(
-                    request.run, request.round, adapter_sha256,
-                    self.masking.members_of(request.agreement), policy.permits.set_changes,
+                    request.run,
+                    request.round,
+                    adapter_sha256,
+                    self.masking.members_of(request.agreement),
+                    policy.permits.set_changes,
                 )
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
@@ -260,11 +284,18 @@ class Worker:
             own = self.own(request.run, request.round)  # refused before anything is charged
             self.ledger.check_room(self._reply_room)
             return self.ledger.charge(
-                self.lineage, source=self.source_name, unit=self.unit,
-                contract=self.contract.hash, run=request.run, round=request.round,
-                attempt=request.attempt, request=digest, order=self.order,
+                self.lineage,
+                source=self.source_name,
+                unit=self.unit,
+                contract=self.contract.hash,
+                run=request.run,
+                round=request.round,
+                attempt=request.attempt,
+                request=digest,
+                order=self.order,
                 noise_multiplier=mechanism.noise_multiplier,
-                sampling_rate=mechanism.sampling_rate, steps=mechanism.steps,
+                sampling_rate=mechanism.sampling_rate,
+                steps=mechanism.steps,
                 adapter=adapter_sha256,
             ), own
 
@@ -287,16 +318,20 @@ class Worker:
             raise RefusalError(
                 f"Round {request.round} was charged for another request (entry {charge.sequence}). "
                 "Under [secure_aggregation] a site charges a round once, whatever the attempt: "
-                "the charge stands, and the run goes on with the next round.", code="E204",
+                "the charge stands, and the run goes on with the next round.",
+                code="E204",
             )
         released = self.ledger.releases.get(charge.sequence)
         if released is None:
             raise RefusalError(
                 f"Entry {charge.sequence} was charged and its reply lost before it left. The "
-                "charge stands; " + (
-                    "under [secure_aggregation] the run goes on with the next round." if masked
+                "charge stands; "
+                + (
+                    "under [secure_aggregation] the run goes on with the next round."
+                    if masked
                     else "another attempt is a new charge."
-                ), code="E204",
+                ),
+                code="E204",
             )
         return self.ledger.reply(released)
 
@@ -318,7 +353,8 @@ class Worker:
         if not self._run_charges(run):
             raise RefusalError(
                 "The owner has signed another policy since this worker started, and this run has "
-                "not begun here. Start the worker again.", code="E213",
+                "not begun here. Start the worker again.",
+                code="E213",
             )
         later = policies.adopted(self.ledger).for_worker_of(self.policy)
         for refusal in later.refusals(self.contract):
@@ -344,14 +380,16 @@ class Worker:
             if not math.isclose(charge.noise_multiplier, planned.noise_multiplier, rel_tol=1e-5):
                 raise RefusalError(
                     f"Run {request.run} began at another noise: [run] in site.toml has changed "
-                    "since. Put it back, or let the server start another run.", code="E213",
+                    "since. Put it back, or let the server start another run.",
+                    code="E213",
                 )
         bound = accounting.epsilon_at(self.run_order, [*so_far, mechanism], delta)
         if not bound <= epsilon * (1 + 1e-9):
             raise RefusalError(
                 f"One more round would bring this run's ε to {epsilon_text(bound)} of "
                 f"{epsilon_text(epsilon)} at "
-                f"δ = {delta:g}.", code="E210",
+                f"δ = {delta:g}.",
+                code="E210",
             )
         if so_far:
             self._check_budget([mechanism], "This round", policy)
@@ -365,7 +403,8 @@ class Worker:
 
     def _run_charges(self, run: str) -> list[Charged]:
         return [
-            charge for charge in self.ledger.charges.values()
+            charge
+            for charge in self.ledger.charges.values()
             if (charge.contract, charge.run) == (self.contract.hash, run)
         ]
 

@@ -58,7 +58,8 @@ class Adapted(Network):
         base = backbone.read(folder, spec.sha256, device_of(performance))
         super().__init__(base.size, contract.task, performance)
         self.bf16 = performance.bf16 == "on" or (
-            performance.bf16 == "auto" and performance.gradients == "expanded"
+            performance.bf16 == "auto"
+            and performance.gradients == "expanded"
             and has_bf16(self.device)
         )
         self.max_tokens = spec.max_tokens
@@ -155,7 +156,9 @@ class Adapted(Network):
     def _room(self, tokens: int) -> Tensor:
         """[tokens, H] for the input of the adapted layers."""
         return allocate(
-            tokens, self.backbone.size, torch.bfloat16 if self.bf16 else torch.float32,
+            tokens,
+            self.backbone.size,
+            torch.bfloat16 if self.bf16 else torch.float32,
             most_bytes=self.performance.cache_megabytes << 20,
             folder=self.performance.cache_folder,
         )
@@ -215,7 +218,8 @@ def adapt(
     if isinstance(spec, LanguageModel) and not base.causal:
         raise DataError(
             f"'{spec.name}' reads both ways; a task of language needs a model that writes from "
-            "left to right (llama, mistral, qwen2).", code="E310",
+            "left to right (llama, mistral, qwen2).",
+            code="E310",
         )
     first = len(base.layers) - (adapter.layers if adapter else 0)
     if first < 0:
@@ -228,15 +232,17 @@ def adapt(
         raise DataError(
             f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
             f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
-            f"{positions - base.unused_places}.", code="E310",
+            f"{positions - base.unused_places}.",
+            code="E310",
         )
     top = nn.ModuleList(_sharing(layer) for layer in list(base.layers)[first:])
     if adapter is None:
         return first, top, None
     if not isinstance(adapter, Lora) and performance.gradients != "expanded":
         raise DataError(
-            f"performance.gradients = \"{performance.gradients}\" (Opacus) knows Linear layers "
-            f"alone; adapter.kind = \"{adapter.kind}\" needs \"expanded\".", code="E310",
+            f'performance.gradients = "{performance.gradients}" (Opacus) knows Linear layers '
+            f'alone; adapter.kind = "{adapter.kind}" needs "expanded".',
+            code="E310",
         )
     virtual = adapters.inject(adapter, top, base.size)
     if contract.aggregation.method == "fedex":

@@ -55,8 +55,11 @@ def _part(name: str) -> str:
 def reshaped(shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
     """The shapes with LoRA of another rank."""
     return {
-        name: (rank, shape[1]) if name.endswith(".lora_A")
-        else (shape[0], rank) if name.endswith(".lora_B") else shape
+        name: (rank, shape[1])
+        if name.endswith(".lora_A")
+        else (shape[0], rank)
+        if name.endswith(".lora_B")
+        else shape
         for name, shape in shapes.items()
     }
 
@@ -105,9 +108,7 @@ def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
         if not np.isfinite(array).all():
             raise ProtocolError(f"{what}: '{name}' has values that are not finite.", code="E502")
         if array.size and np.abs(array).max() > LARGEST:
-            raise ProtocolError(
-                f"{what}: '{name}' has values beyond {LARGEST:g}.", code="E502"
-            )
+            raise ProtocolError(f"{what}: '{name}' has values beyond {LARGEST:g}.", code="E502")
 
 
 def load(file: Path) -> Arrays:

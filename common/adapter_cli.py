@@ -28,8 +28,11 @@ ADAPTER, MODEL = "adapter.safetensors", "--model FOLDER"
 MOST_NAMED = 8  # arms, in an error
 _run = click.argument("run", type=click.Path(path_type=Path))
 _data = click.argument("data", type=click.Path(path_type=Path))
-_model = click.option("--model", type=click.Path(path_type=Path),
-                      help="Folder of the base model, if it is no packaged one.")
+_model = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Folder of the base model, if it is no packaged one.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -39,15 +42,30 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_model
 @reading_options
 @click.option("--order-by", "column", help="Column of the rows' time; else they are in order.")
-@click.option("--false-alarms", default=0.01, show_default=True,
-              type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="Bound for each look at a label (ADWIN's delta).")
-@click.option("--out", default=Path("watch"), show_default=True, type=click.Path(path_type=Path),
-              help="Folder of the result.")
+@click.option(
+    "--false-alarms",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Bound for each look at a label (ADWIN's delta).",
+)
+@click.option(
+    "--out",
+    default=Path("watch"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the result.",
+)
 @_json
 def watch(
-    run: Path, data: Path, model: Path | None, reading: Reading, column: str | None,
-    false_alarms: float, out: Path, as_json: bool,
+    run: Path,
+    data: Path,
+    model: Path | None,
+    reading: Reading,
+    column: str | None,
+    false_alarms: float,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Read a stream of rows with a run's adapter and say which labels came more or less often, and
     since when. RUN is a run's folder (contract.json, adapter.safetensors); DATA needs no labels.
@@ -74,9 +92,12 @@ def watch(
     out.mkdir(parents=True, exist_ok=True)
     shares = {label: sum(own) / len(own) for label, own in values.items()}
     result: dict[str, Any] = {
-        "contract": contract.hash, "rows": len(inputs), "shares": shares,
-        "alerts": [alert._asdict() | {"row": alert.row + 1, "since": alert.since + 1}
-                   for alert in alerts],
+        "contract": contract.hash,
+        "rows": len(inputs),
+        "shares": shares,
+        "alerts": [
+            alert._asdict() | {"row": alert.row + 1, "since": alert.since + 1} for alert in alerts
+        ],
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     for file in (out / "watch.json", out / "watch.svg"):  # the rows may be private
@@ -88,7 +109,8 @@ def watch(
     lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
     lines += [
         f"{a.label:<{wide}}  row {a.row + 1:,}: {a.before:.0%} → {a.after:.0%} since row "
-        f"{a.since + 1:,}" for a in alerts
+        f"{a.since + 1:,}"
+        for a in alerts
     ]
     lines.append(f"picture  {out / 'watch.svg'}")
     emit(result, as_json, "\n".join(lines))
@@ -101,12 +123,21 @@ def watch(
 @_model
 @reading_options
 @click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Items a query.")
-@click.option("--index", type=click.Path(path_type=Path),
-              help="File that keeps the items' vectors for the next time.")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    help="File that keeps the items' vectors for the next time.",
+)
 @_json
 def search(
-    run: Path, data: Path, queries: tuple[str, ...], model: Path | None, reading: Reading,
-    k: int, index: Path | None, as_json: bool,
+    run: Path,
+    data: Path,
+    queries: tuple[str, ...],
+    model: Path | None,
+    reading: Reading,
+    k: int,
+    index: Path | None,
+    as_json: bool,
 ) -> None:
     """Rank the items of DATA for each of the QUERIES, by the adapter of a run of a ranking with
     input.by = "bi". DATA has a column of the items' texts, named as in the contract.
@@ -142,11 +173,17 @@ def search(
 @_model
 @reading_options
 @click.option("--rows", type=click.IntRange(1), help="The first rows alone.")
-@click.option("--most", default=64, show_default=True, type=click.IntRange(1),
-              help="Tokens of an answer.")
+@click.option(
+    "--most", default=64, show_default=True, type=click.IntRange(1), help="Tokens of an answer."
+)
 @_json
 def answer(
-    run: Path, data: Path, model: Path | None, reading: Reading, rows: int | None, most: int,
+    run: Path,
+    data: Path,
+    model: Path | None,
+    reading: Reading,
+    rows: int | None,
+    most: int,
     as_json: bool,
 ) -> None:
     """Answer each row of DATA by the adapter of a run of a language model, greedily. Where DATA has
@@ -174,8 +211,10 @@ def answer(
     lines = [f"{prompt}\n  → {found}" for prompt, found in zip(prompts, answers, strict=True)]
     if wanted:
         result["scores"] = rouge(answers, wanted)
-        lines.append("  ".join(f"{name} {value:.3f}" for name, value in result["scores"].items())
-                     + f"  ({len(answers):,} rows)")
+        lines.append(
+            "  ".join(f"{name} {value:.3f}" for name, value in result["scores"].items())
+            + f"  ({len(answers):,} rows)"
+        )
     emit(result, as_json, "\n".join(lines))
 
 

@@ -112,9 +112,13 @@ class VirtualKeys(Part):
         """The keys and values [n, h, T, d] with the virtual ones before them: [n, h, P + T, d]."""
         n, heads, _, size = key.shape
         return tuple(  # type: ignore[return-value]
-            torch.cat([
-                self.own(name, n).view(n, -1, heads, size).transpose(1, 2).to(found.dtype), found,
-            ], dim=2)
+            torch.cat(
+                [
+                    self.own(name, n).view(n, -1, heads, size).transpose(1, 2).to(found.dtype),
+                    found,
+                ],
+                dim=2,
+            )
             for name, found in (("key", key), ("value", value))
         )
 
@@ -152,8 +156,10 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
         for name in chosen:
             place, _, last = name.rpartition(".")
             base = linears[name]
-            part = Scale(base) if isinstance(adapter, IA3) else Between(
-                base, adapter.rank, adapter.alpha / adapter.rank
+            part = (
+                Scale(base)
+                if isinstance(adapter, IA3)
+                else Between(base, adapter.rank, adapter.alpha / adapter.rank)
             )
             setattr(top.get_submodule(place), last, part)
         return None
@@ -203,14 +209,16 @@ def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
     if isinstance(adapter, Lora | Core) and adapter.rank > most:
         raise DataError(
             f"adapter.rank = {adapter.rank} is more than the {most} inputs or outputs of a layer "
-            "it is for. Lower it, or take that layer out of adapter.targets.", code="E310",
+            "it is for. Lower it, or take that layer out of adapter.targets.",
+            code="E310",
         )
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
     """The modules whose parameters an adapter trains: LoRA's B, and every Part."""
     return [
-        found for name, found in module.named_modules()
+        found
+        for name, found in module.named_modules()
         if isinstance(found, Part) or name.endswith(".lora_B.default")
     ]
 

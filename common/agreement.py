@@ -27,7 +27,9 @@ _FIELD = 2**255 - 19
 # The u-coordinates of Curve25519's points of low order (RFC 7748, section 7): an exchange with one
 # gives what everybody knows.
 _LOW_ORDER = {
-    0, 1, _FIELD - 1,
+    0,
+    1,
+    _FIELD - 1,
     325606250916557431795983626356110631294008115727848805560023387167927233504,
     39382357235489614581723060781553021112529911719440698176882885853963445705823,
 }
@@ -183,8 +185,7 @@ class Agreement:
 
 
 def check_keys(terms: Terms, name: str, keys: bytes) -> None:
-    """ProtocolError E504 unless a site's published keys are signed for `terms` by its roster key.
-    """
+    """ProtocolError E504 unless the site's roster key signed its published keys for `terms`."""
     if name not in terms.roster:
         raise refused("keys came from a name that is not in the roster")
     found = PublicKeys.read(keys, terms.rounds)

@@ -162,8 +162,11 @@ class Prompt(Frozen):
 
 
 Adapter = Annotated[
-    Annotated[Lora, Tag("lora")] | Annotated[Lora, Tag("rslora")] | Annotated[Core, Tag("core")]
-    | Annotated[IA3, Tag("ia3")] | Annotated[Prefix, Tag("prefix")]
+    Annotated[Lora, Tag("lora")]
+    | Annotated[Lora, Tag("rslora")]
+    | Annotated[Core, Tag("core")]
+    | Annotated[IA3, Tag("ia3")]
+    | Annotated[Prefix, Tag("prefix")]
     | Annotated[Prompt, Tag("prompt")],
     Discriminator(kind_or("lora")),
 ]

@@ -173,15 +173,22 @@ def read(folder: Path, sha256: str, device: torch.device) -> Backbone:
     with _understood(folder):
         kind, config, tokenizer = _configured(folder, contents)
         base, report = _model_class(config).from_pretrained(
-            None, config=config, state_dict=state, attn_implementation=register_attention(),
-            dtype=torch.float32, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, **kind.settings,
+            None,
+            config=config,
+            state_dict=state,
+            attn_implementation=register_attention(),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **kind.settings,
         )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw them at random, with no more than a warning
         raise DataError(
             f"The weights in {folder} lack {len(missing)} tensors of this model, the first is "
-            f"'{missing[0]}'. Fetch the folder again.", code="E310",
+            f"'{missing[0]}'. Fetch the folder again.",
+            code="E310",
         )
     output = None if config.tie_word_embeddings else state.get(OUTPUT)
     base.requires_grad_(False).eval().to(device)
@@ -207,7 +214,13 @@ def _understood(folder: Path) -> Iterator[None]:
     try:
         yield
     except (
-        ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
+        ValueError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -233,7 +246,8 @@ def _weights(folder: Path, contents: dict[str, bytes]) -> dict[str, Tensor]:
         if twice := found.keys() & state.keys():
             raise DataError(
                 f"Two weight files in {folder} hold '{min(twice)}': there is more than one model "
-                "in it.", code="E310",
+                "in it.",
+                code="E310",
             )
         while found:
             key, tensor = found.popitem()
@@ -252,7 +266,8 @@ def _configured(folder: Path, contents: Mapping[str, bytes]) -> tuple[type[Backb
         if config.model_type not in KINDS:
             raise DataError(
                 f"The model in {folder} is of type '{config.model_type}'; adapters and private "
-                f"gradients are known to be right for {', '.join(KINDS)}.", code="E310",
+                f"gradients are known to be right for {', '.join(KINDS)}.",
+                code="E310",
             )
         tokenizer = AutoTokenizer.from_pretrained(
             own, local_files_only=True, trust_remote_code=False

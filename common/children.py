@@ -36,7 +36,10 @@ def no_new_privileges() -> None:
 def end_user(user: int) -> None:
     """Kill every process of a user at once: one that forks cannot slip through (root only)."""
     subprocess.run(
-        ["/bin/sh", "-c", "kill -KILL -1"], user=user, extra_groups=[], check=False,
+        ["/bin/sh", "-c", "kill -KILL -1"],
+        user=user,
+        extra_groups=[],
+        check=False,
         stderr=subprocess.DEVNULL,
     )
 
@@ -53,8 +56,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def end_all(but: int = 0, seconds: float = STOP_SECONDS) -> None:
-    """End every descendant except `but`: asked first, after `seconds` killed, until none is left.
-    """
+    """End every descendant except `but`: first by SIGTERM, after `seconds` by SIGKILL."""
     end = time.monotonic() + seconds
     asked: set[int] = set()
     quiet = 0
@@ -103,9 +105,7 @@ def _processes() -> Iterator[tuple[int, str, int]]:
             yield int(entry.name), state, int(parent)
 
 
-def repeat_lines(
-    process: subprocess.Popen[bytes], say: Callable[[str], None]
-) -> threading.Thread:
+def repeat_lines(process: subprocess.Popen[bytes], say: Callable[[str], None]) -> threading.Thread:
     """Pass a process's output on, a line at a time, without control characters and not endlessly:
     what it writes may be meant for the terminal that shows it. The thread ends with the output.
     """

@@ -113,9 +113,7 @@ def reading_options(command: F) -> F:
     def reads(*words: Any, encoding: str | None, delimiter: str | None, **more: Any) -> Any:
         from silotune.common.reading import Reading
 
-        return command(
-            *words, reading=Reading.of(encoding, delimiter, "--{key} '{value}'"), **more
-        )
+        return command(*words, reading=Reading.of(encoding, delimiter, "--{key} '{value}'"), **more)
 
     return cast(F, reads)
 
@@ -128,7 +126,8 @@ def reading_words(reading: Reading, option: str) -> str:
         "delimiter": {"\t": "tab"}.get(reading.delimiter or "", reading.delimiter or ""),
     }
     return "".join(
-        " " + option.format(key=key, value=shlex.quote(value)) for key, value in given.items()
+        " " + option.format(key=key, value=shlex.quote(value))
+        for key, value in given.items()
         if value
     )
 
@@ -145,7 +144,8 @@ def _show_traceback(*error: Any) -> None:
 def _say_unexpected(error: Exception) -> None:
     echo(
         f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to see "
-        "where.", err=True,
+        "where.",
+        err=True,
     )
 
 

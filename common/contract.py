@@ -107,7 +107,8 @@ class Contract(Frozen):
         metrics = ", ".join(self.metrics)
         masked = (
             f", masked so that only the sum of at least {self.quorum} sites can be read"
-            if self.secure_aggregation else ""
+            if self.secure_aggregation
+            else ""
         )
         return (
             f"updates of {trained}, clipped per {self.privacy.unit} and noised"
@@ -189,10 +190,15 @@ class Contract(Frozen):
         """What an agreement on keys is for that serves the rounds from `first` on."""
         assert self.secure_aggregation is not None
         return agreement.Terms(
-            contract=self.hash, roster={s.name: s.public_key or "" for s in self.sites}, run=run,
-            attempt=attempt, first=first,
-            rounds=min(agreement.MOST_ROUNDS, self.rounds - first + 1), threshold=self.threshold,
-            colluders=self.secure_aggregation.colluders, fewest=self.quorum,
+            contract=self.hash,
+            roster={s.name: s.public_key or "" for s in self.sites},
+            run=run,
+            attempt=attempt,
+            first=first,
+            rounds=min(agreement.MOST_ROUNDS, self.rounds - first + 1),
+            threshold=self.threshold,
+            colluders=self.secure_aggregation.colluders,
+            fewest=self.quorum,
         )
 
     def weight_share(self, name: str) -> float:

@@ -84,10 +84,13 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     emit(
         {"valid": True, "sha256": found.hash, "warnings": found.warnings, "not_checked": left_out},
         as_json,
-        "\n".join([
-            f"✓ {contract.name or contract} is valid  {found.hash}", *warning_lines(found),
-            *(f"  {what}" for what in left_out),
-        ]),
+        "\n".join(
+            [
+                f"✓ {contract.name or contract} is valid  {found.hash}",
+                *warning_lines(found),
+                *(f"  {what}" for what in left_out),
+            ]
+        ),
     )
 
 
@@ -122,33 +125,53 @@ def named(name: Path) -> Contract:
 
 
 @contract.command()
-@click.option("--from", "data", required=True, type=click.Path(path_type=Path),
-              help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.")
+@click.option(
+    "--from",
+    "data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
 @click.option("--name", help="Of the contract; the file's if not given.")
-@click.option("--task",
-              help="classification, multi-label, tokens, regression, ranking or language.")
+@click.option(
+    "--task", help="classification, multi-label, tokens, regression, ranking or language."
+)
 @click.option("--label", help="The column that holds what is to be learnt.")
-@click.option("--labels", help="Its values, or name=value, between commas; entities for tokens; of "
-              "a ranking the values that say a pair belongs together.")
+@click.option(
+    "--labels",
+    help="Its values, or name=value, between commas; entities for tokens; of "
+    "a ranking the values that say a pair belongs together.",
+)
 @click.option("--others", help="Of a ranking: the values that say it does not.")
 @click.option("--pair", nargs=2, metavar="FIRST SECOND", help="Of a ranking: its columns of text.")
 @click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
 @click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
 @click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
 @click.option("--text", help="The column of text.")
-@click.option("--column", "columns", multiple=True,
-              help="'age: 40, 50, 60' (bin edges) or 'sex: male, female' (values).")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    help="'age: 40, 50, 60' (bin edges) or 'sex: male, female' (values).",
+)
 @click.option("--entity", help="The columns that identify a person with several records.")
 @click.option("--cap", type=int, default=10, show_default=True, help="Most records of an entity.")
 @click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
 @click.option("--records", type=int, help="How many records (or entities) a site is to have.")
 @click.option("--epsilon", type=float, default=8.0, show_default=True)
-@click.option("--delta", type=float, help="By default the largest power of ten that is at most "
-              "1 / (10 x records), and at most 1e-4.")
+@click.option(
+    "--delta",
+    type=float,
+    help="By default the largest power of ten that is at most "
+    "1 / (10 x records), and at most 1e-4.",
+)
 @click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
-@click.option("--model", type=click.Path(path_type=Path),
-              help="The base model's folder: texts are then counted in its own tokens.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The base model's folder: texts are then counted in its own tokens.",
+)
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def new(
@@ -181,13 +204,22 @@ def new(
     what = f"{len(texts) or len(answers.columns)} columns"
     counted, sentence = _texts_cut(data, reading, found, model)
     emit(
-        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted}, as_json,
-        "\n".join([
-            f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…", *warning_lines(found),
-            f"{sentence}Look at edges, values and numbers: all of it is public.",
-            next_step("sim", "run", out, f"data={data}",
-                      *shlex.split(reading_words(reading, "{key}={value}"))),
-        ]),
+        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted},
+        as_json,
+        "\n".join(
+            [
+                f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…",
+                *warning_lines(found),
+                f"{sentence}Look at edges, values and numbers: all of it is public.",
+                next_step(
+                    "sim",
+                    "run",
+                    out,
+                    f"data={data}",
+                    *shlex.split(reading_words(reading, "{key}={value}")),
+                ),
+            ]
+        ),
     )
 
 
@@ -206,8 +238,12 @@ def _texts_cut(
         )
     except DataError as error:
         return {}, f"! texts not counted: {error}\n"
-    numbers = {"texts": found.texts, "cut": found.cut, "entities": found.entities,
-               "entities_cut": found.lost}
+    numbers = {
+        "texts": found.texts,
+        "cut": found.cut,
+        "entities": found.entities,
+        "entities_cut": found.lost,
+    }
     return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
 
 
@@ -235,15 +271,17 @@ def _answers(given: dict[str, Any]) -> Any:
     if not inputs:
         given["text"] = click.prompt("Column of text (empty for a table)", default="") or None
         while given["text"] is None:
-            answer = click.prompt("A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)",
-                                  default="")
+            answer = click.prompt(
+                "A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)", default=""
+            )
             if not answer:
                 break
             given["columns"] = [*given["columns"], answer]
     given["sites"] = given["sites"] or _list(click.prompt("Names of the sites, between commas"))
     values = given | {
         "columns": [Column.parse(answer) for answer in given["columns"]],
-        "labels": _list(given["labels"]), "entity": _list(given["entity"]),
+        "labels": _list(given["labels"]),
+        "entity": _list(given["entity"]),
         "others": _list(given["others"]),
     }
     try:

@@ -26,8 +26,10 @@ def validate(contract: Contract, folder: Path | None) -> list[str]:
     if not isinstance(contract.model, OneHotModel):
         folder = folder_of(contract, folder)
         if folder is None:
-            left_out = [f"not checked: [model] and [adapter], for '{contract.model.name}' is not "
-                        "here; name its folder with --model"]
+            left_out = [
+                f"not checked: [model] and [adapter], for '{contract.model.name}' is not "
+                "here; name its folder with --model"
+            ]
     problems: list[SilotuneError] = importlib.import_module(CONTRACT_CHECK).problems(
         contract, folder
     )

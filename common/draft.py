@@ -23,11 +23,10 @@ from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.plan import delta_for
 from silotune.common.reading import columns_like
 
-ENCODER = (
-    "all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d"
-)
+ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 LANGUAGE = (
-    "SmolLM2-135M-Instruct", "5e681ceb930bb166ff23668c394168699c408f1f540a01e3662b1aecfd14a701"
+    "SmolLM2-135M-Instruct",
+    "5e681ceb930bb166ff23668c394168699c408f1f540a01e3662b1aecfd14a701",
 )
 
 
@@ -72,9 +71,7 @@ class Answers(Frozen):
     default the largest power of ten that is at most min(1e-4, 1 / (10 records))."""
 
     name: Name
-    task: Literal[
-        "classification", "multi-label", "tokens", "regression", "ranking", "language"
-    ]
+    task: Literal["classification", "multi-label", "tokens", "regression", "ranking", "language"]
     label: str
     labels: tuple[str, ...] = ()
     bounds: tuple[Number, Number] | None = None
@@ -102,11 +99,11 @@ class Answers(Frozen):
         if any(of_ranking) != (self.task == "ranking") or len(set(of_ranking)) > 1:
             raise ValueError("others, pair and query go with a ranking, which needs all three")
         if self.task not in ("regression", "language") and not self.labels:
-            raise ValueError(f"a task of kind \"{self.task}\" needs its labels")
+            raise ValueError(f'a task of kind "{self.task}" needs its labels')
         if (self.task == "regression") != (self.bounds is not None):
             raise ValueError("bounds go with a regression, and only with it")
         if self.task in ("tokens", "language") and self.text is None:
-            raise ValueError(f"a task of kind \"{self.task}\" needs a column of text")
+            raise ValueError(f'a task of kind "{self.task}" needs a column of text')
         return self
 
     @property
@@ -133,21 +130,26 @@ def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
     absent = [name for name in answers.used if name not in names]
     if absent:
         raise DataError(
-            " ".join(f"Column '{name}' is not in {source}." for name in absent), code="E302",
-            local=f"its first line has: {', '.join(names[:40])}."
-            + columns_like(absent, names),
+            " ".join(f"Column '{name}' is not in {source}." for name in absent),
+            code="E302",
+            local=f"its first line has: {', '.join(names[:40])}." + columns_like(absent, names),
         )
 
 
 def draft(answers: Answers) -> str:
     """The contract as TOML, with comments that say what to look at. It is a valid one."""
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False,  # noqa: S701 - TOML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # noqa: S701 - TOML
     )
     environment.filters["toml"] = _toml
     template = (resources.files("silotune.common") / "contract.toml.j2").read_text("utf-8")
     text = environment.from_string(template).render(
-        a=answers, encoder=ENCODER, language=LANGUAGE,
+        a=answers,
+        encoder=ENCODER,
+        language=LANGUAGE,
         delta=answers.delta or delta_for(answers.records),
         phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
         quorum=max(1, -(-2 * len(answers.sites) // 3)),

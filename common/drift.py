@@ -46,7 +46,8 @@ def alerts(values: Mapping[str, Sequence[float]], delta: float = FALSE_ALARMS) -
     if find_spec("river") is None:
         raise UsageError(
             "Changes are found by River, which is not installed: `pip install river`, or install "
-            "Silotune with its extra 'monitor'.", code="E103",
+            "Silotune with its extra 'monitor'.",
+            code="E103",
         )
     found = [alert for label, own in values.items() for alert in _of(label, own, delta)]
     return sorted(found, key=lambda alert: alert.row)

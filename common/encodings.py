@@ -13,10 +13,32 @@ import codecs
 # By the names that Python's codecs have. Each name of one encoding stands for the whole of it:
 # GB 18030 contains GBK and GB 2312.
 ENCODINGS: tuple[str, ...] = (
-    "utf-8", "utf-16", "utf-16-le", "utf-16-be",
-    "iso8859-1", "cp1252", "iso8859-15", "iso8859-2", "cp1250", "cp1251", "koi8-r", "cp1253",
-    "cp1254", "cp1255", "cp1256", "mac-roman", "cp437", "cp850",
-    "gb18030", "big5", "cp950", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949",
+    "utf-8",
+    "utf-16",
+    "utf-16-le",
+    "utf-16-be",
+    "iso8859-1",
+    "cp1252",
+    "iso8859-15",
+    "iso8859-2",
+    "cp1250",
+    "cp1251",
+    "koi8-r",
+    "cp1253",
+    "cp1254",
+    "cp1255",
+    "cp1256",
+    "mac-roman",
+    "cp437",
+    "cp850",
+    "gb18030",
+    "big5",
+    "cp950",
+    "shift_jis",
+    "cp932",
+    "euc_jp",
+    "euc_kr",
+    "cp949",
 )
 # Names of other codecs that a member of the list contains.
 CONTAINED = {"gbk": "gb18030", "gb2312": "gb18030", "utf-8-sig": "utf-8"}
@@ -46,8 +68,9 @@ def encoding_of(name: str) -> str:
     found = CONTAINED.get(found, found)
     if found not in ENCODINGS:
         allowed = ", ".join(map(usual_name, ENCODINGS))
-        raise ValueError(f"{name!r} is not an encoding that data files may have; use one of: "
-                         f"{allowed}")
+        raise ValueError(
+            f"{name!r} is not an encoding that data files may have; use one of: {allowed}"
+        )
     return found
 
 

@@ -30,12 +30,13 @@ def paint(names: Sequence[str]) -> dict[str, str]:
 def svg_of(figure: Figure, names: Sequence[str]) -> str:
     """The figure as an SVG element for a page: no date, no ids but its own, the page's fonts."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg",
-                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(
+        stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     svg = stream.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     # The first four match tags only: "<" is escaped in text.
-    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1>', svg)
+    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg)
     svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*(; )?', r"\1", svg)

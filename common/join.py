@@ -49,8 +49,9 @@ def same(fingerprint: str, said: str) -> bool:
     if it is none at all: a slip of the pen says nothing about who sent what."""
     own, other = fingerprint.replace(":", ""), re.sub("[: ]", "", said).upper()
     if not re.fullmatch(f"[0-9A-F]{{{len(own)}}}", other):
-        raise UsageError(f"'{said}' is no fingerprint: this one has {len(own) // 2} pairs of "
-                         "hexadecimal digits.")
+        raise UsageError(
+            f"'{said}' is no fingerprint: this one has {len(own) // 2} pairs of hexadecimal digits."
+        )
     return own == other
 
 

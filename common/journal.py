@@ -27,11 +27,13 @@ NONE: Mapping[str, Fact] = MappingProxyType({})
 SAID = "said"  # the event of a line that a process wrote on its own
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
-_REQUIRED: dict[str, tuple[type, ...]] = {
-    "at": _TEXT, "from": _TEXT, "event": _TEXT, "text": _TEXT
-}
+_REQUIRED: dict[str, tuple[type, ...]] = {"at": _TEXT, "from": _TEXT, "event": _TEXT, "text": _TEXT}
 _FACTS: dict[str, tuple[type, ...]] = {
-    "kind": _TEXT, "code": _TEXT, "run": _TEXT, "round": _WHOLE, "attempt": _WHOLE,
+    "kind": _TEXT,
+    "code": _TEXT,
+    "run": _TEXT,
+    "round": _WHOLE,
+    "attempt": _WHOLE,
     "seconds": _NUMBER,
 }
 
@@ -46,7 +48,11 @@ class Journal:
         self._write, self._lock = write, threading.Lock()
 
     def say(
-        self, text: str, event: str = SAID, facts: Mapping[str, Fact] = NONE, *,
+        self,
+        text: str,
+        event: str = SAID,
+        facts: Mapping[str, Fact] = NONE,
+        *,
         source: Source | None = None,
     ) -> None:
         """Tell one event. source: whose, if it is not this command's own.

@@ -49,7 +49,10 @@ class LanguageModel(Adapted):
         for index, hidden, _, _ in self._lower(rows):
             self._keep(kept, hidden, index, starts)
         return Encoded(
-            torch.arange(len(rows))[:, None], torch.zeros(len(rows), 0), kept, starts,
+            torch.arange(len(rows))[:, None],
+            torch.zeros(len(rows), 0),
+            kept,
+            starts,
             torch.tensor(marks),
         )
 

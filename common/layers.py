@@ -58,8 +58,14 @@ class _Explicit(torch.autograd.Function):
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **_: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: [n, heads, T, d] -> [n, T, heads, d]. No dropout.
 
@@ -96,7 +102,12 @@ def attention(
             out = _Explicit.apply(query, key, value, attention_mask)  # type: ignore[no-untyped-call]
     else:
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal,
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=scaling,
+            is_causal=causal,
             enable_gqa=grouped,
         )
     return out.transpose(1, 2), None

@@ -58,9 +58,11 @@ class Lengths:
         if self.cut:
             text += ": what is beyond is not read"
         if self.lost:
-            text += (f", with {self.lost:,} of {self.entities:,} entities, in {self.losing:,} "
-                     f"text{'s' * (self.losing != 1)}. Raise model.max_tokens in the contract, or "
-                     "split these texts")
+            text += (
+                f", with {self.lost:,} of {self.entities:,} entities, in {self.losing:,} "
+                f"text{'s' * (self.losing != 1)}. Raise model.max_tokens in the contract, or "
+                "split these texts"
+            )
         return text
 
 
@@ -74,9 +76,7 @@ def tokenizer_of(folder: Path | None) -> Tokenizer | None:
     return tokenizer
 
 
-def measure(
-    blocks: Iterable[Records], contract: Contract, tokenizer: Tokenizer | None
-) -> Lengths:
+def measure(blocks: Iterable[Records], contract: Contract, tokenizer: Tokenizer | None) -> Lengths:
     """The lengths of all records in `blocks`. Without a tokenizer, words count as tokens. Of a
     language model's chat template nothing is counted."""
     limit = getattr(contract.model, "max_tokens", 0)
@@ -89,8 +89,12 @@ def measure(
             found.add(records.inputs[part], records.labels[part])
     lengths = found.lengths
     return Lengths(
-        [lengths[n] for n in range(max(lengths) + 1)] if lengths else (), limit,
-        found.entities, found.lost, found.losing, exact=tokenizer is not None,
+        [lengths[n] for n in range(max(lengths) + 1)] if lengths else (),
+        limit,
+        found.entities,
+        found.lost,
+        found.losing,
+        exact=tokenizer is not None,
     )
 
 

@@ -218,13 +218,31 @@ class Refusal(_Header):
 
 
 Header = (
-    Describe | Train | Agree | Share | Endorse | Reveal
-    | Description | Update | Masked | Keys | Shares | Endorsement | Revealed | Refusal
+    Describe
+    | Train
+    | Agree
+    | Share
+    | Endorse
+    | Reveal
+    | Description
+    | Update
+    | Masked
+    | Keys
+    | Shares
+    | Endorsement
+    | Revealed
+    | Refusal
 )
 _HEADER: TypeAdapter[Any] = TypeAdapter(Annotated[Header, Field(discriminator="kind")])
 _BODIES: dict[str, tuple[str, ...]] = {  # kind -> what it may carry
-    "train": ("F32", "U8"), "update": ("F32",), "masked": ("U8",), "share": ("U8",),
-    "reveal": ("U8",), "keys": ("U8",), "shares": ("U8",), "endorsement": ("U8",),
+    "train": ("F32", "U8"),
+    "update": ("F32",),
+    "masked": ("U8",),
+    "share": ("U8",),
+    "reveal": ("U8",),
+    "keys": ("U8",),
+    "shares": ("U8",),
+    "endorsement": ("U8",),
     "revealed": ("U8",),
 }
 _BLOB = ":"  # before a blob's name on the wire, so that it is never an array's
@@ -301,15 +319,23 @@ def unpack(wire: bytes) -> Message:
                     code="E502",
                 )
         tensors = load_tensors(wire)
-    except (ValidationError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
-            RecursionError):
+    except (
+        ValidationError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         # What the sender wrote is not repeated: it may be anything.
         raise ProtocolError("A message is not in Silotune's format.") from None
     if isinstance(header, Refusal) and header.code not in CODES:
         raise ProtocolError("A refusal has an unknown code.")
     blobs = {n: a.tobytes() for n, a in tensors.items() if n.startswith(_BLOB)}
     message = Message(
-        header, {n: a for n, a in tensors.items() if n not in blobs},
+        header,
+        {n: a for n, a in tensors.items() if n not in blobs},
         {n.removeprefix(_BLOB): b for n, b in blobs.items()},
     )
     if pack(message) != wire:

@@ -16,11 +16,23 @@ from silotune.common import tagging
 from silotune.common.task import Classification, Language, Ranking, Regression, Task, Tokens
 
 METRICS = {
-    "auc": "AUC", "auprc": "AUPRC", "accuracy": "accuracy", "macro_f1": "macro F1",
-    "micro_f1": "micro F1", "f1": "entity F1", "precision": "entity precision",
-    "recall": "entity recall", "exact_match": "exact match", "r2": "R²", "mae": "MAE",
-    "rmse": "RMSE", "mrr": "MRR", "ndcg": "NDCG@10", "recall_at_10": "recall@10",
-    "perplexity": "perplexity", "calibration": "calibration error",
+    "auc": "AUC",
+    "auprc": "AUPRC",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "f1": "entity F1",
+    "precision": "entity precision",
+    "recall": "entity recall",
+    "exact_match": "exact match",
+    "r2": "R²",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "mrr": "MRR",
+    "ndcg": "NDCG@10",
+    "recall_at_10": "recall@10",
+    "perplexity": "perplexity",
+    "calibration": "calibration error",
     "loss": "log loss",
 }
 CUTOFF = 10  # of NDCG@k and recall@k
@@ -42,7 +54,9 @@ def score(task: Task, outputs: Any, targets: Any, queries: Sequence[str] = ()) -
     if isinstance(task, Ranking):
         return _ranking(np.asarray(outputs), np.asarray(targets), queries)
     kinds: dict[str, Callable[[Any, Any], Scores]] = {
-        "classification": _classes, "multi-label": _labels, "language": _language,
+        "classification": _classes,
+        "multi-label": _labels,
+        "language": _language,
     }
     return kinds[task.kind](np.asarray(outputs), np.asarray(targets))
 
@@ -74,9 +88,11 @@ def _classes(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scores:
     return {
         "loss": float(-log_p[np.arange(len(labels)), labels].mean()),
         "accuracy": float(right.mean()),
-        "macro_f1": float(sk.f1_score(
-            labels, predicted, average="macro", labels=range(logits.shape[1]), zero_division=0
-        )),
+        "macro_f1": float(
+            sk.f1_score(
+                labels, predicted, average="macro", labels=range(logits.shape[1]), zero_division=0
+            )
+        ),
         "auc": float(sk.roc_auc_score(labels, log_p[:, 1] - log_p[:, 0])) if binary else None,
         "auprc": float(sk.average_precision_score(labels, log_p[:, 1])) if binary else None,
         "calibration": calibration_error(np.exp(log_p.max(axis=1)), right),
@@ -107,7 +123,8 @@ def _labels(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Scores:
         "loss": float((np.logaddexp(0, z) - z * labels).mean()),
         "accuracy": float((predicted == truth).mean()),
         "exact_match": float((predicted == truth).all(axis=1).mean()),
-        "micro_f1": f1["micro"], "macro_f1": f1["macro"],
+        "micro_f1": f1["micro"],
+        "macro_f1": f1["macro"],
         "predicted_classes": int(predicted.any(axis=0).sum()),
     }
 
@@ -167,11 +184,13 @@ def _ranking(
         ranked = true[order]
         discounts = 1 / np.log2(np.arange(2, min(len(rows), CUTOFF) + 2))
         ideal = discounts[:relevant].sum()
-        figures.append((
-            1 / (1 + int(ranked.argmax())),
-            float((ranked[:CUTOFF] * discounts).sum() / ideal),
-            float(ranked[:CUTOFF].sum() / min(relevant, CUTOFF)),
-        ))
+        figures.append(
+            (
+                1 / (1 + int(ranked.argmax())),
+                float((ranked[:CUTOFF] * discounts).sum() / ideal),
+                float(ranked[:CUTOFF].sum() / min(relevant, CUTOFF)),
+            )
+        )
     both = len(set(targets.tolist())) == 2
     means = np.mean(figures, axis=0) if figures else (None, None, None)
     names = ("mrr", "ndcg", "recall_at_10")
@@ -179,9 +198,7 @@ def _ranking(
         "loss": float((np.logaddexp(0, z) - z * targets).mean()),
         "auc": float(sk.roc_auc_score(targets, z)) if both else None,
         "predicted_classes": len(set((z > 0).tolist())),
-        **{
-            n: None if m is None else float(m) for n, m in zip(names, means, strict=True)
-        },
+        **{n: None if m is None else float(m) for n, m in zip(names, means, strict=True)},
     }
 
 

@@ -35,7 +35,8 @@ def build(
             # Other commands have asked for it before (common/model_source.py).
             raise DataError(
                 f"The folder of model '{contract.model.name}' is not known: set model.folder in "
-                "site.toml.", code="E314",
+                "site.toml.",
+                code="E314",
             )
         else:
             # PEFT and transformers load longer than all else, and a one-hot model needs neither.

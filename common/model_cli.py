@@ -31,6 +31,7 @@ def check(folder: Path, as_json: bool) -> None:
     found = model_folder.manifest(folder)
     lines = [f"  {file.sha256}  {file.size:>14,} bytes  {file.name}" for file in found.files]
     emit(
-        {"sha256": found.sha256, "files": [file._asdict() for file in found.files]}, as_json,
-        "\n".join([f"sha256 = \"{found.sha256}\"", *lines]),
+        {"sha256": found.sha256, "files": [file._asdict() for file in found.files]},
+        as_json,
+        "\n".join([f'sha256 = "{found.sha256}"', *lines]),
     )

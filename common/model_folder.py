@@ -32,19 +32,42 @@ CONFIG, TOKENIZER_CONFIG, WEIGHTS = "config.json", "tokenizer_config.json", "mod
 WEIGHTS_SUFFIX = ".safetensors"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MODEL_FILES = (
-    WEIGHTS, "model.safetensors.index.json", CONFIG, "generation_config.json",
-    TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
+    WEIGHTS,
+    "model.safetensors.index.json",
+    CONFIG,
+    "generation_config.json",
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
 # One of them; without any, transformers makes a tokenizer that knows no word, in silence.
 TOKENIZERS = {
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
 }
 IGNORED = (
-    "*.md", "LICENSE*", "LICENCE*", "NOTICE*", ".git*", ".cache", ".DS_Store",
+    "*.md",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    ".git*",
+    ".cache",
+    ".DS_Store",
     # of sentence-transformers, whose pooling and normalisation the contract states by itself
-    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling",
 )
 NAMES_NO_FILE = ("special_tokens_map_file",)  # left there by older versions, read by none
 SHOWN = 8
@@ -128,9 +151,7 @@ def _of(name: str, content: bytes) -> ModelFile:
     return ModelFile(name, len(content), hashlib.sha256(content).hexdigest())
 
 
-def _compare(
-    folder: Path, found: Manifest, sha256: str, remedy: str | None = None
-) -> None:
+def _compare(folder: Path, found: Manifest, sha256: str, remedy: str | None = None) -> None:
     if found.sha256 != sha256:
         remedy = remedy or (
             "Compare its files with the operator's, by `silotune model check FOLDER` at both."
@@ -171,16 +192,19 @@ def _names(folder: Path) -> list[str]:
     if links:
         raise DataError(
             f"Model folder {folder} holds links or special files: {_listed(links)}. Copy the "
-            f"files themselves: cp -rL {folder} NEW-FOLDER.", code="E305",
+            f"files themselves: cp -rL {folder} NEW-FOLDER.",
+            code="E305",
         )
     others = [
-        e.name for e in entries
+        e.name
+        for e in entries
         if e not in models and not any(fnmatch(e.name, pattern) for pattern in IGNORED)
     ]
     if others:
         raise DataError(
             f"Model folder {folder} holds what could change the model and its hash does not cover: "
-            f"{_listed(others)}. Move that out of the folder.", code="E305",
+            f"{_listed(others)}. Move that out of the folder.",
+            code="E305",
         )
     return names
 
@@ -198,8 +222,7 @@ def _opened(path: Path) -> BufferedReader:
 
 
 def _check_settings(folder: Path, name: str, content: bytes) -> None:
-    """DataError if a settings file names code, quantised weights, or a file outside the manifest.
-    """
+    """DataError if a settings file names code, quantised weights or an unlisted file."""
     if name not in (CONFIG, TOKENIZER_CONFIG):
         return
     try:
@@ -211,7 +234,8 @@ def _check_settings(folder: Path, name: str, content: bytes) -> None:
     for key, why in _forbidden(settings):
         raise DataError(
             f"Model file {folder / name} has '{key}': {why}. Take the key out, if the model is "
-            "right without it, or use another model.", code="E305",
+            "right without it, or use another model.",
+            code="E305",
         )
 
 

@@ -36,6 +36,7 @@ def required(contract: Contract, named: Path | None, option: str) -> Path | None
     if found is None and not isinstance(contract.model, OneHotModel):
         raise DataError(
             f"The folder of model '{contract.model.name}' is not known: it is not in the cache. "
-            f"Name it with {option}.", code="E314",
+            f"Name it with {option}.",
+            code="E314",
         )
     return found

@@ -65,7 +65,8 @@ def device_of(performance: Performance) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(
             f"performance.device is '{name}', but torch can use {torch.cuda.device_count()} CUDA "
-            'devices on this machine. Set "auto" or "cpu".', code="E309",
+            'devices on this machine. Set "auto" or "cpu".',
+            code="E309",
         )
     return device
 
@@ -236,8 +237,7 @@ class Network(nn.Module):
 
 
 class OneHot(Network):
-    """Logistic or linear regression on the one-hot public bins; with `hidden`, one layer between.
-    """
+    """Logistic or linear regression on one-hot public bins; with `hidden`, one layer between."""
 
     def __init__(
         self, spec: OneHotModel, table: TableInput, task: Task, performance: Performance

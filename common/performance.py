@@ -42,16 +42,25 @@ class Performance(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         wrong = [
-            (key, f"{key} = {value} does not go with gradients = \"{self.gradients}\" (Opacus), "
-             'only with "expanded"')
+            (
+                key,
+                f'{key} = {value} does not go with gradients = "{self.gradients}" (Opacus), '
+                'only with "expanded"',
+            )
             for key, value, asked in (
                 ("bf16", '"on"', self.bf16 == "on"),
                 ("checkpointing", "true", self.checkpointing),
-            ) if asked and self.gradients != "expanded"
+            )
+            if asked and self.gradients != "expanded"
         ]
         if self.compile:
-            wrong.append(("compile", "compile = true is refused: a record's gradient would be "
-                          "rounded by which other records were drawn; leave the key out"))
+            wrong.append(
+                (
+                    "compile",
+                    "compile = true is refused: a record's gradient would be "
+                    "rounded by which other records were drawn; leave the key out",
+                )
+            )
         if wrong:
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self

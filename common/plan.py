@@ -49,8 +49,7 @@ def delta_for(units: float) -> float:
 
 
 def epsilon_text(epsilon: float) -> str:
-    """An ε to be read: two decimals, or two digits of one that two decimals would show as nothing.
-    """
+    """An ε for people: two decimals, or two significant digits of one below 0.01."""
     if not math.isfinite(epsilon):
         return "∞"
     return f"{epsilon:.2f}" if epsilon >= 0.1 or epsilon == 0 else f"{epsilon:#.2g}"
@@ -132,9 +131,7 @@ class Privacy(Frozen):
             raise ValueError('unit = "entity" and a table [privacy.entity] go together')
         if self.adaptive and self.mode == "none":
             raise ValueError('mode = "none" does not clip, so it has no adaptive clipping')
-        if self.adaptive and not (
-            self.adaptive.lowest <= self.clip_norm <= self.adaptive.highest
-        ):
+        if self.adaptive and not (self.adaptive.lowest <= self.clip_norm <= self.adaptive.highest):
             raise ValueError(
                 "clip_norm must lie between adaptive.lowest and adaptive.highest: it is the first"
             )
@@ -243,8 +240,10 @@ class Phase(Frozen):
         if self.control and (
             self.local_steps == 1 or self.rounds == 1 or self.adam or self.proximal or self.personal
         ):
-            raise ValueError("control is for several rounds of several plain local steps from one "
-                             "model: without adam, proximal and personal")
+            raise ValueError(
+                "control is for several rounds of several plain local steps from one "
+                "model: without adam, proximal and personal"
+            )
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
@@ -350,7 +349,7 @@ class Aggregation(Frozen):
     def of_other_tasks(self, known: Sequence[str]) -> list[str]:
         """What is wrong with settings that look at a metric on public rows: it is none of these."""
         return [
-            f"{key}.metric must be one of {', '.join(known)}, got \"{setting.metric}\""
+            f'{key}.metric must be one of {", ".join(known)}, got "{setting.metric}"'
             for key, setting in (("early_stop", self.early_stop), ("gate", self.gate))
             if setting is not None and setting.metric not in known
         ]

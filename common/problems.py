@@ -15,8 +15,20 @@ Lines = dict[tuple[str | int, ...], int]
 
 MISFITS = "misfits"  # the error type of settings that are valid alone but not together
 KINDS = (
-    "table", "text", "pair", "number", "category", "encoder", "one-hot", "language-model",
-    "classification", "multi-label", "tokens", "regression", "ranking", "language",
+    "table",
+    "text",
+    "pair",
+    "number",
+    "category",
+    "encoder",
+    "one-hot",
+    "language-model",
+    "classification",
+    "multi-label",
+    "tokens",
+    "regression",
+    "ranking",
+    "language",
 )
 WORDS = {
     "tuple_type": "must be a list",
@@ -65,7 +77,8 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
     loc = tuple(
         part
         for before, part in zip((None, *raw), raw, strict=False)
-        if part != DICT_KEY and not (
+        if part != DICT_KEY
+        and not (
             part in KINDS and (before in ("input", "model", "task") or isinstance(before, int))
         )
     )

@@ -30,12 +30,14 @@ class Prompts:
         if tokenizer.eos_token_id is None:
             raise DataError(
                 f"The tokenizer of '{contract.model.name}' names no eos_token, by which an answer "
-                "ends.", code="E310",
+                "ends.",
+                code="E310",
             )
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer of '{contract.model.name}' does not say where in a text its tokens "
-                "stand; one with a tokenizer.json does.", code="E310",
+                "stand; one with a tokenizer.json does.",
+                code="E310",
             )
         self._system_role = self._has_system_role()
         frame, room = len(self.prompt("")), self.max_tokens - self.max_tokens // ANSWER_SHARE
@@ -43,7 +45,8 @@ class Prompts:
             raise DataError(
                 f"task.system and the chat template of the model take {frame} tokens, and of "
                 f"model.max_tokens = {self.max_tokens} a prompt has {room} beside a long answer. "
-                "Raise model.max_tokens, or shorten task.system.", code="E310",
+                "Raise model.max_tokens, or shorten task.system.",
+                code="E310",
             )
 
     def prompt(self, text: str, most: int | None = None) -> list[int]:

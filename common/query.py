@@ -108,7 +108,8 @@ def read(
     except NotTextError as error:
         raise DataError(
             f"{SOURCE} gives {error}: row {line}. Name the columns that are text, numbers, times "
-            "or yes and no, or cast the others.", code="E311",
+            "or yes and no, or cast the others.",
+            code="E311",
         ) from None
     except Exception as error:  # drivers raise what they like, and quote rows in it
         raise _told(error, line) from None
@@ -133,7 +134,8 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
             path = found.database or ""
             if not Path(path).is_file():
                 raise DataError(
-                    "The database file that data.url names does not exist.", code="E312",
+                    "The database file that data.url names does not exist.",
+                    code="E312",
                     local=f"it looked for {path}",
                 )
             return sqlalchemy.create_engine(
@@ -142,7 +144,8 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
         if name == "postgresql":
             options["connect_args"] = {"connect_timeout": SECONDS}
             options["execution_options"] = {
-                "isolation_level": "REPEATABLE READ", "postgresql_readonly": True,
+                "isolation_level": "REPEATABLE READ",
+                "postgresql_readonly": True,
             }
         return sqlalchemy.create_engine(found, **options)
     except exc.NoSuchModuleError:
@@ -154,7 +157,8 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
     except ModuleNotFoundError as error:
         raise DataError(
             f"The driver that data.url names is not installed ({error.name}); PostgreSQL's comes "
-            "with: pip install 'silotune[sql]'.", code="E312",
+            "with: pip install 'silotune[sql]'.",
+            code="E312",
         ) from None
     except (exc.ArgumentError, ValueError):
         raise DataError(
@@ -171,7 +175,8 @@ def _expanded(url: str, environment: Mapping[str, str]) -> URL:
     if missing := [name for name in variables(url) if name not in environment]:
         raise DataError(
             f"data.url in site.toml names ${{{missing[0]}}}, which is not set in this process's "
-            "environment.", code="E312",
+            "environment.",
+            code="E312",
         )
 
     def put(text: str | None) -> str | None:
@@ -182,7 +187,9 @@ def _expanded(url: str, environment: Mapping[str, str]) -> URL:
     found = make_url(url)
     password = None if found.password is None else str(found.password)
     return found.set(
-        username=put(found.username), password=put(password), host=put(found.host),
+        username=put(found.username),
+        password=put(password),
+        host=put(found.host),
         database=put(found.database),
         query={
             name: put(value) or "" if isinstance(value, str) else value
@@ -202,8 +209,13 @@ def _told(error: Exception, line: int) -> DataError:
     cause = getattr(error, "orig", None) or error
     state = str(getattr(cause, "sqlstate", None) or "")
     said = str(cause).lower()
-    why = STATES.get(state) or STATES.get(state[:2]) or next(
-        (sentence for word, sentence in WORDS.items() if not state and word in said), "it failed"
+    why = (
+        STATES.get(state)
+        or STATES.get(state[:2])
+        or next(
+            (sentence for word, sentence in WORDS.items() if not state and word in said),
+            "it failed",
+        )
     )
     what = type(cause).__name__ + (f", SQLSTATE {state}" if state else "")
     read_ = f" Rows read before: {line - 1:,}." if line > 1 else ""

@@ -1,5 +1,4 @@
-"""How the bytes of a data file become text: encoding, compression, and what is said if they do not.
-"""
+"""How the bytes of a data file become text: encoding, compression, and the errors."""
 
 from __future__ import annotations
 
@@ -23,9 +22,11 @@ GUESSES = 3
 C1_BYTES = re.compile(rb"[\x80-\x9f]")
 # Longer marks first: that of UTF-16 begins that of UTF-32.
 MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # What other formats begin with, and what to do about a text file that does.
 OTHER_FORMATS = (
@@ -45,8 +46,13 @@ def columns_like(names: Sequence[str], header: Sequence[str]) -> str:
     """What may be wrong with a header that lacks `names`: how it is divided, or a name's spelling;
     begins with a space, or is ''."""
     undivided = next(
-        (found for found in header if any(re.search(rf"\b{re.escape(n)}\b", found) for n in names)
-         and re.search(r"[,;:\t|]", found)), None,
+        (
+            found
+            for found in header
+            if any(re.search(rf"\b{re.escape(n)}\b", found) for n in names)
+            and re.search(r"[,;:\t|]", found)
+        ),
+        None,
     )
     if undivided is None:
         return "".join(did_you_mean(name, header) for name in names)
@@ -84,7 +90,8 @@ class Reading:
         try:
             return cls(
                 encoding_of("utf-8" if encoding is None else encoding),
-                None if delimiter is None else delimiter_of(delimiter), option,
+                None if delimiter is None else delimiter_of(delimiter),
+                option,
             )
         except ValueError as error:
             raise UsageError(f"{error}.") from None
@@ -159,8 +166,10 @@ def _not_decoded(path: Path, reading: Reading, kind: str) -> DataError:
             line += max(block.count(b"\n"), block.count(b"\r"))
     likely = [one for one in _likely_encodings(path, sample) if one != encoding]
     if not likely:
-        return DataError(f"{what}: line {line} is not {name}. "
-                         f"Set {reading.said('encoding', 'NAME')} to the one it is in.")
+        return DataError(
+            f"{what}: line {line} is not {name}. "
+            f"Set {reading.said('encoding', 'NAME')} to the one it is in."
+        )
     first, *others = map(usual_name, likely)
     shown = f"{first} (or {', '.join(others)})" if others else first
     return DataError(
@@ -192,9 +201,9 @@ def _likely_encodings(path: Path, sample: bytes) -> list[str]:
             texts.setdefault(text, next(alike))
     likely = sorted(texts.values(), key=ENCODINGS.index)
     western = "cp1252" if _has_c1_bytes(path) else "iso8859-1"
-    return list(dict.fromkeys(
-        western if one in ("iso8859-1", "cp1252") else one for one in likely
-    ))[:GUESSES]
+    return list(
+        dict.fromkeys(western if one in ("iso8859-1", "cp1252") else one for one in likely)
+    )[:GUESSES]
 
 
 def _has_c1_bytes(path: Path) -> bool:
@@ -212,8 +221,10 @@ def wrong_encoding(path: Path, reading: Reading, where: str) -> DataError:
     where: the rows that hold them, in words.
     """
     name = usual_name(reading.encoding)
-    text = (f"Data file {path.name} read as {name} holds control characters (U+0080 to U+009F) in "
-            f"{where}, so it is not {name}")
+    text = (
+        f"Data file {path.name} read as {name} holds control characters (U+0080 to U+009F) in "
+        f"{where}, so it is not {name}"
+    )
     likely = WINDOWS_ENCODINGS[reading.encoding]
     try:
         with decoded(path, Reading(likely), "text") as file:
@@ -221,5 +232,6 @@ def wrong_encoding(path: Path, reading: Reading, where: str) -> DataError:
                 pass
     except DataError:
         return DataError(f"{text}. Set {reading.said('encoding', 'NAME')} to the one it is in.")
-    return DataError(f"{text}; it looks like {likely}. If that is right, set "
-                     f"{reading.said('encoding', likely)}.")
+    return DataError(
+        f"{text}; it looks like {likely}. If that is right, set {reading.said('encoding', likely)}."
+    )

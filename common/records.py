@@ -104,9 +104,9 @@ def column(table: Table, name: str) -> list[str]:
     """The cells of one column. DataError if it is not there, or a row has other fields."""
     if name not in table.header:
         raise DataError(
-            f"Column '{name}' is not in {table.source}.", code="E302",
-            local=f"it has: {', '.join(table.header[:20])}."
-            + columns_like([name], table.header),
+            f"Column '{name}' is not in {table.source}.",
+            code="E302",
+            local=f"it has: {', '.join(table.header[:20])}." + columns_like([name], table.header),
         )
     problems, at = Problems(), table.header.index(name)
     found = [cells[at] for _, cells in _whole(table, problems)]
@@ -142,8 +142,11 @@ def parse(table: Table, contract: Contract) -> Records:
         inputs.append(inputs_of(line, cells))
         if isinstance(task, Tokens) and len(inputs[-1].split()) != len(labels[-1] or ()):
             problems.add(
-                "E303", f"column '{task.label_column}' needs as many tags as "
-                f"'{contract.columns[0]}' has words", line, label,
+                "E303",
+                f"column '{task.label_column}' needs as many tags as "
+                f"'{contract.columns[0]}' has words",
+                line,
+                label,
             )
     problems.raise_if_any(f"{table.source} does not fit the contract '{contract.name}'")
     return Records(inputs, labels, tuple(queries), (*table.notes, *notes.sentences))
@@ -167,8 +170,7 @@ def _check_columns(table: Table, contract: Contract, wanted: Sequence[str]) -> N
             "Rename the columns of the file, or agree on another contract.",
             code="E302",
             # A file without a header has a record there.
-            local=f"it has: {', '.join(header[:20])}."
-            + columns_like(absent, header),
+            local=f"it has: {', '.join(header[:20])}." + columns_like(absent, header),
         )
     twice = [c for c in needed if header.count(c) > 1]
     if twice:
@@ -237,9 +239,7 @@ def _inputs(
     return choices
 
 
-def _notice(
-    contract: Contract, header: Sequence[str]
-) -> list[tuple[int, Callable[[str], str]]]:
+def _notice(contract: Contract, header: Sequence[str]) -> list[tuple[int, Callable[[str], str]]]:
     """For each column whose cells may be read otherwise than they stand: its place, and what says
     so of a cell ('' if it is read as it stands)."""
     task, found = contract.task, dict[int, Callable[[str], str]]()

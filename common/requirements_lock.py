@@ -49,7 +49,8 @@ def index_options(settings: Mapping[str, str]) -> list[str]:
     if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         options.append("--no-index")
     for key, option in (
-        ("index-url", "--default-index"), ("extra-index-url", "--index"),
+        ("index-url", "--default-index"),
+        ("extra-index-url", "--index"),
         ("find-links", "--find-links"),
     ):
         for value in settings.get(key, "").split():
@@ -68,18 +69,38 @@ def compile_lock(root: Path, to: Path, requirements: Sequence[str], more: Sequen
     """
     shown = subprocess.run(
         [sys.executable, "-P", "-m", "pip", "config", "list"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     settings = pip_settings(shown.splitlines())
     environment = dict(os.environ)
     if "cert" in settings:
         environment.setdefault("SSL_CERT_FILE", settings["cert"])
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "uv", "pip", "compile", *more, "-", "--constraints",
-         str(root / "constraints.txt"), "--generate-hashes", "--no-annotate", "--no-header",
-         "--quiet", *index_options(settings)],
-        input="\n".join(requirements), stdout=subprocess.PIPE, text=True, check=True,
-        env=environment, cwd=root,
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "uv",
+            "pip",
+            "compile",
+            *more,
+            "-",
+            "--constraints",
+            str(root / "constraints.txt"),
+            "--generate-hashes",
+            "--no-annotate",
+            "--no-header",
+            "--quiet",
+            *index_options(settings),
+        ],
+        input="\n".join(requirements),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=root,
     )
     to.write_text(HEADER.format("constraints.txt and pyproject.toml") + done.stdout, "utf-8")
 

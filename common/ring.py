@@ -44,7 +44,8 @@ def quantise(values: NDArray[np.float32], factor: float, bound: float) -> Words:
     if not largest <= float(np.float32(bound)):
         raise ProtocolError(
             "The update has values that are not finite, or beyond secure_aggregation.bound = "
-            f"{bound:g}.", code="E502",
+            f"{bound:g}.",
+            code="E502",
         )
     scaled = np.multiply(values, factor, dtype=np.float64)
     return np.rint(scaled, out=scaled).astype("<i4").view("<u4")
@@ -87,15 +88,15 @@ class Total:
             _add(part, streams)
 
     def values(self, factor: float) -> NDArray[np.float32]:
-        """The sum [size], divided by `factor`. ProtocolError E505 if it is beyond every honest one.
-        """
+        """The sum [size] divided by `factor`. ProtocolError E505 if no honest sum is that large."""
         found = np.empty(len(self.words), dtype="<f4")
         for start, part in self._parts():
             centred = (part << np.uint32(32 - BITS)).view("<i4") >> np.int32(32 - BITS)
             if max(int(centred.max()), -int(centred.min())) > LARGEST_SUM:
                 raise ProtocolError(
                     "The sum is beyond what the contract's bound allows: a mask is left on it, or "
-                    "a site did not keep to the bound.", code="E505",
+                    "a site did not keep to the bound.",
+                    code="E505",
                 )
             found[start : start + len(part)] = np.divide(centred, factor, dtype=np.float64)
         return found
@@ -137,8 +138,7 @@ def _pack(words: Words) -> bytes:
 
 
 def _unpack(packed: bytes) -> Words:
-    """The elements as words; above its 24 bits each holds a byte of the next, which do not count.
-    """
+    """The elements as words; above its 24 bits each holds a byte of the next, to be ignored."""
     shape = (len(packed) // WIDTH,)
     return np.ndarray(shape, dtype="<u4", buffer=packed + b"\0", strides=(WIDTH,))
 

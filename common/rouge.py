@@ -18,7 +18,8 @@ def require_rouge() -> None:
     if find_spec("rouge_score") is None:
         raise UsageError(
             "Answers are compared by rouge-score, which is not installed: `pip install "
-            "rouge-score`, or install Silotune with its extra 'llm'.", code="E103",
+            "rouge-score`, or install Silotune with its extra 'llm'.",
+            code="E103",
         )
 
 

@@ -130,12 +130,16 @@ class Member:
             number: _Round(masking_key(terms, name, number, pair), own)
             for number, (pair, own) in zip(numbers, self._seeds, strict=True)
         }
-        body = b"".join((
-            public_bytes(self._sealing),
-            *(public_bytes(r.masking) for r in self._rounds.values() if r.masking),
-            *(commitment(terms, name, n, own)
-              for n, (_, own) in zip(numbers, self._seeds, strict=True)),
-        ))
+        body = b"".join(
+            (
+                public_bytes(self._sealing),
+                *(public_bytes(r.masking) for r in self._rounds.values() if r.masking),
+                *(
+                    commitment(terms, name, n, own)
+                    for n, (_, own) in zip(numbers, self._seeds, strict=True)
+                ),
+            )
+        )
         self.keys = body + sign(keys_statement(terms, name, body))
         self._sealed: dict[str, bytes] = {}
 
@@ -219,7 +223,11 @@ class Member:
             raise refused(f"round {number} was masked before")
 
     def mask(
-        self, number: int, values: NDArray[np.float32], factor: float, bound: float,
+        self,
+        number: int,
+        values: NDArray[np.float32],
+        factor: float,
+        bound: float,
         asked: bytes,
     ) -> bytes:
         """The masked update: `values` [d], |v| <= bound, times `factor` in the ring [3 d bytes].
@@ -235,7 +243,8 @@ class Member:
         assert mine.own_seed is not None
         masks: list[ring.Mask] = [
             (agreement.mask_key(mine.masking, self.name, peer, number, asked), peer < self.name)
-            for peer in agreement.members if peer != self.name
+            for peer in agreement.members
+            if peer != self.name
         ]
         masks.append((agreement.own_mask_key(mine.own_seed, self.name, number), False))
         mine.masking = mine.own_seed = None
@@ -288,13 +297,13 @@ class Member:
     ) -> None:
         agreement = self._agreed()
         valid = [
-            name for name in survivors
+            name
+            for name in survivors
             if agreement.endorses(name, signatures.get(name, b""), number, survivors)
         ]
         if len(valid) < self.terms.threshold:
             raise refused(
-                f"{len(valid)} sites endorsed this set of survivors, "
-                f"{self.terms.threshold} must"
+                f"{len(valid)} sites endorsed this set of survivors, {self.terms.threshold} must"
             )
 
     def _agreed(self) -> Agreement:
@@ -315,9 +324,7 @@ class Sum:
     asked: the digest of what it asked all members.
     """
 
-    def __init__(
-        self, agreement: Agreement, number: int, size: int, asked: bytes
-    ) -> None:
+    def __init__(self, agreement: Agreement, number: int, size: int, asked: bytes) -> None:
         self.agreement, self.number, self.asked = agreement, number, asked
         self._opened = False
         self.survivors: set[str] = set()

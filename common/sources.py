@@ -92,7 +92,8 @@ class Problems:
             return
         raise DataError(
             f"{what}: {'; '.join(self.sentences)}. {remedy}",
-            code=next(iter(self.shown))[0], local=self.local,
+            code=next(iter(self.shown))[0],
+            local=self.local,
         )
 
 
@@ -286,8 +287,12 @@ def _json_lines(path: Path, reading: Reading) -> Iterator[Row]:
                     continue
                 yield line, header
             if not header or row.keys() != set(header):
-                problems.add("E311", "a line has other keys than the first one", line,
-                             ", ".join(sorted(row.keys() ^ set(header))))
+                problems.add(
+                    "E311",
+                    "a line has other keys than the first one",
+                    line,
+                    ", ".join(sorted(row.keys() ^ set(header))),
+                )
                 continue
             try:
                 cells = [cell(row[name]) for name in header]
@@ -317,11 +322,16 @@ def _conll(path: Path, reading: Reading) -> Iterator[Row]:
                 continue
             fields = fields or len(parts)
             if len(parts) != fields or fields < 2:
-                problems.add("E311", "a line has not a word and its tag, or not as many fields as "
-                             "the first", line, text[:80].strip())
+                problems.add(
+                    "E311",
+                    "a line has not a word and its tag, or not as many fields as the first",
+                    line,
+                    text[:80].strip(),
+                )
             elif len(parts[0].split()) != 1 or len(parts[-1].split()) != 1:
-                problems.add("E311", "a word or tag is empty or has a space in it", line,
-                             text[:80].strip())
+                problems.add(
+                    "E311", "a word or tag is empty or has a space in it", line, text[:80].strip()
+                )
             if not words:
                 start = line
             words.append(parts[0])
@@ -329,8 +339,8 @@ def _conll(path: Path, reading: Reading) -> Iterator[Row]:
         if words:
             yield start, [" ".join(words), " ".join(tags)]
     problems.raise_if_any(
-        f"Data file {path.name} cannot be read as CoNLL", "Correct those lines. (A table of other "
-        "columns is read from .csv or .tsv.)"
+        f"Data file {path.name} cannot be read as CoNLL",
+        "Correct those lines. (A table of other columns is read from .csv or .tsv.)",
     )
 
 
@@ -343,7 +353,8 @@ def _parquet(path: Path, _: Reading) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             nested = [
                 f"'{field.name}' ({_kind(field.type)})"
-                for field in file.schema_arrow if not _is_readable(field.type)
+                for field in file.schema_arrow
+                if not _is_readable(field.type)
             ]
             if nested:
                 raise DataError(
@@ -369,8 +380,13 @@ def _parquet(path: Path, _: Reading) -> Iterator[Row]:
 
 def _is_list(kind: Any) -> bool:
     types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-                or types.is_list_view(kind) or types.is_large_list_view(kind))
+    return bool(
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+    )
 
 
 def _is_readable(kind: Any) -> bool:
@@ -381,11 +397,18 @@ def _is_readable(kind: Any) -> bool:
         inner = kind.value_type
         if types.is_dictionary(inner):
             inner = inner.value_type
-        return bool(types.is_string(inner) or types.is_large_string(inner)
-                    or types.is_string_view(inner) or types.is_null(inner))
+        return bool(
+            types.is_string(inner)
+            or types.is_large_string(inner)
+            or types.is_string_view(inner)
+            or types.is_null(inner)
+        )
     return not (
-        types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind)
-        or types.is_fixed_size_binary(kind) or isinstance(kind, pa.BaseExtensionType)
+        types.is_nested(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or isinstance(kind, pa.BaseExtensionType)
     )
 
 
@@ -397,8 +420,9 @@ def _kind(kind: Any) -> str:
 def _as_text(column: Any, line: int, problems: Problems) -> list[str]:
     """A column's cells, the first in row `line`; what is there often is written once."""
     if _is_list(column.type):
-        return [_list_as_text(value, line + at, problems)
-                for at, value in enumerate(column.to_pylist())]
+        return [
+            _list_as_text(value, line + at, problems) for at, value in enumerate(column.to_pylist())
+        ]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     found = column.dictionary_encode()
@@ -426,11 +450,16 @@ class _Kind(NamedTuple):
 
 TEXT = ("CSV", "JSON Lines", "CoNLL")  # with an encoding; may be compressed by gzip
 KINDS = {
-    ".csv": _Kind("CSV", _csv), ".tsv": _Kind("CSV", _csv),
-    ".jsonl": _Kind("JSON Lines", _json_lines), ".ndjson": _Kind("JSON Lines", _json_lines),
-    ".parquet": _Kind("Parquet", _parquet), ".xlsx": _Kind("Excel", workbook.rows),
-    ".conll": _Kind("CoNLL", _conll), ".iob": _Kind("CoNLL", _conll),
-    ".iob2": _Kind("CoNLL", _conll), ".bio": _Kind("CoNLL", _conll),
+    ".csv": _Kind("CSV", _csv),
+    ".tsv": _Kind("CSV", _csv),
+    ".jsonl": _Kind("JSON Lines", _json_lines),
+    ".ndjson": _Kind("JSON Lines", _json_lines),
+    ".parquet": _Kind("Parquet", _parquet),
+    ".xlsx": _Kind("Excel", workbook.rows),
+    ".conll": _Kind("CoNLL", _conll),
+    ".iob": _Kind("CoNLL", _conll),
+    ".iob2": _Kind("CoNLL", _conll),
+    ".bio": _Kind("CoNLL", _conll),
     ".txt": _Kind("CoNLL", _conll),
 }
 SUFFIXES = tuple(KINDS)
@@ -439,7 +468,15 @@ ADVICE = {
     "Save the sheet as .xlsx or .csv.": (".xls", ".xlsm", ".xlsb", ".ods", ".numbers"),
     "Write one object a line, as .jsonl.": (".json",),
     "Unpack it first.": (
-        ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar",
+        ".zip",
+        ".tar",
+        ".tgz",
+        ".gz",
+        ".bz2",
+        ".xz",
+        ".zst",
+        ".7z",
+        ".rar",
     ),
 }
 
@@ -459,8 +496,9 @@ def _kind_of(path: Path) -> _Kind:
         if kind is not None and kind.name in TEXT:
             return kind
     if suffix not in KINDS:
-        advice = next((words for words, ends in ADVICE.items() if suffix in ends),
-                      "Save it in one of these.")
+        advice = next(
+            (words for words, ends in ADVICE.items() if suffix in ends), "Save it in one of these."
+        )
         what = f"{suffix} files are not" if suffix else "a file without a suffix is not"
         raise DataError(
             f"Data file {path.name}: {what} read. {advice} Read are {', '.join(SUFFIXES)}, and "

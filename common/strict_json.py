@@ -36,8 +36,9 @@ def loads(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_float=_number,
-                           parse_constant=_constant)
+        found = json.loads(
+            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_constant
+        )
     except _RepeatedKeyError:
         key, line = _repeated(text)
         raise ValueError(

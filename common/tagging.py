@@ -22,7 +22,13 @@ OUTSIDE = "O"  # a word that belongs to no entity
 # What a prefix says of a word within its entity.
 BEGIN, INSIDE, END, SINGLE = "B", "I", "E", "S"
 PREFIXES = {
-    "B": BEGIN, "I": INSIDE, "M": INSIDE, "E": END, "L": END, "S": SINGLE, "U": SINGLE,
+    "B": BEGIN,
+    "I": INSIDE,
+    "M": INSIDE,
+    "E": END,
+    "L": END,
+    "S": SINGLE,
+    "U": SINGLE,
 }
 IOB2 = "IOB2"
 
@@ -88,7 +94,12 @@ def written(entities: Sequence[Entity], words: int, letters: str) -> list[str]:
 
 
 SCHEMES = {
-    IOB2: "BIIB", "IOB1": " II ", "BIOES": "BIES", "BILOU": "BILU", "BMES": "BMES", "IOE2": "IIEE",
+    IOB2: "BIIB",
+    "IOB1": " II ",
+    "BIOES": "BIES",
+    "BILOU": "BILU",
+    "BMES": "BMES",
+    "IOE2": "IIEE",
 }
 # What is said of tags that are read as if they were IOB2, by the scheme in which they are valid.
 READ_OTHERWISE = {
@@ -107,8 +118,12 @@ def scheme_of(tags: Sequence[str]) -> str:
     `entities_of`."""
     found = entities_of(tags)
     return next(
-        (name for name, letters in SCHEMES.items()
-         if written(found, len(tags), letters) == list(tags)), "",
+        (
+            name
+            for name, letters in SCHEMES.items()
+            if written(found, len(tags), letters) == list(tags)
+        ),
+        "",
     )
 
 

@@ -28,9 +28,7 @@ from silotune.common.fields import (
     kind_or,
 )
 
-TaskKind = Literal[
-    "classification", "multi-label", "tokens", "regression", "ranking", "language"
-]
+TaskKind = Literal["classification", "multi-label", "tokens", "regression", "ranking", "language"]
 Target = Any  # int, float, a list of ints or text, by task
 
 Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
@@ -58,9 +56,7 @@ def _distinct(labels: tuple[Label, ...]) -> None:
             raise ValueError(f"label {what} {twice[0]!r} stands twice")
 
 
-def _one_weight_each(
-    weights: Sequence[float] | None, classes: Sequence[object], what: str
-) -> None:
+def _one_weight_each(weights: Sequence[float] | None, classes: Sequence[object], what: str) -> None:
     if weights and len(weights) != len(classes):
         raise ValueError(
             f"class_weights needs one weight for each of {len(classes)} {what}, has {len(weights)}"
@@ -72,7 +68,12 @@ class Classification(Frozen):
     in a loss that a site releases, in their order."""
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "auc", "auprc", "accuracy", "macro_f1", "calibration", "loss",
+        "auc",
+        "auprc",
+        "accuracy",
+        "macro_f1",
+        "calibration",
+        "loss",
     )
     kind: Literal["classification"] = "classification"
     label_column: str
@@ -106,7 +107,11 @@ class MultiLabel(Frozen):
     """Any number of the labels a record, their raw values between separators."""
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "micro_f1", "macro_f1", "accuracy", "exact_match", "loss",
+        "micro_f1",
+        "macro_f1",
+        "accuracy",
+        "exact_match",
+        "loss",
     )
     kind: Literal["multi-label"] = "multi-label"
     label_column: str
@@ -156,7 +161,11 @@ class Tokens(Frozen):
     """
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "f1", "precision", "recall", "accuracy", "loss",
+        "f1",
+        "precision",
+        "recall",
+        "accuracy",
+        "loss",
     )
     kind: Literal["tokens"] = "tokens"
     label_column: str
@@ -209,7 +218,10 @@ class Regression(Frozen):
     learns log(1 + number), so that a bill of 50 is not drowned by one of 50,000."""
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "r2", "mae", "rmse", "loss",
+        "r2",
+        "mae",
+        "rmse",
+        "loss",
     )
     kind: Literal["regression"] = "regression"
     label_column: str
@@ -275,7 +287,11 @@ class Ranking(Frozen):
     so, `others` those that do not; candidates are ranked among those with the same `query`."""
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "mrr", "ndcg", "recall_at_10", "auc", "loss",
+        "mrr",
+        "ndcg",
+        "recall_at_10",
+        "auc",
+        "loss",
     )
     kind: Literal["ranking"] = "ranking"
     label_column: str
@@ -314,7 +330,10 @@ class Language(Frozen):
     """
 
     metrics: ClassVar[tuple[str, ...]] = (
-        "accuracy", "exact_match", "perplexity", "loss",
+        "accuracy",
+        "exact_match",
+        "perplexity",
+        "loss",
     )
     kind: Literal["language"] = "language"
     label_column: str
@@ -335,8 +354,11 @@ class Language(Frozen):
 
 
 Task = Annotated[
-    Annotated[Classification, Tag("classification")] | Annotated[MultiLabel, Tag("multi-label")]
-    | Annotated[Tokens, Tag("tokens")] | Annotated[Regression, Tag("regression")]
-    | Annotated[Ranking, Tag("ranking")] | Annotated[Language, Tag("language")],
+    Annotated[Classification, Tag("classification")]
+    | Annotated[MultiLabel, Tag("multi-label")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[Regression, Tag("regression")]
+    | Annotated[Ranking, Tag("ranking")]
+    | Annotated[Language, Tag("language")],
     Discriminator(kind_or("classification")),
 ]

@@ -42,8 +42,7 @@ def held(contract: Contract, change: Arrays) -> Arrays:
     single site's update, beside the masks; of what is private already this is post-processing."""
     most = np.float32(bound(contract))
     return {
-        name: np.clip(np.nan_to_num(array, nan=0.0), -most, most)
-        for name, array in change.items()
+        name: np.clip(np.nan_to_num(array, nan=0.0), -most, most) for name, array in change.items()
     }
 
 
@@ -57,9 +56,7 @@ def join(contract: Contract, change: Arrays, metrics: Mapping[Metric, float]) ->
     return np.concatenate([*parts, np.asarray(figures)], dtype=np.float32, casting="same_kind")
 
 
-def split(
-    contract: Contract, shapes: Shapes, vector: Vector
-) -> tuple[Arrays, dict[Metric, float]]:
+def split(contract: Contract, shapes: Shapes, vector: Vector) -> tuple[Arrays, dict[Metric, float]]:
     """The tensors and the metrics in a (summed) vector."""
     change: Arrays = {}
     at = 0

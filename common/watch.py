@@ -46,7 +46,8 @@ def ordered(table: Table, column: str) -> Table:
         raise DataError(
             f"Column '{column}' of {table.source} does not put the rows in order: each needs a "
             "number, or each a time as 2026-11-22 or 2026-11-22T14:05:00, all with a zone or all "
-            "without.", code="E302",
+            "without.",
+            code="E302",
         )
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return Table(table.source, table.header, [table.rows[row] for row in order])
@@ -64,17 +65,18 @@ def _keys(cells: Sequence[str]) -> list[Any] | None:
 
 
 def told(contract: Contract, model: Network, arrays: Any, inputs: Inputs) -> dict[str, list[float]]:
-    """Of each label [N]: 1 where it is told, else 0; of a regression the place between the bounds.
-    """
+    """Of each label [N]: 1 where it is told, else 0; of a regression the share between bounds."""
     task = contract.task
     encoded = model.encode(inputs)
     # What is kept of a row of these tasks does not depend on its target.
     blank = [[0] * task.outputs if isinstance(task, MultiLabel) else 0] * len(inputs)
     with model.lock:
         model.load(arrays)
-        outputs = np.asarray(model.predict(
-            encoded, model.objective.tensor(blank), adapter=contract.adapter is not None
-        ))
+        outputs = np.asarray(
+            model.predict(
+                encoded, model.objective.tensor(blank), adapter=contract.adapter is not None
+            )
+        )
     if isinstance(task, Regression):
         return {task.label_column: np.clip(outputs[:, 0], 0, 1).tolist()}
     assert isinstance(task, (Classification, MultiLabel))
@@ -97,8 +99,11 @@ def draw(values: Mapping[str, Sequence[float]], alerts: Sequence[Alert], file: P
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "watch"}):
         figure = Figure(figsize=(WIDTH, HEIGHT * len(values) + 0.4), layout="constrained")
         for place, (axes, (label, own)) in enumerate(
-            zip(figure.subplots(len(values), sharex=True, squeeze=False)[:, 0], values.items(),
-                strict=True)
+            zip(
+                figure.subplots(len(values), sharex=True, squeeze=False)[:, 0],
+                values.items(),
+                strict=True,
+            )
         ):
             size = min(SMOOTHED, n)
             curve = np.convolve(own, np.ones(size) / size, mode="valid")
@@ -108,8 +113,13 @@ def draw(values: Mapping[str, Sequence[float]], alerts: Sequence[Alert], file: P
                 axes.axvspan(alert.since + 1, alert.row + 1, color="#f3d9d5", linewidth=0)
                 axes.axvline(alert.row + 1, color="#a3180c", linewidth=1)
                 axes.annotate(
-                    f"{alert.before:.0%} → {alert.after:.0%}", (alert.row + 1, top), xytext=(3, -2),
-                    textcoords="offset points", va="top", fontsize=8, color="#a3180c",
+                    f"{alert.before:.0%} → {alert.after:.0%}",
+                    (alert.row + 1, top),
+                    xytext=(3, -2),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=8,
+                    color="#a3180c",
                 )
             axes.set_ylim(0, top)
             axes.set_xlim(1, max(n, 2))
@@ -123,6 +133,7 @@ def draw(values: Mapping[str, Sequence[float]], alerts: Sequence[Alert], file: P
             if place == len(values) - 1:
                 axes.set_xlabel(
                     f"row (each point: the last {size} rows; red: noticed, shaded: since when)",
-                    fontsize=8, color="#586472",
+                    fontsize=8,
+                    color="#586472",
                 )
         figure.savefig(file, format="svg", metadata={"Date": None})

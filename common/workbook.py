@@ -29,8 +29,10 @@ BLOCK = 1 << 20  # bytes
 ESCAPE = re.compile("_x(00[01][0-9A-F]|005F|FFF[EF])_", re.IGNORECASE)
 LARGEST = 1 << 53  # up to here a floating-point number holds every whole number
 DIGITS = 12  # of a larger number that it may have
-LONG = ("a number beyond 2^53 with more than 12 digits, as identifiers have: workbooks keep 15 to "
-        "17 digits of a number, so it may be another one by now")
+LONG = (
+    "a number beyond 2^53 with more than 12 digits, as identifiers have: workbooks keep 15 to "
+    "17 digits of a number, so it may be another one by now"
+)
 ERROR = "an error of Excel's, such as #N/A, or a formula without a value, where a value is expected"
 
 
@@ -73,9 +75,7 @@ def _rows(path: Path) -> list[Row]:
     import openpyxl
 
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    formulas = (
-        openpyxl.load_workbook(path, read_only=True) if _has_formulas(path) else None
-    )
+    formulas = openpyxl.load_workbook(path, read_only=True) if _has_formulas(path) else None
     try:
         found: dict[str, list[Row]] = {}
         wrong: list[int] = []
@@ -92,7 +92,9 @@ def _rows(path: Path) -> list[Row]:
     if len(found) > 1:
         raise DataError(
             f"Data file {path.name} has {len(found)} sheets with cells in them: keep the one with "
-            "the records, or save it as .csv.", code="E311", local=f"sheets: {', '.join(found)}",
+            "the records, or save it as .csv.",
+            code="E311",
+            local=f"sheets: {', '.join(found)}",
         )
     _refuse(path, wrong, ERROR, "Correct those cells.")
     _refuse(path, long, LONG, "Write that column as text, from the source that had all digits.")
@@ -105,7 +107,8 @@ def _refuse(path: Path, lines: list[int], what: str, remedy: str) -> None:
         more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise DataError(
             f"Data file {path.name} has {what}: row{'s' * (len(lines) > 1)} "
-            f"{', '.join(map(str, lines[:10]))}{more}. {remedy}", code="E311",
+            f"{', '.join(map(str, lines[:10]))}{more}. {remedy}",
+            code="E311",
         )
 
 

@@ -24,13 +24,19 @@ class Acceptance:
     def __init__(self, contract: Contract, evaluate: Evaluate | None, initial: Arrays) -> None:
         settings = contract.aggregation
         if (settings.early_stop or settings.gate) and evaluate is None:
-            raise RunError("The contract's early_stop and gate look at a metric on public rows: "
-                           "name them (silotune server run --test FILE).", code="E301")
+            raise RunError(
+                "The contract's early_stop and gate look at a metric on public rows: "
+                "name them (silotune server run --test FILE).",
+                code="E301",
+            )
         self.gate, self._evaluate = settings.gate, evaluate
         self._known: tuple[Arrays, bool, float | None] | None = None  # of the adapter in place
         if self.gate and self._score_in_place(initial, contract.phases[0].adapts) is None:
-            raise RunError(f"The public rows do not define {self.gate.metric}, the gate's metric: "
-                           "name others.", code="E301")
+            raise RunError(
+                f"The public rows do not define {self.gate.metric}, the gate's metric: "
+                "name others.",
+                code="E301",
+            )
 
     def why_not(self, before: Arrays, after: Arrays, with_adapter: bool) -> str | None:
         """Why not to go on from the adapter in place to this one; None if nothing is against it."""
@@ -41,8 +47,10 @@ class Acceptance:
         if old is not None and new is not None and worth(metric, old) - worth(metric, new) <= most:
             self._known = after, with_adapter, new
             return None
-        return (f"{metric} on public rows would go from {_told(old)} to {_told(new)}, which is "
-                f"worse by more than {most:g}: the sum was not taken, its ε stays spent")
+        return (
+            f"{metric} on public rows would go from {_told(old)} to {_told(new)}, which is "
+            f"worse by more than {most:g}: the sum was not taken, its ε stays spent"
+        )
 
     def _score_in_place(self, adapter: Arrays, with_adapter: bool) -> float | None:
         known = self._known

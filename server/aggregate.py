@@ -66,8 +66,10 @@ def adaptive_step(
         m, v = (moments.get(name, np.zeros_like(step)) for moments in (first, second))
         square = step * step
         m = b1 * m + (1 - b1) * step
-        v = (v - (1 - b2) * square * np.sign(v - square)) if settings.kind == "yogi" else (
-            b2 * v + (1 - b2) * square
+        v = (
+            (v - (1 - b2) * square * np.sign(v - square))
+            if settings.kind == "yogi"
+            else (b2 * v + (1 - b2) * square)
         )
         with np.errstate(all="ignore"):  # the caller looks for what is not finite
             x = adapter[name] + np.float32(settings.rate) * m / (np.sqrt(v) + settings.tau)
@@ -76,7 +78,8 @@ def adaptive_step(
 
 
 def mean_figures(
-    figures: Mapping[str, Mapping[Metric, float]], weights: Mapping[str, float],
+    figures: Mapping[str, Mapping[Metric, float]],
+    weights: Mapping[str, float],
     ranges: Mapping[Metric, tuple[float, float]],
 ) -> dict[Metric, float]:
     """The weighted mean of the sites' released metrics, each held to its range: what a masked sum
@@ -85,7 +88,8 @@ def mean_figures(
     return {
         metric: sum(
             weights[site] * min(max(figures[site][metric], low), high) for site in sorted(figures)
-        ) / total
+        )
+        / total
         for metric, (low, high) in ranges.items()
     }
 
@@ -100,7 +104,11 @@ def next_clip_norm(clip_norm: float, unclipped: float, settings: AdaptiveClippin
 
 def running_mean(mean: Arrays, count: int, latest: Arrays) -> Arrays:
     """The mean of count + 1 iterates from the mean of the first `count`."""
-    return {
-        name: (mean[name] + (latest[name] - mean[name]) / (count + 1)).astype(np.float32)
-        for name in latest
-    } if count else dict(latest)
+    return (
+        {
+            name: (mean[name] + (latest[name] - mean[name]) / (count + 1)).astype(np.float32)
+            for name in latest
+        }
+        if count
+        else dict(latest)
+    )

@@ -45,8 +45,9 @@ def main(grid: Grid, context: Context) -> None:
         if config["test"]:
             from silotune.server.evaluate import PublicTest
 
-            reading = Reading.of(config["encoding"], config["delimiter"] or None,
-                                 "--{key} '{value}'")
+            reading = Reading.of(
+                config["encoding"], config["delimiter"] or None, "--{key} '{value}'"
+            )
             evaluate = PublicTest(contract, model, {"": Path(config["test"])}, reading).metrics
         begin = Registry.open if config["resume"] else Registry.create
         registry = begin(folder, contract, folder.parent / ".receipts")

@@ -15,8 +15,7 @@ SAY_SECONDS = 15.0  # between two events about the same missing sites
 
 
 class Arrivals:
-    """The sites that are here, by node; and those that are not, with the last code they answered.
-    """
+    """The sites that are connected, by node; the others with the last code they answered."""
 
     def __init__(self, roster: Collection[str]) -> None:
         self._roster = frozenset(roster)
@@ -69,8 +68,10 @@ class Arrivals:
         facts = self._facts()
         if not facts["sites"]:
             return None
-        if self._said is not None and self._said[1] == facts and (
-            passed < self._said[0] + SAY_SECONDS
+        if (
+            self._said is not None
+            and self._said[1] == facts
+            and (passed < self._said[0] + SAY_SECONDS)
         ):
             return None
         self._said = passed, facts

@@ -43,8 +43,11 @@ def make_crl(ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate) -> bytes:
     """The CA's list of revoked certificates (DER): none."""
     now = datetime.now(UTC)
     crl = (
-        x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(now - SKEW)
-        .next_update(now + timedelta(days=SERVER_DAYS)).sign(ca_key, SHA384())
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(ca.subject)
+        .last_update(now - SKEW)
+        .next_update(now + timedelta(days=SERVER_DAYS))
+        .sign(ca_key, SHA384())
     )
     return crl.public_bytes(Encoding.DER)
 
@@ -52,8 +55,7 @@ def make_crl(ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate) -> bytes:
 def make_server(
     hosts: list[str], ca_key: ec.EllipticCurvePrivateKey, ca: x509.Certificate, crl: str = ""
 ) -> Pem:
-    """A server's certificate for these names and addresses. crl: where the list of revoked ones is.
-    """
+    """A server's certificate for these names and addresses. crl: where the revocation list is."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
@@ -62,8 +64,7 @@ def make_server(
         point = x509.DistributionPoint([x509.UniformResourceIdentifier(crl)], None, None, None)
         builder = builder.add_extension(x509.CRLDistributionPoints([point]), critical=False)
     certificate = (
-        builder
-        .add_extension(names, critical=False)
+        builder.add_extension(names, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -93,17 +94,27 @@ def _builder(
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
-        x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-        .serial_number(x509.random_serial_number()).not_valid_before(now - SKEW)
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - SKEW)
         .not_valid_after(now + timedelta(days=days))
     )
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not signs, key_cert_sign=signs, crl_sign=signs,
-        content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, encipher_only=False, decipher_only=False,
+        digital_signature=not signs,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 

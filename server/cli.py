@@ -74,20 +74,36 @@ def init(
     from silotune.server.place import Place, ServerSettings
 
     settings = fields.parse(
-        json.dumps({"host": host, "port": port, "link_port": link_port,
-                    "metrics_port": metrics_port}), "options.json", ServerSettings,
+        json.dumps(
+            {"host": host, "port": port, "link_port": link_port, "metrics_port": metrics_port}
+        ),
+        "options.json",
+        ServerSettings,
     )
     place = Place.create(folder, settings)
     print_ = authority.fingerprint((place.folder / "ca.crt").read_bytes())
-    emit({"folder": str(folder), "ca_sha256": print_}, as_json, "\n".join([
-        f"✓ CA and certificate for {host} in {folder} (keys 0600; they stay here)",
-        f"CA fingerprint  {print_}  (read it out to each site)",
-        next_step(
-            "server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", "--folder", folder,
-            first=f"send {folder / 'ca.crt'} to the sites, have their requests sent to you, then: ",
-            note="once for each request, with the fingerprint that its site reads out",
+    emit(
+        {"folder": str(folder), "ca_sha256": print_},
+        as_json,
+        "\n".join(
+            [
+                f"✓ CA and certificate for {host} in {folder} (keys 0600; they stay here)",
+                f"CA fingerprint  {print_}  (read it out to each site)",
+                next_step(
+                    "server",
+                    "add",
+                    "REQUEST",
+                    "--fingerprint",
+                    "FINGERPRINT",
+                    "--folder",
+                    folder,
+                    first=f"send {folder / 'ca.crt'} to the sites, have their requests sent to "
+                    "you, then: ",
+                    note="once for each request, with the fingerprint that its site reads out",
+                ),
+            ]
         ),
-    ]))
+    )
 
 
 @server.command()
@@ -108,11 +124,19 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     place, found = Place.open(folder), join.load(request)
     place.admit(found, fingerprint)
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
-    emit({"site": found.site, "public_key": found.public_key}, as_json, "\n".join([
-        f"✓ {found.site} is in the roster; for the contract:", entry,
-        next_step("server", "start", "--folder", folder,
-                  note="if it runs already: stop it first"),
-    ]))
+    emit(
+        {"site": found.site, "public_key": found.public_key},
+        as_json,
+        "\n".join(
+            [
+                f"✓ {found.site} is in the roster; for the contract:",
+                entry,
+                next_step(
+                    "server", "start", "--folder", folder, note="if it runs already: stop it first"
+                ),
+            ]
+        ),
+    )
 
 
 @server.command()
@@ -137,10 +161,16 @@ def fingerprint(folder: Path) -> None:
 
 @server.command("contract")
 @click.argument("draft", type=click.Path(path_type=Path))
-@click.option("--unmasked", is_flag=True, help="Without secure aggregation: the server sees each "
-              "site's update by itself.")
-@click.option("--replace", is_flag=True, help="In the place of one of that name which no site has "
-              "yet, and no run.")
+@click.option(
+    "--unmasked",
+    is_flag=True,
+    help="Without secure aggregation: the server sees each site's update by itself.",
+)
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="In the place of one of that name which no site has yet, and no run.",
+)
 @FOLDER
 @JSON
 def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json: bool) -> None:
@@ -162,25 +192,52 @@ def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json:
     absent = [site.name for site in wanted.sites if site.name not in names]
     warnings, masks = list(made.warnings), f"masks: {made.masks}"
     if made.quorum < wanted.quorum:
-        warnings.append(f"quorum: {made.quorum}, not {wanted.quorum} as in the draft: that many "
-                        "sites are in the roster")
+        warnings.append(
+            f"quorum: {made.quorum}, not {wanted.quorum} as in the draft: that many "
+            "sites are in the roster"
+        )
     if made.secure_aggregation is None and not unmasked:
         warnings.append(masks)
-    add = [next_step(
-        "server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", "--folder", folder,
-        note=f"for {', '.join(absent)}; make the contract again afterwards, with --replace if no "
-        "site has this one",
-    )] if absent else []
-    emit({"contract": str(path), "sha256": made.hash, "sites": names, "absent": absent,
-          "warnings": warnings}, as_json,
-         "\n".join([
-             f"✓ {made.name} for {', '.join(names)}"
-             + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
-             *([] if masks in warnings else [f"  {masks}"]), f"sha256  {made.hash}",
-             *(f"! {warning}" for warning in warnings), *add,
-             next_step("server", "start", "--folder", folder,
-                       first=f"send {path} to the sites, then: "),
-         ]))
+    add = (
+        [
+            next_step(
+                "server",
+                "add",
+                "REQUEST",
+                "--fingerprint",
+                "FINGERPRINT",
+                "--folder",
+                folder,
+                note=f"for {', '.join(absent)}; make the contract again afterwards, with --replace "
+                "if no site has this one",
+            )
+        ]
+        if absent
+        else []
+    )
+    emit(
+        {
+            "contract": str(path),
+            "sha256": made.hash,
+            "sites": names,
+            "absent": absent,
+            "warnings": warnings,
+        },
+        as_json,
+        "\n".join(
+            [
+                f"✓ {made.name} for {', '.join(names)}"
+                + (f" (not in the roster: {', '.join(absent)})" if absent else ""),
+                *([] if masks in warnings else [f"  {masks}"]),
+                f"sha256  {made.hash}",
+                *(f"! {warning}" for warning in warnings),
+                *add,
+                next_step(
+                    "server", "start", "--folder", folder, first=f"send {path} to the sites, then: "
+                ),
+            ]
+        ),
+    )
 
 
 @server.command()
@@ -208,7 +265,11 @@ def start(folder: Path, log_json: bool) -> None:
 @reading_options
 @FOLDER
 def run(
-    contract: Path, name: str | None, model: Path | None, test: Path | None, reading: Reading,
+    contract: Path,
+    name: str | None,
+    model: Path | None,
+    test: Path | None,
+    reading: Reading,
     folder: Path,
 ) -> None:
     """Carry out a contract with the sites that are connected, and show its rounds.
@@ -223,8 +284,10 @@ def run(
         slug = re.sub(r"[^a-z0-9]+", "-", found.name.lower()).strip("-")[:40] or "run"
         name = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(RUN_NAME, name):
-        raise UsageError(f"'{name}' cannot be a run's name: use up to 64 small letters, digits and "
-                         "'-', a letter or digit first.")
+        raise UsageError(
+            f"'{name}' cannot be a run's name: use up to 64 small letters, digits and "
+            "'-', a letter or digit first."
+        )
     _carry_out(folder, contract, name, model, test, reading, "")
 
 
@@ -236,7 +299,11 @@ def run(
 @reading_options
 @FOLDER
 def resume(
-    name: str, skip_round: bool, model: Path | None, test: Path | None, reading: Reading,
+    name: str,
+    skip_round: bool,
+    model: Path | None,
+    test: Path | None,
+    reading: Reading,
     folder: Path,
 ) -> None:
     """Go on with a run that stopped, from its last whole round. Sites answer what they were asked
@@ -253,8 +320,10 @@ def resume(
     if not path.is_file():
         states = {found["run"]: found["state"] for found in map(_standing, _runs(place))}
         if name in states:
-            raise UsageError(f"The run '{name}' has no round to go on from ({states[name]}). Begin "
-                             f"it again: silotune server run CONTRACT --run {name}")
+            raise UsageError(
+                f"The run '{name}' has no round to go on from ({states[name]}). Begin "
+                f"it again: silotune server run CONTRACT --run {name}"
+            )
         raise _unknown(place, name)
     _carry_out(folder, path, name, model, test, reading, "skip" if skip_round else "yes")
 
@@ -279,8 +348,16 @@ def stop(name: str, folder: Path) -> None:
     flwr(place, "stop", number.read_text(encoding="utf-8"), "silotune")
     echo(f"✓ {name} is told to stop")
     if (place.runs / name / "contract.json").is_file():
-        echo(next_step("server", "resume", name, "--folder", folder,
-                       note="to go on with it, from its last whole round"))
+        echo(
+            next_step(
+                "server",
+                "resume",
+                name,
+                "--folder",
+                folder,
+                note="to go on with it, from its last whole round",
+            )
+        )
 
 
 @server.command()
@@ -305,8 +382,9 @@ def status(folder: Path, as_json: bool) -> None:
 
 def _runs(place: Place) -> list[Path]:
     """The folders of all runs, also of those that ended before their first round."""
-    files = [file for name in ("contract.json", "events.jsonl")
-             for file in place.runs.glob(f"*/{name}")]
+    files = [
+        file for name in ("contract.json", "events.jsonl") for file in place.runs.glob(f"*/{name}")
+    ]
     return sorted({file.parent for file in files})
 
 
@@ -337,13 +415,24 @@ def _standing(folder: Path) -> dict[str, Any]:
         state = f"stopped: {found.why or no_room(folder) or DIED}"
     if state == "running" and found.waiting:
         state = _waiting(found.waiting)
-    return {"run": folder.name, "round": max(found.committed, default=0), "rounds": found.planned,
-            "state": state, "code": found.code, "absent": dict(found.absent)}
+    return {
+        "run": folder.name,
+        "round": max(found.committed, default=0),
+        "rounds": found.planned,
+        "state": state,
+        "code": found.code,
+        "absent": dict(found.absent),
+    }
 
 
 def _carry_out(
-    folder: Path, contract: Path, name: str, model: Path | None, test: Path | None,
-    reading: Reading, resume: str,
+    folder: Path,
+    contract: Path,
+    name: str,
+    model: Path | None,
+    test: Path | None,
+    reading: Reading,
+    resume: str,
 ) -> None:
     """Hand a run to Flower and repeat what its events say until it ends."""
     from silotune.server.events import Events
@@ -369,11 +458,22 @@ def _carry_out(
     events, rounds, token = Events(where), agreed.rounds, secrets.token_hex(8)
     events.new()  # what was before
     app = write_app(
-        place.folder / "flwr" / "apps" / name, contract=contract, model=base, run=name,
-        runs=place.runs, resume=resume, test=test, reading=reading, token=token,
+        place.folder / "flwr" / "apps" / name,
+        contract=contract,
+        model=base,
+        run=name,
+        runs=place.runs,
+        resume=resume,
+        test=test,
+        reading=reading,
+        token=token,
     )
-    more = [word for option, value in (("--model", model), ("--test", test)) if value
-            for word in (option, str(value))]
+    more = [
+        word
+        for option, value in (("--model", model), ("--test", test))
+        if value
+        for word in (option, str(value))
+    ]
     more += shlex.split(reading_words(reading, "--{key} {value}"))
     again = ["server", "resume", name, "--folder", str(folder), *more]
     number = ""
@@ -390,9 +490,11 @@ def _carry_out(
         if (where / "contract.json").is_file():
             echo(next_step(*again))
             if CLOSED_SUM in str(error):
-                echo(next_step(
-                    *again, "--skip-round", note="without this round; what it cost stays spent"
-                ))
+                echo(
+                    next_step(
+                        *again, "--skip-round", note="without this round; what it cost stays spent"
+                    )
+                )
         raise
     echo(f"adapter  {adapter}")
 
@@ -447,8 +549,9 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
         )
     if end is None and not begun and (why := _ended_in_flower(place, number)):
         end = {"event": "refused", "code": "E605", "why": why}
-        events.append(where, **{"what" if k == "event" else k: v for k, v in end.items()},
-                      token=token)
+        events.append(
+            where, **{"what" if k == "event" else k: v for k, v in end.items()}, token=token
+        )
     if end is not None and end["event"] == "released":
         return f"The run {name} is done: {where / 'adapter.safetensors'}"
     if end is not None:
@@ -459,16 +562,18 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
         return "\n".join([f"Detached. The run {name} has not begun; Flower has it.", *lines])
     waiting = events.standing(said).waiting
     does = f"it is {_waiting(waiting)}, then" if waiting else "its"
-    return "\n".join([
-        f"Detached. The run {name} goes on: {does} sites train, and each round spends ε.", *lines,
-        f"resume:  {shlex.join(['silotune', *again])}   (once it is stopped; what it has committed "
-        "is kept)",
-    ])
+    return "\n".join(
+        [
+            f"Detached. The run {name} goes on: {does} sites train, and each round spends ε.",
+            *lines,
+            f"resume:  {shlex.join(['silotune', *again])}   (once it is stopped; what it has "
+            "committed is kept)",
+        ]
+    )
 
 
 def _end_of(said: Sequence[Event], token: str) -> tuple[Event | None, bool]:
-    """How the process with this token ended its run, None if it has not; whether it has begun it.
-    """
+    """How the process with this token ended its run (None: not yet); whether it has begun it."""
     begun = False
     for event in said:
         own, kind = event.get("token") == token, event["event"]
@@ -557,5 +662,5 @@ def _waiting(event: Mapping[str, Any]) -> str:
 
 
 def _without(absent: dict[str, str]) -> str:
-    """" without hungary (E201), switzerland (E403)", or nothing."""
+    """ " without hungary (E201), switzerland (E403)", or nothing."""
     return " without " * bool(absent) + ", ".join(f"{s} ({c})" for s, c in sorted(absent.items()))

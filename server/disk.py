@@ -22,5 +22,6 @@ def no_room(folder: Path, error: BaseException | None = None) -> RunError | None
         return None
     return RunError(
         f"The disk of {folder} is full ({free >> 20} MB free). What was committed is kept and "
-        "nothing more is asked of the sites: free space, then resume the run.", code="E604",
+        "nothing more is asked of the sites: free space, then resume the run.",
+        code="E604",
     )

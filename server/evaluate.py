@@ -21,7 +21,10 @@ class PublicTest:
     """
 
     def __init__(
-        self, contract: Contract, model: Network, files: Mapping[str, Path],
+        self,
+        contract: Contract,
+        model: Network,
+        files: Mapping[str, Path],
         reading: Reading | None = None,
     ) -> None:
         self.model, self.task = model, contract.task
@@ -48,9 +51,12 @@ class PublicTest:
         }
         return {
             group: score(
-                self.task, [outputs[r] for r in rows], [self.labels[r] for r in rows],
+                self.task,
+                [outputs[r] for r in rows],
+                [self.labels[r] for r in rows],
                 [self.queries[r] for r in rows] if self.queries else (),
-            ) for group, rows in found.items()
+            )
+            for group, rows in found.items()
         }
 
     def metrics(self, adapter: Arrays, with_adapter: bool) -> Scores:

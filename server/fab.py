@@ -34,8 +34,16 @@ clientapp = "silotune.client.relay:app"
 
 
 def write_app(
-    folder: Path, *, contract: Path, model: Path | None, run: str, runs: Path, resume: str = "",
-    test: Path | None = None, reading: Reading = Reading(), token: str = "",  # noqa: B008 - frozen
+    folder: Path,
+    *,
+    contract: Path,
+    model: Path | None,
+    run: str,
+    runs: Path,
+    resume: str = "",
+    test: Path | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+    token: str = "",
 ) -> Path:
     """Write the app folder for `flwr run`; paths are the operator's own and absolute.
 
@@ -43,9 +51,14 @@ def write_app(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "contract": contract.resolve(), "model": model.resolve() if model else "", "run": run,
-        "runs": runs.resolve(), "resume": resume, "test": test.resolve() if test else "",
-        "encoding": reading.encoding, "delimiter": DELIMITERS.get(reading.delimiter or "", ""),
+        "contract": contract.resolve(),
+        "model": model.resolve() if model else "",
+        "run": run,
+        "runs": runs.resolve(),
+        "resume": resume,
+        "test": test.resolve() if test else "",
+        "encoding": reading.encoding,
+        "delimiter": DELIMITERS.get(reading.delimiter or "", ""),
         "token": token,
     }
     (folder / "pyproject.toml").write_text(

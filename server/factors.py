@@ -102,7 +102,10 @@ def flex_change(
 
 
 def exact_change(
-    adapter: Arrays, updates: Mapping[str, Arrays], weights: Mapping[str, float], mean: Arrays,
+    adapter: Arrays,
+    updates: Mapping[str, Arrays],
+    weights: Mapping[str, float],
+    mean: Arrays,
     scale: float,
 ) -> Arrays:
     """FedEx-LoRA (arXiv 2410.09432): A and B go to their means, and `residual`, which is added to

@@ -60,16 +60,19 @@ class Gate:
         """The L2 norm over all tensors, where the contract bounds it. Of a masked update only the
         site itself can hold the entries to a bound (secure_aggregation.bound)."""
         most = self.contract.aggregation.largest_norm
-        norm = math.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64)))
-                             for a in arrays.values()))
+        norm = math.sqrt(
+            sum(float(np.sum(np.square(a, dtype=np.float64))) for a in arrays.values())
+        )
         if most is not None and norm > most:
             raise ProtocolError(f"The update's norm is beyond {most:g}.", code="E502")
 
     def _check_epsilon(self, site: str, epsilon: float | None) -> None:
         """A site reports what it spent: within the contract's budget, or nothing without DP."""
         most = self.contract.target_of(site).epsilon
-        fits = epsilon is None if self.contract.privacy.mode == "none" else (
-            epsilon is not None and epsilon <= most * (1 + 1e-9)
+        fits = (
+            epsilon is None
+            if self.contract.privacy.mode == "none"
+            else (epsilon is not None and epsilon <= most * (1 + 1e-9))
         )
         if not fits:
             raise ProtocolError(

@@ -76,8 +76,11 @@ class Iterate:
         return self._mean if self._averaged else self.adapter
 
     def step(
-        self, change: Arrays, figures: Mapping[Metric, float],
-        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None, *,
+        self,
+        change: Arrays,
+        figures: Mapping[Metric, float],
+        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
+        *,
         present: float = 1.0,
     ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
@@ -110,10 +113,13 @@ class Iterate:
         place, phase = self.contract.place_in_phase(self.number), self.phase
         if phase.control and present == 1 and place < phase.rounds:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
-            self._control_of, self._control = self.number, {
-                name: -array / np.float32(phase.local_steps * phase.rate(name, place))
-                for name, array in change.items()
-            }
+            self._control_of, self._control = (
+                self.number,
+                {
+                    name: -array / np.float32(phase.local_steps * phase.rate(name, place))
+                    for name, array in change.items()
+                },
+            )
         if self.contract.averages_in(self.number):
             self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
@@ -139,15 +145,22 @@ class Iterate:
         return {
             f"{kind}/{name}": array
             for kind, arrays in (
-                ("velocity", self._velocity), ("second", self._second), ("mean", self._mean),
+                ("velocity", self._velocity),
+                ("second", self._second),
+                ("mean", self._mean),
                 ("control", self._control),
-            ) for name, array in arrays.items()
+            )
+            for name, array in arrays.items()
         }
 
     def standing(self) -> dict[str, Any]:
         """… and numbers."""
-        return {"averaged": self._averaged, "next_clip_norm": self.clip_norm,
-                "ended": self._ended, "control_of": self._control_of}
+        return {
+            "averaged": self._averaged,
+            "next_clip_norm": self.clip_norm,
+            "ended": self._ended,
+            "control_of": self._control_of,
+        }
 
     def restore(
         self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]

@@ -82,7 +82,9 @@ class Masking:
         waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
         serves = (
-            self.agreement is not None and self.agreement.terms.serves(number) and not self.dead
+            self.agreement is not None
+            and self.agreement.terms.serves(number)
+            and not self.dead
             and set(needed) <= set(self.members)
         )
         keeps, self._just_restored = self._just_restored, False
@@ -95,7 +97,9 @@ class Masking:
         while agreed is None:
             self._attempt += 1
             step: dict[str, Any] = {
-                "contract": self.contract.hash, "run": self.run_id, "round": number,
+                "contract": self.contract.hash,
+                "run": self.run_id,
+                "round": number,
                 "attempt": self._attempt,
             }
             terms = self.contract.terms(self.run_id, number, self._attempt)
@@ -134,8 +138,10 @@ class Masking:
         it passed through the server: nothing in it is secret from it."""
         assert self.agreement is not None
         return Agreed(
-            first=self.agreement.terms.first, attempt=self.agreement.terms.attempt,
-            keys=self._published, sealed=self._sealed,
+            first=self.agreement.terms.first,
+            attempt=self.agreement.terms.attempt,
+            keys=self._published,
+            sealed=self._sealed,
         )
 
     def restore(self, found: Agreed | None) -> None:
@@ -197,7 +203,12 @@ class MaskedRound:
     """
 
     def __init__(
-        self, contract: Contract, agreement: Agreement, number: int, shapes: Shapes, digest: str,
+        self,
+        contract: Contract,
+        agreement: Agreement,
+        number: int,
+        shapes: Shapes,
+        digest: str,
         exchange: Exchange,
     ) -> None:
         self.contract, self.agreement, self.number = contract, agreement, number
@@ -214,14 +225,17 @@ class MaskedRound:
         survivors = tuple(sorted(self._sum.survivors))
         threshold = self.contract.threshold
         facts: dict[str, Any] = {
-            "contract": self.contract.hash, "agreement": self.agreement.transcript.hex(),
-            "round": self.number, "survivors": survivors,
+            "contract": self.contract.hash,
+            "agreement": self.agreement.transcript.hex(),
+            "round": self.number,
+            "survivors": survivors,
         }
         signed, there = Blobs(), list(survivors)
         if len(survivors) < len(self.agreement.members):
             ask = messages.pack(Message(Endorse(**facts)))
-            said = yield from self._exchange.ask(dict.fromkeys(survivors, ask), Endorsement,
-                                                 enough=threshold)
+            said = yield from self._exchange.ask(
+                dict.fromkeys(survivors, ask), Endorsement, enough=threshold
+            )
             for site, blobs in said.items():
                 if self.agreement.endorses(site, blobs.get(site, b""), self.number, survivors):
                     signed[site] = blobs[site]
@@ -231,8 +245,9 @@ class MaskedRound:
             if len(signed) < threshold:
                 raise self._closed(f"{len(signed)} sites endorsed the survivors, {threshold} must")
         ask = messages.pack(Message(Reveal(**facts), blobs=signed))
-        revealed = yield from self._exchange.ask(dict.fromkeys(there, ask), Revealed,
-                                                 enough=threshold)
+        revealed = yield from self._exchange.ask(
+            dict.fromkeys(there, ask), Revealed, enough=threshold
+        )
         try:
             total = self._sum.open(revealed, vector.factor(self.contract, 1.0))
         except ProtocolError as error:
@@ -246,5 +261,6 @@ class MaskedRound:
         kind = LostSumError if len(left) < self.contract.threshold else RunError
         return kind(
             f"the masked sum of {len(self._sum.survivors)} sites does not open: {why} "
-            f"({self._exchange.reasons()}).", code=code,
+            f"({self._exchange.reasons()}).",
+            code=code,
         )

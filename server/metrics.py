@@ -30,27 +30,37 @@ class ServerMonitor:
     def __init__(self, place: Place, runs: Callable[[str], bool]) -> None:
         self.place, self._runs = place, runs
         settings = place.settings
-        self._ports = {"superlink": ("127.0.0.1", settings.link_port),
-                       "nginx": (settings.reachable, settings.port)}
+        self._ports = {
+            "superlink": ("127.0.0.1", settings.link_port),
+            "nginx": (settings.reachable, settings.port),
+        }
 
     def health(self) -> str:
-        """"", or the first process that does not run or does not answer on its port."""
+        """ "", or the first process that does not run or does not answer on its port."""
         for name in PROCESSES:
             if not self._runs(name) or not answers(*self._ports[name]):
                 return name
         return ""
 
     def collect(self) -> Iterator[Metric]:
-        yield _metric("process_up", "The process runs.", [
-            ({"process": name}, self._runs(name)) for name in PROCESSES
-        ])
-        yield _metric("certificate_expiry_timestamp_seconds", "When the certificate expires.", [
-            ({"certificate": name}, _expiry(self.place.folder / f"{name}.crt"))
-            for name in ("ca", "server")
-        ])
-        yield _metric("roster_sites", "Sites in the roster.", [
-            ({}, len(list((self.place.folder / "roster").glob("*.json"))))
-        ])
+        yield _metric(
+            "process_up",
+            "The process runs.",
+            [({"process": name}, self._runs(name)) for name in PROCESSES],
+        )
+        yield _metric(
+            "certificate_expiry_timestamp_seconds",
+            "When the certificate expires.",
+            [
+                ({"certificate": name}, _expiry(self.place.folder / f"{name}.crt"))
+                for name in ("ca", "server")
+            ],
+        )
+        yield _metric(
+            "roster_sites",
+            "Sites in the roster.",
+            [({}, len(list((self.place.folder / "roster").glob("*.json"))))],
+        )
         runs = dict(_newest(self.place.runs))
 
         def of_each(name: str, text: str, value: Callable[[Standing], float]) -> Metric:
@@ -58,16 +68,26 @@ class ServerMonitor:
 
         yield of_each("run_rounds_planned", "Rounds of the contract.", lambda s: s.planned)
         yield of_each("run_rounds_committed", "Rounds on disk.", lambda s: len(s.committed))
-        yield _metric("run_stopped", "It stopped or failed or its process died, and it was not "
-                      "resumed since.",
-                      [({"run": run}, bool(s.why) or died(self.place.runs / run, s))
-                       for run, s in runs.items()])
+        yield _metric(
+            "run_stopped",
+            "It stopped or failed or its process died, and it was not resumed since.",
+            [
+                ({"run": run}, bool(s.why) or died(self.place.runs / run, s))
+                for run, s in runs.items()
+            ],
+        )
         yield of_each("run_released", "Its adapter is released.", lambda s: s.released)
         yield of_each("run_last_event_timestamp_seconds", "Its last event.", lambda s: s.last)
-        yield _metric("run_rejected", "Replies that did not count, by site and code.", [
-            ({"run": run, "site": site, "code": code}, count)
-            for run, s in runs.items() for (site, code), count in s.rejected.items()
-        ], "counter")
+        yield _metric(
+            "run_rejected",
+            "Replies that did not count, by site and code.",
+            [
+                ({"run": run, "site": site, "code": code}, count)
+                for run, s in runs.items()
+                for (site, code), count in s.rejected.items()
+            ],
+            "counter",
+        )
         seconds = _metric("run_round_seconds", "Seconds from round to round.", [], "summary")
         for run, s in runs.items():
             seconds.add_sample(f"{seconds.name}_count", {"run": run}, s.timed)
@@ -102,7 +122,9 @@ def _expiry(file: Path) -> float:
 
 
 def _metric(
-    name: str, text: str, values: list[tuple[Mapping[str, str], float]],
+    name: str,
+    text: str,
+    values: list[tuple[Mapping[str, str], float]],
     kind: Literal["gauge", "counter", "summary"] = "gauge",
 ) -> Metric:
     metric = Metric(f"silotune_server_{name}", text, kind)

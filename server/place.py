@@ -95,8 +95,10 @@ class Place:
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty. Choose a folder for the server alone.")
         if not PLAIN.fullmatch(str(folder.resolve())):
-            raise UsageError(f"{folder.resolve()} cannot stand in nginx's and Flower's files: use "
-                             "letters, digits, '/', '.', '_' and '-'.")
+            raise UsageError(
+                f"{folder.resolve()} cannot stand in nginx's and Flower's files: use "
+                "letters, digits, '/', '.', '_' and '-'."
+            )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         place = cls(folder)
@@ -106,17 +108,22 @@ class Place:
         crl = f"https://{host}:{settings.port}/{CRL}"
         server = authority.make_server(hosts, ca_key, ca_certificate, crl)
         for name, data in (
-            ("ca.key", ca.key), ("ca.crt", ca.certificate), ("server.key", server.key),
+            ("ca.key", ca.key),
+            ("ca.crt", ca.certificate),
+            ("server.key", server.key),
             ("server.crt", server.certificate),
             (CRL, authority.make_crl(ca_key, ca_certificate)),
         ):
             write_durably(folder / name, data)
         for name in ("roster", "flwr", "runs", "nginx"):
             (folder / name).mkdir(mode=0o700)
-        write_durably(folder / "server.toml", "".join(
-            f'{key} = "{value}"\n' if isinstance(value, str) else f"{key} = {value}\n"
-            for key, value in settings.model_dump(exclude_none=True).items()
-        ).encode())
+        write_durably(
+            folder / "server.toml",
+            "".join(
+                f'{key} = "{value}"\n' if isinstance(value, str) else f"{key} = {value}\n"
+                for key, value in settings.model_dump(exclude_none=True).items()
+            ).encode(),
+        )
         place.write_files()
         return place
 
@@ -136,19 +143,30 @@ class Place:
             write_durably(temporary / CRL, (self.folder / CRL).read_bytes())
             (temporary / CRL).chmod(mode)
         template = (resources.files("silotune.server") / "nginx.conf.j2").read_text()
-        text = Environment(
-            undefined=StrictUndefined, keep_trailing_newline=True,
-            autoescape=False,  # noqa: S701
-        ).from_string(template).render(
-            folder=self.folder.resolve(), largest=MAX_WIRE + (1 << 20), link=self.link,
-            link_name=self._link_name, temporary=temporary,
-            **self.settings.model_dump(),
+        text = (
+            Environment(
+                undefined=StrictUndefined,
+                keep_trailing_newline=True,
+                autoescape=False,  # noqa: S701
+            )
+            .from_string(template)
+            .render(
+                folder=self.folder.resolve(),
+                largest=MAX_WIRE + (1 << 20),
+                link=self.link,
+                link_name=self._link_name,
+                temporary=temporary,
+                **self.settings.model_dump(),
+            )
         )
         write_durably(self.folder / "nginx.conf", text.encode())
-        write_durably(self.folder / "flwr" / "config.toml", (
-            f'[superlink.silotune]\naddress = "{self.link}"\n'
-            f'root-certificates = "{(self.folder / "ca.crt").resolve()}"\n'
-        ).encode())
+        write_durably(
+            self.folder / "flwr" / "config.toml",
+            (
+                f'[superlink.silotune]\naddress = "{self.link}"\n'
+                f'root-certificates = "{(self.folder / "ca.crt").resolve()}"\n'
+            ).encode(),
+        )
 
     def admit(self, request: JoinRequest, fingerprint: str) -> Path:
         """Add a site to the roster. UsageError unless this is the request that was read out, and
@@ -178,12 +196,16 @@ class Place:
         problems = []
         for site in contract.sites:
             if site.name not in keys:
-                problems.append(f"'{site.name}' is not in the roster: add its request with "
-                                "`silotune server add`.")
+                problems.append(
+                    f"'{site.name}' is not in the roster: add its request with "
+                    "`silotune server add`."
+                )
             elif site.public_key != keys[site.name]:
                 other = "no key" if site.public_key is None else "another key"
-                problems.append(f"The contract has {other} of '{site.name}': make the sites' "
-                                "contract with `silotune server contract`.")
+                problems.append(
+                    f"The contract has {other} of '{site.name}': make the sites' "
+                    "contract with `silotune server contract`."
+                )
         if problems:
             raise UsageError(" ".join(problems))
 
@@ -196,7 +218,8 @@ class Place:
         admitted = {request.site: request.public_key for request in self.roster()}
         sites = [
             site.model_dump(mode="json") | {"public_key": admitted[site.name]}
-            for site in draft.sites if site.name in admitted
+            for site in draft.sites
+            if site.name in admitted
         ]
         if not sites:
             named = ", ".join(site.name for site in draft.sites)
@@ -220,8 +243,11 @@ class Place:
         """
         path = self.folder / "contracts" / f"{contract.name.replace(' ', '-')}.json"
         if path.exists() and (old := contracts.load(path).hash) != contract.hash:
-            used = [file.parent.name for file in sorted(self.runs.glob("*/contract.json"))
-                    if contracts.load(file).hash == old]
+            used = [
+                file.parent.name
+                for file in sorted(self.runs.glob("*/contract.json"))
+                if contracts.load(file).hash == old
+            ]
             other = f"Give this one another name: the key `name` in {draft}."
             if used:
                 raise UsageError(f"{path} is the contract of the run {', '.join(used)}. {other}")

@@ -80,13 +80,26 @@ def draw(result: Mapping[str, Any]) -> list[Plot]:
     import matplotlib
 
     style: dict[Any, Any] = {
-        "svg.fonttype": "none", "text.parse_math": False, "font.size": 9,
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-        "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
-        "axes.edgecolor": PAINT["muted"], "axes.labelcolor": PAINT["muted"],
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": PAINT["line"],
-        "grid.linewidth": 0.7, "text.color": PAINT["ink"], "xtick.color": PAINT["muted"],
-        "ytick.color": PAINT["muted"], "xtick.major.size": 3, "ytick.major.size": 0,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.size": 9,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.edgecolor": PAINT["muted"],
+        "axes.labelcolor": PAINT["muted"],
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": PAINT["line"],
+        "grid.linewidth": 0.7,
+        "text.color": PAINT["ink"],
+        "xtick.color": PAINT["muted"],
+        "ytick.color": PAINT["muted"],
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
     }
     plots = []
     for make in (_draw_curve, _draw_epsilon, _draw_arms):
@@ -106,10 +119,24 @@ def _draw_curve(result: Mapping[str, Any]) -> Plot:
     if not points:
         return Plot(title, "No round of this run was evaluated, so there is nothing to plot.")
     figure, axes = _round_axes(curve, 2.7, right=0.6)
-    axes.plot(*zip(*points, strict=True), color=PAINT["accent"], linewidth=1.6, marker="o",
-              markersize=3.6, clip_on=False)
-    axes.annotate(number(points[-1][1]), points[-1], xytext=(7, 0), textcoords="offset points",
-                  va="center", color=PAINT["accent"], weight="bold", annotation_clip=False)
+    axes.plot(
+        *zip(*points, strict=True),
+        color=PAINT["accent"],
+        linewidth=1.6,
+        marker="o",
+        markersize=3.6,
+        clip_on=False,
+    )
+    axes.annotate(
+        number(points[-1][1]),
+        points[-1],
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        color=PAINT["accent"],
+        weight="bold",
+        annotation_clip=False,
+    )
     axes.set_ylabel(short(label, 40))
     axes.margins(y=0.12)
     low, high = (pick(points, key=lambda p: p[1]) for pick in (min, max))
@@ -138,9 +165,14 @@ def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
     if finite(privacy.get("epsilon")):
         top = max(top, privacy["epsilon"])
         axes.axhline(privacy["epsilon"], color=PAINT["ink"], linewidth=1.2)
-        axes.annotate(f"budget: ε = {number(privacy['epsilon'], 2)} ({short(terms, 40)})",
-                      (0, privacy["epsilon"]), xycoords=("axes fraction", "data"),
-                      xytext=(2, 4), textcoords="offset points", weight="bold")
+        axes.annotate(
+            f"budget: ε = {number(privacy['epsilon'], 2)} ({short(terms, 40)})",
+            (0, privacy["epsilon"]),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 4),
+            textcoords="offset points",
+            weight="bold",
+        )
     top = top * 1.14 or 1.0
     axes.set_ylim(0, top)
     # From the highest end down; each label stands at least a line lower than the one above it.
@@ -148,15 +180,25 @@ def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
     for i, (points, sites) in enumerate(sorted(lines.items(), key=lambda line: -line[0][-1][1])):
         last = number(points[-1][1], 2)
         line: dict[str, Any] = {"color": PAINT[f"s{i % 6}"], "linestyle": DASHES[i % 4]}
-        axes.plot(*zip(*points, strict=True), **line, linewidth=1.8,
-                  marker="o" if len(points) == 1 else None)
+        axes.plot(
+            *zip(*points, strict=True),
+            **line,
+            linewidth=1.8,
+            marker="o" if len(points) == 1 else None,
+        )
         ends.append(f"{', '.join(sites)}: {last}")
         if len(lines) <= 12:
             name = short(sites[0], 18) if len(sites) == 1 else f"{len(sites)} sites"
             place = min(points[-1][1], place - 0.068 * top)
-            axes.annotate(f"{name}  {last}", points[-1], xytext=(1.05, place),
-                          textcoords=axes.get_yaxis_transform(), va="center", annotation_clip=False,
-                          arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, **line})
+            axes.annotate(
+                f"{name}  {last}",
+                points[-1],
+                xytext=(1.05, place),
+                textcoords=axes.get_yaxis_transform(),
+                va="center",
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, **line},
+            )
     axes.set_ylabel(f"ε ({short(terms, 40)})")
     alt = (
         f"Line plot of the ε spent so far, at {terms}. Budget {number(privacy.get('epsilon'), 2)}. "
@@ -182,10 +224,15 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
     inches = rows * (0.24 * len(arms) + 0.75) + 0.2
     figure = _figure(inches)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(left=2.15 / WIDTH, right=0.99, wspace=0.12,
-                           hspace=0.75 * rows / inches, top=1 - 0.28 / inches,
-                           bottom=0.5 / inches)
-    for axes in grid.flat[len(panels):]:
+    figure.subplots_adjust(
+        left=2.15 / WIDTH,
+        right=0.99,
+        wspace=0.12,
+        hspace=0.75 * rows / inches,
+        top=1 - 0.28 / inches,
+        bottom=0.5 / inches,
+    )
+    for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for (name, cells), axes in zip(panels, grid.flat, strict=False):
         axes.set_title(short(name, 20), fontsize=9, weight="bold", loc="left", pad=6)
@@ -195,19 +242,36 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
             if arm is main:
                 axes.axhspan(y - 0.5, y + 0.5, color=PAINT["band"], linewidth=0)
             if not finite(mean_of(cell)):
-                axes.text(0.5, y, DASH, color=PAINT["muted"], ha="center", va="center",
-                          transform=axes.get_yaxis_transform())
+                axes.text(
+                    0.5,
+                    y,
+                    DASH,
+                    color=PAINT["muted"],
+                    ha="center",
+                    va="center",
+                    transform=axes.get_yaxis_transform(),
+                )
                 continue
             colour = PAINT["accent" if arm is main else "muted"]
             noised = arm.get("private") and arm.get("epsilon") is not None
             spread = cell.get("sd") if cell and (arm.get("repeats") or 1) > 1 else None
-            axes.errorbar([mean_of(cell)], [y], xerr=spread, fmt="o", color=colour, capsize=2.5,
-                          markersize=5.5 if arm is main else 4.5, elinewidth=1.3, zorder=3,
-                          markerfacecolor=colour if noised else PAINT["paper"])
+            axes.errorbar(
+                [mean_of(cell)],
+                [y],
+                xerr=spread,
+                fmt="o",
+                color=colour,
+                capsize=2.5,
+                markersize=5.5 if arm is main else 4.5,
+                elinewidth=1.3,
+                zorder=3,
+                markerfacecolor=colour if noised else PAINT["paper"],
+            )
             if arm is main:
                 axes.axvline(mean_of(cell), color=colour, linewidth=0.9, linestyle=(0, (2, 2)))
-    grid[0, 0].set_yticks(range(len(arms)), [short(a.get("label") or a.get("name"), 32)
-                                             for a in arms])
+    grid[0, 0].set_yticks(
+        range(len(arms)), [short(a.get("label") or a.get("name"), 32) for a in arms]
+    )
     for axes in grid[:, 0]:
         for tick, arm in zip(axes.get_yticklabels(), arms, strict=True):
             tick.set(color=PAINT["ink"], weight="bold" if arm is main else "normal")
@@ -217,8 +281,9 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
     widen = max(0.0, 0.1 - (high - low)) / 2  # arms that are equal should look equal
     grid[0, 0].set_xlim(low - widen, high + widen)
     grid[0, 0].locator_params(axis="x", nbins=4)
-    figure.supxlabel(short(label, 60), fontsize=9, color=PAINT["muted"], y=0.01,
-                     x=(2.15 / WIDTH + 0.99) / 2)
+    figure.supxlabel(
+        short(label, 60), fontsize=9, color=PAINT["muted"], y=0.01, x=(2.15 / WIDTH + 0.99) / 2
+    )
     alt = (
         f"Dot plot with error bars of {label} for {len(arms)} arms, in panels for "
         f"{', '.join(name for name, _ in panels)}. The numbers stand in the table below."
@@ -232,21 +297,27 @@ def _figure(inches: float) -> Figure:
     return Figure(figsize=(WIDTH, inches))
 
 
-def _round_axes(curve: Sequence[Mapping[str, Any]], inches: float, right: float) -> tuple[
-    Figure, Axes
-]:
+def _round_axes(
+    curve: Sequence[Mapping[str, Any]], inches: float, right: float
+) -> tuple[Figure, Axes]:
     """Axes over the rounds of a run, `right` inches kept free beside them, phases named above."""
     figure = _figure(inches)
-    axes = figure.add_axes((0.6 / WIDTH, 0.45 / inches, 1 - (0.6 + right) / WIDTH,
-                            1 - 0.75 / inches))
+    axes = figure.add_axes(
+        (0.6 / WIDTH, 0.45 / inches, 1 - (0.6 + right) / WIDTH, 1 - 0.75 / inches)
+    )
     rounds = [row for row in curve if finite(row.get("round"))]
     for i, (phase, group) in enumerate(groupby(rounds, key=lambda row: row.get("phase"))):
         members = [row["round"] for row in group]
         if i % 2 == 0:
             axes.axvspan(members[0] - 0.5, members[-1] + 0.5, color=PAINT["band"], linewidth=0)
         if phase is not None:
-            axes.text(members[0] - 0.5, 1.03, f"phase: {short(phase, 24)}",
-                      transform=axes.get_xaxis_transform(), color=PAINT["muted"])
+            axes.text(
+                members[0] - 0.5,
+                1.03,
+                f"phase: {short(phase, 24)}",
+                transform=axes.get_xaxis_transform(),
+                color=PAINT["muted"],
+            )
     axes.set_xlim(rounds[0]["round"] - 0.5, rounds[-1]["round"] + 0.5)
     axes.grid(axis="x", visible=False)
     axes.locator_params(axis="x", integer=True)

@@ -60,9 +60,7 @@ class Registry:
         self.folder, self._receipts = folder, receipts or folder / "receipts"
 
     @classmethod
-    def create(
-        cls, folder: Path, contract: Contract, receipts: Path | None = None
-    ) -> Registry:
+    def create(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> Registry:
         if (folder / "contract.json").exists():
             raise RunError(
                 f"{folder} already holds a run. Take it up again with `silotune server resume`, or "
@@ -100,7 +98,8 @@ class Registry:
             if time.monotonic() > end:
                 raise RunError(
                     f"Another server is carrying out the run in {self.folder}. Wait, or stop it "
-                    "first.", code="E602",
+                    "first.",
+                    code="E602",
                 )
             time.sleep(0.05)
         self._locked = found
@@ -145,10 +144,13 @@ class Registry:
         blobs = {f"keys/{site}": data for site, data in agreed.keys.items()}
         for receiver, sealed in agreed.sealed.items():
             blobs |= {f"sealed/{receiver}/{sender}": data for sender, data in sealed.items()}
-        write_durably(self.folder / AGREEMENT, save(
-            {name: np.frombuffer(data, dtype=np.uint8) for name, data in blobs.items()},
-            {"first": str(agreed.first), "attempt": str(agreed.attempt)},
-        ))
+        write_durably(
+            self.folder / AGREEMENT,
+            save(
+                {name: np.frombuffer(data, dtype=np.uint8) for name, data in blobs.items()},
+                {"first": str(agreed.first), "attempt": str(agreed.attempt)},
+            ),
+        )
 
     def agreement(self) -> Agreed | None:
         """The agreement on keys that was in force, if there is a whole one."""

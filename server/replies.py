@@ -26,8 +26,7 @@ Said = type[Keys] | type[Shares] | type[Endorsement] | type[Revealed]
 
 
 def read(contract: Contract, reply: Reply) -> Message:
-    """A reply's message; ProtocolError for none, another contract's, or a refusal, with its code.
-    """
+    """A reply's message. ProtocolError for none, another contract's, or a refusal."""
     if isinstance(reply, str):
         raise ProtocolError("There is no reply.", code=reply)
     if not reply:
@@ -84,9 +83,7 @@ class Exchange:
             came = yield requests
             for site, wire in requests.items():
                 self._read(site, len(wire), came.get(site, SILENT), kind, found)
-            requests = {
-                s: wire for s, wire in requests.items() if self.failed.get(s) in NO_REPLY
-            }
+            requests = {s: wire for s, wire in requests.items() if self.failed.get(s) in NO_REPLY}
             if len(found) >= enough or not requests:
                 break
         return found

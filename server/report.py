@@ -54,22 +54,25 @@ def render(result: Mapping[str, Any]) -> str:
     labels = dict([metric_of(result)])
     for name in (name for arm in arms for name in arm.get("metrics") or {}):
         labels.setdefault(name, KNOWN_METRICS.get(name, name.replace("_", " ")))
-    return env.get_template("report.html.j2").render({
-        **result,
-        "metric": result.get("metric") or {},
-        "privacy": result.get("privacy") or {},
-        "main": main_arm(result),
-        "metric_names": labels,
-        "site_names": site_names(result),
-        "guarantee": lambda epsilon, delta: guarantee(result, epsilon, delta),
-        "stated": stated(result),
-        "plots": draw(result),
-        "repeated": any((arm.get("repeats") or 1) > 1 for arm in arms),
-        "train": total(result, "train"),
-        "test": total(result, "test"),
-        # A deployment does not know how many records a site has.
-        "simulated": any(s.get("train") is not None for s in rows_of(result, "data", "sites")),
-    })
+    return env.get_template("report.html.j2").render(
+        {
+            **result,
+            "metric": result.get("metric") or {},
+            "privacy": result.get("privacy") or {},
+            "main": main_arm(result),
+            "metric_names": labels,
+            "site_names": site_names(result),
+            "guarantee": lambda epsilon, delta: guarantee(result, epsilon, delta),
+            "stated": stated(result),
+            "plots": draw(result),
+            "repeated": any((arm.get("repeats") or 1) > 1 for arm in arms),
+            "train": total(result, "train"),
+            "test": total(result, "test"),
+            # A deployment does not know how many records a site has.
+            "simulated": any(s.get("train") is not None for s in rows_of(result, "data", "sites")),
+        }
+    )
+
 
 def guarantee(result: Mapping[str, Any], epsilon: Any, delta: Any) -> str:
     """The only sentence that states an epsilon: with delta and accountant, or not at all."""

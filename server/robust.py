@@ -25,9 +25,9 @@ def combined(updates: Mapping[str, Arrays], settings: Robust) -> Arrays:
     (the contract's quorum sees to it)."""
     sites = sorted(updates)
     names = sorted(updates[sites[0]])
-    vectors = np.stack([
-        np.concatenate([updates[site][name].ravel() for name in names]) for site in sites
-    ]).astype(np.float64)
+    vectors = np.stack(
+        [np.concatenate([updates[site][name].ravel() for name in names]) for site in sites]
+    ).astype(np.float64)
     vector, change, at = _rule(vectors, settings), Arrays(), 0
     for name in names:
         shape = updates[sites[0]][name].shape

@@ -182,7 +182,8 @@ class Run:
                 f"{', '.join(sorted(missing))} must take part, for sites may have given shares for "
                 "a sum with them from this adapter, and then give none for another set (E220). "
                 "Resume the run when all are connected; with --skip-round it goes on without them "
-                "if no site has given a share yet.", "E402",
+                "if no site has given a share yet.",
+                "E402",
             )
 
     def _too_few(self) -> RunError:
@@ -206,8 +207,12 @@ class Run:
         they have no secrets of it, are new, or refuse a sum of its members."""
         failed = self.exchange.failed
         return [
-            site for site in sites if failed.get(site) != CHARGED and (
-                site in masking.lost or site not in masking.members
+            site
+            for site in sites
+            if failed.get(site) != CHARGED
+            and (
+                site in masking.lost
+                or site not in masking.members
                 or failed.get(site) == OTHER_SITES
             )
         ]
@@ -227,7 +232,8 @@ class Run:
         if self._gave_up:
             raise self._stopped(
                 f"this round and the one before it are lost: {why}. Find out why sites fail after "
-                "they were charged; resumed, the run goes on without this round.", "E402",
+                "they were charged; resumed, the run goes on without this round.",
+                "E402",
             )
         self._gave_up = True
         return self._leave_out(why)
@@ -242,12 +248,19 @@ class Run:
                 self.registry.event("agreed", round=self.number, sites=self.masking.members)
             self._digests = {}  # of the agreement before
             self._check_needed(self.masking.members)
-            asked = [site for site in sites if site in self.masking.members
-                     and (not self._needed or site in self._needed)]
+            asked = [
+                site
+                for site in sites
+                if site in self.masking.members and (not self._needed or site in self._needed)
+            ]
             assert self.masking.agreement is not None
             self._masked = MaskedRound(
-                self.contract, self.masking.agreement, self.number, self.iterate.sent_shapes,
-                self.digest(), self.exchange,
+                self.contract,
+                self.masking.agreement,
+                self.number,
+                self.iterate.sent_shapes,
+                self.digest(),
+                self.exchange,
             )
             yield from self._ask(asked, 1)
             silent = [s for s in asked if self.exchange.failed.get(s) in replies.NO_REPLY]
@@ -301,7 +314,9 @@ class Run:
     def _asked(self) -> tuple[Train, Arrays]:
         """What this round asks of every site alike."""
         header = Train(
-            contract=self.contract.hash, run=self.run_id, round=self.number,
+            contract=self.contract.hash,
+            run=self.run_id,
+            round=self.number,
             clip_norm=self.iterate.clip_norm if self.contract.privacy.adaptive else None,
             agreement=self.masking.transcript if self.masking else None,
         )
@@ -324,7 +339,11 @@ class Run:
         try:
             message = replies.read(self.contract, reply)
             update = self.gate.check(
-                message, site, self.number, attempt, self.digest(attempt),
+                message,
+                site,
+                self.number,
+                attempt,
+                self.digest(attempt),
                 self.iterate.sent_shapes,
             )
             if site in self._open:
@@ -355,12 +374,11 @@ class Run:
         )
         return RunError(
             f"Run stopped at round {self.number}: {why} No adapter released; ε counted for what "
-            "was computed.", code=code,
+            "was computed.",
+            code=code,
         )
 
-    def finish(
-        self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None
-    ) -> RoundFacts:
+    def finish(self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None) -> RoundFacts:
         """Aggregate, step, commit. RunError below the quorum: nothing is committed then.
 
         mean: of masked updates and their metrics.
@@ -394,10 +412,17 @@ class Run:
             if self._stalled(metrics):
                 self.iterate.end()
         facts = RoundFacts(
-            self.number, tuple(sorted(self._open)),
+            self.number,
+            tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
-            dict(self._epsilon), self.exchange.bytes_up, self.exchange.bytes_down,
-            time.perf_counter() - self._began, metrics, dict(self._metrics), clip_norm, residual,
+            dict(self._epsilon),
+            self.exchange.bytes_up,
+            self.exchange.bytes_down,
+            time.perf_counter() - self._began,
+            metrics,
+            dict(self._metrics),
+            clip_norm,
+            residual,
             declined,
         )
         self._gave_up = False
@@ -438,7 +463,9 @@ class Run:
 
     def _commit(self, facts: RoundFacts) -> None:
         self.registry.commit(
-            self.number, self.adapter, self.iterate.state(),
+            self.number,
+            self.adapter,
+            self.iterate.state(),
             vars(facts) | self.iterate.standing() | {"scores": self._scores},
         )
         scored = {"metrics": facts.metrics} if facts.metrics else {}
@@ -478,8 +505,13 @@ class Run:
     def _leave_out(self, why: str) -> RoundFacts:
         """Commit the open round without an update; what it cost its sites stays spent."""
         facts = RoundFacts(
-            self.number, (), dict(self.exchange.failed), dict(self._epsilon),
-            self.exchange.bytes_up, self.exchange.bytes_down, time.perf_counter() - self._began,
+            self.number,
+            (),
+            dict(self.exchange.failed),
+            dict(self._epsilon),
+            self.exchange.bytes_up,
+            self.exchange.bytes_down,
+            time.perf_counter() - self._began,
         )
         self.registry.event("skipped", round=self.number, why=why)
         self._commit(facts)

@@ -28,8 +28,7 @@ ANSWERED = re.compile(r"\[uvicorn\.access\].* [1-3]\d\d$")  # a request that was
 
 
 class Service:
-    """Starts both processes, admits the roster's nodes, and ends all when one ends or is told to.
-    """
+    """Starts both processes, admits the roster's nodes; ends both when one ends or on a signal."""
 
     def __init__(self, place: Place, journal: Journal) -> None:
         self.place, self.say = place, journal.say
@@ -52,13 +51,26 @@ class Service:
                 temporary = Path(tempfile.mkdtemp(prefix="silotune-nginx-"))
                 temporary.chmod(0o711)
             self.place.write_files(temporary)
-            self._start("superlink", [
-                BIN / "flower-superlink", "--ssl-ca-certfile", folder / "ca.crt",
-                "--ssl-certfile", folder / "server.crt", "--ssl-keyfile", folder / "server.key",
-                "--enable-supernode-auth", "--database", folder / "state.db",
-                "--host", "127.0.0.1", "--port", str(settings.link_port),
-                "--disable-runtime-dependency-installation",
-            ])
+            self._start(
+                "superlink",
+                [
+                    BIN / "flower-superlink",
+                    "--ssl-ca-certfile",
+                    folder / "ca.crt",
+                    "--ssl-certfile",
+                    folder / "server.crt",
+                    "--ssl-keyfile",
+                    folder / "server.key",
+                    "--enable-supernode-auth",
+                    "--database",
+                    folder / "state.db",
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(settings.link_port),
+                    "--disable-runtime-dependency-installation",
+                ],
+            )
             self._wait_for("superlink", "127.0.0.1", settings.link_port)
             self._register()
             self._start("nginx", [nginx, "-c", folder / "nginx.conf", "-p", folder / "nginx"])
@@ -78,8 +90,10 @@ class Service:
         """UsageError for a port of server.toml that is taken: by this folder's own server, or by
         another program."""
         settings = self.place.settings
-        for key, host, port in (("link_port", "127.0.0.1", settings.link_port),
-                                ("port", settings.reachable, settings.port)):
+        for key, host, port in (
+            ("link_port", "127.0.0.1", settings.link_port),
+            ("port", settings.reachable, settings.port),
+        ):
             if not answers(host, port):
                 continue
             taken = f"{key} = {port} in {self.place.folder / 'server.toml'} is in use"
@@ -125,8 +139,11 @@ class Service:
 
     def _start(self, name: Source, command: list[str | Path]) -> None:
         process = subprocess.Popen(
-            [str(word) for word in command], env=environment(self.place),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [str(word) for word in command],
+            env=environment(self.place),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self._processes[name] = process
@@ -168,17 +185,25 @@ class Service:
 def environment(place: Place) -> dict[str, str]:
     """Flower's files lie in the server's folder; it reports to nobody."""
     return os.environ | {
-        "FLWR_HOME": str((place.folder / "flwr").resolve()), "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        "PATH": f"{BIN}:{os.environ.get('PATH', '/usr/bin:/bin')}", "HF_HUB_OFFLINE": "1",
+        "FLWR_HOME": str((place.folder / "flwr").resolve()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "PATH": f"{BIN}:{os.environ.get('PATH', '/usr/bin:/bin')}",
+        "HF_HUB_OFFLINE": "1",
     }
 
 
 def flwr(place: Place, *words: str | Path) -> str:
     """Run Flower's command line against this server's SuperLink; PeerError if it fails."""
     done = subprocess.run(
-        [BIN / "flwr", *map(str, words)], env=environment(place), cwd=place.folder,
-        capture_output=True, text=True, timeout=READY_SECONDS, check=False,
+        [BIN / "flwr", *map(str, words)],
+        env=environment(place),
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        timeout=READY_SECONDS,
+        check=False,
     )
     if done.returncode:
         words_ = (done.stdout + done.stderr).translate(dict.fromkeys(map(ord, "╭╮╰╯─│"))).split()

@@ -47,7 +47,10 @@ class SilotuneStrategy(Strategy):
         contract = self.run.contract
         log.info(
             "contract %s (%s…), %d rounds, quorum %d of %d",
-            contract.name, contract.hash[:12], contract.rounds, contract.quorum,
+            contract.name,
+            contract.hash[:12],
+            contract.rounds,
+            contract.quorum,
             len(contract.sites),
         )
 
@@ -64,8 +67,7 @@ class SilotuneStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Give the stage its replies; the round's last one commits it. RunError below the quorum.
-        """
+        """Give the stage its replies; the last stage commits the round. RunError below quorum."""
         assert self._stages is not None
         came: dict[str, Reply] = {}
         for reply in replies:
@@ -97,9 +99,7 @@ class SilotuneStrategy(Strategy):
             return Result()
         self.nodes = self._find_sites(grid)
         while not self.run.done:
-            requests = self.configure_train(
-                self.run.number, ArrayRecord(), ConfigRecord(), grid
-            )
+            requests = self.configure_train(self.run.number, ArrayRecord(), ConfigRecord(), grid)
             self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
         return Result()
 
@@ -140,7 +140,8 @@ class SilotuneStrategy(Strategy):
         since: dict[int, float] = {}  # node -> when it was asked last, unless it failed since
         while found.missing and (passed := time.monotonic() - began) < contract.deadline_seconds:
             new = [
-                self._message(self.run.describe(), node) for node in grid.get_node_ids()
+                self._message(self.run.describe(), node)
+                for node in grid.get_node_ids()
                 if passed >= since.get(node, -DESCRIBE_SECONDS) + DESCRIBE_SECONDS
             ]
             if new:

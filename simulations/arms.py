@@ -112,16 +112,19 @@ def alone(contract: Contract) -> tuple[Contract, ...]:
     """The same plan at each site by itself."""
     return tuple(
         contract.changed(
-            sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}], quorum=1,
+            sites=[{"name": s.name, "epsilon": s.epsilon, "delta": s.delta}],
+            quorum=1,
             secure_aggregation=None,
-        ) for s in contract.sites
+        )
+        for s in contract.sites
     )
 
 
 def pooled(contract: Contract) -> Contract:
     """The same plan where one place holds the rows of all: the divisor grows with them."""
     return contract.changed(
-        sites=[{"name": POOLED}], quorum=1,
+        sites=[{"name": POOLED}],
+        quorum=1,
         privacy={"expected_records": contract.privacy.expected_records * len(contract.sites)},
     )
 
@@ -142,15 +145,16 @@ def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
         arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
     if "one-hot" in plans:
         one_hot = Contract.model_validate(
-            contract.model_dump(mode="json") | plans["one-hot"]
+            contract.model_dump(mode="json")
+            | plans["one-hot"]
             | {"adapter": None, "model": {"kind": "one-hot"}}
         )
-        arms.append(
-            Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
-        )
+        arms.append(Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,)))
     # Without noise an adapter may pay that with it does not: [arms.no-dp] may have one of its own.
     plain = contract.changed(
-        privacy={"mode": "none", "adaptive": None}, secure_aggregation=None, **plans["no-dp"],
+        privacy={"mode": "none", "adaptive": None},
+        secure_aggregation=None,
+        **plans["no-dp"],
     )
     what = trained(plain)
     arms.append(Arm("federated-no-dp", f"Federated {what} without DP", False, False, (plain,)))

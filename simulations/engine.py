@@ -103,5 +103,3 @@ def simulate(server: Callable[[Grid], object], client: ClientApp, sites: int) ->
         thread.join()
     if not failure.empty():
         raise failure.get()
-
-

@@ -23,8 +23,11 @@ def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[s
     A site's name is in lower case with dashes, fit for a file and a user. rounds: of the last
     phase, whose budget stays the same. UsageError for an unknown arm, or a folder that is there.
     """
-    arms = {a.name: a.contracts[0] for a in arms_of(recipe.contract, recipe.facts["arms"])
-            if len(a.contracts) == 1 and a.private}
+    arms = {
+        a.name: a.contracts[0]
+        for a in arms_of(recipe.contract, recipe.facts["arms"])
+        if len(a.contracts) == 1 and a.private
+    }
     if arm not in arms:
         raise UsageError(
             f"There is no federated arm '{arm}'.{did_you_mean(arm, arms)} Known: {', '.join(arms)}."
@@ -37,17 +40,22 @@ def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[s
     phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]
     if rounds:
         phases[-1]["rounds"] = rounds
-    made: Contract = contract.changed(phases=phases, sites=[
-        site.model_dump(mode="json", exclude_none=True) | {"name": slugs[site.name]}
-        for site in contract.sites
-    ])
+    made: Contract = contract.changed(
+        phases=phases,
+        sites=[
+            site.model_dump(mode="json", exclude_none=True) | {"name": slugs[site.name]}
+            for site in contract.sites
+        ],
+    )
     work = folder / "split"
     split(recipe.facts["table"], work)
     (folder / "records").mkdir()
     for name, slug in slugs.items():
         (work / "train" / f"{name}.csv").rename(folder / "records" / f"{slug}.csv")
-    test = [pd.read_csv(work / "test" / f"{name}.csv", dtype=str, keep_default_na=False)
-            for name in slugs]
+    test = [
+        pd.read_csv(work / "test" / f"{name}.csv", dtype=str, keep_default_na=False)
+        for name in slugs
+    ]
     pd.concat(test).to_csv(folder / "test.csv", index=False)
     shutil.rmtree(work)
     (folder / "contract.json").write_text(

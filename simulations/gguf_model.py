@@ -31,7 +31,10 @@ def convert(file: Path, folder: Path) -> None:
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(file), str(folder)],
-        capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -43,7 +46,10 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True,
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        local_files_only=True,
         trust_remote_code=False,
     )
     # It still believes the weights to be quantised: it would refuse to save them, and say so in

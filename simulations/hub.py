@@ -49,7 +49,8 @@ def fetch_model(model: str) -> HubModel:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
             raise DataError(
                 f"The model '{model}' could not be fetched: {reason} Is there a network? Without "
-                "one, copy the model's folder from a machine that has it.", code="E306",
+                "one, copy the model's folder from a machine that has it.",
+                code="E306",
             ) from None
         finally:
             rmtree(half.parent)

@@ -61,8 +61,12 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         _give_back_freed_memory()
 
     run = Run(
-        contract, Registry.create(job.folder, contract), f"{job.arm}-{job.repeat}",
-        model.initial_arrays(), evaluate=test.metrics, evaluate_every=job.evaluate_every,
+        contract,
+        Registry.create(job.folder, contract),
+        f"{job.arm}-{job.repeat}",
+        model.initial_arrays(),
+        evaluate=test.metrics,
+        evaluate_every=job.evaluate_every,
         on_round=note,
     )
     if job.federated:

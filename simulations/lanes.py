@@ -35,9 +35,13 @@ class Lanes:
 
     def ask(self, handles: Mapping[str, Handle], requests: Mapping[str, bytes]) -> dict[str, bytes]:
         """Each site's answer to its request, in the order of the requests."""
+
         def along(lane: int) -> list[tuple[str, bytes]]:
-            return [(site, handles[site](wire)) for site, wire in requests.items()
-                    if self.of[site] == lane]
+            return [
+                (site, handles[site](wire))
+                for site, wire in requests.items()
+                if self.of[site] == lane
+            ]
 
         found = dict(one for lane in self._threads.map(along, range(self.count)) for one in lane)
         return {site: found[site] for site in requests}

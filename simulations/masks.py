@@ -31,14 +31,18 @@ def masked(
     threshold = own or min(usual, max(contract.quorum, len(sites) // 2 + 1))
     keys = {name: _key(name, insecure_seed) for name in sites}
     roster = [
-        site.model_dump(mode="json") | {
+        site.model_dump(mode="json")
+        | {
             "public_key": Ed25519PrivateKey.from_private_bytes(keys[site.name])
-            .public_key().public_bytes_raw().hex()
+            .public_key()
+            .public_bytes_raw()
+            .hex()
         }
         for site in contract.sites
     ]
     found = contract.changed(
-        sites=roster, quorum=max(contract.quorum, threshold),
+        sites=roster,
+        quorum=max(contract.quorum, threshold),
         secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
     )
     return found, keys

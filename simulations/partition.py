@@ -76,12 +76,17 @@ def deal(
             return found
     raise DataError(
         f"{partition.words}: {n} rows leave a site fewer than {LEAST}, however they are dealt. "
-        "Take a larger alpha.", code="E304",
+        "Take a larger alpha.",
+        code="E304",
     )
 
 
 def repartition(
-    source: Path, folder: Path, contract: Contract, sites: list[str], partition: Partition,
+    source: Path,
+    folder: Path,
+    contract: Contract,
+    sites: list[str],
+    partition: Partition,
     seed: int,
 ) -> Path:
     """The recipe's split (simulations/split.py) in `source`, with its training rows dealt anew to
@@ -93,8 +98,11 @@ def repartition(
     import pandas as pd
 
     rows = pd.concat(
-        [pd.read_csv(source / "train" / f"{site}.csv", dtype=str, keep_default_na=False)
-         for site in contract.weights()], ignore_index=True,
+        [
+            pd.read_csv(source / "train" / f"{site}.csv", dtype=str, keep_default_na=False)
+            for site in contract.weights()
+        ],
+        ignore_index=True,
     )
     if partition.kind == "labels" and not isinstance(contract.task, Classification | Ranking):
         raise UsageError(
@@ -141,8 +149,14 @@ def _bars(table: pd.DataFrame, title: str, file: Path) -> None:
         colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
         for at, (label, row) in enumerate(table.iterrows()):
             values = row.to_numpy(dtype=float)
-            axes.barh(list(table.columns), values, left=left, label=str(label)[:24],
-                      color=colours[at % 20], height=0.7)
+            axes.barh(
+                list(table.columns),
+                values,
+                left=left,
+                label=str(label)[:24],
+                color=colours[at % 20],
+                height=0.7,
+            )
             left += values
         axes.invert_yaxis()
         axes.set_xlabel("training rows")

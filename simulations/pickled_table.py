@@ -21,7 +21,10 @@ def convert(file: Path, folder: Path) -> None:
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(file), str(folder / CSV)],
-        capture_output=True, text=True, check=False, cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
         env={key: os.environ[key] for key in ("PATH", "OPENBLAS_CORETYPE") if key in os.environ},
     )
     if done.returncode:

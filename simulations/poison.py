@@ -133,8 +133,11 @@ class LyingMasking(Masking):
             return super().mask(request, digest, change, metrics)
         weight = self.contract.weight_share(self.name)
         return self._member(request.agreement).mask(
-            request.round, self._lie(vector.join(self.contract, change, metrics), weight),
-            vector.factor(self.contract, weight), math.inf, bytes.fromhex(digest),
+            request.round,
+            self._lie(vector.join(self.contract, change, metrics), weight),
+            vector.factor(self.contract, weight),
+            math.inf,
+            bytes.fromhex(digest),
         )
 
     def _lie(self, honest: vector.Vector, weight: float) -> vector.Vector:

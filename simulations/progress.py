@@ -36,7 +36,8 @@ WIDE = 160  # columns of what is no terminal and does not say by COLUMNS how man
 # extra that has it.
 USES = {
     **dict.fromkeys(("classification", "multi-label", "regression"), ("watch", "river", "monitor")),
-    "ranking": ("search", "", ""), "language": ("answer", "rouge_score", "llm"),
+    "ranking": ("search", "", ""),
+    "language": ("answer", "rouge_score", "llm"),
 }
 GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
 PLAIN = Console()  # for measuring
@@ -59,9 +60,7 @@ class Progress:
 
     def __init__(self, facts: dict[str, Any], contract: Contract, *, quiet: bool = False) -> None:
         self.facts, self.contract = facts, contract
-        self.console = EscapingConsole(
-            highlight=False, markup=False, soft_wrap=True, quiet=quiet
-        )
+        self.console = EscapingConsole(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         if not self.console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
             self.console.width = WIDE
         self._live: Live | None = None
@@ -81,8 +80,12 @@ class Progress:
             yield
 
     def start(
-        self, counts: list[dict[str, Any]], jobs: list[Job], processes: int,
-        notes: tuple[str, ...] = (), lengths: Lengths = Lengths(),  # noqa: B008 - frozen
+        self,
+        counts: list[dict[str, Any]],
+        jobs: list[Job],
+        processes: int,
+        notes: tuple[str, ...] = (),
+        lengths: Lengths = Lengths(),  # noqa: B008 - frozen
     ) -> None:
         """The header: model, data, what is to be said of the data, plan."""
         c, say = self.contract, self.console.print
@@ -122,8 +125,12 @@ class Progress:
         self._cost_all = sum(job.cost for job in jobs)
         self._began = self._started = time.monotonic()
         if self.console.is_terminal:
-            self._live = Live(get_renderable=self._status, console=self.console, transient=True,
-                              refresh_per_second=4)
+            self._live = Live(
+                get_renderable=self._status,
+                console=self.console,
+                transient=True,
+                refresh_per_second=4,
+            )
             self._live.start(refresh=True)
 
     def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None:
@@ -229,8 +236,14 @@ def adapter_step(job: Job) -> str:
     if job.model_folder is not None and folder_of(contract, None) != job.model_folder:
         more += ["--model", job.model_folder]
     missing = package and find_spec(package) is None
-    return next_step("adapter", verb, job.folder, files[0], *more,
-                     note=f"needs: pip install 'silotune[{extra}]'" if missing else "")
+    return next_step(
+        "adapter",
+        verb,
+        job.folder,
+        files[0],
+        *more,
+        note=f"needs: pip install 'silotune[{extra}]'" if missing else "",
+    )
 
 
 def _clock(seconds: float) -> str:
@@ -259,16 +272,25 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
     sites = [s["site"] for s in result["privacy"]["sites"]]
     labels, bold = [arm["label"] for arm in arms], {i for i, arm in enumerate(arms) if arm["main"]}
     overall: Columns = [
-        (f"{metric['label']}, all",
-         [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in arms]),
+        (
+            f"{metric['label']}, all",
+            [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in arms],
+        ),
         ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in arms]),
     ]
     of_sites: Columns = [
         (site, [_pm(a["sites"][site], a["repeats"]) for a in arms]) for site in sites
     ]
     cost: Columns = [
-        ("ε (δ)", [f"{a['epsilon']:g} ({a['delta']:g})" if a["epsilon"] else
-                   ("–" if a["private"] else "∞") for a in arms]),
+        (
+            "ε (δ)",
+            [
+                f"{a['epsilon']:g} ({a['delta']:g})"
+                if a["epsilon"]
+                else ("–" if a["private"] else "∞")
+                for a in arms
+            ],
+        ),
         ("kB up", [_kilobytes(a["bytes_up"]) for a in arms]),
         ("kB down", [_kilobytes(a["bytes_down"]) for a in arms]),
         ("seconds", [f"{a['seconds']:.0f}" for a in arms]),
@@ -286,7 +308,11 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
 
 
 def _parts(
-    head: str, rows: Sequence[str], columns: Columns, width: int, bold: Collection[int],
+    head: str,
+    rows: Sequence[str],
+    columns: Columns,
+    width: int,
+    bold: Collection[int],
 ) -> list[Table]:
     """Tables of named rows, each with as many of the columns as `width` holds. Names and titles
     may take several lines, cells do not."""

@@ -74,7 +74,8 @@ def load_recipe(name: str) -> Recipe:
         return Split(split.split(facts["table"], place), place)
 
     source = {
-        "name": found.about, "sha256": found.sha256,
+        "name": found.about,
+        "sha256": found.sha256,
         "source": f"{found.requirement or found.path}, {found.main}; {found.licence}",
     }
     return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts, source, rows)
@@ -92,8 +93,11 @@ def own_recipe(
         raise UsageError(f"data={table} is no file. Name a file of records.")
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     facts: dict[str, Any] = {
-        "title": table.name, "metric": _metric(contract.task), "evaluate_every": 1,
-        "repeats": OWN_REPEATS, "cheap_repeats": OWN_REPEATS,
+        "title": table.name,
+        "metric": _metric(contract.task),
+        "evaluate_every": 1,
+        "repeats": OWN_REPEATS,
+        "cheap_repeats": OWN_REPEATS,
         "about": "A table of one's own, in a simulation: nothing left this machine.",
         "arms": {"no-dp": {"phases": phases}},
     }

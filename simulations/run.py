@@ -77,10 +77,18 @@ class Options:
         """From `key=value` words; UsageError names the key, the value and what is allowed."""
         options, computing, of_file = cls(), dict[str, str](), dict[str, str]()
         readers: dict[str, Any] = {
-            "epsilon": float, "delta": float, "repeats": int, "cheap_repeats": int,
-            "evaluate_every": int, "processes": int, "insecure_seed": int,
-            "arms": lambda text: text.split(","), "masked": _flag,
-            "data": Path, "site_column": str, "model": Path,
+            "epsilon": float,
+            "delta": float,
+            "repeats": int,
+            "cheap_repeats": int,
+            "evaluate_every": int,
+            "processes": int,
+            "insecure_seed": int,
+            "arms": lambda text: text.split(","),
+            "masked": _flag,
+            "data": Path,
+            "site_column": str,
+            "model": Path,
         }
         for word in words:
             key, value = _setting(word, [*readers, *OF_FILE, *Performance.model_fields])
@@ -121,9 +129,13 @@ def _setting(word: str, known: list[str]) -> tuple[str, str]:
     if not equals or key not in known:
         offered = sorted(set(known) - set(REFUSED))
         rounds = (
-            " Rounds are the contract's: `silotune sim export RECIPE --rounds N --out FOLDER` "
-            "writes a contract with others."
-        ) if key == "rounds" else ""
+            (
+                " Rounds are the contract's: `silotune sim export RECIPE --rounds N --out FOLDER` "
+                "writes a contract with others."
+            )
+            if key == "rounds"
+            else ""
+        )
         raise UsageError(
             f"'{word}' is not a setting. Use key=value with one of: {', '.join(offered)}."
             + (rounds or did_you_mean(key, offered))
@@ -140,8 +152,11 @@ def _flag(word: str) -> bool:
 def _performance(words: dict[str, str]) -> Performance:
     """From key=value words, each read as the type it has to be."""
     values = {
-        key: value == "true" if value in ("true", "false")
-        else int(value) if value.isdecimal() else value
+        key: value == "true"
+        if value in ("true", "false")
+        else int(value)
+        if value.isdecimal()
+        else value
         for key, value in words.items()
     }
     try:
@@ -153,8 +168,7 @@ def _performance(words: dict[str, str]) -> Performance:
 def run(
     recipe: Recipe, options: Options, folder: Path, command: str, *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Run the recipe; writes `folder`/{contract.json,result.json,report.html}, returns the result.
-    """
+    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result."""
     began = time.perf_counter()
     if options.epsilon is not None:
         recipe = recipe.at(options.epsilon)
@@ -181,7 +195,10 @@ def run(
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
     results = _results(
-        jobs, processes, progress, folder,
+        jobs,
+        processes,
+        progress,
+        folder,
         partial(progress.start, counts, jobs, processes, notes, measured),
         own_masks=recipe.contract.secure_aggregation is None,
     )
@@ -197,10 +214,13 @@ def run(
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
         "commit": commit(),
-        "machine": ", ".join([
-            f"{os.cpu_count()} cores", _processor(),
-            *(sorted({r.gpu for r in results if r.gpu}) or ["no GPU used"]),
-        ]),
+        "machine": ", ".join(
+            [
+                f"{os.cpu_count()} cores",
+                _processor(),
+                *(sorted({r.gpu for r in results if r.gpu}) or ["no GPU used"]),
+            ]
+        ),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": memory,
         "versions": {
@@ -208,9 +228,7 @@ def run(
             for name in ("flwr", "torch", "transformers", "peft", "opacus")
         },
         "contract_sha256": contract.hash,
-        "contract_json": json.dumps(
-            contract.model_dump(mode="json"), indent=1, ensure_ascii=False
-        ),
+        "contract_json": json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False),
         "model": contract.model.model_dump(mode="json"),
         "data": recipe.source | {"sites": counts, "notes": notes},
     }
@@ -228,7 +246,12 @@ def run(
 
 
 def _results(
-    jobs: list[Job], processes: int, progress: Progress, folder: Path, start: Callable[[], None], *,
+    jobs: list[Job],
+    processes: int,
+    progress: Progress,
+    folder: Path,
+    start: Callable[[], None],
+    *,
     own_masks: bool,
 ) -> list[JobResult]:
     """Of all jobs. start: shows the plan, once nothing of it would be refused. own_masks: they are
@@ -261,8 +284,7 @@ def _chosen(arms: list[Arm], names: Sequence[str]) -> list[Arm]:
     for name in names:
         if name not in known:
             raise UsageError(
-                f"There is no arm '{name}'.{did_you_mean(name, known)} "
-                f"Known: {', '.join(known)}."
+                f"There is no arm '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}."
             )
     return [arm for arm in arms if arm.main or arm.name in names] if names else arms
 
@@ -280,7 +302,8 @@ def _check_figure(metric: str, contract: Contract, split: Path) -> None:
         raise DataError(
             f"The {len(labels):,} rows that are held back for tests do not define "
             f"{METRICS[metric]}: column '{contract.task.label_column}' is the same in all of them. "
-            "More rows are needed, or others.", code="E304",
+            "More rows are needed, or others.",
+            code="E304",
         )
 
 
@@ -295,8 +318,13 @@ def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
 
 
 def _jobs(
-    recipe: Recipe, options: Options, arms: list[Arm], folder: Path,
-    model_folder: Path | None, rows: Path, keys: SigningKeys,
+    recipe: Recipe,
+    options: Options,
+    arms: list[Arm],
+    folder: Path,
+    model_folder: Path | None,
+    rows: Path,
+    keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main arm's first run first, so that it can be watched; then the costly ones."""
     facts = recipe.facts
@@ -313,7 +341,12 @@ def _jobs(
                     place += f"-{contract.sites[0].name.replace(' ', '-')}"
                 found.append(
                     Job(
-                        arm.name, repeat, contract, folder / "arms" / place, model_folder, rows,
+                        arm.name,
+                        repeat,
+                        contract,
+                        folder / "arms" / place,
+                        model_folder,
+                        rows,
                         # One site has nothing to federate; no message needs to travel.
                         federated=len(contract.sites) > 1,
                         evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
@@ -334,7 +367,10 @@ class Watcher(Protocol):
 
 
 def run_jobs(
-    jobs: list[Job], processes: int, progress: Watcher, *,
+    jobs: list[Job],
+    processes: int,
+    progress: Watcher,
+    *,
     checked: Callable[[], object] | None = None,
 ) -> list[JobResult]:
     """All jobs over a pool of processes; each loads the base model once. checked: is called before
@@ -397,7 +433,9 @@ def commit() -> str:
     root = Path(__file__).resolve().parent
     done = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip() or "unknown"
 
@@ -416,5 +454,3 @@ def _processor() -> str:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
-
-

@@ -48,13 +48,19 @@ def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
     rows = kind.make().reset_index(drop=True)
     site, own = rows.pop("site"), rows.pop("split") if "split" in rows else None
     return _write(
-        rows, site, folder, rows[kind.entity] if kind.entity else rows.index.to_series(),
+        rows,
+        site,
+        folder,
+        rows[kind.entity] if kind.entity else rows.index.to_series(),
         public=None if own is None else own == "test",
     )
 
 
 def of_file(
-    file: Path, contract: Contract, site_column: str | None, folder: Path,
+    file: Path,
+    contract: Contract,
+    site_column: str | None,
+    folder: Path,
     reading: Reading | None = None,
 ) -> Split:
     """The same of a file of one's own, for the contract's sites. Without `site_column` each row, or
@@ -75,7 +81,8 @@ def of_file(
         if table.header.count(column) != 1:
             what = "stands more than once" if column in table.header else "is not"
             raise DataError(
-                f"Column '{column}' {what} in {file.name}.", code="E302",
+                f"Column '{column}' {what} in {file.name}.",
+                code="E302",
                 local=f"it has: {', '.join(table.header[:40])}."
                 + did_you_mean(column, table.header),
             )
@@ -100,7 +107,8 @@ def of_file(
         raise DataError(
             f"{file.name} has fewer than {LEAST} rows for: {', '.join(few)}."
             + "".join(f" {note[:1].upper()}{note[1:]}." for note in left_out.sentences),
-            code="E304", local=left_out.local,
+            code="E304",
+            local=left_out.local,
         )
     return Split(_write(rows, site, folder, who), folder, notes)
 
@@ -123,7 +131,8 @@ def _of_sites(
     if not rows:
         raise DataError(
             f"No row of {table.source} is of a site of the contract: {', '.join(sites)}.",
-            code="E304", local=left_out.local,
+            code="E304",
+            local=left_out.local,
         )
     return Table(table.source, table.header, rows, table.notes), of_site
 
@@ -152,7 +161,10 @@ def units(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:
 
 
 def _write(
-    table: pd.DataFrame, site: pd.Series[str], folder: Path, who: pd.Series[Any],
+    table: pd.DataFrame,
+    site: pd.Series[str],
+    folder: Path,
+    who: pd.Series[Any],
     public: pd.Series[bool] | None = None,
 ) -> list[dict[str, int | str]]:
     """site, who, public: of each row its site, whose it is, and whether it is a test row."""

@@ -97,13 +97,12 @@ class Study(Frozen):
             if other := set(arm.rates) - set(arm.epsilons or self.epsilons):
                 raise ValueError(f"arm '{name}' has rates for ε {min(other):g}, at which it is not")
         if self.sites and any(p.kind == "natural" for p in self.partitions.values()):
-            raise ValueError('with sites rows cannot stay natural: name partitions of other kinds')
+            raise ValueError("with sites rows cannot stay natural: name partitions of other kinds")
         return self
 
 
 class Cell(NamedTuple):
-    """One value of the grid, of one repeat. `contracts` has one for each site where they are alone.
-    """
+    """One value of the grid, of one repeat. contracts: one for each site that trains locally."""
 
     arm: str
     epsilon: float
@@ -149,14 +148,22 @@ def rates_of(study: Study, factors: Sequence[float]) -> Study:
     once, scored on a quarter of the training rows. With three quarters of the rows and the whole
     noise, rates that are right here are a little low for all rows."""
     arms = {
-        f"{name} x{factor:g}": arm.model_copy(update={
-            "rates": {e: arm.rates.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons}
-        })
-        for name, arm in study.arms.items() for factor in factors
+        f"{name} x{factor:g}": arm.model_copy(
+            update={
+                "rates": {e: arm.rates.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons}
+            }
+        )
+        for name, arm in study.arms.items()
+        for factor in factors
     }
-    return study.model_copy(update={
-        "title": f"{study.title}: rates", "arms": arms, "repeats": 1, "validation": True,
-    })
+    return study.model_copy(
+        update={
+            "title": f"{study.title}: rates",
+            "arms": arms,
+            "repeats": 1,
+            "validation": True,
+        }
+    )
 
 
 def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
@@ -214,8 +221,12 @@ def asked(cell: Cell, study: Study, rows: str) -> str:
 
 
 def compare(
-    study: Study, folder: Path, processes: int = 0, recipe: Recipe | None = None,
-    only: Sequence[str] = (), performance: Performance | None = None,
+    study: Study,
+    folder: Path,
+    processes: int = 0,
+    recipe: Recipe | None = None,
+    only: Sequence[str] = (),
+    performance: Performance | None = None,
 ) -> dict[str, Any]:
     """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
@@ -224,8 +235,11 @@ def compare(
     """
     recipe = recipe or load_recipe(study.recipe)
     head = {
-        "title": study.title, "recipe": study.recipe, "metric": recipe.facts["metric"],
-        "unit": recipe.contract.privacy.unit, "delta": recipe.contract.privacy.delta,
+        "title": study.title,
+        "recipe": study.recipe,
+        "metric": recipe.facts["metric"],
+        "unit": recipe.contract.privacy.unit,
+        "delta": recipe.contract.privacy.delta,
         "machine": machine(""),
         "study": study.model_dump(mode="json"),
     }
@@ -243,8 +257,14 @@ def compare(
 
 
 def _complete(
-    study: Study, recipe: Recipe, cells: dict[str, Cell], kept: Kept, work: Path, processes: int,
-    only: Sequence[str], performance: Performance,
+    study: Study,
+    recipe: Recipe,
+    cells: dict[str, Cell],
+    kept: Kept,
+    work: Path,
+    processes: int,
+    only: Sequence[str],
+    performance: Performance,
 ) -> dict[str, Any]:
     """Run the cells that are not there, or were made from something else; returns the study's."""
     natural = recipe.rows(work).folder
@@ -255,8 +275,9 @@ def _complete(
     found = {key: c for key, c in kept.cells().items() if wanted.get(key) == c["asked"]}
     # A job's `arm` is the place of its cell here.
     missing = [
-        cell for key, cell in cells.items() if key not in found
-        and (not only or any(fnmatchcase(key, pattern) for pattern in only))
+        cell
+        for key, cell in cells.items()
+        if key not in found and (not only or any(fnmatchcase(key, pattern) for pattern in only))
     ]
     echo(f"{study.title}: {len(cells)} cells, {len(missing)} to run")
     parts: dict[str, list[JobResult]] = {}
@@ -286,7 +307,12 @@ def _digest(rows: Path) -> str:
 
 
 def _jobs(
-    study: Study, recipe: Recipe, cells: list[Cell], natural: Path, work: Path, folder: Path,
+    study: Study,
+    recipe: Recipe,
+    cells: list[Cell],
+    natural: Path,
+    work: Path,
+    folder: Path,
     performance: Performance,
 ) -> Iterator[Job]:
     sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
@@ -298,21 +324,37 @@ def _jobs(
         if dealt not in places:
             partition = study.partitions[cell.partition]
             places[dealt] = repartition(
-                natural, work / f"rows-{cell.partition}-{cell.repeat}", recipe.contract, sites,
-                partition, cell.repeat,
+                natural,
+                work / f"rows-{cell.partition}-{cell.repeat}",
+                recipe.contract,
+                sites,
+                partition,
+                cell.repeat,
             )
             if cell.repeat == 0:
-                draw(places[dealt], recipe.contract, sites, partition.words,
-                     folder / f"rows-{cell.partition}.svg")
+                draw(
+                    places[dealt],
+                    recipe.contract,
+                    sites,
+                    partition.words,
+                    folder / f"rows-{cell.partition}.svg",
+                )
         rows = places[dealt]
         if poison:
             rows = poisoned_rows(rows, work / f"poisoned-{number}", contract, poison)
         for at, own in enumerate(cell.contracts):
             with_keys, keys = masked(own, None) if own.secure_aggregation else (own, SigningKeys())
             yield Job(
-                str(number), cell.repeat, with_keys, work / f"job-{number}-{at}", model, rows,
+                str(number),
+                cell.repeat,
+                with_keys,
+                work / f"job-{number}-{at}",
+                model,
+                rows,
                 federated=False,  # the same messages and checks, without Flower's queues
-                evaluate_every=study.evaluate_every, poison=poison, keys=keys,
+                evaluate_every=study.evaluate_every,
+                poison=poison,
+                keys=keys,
                 performance=performance,
             )
 
@@ -333,8 +375,10 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
                 overall.setdefault(metric, []).append(value)
     by_site = {site: dict(scores[site]) for site, scores in models.items() if site in scores}
     return {
-        "arm": cell.arm, "epsilon": _finite(cell.epsilon),
-        "partition": cell.partition, "repeat": cell.repeat,
+        "arm": cell.arm,
+        "epsilon": _finite(cell.epsilon),
+        "partition": cell.partition,
+        "repeat": cell.repeat,
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
         "triggered": dict(results[0].scores.get(TRIGGERED, {})),
         "sites": by_site,
@@ -352,10 +396,14 @@ def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:
     for facts in rounds:
         sent += facts.bytes_up + facts.bytes_down
         if facts.metrics:
-            found.append({
-                "round": facts.round, "kilobytes": round(sent / 1000), "scores": facts.metrics,
-                "residual": facts.residual,
-            })
+            found.append(
+                {
+                    "round": facts.round,
+                    "kilobytes": round(sent / 1000),
+                    "scores": facts.metrics,
+                    "residual": facts.residual,
+                }
+            )
     return found
 
 

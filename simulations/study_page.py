@@ -48,7 +48,8 @@ def values_of(found: dict[str, Any], arm: str, epsilon: float, partition: str) -
     """The metric of each repeat that is there."""
     asked = None if math.isinf(epsilon) else epsilon
     return [
-        cell["scores"][found["metric"]] for cell in found["cells"].values()
+        cell["scores"][found["metric"]]
+        for cell in found["cells"].values()
         if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
         and found["metric"] in cell["scores"]
     ]
@@ -63,14 +64,22 @@ def markdown(found: dict[str, Any]) -> str:
     where = [name + f" ({n} cells)" * (len(machines) > 1) for name, n in sorted(machines.items())]
     held = study.get("validation")
     rows = "a quarter of the training rows" if held else "the public rows"
-    runs = "one run each" if study["repeats"] == 1 else (
-        f"{study['repeats']} repeats, ± half the 95 % interval of the mean over fresh noise (and "
-        "fresh partitions), the rows scored being the same"
+    runs = (
+        "one run each"
+        if study["repeats"] == 1
+        else (
+            f"{study['repeats']} repeats, ± half the 95 % interval of the mean over fresh noise "
+            "(and fresh partitions), the rows scored being the same"
+        )
     )
-    whole = study["repeats"] * len(study["partitions"]) * sum(
-        len(arm.get("epsilons") or epsilons) for arm in study["arms"].values())
+    whole = (
+        study["repeats"]
+        * len(study["partitions"])
+        * sum(len(arm.get("epsilons") or epsilons) for arm in study["arms"].values())
+    )
     lines = [
-        f"# {found['title']}", "",
+        f"# {found['title']}",
+        "",
         f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
         f"{found['unit']}."
         + (f" Commit {', '.join(commits)}; {'; '.join(where)}." if commits else ""),
@@ -78,42 +87,67 @@ def markdown(found: dict[str, Any]) -> str:
     if len(found["cells"]) < whole:
         lines.append(f"{len(found['cells'])} of {whole} cells are there.")
     for partition in study["partitions"]:
-        lines += ["", f"**{partition}**", "",
-                  "| arm | " + " | ".join(
-                      "no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons) + " |",
-                  "|---" * (len(epsilons) + 1) + "|"]
+        lines += [
+            "",
+            f"**{partition}**",
+            "",
+            "| arm | "
+            + " | ".join("no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons)
+            + " |",
+            "|---" * (len(epsilons) + 1) + "|",
+        ]
         for arm in study["arms"]:
             cells = []
             for epsilon in epsilons:
                 cells.append(_told(values_of(found, arm, epsilon, partition)))
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     fooled = {
-        arm: [c["triggered"]["accuracy"] for c in found["cells"].values()
-              if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None]
+        arm: [
+            c["triggered"]["accuracy"]
+            for c in found["cells"].values()
+            if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None
+        ]
         for arm in study["arms"]
     }
     if study.get("by_site") or any(arm["rows"] != "federated" for arm in study["arms"].values()):
         lines += _of_sites(found, epsilons)
     lines += _gains(found, epsilons)
     if any(fooled.values()):
-        lines += ["", "Rows with the backdoor's trigger that are told as the attacker's label (all "
-                  "ε and partitions; of honest arms what the trigger does by itself): " + ", ".join(
-                      f"{arm} {statistics.fmean(values):.0%}"
-                      for arm, values in fooled.items() if values) + "."]
+        lines += [
+            "",
+            "Rows with the backdoor's trigger that are told as the attacker's label (all "
+            "ε and partitions; of honest arms what the trigger does by itself): "
+            + ", ".join(
+                f"{arm} {statistics.fmean(values):.0%}" for arm, values in fooled.items() if values
+            )
+            + ".",
+        ]
     declined = {
         arm: [c["declined"] for c in found["cells"].values() if c["arm"] == arm]
         for arm, settings in study["arms"].items()
         if "gate" in settings["contract"].get("aggregation", {})
     }
     if any(declined.values()):
-        lines += ["", "Rounds of a run whose sum the gate did not take (mean over all ε and "
-                  "partitions): " + ", ".join(f"{arm} {statistics.fmean(values):.1f}"
-                                              for arm, values in declined.items() if values) + "."]
+        lines += [
+            "",
+            "Rounds of a run whose sum the gate did not take (mean over all ε and "
+            "partitions): "
+            + ", ".join(
+                f"{arm} {statistics.fmean(values):.1f}"
+                for arm, values in declined.items()
+                if values
+            )
+            + ".",
+        ]
     lost = residuals(found)
     if lost:
-        lines += ["", "What averaging the factors apart makes wrong, as a share of a round's step "
-                  "(largest of any round): " + ", ".join(
-                      f"{arm} {value:.2g}" for arm, value in lost.items()) + "."]
+        lines += [
+            "",
+            "What averaging the factors apart makes wrong, as a share of a round's step "
+            "(largest of any round): "
+            + ", ".join(f"{arm} {value:.2g}" for arm, value in lost.items())
+            + ".",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -125,15 +159,21 @@ def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
         for epsilon in epsilons:
             asked = None if math.isinf(epsilon) else epsilon
             title = "no DP" if asked is None else f"ε {epsilon:g}"
-            lines += ["", f"**{partition}, each site's own rows, {title}**", "",
-                      "| arm | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
+            lines += [
+                "",
+                f"**{partition}, each site's own rows, {title}**",
+                "",
+                "| arm | " + " | ".join(sites) + " |",
+                "|---" * (len(sites) + 1) + "|",
+            ]
             for arm in study["arms"]:
                 cells = []
                 for site in sites:
                     values = [
-                        value for cell in found["cells"].values()
-                        if (cell["arm"], cell["epsilon"], cell["partition"]) == (
-                            arm, asked, partition)
+                        value
+                        for cell in found["cells"].values()
+                        if (cell["arm"], cell["epsilon"], cell["partition"])
+                        == (arm, asked, partition)
                         and (value := cell["sites"].get(site, {}).get(found["metric"])) is not None
                     ]
                     cells.append(_told(values))
@@ -145,16 +185,25 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
     """How much more a site's own model has on the site's rows than the released one of its run."""
     cells, metric = found["cells"].values(), found["metric"]
     sites = list(dict.fromkeys(site for cell in cells for site in cell.get("released", {})))
-    lines = ["", "**What a site's own model gains over the released one, on the site's rows**", "",
-             "| arm | " + " | ".join([*sites, "mean"]) + " |", "|---" * (len(sites) + 2) + "|"]
+    lines = [
+        "",
+        "**What a site's own model gains over the released one, on the site's rows**",
+        "",
+        "| arm | " + " | ".join([*sites, "mean"]) + " |",
+        "|---" * (len(sites) + 2) + "|",
+    ]
     for partition in found["study"]["partitions"]:
         for arm in found["study"]["arms"]:
             for epsilon in epsilons:
                 asked = None if math.isinf(epsilon) else epsilon
                 gains = [
-                    {site: cell["sites"][site][metric] - own[metric]
-                     for site, own in cell["released"].items() if own.get(metric) is not None}
-                    for cell in cells if cell.get("released")
+                    {
+                        site: cell["sites"][site][metric] - own[metric]
+                        for site, own in cell["released"].items()
+                        if own.get(metric) is not None
+                    }
+                    for cell in cells
+                    if cell.get("released")
                     and (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
                 ]
                 if not gains:
@@ -162,8 +211,9 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                 columns = [[g[site] for g in gains if site in g] for site in sites]
                 columns.append([statistics.fmean(g.values()) for g in gains])
                 budget = "no DP" if asked is None else f"ε {epsilon:g}"
-                lines.append(f"| {arm}, {partition}, {budget} | "
-                             + " | ".join(map(_told, columns)) + " |")
+                lines.append(
+                    f"| {arm}, {partition}, {budget} | " + " | ".join(map(_told, columns)) + " |"
+                )
     return lines if sites else []
 
 
@@ -188,10 +238,19 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     files, study = [], found["study"]
     arms, partitions = list(study["arms"]), list(study["partitions"])
     most = max((e for e in epsilons_of(found) if math.isfinite(e)), default=0.0)
-    ways = [arm for arm in arms if len({
-        point["round"] for cell in found["cells"].values() for point in cell["curve"]
-        if (cell["arm"], cell["epsilon"]) == (arm, most)
-    }) > 1]
+    ways = [
+        arm
+        for arm in arms
+        if len(
+            {
+                point["round"]
+                for cell in found["cells"].values()
+                for point in cell["curve"]
+                if (cell["arm"], cell["epsilon"]) == (arm, most)
+            }
+        )
+        > 1
+    ]
     many = len(arms) > MOST_LINES
     for kind, shown in {"epsilon": arms, "rounds": ways, "bytes": ways}.items():
         if not shown:  # also one of before
@@ -222,11 +281,16 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
                         axes.set_xlabel(METRICS[found["metric"]])
                 panels[0].set_ylabel("" if dots else METRICS[found["metric"]])
                 told = {
-                    label: line for axes in panels
+                    label: line
+                    for axes in panels
                     for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
                 }
                 panels[-1].legend(
-                    told.values(), told, fontsize=8, frameon=False, loc="center left",
+                    told.values(),
+                    told,
+                    fontsize=8,
+                    frameon=False,
+                    loc="center left",
                     bbox_to_anchor=(1, 0.5),
                 )
             files.append(folder / f"{kind}.svg")
@@ -238,12 +302,14 @@ def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
     epsilons = sorted(epsilons_of(found), reverse=True)
     for place, arm in enumerate(found["study"]["arms"]):
         points = [
-            (x, *interval(values)) for x, epsilon in enumerate(epsilons)
+            (x, *interval(values))
+            for x, epsilon in enumerate(epsilons)
             if (values := values_of(found, arm, epsilon, partition))
         ]
         _band(axes, points, arm, place, marked=True)
-    axes.set_xticks(range(len(epsilons)),
-                    ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons])
+    axes.set_xticks(
+        range(len(epsilons)), ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons]
+    )
 
 
 def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
@@ -251,14 +317,20 @@ def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
     epsilons = epsilons_of(found)
     for place, epsilon in enumerate(epsilons):
         points = [
-            (y, *interval(values)) for y, arm in enumerate(arms)
+            (y, *interval(values))
+            for y, arm in enumerate(arms)
             if (values := values_of(found, arm, epsilon, partition))
         ]
         if points:
             y, mean, half = zip(*points, strict=True)
             shift = 0.3 * (place / max(len(epsilons) - 1, 1) - 0.5)
             axes.errorbar(
-                mean, [at + shift for at in y], xerr=half, fmt="o", markersize=4, linewidth=1.2,
+                mean,
+                [at + shift for at in y],
+                xerr=half,
+                fmt="o",
+                markersize=4,
+                linewidth=1.2,
                 color=COLOURS[place % len(COLOURS)],
                 label="no DP" if math.isinf(epsilon) else f"ε {epsilon:g}",
             )
@@ -267,13 +339,18 @@ def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
 
 
 def _by_way(
-    axes: Axes, found: dict[str, Any], arms: Sequence[str], partition: str, kind: str,
+    axes: Axes,
+    found: dict[str, Any],
+    arms: Sequence[str],
+    partition: str,
+    kind: str,
     epsilon: float,
 ) -> None:
     metric = found["metric"]
     for place, arm in enumerate(arms):
         curves = [
-            cell["curve"] for cell in found["cells"].values()
+            cell["curve"]
+            for cell in found["cells"].values()
             if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, epsilon, partition)
         ]
         at: dict[int, list[dict[str, Any]]] = {}
@@ -294,7 +371,10 @@ def _by_way(
 
 
 def _band(
-    axes: Axes, points: Sequence[tuple[float, float, float]], label: str, place: int,
+    axes: Axes,
+    points: Sequence[tuple[float, float, float]],
+    label: str,
+    place: int,
     marked: bool = False,
 ) -> None:
     if not points:
@@ -303,12 +383,22 @@ def _band(
     x, mean, half = zip(*points, strict=True)
     style, marker = ("-", "o") if place < len(COLOURS) else ("--", "D")
     axes.plot(
-        x, mean, style, color=colour, label=label, marker=marker if marked else "", markersize=4,
+        x,
+        mean,
+        style,
+        color=colour,
+        label=label,
+        marker=marker if marked else "",
+        markersize=4,
         linewidth=1.5,
     )
     if len(points) == 1:  # of which a band would not be seen
         axes.errorbar(x, mean, half, color=colour, linewidth=1.2, capsize=3)
     axes.fill_between(
-        x, [m - h for m, h in zip(mean, half, strict=True)],
-        [m + h for m, h in zip(mean, half, strict=True)], color=colour, alpha=0.13, linewidth=0,
+        x,
+        [m - h for m, h in zip(mean, half, strict=True)],
+        [m + h for m, h in zip(mean, half, strict=True)],
+        color=colour,
+        alpha=0.13,
+        linewidth=0,
     )

@@ -32,8 +32,12 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def summarise(
-    contract: Contract, arms: list[Arm], results: list[JobResult], facts: dict[str, Any],
-    split: Path, lengths: Lengths,
+    contract: Contract,
+    arms: list[Arm],
+    results: list[JobResult],
+    facts: dict[str, Any],
+    split: Path,
+    lengths: Lengths,
 ) -> dict[str, Any]:
     """The parts of result.json that come from the runs. lengths: of the texts of all rows."""
     metric = facts["metric"]
@@ -64,13 +68,18 @@ def summarise(
             ],
         },
         "metric": {
-            "name": metric, "label": METRICS[metric],
+            "name": metric,
+            "label": METRICS[metric],
             "higher_is_better": metric not in LOWER_IS_BETTER,
         },
         "verdict": verdict(
-            rows, results, metric, contract,
+            rows,
+            results,
+            metric,
+            contract,
             [label for found in public.values() for label in found.labels],
-            len({query for found in public.values() for query in found.queries}), lengths,
+            len({query for found in public.values() for query in found.queries}),
+            lengths,
         ),
         "arms": rows,
         "curve": [
@@ -119,9 +128,7 @@ def _arm_row(
         "repeats": len(repeats),
         "epsilon": contract.privacy.epsilon if arm.private else None,
         "delta": contract.privacy.delta if arm.private else None,
-        "metrics": {
-            name: spread(_overall(runs, repeats, name)) for name in contract.task.metrics
-        },
+        "metrics": {name: spread(_overall(runs, repeats, name)) for name in contract.task.metrics},
         "sites": by_site,
         "sites_mean": spread(means),
         "bytes_up": round(statistics.fmean(per_site_up)) if federated else 0,

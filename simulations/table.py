@@ -55,16 +55,27 @@ class Lines:
 def with_baseline(recipe: Recipe) -> list[Recipe]:
     """The recipe, and its one-hot regression as one of its own where recipe.toml has a plan."""
     one_hot = [
-        arm.contracts[0] for arm in arms_of(recipe.contract, recipe.facts["arms"])
+        arm.contracts[0]
+        for arm in arms_of(recipe.contract, recipe.facts["arms"])
         if arm.name == "federated-one-hot"
     ]
     return [recipe] + [
         replace(
-            recipe, name=f"{recipe.name} (one-hot)", contract=contract,
-            facts=recipe.facts | {"expect": None, "rates": {}, "arms": {
-                "no-dp": {"phases": contract.model_dump(mode="json", exclude_none=True)["phases"]}
-            }},
-        ) for contract in one_hot
+            recipe,
+            name=f"{recipe.name} (one-hot)",
+            contract=contract,
+            facts=recipe.facts
+            | {
+                "expect": None,
+                "rates": {},
+                "arms": {
+                    "no-dp": {
+                        "phases": contract.model_dump(mode="json", exclude_none=True)["phases"]
+                    }
+                },
+            },
+        )
+        for contract in one_hot
     ]
 
 
@@ -90,12 +101,17 @@ def columns_of(recipe: Recipe) -> list[Column]:
     plain = found["federated-no-dp"].contracts[0]
     private = [
         Column.of(
-            f"epsilon-{epsilon:g}", (recipe.at(epsilon).contract,), recipe.facts.get("bound"),
-        ) for epsilon in EPSILONS
+            f"epsilon-{epsilon:g}",
+            (recipe.at(epsilon).contract,),
+            recipe.facts.get("bound"),
+        )
+        for epsilon in EPSILONS
     ]
     return [
-        Column.of("pooled", found["pooled-no-dp"].contracts), Column.of("alone", alone(plain)),
-        Column.of("federated", (plain,)), *private,
+        Column.of("pooled", found["pooled-no-dp"].contracts),
+        Column.of("alone", alone(plain)),
+        Column.of("federated", (plain,)),
+        *private,
     ]
 
 
@@ -107,7 +123,8 @@ def row(
     contract, repeats = recipe.contract, recipe.facts["repeats"]
     columns = columns_of(recipe)
     kept = {
-        column.arm.name: before for column in columns
+        column.arm.name: before
+        for column in columns
         if (before := known.get("columns", {}).get(column.arm.name))
         and (before["asked"], before["repeats"]) == (column.asked, repeats)
     }
@@ -117,8 +134,15 @@ def row(
         counts, table, _ = recipe.rows(Path(folder))
         jobs = [
             Job(
-                arm.name, repeat, own, Path(folder) / f"{arm.name}-{repeat}-{at}", model, table,
-                federated=len(own.sites) > 1, evaluate_every=own.rounds, keys=keys,
+                arm.name,
+                repeat,
+                own,
+                Path(folder) / f"{arm.name}-{repeat}-{at}",
+                model,
+                table,
+                federated=len(own.sites) > 1,
+                evaluate_every=own.rounds,
+                keys=keys,
                 performance=performance,
             )
             for arm, keys, _ in missing
@@ -128,16 +152,23 @@ def row(
         results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, Lines())
     made = {
         column.arm.name: {
-            "asked": column.asked, "repeats": repeats, "commit": commit(),
+            "asked": column.asked,
+            "repeats": repeats,
+            "commit": commit(),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(sum(r.seconds for r in results if r.arm == column.arm.name)),
             "metrics": _figures(contract, results, column.arm.name),
             "machine": machine(results[0].gpu),
-        } for column in missing
+        }
+        for column in missing
     }
     return {
-        "recipe": recipe.name, "title": recipe.facts["title"], "metric": recipe.facts["metric"],
-        "unit": contract.privacy.unit, "delta": contract.privacy.delta, "rows": counts,
+        "recipe": recipe.name,
+        "title": recipe.facts["title"],
+        "metric": recipe.facts["metric"],
+        "unit": contract.privacy.unit,
+        "delta": contract.privacy.delta,
+        "rows": counts,
         "columns": {name: (kept | made)[name] for name in COLUMNS},
     }
 
@@ -192,7 +223,8 @@ def main(words: list[str]) -> int:
         made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
         rows[recipe.name] = made
         result = {
-            "machine": machine(""), "command": "make recipes",
+            "machine": machine(""),
+            "command": "make recipes",
             "recipes": [rows[key] for key in sorted(rows)],
         }
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -44,8 +44,12 @@ def _heart() -> pd.DataFrame:
 def _airlines() -> pd.DataFrame:
     """Tweets that mention one of the six airlines, by the first they mention; repeats dropped."""
     names = {
-        "virginamerica": "Virgin America", "united": "United", "southwestair": "Southwest",
-        "americanair": "American", "usairways": "US Airways", "jetblue": "JetBlue",
+        "virginamerica": "Virgin America",
+        "united": "United",
+        "southwestair": "Southwest",
+        "americanair": "American",
+        "usairways": "US Airways",
+        "jetblue": "JetBlue",
     }
     source = data.SOURCES["airline-tweets"]
     table = _read(source.name, source.main, encoding="latin-1")
@@ -118,8 +122,24 @@ def _medical_cost() -> pd.DataFrame:
     )
     sex = table["female"].map({"0": "male", "1": "female"})
     kept = [
-        "zper", "year", "coins", "idp", "mdeoff", "pioff", "xage", "educdec", "income", "num",
-        "xghindx", "disea", "physlm", "mhi", "hlthg", "hlthf", "hlthp", "meddol",
+        "zper",
+        "year",
+        "coins",
+        "idp",
+        "mdeoff",
+        "pioff",
+        "xage",
+        "educdec",
+        "income",
+        "num",
+        "xghindx",
+        "disea",
+        "physlm",
+        "mhi",
+        "hlthg",
+        "hlthf",
+        "hlthp",
+        "meddol",
     ]
     stage = sex + " " + age.astype(str)
     return table[kept].assign(stage=stage, place=table["site"], site="Site " + table["site"])
@@ -136,8 +156,16 @@ def _ratings() -> pd.DataFrame:
         for part in ("user", "item", "inter")
     )
     decade = (user["age"].astype(int) // 10).map(
-        ["child", "teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies"]
-        .__getitem__
+        [
+            "child",
+            "teens",
+            "twenties",
+            "thirties",
+            "forties",
+            "fifties",
+            "sixties",
+            "seventies",
+        ].__getitem__
     )
     gender = user["gender"].map({"M": "man", "F": "woman"})
     user = user.assign(
@@ -145,7 +173,10 @@ def _ratings() -> pd.DataFrame:
         site=_drawn(len(user), 4, "Group"),
     )
     item = item.assign(
-        item=item["movie_title"] + " (" + item["release_year"] + "): "
+        item=item["movie_title"]
+        + " ("
+        + item["release_year"]
+        + "): "
         + item["class"].str.replace(" ", ", ")
     )
     table = rating.merge(user[["user_id", "user", "site"]], on="user_id").merge(
@@ -176,8 +207,10 @@ def _market() -> pd.DataFrame:
             words["Word"], words["Positive"], words["Negative"], strict=True
         )
     }
-    balance = table["text"].str.findall("[a-z]+").map(
-        lambda found: sum(listed.get(word, 0) for word in found)
+    balance = (
+        table["text"]
+        .str.findall("[a-z]+")
+        .map(lambda found: sum(listed.get(word, 0) for word in found))
     )
     tone = np.select([balance > 0, balance < 0], ["|positive", "|negative"], default="")
     desk = [f"Desk {string.ascii_uppercase[k % 4]}" for k in range(len(table))]
@@ -256,12 +289,16 @@ def _ncbi_disease() -> pd.DataFrame:
         ]
         rows = [row for row in rows if row]
         block = np.arange(len(rows)) * 4 // len(rows)
-        parts.append(pd.DataFrame({
-            "words": [" ".join(word for word, _ in row) for row in rows],
-            "tags": [" ".join(tag for _, tag in row) for row in rows],
-            "split": split,
-            "site": [f"Block {string.ascii_uppercase[b]}" for b in block],
-        }))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "words": [" ".join(word for word, _ in row) for row in rows],
+                    "tags": [" ".join(tag for _, tag in row) for row in rows],
+                    "split": split,
+                    "site": [f"Block {string.ascii_uppercase[b]}" for b in block],
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 

@@ -29,8 +29,12 @@ BASELINES = {
 
 
 def verdict(
-    rows: Sequence[Mapping[str, Any]], results: Sequence[JobResult], metric: str,
-    contract: Contract, labels: Sequence[Any], queries: int = 0,
+    rows: Sequence[Mapping[str, Any]],
+    results: Sequence[JobResult],
+    metric: str,
+    contract: Contract,
+    labels: Sequence[Any],
+    queries: int = 0,
     lengths: Lengths = Lengths(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """rows: the arms of result.json; labels: the public rows' targets; queries: how many there are
@@ -100,10 +104,7 @@ def verdict(
         if arm in means
     ]
     ranking = contract.task.kind == "ranking"
-    one_class = [
-        r for r in runs
-        if r.scores[""]["predicted_classes"] == 1 and not ranking
-    ]
+    one_class = [r for r in runs if r.scores[""]["predicted_classes"] == 1 and not ranking]
     if one_class:
         warnings.append(_one_class(len(one_class), len(runs), contract, lengths))
     if lengths.cut:
@@ -140,16 +141,21 @@ def _one_class(found: int, runs: int, contract: Contract, lengths: Lengths) -> s
     """What is said when a model always gives the same answer, and the likely cause."""
     what = "the same number" if contract.task.kind == "regression" else "only one class"
     unread = 2 * lengths.lost > lengths.entities
-    return (
-        f"The model predicts {what} in {found} of {runs} runs. Likely: "
-        + ("it does not read most of the entities, which lie behind the cut."
-           if unread else "too much noise for this many records.")
+    return f"The model predicts {what} in {found} of {runs} runs. Likely: " + (
+        "it does not read most of the entities, which lie behind the cut."
+        if unread
+        else "too much noise for this many records."
     )
 
 
 def _against(
-    ours: str, words: str, gain: float, main: Mapping[str, Any], other: Mapping[str, Any],
-    metric: str, error: float | None,
+    ours: str,
+    words: str,
+    gain: float,
+    main: Mapping[str, Any],
+    other: Mapping[str, Any],
+    metric: str,
+    error: float | None,
 ) -> str:
     """The main arm against a baseline. A lead must exceed the spread over runs and the standard
     error of the public rows (which is cautious: both arms are judged on the same rows)."""

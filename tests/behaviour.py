@@ -53,9 +53,9 @@ def hash_of(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 def recipe_adapter(name: str, folder: Path) -> str:
     recipe = load_recipe(name)
-    contract = recipe.contract.changed(phases=[
-        phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases
-    ])
+    contract = recipe.contract.changed(
+        phases=[phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases]
+    )
     table = TABLES[recipe.facts["table"]].make()
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True)
@@ -63,15 +63,29 @@ def recipe_adapter(name: str, folder: Path) -> str:
             rows = table[table["site"] == site].drop(columns="site")
             rows.sample(8, random_state=len(part)).to_csv(folder / part / f"{site}.csv")
     model = data.fetch(contract.model.name)
-    run_job(Job("federated-lora", 0, contract, folder / "run", model, folder, True, 1,
-                insecure_seed=SEED), lambda *_: None)
+    run_job(
+        Job(
+            "federated-lora",
+            0,
+            contract,
+            folder / "run",
+            model,
+            folder,
+            True,
+            1,
+            insecure_seed=SEED,
+        ),
+        lambda *_: None,
+    )
     return hash_of(Registry(folder / "run").adapter())
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
-    lines = [f"{int(rng.integers(20, 90))},{('yes', 'no')[int(rng.integers(2))]},"
-             f"{int(rng.integers(2))}" for _ in range(count)]
+    lines = [
+        f"{int(rng.integers(20, 90))},{('yes', 'no')[int(rng.integers(2))]},{int(rng.integers(2))}"
+        for _ in range(count)
+    ]
     path.write_text("\n".join(["age,smoker,outcome", *lines]) + "\n")
     return path
 
@@ -109,6 +123,7 @@ def run_of(
                 message = messages.unpack(one)
                 seen.setdefault(f"{message.header.kind}", shown(message))
             return reply
+
         return answer
 
     answers = {site: noted(site) for site in SITES}
@@ -139,10 +154,24 @@ def behaviour() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         adapters = {recipe: recipe_adapter(recipe, folder / recipe) for recipe in RECIPES}
-        contract = released_contract(parse(TABLE_CONTRACT)).changed(phases=[
-            {"trains": "head", "rounds": 2, "sampling_rate": 0.5, "budget": 0.5, "head_rate": 0.5},
-            {"trains": "head", "rounds": 2, "sampling_rate": 0.3, "budget": 0.5, "head_rate": 0.2},
-        ])
+        contract = released_contract(parse(TABLE_CONTRACT)).changed(
+            phases=[
+                {
+                    "trains": "head",
+                    "rounds": 2,
+                    "sampling_rate": 0.5,
+                    "budget": 0.5,
+                    "head_rate": 0.5,
+                },
+                {
+                    "trains": "head",
+                    "rounds": 2,
+                    "sampling_rate": 0.3,
+                    "budget": 0.5,
+                    "head_rate": 0.2,
+                },
+            ]
+        )
         adapters["plain"], plain = run_of(contract, folder / "plain", masked=False)
         adapters["masked"], masked = run_of(contract, folder / "masked")
         adapters["resumed"], _ = run_of(contract, folder / "resumed", dies=True)

@@ -104,13 +104,15 @@ def make_worker() -> Callable[..., Worker]:
     and a policy that permits the contract and its budget once."""
 
     def make(
-        contract: Contract, path: Path, name: str = "north", model: Path | None = None,
-        seed: int | None = None, ledger: Ledger | None = None,
+        contract: Contract,
+        path: Path,
+        name: str = "north",
+        model: Path | None = None,
+        seed: int | None = None,
+        ledger: Ledger | None = None,
     ) -> Worker:
         policy = permitting(contract, name, path, model)
-        return Worker(
-            policy, contract, ledger or Ledger.in_memory(name), insecure_seed=seed
-        )
+        return Worker(policy, contract, ledger or Ledger.in_memory(name), insecure_seed=seed)
 
     return make
 
@@ -132,15 +134,28 @@ def lora_contract(table_contract: Contract) -> Contract:
         dump
         | {
             "model": {
-                "kind": "encoder", "name": "all-MiniLM-L6-v2", "max_tokens": 32,
+                "kind": "encoder",
+                "name": "all-MiniLM-L6-v2",
+                "max_tokens": 32,
                 "sha256": data.SOURCES["all-MiniLM-L6-v2"].sha256,
             },
             "adapter": {"rank": 2, "alpha": 8.0, "layers": 1, "targets": ["query", "dense"]},
             "phases": [
-                {"trains": "head", "rounds": 1, "sampling_rate": 0.5, "budget": 0.5,
-                 "head_rate": 0.5},
-                {"trains": "head+adapter", "rounds": 1, "sampling_rate": 0.5, "budget": 0.5,
-                 "head_rate": 0.5, "adapter_rate": 0.1},
+                {
+                    "trains": "head",
+                    "rounds": 1,
+                    "sampling_rate": 0.5,
+                    "budget": 0.5,
+                    "head_rate": 0.5,
+                },
+                {
+                    "trains": "head+adapter",
+                    "rounds": 1,
+                    "sampling_rate": 0.5,
+                    "budget": 0.5,
+                    "head_rate": 0.5,
+                    "adapter_rate": 0.1,
+                },
             ],
         }
     )

@@ -26,8 +26,13 @@ Answer = Callable[[bytes], bytes]
 
 
 def worker_of(
-    contract: Contract, kind: str, model: str, folder: Path, site: str = "north",
-    ledger: Ledger | None = None, seed: int = 0,
+    contract: Contract,
+    kind: str,
+    model: str,
+    folder: Path,
+    site: str = "north",
+    ledger: Ledger | None = None,
+    seed: int = 0,
 ) -> Worker:
     file = tiny.write(folder / f"{site}.csv", tiny.rows_of(kind, 24, seed))
     policy = permitting(
@@ -47,8 +52,9 @@ def team(
     """A worker for each site, with rows of its own in a new folder."""
     folder.mkdir()
     return {
-        site: worker_of(contract, kind, model, folder, site,
-                        Ledger.in_memory(site, keys[site]), place)
+        site: worker_of(
+            contract, kind, model, folder, site, Ledger.in_memory(site, keys[site]), place
+        )
         for place, site in enumerate(SITES)
     }
 
@@ -82,7 +88,9 @@ def of_method(method: str, keys: dict[str, Keys], **more: Any) -> Contract:
     head, both = plain.model_dump(mode="json")["phases"]
     rates = {"head_rate": 0.1, "adapter_rate": 3.0}
     return plain.changed(
-        sites=[{"name": site, "public_key": keys[site].public} for site in SITES], quorum=3,
+        sites=[{"name": site, "public_key": keys[site].public} for site in SITES],
+        quorum=3,
         phases=[head, both | rates | {"rounds": 4}],
-        aggregation={"method": method, "momentum": 0.0, "average_from": 0.75}, **more,
+        aggregation={"method": method, "momentum": 0.0, "average_from": 0.75},
+        **more,
     )

@@ -41,18 +41,26 @@ SECONDS = 600  # a mutant whose tests take longer is killed: it waits for someth
 TESTS: dict[str, tuple[str, ...]] = {
     "client/release.py": ("client/test_release.py", "client/test_masking.py"),
     "client/policy.py": ("client/test_policy.py", "client/test_sql.py", "client/test_units.py"),
-    "client/ledger.py": ("client/test_ledger.py", "client/test_identity.py",
-                         "client/test_attacks.py"),
+    "client/ledger.py": (
+        "client/test_ledger.py",
+        "client/test_identity.py",
+        "client/test_attacks.py",
+    ),
     "client/entries.py": ("client/test_ledger.py", "client/test_policy.py"),
-    "client/budget.py": ("client/test_budget.py", "client/test_identity.py",
-                         "client/test_units.py"),
+    "client/budget.py": (
+        "client/test_budget.py",
+        "client/test_identity.py",
+        "client/test_units.py",
+    ),
     "client/lineage.py": ("client/test_lineage.py", "client/test_identity.py"),
     "client/identity.py": ("client/test_identity.py",),
     "client/masking.py": ("client/test_masking.py",),
-    "client/worker.py": ("client/test_worker.py", "client/test_attacks.py",
-                         "client/test_masking.py"),
-    "client/dp.py": ("client/test_dp.py", "client/test_sensitivity.py",
-                     "client/test_adaptive.py"),
+    "client/worker.py": (
+        "client/test_worker.py",
+        "client/test_attacks.py",
+        "client/test_masking.py",
+    ),
+    "client/dp.py": ("client/test_dp.py", "client/test_sensitivity.py", "client/test_adaptive.py"),
     "client/noise.py": ("client/test_noise.py", "client/test_sampling.py"),
     "client/accounting.py": ("client/test_accounting.py",),
     "common/secagg.py": ("common/test_secagg.py", "common/test_secagg_attacks.py"),
@@ -60,8 +68,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "common/shamir.py": ("common/test_shamir.py",),
     "common/ring.py": ("common/test_ring.py",),
     "server/gate.py": ("server/test_rounds.py", "server/test_strategy.py"),
-    "server/masking.py": ("server/test_rounds.py", "server/test_resume.py",
-                          "client/test_masking.py"),
+    "server/masking.py": (
+        "server/test_rounds.py",
+        "server/test_resume.py",
+        "client/test_masking.py",
+    ),
 }
 
 
@@ -91,8 +102,19 @@ class RemoveRaise(Operator):  # type: ignore[misc]
 def operators() -> Iterator[Operator]:
     """Without those whose mutants nearly always end in a TypeError, which any test sees."""
     yield RemoveRaise()
-    left_out = ("Exception", "Decorator", "Variable", "NoOp", "Shift", "Bit", "Pow", "Mod",
-                "FloorDiv", "Invert", "_Is")
+    left_out = (
+        "Exception",
+        "Decorator",
+        "Variable",
+        "NoOp",
+        "Shift",
+        "Bit",
+        "Pow",
+        "Mod",
+        "FloorDiv",
+        "Invert",
+        "_Is",
+    )
     for name in plugins.operator_names():
         kind = plugins.get_operator(name)
         if not kind.arguments() and not any(word in name for word in left_out):
@@ -104,7 +126,8 @@ def places(file: str) -> list[tuple[Operator, int]]:
     tree = get_ast((ROOT / file).read_text(encoding="utf-8"))
     nodes = list(ast_nodes(tree))
     return [
-        (operator, occurrence) for operator in operators()
+        (operator, occurrence)
+        for operator in operators()
         for occurrence in range(sum(len(list(operator.mutation_positions(n))) for n in nodes))
     ]
 
@@ -140,9 +163,11 @@ def _changed(before: str, after: str) -> str:
 
 def copy_to(folder: Path) -> None:
     """The repository's files, and a package of the four folders that is found before ours."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True
-    ).stdout.decode().split("\0")
+    names = (
+        subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
+        .stdout.decode()
+        .split("\0")
+    )
     for name in filter(None, names):
         if (ROOT / name).is_file() and not name.startswith("simulations/studies"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -161,9 +186,16 @@ def killed(mutant: Mutant, folder: Path) -> bool:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
-            cwd=folder, check=False, capture_output=True, timeout=SECONDS,
-            env=os.environ | {"PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1",
-                              "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=folder,
+            check=False,
+            capture_output=True,
+            timeout=SECONDS,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(folder / "path"),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
         )
     except subprocess.TimeoutExpired:
         return True
@@ -203,11 +235,16 @@ def main() -> int:
 
         with ThreadPoolExecutor(options.processes) as pool:
             for done, (mutant, seen) in enumerate(pool.map(run, chosen), start=1):
-                state = "killed" if seen else (
-                    "equivalent" if (mutant.file, mutant.line) in known else "SURVIVED"
+                state = (
+                    "killed"
+                    if seen
+                    else ("equivalent" if (mutant.file, mutant.line) in known else "SURVIVED")
                 )
-                print(f"{done:>3}/{len(chosen)} {time.monotonic() - began:>5.0f} s  {state:<10} "
-                      f"{mutant.file}: {mutant.line}", flush=True)
+                print(
+                    f"{done:>3}/{len(chosen)} {time.monotonic() - began:>5.0f} s  {state:<10} "
+                    f"{mutant.file}: {mutant.line}",
+                    flush=True,
+                )
                 if state == "SURVIVED":
                     survivors.append(mutant)
     print(f"{len(chosen)} mutants, {len(survivors)} survived")

@@ -19,7 +19,10 @@ ROOMS = {
     "simulations": {"simulations", "client", "server", "common"},
 }
 MAY_IMPORT_FLWR = {
-    "server/app.py", "server/strategy.py", "client/relay.py", "client/admission.py",
+    "server/app.py",
+    "server/strategy.py",
+    "client/relay.py",
+    "client/admission.py",
     "simulations/engine.py",
     "simulations/benchmarks/secagg.py",  # Flower's own protocol beside ours
     "simulations/benchmarks/sim_stock.py",  # its simulation
@@ -70,7 +73,8 @@ def test_text_reaches_a_terminal_escaped_only(module: str) -> None:
     if module in PRINTS or module.startswith("simulations/benchmarks/"):
         return
     calls = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse((ROOT / module).read_text()))
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse((ROOT / module).read_text()))
         if isinstance(node, ast.Call)
     }
     names = imports(module)
@@ -80,9 +84,20 @@ def test_text_reaches_a_terminal_escaped_only(module: str) -> None:
 
 def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(tmp_path), str(ROOT)],
-        check=True, capture_output=True,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+        capture_output=True,
     )
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = {name.removeprefix("silotune/") for name in wheel.namelist()}

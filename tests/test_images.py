@@ -18,16 +18,37 @@ import pytest
 from tests.test_house import ROOT
 
 KEYS = (
-    "hospital-a/keys/owner.key", "hospital-a/keys/head", "hospital-a/state/ledger.sqlite",
-    "hospital-a/relay/node.key", "hospital-a/records.csv", "hospital-a/site.toml",
-    "federation/ca.key", "federation/state.db", "federation/roster/hospital-a.json",
-    ".git/config", ".git/objects/00/1", ".venv/lib/python3.11/site-packages/x.py", ".env",
-    "data/records/cleveland.csv", "runs/demo/contract.json", "client/keys/secret.key",
-    "client/site.toml", "client/deploy/site/keys/secret.key", "client/deploy/site/site.toml",
-    "client/deploy/site/records.csv", "client/deploy/relay/node.key", "client/deploy/.env",
-    "server/deploy/federation/ca.key", "server/deploy/federation/server.toml",
-    "server/deploy/federation/runs/r/adapter.safetensors", "server/ca.key", "node.key",
-    "simulations/keys/owner.key", "simulations/recipes/own/records.csv", "ca.key", "core.1",
+    "hospital-a/keys/owner.key",
+    "hospital-a/keys/head",
+    "hospital-a/state/ledger.sqlite",
+    "hospital-a/relay/node.key",
+    "hospital-a/records.csv",
+    "hospital-a/site.toml",
+    "federation/ca.key",
+    "federation/state.db",
+    "federation/roster/hospital-a.json",
+    ".git/config",
+    ".git/objects/00/1",
+    ".venv/lib/python3.11/site-packages/x.py",
+    ".env",
+    "data/records/cleveland.csv",
+    "runs/demo/contract.json",
+    "client/keys/secret.key",
+    "client/site.toml",
+    "client/deploy/site/keys/secret.key",
+    "client/deploy/site/site.toml",
+    "client/deploy/site/records.csv",
+    "client/deploy/relay/node.key",
+    "client/deploy/.env",
+    "server/deploy/federation/ca.key",
+    "server/deploy/federation/server.toml",
+    "server/deploy/federation/runs/r/adapter.safetensors",
+    "server/ca.key",
+    "node.key",
+    "simulations/keys/owner.key",
+    "simulations/recipes/own/records.csv",
+    "ca.key",
+    "core.1",
 )
 
 
@@ -42,7 +63,8 @@ def included(folder: Path) -> set[str]:
     lines = (folder / ".dockerignore").read_text().splitlines()
     rules = [
         (line.startswith("!"), regex(line.removeprefix("!").strip("/")))
-        for line in (raw.strip() for raw in lines) if line and not line.startswith("#")
+        for line in (raw.strip() for raw in lines)
+        if line and not line.startswith("#")
     ]
     found = set()
     for path in folder.rglob("*"):
@@ -74,7 +96,9 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tracked() -> list[str]:
     done = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         pytest.skip("not in a repository")
@@ -97,8 +121,11 @@ def test_an_image_has_all_that_the_package_is_made_of(context: Path) -> None:
     for package in data["packages"]:
         folder = ROOT / package.removeprefix("silotune").removeprefix(".").replace(".", "/")
         for pattern in ("*.py", *data["package-data"].get(package, ())):
-            needed |= {str(path.relative_to(ROOT)) for path in folder.glob(pattern)
-                       if path.is_file() and path.name != ".dockerignore"}
+            needed |= {
+                str(path.relative_to(ROOT))
+                for path in folder.glob(pattern)
+                if path.is_file() and path.name != ".dockerignore"
+            }
     needed &= set(tracked())
     assert len(needed) > 200
     assert needed <= included(context), needed - included(context)

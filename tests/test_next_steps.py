@@ -44,11 +44,15 @@ def calls() -> set[str]:
         for function in functions:
             documented = ast.get_docstring(function, clean=False)
             for node in ast.walk(function):
-                called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and (
-                    node.func.id == "next_step"
+                called = (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and (node.func.id == "next_step")
                 )
-                text = isinstance(node, ast.Constant) and isinstance(node.value, str) and (
-                    "next:" in node.value and node.value != documented
+                text = (
+                    isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and ("next:" in node.value and node.value != documented)
                 )
                 if called or text:
                     found.add(f"{name}:{function.name}")
@@ -78,8 +82,9 @@ class Scene:
     # a site
 
     def init(self) -> str:
-        said = self.says("site", "init", "--name", "north", "--folder", "a site", "--data",
-                         "rows.csv")
+        said = self.says(
+            "site", "init", "--name", "north", "--folder", "a site", "--data", "rows.csv"
+        )
         self.write_rows(self.folder / "a site" / "rows.csv", 120).chmod(0o600)
         return said
 
@@ -89,8 +94,18 @@ class Scene:
         self.says("server", "init", "--host", "127.0.0.1", "--folder", "server")
         print_ = self.says("server", "fingerprint", "--folder", "server").strip()
         return self.says(
-            "site", "join", "draft.toml", "--config", "a site/site.toml", "--server",
-            "127.0.0.1:1", "--ca", "server/ca.crt", "--fingerprint", print_, "--set",
+            "site",
+            "join",
+            "draft.toml",
+            "--config",
+            "a site/site.toml",
+            "--server",
+            "127.0.0.1:1",
+            "--ca",
+            "server/ca.crt",
+            "--fingerprint",
+            print_,
+            "--set",
             "data.repeated=keep",
         )
 
@@ -103,13 +118,27 @@ class Scene:
     def added(self) -> str:
         self.server()
         print_ = self.says("site", "fingerprint", "--config", "a site/site.toml").strip()
-        return self.says("server", "add", "a site/north.request.json", "--fingerprint", print_,
-                         "--folder", "server")
+        return self.says(
+            "server",
+            "add",
+            "a site/north.request.json",
+            "--fingerprint",
+            print_,
+            "--folder",
+            "server",
+        )
 
     def add_south(self) -> None:
         made = json.loads(self.says("site", "init", "--name", "south", "--folder", "b", "--json"))
-        self.says("server", "add", made["request"], "--fingerprint", made["fingerprint"],
-                  "--folder", "server")
+        self.says(
+            "server",
+            "add",
+            made["request"],
+            "--fingerprint",
+            made["fingerprint"],
+            "--folder",
+            "server",
+        )
 
     def federation(self) -> Path:
         """The contract of a server that has both of its sites."""
@@ -121,7 +150,9 @@ class Scene:
 
 @pytest.fixture
 def scene(
-    tmp_path: Path, run: Silotune, write_rows: Callable[..., Path],
+    tmp_path: Path,
+    run: Silotune,
+    write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Scene:
     """What would go on until it is stopped ends at once: both supervisors, a simulation."""
@@ -159,9 +190,14 @@ def site_check(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.says("site", "sign", "--config", "a site/site.toml")
     said = scene.says("site", "check", "draft.toml", "--config", "a site/site.toml")
     print_ = scene.says("server", "fingerprint", "--folder", "server").strip()
-    said = scene.follow(said, **{
-        "HOST:PORT": "127.0.0.1:1", "CA": "server/ca.crt", "FINGERPRINT": print_,
-    })
+    said = scene.follow(
+        said,
+        **{
+            "HOST:PORT": "127.0.0.1:1",
+            "CA": "server/ca.crt",
+            "FINGERPRINT": print_,
+        },
+    )
     assert "--worker-user USER" in scene.follow(said)
 
 
@@ -178,8 +214,9 @@ def site_prepare(scene: Scene) -> None:
     assert 'file = "rows.csv"' in text
     config.write_text(text.replace('file = "rows.csv"', setting))
     assert "policy number 2" in scene.follow(said)
-    checked = json.loads(scene.says("site", "check", "draft.toml", "--config", config, "--json",
-                                    code=1))  # no server is there
+    checked = json.loads(
+        scene.says("site", "check", "draft.toml", "--config", config, "--json", code=1)
+    )  # no server is there
     assert {row["name"] for row in checked["checks"] if row["state"] == "problem"} == {"handshake"}
 
 
@@ -191,11 +228,30 @@ def privacy_export(scene: Scene) -> None:
 
 def contract_new(scene: Scene) -> None:
     scene.write_rows(scene.folder / "my rows.csv", 30)
-    scene.follow(scene.says(
-        "contract", "new", "--from", "my rows.csv", "--out", "my contract.toml", "--task",
-        "classification", "--label", "outcome", "--labels", "0,1", "--column", "age: 40, 60",
-        "--site", "a", "--site", "b", "--records", "200",
-    ))
+    scene.follow(
+        scene.says(
+            "contract",
+            "new",
+            "--from",
+            "my rows.csv",
+            "--out",
+            "my contract.toml",
+            "--task",
+            "classification",
+            "--label",
+            "outcome",
+            "--labels",
+            "0,1",
+            "--column",
+            "age: 40, 60",
+            "--site",
+            "a",
+            "--site",
+            "b",
+            "--records",
+            "200",
+        )
+    )
 
 
 def server_init(scene: Scene) -> None:
@@ -258,9 +314,7 @@ def started(monkeypatch: pytest.MonkeyPatch, status: str = "running") -> list[tu
     return told
 
 
-def stopped_run(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract
-) -> None:
+def stopped_run(scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: Contract) -> None:
     """`server run` that stopped; the resumed one does not."""
     contract = scene.federation()
     ends: list[RunError | None] = []
@@ -277,8 +331,18 @@ def stopped_run(
     scene.write_rows(scene.folder / "public rows.csv", 20)
     for sentence in ("below the quorum", f"a sum {server_cli.CLOSED_SUM}"):
         ends[:] = [RunError(sentence, code="E402"), None, None]
-        said = scene.says("server", "run", contract, "--folder", "server", "--test",
-                          "public rows.csv", "--run", f"r{len(sentence)}", code=1)
+        said = scene.says(
+            "server",
+            "run",
+            contract,
+            "--folder",
+            "server",
+            "--test",
+            "public rows.csv",
+            "--run",
+            f"r{len(sentence)}",
+            code=1,
+        )
         assert ("--skip-round" in said) == (server_cli.CLOSED_SUM in sentence)
         for line in re.findall(r"^next:.*$", said, re.M):
             assert "adapter" in scene.follow(line)
@@ -296,11 +360,18 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     progress = Progress({"title": "x", "metric": "auc"}, table_contract)
     main = main_job(scene, table_contract, None)
     progress.start([], [main], 1)
-    progress.finish({
-        "verdict": {"word": "usable", "lines": [], "warnings": []}, "arms": [], "seconds": 1.0,
-        "metric": {"name": "auc", "label": "AUC"}, "privacy": {"sites": []}, "recipe": "x",
-        "peak_memory_bytes": 0,
-    }, folder)
+    progress.finish(
+        {
+            "verdict": {"word": "usable", "lines": [], "warnings": []},
+            "arms": [],
+            "seconds": 1.0,
+            "metric": {"name": "auc", "label": "AUC"},
+            "privacy": {"sites": []},
+            "recipe": "x",
+            "peak_memory_bytes": 0,
+        },
+        folder,
+    )
     said = capsys.readouterr().out
     assert table_contract.hash in scene.follow(said)
     used, shown = re.findall(r"^next:.*$", said, re.M)
@@ -336,7 +407,10 @@ def test_no_command_uses_the_adapter_of_tokens(scene: Scene) -> None:
 
 
 def interrupted(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune, *said: dict[str, Any],
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Silotune,
+    *said: dict[str, Any],
     status: str = "running",
 ) -> str:
     """What Ctrl-C on `server run` says, when the run's process has said this before: `own` stands
@@ -361,7 +435,8 @@ def interrupted(
 
 
 BEGUN: tuple[dict[str, Any], ...] = (
-    {"event": "starting", "own": True}, {"event": "taken", "own": True},
+    {"event": "starting", "own": True},
+    {"event": "taken", "own": True},
     {"event": "run", "rounds": 3},
 )
 
@@ -388,18 +463,35 @@ def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
     monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
-    err = interrupted(scene, monkeypatch, run, *BEGUN, {
-        "event": "waiting", "sites": ["south"], "refused": {}, "nodes": {}, "seconds": 15,
-        "of": 600,
-    })
-    assert err.startswith("Detached. The run r goes on: it is waiting for south, 15 s of 600, then "
-                          "sites train, and each round spends ε.")
+    err = interrupted(
+        scene,
+        monkeypatch,
+        run,
+        *BEGUN,
+        {
+            "event": "waiting",
+            "sites": ["south"],
+            "refused": {},
+            "nodes": {},
+            "seconds": 15,
+            "of": 600,
+        },
+    )
+    assert err.startswith(
+        "Detached. The run r goes on: it is waiting for south, 15 s of 600, then "
+        "sites train, and each round spends ε."
+    )
 
 
 def detached(scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune) -> None:
     """A run that had stopped already."""
-    err = interrupted(scene, monkeypatch, run, *BEGUN,
-                      {"event": "stopped", "code": "E402", "why": "Too few sites."})
+    err = interrupted(
+        scene,
+        monkeypatch,
+        run,
+        *BEGUN,
+        {"event": "stopped", "code": "E402", "why": "Too few sites."},
+    )
     assert err.startswith("The run r has ended: E402 Too few sites.")
     monkeypatch.setattr(server_cli, "_follow", lambda where, *_: where / "adapter.safetensors")
     assert "adapter" in scene.follow(err)
@@ -422,9 +514,12 @@ def test_ctrl_c_on_a_run_that_was_done_names_its_adapter(
 def test_ctrl_c_on_a_run_that_failed_before_its_first_round_says_so_and_status_shows_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
-    err = interrupted(scene, monkeypatch, run, {
-        "event": "refused", "own": True, "code": "E314", "why": "No model."
-    })
+    err = interrupted(
+        scene,
+        monkeypatch,
+        run,
+        {"event": "refused", "own": True, "code": "E314", "why": "No model."},
+    )
     assert err == "The run r has ended: E314 No model.\n"
     assert scene.says("server", "status", "--folder", "server") == (
         "r   0/–   failed before its first round: E314 No model.\n"
@@ -435,10 +530,13 @@ def test_ctrl_c_on_a_run_that_failed_before_its_first_round_says_so_and_status_s
     assert "server run CONTRACT --run r" in wrong
 
 
-@pytest.mark.parametrize(("status", "says"), [
-    ("pending", "Detached. The run r has not begun; Flower has it."),
-    ("finished:failed", "The run r has ended: E605 Flower ended it before its first round"),
-])
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ("pending", "Detached. The run r has not begun; Flower has it."),
+        ("finished:failed", "The run r has ended: E605 Flower ended it before its first round"),
+    ],
+)
 def test_ctrl_c_on_a_run_that_said_nothing_asks_flower_what_became_of_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune, status: str, says: str
 ) -> None:

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [
-    commands for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-    if not language and (
-        commands := [line for line in block.splitlines() if line.startswith("silotune ")]
-    )
+    commands
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    if not language
+    and (commands := [line for line in block.splitlines() if line.startswith("silotune ")])
 ]
 
 
@@ -27,21 +27,32 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.download
 @pytest.mark.xdist_group("system")
-@pytest.mark.parametrize("commands", [
-    # A simulation of a whole recipe takes a minute: `make nightly` runs it.
-    pytest.param(block, id=block[0], marks=pytest.mark.nightly if any(
-        command.startswith("silotune sim run") for command in block
-    ) else ())
-    for block in BLOCKS
-])
+@pytest.mark.parametrize(
+    "commands",
+    [
+        # A simulation of a whole recipe takes a minute: `make nightly` runs it.
+        pytest.param(
+            block,
+            id=block[0],
+            marks=pytest.mark.nightly
+            if any(command.startswith("silotune sim run") for command in block)
+            else (),
+        )
+        for block in BLOCKS
+    ],
+)
 def test_every_command_of_the_readme_runs(commands: list[str], tmp_path: Path) -> None:
     # Paths in the README start at the repository; what a command writes goes elsewhere.
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
     for command in commands:
         words = shlex.split(command)
         done = subprocess.run(
-            [Path(sys.executable).parent / words[0], *words[1:]], cwd=tmp_path,
-            capture_output=True, text=True, check=False, timeout=400,
+            [Path(sys.executable).parent / words[0], *words[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
         )
         assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr
         assert done.stdout.strip()

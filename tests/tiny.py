@@ -35,8 +35,11 @@ from silotune.common.records import Table
 WORDS = ["pain", "in", "the", "chest", "arm", "left", "right", "no", "today", "burn"]
 PIECES = ["##ing", "##s", "##ed"]
 SIZES: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
-    "max_position_embeddings": 64, "initializer_range": 0.3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
 }
 TARGETS = {
     "bert": ["query", "value", "dense"],
@@ -49,18 +52,25 @@ CHAT = (
 )
 # Each task on each kind of model; "bi" and "cross" are rankings.
 CASES = [
-    ("classification", "one-hot"), ("multi-label", "one-hot"), ("regression", "one-hot"),
-    ("classification", "bert"), ("multi-label", "bert"), ("tokens", "bert"),
-    ("regression", "bert"), ("bi", "bert"), ("cross", "bert"),
-    ("classification", "llama"), ("tokens", "llama"), ("bi", "llama"), ("cross", "llama"),
+    ("classification", "one-hot"),
+    ("multi-label", "one-hot"),
+    ("regression", "one-hot"),
+    ("classification", "bert"),
+    ("multi-label", "bert"),
+    ("tokens", "bert"),
+    ("regression", "bert"),
+    ("bi", "bert"),
+    ("cross", "bert"),
+    ("classification", "llama"),
+    ("tokens", "llama"),
+    ("bi", "llama"),
+    ("cross", "llama"),
     ("language", "llama"),
 ]
 
 
 @lru_cache
-def folder_of(
-    kind: str, tied: bool = True, chat: bool = False, window: int | None = None
-) -> Path:
+def folder_of(kind: str, tied: bool = True, chat: bool = False, window: int | None = None) -> Path:
     """A tiny BERT, Llama, Mistral (with a sliding window) or Qwen2 as a folder, made once a
     process."""
     path = Path(mkdtemp(prefix="tiny-"))
@@ -74,12 +84,20 @@ def folder_of(
         return path
     names = ["<pad>", "</s>", "<unk>", *WORDS, *PIECES, "<system>", "<user>", "<assistant>"]
     config_class: Any = {
-        "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
     }[kind]
     more = {"sliding_window": window} if kind == "mistral" else {}
     config = config_class(
-        vocab_size=len(names), num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1, pad_token_id=0, **SIZES,
+        vocab_size=len(names),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        **SIZES,
         **more,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
@@ -100,8 +118,10 @@ def sha256(folder: Path) -> str:
 def task_of(kind: str) -> dict[str, Any]:
     labels = [{"name": name, "values": [name]} for name in "abc"]
     settings: dict[str, Any] = {
-        "classification": {"labels": labels}, "multi-label": {"labels": labels},
-        "tokens": {"entities": ["site", "sign"]}, "regression": {"lowest": 0.0, "highest": 100.0},
+        "classification": {"labels": labels},
+        "multi-label": {"labels": labels},
+        "tokens": {"entities": ["site", "sign"]},
+        "regression": {"lowest": 0.0, "highest": 100.0},
         "ranking": {"query_column": "query", "relevant": ["yes"], "others": ["no"]},
         "language": {},
     }
@@ -123,10 +143,19 @@ def contract_of(
     parts: dict[str, Any] = {"phases": [head, both]}
     if model == "one-hot":
         columns = [
-            {"kind": "number", "name": "age", "phrase": "age", "edges": [40.0, 60.0],
-             "words": ["young", "grown", "old"]},
-            {"kind": "category", "name": "smoker", "phrase": "smoker",
-             "values": {"yes": "yes", "no": "no"}},
+            {
+                "kind": "number",
+                "name": "age",
+                "phrase": "age",
+                "edges": [40.0, 60.0],
+                "words": ["young", "grown", "old"],
+            },
+            {
+                "kind": "category",
+                "name": "smoker",
+                "phrase": "smoker",
+                "values": {"yes": "yes", "no": "no"},
+            },
         ]
         inputs = {"kind": "table", "columns": columns}
         parts = {"phases": [head | {"budget": 1.0}], "model": {"kind": "one-hot"}}
@@ -142,10 +171,19 @@ def contract_of(
     privacy: dict[str, Any] = {"clip_norm": 0.1, "expected_records": 16.0, "unit": unit}
     if unit == "entity":
         privacy["entity"] = {"key": ["person"], "cap": 3}
-    return Contract.model_validate({
-        "format": 1, "name": "tiny", "quorum": 1, "sites": [{"name": "north"}],
-        "task": task_of(kind), "input": inputs, "privacy": privacy, **parts, **more,
-    })
+    return Contract.model_validate(
+        {
+            "format": 1,
+            "name": "tiny",
+            "quorum": 1,
+            "sites": [{"name": "north"}],
+            "task": task_of(kind),
+            "input": inputs,
+            "privacy": privacy,
+            **parts,
+            **more,
+        }
+    )
 
 
 def label_of(kind: str, words: list[str], rng: np.random.Generator) -> str:
@@ -169,19 +207,28 @@ def rows_of(kind: str, n: int, seed: int = 0) -> list[dict[str, str]]:
     for row in range(n):
         words = [str(w) for w in rng.choice(WORDS[:9], size=int(rng.integers(2, 24)))]
         words += ["burning"] * int(rng.integers(2))
-        found.append({
-            "id": str(row), "person": f"p{row % 6}", "query": f"q{row % 4}",
-            "text": " ".join(words), "question": " ".join(WORDS[: row % 4 + 2]),
-            "answer": " ".join(words[:12]), "age": str(rng.integers(20, 90)),
-            "smoker": str(rng.choice(["yes", "no"])), "label": label_of(kind, words, rng),
-        })
+        found.append(
+            {
+                "id": str(row),
+                "person": f"p{row % 6}",
+                "query": f"q{row % 4}",
+                "text": " ".join(words),
+                "question": " ".join(WORDS[: row % 4 + 2]),
+                "answer": " ".join(words[:12]),
+                "age": str(rng.integers(20, 90)),
+                "smoker": str(rng.choice(["yes", "no"])),
+                "label": label_of(kind, words, rng),
+            }
+        )
     return found
 
 
 def table_of(rows: list[dict[str, str]]) -> Table:
-    return Table("rows.csv", HEADER, [
-        (line, [row[column] for column in HEADER]) for line, row in enumerate(rows, 2)
-    ])
+    return Table(
+        "rows.csv",
+        HEADER,
+        [(line, [row[column] for column in HEADER]) for line, row in enumerate(rows, 2)],
+    )
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -200,7 +247,8 @@ def moved(model: Network, seed: int = 0, by: float = 0.3) -> Arrays:
     """An adapter that is not zero."""
     rng = np.random.default_rng(seed)
     return {
-        name: array if name.endswith("lora_A")
+        name: array
+        if name.endswith("lora_A")
         else (array + rng.normal(0, by, array.shape)).astype(np.float32)
         for name, array in model.initial_arrays().items()
     }

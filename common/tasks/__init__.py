@@ -23,7 +23,11 @@ from silotune.common.tasks.tokens import Tags
 def objective_of(task: Task) -> Objective:
     """What a contract's task learns."""
     found: dict[type, type[Objective]] = {
-        Classification: Classes, MultiLabel: Labels, Tokens: Tags, Regression: Place,
-        Ranking: Relevance, Language: Answers,
+        Classification: Classes,
+        MultiLabel: Labels,
+        Tokens: Tags,
+        Regression: Place,
+        Ranking: Relevance,
+        Language: Answers,
     }
     return found[type(task)](task)

@@ -15,9 +15,7 @@ from silotune.common.tasks.objective import Objective
 
 def per_example_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross entropy of each example by itself, [N]: nothing in it depends on the batch."""
-    return nn.functional.cross_entropy(
-        logits, labels, reduction="none", label_smoothing=smoothing
-    )
+    return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
 class Classes(Objective):

@@ -33,7 +33,9 @@ class Answers(Objective):
         """[n, 3]: negative log likelihood, tokens, and how many are the likeliest."""
         counted = targets != IGNORED
         losses = nn.functional.cross_entropy(
-            outputs.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
+            outputs.float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORED,
             reduction="none",
         ).view(targets.shape)
         right = (outputs.argmax(dim=2) == targets) & counted

@@ -27,7 +27,10 @@ def per_example_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = No
     logits [N, T, L]; labels [N, T], int64; weights [L].
     """
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), weights, ignore_index=IGNORED,
+        logits.float().flatten(0, 1),
+        labels.flatten(),
+        weights,
+        ignore_index=IGNORED,
         reduction="none",
     )
     counts = (labels != IGNORED).sum(dim=1).clamp(min=1)

@@ -46,9 +46,12 @@ class Tally:
     def figures(self) -> dict[str, float | int | None]:
         """Shares of labels and of findings; None where there are none."""
         return {
-            "labels": self.labels, "findings": self.findings,
-            "recall": _share(self.touched, self.labels), "exact": _share(self.exact, self.labels),
-            "gone": _share(self.gone, self.labels), "precision": _share(self.right, self.findings),
+            "labels": self.labels,
+            "findings": self.findings,
+            "recall": _share(self.touched, self.labels),
+            "exact": _share(self.exact, self.labels),
+            "gone": _share(self.gone, self.labels),
+            "precision": _share(self.right, self.findings),
         }
 
 
@@ -177,8 +180,10 @@ def main() -> None:
             print(f"\n{name}, {language}\n{table(tallies)}")
     clean = {language: measure_clean(language) for language in languages}
     for language, result in clean.items():
-        print(f"\nclean sentences, {language}: nothing found in {result.untouched} of "
-              f"{result.sentences}; false findings: {result.false_findings}")
+        print(
+            f"\nclean sentences, {language}: nothing found in {result.untouched} of "
+            f"{result.sentences}; false findings: {result.false_findings}"
+        )
     rates = {language: speed(language) for language in languages}
     print(f"\ntexts a second: {rates}")
     results = {
@@ -187,8 +192,11 @@ def main() -> None:
         ).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "texts_of_each_template": EACH, "seed": SEED, "least_score": Deidentify().least_score,
-        "texts_a_second": rates, "sets": sets,
+        "texts_of_each_template": EACH,
+        "seed": SEED,
+        "least_score": Deidentify().least_score,
+        "texts_a_second": rates,
+        "sets": sets,
         "clean": {language: asdict(result) for language, result in clean.items()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -81,9 +81,14 @@ class Site:
     def update(self, number: int, adapter: Arrays, *, noise: bool = True) -> Arrays:
         contract, worker = self.contract, self.worker
         change, _ = train_round(
-            contract, contract.phase_of(number),
-            accounting.mechanism_of(contract, worker.plan, number), worker.model, worker.data,
-            adapter, worker.source if noise else self._silent, contract.privacy.clip_norm,
+            contract,
+            contract.phase_of(number),
+            accounting.mechanism_of(contract, worker.plan, number),
+            worker.model,
+            worker.data,
+            adapter,
+            worker.source if noise else self._silent,
+            contract.privacy.clip_norm,
             contract.place_in_phase(number),
         )
         return {name: np.float32(self.weight) * array for name, array in change.items()}
@@ -102,8 +107,7 @@ class Site:
 
 
 def measure(sites: Mapping[str, Site], number: int, adapter: Arrays, draws: int) -> dict[str, Any]:
-    """What each site's update in this round is in the difference of a sum with it and one without.
-    """
+    """Each site's update of this round, as the difference of a sum with it and one without."""
     found = {}
     noisy = {
         name: [site.vector(number, adapter) for _ in range(2 * draws)]
@@ -121,13 +125,17 @@ def measure(sites: Mapping[str, Site], number: int, adapter: Arrays, draws: int)
         deviation, by_itself = float(noise.std()), float(alone.std())
         cosines = [d @ update / (np.linalg.norm(d) * signal) for d in differences]
         found[name] = {
-            "entries": len(update), "signal": signal, "deviation": deviation,
+            "entries": len(update),
+            "signal": signal,
+            "deviation": deviation,
             "stands_out": signal / deviation,
             "energy": signal**2 / (len(update) * deviation**2),
-            "cosine": float(np.mean(cosines)), "record": site.one_record(number) / deviation,
+            "cosine": float(np.mean(cosines)),
+            "record": site.one_record(number) / deviation,
             "as_one": (deviation / by_itself) ** 2,
             "alone": {
-                "deviation": by_itself, "stands_out": signal / by_itself,
+                "deviation": by_itself,
+                "stands_out": signal / by_itself,
                 "energy": signal**2 / (len(update) * by_itself**2),
                 "record": site.one_record(number) / by_itself,
             },
@@ -163,8 +171,9 @@ def main() -> None:
             contract = recipe.contract
             _, split, _ = recipe.rows(Path(folder))
             sites = {
-                name: Site(contract, name, split / "train" / f"{name}.csv",
-                           data.fetch("all-MiniLM-L6-v2"))
+                name: Site(
+                    contract, name, split / "train" / f"{name}.csv", data.fetch("all-MiniLM-L6-v2")
+                )
                 for name in contract.weights()
             }
             begun = adapters(sites, contract, max(ROUNDS))
@@ -172,21 +181,39 @@ def main() -> None:
             for number in ROUNDS:
                 found = measure(sites, number, begun[number - 1], DRAWS)
                 sigma = accounting.mechanism_of(contract, plan, number).noise_multiplier
-                rows.append({"epsilon": epsilon, "round": number, "noise_multiplier": sigma,
-                             "sites": found})
+                rows.append(
+                    {"epsilon": epsilon, "round": number, "noise_multiplier": sigma, "sites": found}
+                )
                 for name, row in found.items():
                     alone = row["alone"]
-                    print(f"ε {epsilon:g}  round {number:2}  {name:14} stands out "
-                          f"{row['stands_out']:5.2f} (alone {alone['stands_out']:5.2f})  "
-                          f"energy {row['energy']:6.3f} ({alone['energy']:6.3f})  cosine "
-                          f"{row['cosine']:5.2f}  one record {row['record']:.3f} "
-                          f"({alone['record']:.3f})  as one: {row['as_one']:.1f}", flush=True)
-    RESULTS.write_text(json.dumps(rounded({
-        "commit": check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": RECIPE, "draws": DRAWS, "rows": rows,
-    }), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                    print(
+                        f"ε {epsilon:g}  round {number:2}  {name:14} stands out "
+                        f"{row['stands_out']:5.2f} (alone {alone['stands_out']:5.2f})  "
+                        f"energy {row['energy']:6.3f} ({alone['energy']:6.3f})  cosine "
+                        f"{row['cosine']:5.2f}  one record {row['record']:.3f} "
+                        f"({alone['record']:.3f})  as one: {row['as_one']:.1f}",
+                        flush=True,
+                    )
+    RESULTS.write_text(
+        json.dumps(
+            rounded(
+                {
+                    "commit": check_output(
+                        ["git", "rev-parse", "--short", "HEAD"], text=True
+                    ).strip(),
+                    "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
+                    "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "recipe": RECIPE,
+                    "draws": DRAWS,
+                    "rows": rows,
+                }
+            ),
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -58,8 +58,14 @@ SOURCES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 TARGETS = {
     "minilm": {
         "qv": ["query", "value"],
-        "all": ["query", "key", "value", "attention.output.dense", "intermediate.dense",
-                "output.dense"],
+        "all": [
+            "query",
+            "key",
+            "value",
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        ],
     },
     "smollm2": {"qv": ["q_proj", "v_proj"]},
 }
@@ -83,9 +89,12 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("minilm", 64, "qv", 0, 32), Case("minilm", 128, "qv", 0, 32),
-    Case("minilm", 128, "all", 0, 32), Case("minilm", 64, "qv", 2, 32),
-    Case("minilm", 128, "qv", 2, 32), Case("smollm2", 64, "qv", 0, 8),
+    Case("minilm", 64, "qv", 0, 32),
+    Case("minilm", 128, "qv", 0, 32),
+    Case("minilm", 128, "all", 0, 32),
+    Case("minilm", 64, "qv", 2, 32),
+    Case("minilm", 128, "qv", 2, 32),
+    Case("smollm2", 64, "qv", 0, 8),
 ]
 
 
@@ -99,12 +108,17 @@ class Net(nn.Module):
         kind: Any = AutoModelForCausalLM if causal else AutoModel
         more = {} if causal else {"add_pooling_layer": False}
         base = kind.from_pretrained(
-            data.fetch(SOURCES[case.model]), attn_implementation=attention, dtype=torch.float32,
-            trust_remote_code=False, **more,
+            data.fetch(SOURCES[case.model]),
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **more,
         )
         total = base.config.num_hidden_layers
         config = LoraConfig(
-            r=RANK, lora_alpha=32, lora_dropout=0.0,
+            r=RANK,
+            lora_alpha=32,
+            lora_dropout=0.0,
             target_modules=TARGETS[case.model][case.targets],
             layers_to_transform=list(range(total - (case.layers or total), total)),
             layers_pattern="layers" if causal else "layer",
@@ -140,9 +154,11 @@ class Criterion(nn.Module):
         self.reduction = "mean"
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        each = nn.functional.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), reduction="none"
-        ).view(len(targets), -1).mean(dim=1)
+        each = (
+            nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+            .view(len(targets), -1)
+            .mean(dim=1)
+        )
         return each.mean() if self.reduction == "mean" else each
 
 
@@ -191,23 +207,47 @@ def engine(case: Case, *, bf16: bool) -> Step:
 
 def cached(case: Case, *, bf16: bool) -> Step:
     """This project's classifier: the frozen layers' outputs are kept, only the top is run."""
-    contract = Contract.model_validate({
-        "format": 1, "name": "bench", "quorum": 1, "sites": [{"name": "a"}],
-        "task": {"label_column": "y", "labels": [
-            {"name": f"l{i}", "values": [str(i)]} for i in range(LABELS)
-        ]},
-        "input": {"kind": "text", "column": "x"},
-        "model": {"kind": "encoder", "name": SOURCES[case.model], "max_tokens": case.tokens,
-                  "sha256": data.SOURCES[SOURCES[case.model]].sha256, "normalise": False},
-        "adapter": {"rank": RANK, "alpha": 32.0, "layers": case.layers,
-                    "targets": TARGETS[case.model][case.targets]},
-        "privacy": {"expected_records": float(case.batch)},
-        "phases": [{"trains": "head+adapter", "rounds": 1, "sampling_rate": 1.0, "head_rate": 0.01,
-                    "adapter_rate": 0.01}],
-    })
+    contract = Contract.model_validate(
+        {
+            "format": 1,
+            "name": "bench",
+            "quorum": 1,
+            "sites": [{"name": "a"}],
+            "task": {
+                "label_column": "y",
+                "labels": [{"name": f"l{i}", "values": [str(i)]} for i in range(LABELS)],
+            },
+            "input": {"kind": "text", "column": "x"},
+            "model": {
+                "kind": "encoder",
+                "name": SOURCES[case.model],
+                "max_tokens": case.tokens,
+                "sha256": data.SOURCES[SOURCES[case.model]].sha256,
+                "normalise": False,
+            },
+            "adapter": {
+                "rank": RANK,
+                "alpha": 32.0,
+                "layers": case.layers,
+                "targets": TARGETS[case.model][case.targets],
+            },
+            "privacy": {"expected_records": float(case.batch)},
+            "phases": [
+                {
+                    "trains": "head+adapter",
+                    "rounds": 1,
+                    "sampling_rate": 1.0,
+                    "head_rate": 0.01,
+                    "adapter_rate": 0.01,
+                }
+            ],
+        }
+    )
     # The batch is one block, as it is for the yardstick.
     performance = Performance(
-        bf16="on" if bf16 else "off", micro_batch=case.batch, device=HERE.type,
+        bf16="on" if bf16 else "off",
+        micro_batch=case.batch,
+        device=HERE.type,
     )
     model = Encoder(contract, data.fetch(SOURCES[case.model]), performance)
     model.load(model.initial_arrays())
@@ -229,12 +269,18 @@ def cached(case: Case, *, bf16: bool) -> Step:
 
 
 def _private(
-    modules: Sequence[nn.Module], parameters: list[nn.Parameter], blocks: list[Block],
-    losses: Losses, size: int,
+    modules: Sequence[nn.Module],
+    parameters: list[nn.Parameter],
+    blocks: list[Block],
+    losses: Losses,
+    size: int,
 ) -> Step:
     sgd = torch.optim.SGD(parameters, lr=0.01)
     optimizer = CryptoNoiseOptimizer(
-        sgd, source=NoiseSource(site="bench"), noise_multiplier=NOISE, clip_norm=CLIP,
+        sgd,
+        source=NoiseSource(site="bench"),
+        noise_multiplier=NOISE,
+        clip_norm=CLIP,
         divisor=float(size),
     )
 
@@ -256,8 +302,14 @@ def opacus(case: Case, *, mode: str) -> Step:
     criterion: Any = Criterion()
     more = {"criterion": criterion} if mode == "ghost" else {}
     found = PrivacyEngine().make_private(
-        module=net, optimizer=sgd, data_loader=loader, noise_multiplier=NOISE,
-        max_grad_norm=CLIP, poisson_sampling=False, grad_sample_mode=mode, **more,
+        module=net,
+        optimizer=sgd,
+        data_loader=loader,
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **more,
     )
     wrapped, optimizer = found[0], found[1]
     if mode == "ghost":
@@ -311,8 +363,16 @@ def _finish() -> None:
 
 def peak(name: str, case: Case) -> int:
     """Bytes by which the resident set grows over the built side, in a process of its own."""
-    words = [sys.executable, "-m", "silotune.simulations.benchmarks.dp", "--peak", name, case.label,
-             "--device", HERE.type]
+    words = [
+        sys.executable,
+        "-m",
+        "silotune.simulations.benchmarks.dp",
+        "--peak",
+        name,
+        case.label,
+        "--device",
+        HERE.type,
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -361,12 +421,17 @@ def main(cases: list[Case]) -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
-        "machine": (torch.cuda.get_device_name() if HERE.type == "cuda" else
-                    f"{platform.machine()}, {os.cpu_count()} cores, one thread")
+        "machine": (
+            torch.cuda.get_device_name()
+            if HERE.type == "cuda"
+            else f"{platform.machine()}, {os.cpu_count()} cores, one thread"
+        )
         + f"; torch {torch.__version__}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "batch": {case.label: case.batch for case in cases}, "turns": TURNS,
-        "ratios": {name: round(value, 3) for name, value in ratios.items()}, "raw": raw,
+        "batch": {case.label: case.batch for case in cases},
+        "turns": TURNS,
+        "ratios": {name: round(value, 3) for name, value in ratios.items()},
+        "raw": raw,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = "dp.json" if HERE.type == "cpu" else "dp-cuda.json"

@@ -30,9 +30,14 @@ PATIENCE = 180.0  # seconds for a round, or for a process to be ready
 RANK, ALPHA, TOKENS = 8, 16, 32
 ENCODER_TARGETS = "query", "attention.output.dense"
 TEXTS = (
-    "The crew was friendly.", "My bag is lost again.", "Thank you for the upgrade!",
-    "Two hours on hold, no answer.", "Best flight in years.", "The gate agent was rude.",
-    "Boarding went smoothly.", "They cancelled my ticket.",
+    "The crew was friendly.",
+    "My bag is lost again.",
+    "Thank you for the upgrade!",
+    "Two hours on hold, no answer.",
+    "Best flight in years.",
+    "The gate agent was rude.",
+    "Boarding went smoothly.",
+    "They cancelled my ticket.",
 )
 
 
@@ -72,7 +77,8 @@ class Federation:
         site = self.folder / name
         subprocess.run(
             [service.BIN / "silotune", "site", "init", "--name", name, "--folder", site],
-            check=True, capture_output=True,
+            check=True,
+            capture_output=True,
         )
         request = join.load(site / f"{name}.request.json")
         self.place.admit(request, request.fingerprint)
@@ -84,25 +90,48 @@ class Federation:
     def start(self) -> None:
         server, link = self.place.folder, self.place.link
         self._start(
-            "superlink", service.BIN / "flower-superlink",
-            "--ssl-ca-certfile", server / "ca.crt", "--ssl-certfile", server / "server.crt",
-            "--ssl-keyfile", server / "server.key", "--enable-supernode-auth",
-            "--database", server / "state.db", "--host", "127.0.0.1",
-            "--port", link.split(":")[1], "--disable-runtime-dependency-installation",
+            "superlink",
+            service.BIN / "flower-superlink",
+            "--ssl-ca-certfile",
+            server / "ca.crt",
+            "--ssl-certfile",
+            server / "server.crt",
+            "--ssl-keyfile",
+            server / "server.key",
+            "--enable-supernode-auth",
+            "--database",
+            server / "state.db",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            link.split(":")[1],
+            "--disable-runtime-dependency-installation",
         )
         self.wait("registering the nodes", self._registered)
         for name in self.case.sites:
             site = self.folder / name
             self._start(
-                f"{name}-worker", sys.executable, Path(__file__).with_name("warm_worker.py"), site,
-                name, self.contract, self.model,
+                f"{name}-worker",
+                sys.executable,
+                Path(__file__).with_name("warm_worker.py"),
+                site,
+                name,
+                self.contract,
+                self.model,
             )
             files = {"socket": "socket/worker.sock", "data": "rows.csv", "seconds": "seconds"}
             self._start(
-                f"{name}-node", service.BIN / "flower-supernode", "--superlink", link,
-                "--root-certificates", server / "ca.crt",
-                "--auth-supernode-private-key", site / "relay" / "node.key",
-                "--port", str(free_port()), "--node-config",
+                f"{name}-node",
+                service.BIN / "flower-supernode",
+                "--superlink",
+                link,
+                "--root-certificates",
+                server / "ca.crt",
+                "--auth-supernode-private-key",
+                site / "relay" / "node.key",
+                "--port",
+                str(free_port()),
+                "--node-config",
                 " ".join(f'{key}="{site / file}"' for key, file in files.items()),
             )
         for name in self.case.sites:
@@ -159,8 +188,12 @@ class Federation:
     def _start(self, name: str, *command: str | Path) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self._started[name] = subprocess.Popen(
-                [str(word) for word in command], env=service.environment(self.place), stdout=log,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                [str(word) for word in command],
+                env=service.environment(self.place),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def _registered(self) -> bool:
@@ -193,16 +226,37 @@ def contract_of(case: Case, model: Path, keys: dict[str, str], rounds: int) -> C
     """One step a round over all records, without privacy. model: its folder; keys: by site."""
     sha256 = model_folder.manifest(model).sha256
     labels = [{"name": name, "values": [str(at)]} for at, name in enumerate(("good", "bad"))]
-    return Contract.model_validate({
-        "format": 1, "name": "rounds", "quorum": len(keys), "deadline_seconds": PATIENCE,
-        "task": {"label_column": "label", "labels": labels},
-        "input": {"kind": "text", "column": "text"},
-        "model": {"kind": "encoder", "name": case.source, "sha256": sha256, "max_tokens": TOKENS},
-        "adapter": {"rank": RANK, "alpha": float(ALPHA), "layers": case.layers,
-                    "targets": case.targets},
-        "privacy": {"mode": "none", "expected_records": float(len(TEXTS))},
-        "phases": [{"trains": "head+adapter", "rounds": rounds, "sampling_rate": 1.0,
-                    "head_rate": 1e-3, "adapter_rate": 1e-3}],
-        "secure_aggregation": {} if case.masked else None,
-        "sites": [{"name": name, "public_key": key} for name, key in keys.items()],
-    })
+    return Contract.model_validate(
+        {
+            "format": 1,
+            "name": "rounds",
+            "quorum": len(keys),
+            "deadline_seconds": PATIENCE,
+            "task": {"label_column": "label", "labels": labels},
+            "input": {"kind": "text", "column": "text"},
+            "model": {
+                "kind": "encoder",
+                "name": case.source,
+                "sha256": sha256,
+                "max_tokens": TOKENS,
+            },
+            "adapter": {
+                "rank": RANK,
+                "alpha": float(ALPHA),
+                "layers": case.layers,
+                "targets": case.targets,
+            },
+            "privacy": {"mode": "none", "expected_records": float(len(TEXTS))},
+            "phases": [
+                {
+                    "trains": "head+adapter",
+                    "rounds": rounds,
+                    "sampling_rate": 1.0,
+                    "head_rate": 1e-3,
+                    "adapter_rate": 1e-3,
+                }
+            ],
+            "secure_aggregation": {} if case.masked else None,
+            "sites": [{"name": name, "public_key": key} for name, key in keys.items()],
+        }
+    )

@@ -81,10 +81,22 @@ ZH_GIVEN = _words("""
 STREETS = _words("""
     Maple Elm Oakwood Station Victoria Cedar Hawthorn Lakeview Chestnut Jubilee Mill
 """)
-TOWNS = ("Springfield IL 62704", "Portland OR 97205", "Austin TX 78701", "Dayton OH 45402",
-         "Albany NY 12207-1001", "Santa Fe NM 87501")
-UK_TOWNS = ("Leeds LS1 4AP", "Bristol BS8 1TH", "London SW1A 2AA", "Norwich NR2 4QF",
-            "Glasgow G12 8QQ", "Newcastle upon Tyne NE1 7RU")
+TOWNS = (
+    "Springfield IL 62704",
+    "Portland OR 97205",
+    "Austin TX 78701",
+    "Dayton OH 45402",
+    "Albany NY 12207-1001",
+    "Santa Fe NM 87501",
+)
+UK_TOWNS = (
+    "Leeds LS1 4AP",
+    "Bristol BS8 1TH",
+    "London SW1A 2AA",
+    "Norwich NR2 4QF",
+    "Glasgow G12 8QQ",
+    "Newcastle upon Tyne NE1 7RU",
+)
 ACCENTED_GIVEN = _words("""
     José Łukasz Zoë Şükrü Béla Jürgen Åsa Chloé Ángel Jiří Søren Małgorzata François Günter Tomáš
 """)
@@ -163,10 +175,14 @@ def _us_phone(rng: random.Random) -> str:
 
 
 def _uk_phone(rng: random.Random) -> str:
-    return rng.choice((
-        f"020 7{_digits(rng, 3)} {_digits(rng, 4)}", f"0161 {rng.randrange(200, 900)} "
-        f"{_digits(rng, 4)}", f"+44 7911 {_digits(rng, 6)}", f"07911 {_digits(rng, 6)}",
-    ))
+    return rng.choice(
+        (
+            f"020 7{_digits(rng, 3)} {_digits(rng, 4)}",
+            f"0161 {rng.randrange(200, 900)} {_digits(rng, 4)}",
+            f"+44 7911 {_digits(rng, 6)}",
+            f"07911 {_digits(rng, 6)}",
+        )
+    )
 
 
 def _us_address(rng: random.Random) -> str:
@@ -189,11 +205,15 @@ def _written(rng: random.Random) -> str:
 
 
 def _iban(rng: random.Random) -> str:
-    value = rng.choice((
-        with_mod97("DE", _digits(rng, 18)), with_mod97("GB", "WEST" + _digits(rng, 14)),
-        with_mod97("FR", _digits(rng, 23)), with_mod97("NL", "ABNA" + _digits(rng, 10)),
-        with_mod97("NO", _digits(rng, 11)),
-    ))
+    value = rng.choice(
+        (
+            with_mod97("DE", _digits(rng, 18)),
+            with_mod97("GB", "WEST" + _digits(rng, 14)),
+            with_mod97("FR", _digits(rng, 23)),
+            with_mod97("NL", "ABNA" + _digits(rng, 10)),
+            with_mod97("NO", _digits(rng, 11)),
+        )
+    )
     return re.sub(r"(.{4})(?=.)", r"\1 ", value) if rng.random() < 0.5 else value
 
 
@@ -265,20 +285,25 @@ def with_hong_kong_digit(letters: str, digits: str) -> str:
 
 
 def _taiwan_id(rng: random.Random) -> str:
-    return with_taiwan_digit(rng.choice("ABCDEFGHJKLMNPQRSTUVXYWZIO"),
-                             rng.choice("1289") + _digits(rng, 7))
+    return with_taiwan_digit(
+        rng.choice("ABCDEFGHJKLMNPQRSTUVXYWZIO"), rng.choice("1289") + _digits(rng, 7)
+    )
 
 
 def _hong_kong_id(rng: random.Random) -> str:
-    return with_hong_kong_digit(rng.choice(("A", "C", "K", "P", "R", "Y", "Z", "WX")),
-                                _digits(rng, 6))
+    return with_hong_kong_digit(
+        rng.choice(("A", "C", "K", "P", "R", "Y", "Z", "WX")), _digits(rng, 6)
+    )
 
 
 def _passport(rng: random.Random) -> str:
-    return rng.choice((
-        f"{rng.choice('ACEKLMNZ')}{_digits(rng, 8)}", f"{rng.randrange(1, 9)}{_digits(rng, 8)}",
-        f"C{rng.randrange(1, 9)}{rng.choice('FGHJK')}{_digits(rng, 6)}",
-    ))
+    return rng.choice(
+        (
+            f"{rng.choice('ACEKLMNZ')}{_digits(rng, 8)}",
+            f"{rng.randrange(1, 9)}{_digits(rng, 8)}",
+            f"C{rng.randrange(1, 9)}{rng.choice('FGHJK')}{_digits(rng, 6)}",
+        )
+    )
 
 
 def _zh_passport(rng: random.Random) -> str:
@@ -288,14 +313,21 @@ def _zh_passport(rng: random.Random) -> str:
 def _uk_plate(rng: random.Random) -> str:
     letters = "ABCDEFGHJKLMNOPRSTUVWXY"
     age = rng.choice((rng.randrange(2, 26), rng.randrange(51, 76)))
-    return (f"{rng.choice('ABCDEFGHKLMNOPRSVWY')}{rng.choice('ABDEFGKLMNOPRSTVWX')}{age:02d} "
-            f"{''.join(rng.choice(letters) for _ in range(3)).replace('I', 'A')}")
+    return (
+        f"{rng.choice('ABCDEFGHKLMNOPRSVWY')}{rng.choice('ABDEFGKLMNOPRSTVWX')}{age:02d} "
+        f"{''.join(rng.choice(letters) for _ in range(3)).replace('I', 'A')}"
+    )
 
 
 def _us_plate(rng: random.Random) -> str:
     letters = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(3))
-    return rng.choice((f"{letters}-{_digits(rng, 4)}", f"{letters} {_digits(rng, 3)}",
-                       f"{rng.randrange(1, 10)}{letters}{_digits(rng, 3)}"))
+    return rng.choice(
+        (
+            f"{letters}-{_digits(rng, 4)}",
+            f"{letters} {_digits(rng, 3)}",
+            f"{rng.randrange(1, 10)}{letters}{_digits(rng, 3)}",
+        )
+    )
 
 
 def _zh_plate(rng: random.Random) -> str:
@@ -312,11 +344,15 @@ def _account_name(rng: random.Random) -> str:
 
 def _url(rng: random.Random) -> str:
     name = f"{rng.choice(GIVEN)}-{rng.choice(FAMILY)}".lower().replace("'", "")
-    return rng.choice((
-        f"https://example.com/users/{name}", f"http://www.example.org/{name}?id={_digits(rng, 5)}",
-        f"www.{name}.com", f"https://portal.example.cn/p/{_digits(rng, 8)}#notes",
-        f"{name}.co.uk/contact",
-    ))
+    return rng.choice(
+        (
+            f"https://example.com/users/{name}",
+            f"http://www.example.org/{name}?id={_digits(rng, 5)}",
+            f"www.{name}.com",
+            f"https://portal.example.cn/p/{_digits(rng, 8)}#notes",
+            f"{name}.co.uk/contact",
+        )
+    )
 
 
 def _ipv4(rng: random.Random) -> str:
@@ -338,16 +374,27 @@ def _iso_time(rng: random.Random) -> str:
 
 def _month(rng: random.Random) -> str:
     day = _day(rng)
-    return rng.choice((f"{day.month}/{day.year}", f"{day.month:02d}/{day.year}",
-                       f"{day.month:02d}.{day.year}", f"{day.year}-{day.month:02d}"))
+    return rng.choice(
+        (
+            f"{day.month}/{day.year}",
+            f"{day.month:02d}/{day.year}",
+            f"{day.month:02d}.{day.year}",
+            f"{day.year}-{day.month:02d}",
+        )
+    )
 
 
 def _roc_date(rng: random.Random) -> str:
     day = _day(rng)
     year = max(1, day.year - 1911)
-    return rng.choice((f"民國{year}年{day.month}月{day.day}日", f"民國{year}年{day.month}月",
-                       f"民國{year:03d}/{day.month:02d}/{day.day:02d}",
-                       f"民國{year}.{day.month}.{day.day}"))
+    return rng.choice(
+        (
+            f"民國{year}年{day.month}月{day.day}日",
+            f"民國{year}年{day.month}月",
+            f"民國{year:03d}/{day.month:02d}/{day.day:02d}",
+            f"民國{year}.{day.month}.{day.day}",
+        )
+    )
 
 
 def _any_case(rng: random.Random) -> str:
@@ -384,14 +431,17 @@ SLOTS: dict[str, tuple[str, Filler]] = {  # slot → its kind ('' for what is no
     "reversed": ("person", lambda rng: f"{rng.choice(FAMILY).upper()}, {rng.choice(GIVEN)}"),
     "traditional": ("person", lambda r: r.choice(TRADITIONAL_FAMILY) + r.choice(TRADITIONAL_GIVEN)),
     "minority": (
-        "person", lambda rng: f"{rng.choice(MINORITY_GIVEN)}·{rng.choice(MINORITY_FAMILY)}"
+        "person",
+        lambda rng: f"{rng.choice(MINORITY_GIVEN)}·{rng.choice(MINORITY_FAMILY)}",
     ),
     "email": ("email", _email),
     "us_phone": ("phone", _us_phone),
     "uk_phone": ("phone", _uk_phone),
     "mobile": ("phone", _mobile),
-    "landline": ("phone", lambda r: f"{r.choice(('010', '021', '0755'))}-"
-                                    f"{r.randrange(2, 9)}{_digits(r, 7)}"),
+    "landline": (
+        "phone",
+        lambda r: f"{r.choice(('010', '021', '0755'))}-{r.randrange(2, 9)}{_digits(r, 7)}",
+    ),
     "us_address": ("address", _us_address),
     "uk_address": ("address", _uk_address),
     "zh_address": ("address", _zh_address),
@@ -548,7 +598,9 @@ def _independent() -> dict[Language, tuple[str, ...]]:
 
 
 TEMPLATES: dict[Set, dict[Language, tuple[str, ...]]] = {
-    "development": DEVELOPMENT, "heldout": HELDOUT, "independent": _independent(),
+    "development": DEVELOPMENT,
+    "heldout": HELDOUT,
+    "independent": _independent(),
 }
 
 

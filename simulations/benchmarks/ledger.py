@@ -37,9 +37,17 @@ def charges(ledger: Ledger, records: Lineage, first: int, last: int, kinds: int)
     with ledger.writing():
         for number in range(first, last + 1):
             entry = ledger.charge(
-                records, source="bench.csv", unit="record", contract="0" * 64, run="bench",
-                round=number, attempt=1, request="0" * 64,
-                noise_multiplier=20.0 + (number % kinds) / kinds, sampling_rate=0.25, steps=1,
+                records,
+                source="bench.csv",
+                unit="record",
+                contract="0" * 64,
+                run="bench",
+                round=number,
+                attempt=1,
+                request="0" * 64,
+                noise_multiplier=20.0 + (number % kinds) / kinds,
+                sampling_rate=0.25,
+                steps=1,
                 order=3.7,
             )
     return entry
@@ -98,8 +106,11 @@ def main() -> None:
         ).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rounds": ROUNDS, "reply_bytes": REPLY, "entries": ENTRIES,
-        "charge_and_release_ms": _percentiles(ours), "one_synced_write_ms": _percentiles(limit),
+        "rounds": ROUNDS,
+        "reply_bytes": REPLY,
+        "entries": ENTRIES,
+        "charge_and_release_ms": _percentiles(ours),
+        "one_synced_write_ms": _percentiles(limit),
         "ratios": {"time/synced-write/charge-and-release": round(ratio, 3)},
         "seconds_for_mechanisms": {str(kinds): found for kinds, found in entries.items()},
     }

@@ -111,7 +111,8 @@ def block(running: Federation, side: str, run: str) -> Block:
         raise RuntimeError(f"a site did not train in each round of {run}")
     return Block(
         [b - a for a, b in pairwise([began, *committed(marks)])],
-        [max(found) for found in zip(*trained, strict=True)], [b - a for a, b in pairwise(cpu)],
+        [max(found) for found in zip(*trained, strict=True)],
+        [b - a for a, b in pairwise(cpu)],
     )
 
 
@@ -119,8 +120,13 @@ def write_stock(folder: Path, case: Case, model: Path, marks: Path) -> None:
     """The Flower app of stock_app.py."""
     folder.mkdir()
     config = {
-        "model": str(model), "targets": ",".join(case.targets), "rank": RANK, "alpha": ALPHA,
-        "tokens": TOKENS, "rounds": ROUNDS, "marks": str(marks),
+        "model": str(model),
+        "targets": ",".join(case.targets),
+        "rank": RANK,
+        "alpha": ALPHA,
+        "tokens": TOKENS,
+        "rounds": ROUNDS,
+        "marks": str(marks),
     }
     lines = (f"{key} = {json.dumps(value)}" for key, value in config.items())
     (folder / "pyproject.toml").write_text(
@@ -147,9 +153,13 @@ def cell(blocks: list[Block]) -> dict[str, Any]:
     training = [one for block in blocks for one in block.training[1:]]
     over = [a - b for a, b in zip(seconds, training, strict=True)]
     found = {
-        "first": median(block.seconds[0] for block in blocks), "round": median(seconds),
-        "training": median(training), "overhead": median(over), "least": min(over),
-        "most": max(over), "cpu": median(one for block in blocks for one in block.cpu[1:]),
+        "first": median(block.seconds[0] for block in blocks),
+        "round": median(seconds),
+        "training": median(training),
+        "overhead": median(over),
+        "least": min(over),
+        "most": max(over),
+        "cpu": median(one for block in blocks for one in block.cpu[1:]),
     }
     return {"rounds": len(over)} | {name: round(value, 3) for name, value in found.items()}
 
@@ -165,7 +175,8 @@ def ratios(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
     return {
         f"{what}/{name}": round(cells[a][what] / cells[b][what], 3)
-        for what in ("overhead", "cpu") for name, (a, b) in pairs.items()
+        for what in ("overhead", "cpu")
+        for name, (a, b) in pairs.items()
     }
 
 
@@ -199,8 +210,12 @@ def main(*, quick: bool) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a process; flwr "
         f"{version('flwr')}, torch {version('torch')}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rounds": ROUNDS, "blocks": BLOCKS, "batch": len(TEXTS), "rank": RANK,
-        "ratios": ratios(cells), "cells": cells,
+        "rounds": ROUNDS,
+        "blocks": BLOCKS,
+        "batch": len(TEXTS),
+        "rank": RANK,
+        "ratios": ratios(cells),
+        "cells": cells,
         "raw": {label: [vars(one) for one in found] for label, found in raw.items()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -230,10 +230,16 @@ def measure_peak(side: str, size: int) -> float:
     else:
         flower = SecAggPlus(10, Seconds(list))
         flower.network.updates, node = updates, flower.network.ids[0]
-        arguments = flower.network.prepare(node, ConfigRecord({
-            Key.STAGE: COLLECT, Key.CIPHERTEXT_LIST: flower.state.forward_ciphertexts[node],
-            Key.SOURCE_LIST: flower.state.forward_srcs[node],
-        }))
+        arguments = flower.network.prepare(
+            node,
+            ConfigRecord(
+                {
+                    Key.STAGE: COLLECT,
+                    Key.CIPHERTEXT_LIST: flower.state.forward_ciphertexts[node],
+                    Key.SOURCE_LIST: flower.state.forward_srcs[node],
+                }
+            ),
+        )
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     call(*arguments)
@@ -296,8 +302,10 @@ def main(*, quick: bool) -> None:
         ours, of_30, rival = (sum(cell[name][what].values()) for name in (OURS, OF_30, RIVAL))
         ratios[f"{what}/{RIVAL}/{label}"] = round(ours / rival, 4)
         ratios[f"{what}-of-30/{RIVAL}/{label}"] = round(of_30 / rival, 4)
-        print(f"{label:10} {what:6}  ours {ours:10.5g}  of 30 {of_30:10.5g}  SecAgg+ {rival:10.5g}"
-              f"  ratios {ours / rival:.3f} {of_30 / rival:.3f}")
+        print(
+            f"{label:10} {what:6}  ours {ours:10.5g}  of 30 {of_30:10.5g}  SecAgg+ {rival:10.5g}"
+            f"  ratios {ours / rival:.3f} {of_30 / rival:.3f}"
+        )
     for size, side in itertools.product([100_000] if quick else list(SIZES)[1:], (OURS, RIVAL)):
         words = [sys.executable, "-m", "silotune.simulations.benchmarks.secagg", "--peak"]
         grown = check_output([*words, side, str(size)], text=True)
@@ -311,10 +319,15 @@ def main(*, quick: bool) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "repetitions": {label: cell["repetitions"] for label, cell in cells.items()},
-        "ratios": ratios, "cells": cells, "memory": memory,
+        "ratios": ratios,
+        "cells": cells,
+        "memory": memory,
         "not_run": "3 sites with 20% drops: their threshold of 3 allows none",
-        "limit": {"keystream_added": limit, "client/limit": round(sum(own.values()) / limit, 3),
-                  "client_round/limit": round(own["round"] / limit, 3)},
+        "limit": {
+            "keystream_added": limit,
+            "client/limit": round(sum(own.values()) / limit, 3),
+            "client_round/limit": round(own["round"] / limit, 3),
+        },
     }
     (RESULTS / "secagg.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("limit", results["limit"])

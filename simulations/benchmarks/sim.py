@@ -65,7 +65,9 @@ STOCK, CASES, BLOCKS, PATIENCE = "stock", (HEAD, ADAPTER), 2, 1200
 RIVALS = STOCK, PFL, BF16
 LIBRARIES = "flwr", "ray", "pfl", "torch", "transformers", "peft"
 MODULES = dict.fromkeys((OURS, QUEUES, FLOAT32, PRIVATE), "sim_ours") | {
-    STOCK: "sim_stock", PFL: "sim_pfl", BF16: "sim_pfl"
+    STOCK: "sim_stock",
+    PFL: "sim_pfl",
+    BF16: "sim_pfl",
 }
 WHOLE = 20  # rounds
 ROUNDS = dict.fromkeys(MODULES, 8) | {STOCK: 3, PFL: 4, BF16: 4}
@@ -79,9 +81,16 @@ def block(side: str, case: str, folder: Path, rounds: int) -> Block:
     """One run of a side, in a process of its own."""
     words = [sys.executable, "-m", f"silotune.simulations.benchmarks.{MODULES[side]}", side, case]
     done = subprocess.run(
-        [*words, folder, str(rounds), folder / f"{side}-{case}"], env=os.environ | {
-            "RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0",
-        }, capture_output=True, text=True, check=False, timeout=PATIENCE,
+        [*words, folder, str(rounds), folder / f"{side}-{case}"],
+        env=os.environ
+        | {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "FLWR_TELEMETRY_ENABLED": "0",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"marks"')]
     if done.returncode or not lines:
@@ -98,8 +107,12 @@ def cell(blocks: list[Block]) -> dict[str, Any]:
     later = [b - a for block in blocks for a, b in pairwise(block["marks"])]
     each = median(later)
     seconds = {
-        "first": first, "round": each, "least": min(later), "most": max(later),
-        "client_round": each / CLIENTS, "whole": (first + (WHOLE - 1) * each) / WHOLE / CLIENTS,
+        "first": first,
+        "round": each,
+        "least": min(later),
+        "most": max(later),
+        "client_round": each / CLIENTS,
+        "whole": (first + (WHOLE - 1) * each) / WHOLE / CLIENTS,
         "a_second": CLIENTS / each,
     }
     peak = max(block["memory"]["peak"] for block in blocks)
@@ -200,8 +213,15 @@ def main(*, quick: bool) -> None:
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {name: version(name) for name in LIBRARIES},
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "clients": CLIENTS, "texts": TEXTS, "tokens": TOKENS, "rounds": ROUNDS, "blocks": BLOCKS,
-        "ratios": ratios(cells), "cells": cells, "tolerance": TOLERANCE, "agreement": agreed,
+        "clients": CLIENTS,
+        "texts": TEXTS,
+        "tokens": TOKENS,
+        "rounds": ROUNDS,
+        "blocks": BLOCKS,
+        "ratios": ratios(cells),
+        "cells": cells,
+        "tolerance": TOLERANCE,
+        "agreement": agreed,
         "raw": raw,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

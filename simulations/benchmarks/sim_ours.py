@@ -36,8 +36,14 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     contract = work.contract(facts["sha256"], case, rounds, private=side == PRIVATE)
     with TemporaryDirectory() as place, mock.patch.object(Encoder, "encode", noted):
         job = Job(
-            side, 0, contract, Path(place) / "run", Path(facts["model"]), folder,
-            federated=side == QUEUES, evaluate_every=rounds,
+            side,
+            0,
+            contract,
+            Path(place) / "run",
+            Path(facts["model"]),
+            folder,
+            federated=side == QUEUES,
+            evaluate_every=rounds,
             performance=Performance(bf16="off" if side == FLOAT32 else "auto"),
         )
         memory, clock = work.Memory(), work.Clock(out)

@@ -76,21 +76,26 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
 
     trained = [p for p in net.parameters() if p.requires_grad]
     model = PyTorchModel(
-        net, torch.optim.SGD, torch.optim.SGD(trained, lr=1.0),
+        net,
+        torch.optim.SGD,
+        torch.optim.SGD(trained, lr=1.0),
         amp_dtype=torch.bfloat16 if side == BF16 else None,
     )
     cohort = FederatedDataset(users.__getitem__, MinimizeReuseUserSampler(work.WHO))
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
-            central_num_iterations=rounds, evaluation_frequency=rounds + 1,
-            train_cohort_size=work.CLIENTS, val_cohort_size=None,
+            central_num_iterations=rounds,
+            evaluation_frequency=rounds + 1,
+            train_cohort_size=work.CLIENTS,
+            val_cohort_size=None,
         ),
         backend=SimulatedBackend(training_data=cohort, val_data=cohort),
         model=model,
         model_train_params=NNTrainHyperParams(
             local_num_epochs=1, local_learning_rate=work.RATE, local_batch_size=None
         ),
-        callbacks=[Marks()], send_metrics_to_platform=False,
+        callbacks=[Marks()],
+        send_metrics_to_platform=False,
     )
     work.report(clock, memory.found())
 

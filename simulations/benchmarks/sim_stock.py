@@ -68,12 +68,17 @@ def serve(grid: Grid, case: str, folder: Path, rounds: int, clock: work.Clock) -
 
     first = {n: torch.from_numpy(a) for n, a in work.read(folder / case).items()}
     settings: Mapping[str, Any] = {
-        "model": work.facts_of(folder)["model"], "case": case, "folder": str(folder),
+        "model": work.facts_of(folder)["model"],
+        "case": case,
+        "folder": str(folder),
     }
     FedAvg(
         fraction_evaluate=0.0, min_train_nodes=work.CLIENTS, min_available_nodes=work.CLIENTS
     ).start(
-        grid, ArrayRecord(first), num_rounds=rounds, train_config=ConfigRecord(dict(settings)),
+        grid,
+        ArrayRecord(first),
+        num_rounds=rounds,
+        train_config=ConfigRecord(dict(settings)),
         evaluate_fn=mark,
     )
 
@@ -120,10 +125,15 @@ def main(case: str, folder: Path, rounds: int, out: Path) -> None:
 
     memory.start()
     clock = work.Clock(out)
-    run_simulation(server, client, work.CLIENTS, backend_config={
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        "init_args": {"num_cpus": work.cores(), "log_to_driver": False},
-    })
+    run_simulation(
+        server,
+        client,
+        work.CLIENTS,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": work.cores(), "log_to_driver": False},
+        },
+    )
     work.report(clock, memory.found())
 
 

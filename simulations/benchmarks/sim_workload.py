@@ -38,19 +38,29 @@ def contract(sha256: str, case: str, rounds: int, *, private: bool = False) -> A
     adapts = case == ADAPTER
     lora = {"rank": RANK, "alpha": ALPHA, "layers": len(LAYERS), "targets": TARGETS, "seed": 11}
     phase = {"trains": "head+adapter", "adapter_rate": RATE} if adapts else {"trains": "head"}
-    return Contract.model_validate({
-        "format": 1, "name": "bench-sim", "quorum": CLIENTS,
-        "task": {"label_column": "sentiment",
-                 "labels": [{"name": name, "values": [name]} for name in LABELS]},
-        "input": {"kind": "text", "column": "text"},
-        "model": {"kind": "encoder", "name": MODEL, "sha256": sha256, "max_tokens": TOKENS},
-        "adapter": lora if adapts else None,
-        "privacy": {"mode": "dp" if private else "none", "epsilon": 8.0, "delta": 1e-4,
-                    "expected_records": float(TEXTS)},
-        "phases": [phase | {"rounds": rounds, "sampling_rate": 1.0, "head_rate": RATE}],
-        "aggregation": {"momentum": 0.0},
-        "sites": [{"name": name} for name in WHO],
-    })
+    return Contract.model_validate(
+        {
+            "format": 1,
+            "name": "bench-sim",
+            "quorum": CLIENTS,
+            "task": {
+                "label_column": "sentiment",
+                "labels": [{"name": name, "values": [name]} for name in LABELS],
+            },
+            "input": {"kind": "text", "column": "text"},
+            "model": {"kind": "encoder", "name": MODEL, "sha256": sha256, "max_tokens": TOKENS},
+            "adapter": lora if adapts else None,
+            "privacy": {
+                "mode": "dp" if private else "none",
+                "epsilon": 8.0,
+                "delta": 1e-4,
+                "expected_records": float(TEXTS),
+            },
+            "phases": [phase | {"rounds": rounds, "sampling_rate": 1.0, "head_rate": RATE}],
+            "aggregation": {"momentum": 0.0},
+            "sites": [{"name": name} for name in WHO],
+        }
+    )
 
 
 def lay(folder: Path) -> Path:
@@ -118,14 +128,21 @@ def encoder(model: str, case: str) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     base: Any = AutoModel.from_pretrained(
-        model, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+        model,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
         add_pooling_layer=False,
     )
     base.requires_grad_(False)
     if case == ADAPTER:
         lora = LoraConfig(
-            r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=list(TARGETS),
-            layers_to_transform=list(LAYERS), layers_pattern="layer",
+            r=RANK,
+            lora_alpha=int(ALPHA),
+            lora_dropout=0.0,
+            target_modules=list(TARGETS),
+            layers_to_transform=list(LAYERS),
+            layers_pattern="layer",
         )
         base = inject_adapter_in_model(lora, base)
         for name, parameter in base.named_parameters():
@@ -147,18 +164,20 @@ def batch(tokenizer: Any, texts: list[str], labels: list[int]) -> dict[str, Any]
     """A client's texts as one batch, padded to its longest."""
     import torch
 
-    found = tokenizer(
-        texts, truncation=True, max_length=TOKENS, padding=True, return_tensors="pt"
-    )
-    return {"ids": found["input_ids"], "mask": found["attention_mask"],
-            "labels": torch.tensor(labels)}
+    found = tokenizer(texts, truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
+    return {
+        "ids": found["input_ids"],
+        "mask": found["attention_mask"],
+        "labels": torch.tensor(labels),
+    }
 
 
 def tensors(base: Any, head: Any) -> dict[str, Any]:
     """A rival's head and LoRA factors by their public names."""
     found = {f"head.{name}": p for name, p in head.named_parameters()}
     return found | {
-        name.replace(".default.weight", ""): p for name, p in base.named_parameters()
+        name.replace(".default.weight", ""): p
+        for name, p in base.named_parameters()
         if "lora_" in name
     }
 
@@ -202,15 +221,17 @@ class Memory:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 
     def found(self) -> dict[str, int]:
-        return {"peak": self._status("VmHWM") - self._before,
-                "after": self._status("VmRSS") - self._before,
-                "code": self._code() - self._code_before, "libraries": self._before}
+        return {
+            "peak": self._status("VmHWM") - self._before,
+            "after": self._status("VmRSS") - self._before,
+            "code": self._code() - self._code_before,
+            "libraries": self._before,
+        }
 
     @staticmethod
     def _status(key: str) -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
-
 
     @staticmethod
     def _code() -> int:

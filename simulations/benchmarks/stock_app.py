@@ -35,12 +35,18 @@ server = ServerApp()
 def load_model(context: Context) -> Any:
     config = context.run_config
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(config["model"]), num_labels=LABELS, dtype=torch.float32, local_files_only=True,
+        str(config["model"]),
+        num_labels=LABELS,
+        dtype=torch.float32,
+        local_files_only=True,
         trust_remote_code=False,
     )
     lora = LoraConfig(
-        task_type="SEQ_CLS", r=int(config["rank"]), lora_alpha=int(config["alpha"]),
-        lora_dropout=0.0, target_modules=str(config["targets"]).split(","),
+        task_type="SEQ_CLS",
+        r=int(config["rank"]),
+        lora_alpha=int(config["alpha"]),
+        lora_dropout=0.0,
+        target_modules=str(config["targets"]).split(","),
     )
     return get_peft_model(model, lora)
 
@@ -53,7 +59,10 @@ def load_data(context: Context) -> Any:
         str(context.run_config["model"]), local_files_only=True, trust_remote_code=False
     )
     batch = tokenizer(
-        [row["text"] for row in rows], truncation=True, padding=True, return_tensors="pt",
+        [row["text"] for row in rows],
+        truncation=True,
+        padding=True,
+        return_tensors="pt",
         max_length=int(context.run_config["tokens"]),
     )
     batch["labels"] = torch.tensor([int(row["label"]) for row in rows])
@@ -90,6 +99,8 @@ def main(grid: Grid, context: Context) -> None:
                 file.write(line + "\n")
 
     FedAvg(fraction_evaluate=0.0).start(
-        grid, ArrayRecord(get_peft_model_state_dict(load_model(context))),
-        num_rounds=int(context.run_config["rounds"]), evaluate_fn=mark,
+        grid,
+        ArrayRecord(get_peft_model_state_dict(load_model(context))),
+        num_rounds=int(context.run_config["rounds"]),
+        evaluate_fn=mark,
     )

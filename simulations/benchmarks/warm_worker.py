@@ -46,7 +46,8 @@ def main() -> None:
 
     with mock.patch.object(worker, "train_round", clocked(folder / "seconds")):
         served = worker.Worker(
-            permitting(contract, words.name, folder / "rows.csv", words.model), contract,
+            permitting(contract, words.name, folder / "rows.csv", words.model),
+            contract,
             Ledger.open(folder / "state", keys),
         )
         serve(served.handle, listen(folder / "socket" / "worker.sock"))

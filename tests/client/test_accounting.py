@@ -64,7 +64,8 @@ def _histories(n: int, seed: int, most: int) -> list[History]:
             Mechanism(
                 float(0.8 * 10 ** rng.uniform(0, 1.5)),
                 # The oracle says 0 for what moves less than delta; so one rate is not tiny.
-                float(rng.choice(rates if i else rates[:-2])), int(rng.integers(1, 40)),
+                float(rng.choice(rates if i else rates[:-2])),
+                int(rng.integers(1, 40)),
             )
             for i in range(rng.integers(1, most + 1))
         )
@@ -75,7 +76,10 @@ def _histories(n: int, seed: int, most: int) -> list[History]:
 EXTREMES = tuple(
     (Mechanism(sigma, rate, steps),)
     for sigma, rate, steps in (
-        (0.5, 1e-5, 1000), (0.8, 1e-6, 10_000), (0.8, 0.01, 1000), (5.0, 0.9999, 20)
+        (0.5, 1e-5, 1000),
+        (0.8, 1e-6, 10_000),
+        (0.8, 0.01, 1000),
+        (5.0, 0.9999, 20),
     )
 )
 HISTORIES = [*EXTREMES, *_histories(8, seed=0, most=10)]
@@ -89,17 +93,27 @@ PLANS = (
 
 
 def _with_phases(contract: Contract, phases: Sequence[tuple[int, int, float, float]]) -> Contract:
-    return contract.changed(phases=[
-        {"trains": "head", "rounds": r, "local_steps": k, "sampling_rate": q, "budget": b,
-         "head_rate": 1.0} for r, k, q, b in phases
-    ])
+    return contract.changed(
+        phases=[
+            {
+                "trains": "head",
+                "rounds": r,
+                "local_steps": k,
+                "sampling_rate": q,
+                "budget": b,
+                "head_rate": 1.0,
+            }
+            for r, k, q, b in phases
+        ]
+    )
 
 
 @cache
 def _oracle(history: History, delta: float, kind: str) -> float:
     """Epsilon by dp-accounting: "whole" or "all" orders of RDP, or "pld". Adjacency: add-remove."""
     oracle = (
-        PLDAccountant(value_discretization_interval=1e-3) if kind == "pld"
+        PLDAccountant(value_discretization_interval=1e-3)
+        if kind == "pld"
         else RdpAccountant(orders=WHOLE if kind == "whole" else OPACUS)
     )
     with warnings.catch_warnings():
@@ -227,7 +241,10 @@ def small_epsilons_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPa
     PLD, which is tighter, the plan costs less, but not by more than a fifth."""
     patch.setattr(accounting, "ALPHAS", [a for a in ALPHAS if a == int(a)])
     for target, delta, rate, steps in (
-        (0.01, 1e-5, 0.25, 30), (0.02, 1e-6, 0.1, 100), (0.05, 1e-5, 1.0, 24), (0.1, 1e-5, 0.02, 50)
+        (0.01, 1e-5, 0.25, 30),
+        (0.02, 1e-6, 0.1, 100),
+        (0.05, 1e-5, 1.0, 24),
+        (0.1, 1e-5, 0.02, 50),
     ):
         noise = noise_for(target, delta, rate, steps)
         step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
@@ -242,11 +259,16 @@ def small_epsilons_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPa
 PROPERTIES: dict[str, Property] = {
     f.__name__: f
     for f in (
-        each_orders_rdp_equals_its_integral, histories_cost_what_the_oracle_says,
-        plans_cost_the_contracts_epsilon, noise_for_costs_its_target_and_no_more,
-        sampling_makes_a_step_cheaper, ten_runs_cost_far_less_than_ten,
-        splitting_a_history_changes_nothing, no_bound_lies_below_the_exact_value,
-        prv_agrees_with_the_oracles_pld, small_epsilons_cost_what_the_oracle_says,
+        each_orders_rdp_equals_its_integral,
+        histories_cost_what_the_oracle_says,
+        plans_cost_the_contracts_epsilon,
+        noise_for_costs_its_target_and_no_more,
+        sampling_makes_a_step_cheaper,
+        ten_runs_cost_far_less_than_ten,
+        splitting_a_history_changes_nothing,
+        no_bound_lies_below_the_exact_value,
+        prv_agrees_with_the_oracles_pld,
+        small_epsilons_cost_what_the_oracle_says,
     )
 }
 
@@ -334,22 +356,26 @@ def the_prvs_lower_bound(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Property, ...]] = {
     sampling_forgotten: (sampling_makes_a_step_cheaper, histories_cost_what_the_oracle_says),
     sampling_counted_twice: (
-        histories_cost_what_the_oracle_says, noise_for_costs_its_target_and_no_more,
+        histories_cost_what_the_oracle_says,
+        noise_for_costs_its_target_and_no_more,
         plans_cost_the_contracts_epsilon,
     ),
     the_variance_read_as_the_noise_multiplier: (no_bound_lies_below_the_exact_value,),
     fractional_orders_rounded_down: (each_orders_rdp_equals_its_integral,),
     only_the_last_entry_is_read: (
-        histories_cost_what_the_oracle_says, plans_cost_the_contracts_epsilon,
+        histories_cost_what_the_oracle_says,
+        plans_cost_the_contracts_epsilon,
         prv_agrees_with_the_oracles_pld,
     ),
     equal_entries_counted_once: (splitting_a_history_changes_nothing,),
     a_step_too_few: (
-        histories_cost_what_the_oracle_says, noise_for_costs_its_target_and_no_more,
+        histories_cost_what_the_oracle_says,
+        noise_for_costs_its_target_and_no_more,
         plans_cost_the_contracts_epsilon,
     ),
     epsilons_added: (
-        ten_runs_cost_far_less_than_ten, splitting_a_history_changes_nothing,
+        ten_runs_cost_far_less_than_ten,
+        splitting_a_history_changes_nothing,
         histories_cost_what_the_oracle_says,
     ),
     a_fixed_delta: (histories_cost_what_the_oracle_says, no_bound_lies_below_the_exact_value),
@@ -364,12 +390,15 @@ MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Property, ...]] = {
     ("mutation", "seen_by"),
     [
         pytest.param(m, p, id=f"{m.__name__}-{p.__name__}")
-        for m, properties in MUTATIONS.items() for p in properties
+        for m, properties in MUTATIONS.items()
+        for p in properties
     ],
 )
 def test_a_broken_accountant_is_caught(
-    mutation: Callable[[pytest.MonkeyPatch], None], seen_by: Property,
-    table_contract: Contract, monkeypatch: pytest.MonkeyPatch,
+    mutation: Callable[[pytest.MonkeyPatch], None],
+    seen_by: Property,
+    table_contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
@@ -405,8 +434,10 @@ def test_no_history_costs_nothing_and_no_noise_costs_everything() -> None:
 
 
 @given(
-    log_target=st.floats(-6, -1), log_delta=st.floats(-9, -2.5),
-    rate=st.sampled_from([1e-4, 0.02, 0.25, 0.9, 1.0]), steps=st.integers(1, 10_000),
+    log_target=st.floats(-6, -1),
+    log_delta=st.floats(-9, -2.5),
+    rate=st.sampled_from([1e-4, 0.02, 0.25, 0.9, 1.0]),
+    steps=st.integers(1, 10_000),
 )
 @example(log_target=-1.0, log_delta=-5.0, rate=0.25, steps=30)
 @example(log_target=-2.0, log_delta=-5.0, rate=0.25, steps=30)
@@ -441,8 +472,7 @@ def test_a_contract_with_a_small_epsilon_has_a_plan(table_contract: Contract) ->
 
 
 def test_a_ledger_that_counts_by_an_old_order_counts_as_before() -> None:
-    """The order of a ledger's first charge stays, and each of Opacus' orders is Opacus' to the bit.
-    """
+    """The order of a ledger's first charge stays; Opacus' orders are equal to the bit."""
     for order in OPACUS:
         rdp = rdp_of_opacus.compute_rdp(q=0.25, noise_multiplier=1.3, steps=1, orders=[order])
         assert accounting._rdp_of_step(1.3, 0.25, order) == rdp[0]
@@ -451,9 +481,7 @@ def test_a_ledger_that_counts_by_an_old_order_counts_as_before() -> None:
 def test_beyond_opacus_orders_the_moment_is_the_same_sum() -> None:
     """At orders that Opacus can still compute, to its rounding: its moment is near 1."""
     for sigma, q, order in product((0.8, 3.0, 100.0), (1e-3, 0.25, 0.9), (64, 181, 1024)):
-        theirs = rdp_of_opacus.compute_rdp(
-            q=q, noise_multiplier=sigma, steps=1, orders=[order]
-        )[0]
+        theirs = rdp_of_opacus.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[order])[0]
         assert accounting._rdp_of_step(sigma, q, order) == pytest.approx(
             theirs, rel=1e-9, abs=1e-14
         )

@@ -42,12 +42,22 @@ LEVELS = (0.1, 0.3, 0.5, 0.7)  # of p("ill") in each bin
 def contract_with(table_contract: Contract, **adaptive: Any) -> Contract:
     """One column in four bins; the weights of `initial` give each bin its own norm."""
     return table_contract.changed(
-        input={"columns": [{
-            "kind": "number", "name": "age", "phrase": "age", "edges": [10, 20, 30],
-            "words": ["a", "b", "c", "d"],
-        }]},
-        privacy={"clip_norm": 0.5, "expected_records": float(N),
-                 "adaptive": {"highest": 5.0} | adaptive},
+        input={
+            "columns": [
+                {
+                    "kind": "number",
+                    "name": "age",
+                    "phrase": "age",
+                    "edges": [10, 20, 30],
+                    "words": ["a", "b", "c", "d"],
+                }
+            ]
+        },
+        privacy={
+            "clip_norm": 0.5,
+            "expected_records": float(N),
+            "adaptive": {"highest": 5.0} | adaptive,
+        },
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 1e-9}],
     )
 
@@ -90,8 +100,10 @@ def the_noises_together_are_the_mechanism_that_is_charged(
 ) -> None:
     """In units of what one record can move: the squares of 1/s_i add up to the charged 1/s^2."""
     contract = contract.changed(
-        releases=[{"metric": "loss", "share": 0.1, "bound": 2.0},
-                  {"metric": "accuracy", "share": 0.05}],
+        releases=[
+            {"metric": "loss", "share": 0.1, "bound": 2.0},
+            {"metric": "accuracy", "share": 0.05},
+        ],
     )
     stds: list[tuple[tuple[int, ...], float]] = []
     for module in (dp, train):
@@ -119,19 +131,35 @@ def the_noises_together_are_the_mechanism_that_is_charged(
     assert parts[-1][1] == pytest.approx(0.5 * s / math.sqrt(share))
 
 
-def unclipped(contract: Contract, path: Path, clip: float, rounds: int, *, rate: float = 1.0,
-              steps: int = 1, sigma: float = 2.0) -> NDArray[np.float64]:
+def unclipped(
+    contract: Contract,
+    path: Path,
+    clip: float,
+    rounds: int,
+    *,
+    rate: float = 1.0,
+    steps: int = 1,
+    sigma: float = 2.0,
+) -> NDArray[np.float64]:
     """What `rounds` rounds release as the share of unclipped units."""
     model = build(contract, None)
     data = dataset.load(table(path), contract, model)
     source = NoiseSource(site="x", insecure_seed=5)
-    return np.array([
-        train_round(
-            contract, contract.phases[0], Mechanism(sigma, rate, steps), model, data, initial(),
-            source, clip,
-        )[1]["unclipped"]
-        for _ in range(rounds)
-    ])
+    return np.array(
+        [
+            train_round(
+                contract,
+                contract.phases[0],
+                Mechanism(sigma, rate, steps),
+                model,
+                data,
+                initial(),
+                source,
+                clip,
+            )[1]["unclipped"]
+            for _ in range(rounds)
+        ]
+    )
 
 
 def the_released_share_has_the_stated_noise(
@@ -172,7 +200,8 @@ PROPERTIES: dict[str, Property] = {
     f.__name__: f
     for f in (
         the_noises_together_are_the_mechanism_that_is_charged,
-        the_released_share_has_the_stated_noise, the_released_share_is_right_in_the_mean,
+        the_released_share_has_the_stated_noise,
+        the_released_share_is_right_in_the_mean,
         a_site_with_other_numbers_is_drawn_to_a_half,
     )
 }
@@ -180,7 +209,10 @@ PROPERTIES: dict[str, Property] = {
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(
-    name: str, adaptive: Contract, tmp_path: Path, make_worker: MakeWorker,
+    name: str,
+    adaptive: Contract,
+    tmp_path: Path,
+    make_worker: MakeWorker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     PROPERTIES[name](adaptive, everybody(tmp_path / "rows.csv"), make_worker, monkeypatch)
@@ -242,7 +274,8 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     the_count_without_noise: ("the_released_share_has_the_stated_noise",),
     the_count_with_half_the_noise: ("the_released_share_has_the_stated_noise",),
     a_whole_unit_each: (
-        "the_released_share_is_right_in_the_mean", "a_site_with_other_numbers_is_drawn_to_a_half",
+        "the_released_share_is_right_in_the_mean",
+        "a_site_with_other_numbers_is_drawn_to_a_half",
     ),
     gradients_with_all_of_the_budget: ("the_noises_together_are_the_mechanism_that_is_charged",),
     the_count_not_paid_for: ("the_noises_together_are_the_mechanism_that_is_charged",),
@@ -259,8 +292,12 @@ CASES = [(mutation, name) for mutation, names in MUTATIONS.items() for name in n
     ("mutation", "name"), CASES, ids=[f"{m.__name__}-{name}" for m, name in CASES]
 )
 def test_a_broken_share_is_caught(
-    mutation: Callable[[Patch], None], name: str, adaptive: Contract, tmp_path: Path,
-    make_worker: MakeWorker, monkeypatch: Patch,
+    mutation: Callable[[Patch], None],
+    name: str,
+    adaptive: Contract,
+    tmp_path: Path,
+    make_worker: MakeWorker,
+    monkeypatch: Patch,
 ) -> None:
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
@@ -285,10 +322,18 @@ def test_the_mean_is_by_the_contracts_weights() -> None:
     assert found == {"unclipped": pytest.approx(0.25)}
 
 
-@pytest.mark.parametrize(("share", "end"), [
-    (-5.0, 0.0), (1.5, 1.0), (1e6, 1.0), (-1e308, 0.0), (1e308, 1.0), (math.inf, 1.0),
-    (-math.inf, 0.0),
-])
+@pytest.mark.parametrize(
+    ("share", "end"),
+    [
+        (-5.0, 0.0),
+        (1.5, 1.0),
+        (1e6, 1.0),
+        (-1e308, 0.0),
+        (1e308, 1.0),
+        (math.inf, 1.0),
+        (-math.inf, 0.0),
+    ],
+)
 def test_a_share_beyond_its_ends_says_no_more_than_the_end(share: float, end: float) -> None:
     assert next_clip_norm(0.5, share, SETTINGS) == next_clip_norm(0.5, end, SETTINGS)
     assert mean_figures({"a": {"unclipped": share}}, {"a": 2.0}, SHARES) == {"unclipped": end}
@@ -312,7 +357,8 @@ def test_the_largest_rate_goes_to_the_bound() -> None:
 def test_two_hostile_sites_cannot_make_it_not_a_number() -> None:
     """Finite numbers, so the wire lets them through; each overflows with its weight."""
     figures: dict[str, Mapping[Metric, float]] = {
-        "a": {"unclipped": 1e308}, "b": {"unclipped": -1e308}
+        "a": {"unclipped": 1e308},
+        "b": {"unclipped": -1e308},
     }
     assert mean_figures(figures, {"a": 10.0, "b": 10.0}, SHARES) == {"unclipped": 0.5}
 
@@ -329,8 +375,17 @@ def test_a_run_finds_the_quantile(
     edges = list(range(1, bins))
     levels = (np.arange(bins) + 1) / (bins + 1)
     contract = contract_with(table_contract, quantile=quantile, rate=0.6).changed(
-        input={"columns": [{"kind": "number", "name": "age", "phrase": "age", "edges": edges,
-                            "words": [f"w{k}" for k in range(bins)]}]},
+        input={
+            "columns": [
+                {
+                    "kind": "number",
+                    "name": "age",
+                    "phrase": "age",
+                    "edges": edges,
+                    "words": [f"w{k}" for k in range(bins)],
+                }
+            ]
+        },
         privacy={"expected_records": 200.0, "epsilon": 100.0, "clip_norm": 0.2},
         phases=[{"trains": "head", "rounds": 40, "sampling_rate": 1.0, "head_rate": 1e-9}],
     )
@@ -398,9 +453,9 @@ def test_what_is_no_clip_norm_is_no_message(
     adaptive: Contract, tmp_path: Path, make_worker: MakeWorker, value: str
 ) -> None:
     worker = make_worker(adaptive, everybody(tmp_path / "rows.csv"))
-    wire = messages.pack(Message(
-        Train(contract=worker.contract.hash, run="r", round=1, clip_norm=0.25), initial()
-    ))
+    wire = messages.pack(
+        Message(Train(contract=worker.contract.hash, run="r", round=1, clip_norm=0.25), initial())
+    )
     text = b'\\"clip_norm\\":0.25'
     assert text in wire
     # Of the same length, so that the file's own header stays right.
@@ -449,9 +504,7 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
 
 def codes(contract: Contract, path: Path, **permits: Any) -> list[tuple[str, str]]:
     policy = permitting(contract, "north", path, None)
-    policy = policy.model_copy(
-        update={"permits": policy.permits.model_copy(update=permits)}
-    )
+    policy = policy.model_copy(update={"permits": policy.permits.model_copy(update=permits)})
     found: list[RefusalError] = policy.refusals(contract)
     return [(refusal.code, str(refusal)) for refusal in found]
 
@@ -461,19 +514,25 @@ def test_the_owners_clip_norm_is_held_against_the_highest(
 ) -> None:
     """The first clip norm (0.5) fits below 4.9, the highest (5.0) does not."""
     assert codes(adaptive, tmp_path / "x", max_clip_norm=5.0) == []
-    assert codes(adaptive, tmp_path / "x", max_clip_norm=4.9) == [(
-        "E205", "The contract 'small': clip norm 5 is looser than permits.max_clip_norm = 4.9.",
-    )]
+    assert codes(adaptive, tmp_path / "x", max_clip_norm=4.9) == [
+        (
+            "E205",
+            "The contract 'small': clip norm 5 is looser than permits.max_clip_norm = 4.9.",
+        )
+    ]
 
 
 def test_the_share_is_a_metric_that_the_owner_must_permit(
     adaptive: Contract, tmp_path: Path
 ) -> None:
     assert adaptive.metrics == ("unclipped",)
-    assert codes(adaptive, tmp_path / "x", metrics=("loss", "accuracy")) == [(
-        "E206", "The contract 'small' asks for the metric 'unclipped', which is not in "
-        "permits.metrics.",
-    )]
+    assert codes(adaptive, tmp_path / "x", metrics=("loss", "accuracy")) == [
+        (
+            "E206",
+            "The contract 'small' asks for the metric 'unclipped', which is not in "
+            "permits.metrics.",
+        )
+    ]
 
 
 def test_it_costs_what_the_plan_costs_without(
@@ -485,25 +544,33 @@ def test_it_costs_what_the_plan_costs_without(
     for contract, clips in ((adaptive, (0.5, 5.0, 1e-3)), (plain, (None,) * 3)):
         worker = make_worker(contract, everybody(tmp_path / "rows.csv"))
         spent = [ask(worker, n, clip_norm=clip).epsilon for n, clip in enumerate(clips, 1)]
-        charged.append((spent, [
-            (c.noise_multiplier, c.sampling_rate, c.steps, c.order)
-            for c in worker.ledger.charges.values()
-        ]))
+        charged.append(
+            (
+                spent,
+                [
+                    (c.noise_multiplier, c.sampling_rate, c.steps, c.order)
+                    for c in worker.ledger.charges.values()
+                ],
+            )
+        )
     assert charged[0] == charged[1]
     assert charged[0][0][-1] == pytest.approx(8.0, rel=1e-4)
 
 
-@pytest.mark.parametrize(("privacy", "told"), [
-    ({"clip_norm": 6.0}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
-    ({"clip_norm": 1e-4}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
-    ({"mode": "none"}, 'mode = "none" does not clip'),
-    ({"adaptive": {"quantile": 1.0}}, "privacy.adaptive.quantile"),
-    ({"adaptive": {"quantile": 0.0}}, "privacy.adaptive.quantile"),
-    ({"adaptive": {"share": 0.0}}, "privacy.adaptive.share"),
-    ({"adaptive": {"share": 0.51}}, "privacy.adaptive.share"),
-    ({"adaptive": {"rate": math.nan}}, "privacy.adaptive.rate"),
-    ({"adaptive": {"highest": math.inf}}, "privacy.adaptive.highest"),
-])
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [
+        ({"clip_norm": 6.0}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
+        ({"clip_norm": 1e-4}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
+        ({"mode": "none"}, 'mode = "none" does not clip'),
+        ({"adaptive": {"quantile": 1.0}}, "privacy.adaptive.quantile"),
+        ({"adaptive": {"quantile": 0.0}}, "privacy.adaptive.quantile"),
+        ({"adaptive": {"share": 0.0}}, "privacy.adaptive.share"),
+        ({"adaptive": {"share": 0.51}}, "privacy.adaptive.share"),
+        ({"adaptive": {"rate": math.nan}}, "privacy.adaptive.rate"),
+        ({"adaptive": {"highest": math.inf}}, "privacy.adaptive.highest"),
+    ],
+)
 def test_a_contract_that_means_nothing_is_refused(
     adaptive: Contract, privacy: dict[str, Any], told: str
 ) -> None:
@@ -522,7 +589,9 @@ def test_all_shares_together_are_at_most_a_half(adaptive: Contract) -> None:
 def test_a_unit_whose_gradient_is_not_finite_counts_as_clipped() -> None:
     optimizer = dp.CryptoNoiseOptimizer(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0),
-        source=NoiseSource(site="x", insecure_seed=1), noise_multiplier=1.0, clip_norm=1.0,
+        source=NoiseSource(site="x", insecure_seed=1),
+        noise_multiplier=1.0,
+        clip_norm=1.0,
         divisor=1.0,
     )
     optimizer.begin()

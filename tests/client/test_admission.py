@@ -29,9 +29,13 @@ class LinkState:
         raise AssertionError("asking has connected a node")
 
 
-@pytest.mark.parametrize(("key", "code"), [
-    (b"registered", admission.KNOWN), (b"another", admission.UNKNOWN),
-])
+@pytest.mark.parametrize(
+    ("key", "code"),
+    [
+        (b"registered", admission.KNOWN),
+        (b"another", admission.UNKNOWN),
+    ],
+)
 def test_flower_tells_a_registered_key_from_another_before_it_connects_a_node(
     key: bytes, code: int
 ) -> None:
@@ -50,19 +54,29 @@ def files(tmp_path: Path) -> tuple[Server, Path]:
 
 
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> None:
-    path.write_bytes(key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    ))
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
 
 
-@pytest.mark.parametrize(("answer", "code", "words"), [
-    (admission.UNKNOWN, "E405", "does not know this site's node key: the site is not admitted"),
-    ("ConnectError", "E401", "could not be asked about this site's node key (ConnectError)"),
-    ("status 502", "E401", "(status 502)"), ("it was accepted", "E401", "(it was accepted)"),
-])
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        (admission.UNKNOWN, "E405", "does not know this site's node key: the site is not admitted"),
+        ("ConnectError", "E401", "could not be asked about this site's node key (ConnectError)"),
+        ("status 502", "E401", "(status 502)"),
+        ("it was accepted", "E401", "(it was accepted)"),
+    ],
+)
 def test_each_answer_has_its_sentence(
-    files: tuple[Server, Path], monkeypatch: pytest.MonkeyPatch, answer: int | str, code: str,
+    files: tuple[Server, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: int | str,
+    code: str,
     words: str,
 ) -> None:
     monkeypatch.setattr(admission, "_asked", lambda *_: answer)

@@ -71,7 +71,9 @@ class Home:
         return found.model_copy(update={"budgets": policies.Budgets(record=limit)})
 
     def worker(
-        self, contract: Contract | None = None, file: Path | None = None,
+        self,
+        contract: Contract | None = None,
+        file: Path | None = None,
         policy: Policy | None = None,
     ) -> Worker:
         """A worker started anew on what is on disk."""
@@ -101,7 +103,10 @@ def home(tmp_path: Path, table_contract: Contract, write_rows: Rows) -> Home:
 
 
 def wire(
-    worker: Worker, number: int = 1, attempt: int = 1, run: str = "r",
+    worker: Worker,
+    number: int = 1,
+    attempt: int = 1,
+    run: str = "r",
     receipt: Receipt | None = None,
 ) -> bytes:
     header = Train(
@@ -210,8 +215,9 @@ def reordered(home: Home) -> Path:
 
 
 def respelt(home: Home) -> Path:
-    rows = [f'"{age}.0",{rest}' for age, rest in
-            (line.split(",", 1) for line in lines_of(home.file))]
+    rows = [
+        f'"{age}.0",{rest}' for age, rest in (line.split(",", 1) for line in lines_of(home.file))
+    ]
     path = written(home.folder / "new.csv", rows)
     path.write_bytes(path.read_text().replace("\n", "\r\n").encode("utf-8-sig"))
     return path
@@ -443,8 +449,11 @@ def test_a_run_goes_on_when_its_owner_signs_a_policy_that_permits_it(home: Home)
     """As `site join` for another contract does. A run that has not begun waits for a start."""
     worker = home.worker(policy=sign_policy(home))
     assert code(worker) == ""
-    newer = sign_policy(home, ('contracts = [', f'contracts = ["{"0" * 64}", '),
-                        ("[data]", '[server]\naddress = "other:8443"\nca = "ca.crt"\n[data]'))
+    newer = sign_policy(
+        home,
+        ("contracts = [", f'contracts = ["{"0" * 64}", '),
+        ("[data]", '[server]\naddress = "other:8443"\nca = "ca.crt"\n[data]'),
+    )
     assert [code(worker, 2), code(worker, 3)] == ["", ""]
     assert code(worker, 1, run="r2") == "E213"
     assert len(home.charges()) == 3
@@ -465,28 +474,32 @@ def test_a_narrower_policy_holds_at_once_while_the_worker_runs(home: Home) -> No
     assert len(home.charges()) == 1
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ([("contracts = [\"{contract}\"]", "contracts = []")], "E201"),
-    ([("[permits]", '[permits]\ntasks = ["regression"]')], "E205"),
-    ([("[permits]", "[permits]\nmax_clip_norm = 0.5")], "E205"),
-    ([("[permits]", "[permits]\nmasked_only = true")], "E205"),
-    ([("[permits]", "[permits]\nmin_sites = 3")], "E205"),
-    ([("budgets.record", "budgets.entity")], "E205"),
-    ([("delta = 1e-4", "delta = 1e-5")], "E205"),
-    ([("min_records = 1", "min_records = 100")], "E304"),
-    ([("keep", "refuse")], "E307"),
-    ([("epsilon = 8.0", "epsilon = 3.0")], "E210"),
-    ([("[permits]", "[run]\nepsilon = 2.0\n[permits]")], "E210"),
-    ([('file = "rows.csv"', 'file = "others.csv"')], "E213"),
-    ([('[data]', '[data]\nkey = ["age"]')], "E213"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([('contracts = ["{contract}"]', "contracts = []")], "E201"),
+        ([("[permits]", '[permits]\ntasks = ["regression"]')], "E205"),
+        ([("[permits]", "[permits]\nmax_clip_norm = 0.5")], "E205"),
+        ([("[permits]", "[permits]\nmasked_only = true")], "E205"),
+        ([("[permits]", "[permits]\nmin_sites = 3")], "E205"),
+        ([("budgets.record", "budgets.entity")], "E205"),
+        ([("delta = 1e-4", "delta = 1e-5")], "E205"),
+        ([("min_records = 1", "min_records = 100")], "E304"),
+        ([("keep", "refuse")], "E307"),
+        ([("epsilon = 8.0", "epsilon = 3.0")], "E210"),
+        ([("[permits]", "[run]\nepsilon = 2.0\n[permits]")], "E210"),
+        ([('file = "rows.csv"', 'file = "others.csv"')], "E213"),
+        ([("[data]", '[data]\nkey = ["age"]')], "E213"),
+    ],
+)
 def test_what_a_later_policy_forbids_stops_a_run_in_progress(
     home: Home, changes: list[tuple[str, str]], expected: str
 ) -> None:
     worker = home.worker(policy=sign_policy(home))
     assert code(worker) == ""
-    sign_policy(home, *((old.replace("{contract}", home.contract.hash), new)
-                        for old, new in changes))
+    sign_policy(
+        home, *((old.replace("{contract}", home.contract.hash), new) for old, new in changes)
+    )
     assert code(worker, 2) == expected
     assert len(home.charges()) == 1
 
@@ -693,9 +706,7 @@ def test_two_workers_at_once(home: Home) -> None:
     )
     limit = Limit(9.5, contract.privacy.delta)
     budget = policies.Budgets.Budget(epsilon=limit.epsilon, delta=limit.delta)
-    policy = home.policy(contract).model_copy(
-        update={"budgets": policies.Budgets(record=budget)}
-    )
+    policy = home.policy(contract).model_copy(update={"budgets": policies.Budgets(record=budget)})
     answers: dict[str, list[str]] = {"a": [], "b": []}
     pair = [home.worker(contract, policy=policy) for _ in answers]
     start = threading.Barrier(2)
@@ -750,7 +761,5 @@ def test_the_number_of_a_receipt_does_not_tell_which_records_are_there(home: Hom
     shutil.copytree(home.folder, world)
     other = Home(world, home.contract)
     written(other.file, [*lines_of(home.file), "101,no,0"])
-    one, two = (
-        header_of(where.worker(contract), 2).receipt.sequence for where in (home, other)
-    )
+    one, two = (header_of(where.worker(contract), 2).receipt.sequence for where in (home, other))
     assert one == two

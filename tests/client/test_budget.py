@@ -55,18 +55,28 @@ def charge(
 ) -> None:
     with ledger.writing():
         ledger.charge(
-            records, **{
-                "source": "rows.csv", "unit": "record", "contract": "1" * 64, "run": "r",
-                "round": 1, "attempt": len(ledger.charges) + 1, "request": "2" * 64,
-                "noise_multiplier": m.noise_multiplier, "sampling_rate": m.sampling_rate,
-                "steps": m.steps, "order": order, **facts,
+            records,
+            **{
+                "source": "rows.csv",
+                "unit": "record",
+                "contract": "1" * 64,
+                "run": "r",
+                "round": 1,
+                "attempt": len(ledger.charges) + 1,
+                "request": "2" * 64,
+                "noise_multiplier": m.noise_multiplier,
+                "sampling_rate": m.sampling_rate,
+                "steps": m.steps,
+                "order": order,
+                **facts,
             },
         )
 
 
 def mechanism(rng: np.random.Generator) -> Mechanism:
     return Mechanism(
-        float(rng.uniform(0.8, 8)), float(rng.choice([0.01, 0.1, 0.25, 0.5, 1.0])),
+        float(rng.uniform(0.8, 8)),
+        float(rng.choice([0.01, 0.1, 0.25, 0.5, 1.0])),
         int(rng.integers(1, 30)),
     )
 
@@ -74,9 +84,7 @@ def mechanism(rng: np.random.Generator) -> Mechanism:
 History = tuple[float | None, tuple[Mechanism, ...]]
 
 
-def expected(
-    charges: Sequence[tuple[frozenset[int], Mechanism, float]], record: int
-) -> History:
+def expected(charges: Sequence[tuple[frozenset[int], Mechanism, float]], record: int) -> History:
     """A record's history told one by one: what it took part in, at the order of the first."""
     own = [(m, order) for records, m, order in charges if record in records]
     return (own[0][1] if own else None), tuple(m for m, _ in own)
@@ -181,9 +189,7 @@ def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
     assert len(found) == 4
     for past in (Past(), Past(5.0, [A]), Past(9.0, [B]), Past(5.0, [A, B])):
         assert past in found
-    assert budget_of(ledger, [4, 5, 14, 20]).spent(DELTA) == Past(5.0, [A, B]).epsilon(
-        DELTA
-    )
+    assert budget_of(ledger, [4, 5, 14, 20]).spent(DELTA) == Past(5.0, [A, B]).epsilon(DELTA)
 
 
 def test_fresh_records_have_spent_nothing(ledger: Ledger) -> None:
@@ -220,8 +226,17 @@ def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
     def fails() -> None:
         with ledger.writing():
             ledger.charge(
-                fresh, source="rows.csv", unit="record", contract="1" * 64, run="x", round=1,
-                attempt=1, request="2" * 64, noise_multiplier=1.0, sampling_rate=1.0, steps=1,
+                fresh,
+                source="rows.csv",
+                unit="record",
+                contract="1" * 64,
+                run="x",
+                round=1,
+                attempt=1,
+                request="2" * 64,
+                noise_multiplier=1.0,
+                sampling_rate=1.0,
+                steps=1,
                 order=3.0,
             )
             assert len(budget.pasts()[0].history) == 2
@@ -260,8 +275,7 @@ def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
         budget = budget_of(ledger, numbers)
         after = budget.together([A, B], order, DELTA)
         right = max(
-            oracle([*past.history, A, B], [past.order or order], DELTA)
-            for past in budget.pasts()
+            oracle([*past.history, A, B], [past.order or order], DELTA) for past in budget.pasts()
         )
         assert after == pytest.approx(right, abs=1e-6, rel=1e-6)
         budget.check([A, B], order, Limit(after, DELTA), "it")
@@ -379,9 +393,18 @@ def test_ten_thousand_charges_compose_fast() -> None:
         for i in range(10_000):
             m = mechanisms[i % 20]
             ledger.charge(
-                files[i % 3], source="rows.csv", unit="record", contract="1" * 64, run="r",
-                round=1, attempt=i + 1, request="2" * 64, order=8.0,
-                noise_multiplier=m.noise_multiplier, sampling_rate=m.sampling_rate, steps=m.steps,
+                files[i % 3],
+                source="rows.csv",
+                unit="record",
+                contract="1" * 64,
+                run="r",
+                round=1,
+                attempt=i + 1,
+                request="2" * 64,
+                order=8.0,
+                noise_multiplier=m.noise_multiplier,
+                sampling_rate=m.sampling_rate,
+                steps=m.steps,
             )
     budget = budget_of(ledger, range(9))
     began = time.perf_counter()

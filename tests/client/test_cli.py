@@ -110,8 +110,9 @@ def test_a_file_name_with_quotes_stays_one(run: Run, tmp_path: Path) -> None:
 def test_what_is_read_otherwise_than_it_stands_is_a_warning_of_check(run: Run, site: Site) -> None:
     file = site.folder / "rows.csv"
     lines = file.read_text().splitlines()
-    file.write_text("\n".join([lines[0] + ",note", *(f"{line},a" for line in lines[1:-1]),
-                               f"{lines[-1]},b\0"]))
+    file.write_text(
+        "\n".join([lines[0] + ",note", *(f"{line},a" for line in lines[1:-1]), f"{lines[-1]},b\0"])
+    )
     file.chmod(0o600)
     found = checks(run, site)
     assert found["columns"]["state"] == "ok"
@@ -128,20 +129,35 @@ def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: Site) -> N
 
 
 BROKEN: dict[str, tuple[Callable[[Site], object], str, str]] = {
-    "an unsigned change": (lambda s: edit(s, "epsilon = 8.0", "epsilon = 9.0"), "signature",
-                           "E213"),
-    "a contract not permitted": (lambda s: edit(s, "contracts = [", "models = [] #"), "permission",
-                                 "E201"),
-    "a loose clip norm": (lambda s: edit(s, "max_clip_norm = 1.0", "max_clip_norm = 0.5"),
-                          "permission", "E205"),
+    "an unsigned change": (
+        lambda s: edit(s, "epsilon = 8.0", "epsilon = 9.0"),
+        "signature",
+        "E213",
+    ),
+    "a contract not permitted": (
+        lambda s: edit(s, "contracts = [", "models = [] #"),
+        "permission",
+        "E201",
+    ),
+    "a loose clip norm": (
+        lambda s: edit(s, "max_clip_norm = 1.0", "max_clip_norm = 0.5"),
+        "permission",
+        "E205",
+    ),
     "data open to others": (lambda s: (s.folder / "rows.csv").chmod(0o644), "data access", "E301"),
     "no data": (lambda s: (s.folder / "rows.csv").unlink(), "data", "E301"),
     "an unknown column": (lambda s: edit(s, "key = []", 'key = ["agee"]'), "record key", "E302"),
     "rows that repeat": (lambda s: edit(s, '"keep"', '"refuse"'), "records", "E307"),
-    "too few rows": (lambda s: edit(s, "min_records = 100", "min_records = 121"), "records",
-                     "E304"),
-    "a small budget": (lambda s: edit(s, "epsilon = 8.0", "epsilon = 4.0"), "privacy budget",
-                       "E210"),
+    "too few rows": (
+        lambda s: edit(s, "min_records = 100", "min_records = 121"),
+        "records",
+        "E304",
+    ),
+    "a small budget": (
+        lambda s: edit(s, "epsilon = 8.0", "epsilon = 4.0"),
+        "privacy budget",
+        "E210",
+    ),
     "an open key": (lambda s: (s.keys / "secret.key").chmod(0o640), "keys", "E214"),
     "no ledger": (lambda s: (s.state / "ledger.sqlite").unlink(), "ledger", "E212"),
     "a typing error": (lambda s: edit(s, "min_sites = 2", "min_sits = 2"), "policy", "E103"),
@@ -164,7 +180,10 @@ def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
     edit(site, '"keep"', '"refuse"')
     found = checks(run, site, code=1)
     assert {name for name, row in found.items() if row["state"] == "problem"} == {
-        "signature", "permission", "data access", "records"
+        "signature",
+        "permission",
+        "data access",
+        "records",
     }
 
 
@@ -217,9 +236,7 @@ def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract)
     assert checks(run, site, code=1)["privacy budget"]["state"] == "problem"
 
 
-def test_spent_shows_what_the_ledger_holds(
-    run: Run, site: Site, table_contract: Contract
-) -> None:
+def test_spent_shows_what_the_ledger_holds(run: Run, site: Site, table_contract: Contract) -> None:
     train(site, table_contract, 2)
     found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
     (row,), limit = found["lineages"], found["limits"]["record"]["epsilon"]
@@ -236,7 +253,8 @@ def test_the_room_is_what_still_fits(run: Run, site: Site, table_contract: Contr
     room = spent["lineages"][0]["room"]
     for epsilon, state in ((room * 0.97, "ok"), (room * 1.03, "problem")):
         other = table_contract.changed(
-            name="other", privacy={"epsilon": epsilon},
+            name="other",
+            privacy={"epsilon": epsilon},
             phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}],
         )
         Path("contract.json").write_text(other.model_dump_json())
@@ -283,9 +301,16 @@ def test_plan_of_a_contract(run: Run, site: Site, table_contract: Contract) -> N
 
 @pytest.mark.parametrize(
     "words",
-    [("--epsilon", "nan"), ("--epsilon", "-1"), ("--epsilon", "8", "--delta", "0"),
-     ("--epsilon", "8", "--sampling-rate", "2"), ("--epsilon", "8", "--steps", "0"), (),
-     ("--epsilon", "1", "--noise-multiplier", "1"), ("--noise-multiplier", "inf")],
+    [
+        ("--epsilon", "nan"),
+        ("--epsilon", "-1"),
+        ("--epsilon", "8", "--delta", "0"),
+        ("--epsilon", "8", "--sampling-rate", "2"),
+        ("--epsilon", "8", "--steps", "0"),
+        (),
+        ("--epsilon", "1", "--noise-multiplier", "1"),
+        ("--noise-multiplier", "inf"),
+    ],
 )
 def test_plan_refuses_what_is_no_plan(run: Run, words: tuple[str, ...]) -> None:
     result = run("privacy", "plan", *words, code=1)
@@ -305,9 +330,21 @@ def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
 ) -> None:
     path = tmp_path / "run" / "worker.sock"
     worker = subprocess.Popen(
-        [Path(sys.executable).with_name("silotune"), "site", "worker", "contract.json",
-         "--config", site.config, "--socket", path, "--log-json"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [
+            Path(sys.executable).with_name("silotune"),
+            "site",
+            "worker",
+            "contract.json",
+            "--config",
+            site.config,
+            "--socket",
+            path,
+            "--log-json",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert worker.stdout is not None
@@ -325,8 +362,18 @@ def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
         _, said = worker.communicate(timeout=60)
     assert said == ""
     assert {event["from"] for event in (*events, answered)} == {"worker"}
-    assert set(answered) == {"at", "from", "event", "text", "kind", "code", "run", "round",
-                             "attempt", "seconds"}
+    assert set(answered) == {
+        "at",
+        "from",
+        "event",
+        "text",
+        "kind",
+        "code",
+        "run",
+        "round",
+        "attempt",
+        "seconds",
+    }
     text = (site.state / "metrics" / "metrics.prom").read_text()
     assert 'silotune_site_requests_total{code="ok",kind="train"} 1.0' in text
     assert f'silotune_site_run_epsilon{{run="r"}} {reply.header.epsilon}' in text
@@ -340,9 +387,7 @@ def test_metrics_need_a_worker_that_has_run(run: Run, site: Site) -> None:
         run("site", "metrics", "--config", site.config, "--port", port, code=2)
 
 
-def test_a_sites_own_model(
-    run: Run, site: Site, table_contract: Contract, tmp_path: Path
-) -> None:
+def test_a_sites_own_model(run: Run, site: Site, table_contract: Contract, tmp_path: Path) -> None:
     """What the run left here, in the place of what was released, for `silotune adapter` to use."""
     last = table_contract.model_dump(mode="json")["phases"][-1]
     contract = table_contract.changed(

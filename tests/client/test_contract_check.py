@@ -26,7 +26,8 @@ CPU = Performance(device="cpu", bf16="off")
 def masked(contract: Contract, bound: float) -> Contract:
     sites = [{"name": name, "public_key": f"{at:064x}"} for at, name in enumerate("abc", 1)]
     return contract.changed(
-        sites=sites, quorum=3, secure_aggregation={"bound": bound}, privacy={"epsilon": 8.0})
+        sites=sites, quorum=3, secure_aggregation={"bound": bound}, privacy={"epsilon": 8.0}
+    )
 
 
 def of(**changes: Any) -> Contract:
@@ -36,18 +37,32 @@ def of(**changes: Any) -> Contract:
 IA3 = {"kind": "ia3", "layers": 2, "targets": ["query"]}
 CASES: dict[str, tuple[Callable[[], Contract], Performance, str, str]] = {
     "a target that no layer is called": (
-        lambda: of(adapter={"targets": ["value", "qeury"]}), CPU, "E310", "'qeury'"),
+        lambda: of(adapter={"targets": ["value", "qeury"]}),
+        CPU,
+        "E310",
+        "'qeury'",
+    ),
     "more layers than there are": (
-        lambda: of(adapter={"layers": 9}), CPU, "E310", "adapter.layers"),
+        lambda: of(adapter={"layers": 9}),
+        CPU,
+        "E310",
+        "adapter.layers",
+    ),
     "a rank beyond the layers": (lambda: of(adapter={"rank": 99}), CPU, "E310", "adapter.rank"),
     "texts beyond the positions": (
-        lambda: of(model={"max_tokens": 100}), CPU, "E310", "max_tokens"),
+        lambda: of(model={"max_tokens": 100}),
+        CPU,
+        "E310",
+        "max_tokens",
+    ),
     "another model": (lambda: of(model={"sha256": "0" * 64}), CPU, "E305", "another model"),
     "an engine for Linears alone": (
         lambda: tiny.contract_of("classification", "bert", adapter=IA3),
-        Performance(device="cpu", gradients="hooks"), "E310", "performance.gradients"),
-    "a device that is not there": (
-        of, Performance(device="cuda:99"), "E309", "performance.device"),
+        Performance(device="cpu", gradients="hooks"),
+        "E310",
+        "performance.gradients",
+    ),
+    "a device that is not there": (of, Performance(device="cuda:99"), "E309", "performance.device"),
 }
 
 

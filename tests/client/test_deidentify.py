@@ -130,9 +130,16 @@ def test_a_higher_least_score_finds_less() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"action": "delete"}, {"kinds": []}, {"kinds": ["name"]}, {"least_score": 0},
-        {"language": "de"}, {"key": "x"}, {"kinds": ["card"], "actions": {"person": "mask"}},
-        {"least_score": 1.5}, {"actions": {"person": "hide"}}, {"actions": {"plate": "mask"}},
+        {"action": "delete"},
+        {"kinds": []},
+        {"kinds": ["name"]},
+        {"least_score": 0},
+        {"language": "de"},
+        {"key": "x"},
+        {"kinds": ["card"], "actions": {"person": "mask"}},
+        {"least_score": 1.5},
+        {"actions": {"person": "hide"}},
+        {"actions": {"plate": "mask"}},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
@@ -174,7 +181,10 @@ def test_a_search_for_nothing_is_refused() -> None:
 
 findings = st.builds(
     lambda start, size, kind, score: Finding(start, start + size, kind, score),
-    st.integers(0, 40), st.integers(1, 15), st.sampled_from(KINDS), st.sampled_from([0.5, 0.8, 1]),
+    st.integers(0, 40),
+    st.integers(1, 15),
+    st.sampled_from(KINDS),
+    st.sampled_from([0.5, 0.8, 1]),
 )
 
 
@@ -213,7 +223,9 @@ def test_a_date_in_an_identity_number_is_not_cut_out_of_it(redacting: Deidentifi
         ("Mr O’Brien", "Mr <PERSON>"),
         ("姓名：陳志明，電話：13812345678", "姓名：<PERSON>，電話：<PHONE>"),
         ("IP：１９２．１６８．１．５", "IP：<IP_ADDRESS>"),
-        ("", ""), (" \n", " \n"), ("“纯文本”", "“纯文本”"),
+        ("", ""),
+        (" \n", " \n"),
+        ("“纯文本”", "“纯文本”"),
     ],
 )
 def test_unicode_forms(redacting: Deidentifier, text: str, cleaned: str) -> None:
@@ -337,8 +349,10 @@ LEAST = 0.97  # recall and precision of every kind, on texts that the rules were
 # all of them, less 0.01. Half of them stayed unseen; on those alone recall is lower.
 LOOSE = ("record_number",)  # long numbers behind 检查号 are taken for one
 INDEPENDENT_RECALL = {
-    ("person", "en"): 0.90, ("person", "zh"): 0.89,
-    ("record_number", "en"): 0.83, ("record_number", "zh"): 0.86,
+    ("person", "en"): 0.90,
+    ("person", "zh"): 0.89,
+    ("record_number", "en"): 0.83,
+    ("record_number", "zh"): 0.86,
     ("license_plate", "en"): 0.94,  # a plate directly behind a name is removed as part of it
 }
 
@@ -346,12 +360,15 @@ INDEPENDENT_RECALL = {
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("which", ["heldout", "independent"])
 def test_recall_and_precision_on_texts_that_the_rules_were_not_written_by(
-    which: Set, language: Literal["en", "zh"],
+    which: Set,
+    language: Literal["en", "zh"],
 ) -> None:
     tallies = measure(which, language, each=25, seed=2)
     floors = INDEPENDENT_RECALL if which == "independent" else {}
     low = [
-        (kind, tally) for kind in KINDS if (tally := tallies[kind]).labels
+        (kind, tally)
+        for kind in KINDS
+        if (tally := tallies[kind]).labels
         and (
             tally.touched / tally.labels < floors.get((kind, language), LEAST)
             or tally.right / max(1, tally.findings) < (0.85 if floors and kind in LOOSE else LEAST)

@@ -13,8 +13,12 @@ from silotune.client.cli import metrics, worker
 from silotune.client.metrics import FILE
 
 DEPLOY = Path(__file__).parents[2] / "client" / "deploy"
-UNITS = ("silotune-worker.socket", "silotune-worker.service", "silotune-relay.service",
-         "silotune-metrics.service")
+UNITS = (
+    "silotune-worker.socket",
+    "silotune-worker.service",
+    "silotune-relay.service",
+    "silotune-metrics.service",
+)
 LARGEST_EXPOSURE = {"worker": 45, "relay": 45, "metrics": 25}  # of 100, by systemd-analyze
 
 
@@ -69,7 +73,9 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
         (tmp_path / unit).write_text(text.replace("/opt/silotune/bin/", "/bin/true "))
     done = subprocess.run(
         ["systemd-analyze", "verify", *(tmp_path / unit for unit in UNITS)],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -78,9 +84,17 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LARGEST_EXPOSURE)
 def test_little_is_exposed(name: str) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", "--no-pager",
-         f"--threshold={LARGEST_EXPOSURE[name]}", DEPLOY / f"silotune-{name}.service"],
-        capture_output=True, text=True, check=False,
+        [
+            "systemd-analyze",
+            "security",
+            "--offline=yes",
+            "--no-pager",
+            f"--threshold={LARGEST_EXPOSURE[name]}",
+            DEPLOY / f"silotune-{name}.service",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 

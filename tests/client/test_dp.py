@@ -45,12 +45,20 @@ class Toy:
     def losses(self, index: Tensor) -> Tensor:
         return per_example_loss(self.second(torch.tanh(self.first(self.x[index]))), self.y[index])
 
-    def gradient(self, batches: list[Tensor], source: NoiseSource | None = None,
-                 sigma: float = 1e-6, divisor: float = 1.0) -> Tensor:
+    def gradient(
+        self,
+        batches: list[Tensor],
+        source: NoiseSource | None = None,
+        sigma: float = 1e-6,
+        divisor: float = 1.0,
+    ) -> Tensor:
         """The flat private gradient; its grain is 2^-10 sigma, so sigma is small by default."""
         optimizer = CryptoNoiseOptimizer(
-            torch.optim.SGD(self.parameters, lr=1.0), source=source or Silent(site="a"),
-            noise_multiplier=sigma, clip_norm=CLIP, divisor=divisor,
+            torch.optim.SGD(self.parameters, lr=1.0),
+            source=source or Silent(site="a"),
+            noise_multiplier=sigma,
+            clip_norm=CLIP,
+            divisor=divisor,
         )
         groups = [Group(len(b), [Part(b, len(b))]) for b in batches]
         private_gradient(self.linears, optimizer, groups, self.losses)
@@ -136,8 +144,11 @@ def the_sum_is_exact() -> None:
     index = torch.arange(len(toy.x))
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(toy.parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-6,
-        clip_norm=CLIP, divisor=1.0,
+        torch.optim.SGD(toy.parameters, lr=1.0),
+        source=Silent(site="a"),
+        noise_multiplier=1e-6,
+        clip_norm=CLIP,
+        divisor=1.0,
     )
     sums = []
     gradients = by_expanding(toy.linears, index, toy.losses)
@@ -156,9 +167,7 @@ def noise_has_the_right_scale() -> None:
     source = NoiseSource(site="a", insecure_seed=5)
     index, sigma, divisor = torch.arange(10), 3.0, 20.0
     clean = toy.gradient([index], divisor=divisor)
-    draws = torch.stack(
-        [toy.gradient([index], source, sigma, divisor) - clean for _ in range(400)]
-    )
+    draws = torch.stack([toy.gradient([index], source, sigma, divisor) - clean for _ in range(400)])
     std, n = sigma * CLIP / divisor, draws.numel()
     assert abs(float(draws.std()) / std - 1) < 4 / np.sqrt(2 * n)
     assert abs(float(draws.mean())) < 4 * std / np.sqrt(n)
@@ -195,8 +204,11 @@ def no_noise_repeats_between_steps() -> None:
 PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        clipped_sum_is_right, sensitivity_is_the_clip_norm, the_sum_is_exact,
-        noise_has_the_right_scale, an_empty_batch_is_only_noise,
+        clipped_sum_is_right,
+        sensitivity_is_the_clip_norm,
+        the_sum_is_exact,
+        noise_has_the_right_scale,
+        an_empty_batch_is_only_noise,
         a_record_that_overflows_cannot_spoil_the_sum,
         no_noise_repeats_between_steps,
     )

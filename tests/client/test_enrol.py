@@ -34,10 +34,23 @@ def folder(tmp_path: Path, table_contract: Contract, monkeypatch: pytest.MonkeyP
 def join(folder: Path) -> Join:
     def call(*more: str, ca: str = "ca.crt", reads_out: str = "ca.crt") -> Result:
         print_ = authority.fingerprint((folder / reads_out).read_bytes())
-        return CliRunner().invoke(silotune, [
-            "site", "join", "contract.json", "--config", "north/site.toml", "--server",
-            "fl.example.org:8443", "--ca", ca, "--fingerprint", print_, *more,
-        ])
+        return CliRunner().invoke(
+            silotune,
+            [
+                "site",
+                "join",
+                "contract.json",
+                "--config",
+                "north/site.toml",
+                "--server",
+                "fl.example.org:8443",
+                "--ca",
+                ca,
+                "--fingerprint",
+                print_,
+                *more,
+            ],
+        )
 
     return call
 
@@ -46,22 +59,36 @@ def test_what_is_agreed_is_written_and_signed(
     folder: Path, join: Join, table_contract: Contract
 ) -> None:
     before = (folder / "north" / "site.toml").read_text()
-    done = join("--set", "data.repeated=keep", "--set", "permits.min_records=20",
-                "--set", 'data.key=["age"]')
+    done = join(
+        "--set",
+        "data.repeated=keep",
+        "--set",
+        "permits.min_records=20",
+        "--set",
+        'data.key=["age"]',
+    )
     assert done.exit_code == 0, done.output
     assert f"leaves the site: {table_contract.leaves}" in done.output
     assert "policy number 1 of north" in done.output
     policy = policies.load(folder / "north" / "site.toml")
     assert policy.permits.contracts == (table_contract.hash,)
     assert (policy.data.repeated, policy.data.key, policy.permits.min_records) == (
-        "keep", ("age",), 20
+        "keep",
+        ("age",),
+        20,
     )
     assert policy.server is not None
     assert policy.server.address == "fl.example.org:8443"
     assert policy.server.ca.read_bytes() == (folder / "ca.crt").read_bytes()
     after = (folder / "north" / "site.toml").read_text()
-    comments = [line for line in before.splitlines() if line.startswith("#") and "server" not in
-                line and "address" not in line and "ca =" not in line]
+    comments = [
+        line
+        for line in before.splitlines()
+        if line.startswith("#")
+        and "server" not in line
+        and "address" not in line
+        and "ca =" not in line
+    ]
     assert all(line in after for line in comments)
 
 
@@ -114,11 +141,18 @@ def test_a_link_to_the_policy_stays_one(folder: Path, join: Join) -> None:
     assert "server-ca.crt" in (folder / "north" / "real.toml").read_text()
 
 
-@pytest.mark.parametrize(("setting", "kind"), [
-    ("data.repeated=sometimes", ContractError), ("data.nonsense=1", ContractError),
-    ("permits.min_records=-1", ContractError), ("permits.contracts=[]", None),
-    ("data.repeated", UsageError), ("name.x=1", UsageError), ("permits=1", UsageError),
-])
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("data.repeated=sometimes", ContractError),
+        ("data.nonsense=1", ContractError),
+        ("permits.min_records=-1", ContractError),
+        ("permits.contracts=[]", None),
+        ("data.repeated", UsageError),
+        ("name.x=1", UsageError),
+        ("permits=1", UsageError),
+    ],
+)
 def test_a_setting_that_makes_no_policy_writes_nothing(
     folder: Path, join: Join, setting: str, kind: type[Exception] | None
 ) -> None:

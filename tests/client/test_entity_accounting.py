@@ -56,8 +56,11 @@ def test_a_plan_for_entities_costs_what_the_oracle_says_at_any_cap(
 def gradient_of(units: Units, x: torch.Tensor, source: NoiseSource, sigma: float) -> torch.Tensor:
     linear = torch.nn.Linear(x.shape[1], 1, bias=False)
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(linear.parameters(), lr=1.0), source=source, noise_multiplier=sigma,
-        clip_norm=1.0, divisor=1.0,
+        torch.optim.SGD(linear.parameters(), lr=1.0),
+        source=source,
+        noise_multiplier=sigma,
+        clip_norm=1.0,
+        divisor=1.0,
     )
     groups = units.groups(torch.arange(len(units)), lambda rows: [Block(rows, len(rows))])
     private_gradient([linear], optimizer, groups, lambda index: linear(x[index])[:, 0])

@@ -33,22 +33,31 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "note", "says", "of", "
 
 def save_model(folder: Path, labels: list[str] = LABELS, **changes: Any) -> Path:
     """A BERT of one layer whose classifier reads the label off the token's own embedding."""
-    tokenizer = Tokenizer(WordPiece(
-        {word: at for at, word in enumerate(VOCABULARY)}, unk_token="[UNK]"
-    ))
+    tokenizer = Tokenizer(
+        WordPiece({word: at for at, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
-        cls_token="[CLS]", sep_token="[SEP]", model_max_length=1_000_000,
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=1_000_000,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=1, max_position_embeddings=24,
-        id2label=dict(enumerate(labels)), label2id={name: at for at, name in enumerate(labels)},
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=24,
+        id2label=dict(enumerate(labels)),
+        label2id={name: at for at, name in enumerate(labels)},
     )
     model = BertForTokenClassification(config)
     with torch.no_grad():
@@ -56,8 +65,10 @@ def save_model(folder: Path, labels: list[str] = LABELS, **changes: Any) -> Path
         embeddings.position_embeddings.weight.zero_()
         embeddings.token_type_embeddings.weight.zero_()
         embeddings.word_embeddings.weight.copy_(torch.eye(32)[: len(VOCABULARY)] * 10)
-        for layer in (model.bert.encoder.layer[0].attention.output.dense,
-                      model.bert.encoder.layer[0].output.dense):
+        for layer in (
+            model.bert.encoder.layer[0].attention.output.dense,
+            model.bert.encoder.layer[0].output.dense,
+        ):
             layer.weight.zero_()
             layer.bias.zero_()
         model.classifier.weight.zero_()
@@ -152,19 +163,24 @@ def test_what_is_no_token_classification_model_is_refused(tmp_path: Path, folder
         cleaner(tmp_path / "nothing")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    BertModel(BertConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1,
-    )).save_pretrained(other)
+    BertModel(
+        BertConfig(
+            vocab_size=20,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    ).save_pretrained(other)
     wrong = r"no token-classification model.*names BertModel"
     with pytest.raises(UsageError, match=wrong) as caught:
         cleaner(other)
     assert caught.value.code == "E103"
     # A config that says so does not make it one: the classifier would be random.
     file = other / "config.json"
-    file.write_text(json.dumps(
-        json.loads(file.read_text()) | {"architectures": ["BertForTokenClassification"]}
-    ))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"architectures": ["BertForTokenClassification"]})
+    )
     with pytest.raises(UsageError, match="lacks weights"):
         cleaner(other)
     (other / "model.safetensors").write_bytes(b"damaged")

@@ -36,9 +36,14 @@ TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 CASES = [
-    ("bert", "sequence"), ("bert", "tokens"), ("bert", "regression"),
-    ("llama", "sequence"), ("llama", "tokens"), ("llama", "regression"),
-    ("llama", "next"), ("llama", "next, head frozen"),
+    ("bert", "sequence"),
+    ("bert", "tokens"),
+    ("bert", "regression"),
+    ("llama", "sequence"),
+    ("llama", "tokens"),
+    ("llama", "regression"),
+    ("llama", "next"),
+    ("llama", "next, head frozen"),
 ]
 ENGINES = [*PER_EXAMPLE, "ghost"]
 
@@ -63,18 +68,19 @@ class Task:
         self.head_kind, self.more, self.width, self.ahead = head, 0, width, 0
         self.network = network(kind, attention)
         config = LoraConfig(
-            r=2, lora_alpha=4.0, lora_dropout=0.0,  # type: ignore[arg-type]
+            r=2,
+            lora_alpha=4.0,
+            lora_dropout=0.0,  # type: ignore[arg-type]
             target_modules=TARGETS[kind],
         )
-        self.layers = (
-            self.network.encoder.layer if kind == "bert" else self.network.model.layers
-        )
+        self.layers = self.network.encoder.layer if kind == "bert" else self.network.model.layers
         inject_adapter_in_model(config, self.layers)
         if fused:
             fuse_lora(self.layers)
         self.network.requires_grad_(False)
         b = [
-            m for name, m in self.layers.named_modules()
+            m
+            for name, m in self.layers.named_modules()
             if name.endswith("lora_B.default") and isinstance(m, nn.Linear)
         ]
         sizes = {"sequence": LABELS, "tokens": LABELS, "regression": 1}
@@ -120,10 +126,12 @@ class Task:
 
     def alone(self) -> Tensor:
         """The gradient of each record by itself, without padding: [N, all]."""
-        return torch.stack([
-            flat(torch.autograd.grad(self.losses(torch.tensor([i])).sum(), self.parameters))
-            for i in range(N)
-        ])
+        return torch.stack(
+            [
+                flat(torch.autograd.grad(self.losses(torch.tensor([i])).sum(), self.parameters))
+                for i in range(N)
+            ]
+        )
 
     def found(self, engine: str, index: Tensor) -> Tensor:
         """The same, by an engine: [n, all]."""
@@ -135,16 +143,25 @@ class Task:
 def network(kind: str, attention: str) -> Any:
     torch.manual_seed(0)
     common: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 24,
-        "num_hidden_layers": 2, "max_position_embeddings": 64, "attn_implementation": attention,
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+        "attn_implementation": attention,
         "initializer_range": 0.2,  # or attention is uniform, and nobody would miss it
         "use_cache": False,
     }
     if kind == "bert":
-        return BertModel(BertConfig(
-            **common, num_attention_heads=2, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        ), add_pooling_layer=False)
+        return BertModel(
+            BertConfig(
+                **common,
+                num_attention_heads=2,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            ),
+            add_pooling_layer=False,
+        )
     return LlamaForCausalLM(LlamaConfig(**common, num_attention_heads=4, num_key_value_heads=2))
 
 
@@ -184,9 +201,10 @@ Alone = Callable[[str, str], Tensor]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("attention", "fused"), [
-    ("eager", False), ("eager", True), ("silotune", False), ("silotune", True)
-])
+@pytest.mark.parametrize(
+    ("attention", "fused"),
+    [("eager", False), ("eager", True), ("silotune", False), ("silotune", True)],
+)
 @pytest.mark.parametrize(("kind", "head"), CASES)
 def test_it_equals_a_loop(
     kind: str, head: str, attention: str, fused: bool, engine: str, alone: Alone
@@ -286,8 +304,10 @@ def test_a_record_that_overflows_is_left_out(
         finite = task.found(engine, index).isfinite().all(dim=1)
         assert finite.tolist() == [i in good for i in range(N)]
         torch.testing.assert_close(
-            clipped(task.found(engine, index)[good], 1e-2).nan_to_num(), expected[good],
-            rtol=0, atol=1e-6,
+            clipped(task.found(engine, index)[good], 1e-2).nan_to_num(),
+            expected[good],
+            rtol=0,
+            atol=1e-6,
         )
     grad = step(task, [Part(index, N)], engine, clip=1e-2)
     assert bool(grad.isfinite().all())
@@ -313,8 +333,11 @@ def step(
 ) -> Tensor:
     """The flat private gradient without noise; one group a part, or all parts in one of `units`."""
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(task.parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-6,
-        clip_norm=clip, divisor=1.0,
+        torch.optim.SGD(task.parameters, lr=1.0),
+        source=Silent(site="a"),
+        noise_multiplier=1e-6,
+        clip_norm=clip,
+        divisor=1.0,
     )
     groups = [Group(units, parts)] if units else [Group(part.n, [part]) for part in parts]
     private_gradient(task.linears, optimizer, groups, task.losses, gradients=engine)
@@ -393,7 +416,9 @@ def splits(n: int) -> list[list[Tensor]]:
     index = torch.arange(n)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
     return [
-        [index], list(torch.split(index, 1)), list(torch.split(index, 4)),
+        [index],
+        list(torch.split(index, 1)),
+        list(torch.split(index, 4)),
         list(torch.split(order, [1, n - 3, 2])),
     ]
 
@@ -410,8 +435,11 @@ def test_any_split_gives_the_same_sum(kind: str, head: str, engine: str, clip: f
     sums = []
     for parts in splits(N):
         optimizer = CryptoNoiseOptimizer(
-            torch.optim.SGD(task.parameters, lr=1.0), source=Silent(site="a"),
-            noise_multiplier=1e-6, clip_norm=clip, divisor=1.0,
+            torch.optim.SGD(task.parameters, lr=1.0),
+            source=Silent(site="a"),
+            noise_multiplier=1e-6,
+            clip_norm=clip,
+            divisor=1.0,
         )
         optimizer.begin()
         for part in parts:
@@ -459,8 +487,11 @@ def test_an_entity_may_lie_in_several_blocks(engine: str, mean: bool) -> None:
     clip = float(whole.norm(dim=1).median())
     for parts in splits(N):
         found = step(
-            task, [Part(rows, len(rows), owner[rows], weights[owner[rows]]) for rows in parts],
-            engine, clip, units=3,
+            task,
+            [Part(rows, len(rows), owner[rows], weights[owner[rows]]) for rows in parts],
+            engine,
+            clip,
+            units=3,
         )
         near(found, clipped(whole, clip).sum(dim=0))
 
@@ -535,8 +566,11 @@ def test_the_modules_are_left_as_they_were(engine: str, fused: bool, training: b
 def test_a_step_that_failed_leaves_nothing_for_the_next(engine: str) -> None:
     task = Task("bert", "tokens")
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(task.parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-6,
-        clip_norm=1.0, divisor=1.0,
+        torch.optim.SGD(task.parameters, lr=1.0),
+        source=Silent(site="a"),
+        noise_multiplier=1e-6,
+        clip_norm=1.0,
+        divisor=1.0,
     )
     owners = None if engine == "ghost" else torch.zeros(2, dtype=torch.long)
     weights = None if engine == "ghost" else torch.ones(2)
@@ -555,9 +589,7 @@ def test_a_step_that_failed_leaves_nothing_for_the_next(engine: str) -> None:
             task.linears, optimizer, [Group(1, [part, part])], losses, gradients=engine
         )
     units = 0 if engine == "ghost" else 1
-    private_gradient(
-        task.linears, optimizer, [Group(units, [part])], task.losses, gradients=engine
-    )
+    private_gradient(task.linears, optimizer, [Group(units, [part])], task.losses, gradients=engine)
     found = flat(p.grad for p in task.parameters)
     assert torch.equal(found, step(task, [part], engine, units=units))
 
@@ -585,9 +617,10 @@ class Elsewhere(Task):
 
     def losses(self, index: Tensor) -> Tensor:
         self.calls += 1
-        states = self.states(self.ids[index].to("meta"), torch.ones(
-            len(index), WIDTH, dtype=torch.long, device="meta"
-        ))
+        states = self.states(
+            self.ids[index].to("meta"),
+            torch.ones(len(index), WIDTH, dtype=torch.long, device="meta"),
+        )
         if self.head_kind == "tokens":
             return tokens.per_example_loss(self.head(states), self.tags[index].to("meta"))
         if self.head_kind == "next":
@@ -598,7 +631,12 @@ class Elsewhere(Task):
 
 
 def elsewhere(
-    monkeypatch: pytest.MonkeyPatch, engine: str, kind: str, head: str, fused: bool, entity: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    kind: str,
+    head: str,
+    fused: bool,
+    entity: bool,
     finite: bool,
 ) -> None:
     register_attention()
@@ -612,8 +650,11 @@ def elsewhere(
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.leave()
         optimizer = CryptoNoiseOptimizer(
-            torch.optim.SGD(task.parameters, lr=1.0), source=NoiseSource(site="a"),
-            noise_multiplier=1.0, clip_norm=1.0, divisor=10.0,
+            torch.optim.SGD(task.parameters, lr=1.0),
+            source=NoiseSource(site="a"),
+            noise_multiplier=1.0,
+            clip_norm=1.0,
+            divisor=10.0,
         )
         groups = [Group(2, [part, part])] if entity else [Group(3, [part]), Group(3, [part])]
         private_gradient(task.linears, optimizer, groups, task.losses, gradients=engine)
@@ -624,16 +665,33 @@ def elsewhere(
             assert (p.grad.shape, p.grad.dtype) == (p.shape, p.dtype)
 
 
-@pytest.mark.parametrize(("engine", "entity", "finite"), [
-    ("expanded", False, True), ("expanded", False, False), ("expanded", True, True),
-    ("hooks", False, True), ("hooks", True, True), ("ghost", False, True),
-])
-@pytest.mark.parametrize(("kind", "head", "fused"), [
-    ("bert", "sequence", False), ("bert", "tokens", True), ("llama", "tokens", False),
-    ("llama", "next", True),
-])
+@pytest.mark.parametrize(
+    ("engine", "entity", "finite"),
+    [
+        ("expanded", False, True),
+        ("expanded", False, False),
+        ("expanded", True, True),
+        ("hooks", False, True),
+        ("hooks", True, True),
+        ("ghost", False, True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "head", "fused"),
+    [
+        ("bert", "sequence", False),
+        ("bert", "tokens", True),
+        ("llama", "tokens", False),
+        ("llama", "next", True),
+    ],
+)
 def test_nothing_assumes_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, kind: str, head: str, fused: bool, engine: str, entity: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    head: str,
+    fused: bool,
+    engine: str,
+    entity: bool,
     finite: bool,
 ) -> None:
     elsewhere(monkeypatch, engine, kind, head, fused, entity, finite)

@@ -32,7 +32,9 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     (tmp_path / "ca.crt").write_bytes(ca.public_bytes(authority.Encoding.PEM))
 
     def new(
-        hosts: tuple[str, ...] = ("127.0.0.1",), ahead: float = 0.0, body: bytes = b"ok\n",
+        hosts: tuple[str, ...] = ("127.0.0.1",),
+        ahead: float = 0.0,
+        body: bytes = b"ok\n",
         version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
     ) -> Server:
         class Handler(BaseHTTPRequestHandler):
@@ -73,10 +75,14 @@ def test_a_good_way(serve: Serve) -> None:
     assert "TLS 1.3" in shake(serve())
 
 
-@pytest.mark.parametrize(("ahead", "sentence"), [
-    (300.0, "5 min ahead of the server's"), (-3600.0, "60 min behind"),
-    (80.5, "ahead of the server's; Flower allows 5 s"),
-])
+@pytest.mark.parametrize(
+    ("ahead", "sentence"),
+    [
+        (300.0, "5 min ahead of the server's"),
+        (-3600.0, "60 min behind"),
+        (80.5, "ahead of the server's; Flower allows 5 s"),
+    ],
+)
 def test_a_clock_that_flower_would_refuse(serve: Serve, ahead: float, sentence: str) -> None:
     found = told(serve(ahead=ahead))
     assert sentence in found

@@ -58,7 +58,8 @@ def file_of(codes: Sequence[int], decodings: Sequence[Sequence[int]] = ()) -> Li
 
 def links_of(stars: dict[int, list[int]]) -> Links:
     return Links(
-        np.array(list(stars), np.uint64), np.array([len(s) for s in stars.values()], np.uint32),
+        np.array(list(stars), np.uint64),
+        np.array([len(s) for s in stars.values()], np.uint32),
         np.array([node for star in stars.values() for node in star], np.uint64),
     )
 
@@ -78,13 +79,18 @@ def partition(edges: Sequence[tuple[int, int]]) -> dict[int, int]:
 
 codes = st.integers(1, 12)
 files = st.lists(
-    st.dictionaries(codes, st.lists(codes, max_size=2), min_size=1, max_size=5), min_size=1,
+    st.dictionaries(codes, st.lists(codes, max_size=2), min_size=1, max_size=5),
+    min_size=1,
     max_size=3,
 )
 
 
-@given(files, st.lists(st.dictionaries(codes, st.lists(codes, min_size=1, max_size=3), max_size=3),
-                       max_size=2))
+@given(
+    files,
+    st.lists(
+        st.dictionaries(codes, st.lists(codes, min_size=1, max_size=3), max_size=3), max_size=2
+    ),
+)
 def test_records_are_one_where_a_path_joins_them(
     found: list[dict[int, list[int]]], stars: list[dict[int, list[int]]]
 ) -> None:
@@ -137,9 +143,17 @@ def declared(table: Table, written: str, read: str) -> Table:
 def saved(table: Table, taken_for: str) -> Table:
     """The table after a program took its UTF-8 for another encoding and saved it as Unicode; bytes
     for which that has nothing it keeps as control characters."""
-    return table_of([["".join(
-        bytes([byte]).decode(taken_for, "ignore") or chr(byte) for byte in cell.encode()
-    ) for cell in cells] for _, cells in table.rows])
+    return table_of(
+        [
+            [
+                "".join(
+                    bytes([byte]).decode(taken_for, "ignore") or chr(byte) for byte in cell.encode()
+                )
+                for cell in cells
+            ]
+            for _, cells in table.rows
+        ]
+    )
 
 
 def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]) -> Prepared:
@@ -152,24 +166,43 @@ def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]
 
 
 CHANGES: dict[str, Callable[[str], str]] = {
-    "redact": lambda cell: cell.replace("a", "<PERSON>"), "mask": lambda cell: "*" * len(cell),
-    "missing": lambda _: "", "trim": str.strip, "nothing": lambda cell: cell,
+    "redact": lambda cell: cell.replace("a", "<PERSON>"),
+    "mask": lambda cell: "*" * len(cell),
+    "missing": lambda _: "",
+    "trim": str.strip,
+    "nothing": lambda cell: cell,
 }
-steps = st.lists(st.one_of(
-    st.tuples(st.just("prepare"), st.sampled_from(sorted(CHANGES)),
-              st.sampled_from([(0,), (0, 1)])),
-    st.tuples(st.just("declare"), st.sampled_from(["cp1252", "utf-8"]),
-              st.sampled_from(["latin-1", "cp1252", "cp850", "koi8-r", "mac-roman"])),
-    st.tuples(st.just("save"), st.sampled_from(["latin-1", "cp1252"]), st.none()),
-), max_size=4)
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("prepare"), st.sampled_from(sorted(CHANGES)), st.sampled_from([(0,), (0, 1)])
+        ),
+        st.tuples(
+            st.just("declare"),
+            st.sampled_from(["cp1252", "utf-8"]),
+            st.sampled_from(["latin-1", "cp1252", "cp850", "koi8-r", "mac-roman"]),
+        ),
+        st.tuples(st.just("save"), st.sampled_from(["latin-1", "cp1252"]), st.none()),
+    ),
+    max_size=4,
+)
 
 
 def charge(ledger: Ledger, found: Lineage) -> None:
     with ledger.writing():
         ledger.charge(
-            found, source="notes.csv", contract="0" * 64, run="r", round=1,
-            attempt=len(ledger.charges) + 1, request="0" * 64, unit="record", noise_multiplier=1.0,
-            sampling_rate=0.5, steps=1, order=4.0,
+            found,
+            source="notes.csv",
+            contract="0" * 64,
+            run="r",
+            round=1,
+            attempt=len(ledger.charges) + 1,
+            request="0" * 64,
+            unit="record",
+            noise_multiplier=1.0,
+            sampling_rate=0.5,
+            steps=1,
+            order=4.0,
         )
 
 
@@ -249,9 +282,16 @@ def test_text_that_a_tool_decoded_wrongly_and_saved_as_unicode_is_known() -> Non
         right = table_of([[text, "x", "ill"]])
         for written, read in (("utf-8", "latin-1"), ("utf-8", "cp1252"), ("cp1252", "latin-1")):
             # A program that takes text for Windows-1252 keeps the bytes that it has nothing for.
-            wrong = [["".join(
-                bytes([byte]).decode(read, "ignore") or chr(byte) for byte in text.encode(written)
-            ), "x", "ill"]]
+            wrong = [
+                [
+                    "".join(
+                        bytes([byte]).decode(read, "ignore") or chr(byte)
+                        for byte in text.encode(written)
+                    ),
+                    "x",
+                    "ill",
+                ]
+            ]
             for one, other in ((right, table_of(wrong)), (table_of(wrong), right)):
                 ledger = Ledger.in_memory("north")
                 charge(ledger, of_table(one, (), ledger.fingerprint_key))
@@ -259,12 +299,27 @@ def test_text_that_a_tool_decoded_wrongly_and_saved_as_unicode_is_known() -> Non
 
 
 SAME_CELL = {
-    "NUL padding": ("Ärger", "Ärger\0\0"), "control characters": ("note", "\x02no\x1bte\x7f"),
-    "quotes": ("O'Brien \"said\"", "O’Brien “said”"), "dashes": ("A-B", "A–B"),
-    "ligature": ("fi", "ﬁ"), "fullwidth": ("ABC 5", "ＡＢＣ　５"),
-    **{f"missing as {word}": ("", word) for word in (
-        "NULL", "NA", "None", "N/A", "nan", "#N/A", "<NA>", " null ", "NaT", "\\N",
-    )},
+    "NUL padding": ("Ärger", "Ärger\0\0"),
+    "control characters": ("note", "\x02no\x1bte\x7f"),
+    "quotes": ('O\'Brien "said"', "O’Brien “said”"),
+    "dashes": ("A-B", "A–B"),
+    "ligature": ("fi", "ﬁ"),
+    "fullwidth": ("ABC 5", "ＡＢＣ　５"),
+    **{
+        f"missing as {word}": ("", word)
+        for word in (
+            "NULL",
+            "NA",
+            "None",
+            "N/A",
+            "nan",
+            "#N/A",
+            "<NA>",
+            " null ",
+            "NaT",
+            "\\N",
+        )
+    },
 }
 
 
@@ -343,9 +398,7 @@ def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: 
     made = origin(done, (), ledger.fingerprint_key)
     ledger.link(made, source="a.csv", rows=2)
     charge(ledger, of_table(Table("a.csv", header, [(2, rows[1])]), (), ledger.fingerprint_key))
-    (overlap,) = overlaps(
-        ledger, of_table(done.table, (), ledger.fingerprint_key)
-    ).values()
+    (overlap,) = overlaps(ledger, of_table(done.table, (), ledger.fingerprint_key)).values()
     assert int(overlap.sum()) in (1, 2)
     assert all_charged(ledger, Table("a.csv", header, [(2, rows[0])]))
 
@@ -353,10 +406,15 @@ def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: 
 # The ledger keeps the links --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statement", [
-    "DELETE FROM links", "UPDATE links SET content = x'00'", "DROP TABLE links",
-    "UPDATE links SET digest = lower(hex(randomblob(32)))",
-])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM links",
+        "UPDATE links SET content = x'00'",
+        "DROP TABLE links",
+        "UPDATE links SET digest = lower(hex(randomblob(32)))",
+    ],
+)
 def test_links_that_are_gone_or_changed_are_refused(
     site: Site, run: Callable[..., str], statement: str
 ) -> None:
@@ -374,6 +432,7 @@ def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
     site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The entry comes first: where it cannot be written, no prepared file is."""
+
     def fails(*_: object, **__: object) -> None:
         raise RefusalError("full", code="E216")
 
@@ -422,10 +481,18 @@ def contract() -> Contract:
 
 def contract_of(task: str) -> Contract:
     return tiny.contract_of(
-        task, "bert", privacy={"clip_norm": 0.1, "expected_records": 16.0, "epsilon": LIMIT,
-                               "delta": 1e-4},
-        phases=[{"trains": "head+adapter", "rounds": 2, "sampling_rate": 1.0, "head_rate": 1.0,
-                 "adapter_rate": 1.0}],
+        task,
+        "bert",
+        privacy={"clip_norm": 0.1, "expected_records": 16.0, "epsilon": LIMIT, "delta": 1e-4},
+        phases=[
+            {
+                "trains": "head+adapter",
+                "rounds": 2,
+                "sampling_rate": 1.0,
+                "head_rate": 1.0,
+                "adapter_rate": 1.0,
+            }
+        ],
     )
 
 
@@ -445,7 +512,8 @@ def site_of(folder: Path, run: Callable[..., str], contract: Contract, data: str
     for old, new in (
         ("contracts = []", f'contracts = ["{contract.hash}"]'),
         ("[model]", f'[model]\nfolder = "{tiny.folder_of("bert")}"'),
-        ("min_sites = 2", "min_sites = 1"), ("min_quorum = 2", "min_quorum = 1"),
+        ("min_sites = 2", "min_sites = 1"),
+        ("min_quorum = 2", "min_quorum = 1"),
         ('tasks = ["classification"]', f'tasks = ["{contract.task.kind}"]'),
     ):
         assert old in text
@@ -479,8 +547,9 @@ def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8")
     lines = site.config.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("file = "))
     lines[at] = f'file = "{file}"\nencoding = "{encoding}"'
-    lines = [line for i, line in enumerate(lines)
-             if not (line.startswith("encoding = ") and i != at)]
+    lines = [
+        line for i, line in enumerate(lines) if not (line.startswith("encoding = ") and i != at)
+    ]
     site.config.write_text("\n".join(lines) + "\n")
     run("sign")
 
@@ -540,15 +609,23 @@ def test_raw_records_that_were_charged_before_they_were_prepared(
     rule(site, "redact")
     said = run("prepare")
     assert f"{ROWS} charged before" in said
-    assert f">{ROWS}<small>of them, in this site" in (
-        site.folder / "prepared" / "report.html").read_text()
+    assert (
+        f">{ROWS}<small>of them, in this site"
+        in (site.folder / "prepared" / "report.html").read_text()
+    )
     use(site, run, "prepared/records.parquet")
     nothing_is_left(site, run, contract)
 
 
-@pytest.mark.parametrize(("written", "read"), [
-    ("utf-8", "utf-8"), ("cp1252", "cp1252"), ("cp1252", "latin-1"), ("utf-8", "cp1252"),
-])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("utf-8", "utf-8"),
+        ("cp1252", "cp1252"),
+        ("cp1252", "latin-1"),
+        ("utf-8", "cp1252"),
+    ],
+)
 def test_prepared_records_saved_as_csv_are_known(
     site: Site, run: Callable[..., str], contract: Contract, written: str, read: str
 ) -> None:
@@ -583,10 +660,13 @@ def write_as(path: Path, rows: Sequence[Sequence[str]]) -> None:
     frame = pd.DataFrame(rows, columns=["text", "label", "ward"])
     if path.suffix == ".conll":
         tags = ("O", "B-sign")
-        path.write_text("\n\n".join(
-            "\n".join(f"{word}\t{tags[at == 0]}" for at, word in enumerate(text.split()))
-            for text in frame["text"]
-        ), encoding="utf-8")
+        path.write_text(
+            "\n\n".join(
+                "\n".join(f"{word}\t{tags[at == 0]}" for at, word in enumerate(text.split()))
+                for text in frame["text"]
+            ),
+            encoding="utf-8",
+        )
     elif path.suffix == ".parquet":
         frame.to_parquet(path)
     elif path.suffix == ".xlsx":
@@ -598,9 +678,18 @@ def write_as(path: Path, rows: Sequence[Sequence[str]]) -> None:
     path.chmod(0o600)
 
 
-@pytest.mark.parametrize("suffix", [
-    ".csv", ".csv.gz", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll",
-])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".csv",
+        ".csv.gz",
+        ".tsv",
+        ".jsonl",
+        ".parquet",
+        ".xlsx",
+        ".conll",
+    ],
+)
 def test_records_of_any_kind_of_file_are_known_when_they_are_prepared_and_prepared_anew(
     suffix: str, tmp_path: Path, run: Callable[..., str]
 ) -> None:
@@ -675,16 +764,17 @@ def test_values_set_to_missing_are_known(
     lines = [["age", "smoker", "outcome"], *rows]
     (tmp_path / "records.csv").write_text("\n".join(map(",".join, lines)) + "\n")
     (tmp_path / "records.csv").chmod(0o600)
-    text = found.config.read_text().replace(
-        "contracts = []", f'contracts = ["{table_contract.hash}"]'
-    ).replace("[model]", '[prepare]\noutside = "missing"\n\n[model]')
+    text = (
+        found.config.read_text()
+        .replace("contracts = []", f'contracts = ["{table_contract.hash}"]')
+        .replace("[model]", '[prepare]\noutside = "missing"\n\n[model]')
+    )
     found.config.write_text(text)
     run("prepare")
     # The raw rows do not fit the contract: they are charged as the ledger would be by another one.
     run("sign")
     _, ledger, _ = found.open()
-    forms = [records.table(tmp_path / name) for name in ("records.csv",
-                                                         "prepared/records.parquet")]
+    forms = [records.table(tmp_path / name) for name in ("records.csv", "prepared/records.parquet")]
     first, second = forms if raw_first else forms[::-1]
     charge(ledger, of_table(first, (), ledger.fingerprint_key))
     assert all_charged(ledger, second)

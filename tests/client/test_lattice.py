@@ -47,14 +47,17 @@ def as_differences(*arguments: Any) -> tuple[Arrays, Any]:
 
 
 def told_of(
-    contract: Contract, folder: Path, write_rows: Callable[..., Path],
+    contract: Contract,
+    folder: Path,
+    write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> float:
     """The part of all entries of which the server can tell every site's value from the sum."""
     keys = {site: Keys.in_memory() for site in WEIGHTS}
     contract = contract.changed(
         sites=[{"name": s, "public_key": keys[s].public, "weight": w} for s, w in WEIGHTS.items()],
-        quorum=3, secure_aggregation={},
+        quorum=3,
+        secure_aggregation={},
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
     )
     sent: list[vector.Vector] = []
@@ -92,14 +95,18 @@ def told_of(
 
 
 def test_a_weighted_sum_tells_no_sites_update(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    table_contract: Contract,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert told_of(table_contract, tmp_path, write_rows, monkeypatch) == 0
 
 
 def test_differences_of_weights_would_give_every_site_away(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    table_contract: Contract,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workers, "train_round", as_differences)
@@ -109,7 +116,10 @@ def test_differences_of_weights_would_give_every_site_away(
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("pull", [0.5, 1.0])
 def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
-    pull: float, steps: int, table_contract: Contract, tmp_path: Path,
+    pull: float,
+    steps: int,
+    table_contract: Contract,
+    tmp_path: Path,
     write_rows: Callable[..., Path],
 ) -> None:
     """A copy is pulled to the server's weights by up to the whole way, so what it sends is as large
@@ -117,17 +127,28 @@ def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
     once the way two steps would cancel, and leave the grid alone: contracts refuse that.)"""
     keys = Keys.in_memory()
     contract = table_contract.changed(
-        sites=[{"name": "north", "public_key": keys.public}], quorum=1,
+        sites=[{"name": "north", "public_key": keys.public}],
+        quorum=1,
         aggregation={"momentum": 0.0},
-        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 0.5, "head_rate": 2.0,
-                 "local_steps": steps, "personal": "copies", "proximal": pull / 2.0}],
+        phases=[
+            {
+                "trains": "head",
+                "rounds": 2,
+                "sampling_rate": 0.5,
+                "head_rate": 2.0,
+                "local_steps": steps,
+                "personal": "copies",
+                "proximal": pull / 2.0,
+            }
+        ],
     )
     policy = permitting(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
     for shift in (1.0, 12.0, 3e4):
         worker = Worker(policy, contract, Ledger.in_memory("north", keys))
         start = build(contract, None).initial_arrays()
         for number, arrays in (
-            (1, start), (2, {n: a + np.float32(shift) for n, a in start.items()}),
+            (1, start),
+            (2, {n: a + np.float32(shift) for n, a in start.items()}),
         ):
             header = Train(contract=contract.hash, run="r", round=number)
             reply = messages.unpack(worker.handle(messages.pack(Message(header, arrays))))

@@ -41,8 +41,16 @@ from silotune.common.errors import RefusalError, UsageError
 from silotune.common.messages import Receipt
 
 FACTS: dict[str, Any] = {
-    "source": "rows.csv", "unit": "record", "contract": "1" * 64, "run": "r", "round": 1,
-    "request": "2" * 64, "order": 3.5, "noise_multiplier": 1.25, "sampling_rate": 0.5, "steps": 3,
+    "source": "rows.csv",
+    "unit": "record",
+    "contract": "1" * 64,
+    "run": "r",
+    "round": 1,
+    "request": "2" * 64,
+    "order": 3.5,
+    "noise_multiplier": 1.25,
+    "sampling_rate": 0.5,
+    "steps": 3,
 }
 HASH = "ab" * 32
 ALL_FACTS = {**FACTS, "attempt": 9, "lineage": HASH, "basis": "basis", "rows": 3}
@@ -147,7 +155,8 @@ def test_a_ledger_opens_with_the_entries_it_was_left_with(home: Home) -> None:
     five, four = lineage_of(*range(5)), lineage_of(*range(4))
     found = ledger.lineages()
     assert [(name, first.sequence, first.rows) for name, first in found.items()] == [
-        (five.id, 2, 5), (four.id, 4, 4),
+        (five.id, 2, 5),
+        (four.id, 4, 4),
     ]
     for first, records in zip(found.values(), (five, four), strict=True):
         assert (first.basis, first.source) == ("basis", "rows.csv")
@@ -278,8 +287,10 @@ def test_no_byte_of_any_body_or_mac_can_be_changed(home: Home) -> None:
 
 def test_no_field_of_any_entry_can_be_changed(home: Home) -> None:
     other: dict[type, Callable[[Any], Any]] = {
-        str: lambda v: ("0" if v[0] != "0" else "1") + v[1:], int: lambda v: v + 1,
-        float: lambda v: v / 2, type(None): lambda _: "0" * 64,
+        str: lambda v: ("0" if v[0] != "0" else "1") + v[1:],
+        int: lambda v: v + 1,
+        float: lambda v: v / 2,
+        type(None): lambda _: "0" * 64,
     }
     rows = home.rows()
     with home.tampering() as database:
@@ -303,12 +314,14 @@ def test_no_entry_can_be_taken_out(home: Home) -> None:
             database.execute("DELETE FROM entries WHERE sequence = ?", (sequence,))
             assert home.refuses()
             # Nor when the others close up the gap.
-            database.execute("UPDATE entries SET sequence = -sequence WHERE sequence > ?",
-                             (sequence,))
+            database.execute(
+                "UPDATE entries SET sequence = -sequence WHERE sequence > ?", (sequence,)
+            )
             database.execute("UPDATE entries SET sequence = -sequence - 1 WHERE sequence < 0")
             assert home.refuses()
-            database.execute("UPDATE entries SET sequence = -sequence - 1 WHERE sequence >= ?",
-                             (sequence,))
+            database.execute(
+                "UPDATE entries SET sequence = -sequence - 1 WHERE sequence >= ?", (sequence,)
+            )
             database.execute("UPDATE entries SET sequence = -sequence WHERE sequence < 0")
             database.execute("INSERT INTO entries VALUES (?, ?, ?)", (sequence, body, mac))
         assert not home.refuses()
@@ -342,11 +355,16 @@ def test_a_copy_of_an_entry_cannot_be_put_in(home: Home, sequence: int, of: int)
         assert len(home.open().entries) == 5
 
 
-@pytest.mark.parametrize("change", [
-    "sequence = 50 WHERE sequence = 5", "sequence = 6 WHERE sequence = 5",
-    "sequence = sequence + 100", "sequence = sequence + 1 WHERE sequence > 4",
-    "sequence = sequence * 10 WHERE sequence > 3",
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sequence = 50 WHERE sequence = 5",
+        "sequence = 6 WHERE sequence = 5",
+        "sequence = sequence + 100",
+        "sequence = sequence + 1 WHERE sequence > 4",
+        "sequence = sequence * 10 WHERE sequence > 3",
+    ],
+)
 def test_the_number_of_an_entrys_row_cannot_be_changed(home: Home, change: str) -> None:
     ledger = home.open()
     with home.tampering() as database:
@@ -364,29 +382,40 @@ def test_an_entry_of_another_site_cannot_be_put_in(home: Home, tmp_path: Path) -
     assert home.refuses()
 
 
-@pytest.mark.parametrize("change", [
-    "UPDATE lineages SET fingerprints = zeroblob(length(fingerprints))",
-    "UPDATE lineages SET fingerprints = zeroblob(0)",
-    "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 16)",
-    "UPDATE lineages SET id = substr(id, 2) || 'x'",
-    "DELETE FROM lineages",
-    "DELETE FROM lineages WHERE rowid = 2",
-    "DROP TABLE lineages",
-    "DROP TABLE entries",
-    "DELETE FROM entries",
-    "ALTER TABLE entries RENAME COLUMN mac TO mic",
-    "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 15)",
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE lineages SET fingerprints = zeroblob(length(fingerprints))",
+        "UPDATE lineages SET fingerprints = zeroblob(0)",
+        "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 16)",
+        "UPDATE lineages SET id = substr(id, 2) || 'x'",
+        "DELETE FROM lineages",
+        "DELETE FROM lineages WHERE rowid = 2",
+        "DROP TABLE lineages",
+        "DROP TABLE entries",
+        "DELETE FROM entries",
+        "ALTER TABLE entries RENAME COLUMN mac TO mic",
+        "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 15)",
+    ],
+)
 def test_neither_fingerprints_nor_tables_can_be_changed(home: Home, change: str) -> None:
     with home.tampering() as database:
         database.execute(change)
     assert home.refuses()
 
 
-@pytest.mark.parametrize("change", [
-    "mac = 'text'", "mac = NULL", "mac = 5", "body = CAST(body AS BLOB)", "body = NULL",
-    "body = 1.5", "sequence = CAST(sequence AS TEXT)",
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "mac = 'text'",
+        "mac = NULL",
+        "mac = 5",
+        "body = CAST(body AS BLOB)",
+        "body = NULL",
+        "body = 1.5",
+        "sequence = CAST(sequence AS TEXT)",
+    ],
+)
 def test_a_value_of_another_type_is_refused(home: Home, change: str) -> None:
     """A table that takes any type is not what this wrote, and it is told as a damaged ledger."""
     loose = (
@@ -662,18 +691,39 @@ def test_a_failure_in_writing_leaves_nothing(home: Home) -> None:
     assert not home.refuses()
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("noise_multiplier", math.nan), ("noise_multiplier", -1.0), ("noise_multiplier", math.inf),
-    ("sampling_rate", math.nan), ("sampling_rate", 0.0), ("sampling_rate", 1.5),
-    ("sampling_rate", -0.5), ("steps", 0), ("steps", -3), ("steps", 1.5), ("steps", 10**9),
-    ("steps", True), ("order", math.nan), ("order", 1.0), ("order", -2.0), ("order", math.inf),
-    ("unit", "patient"), ("round", 0), ("request", "x"), ("lineage", "../x"), ("run", "A B"),
-    ("noise_multiplier", "1.0"), ("rows", -1), ("rows", 1.5), ("rows", True), ("basis", 5),
-    ("source", None),
-])
-def test_a_charge_that_means_nothing_is_not_written(
-    home: Home, field: str, value: object
-) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("noise_multiplier", math.nan),
+        ("noise_multiplier", -1.0),
+        ("noise_multiplier", math.inf),
+        ("sampling_rate", math.nan),
+        ("sampling_rate", 0.0),
+        ("sampling_rate", 1.5),
+        ("sampling_rate", -0.5),
+        ("steps", 0),
+        ("steps", -3),
+        ("steps", 1.5),
+        ("steps", 10**9),
+        ("steps", True),
+        ("order", math.nan),
+        ("order", 1.0),
+        ("order", -2.0),
+        ("order", math.inf),
+        ("unit", "patient"),
+        ("round", 0),
+        ("request", "x"),
+        ("lineage", "../x"),
+        ("run", "A B"),
+        ("noise_multiplier", "1.0"),
+        ("rows", -1),
+        ("rows", 1.5),
+        ("rows", True),
+        ("basis", 5),
+        ("source", None),
+    ],
+)
+def test_a_charge_that_means_nothing_is_not_written(home: Home, field: str, value: object) -> None:
     ledger = home.open()
     with pytest.raises(ValidationError), ledger.writing():
         ledger.append(Charged, **{**ALL_FACTS, field: value})
@@ -737,8 +787,10 @@ def test_writing_sees_what_another_process_wrote(home: Home) -> None:
 
 
 def test_an_open_ledger_stops_when_its_last_entry_is_gone_or_another(home: Home) -> None:
-    for change in ("DELETE FROM entries WHERE sequence = 5",
-                   "UPDATE entries SET mac = zeroblob(32) WHERE sequence = 5"):
+    for change in (
+        "DELETE FROM entries WHERE sequence = 5",
+        "UPDATE entries SET mac = zeroblob(32) WHERE sequence = 5",
+    ):
         ledger, row = home.open(), home.rows()[4]
         with home.tampering() as database:
             database.execute(change)
@@ -762,8 +814,10 @@ def test_an_open_ledger_stops_at_an_entry_without_the_sites_mac(home: Home) -> N
 def test_a_trigger_that_swallows_entries_is_noticed(home: Home) -> None:
     """Somebody who can write to the file but has no key lets each new charge vanish."""
     with home.tampering() as database:
-        database.execute("CREATE TRIGGER t AFTER INSERT ON entries BEGIN "
-                         "DELETE FROM entries WHERE sequence = NEW.sequence; END")
+        database.execute(
+            "CREATE TRIGGER t AFTER INSERT ON entries BEGIN "
+            "DELETE FROM entries WHERE sequence = NEW.sequence; END"
+        )
     ledger = home.open()
     paid = charge(ledger, 9, lineage_of(*range(5)))
     with pytest.raises(RefusalError) as refusal:
@@ -992,7 +1046,7 @@ def exports_refused(lines: list[str], public: str) -> bool:
 
 
 def test_no_line_of_an_export_can_be_taken_out_doubled_or_moved(
-    exported: tuple[list[str], str]
+    exported: tuple[list[str], str],
 ) -> None:
     lines, public = exported
     for i in range(len(lines)):
@@ -1009,12 +1063,21 @@ def test_no_line_of_an_export_can_be_taken_out_doubled_or_moved(
         assert exports_refused(wrong, public)
 
 
-@pytest.mark.parametrize("first", [
-    '{"silotune": "ledger 2"}', "[1, 2]", "{}", "null", '"KEY"', '{"public": "KEY"}',
-    '{"silotune": "ledger 1"}', '{"silotune": "ledger 2", "public": "KEY"}',
-    '{"silotune": "ledger 1", "public": "KEY", "more": 1}',
-    '{"silotune": "ledger 1", "public": ["KEY"]}',
-])
+@pytest.mark.parametrize(
+    "first",
+    [
+        '{"silotune": "ledger 2"}',
+        "[1, 2]",
+        "{}",
+        "null",
+        '"KEY"',
+        '{"public": "KEY"}',
+        '{"silotune": "ledger 1"}',
+        '{"silotune": "ledger 2", "public": "KEY"}',
+        '{"silotune": "ledger 1", "public": "KEY", "more": 1}',
+        '{"silotune": "ledger 1", "public": ["KEY"]}',
+    ],
+)
 def test_the_first_line_of_an_export_says_what_it_is(
     exported: tuple[list[str], str], first: str
 ) -> None:
@@ -1025,9 +1088,7 @@ def test_the_first_line_of_an_export_says_what_it_is(
         verify_export([first, *lines[1:]])
 
 
-def test_no_field_of_an_exported_entry_can_be_changed(
-    exported: tuple[list[str], str]
-) -> None:
+def test_no_field_of_an_exported_entry_can_be_changed(exported: tuple[list[str], str]) -> None:
     lines, public = exported
     for i in range(1, len(lines) - 1):
         row = json.loads(lines[i])
@@ -1163,13 +1224,20 @@ def test_a_database_that_another_program_holds_is_not_damage(
     assert entries_on_disk(home) == before
 
 
-@pytest.mark.parametrize(("code", "free", "meant"), [
-    (sqlite3.SQLITE_FULL, 1 << 30, "E216"), (sqlite3.SQLITE_BUSY, 1 << 30, "E216"),
-    (sqlite3.SQLITE_LOCKED, 1 << 30, "E216"), (sqlite3.SQLITE_IOERR_WRITE, 1 << 30, "E216"),
-    (sqlite3.SQLITE_IOERR_SHMSIZE, 0, "E216"), (sqlite3.SQLITE_CORRUPT, 1 << 30, "E212"),
-    (sqlite3.SQLITE_NOTADB, 1 << 30, "E212"), (sqlite3.SQLITE_CANTOPEN, 1 << 30, "E212"),
-    (sqlite3.SQLITE_CORRUPT, 0, "E212"),
-])
+@pytest.mark.parametrize(
+    ("code", "free", "meant"),
+    [
+        (sqlite3.SQLITE_FULL, 1 << 30, "E216"),
+        (sqlite3.SQLITE_BUSY, 1 << 30, "E216"),
+        (sqlite3.SQLITE_LOCKED, 1 << 30, "E216"),
+        (sqlite3.SQLITE_IOERR_WRITE, 1 << 30, "E216"),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, 0, "E216"),
+        (sqlite3.SQLITE_CORRUPT, 1 << 30, "E212"),
+        (sqlite3.SQLITE_NOTADB, 1 << 30, "E212"),
+        (sqlite3.SQLITE_CANTOPEN, 1 << 30, "E212"),
+        (sqlite3.SQLITE_CORRUPT, 0, "E212"),
+    ],
+)
 def test_what_an_error_of_the_database_means(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, free: int, meant: str
 ) -> None:
@@ -1221,6 +1289,7 @@ def test_a_release_that_the_database_does_not_take_leaves_the_charge(
     else:
         (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
         ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+
     def release_all() -> None:
         for one in made:
             ledger.release(one, b"reply")
@@ -1243,8 +1312,11 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
     tmp_path: Path, on_disk: bool
 ) -> None:
     keys = Keys.create(tmp_path / "keys")
-    ledger = (Ledger.create(tmp_path / "state", keys, "north") if on_disk
-              else Ledger.in_memory("north", keys))
+    ledger = (
+        Ledger.create(tmp_path / "state", keys, "north")
+        if on_disk
+        else Ledger.in_memory("north", keys)
+    )
     charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
     assert ledger.own(charges) is None
     for paid, own in zip(charges, (b"first", b"second", None), strict=True):

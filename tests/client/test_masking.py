@@ -45,8 +45,14 @@ Answer = Callable[[bytes], bytes]
 class Federation:
     """Sites with keys, ledgers that outlive their workers, and seeded noise."""
 
-    def __init__(self, contract: Contract, folder: Path, write_rows: Callable[..., Path],
-                 sites: tuple[str, ...] = SITES, **secure: Any) -> None:
+    def __init__(
+        self,
+        contract: Contract,
+        folder: Path,
+        write_rows: Callable[..., Path],
+        sites: tuple[str, ...] = SITES,
+        **secure: Any,
+    ) -> None:
         self.folder = folder
         self.keys = {site: Keys.in_memory() for site in sites}
         self.contract = with_keys(contract, self.keys, **secure)
@@ -69,9 +75,7 @@ class Federation:
         policy = permitting(self.contract, site, self.files[site], None)
         permits = policy.permits.model_copy(update=self.permits)
         policy = policy.model_copy(update={"permits": permits})
-        self.workers[site] = Worker(
-            policy, self.contract, self.ledgers[site], insecure_seed=1
-        )
+        self.workers[site] = Worker(policy, self.contract, self.ledgers[site], insecure_seed=1)
 
     def run(self, name: str = "run-1", **changes: Any) -> Run:
         registry = Registry.create(self.folder / f"runs-{name}", self.contract)
@@ -85,9 +89,12 @@ class Federation:
 
 def with_keys(contract: Contract, keys: dict[str, Keys], **secure: Any) -> Contract:
     return contract.changed(
-        sites=[{"name": s, "public_key": k.public, "weight": 1.0 + place}
-               for place, (s, k) in enumerate(keys.items())],
-        quorum=secure.get("threshold", 3), secure_aggregation=SECURE | secure,
+        sites=[
+            {"name": s, "public_key": k.public, "weight": 1.0 + place}
+            for place, (s, k) in enumerate(keys.items())
+        ],
+        quorum=secure.get("threshold", 3),
+        secure_aggregation=SECURE | secure,
     )
 
 
@@ -100,8 +107,10 @@ def federation(
 
 def released_contract(contract: Contract) -> Contract:
     return contract.changed(
-        releases=[{"metric": "loss", "share": 0.1, "bound": 2.0},
-                  {"metric": "accuracy", "share": 0.1}],
+        releases=[
+            {"metric": "loss", "share": 0.1, "bound": 2.0},
+            {"metric": "accuracy", "share": 0.1},
+        ],
         privacy={"adaptive": {"highest": 2.0}},
     )
 
@@ -129,7 +138,9 @@ def recorded(handles: dict[str, Answer], seen: list[tuple[str, Message]]) -> dic
 
 @pytest.mark.parametrize("change", [lambda c: c, released_contract])
 def test_a_masked_run_gives_the_adapter_of_an_unmasked_one_to_quantisation(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    table_contract: Contract,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
     change: Callable[[Contract], Contract],
 ) -> None:
     masked = Federation(change(table_contract), tmp_path / "masked", write_rows)
@@ -166,7 +177,10 @@ def test_no_update_leaves_in_the_clear(federation: Federation) -> None:
     kinds = [m.header.kind for _, m in seen]
     rounds = federation.contract.rounds
     assert {k: kinds.count(k) for k in set(kinds)} == {
-        "keys": 4, "shares": 4, "masked": 4 * rounds, "revealed": 4 * rounds
+        "keys": 4,
+        "shares": 4,
+        "masked": 4 * rounds,
+        "revealed": 4 * rounds,
     }
     blobs = [m.blobs["masked"] for _, m in seen if m.header.kind == "masked"]
     assert all(not m.arrays for _, m in seen)
@@ -196,9 +210,7 @@ def test_a_run_agrees_on_keys_once_and_makes_each_sum_in_two_stages(
 # Sites that go
 
 
-def gone_from(
-    handles: dict[str, Answer], site: str, kind: str
-) -> dict[str, Answer]:
+def gone_from(handles: dict[str, Answer], site: str, kind: str) -> dict[str, Answer]:
     """The same, but `site` answers nothing readable from its first request of this kind on."""
     gone = False
 
@@ -267,9 +279,9 @@ def test_who_sealed_what_does_not_open_is_left_to_the_logs_and_the_rest_stays(
         reply = messages.unpack(handles["west"](wire))
         if reply.header.kind != "shares":
             return messages.pack(reply)
-        return messages.pack(Message(
-            reply.header, blobs=reply.blobs | {"north": bytes(len(reply.blobs["north"]))}
-        ))
+        return messages.pack(
+            Message(reply.header, blobs=reply.blobs | {"north": bytes(len(reply.blobs["north"]))})
+        )
 
     run = federation.run()
     facts = carry_out(run.stages(SITES), handles | {"west": spoils})
@@ -362,6 +374,7 @@ def test_a_round_does_not_start_when_too_few_members_have_their_secrets(
     def silent(site: str) -> Answer:
         def answer(wire: bytes) -> bytes:
             return b"" if messages.unpack(wire).header.kind == "agree" else handles[site](wire)
+
         return answer
 
     carry_out(run.stages(SITES), handles)
@@ -493,7 +506,9 @@ def test_after_a_restart_a_known_request_still_gets_its_masked_bytes(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 4.0001, -1e30])
 def test_an_update_beyond_the_bound_is_held_to_it_and_nobody_else_is_told(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch, value: float,
+    federation: Federation,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A refusal would say, beside the masks, something of this site's update alone."""
@@ -519,7 +534,9 @@ def test_an_update_beyond_the_bound_is_held_to_it_and_nobody_else_is_told(
 
 
 def test_requests_of_secure_aggregation_mean_nothing_under_a_plain_contract(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path],
+    table_contract: Contract,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
     make_worker: Callable[..., Worker],
 ) -> None:
     worker = make_worker(table_contract, write_rows(tmp_path / "rows.csv", 60))
@@ -539,9 +556,7 @@ def test_asking_for_keys_again_and_again_takes_no_more_memory(federation: Federa
     assert north.masking is not None
 
     def ask(attempt: int) -> Message:
-        request = Agree(
-            contract=federation.contract.hash, run="run-1", round=1, attempt=attempt
-        )
+        request = Agree(contract=federation.contract.hash, run="run-1", round=1, attempt=attempt)
         return messages.unpack(north.handle(messages.pack(Message(request))))
 
     first = ask(1)
@@ -564,10 +579,12 @@ def test_another_runs_keys_do_not_end_a_round_that_was_charged(federation: Feder
             if isinstance(messages.unpack(wire).header, Reveal):
                 for attempt in range(1, 2 * MOST_AGREEMENTS):
                     ask = Agree(contract=run.contract.hash, run="run-2", round=1, attempt=attempt)
-                    assert messages.unpack(
-                        handles[site](messages.pack(Message(ask)))
-                    ).header.kind == "keys"
+                    assert (
+                        messages.unpack(handles[site](messages.pack(Message(ask)))).header.kind
+                        == "keys"
+                    )
             return handles[site](wire)
+
         return answer
 
     facts = carry_out(run.stages(SITES), {site: disturbed(site) for site in SITES})
@@ -611,20 +628,26 @@ def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
         Worker(policy, federation.contract, Ledger.in_memory("north"))
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"sites": 2}, "it needs 3 to 128 sites, not 2"),
-    ({"threshold": 1}, "2 × threshold must exceed sites + colluders, and 2 × 1 does not exceed 4"),
-    ({"threshold": 2}, "2 × 2 does not exceed 4 + 0"),
-    ({"threshold": 3, "colluders": 2}, "2 × 3 does not exceed 4 + 2"),
-    ({"threshold": 4, "colluders": 3}, "does not hide one update among at least two"),
-    ({"threshold": 5}, "a threshold of 5 is more than the 4 sites"),
-    ({"quorum": 2}, "quorum is 2, but 3 sites must answer for a masked sum to open"),
-    ({"weights": (1.0, 1.0, 1.0, 10.1)}, "a weight may be at most 10 times another"),
-    ({"keys": None}, "needs a public_key of each site's own"),
-    ({"keys": "same"}, "needs a public_key of each site's own"),
-    ({"bound": 0.0}, "'secure_aggregation.bound'"),
-    ({"colluders": -1}, "'secure_aggregation.colluders'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sites": 2}, "it needs 3 to 128 sites, not 2"),
+        (
+            {"threshold": 1},
+            "2 × threshold must exceed sites + colluders, and 2 × 1 does not exceed 4",
+        ),
+        ({"threshold": 2}, "2 × 2 does not exceed 4 + 0"),
+        ({"threshold": 3, "colluders": 2}, "2 × 3 does not exceed 4 + 2"),
+        ({"threshold": 4, "colluders": 3}, "does not hide one update among at least two"),
+        ({"threshold": 5}, "a threshold of 5 is more than the 4 sites"),
+        ({"quorum": 2}, "quorum is 2, but 3 sites must answer for a masked sum to open"),
+        ({"weights": (1.0, 1.0, 1.0, 10.1)}, "a weight may be at most 10 times another"),
+        ({"keys": None}, "needs a public_key of each site's own"),
+        ({"keys": "same"}, "needs a public_key of each site's own"),
+        ({"bound": 0.0}, "'secure_aggregation.bound'"),
+        ({"colluders": -1}, "'secure_aggregation.colluders'"),
+    ],
+)
 def test_a_contract_that_would_not_hide_an_update_is_none(
     table_contract: Contract, changes: dict[str, Any], says: str
 ) -> None:
@@ -632,9 +655,14 @@ def test_a_contract_that_would_not_hide_an_update_is_none(
     kind, weights = changes.get("keys", "own"), changes.get("weights", (1.0,) * 4)
     with pytest.raises(ContractError) as caught:
         table_contract.changed(
-            sites=[{"name": s, "public_key": {"own": k, "same": "0" * 64, None: None}[kind],
-                    "weight": w}
-                   for (s, k), w in zip(keys.items(), weights, strict=False)],
+            sites=[
+                {
+                    "name": s,
+                    "public_key": {"own": k, "same": "0" * 64, None: None}[kind],
+                    "weight": w,
+                }
+                for (s, k), w in zip(keys.items(), weights, strict=False)
+            ],
             quorum=changes.get("quorum", min(3, len(keys))),
             secure_aggregation={
                 k: v for k, v in changes.items() if k in ("threshold", "colluders", "bound")
@@ -647,9 +675,7 @@ def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federati
     def refusals(contract: Contract, **permits: Any) -> list[str]:
         policy = permitting(contract, "north", federation.files["north"], None)
         narrower = policy.permits.model_copy(update=permits)
-        return [
-            str(r) for r in policy.model_copy(update={"permits": narrower}).refusals(contract)
-        ]
+        return [str(r) for r in policy.model_copy(update={"permits": narrower}).refusals(contract)]
 
     plain = federation.contract.changed(secure_aggregation=None)
     assert not refusals(plain)
@@ -657,9 +683,10 @@ def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federati
     assert "has no [secure_aggregation]" in refusals(plain, masked_only=True)[0]
     two = with_keys(federation.contract, federation.keys, threshold=4, colluders=2)
     assert not refusals(two, colluders=2)
-    assert "colluders = 0 is below permits.colluders = 1" in refusals(
-        federation.contract, colluders=1
-    )[0]
+    assert (
+        "colluders = 0 is below permits.colluders = 1"
+        in refusals(federation.contract, colluders=1)[0]
+    )
 
 
 def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Federation) -> None:
@@ -681,18 +708,27 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
         Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
 
 
-@pytest.mark.parametrize("more", [
-    {}, {"control": "scaffold"}, {"adam": {"floor": 0.05}},
-], ids=["sgd", "control", "adam"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"control": "scaffold"},
+        {"adam": {"floor": 0.05}},
+    ],
+    ids=["sgd", "control", "adam"],
+)
 def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
     federation: Federation, more: dict[str, Any]
 ) -> None:
     """The smallest bound, by hand: of the second phase, which moves most."""
     plain = {"trains": "head", "sampling_rate": 0.5, "budget": 0.5}
     contract = federation.contract.changed(
-        privacy={"clip_norm": 0.5}, releases=[{"metric": "loss", "share": 0.2}],
-        phases=[plain | {"rounds": 2, "head_rate": 0.01},
-                plain | {"rounds": 3, "local_steps": 4, "head_rate": 0.3} | more],
+        privacy={"clip_norm": 0.5},
+        releases=[{"metric": "loss", "share": 0.2}],
+        phases=[
+            plain | {"rounds": 2, "head_rate": 0.01},
+            plain | {"rounds": 3, "local_steps": 4, "head_rate": 0.3} | more,
+        ],
     )
     plan = accounting.plan(contract, contract.target_of("north"))
     second = plan[1].noise_multiplier / np.sqrt(0.8) * 0.5 / (50 * 0.5)
@@ -732,8 +768,12 @@ def test_an_older_contract_keeps_its_hash(table_contract: Contract) -> None:
 
 def test_three_bytes_an_entry_and_at_least_sixteen_bits(federation: Federation) -> None:
     contract = federation.contract
-    levels = 2 * contract.secure_aggregation.bound * vector.factor(  # type: ignore[union-attr]
-        contract, contract.weight_share("north")
+    levels = (
+        2
+        * contract.secure_aggregation.bound
+        * vector.factor(  # type: ignore[union-attr]
+            contract, contract.weight_share("north")
+        )
     )
     assert levels > 2**16
     assert ring.WIDTH == 3
@@ -752,11 +792,13 @@ def test_site_check_says_what_the_masks_hide(
 
     found = row(with_keys(federation.contract, federation.keys, colluders=1))
     assert (found.state, found.result) == (
-        "ok", "the server sees sums of at least 3 of 4 sites, also with the help of 1 of them; "
+        "ok",
+        "the server sees sums of at least 3 of 4 sites, also with the help of 1 of them; "
         "3 open one",
     )
     assert row(federation.contract.changed(secure_aggregation={"bound": 0.01})).code == "E205"
     plain = row(federation.contract.changed(secure_aggregation=None))
     assert (plain.state, plain.result) == (
-        "warning", "none: the server sees each site's update by itself"
+        "warning",
+        "none: the server sees each site's update by itself",
     )

@@ -44,7 +44,9 @@ class Told:
             journal.say(answered.text, "answered", answered.facts)
 
         self.worker = Worker(
-            permitting(contract, "north", rows, None), contract, Ledger.in_memory("north"),
+            permitting(contract, "north", rows, None),
+            contract,
+            Ledger.in_memory("north"),
             on_answer=told,
         )
 
@@ -70,7 +72,8 @@ class Told:
 def samples(text: str) -> Samples:
     return {
         (s.name, tuple(sorted(s.labels.items()))): s.value
-        for family in text_string_to_metric_families(text) for s in family.samples
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
     }
 
 
@@ -90,15 +93,22 @@ def test_each_answer_is_told_with_its_code(told: Told) -> None:
     found = told.samples
     counts = {labels: v for (name, labels), v in found.items() if name.endswith("requests_total")}
     assert counts == {
-        (("code", "ok"), ("kind", "describe")): 1, (("code", "ok"), ("kind", "train")): 2,
-        (("code", "E202"), ("kind", "train")): 2, (("code", "E501"), ("kind", "other")): 1,
+        (("code", "ok"), ("kind", "describe")): 1,
+        (("code", "ok"), ("kind", "train")): 2,
+        (("code", "E202"), ("kind", "train")): 2,
+        (("code", "E501"), ("kind", "other")): 1,
     }
     assert found["silotune_site_request_seconds_count", (("kind", "train"),)] == 4
     assert found["silotune_site_run_epsilon", (("run", "r"),)] == reply.epsilon
     assert abs(found[metrics.LAST, ()] - time.time()) < 60
     said = [{k: v for k, v in e.items() if k not in ("at", "from", "seconds")} for e in told.events]
     assert said[1] == {
-        "event": "answered", "kind": "train", "code": "ok", "run": "r", "round": 1, "attempt": 1,
+        "event": "answered",
+        "kind": "train",
+        "code": "ok",
+        "run": "r",
+        "round": 1,
+        "attempt": 1,
         "text": said[1]["text"],
     }
     assert [e["code"] for e in said] == ["ok", "ok", "ok", "E202", "E202", "E501"]
@@ -126,12 +136,15 @@ def test_neighbouring_records_show_the_same(
         values = {what: v for what, v in told.samples.items() if what[0] not in TIMES}
         events = [
             {k: v for k, v in event.items() if k not in ("at", "seconds", "text")}
-            | {"text": str(event["text"]).rsplit(",", 1)[0]} for event in told.events
+            | {"text": str(event["text"]).rsplit(",", 1)[0]}
+            for event in told.events
         ]
         shown.append((values, set(told.samples), events))
         assert {name for name, _ in told.samples} <= {
-            "silotune_site_requests_total", "silotune_site_request_seconds_count",
-            "silotune_site_request_seconds_sum", *metrics.WRITTEN,
+            "silotune_site_requests_total",
+            "silotune_site_request_seconds_count",
+            "silotune_site_request_seconds_sum",
+            *metrics.WRITTEN,
         }
     assert shown[0] == shown[1] == shown[2]
     assert {e["code"] for e in shown[0][2]} >= {"ok", "E202", "E210", "E501"}
@@ -167,8 +180,9 @@ def test_a_server_that_invents_runs_does_not_fill_the_file(tmp_path: Path) -> No
     for number in range(metrics.MOST_RUNS + 20):
         tally.note(Answered("train", "ok", 0.0, f"r{number}", 1, 1, 0.5))
     tally.note(Answered("train", "E210", 0.0, "refused", 1, 1))
-    runs = {dict(labels).get("run") for _, labels in samples(
-        (tmp_path / "metrics.prom").read_text())} - {None}
+    runs = {
+        dict(labels).get("run") for _, labels in samples((tmp_path / "metrics.prom").read_text())
+    } - {None}
     assert runs == {f"r{number}" for number in range(20, metrics.MOST_RUNS + 20)}
 
 
@@ -186,8 +200,11 @@ def test_what_is_written_is_what_is_served(told: Told) -> None:
 # A file that somebody else has written
 
 
-def line(name: str = "silotune_site_requests_total", labels: str = 'kind="train",code="ok"',
-         value: str = "1") -> str:
+def line(
+    name: str = "silotune_site_requests_total",
+    labels: str = 'kind="train",code="ok"',
+    value: str = "1",
+) -> str:
     return f"{GOOD}{name}{{{labels}}} {value}\n"
 
 
@@ -201,17 +218,38 @@ def test_the_good_line_is_served(tmp_path: Path) -> None:
     assert 'silotune_site_requests_total{code="ok",kind="train"} 1.0' in served(tmp_path / "m")
 
 
-@pytest.mark.parametrize("text", [
-    "root:x:0:0:root:/root:/bin/bash\n", "\0", "{", "# TYPE", 'a{b="c', "\xff",
-    line(name="silotune_site_records"), line(name="silotune_site_requests_created"),
-    line(labels='kind="train"'), line(labels=""), line(labels='kind="train",code="ok",more="1"'),
-    line(labels='kind="Jane Doe",code="ok"'), line(labels='kind="train",code="E999"'),
-    line(labels='kind="train\\n",code="ok"'), line(labels='kind="train",code="ok",code="ok"'),
-    line(value="-1"), line(value="NaN"), line(value="+Inf"), line(value="9" * 380), line(value="x"),
-    line(value=""), line(labels='kind="train",code="' + "\\" * 500 + '"'), line() * 2 + "\0{",
-    GOOD.replace("counter", "gauge") + line().removeprefix(GOOD),
-    "# TYPE silotune_site_run_epsilon gauge\n" + 'silotune_site_run_epsilon{run="Jane Doe"} 1\n',
-], ids=range(25))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "root:x:0:0:root:/root:/bin/bash\n",
+        "\0",
+        "{",
+        "# TYPE",
+        'a{b="c',
+        "\xff",
+        line(name="silotune_site_records"),
+        line(name="silotune_site_requests_created"),
+        line(labels='kind="train"'),
+        line(labels=""),
+        line(labels='kind="train",code="ok",more="1"'),
+        line(labels='kind="Jane Doe",code="ok"'),
+        line(labels='kind="train",code="E999"'),
+        line(labels='kind="train\\n",code="ok"'),
+        line(labels='kind="train",code="ok",code="ok"'),
+        line(value="-1"),
+        line(value="NaN"),
+        line(value="+Inf"),
+        line(value="9" * 380),
+        line(value="x"),
+        line(value=""),
+        line(labels='kind="train",code="' + "\\" * 500 + '"'),
+        line() * 2 + "\0{",
+        GOOD.replace("counter", "gauge") + line().removeprefix(GOOD),
+        "# TYPE silotune_site_run_epsilon gauge\n"
+        + 'silotune_site_run_epsilon{run="Jane Doe"} 1\n',
+    ],
+    ids=range(25),
+)
 def test_nothing_unknown_gets_through(tmp_path: Path, text: str) -> None:
     (tmp_path / "m").write_bytes(text.encode("latin-1"))
     assert served(tmp_path / "m") == ""

@@ -123,10 +123,16 @@ def library_seeds_do_not_reach_the_noise() -> None:
 PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        mean_is_zero_and_standard_deviation_one, distribution_is_gaussian, tails_are_gaussian,
-        no_value_repeats, coordinates_are_independent, steps_are_independent,
-        noise_tells_nothing_of_the_sample, equally_seeded_sites_draw_unrelated_noise,
-        equally_seeded_sites_draw_unrelated_samples, sources_without_a_seed_differ,
+        mean_is_zero_and_standard_deviation_one,
+        distribution_is_gaussian,
+        tails_are_gaussian,
+        no_value_repeats,
+        coordinates_are_independent,
+        steps_are_independent,
+        noise_tells_nothing_of_the_sample,
+        equally_seeded_sites_draw_unrelated_noise,
+        equally_seeded_sites_draw_unrelated_samples,
+        sources_without_a_seed_differ,
         library_seeds_do_not_reach_the_noise,
     )
 }
@@ -218,7 +224,8 @@ MUTATIONS: dict[Callable[..., Any], tuple[str, tuple[Callable[[], None], ...]]] 
     four_neighbours_share_their_uniforms: ("normal", (coordinates_are_independent,)),
     noise_from_numpys_generator: ("normal", (library_seeds_do_not_reach_the_noise,)),
     a_stream_that_rewinds: (
-        "uniform", (steps_are_independent, noise_tells_nothing_of_the_sample),
+        "uniform",
+        (steps_are_independent, noise_tells_nothing_of_the_sample),
     ),
     a_key_without_the_site: (
         "__init__",
@@ -232,7 +239,8 @@ MUTATIONS: dict[Callable[..., Any], tuple[str, tuple[Callable[[], None], ...]]] 
     ("mutation", "seen_by"),
     [
         pytest.param(m, p, id=f"{m.__name__}-{p.__name__}")
-        for m, (_, properties) in MUTATIONS.items() for p in properties
+        for m, (_, properties) in MUTATIONS.items()
+        for p in properties
     ],
 )
 def test_broken_noise_is_caught(
@@ -327,8 +335,11 @@ def test_the_later_keys_come_from_a_secret_of_their_own(monkeypatch: pytest.Monk
 def test_the_noise_is_right_across_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "BLOCKS_OF_A_KEY", 512)  # a thousand keys in a million numbers
     for holds in (
-        mean_is_zero_and_standard_deviation_one, distribution_is_gaussian, no_value_repeats,
-        coordinates_are_independent, steps_are_independent,
+        mean_is_zero_and_standard_deviation_one,
+        distribution_is_gaussian,
+        no_value_repeats,
+        coordinates_are_independent,
+        steps_are_independent,
     ):
         holds()
 

@@ -35,8 +35,9 @@ class Silent(NoiseSource):
         return np.zeros(shape)
 
 
-def adam(parameters: list[Tensor], rate: float = 0.1, *, noise_std: float = 0.0,
-         **settings: float) -> NoiseCorrectedAdam:
+def adam(
+    parameters: list[Tensor], rate: float = 0.1, *, noise_std: float = 0.0, **settings: float
+) -> NoiseCorrectedAdam:
     chosen = Adam.model_validate({"floor": SMALL} | settings)
     return NoiseCorrectedAdam([{"params": parameters, "lr": rate}], chosen, noise_std=noise_std)
 
@@ -147,10 +148,16 @@ def contract(table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Itera
     found = table_contract.changed(
         privacy={"clip_norm": CLIP, "expected_records": EXPECTED},
         releases=[{"metric": "loss", "share": 0.19}],
-        phases=[{
-            "trains": "head", "rounds": 2, "sampling_rate": 1.0, "local_steps": STEPS,
-            "head_rate": RATE, "adam": {"beta1": BETA1, "beta2": BETA2, "floor": FLOOR},
-        }],
+        phases=[
+            {
+                "trains": "head",
+                "rounds": 2,
+                "sampling_rate": 1.0,
+                "local_steps": STEPS,
+                "head_rate": RATE,
+                "adam": {"beta1": BETA1, "beta2": BETA2, "floor": FLOOR},
+            }
+        ],
     )
     CONTRACT[:] = [found]
     yield found
@@ -177,12 +184,21 @@ def a_round(sigma: float) -> NDArray[np.float64]:
     """The change of bias and weight."""
     (contract,) = CONTRACT
     model = build(contract, None)
-    table = Table("rows.csv", ["age", "smoker", "outcome"],
-                  [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)])
+    table = Table(
+        "rows.csv",
+        ["age", "smoker", "outcome"],
+        [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)],
+    )
     data = dataset.load(table, contract, model)
     change, _ = train_round(
-        contract, contract.phases[0], Mechanism(sigma, 1.0, STEPS), model, data, start(),
-        Silent(site="x"), CLIP,
+        contract,
+        contract.phases[0],
+        Mechanism(sigma, 1.0, STEPS),
+        model,
+        data,
+        start(),
+        Silent(site="x"),
+        CLIP,
     )
     return np.concatenate([change[name].astype(float).ravel() for name in sorted(change)])
 
@@ -212,9 +228,12 @@ def by_hand(rows: list[tuple[int, str, int]], sigma: float) -> NDArray[np.float6
 PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        without_noise_it_is_torchs_adam, each_group_has_its_own_rate,
-        a_gradient_below_the_noise_is_seen_for_what_it_is, the_corrected_moment_has_no_bias,
-        what_is_left_is_at_least_the_floor, a_round_equals_the_formula_by_hand,
+        without_noise_it_is_torchs_adam,
+        each_group_has_its_own_rate,
+        a_gradient_below_the_noise_is_seen_for_what_it_is,
+        the_corrected_moment_has_no_bias,
+        what_is_left_is_at_least_the_floor,
+        a_round_equals_the_formula_by_hand,
         every_round_begins_anew,
     )
 }
@@ -293,11 +312,13 @@ def moments_that_stay(patch: Patch) -> None:
 
 MUTATIONS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     no_correction: (
-        "a_gradient_below_the_noise_is_seen_for_what_it_is", "the_corrected_moment_has_no_bias",
+        "a_gradient_below_the_noise_is_seen_for_what_it_is",
+        "the_corrected_moment_has_no_bias",
         "a_round_equals_the_formula_by_hand",
     ),
     twice_the_correction: (
-        "a_gradient_below_the_noise_is_seen_for_what_it_is", "the_corrected_moment_has_no_bias",
+        "a_gradient_below_the_noise_is_seen_for_what_it_is",
+        "the_corrected_moment_has_no_bias",
         "a_round_equals_the_formula_by_hand",
     ),
     the_noise_before_dividing: ("a_round_equals_the_formula_by_hand",),
@@ -328,12 +349,13 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
 ) -> None:
     """mode "none": no noise to take off. Compared with torch's own optimizer put in its place."""
     plain = contract.changed(privacy={"mode": "none"}, releases=[])
-    phase = plain.phases[0].model_copy(
-        update={"adam": Adam(beta1=BETA1, beta2=BETA2, floor=1e-10)}
-    )
+    phase = plain.phases[0].model_copy(update={"adam": Adam(beta1=BETA1, beta2=BETA2, floor=1e-10)})
     model = build(plain, None)
-    table = Table("rows.csv", ["age", "smoker", "outcome"],
-                  [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)])
+    table = Table(
+        "rows.csv",
+        ["age", "smoker", "outcome"],
+        [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)],
+    )
     data = dataset.load(table, plain, model)
     seen: list[float] = []
 
@@ -344,9 +366,18 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
     changes = []
     for put in (NoiseCorrectedAdam, torchs):
         monkeypatch.setattr(train, "NoiseCorrectedAdam", put)
-        changes.append(train_round(
-            plain, phase, Mechanism(0.0, 1.0, STEPS), model, data, start(), Silent(site="x"), CLIP
-        )[0])
+        changes.append(
+            train_round(
+                plain,
+                phase,
+                Mechanism(0.0, 1.0, STEPS),
+                model,
+                data,
+                start(),
+                Silent(site="x"),
+                CLIP,
+            )[0]
+        )
     assert seen == [0.0]
     for name, change in changes[0].items():
         np.testing.assert_allclose(change, changes[1][name], rtol=1e-4, atol=1e-5)
@@ -378,13 +409,22 @@ def test_the_noise_it_takes_off_is_the_noise_that_is_there(
 
     monkeypatch.setattr(train, "NoiseCorrectedAdam", Spy)
     model = build(contract, None)
-    table = Table("rows.csv", ["age", "smoker", "outcome"],
-                  [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)])
+    table = Table(
+        "rows.csv",
+        ["age", "smoker", "outcome"],
+        [(line, [str(cell) for cell in row]) for line, row in enumerate(toy_rows(), 2)],
+    )
     data = dataset.load(table, contract, model)
     rate = 1e-6
     train_round(
-        contract, contract.phases[0], Mechanism(1.5, rate, 400), model, data, start(),
-        NoiseSource(site="x", insecure_seed=1), CLIP,
+        contract,
+        contract.phases[0],
+        Mechanism(1.5, rate, 400),
+        model,
+        data,
+        start(),
+        NoiseSource(site="x", insecure_seed=1),
+        CLIP,
     )
     values = np.concatenate(seen)
     assert len(values) == 400 * 14
@@ -395,10 +435,15 @@ def test_the_noise_it_takes_off_is_the_noise_that_is_there(
     )
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"beta1": 1.0}, "phases.1.adam.beta1"), ({"beta2": -0.1}, "phases.1.adam.beta2"),
-    ({"floor": 0.0}, "phases.1.adam.floor"), ({"eps": 1e-8}, "Unknown key 'phases.1.adam.eps'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"beta1": 1.0}, "phases.1.adam.beta1"),
+        ({"beta2": -0.1}, "phases.1.adam.beta2"),
+        ({"floor": 0.0}, "phases.1.adam.floor"),
+        ({"eps": 1e-8}, "Unknown key 'phases.1.adam.eps'"),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(
     contract: Contract, settings: dict[str, float], told: str
 ) -> None:

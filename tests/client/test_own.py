@@ -64,17 +64,25 @@ def own_of(worker: Worker, run: str = "run-1") -> Own:
 # --- tensors that do not leave -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "personal", "stays", "leaves"), [
-    ("ffa", "head", ("head.",), ("lora_B",)),
-    ("ffa", "adapter", ("lora_B",), ("head.",)),
-    ("fedsa", None, ("lora_B",), ("head.", "lora_A")),
-    ("fedsa", "head", ("head.", "lora_B"), ("lora_A",)),
-    ("rolora", "head", ("head.",), ("lora_A", "lora_B")),
-])
+@pytest.mark.parametrize(
+    ("method", "personal", "stays", "leaves"),
+    [
+        ("ffa", "head", ("head.",), ("lora_B",)),
+        ("ffa", "adapter", ("lora_B",), ("head.",)),
+        ("fedsa", None, ("lora_B",), ("head.", "lora_A")),
+        ("fedsa", "head", ("head.", "lora_B"), ("lora_A",)),
+        ("rolora", "head", ("head.",), ("lora_A", "lora_B")),
+    ],
+)
 @pytest.mark.parametrize("mode", ["dp", "none"])
 def test_what_is_a_sites_own_does_not_leave(
-    method: str, personal: str | None, stays: tuple[str, ...], leaves: tuple[str, ...], mode: str,
-    keys: dict[str, Keys], tmp_path: Path,
+    method: str,
+    personal: str | None,
+    stays: tuple[str, ...],
+    leaves: tuple[str, ...],
+    mode: str,
+    keys: dict[str, Keys],
+    tmp_path: Path,
 ) -> None:
     plain = of_method(method, keys, **({} if mode == "dp" else {"privacy": PLAIN}))
     contract = with_last(plain, personal=personal)
@@ -98,8 +106,14 @@ def test_a_reply_with_a_tensor_that_should_stay_does_not_leave(
 ) -> None:
     """The way out knows by itself what a round sends, whatever the worker gives it."""
     contract = with_last(of_method("fedsa", keys), personal=None)
-    worker = worker_of(contract, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+    worker = worker_of(
+        contract,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     monkeypatch.setattr(Contract, "stays_at", lambda *_: "")
     reply = ask(worker, contract.rounds, tiny.moved(worker.model))
     assert isinstance(reply.header, Update)  # then the contract says that it is sent
@@ -117,8 +131,14 @@ def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Pa
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        worker = worker_of(contract, "classification", "bert", folder, "north",
-                           Ledger.in_memory("north", keys["north"]))
+        worker = worker_of(
+            contract,
+            "classification",
+            "bert",
+            folder,
+            "north",
+            Ledger.in_memory("north", keys["north"]),
+        )
         worker.source = type(worker.source)(site="north", insecure_seed=seed)
         start = tiny.moved(worker.model)
         reply = ask(worker, contract.rounds, start)
@@ -127,8 +147,7 @@ def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Pa
         sent.append(reply.arrays)
     mechanism = mechanism_of(contract, worker.plan, contract.rounds)
     p = contract.privacy
-    step = mechanism.noise_multiplier * p.clip_norm / (
-        p.expected_records * mechanism.sampling_rate)
+    step = mechanism.noise_multiplier * p.clip_norm / (p.expected_records * mechanism.sampling_rate)
     expected = math.sqrt(2 * mechanism.steps) * step
     for first, second in ((owns[0].tensors, owns[1].tensors), (sent[0], sent[1])):
         apart = np.concatenate([(first[n] - second[n]).ravel() for n in first])
@@ -142,13 +161,22 @@ def test_a_head_of_its_own_is_a_head_trained_alone(keys: dict[str, Keys], tmp_pa
     plain = of_method("ffa", keys, privacy=PLAIN)
     last = {"adapter_rate": 1e-9, "head_rate": 0.5, "rounds": 4}
     shared = with_last(plain, personal="head", **last)
-    shared = shared.changed(phases=[shared.model_dump(mode="json")["phases"][1] | {"budget": 1.0}],
-                            aggregation={"average_from": 0.5})
+    shared = shared.changed(
+        phases=[shared.model_dump(mode="json")["phases"][1] | {"budget": 1.0}],
+        aggregation={"average_from": 0.5},
+    )
     run, workers, _ = run_of(shared, tmp_path / "shared", keys)
     single = with_last(shared, personal=None).changed(
-        sites=[{"name": "north", "public_key": keys["north"].public}], quorum=1)
-    worker = worker_of(single, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+        sites=[{"name": "north", "public_key": keys["north"].public}], quorum=1
+    )
+    worker = worker_of(
+        single,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     initial = worker.model.initial_arrays()
     alone = Run(single, Registry.create(tmp_path / "alone", single), "run-1", initial)
     while not alone.done:
@@ -166,8 +194,13 @@ def test_copies_go_from_each_alone_to_one_for_all(keys: dict[str, Keys], tmp_pat
     apart = []
     for place, pull in enumerate((1e-9, 1.0, 8.0)):
         contract = with_last(
-            of_method("ffa", keys, privacy=PLAIN), personal="copies", proximal=pull,
-            head_rate=0.1, adapter_rate=0.1, rounds=6, local_steps=2,
+            of_method("ffa", keys, privacy=PLAIN),
+            personal="copies",
+            proximal=pull,
+            head_rate=0.1,
+            adapter_rate=0.1,
+            rounds=6,
+            local_steps=2,
         ).changed(aggregation={"average_from": 0.9})
         run, workers, _ = run_of(contract, tmp_path / str(place), keys)
         copies = [own_of(worker).tensors for worker in workers.values()]
@@ -175,8 +208,12 @@ def test_copies_go_from_each_alone_to_one_for_all(keys: dict[str, Keys], tmp_pat
         for name in copies[0]:
             mean = np.mean([copy[name] for copy in copies], axis=0)
             np.testing.assert_allclose(released[name], mean, atol=1e-5)
-        apart.append(sum(float(np.abs(copy["head.weight"] - released["head.weight"]).max())
-                         for copy in copies))
+        apart.append(
+            sum(
+                float(np.abs(copy["head.weight"] - released["head.weight"]).max())
+                for copy in copies
+            )
+        )
     assert apart[0] > 1.3 * apart[1] > 1.3 * 1.3 * apart[2] > 0
 
 
@@ -190,15 +227,23 @@ def test_what_stays_outlives_the_process_and_is_of_released_rounds(
     gone or changed on disk is refused before anything is charged."""
     contract = with_last(of_method("fedsa", keys), rounds=5)
     home = Keys.create(tmp_path / "keys")
-    contract = contract.changed(sites=[
-        {"name": site, "public_key": home.public if site == "north" else keys[site].public}
-        for site in SITES
-    ])
+    contract = contract.changed(
+        sites=[
+            {"name": site, "public_key": home.public if site == "north" else keys[site].public}
+            for site in SITES
+        ]
+    )
     Ledger.create(tmp_path / "state", home, "north")
 
     def started() -> Worker:
-        return worker_of(contract, "classification", "bert", tmp_path, "north",
-                         Ledger.open(tmp_path / "state", home))
+        return worker_of(
+            contract,
+            "classification",
+            "bert",
+            tmp_path,
+            "north",
+            Ledger.open(tmp_path / "state", home),
+        )
 
     worker, first = started(), contract.phases[0].rounds + 1
     start = tiny.moved(worker.model)
@@ -243,13 +288,20 @@ def test_a_plain_run_leaves_nothing(keys: dict[str, Keys], tmp_path: Path) -> No
 
 def controlled(keys: dict[str, Keys], control: str | None = "scaffold", **more: Any) -> Contract:
     contract = with_last(
-        of_method("ffa", keys, **more), control=control, local_steps=4, rounds=5, head_rate=0.3,
+        of_method("ffa", keys, **more),
+        control=control,
+        local_steps=4,
+        rounds=5,
+        head_rate=0.3,
         adapter_rate=0.1,
     )
     weights = {"north": 1.0, "south": 2.0, "east": 0.5}
-    return contract.changed(sites=[
-        {"name": site, "public_key": keys[site].public, "weight": weights[site]} for site in SITES
-    ])
+    return contract.changed(
+        sites=[
+            {"name": site, "public_key": keys[site].public, "weight": weights[site]}
+            for site in SITES
+        ]
+    )
 
 
 @pytest.mark.parametrize(("mode", "masked"), [("dp", False), ("dp", True), ("none", False)])
@@ -286,14 +338,26 @@ def test_scaffold_drifts_less(keys: dict[str, Keys], tmp_path: Path) -> None:
     come nearer to where many plain rounds of one step come."""
     ends = {}
     for name, control, steps, rounds, rate in (
-        ("goal", None, 1, 240, 1.0), ("plain", None, 8, 60, 0.5), ("scaffold", "scaffold", 8, 60,
-                                                                    0.5),
+        ("goal", None, 1, 240, 1.0),
+        ("plain", None, 8, 60, 0.5),
+        ("scaffold", "scaffold", 8, 60, 0.5),
     ):
         contract = tiny.contract_of("classification", "one-hot").changed(
-            privacy=PLAIN, quorum=3, aggregation={"momentum": 0.0, "average_from": 0.9},
+            privacy=PLAIN,
+            quorum=3,
+            aggregation={"momentum": 0.0, "average_from": 0.9},
             sites=[{"name": site, "public_key": keys[site].public} for site in SITES],
-            phases=[{"trains": "head", "rounds": rounds, "sampling_rate": 1.0, "budget": 1.0,
-                     "local_steps": steps, "head_rate": rate, "control": control}],
+            phases=[
+                {
+                    "trains": "head",
+                    "rounds": rounds,
+                    "sampling_rate": 1.0,
+                    "budget": 1.0,
+                    "local_steps": steps,
+                    "head_rate": rate,
+                    "control": control,
+                }
+            ],
         )
         adapter, _, _ = play(contract, "classification", "one-hot", tmp_path / name, keys)
         ends[name] = np.concatenate([a.ravel() for _, a in sorted(adapter.items())])
@@ -321,29 +385,40 @@ def test_corrections_begin_anew_after_a_round_without_some_site(
             registry = Registry.open(tmp_path / "run", contract)
             run = Run(contract, registry, "run-1", initial)
             assert run.restore() == first + 3
-    assert told[first - 1:] == [False, True, False, True, True]
+    assert told[first - 1 :] == [False, True, False, True, True]
 
 
 def test_a_server_may_send_all_mean_gradients_or_none(
     keys: dict[str, Keys], tmp_path: Path
 ) -> None:
     contract = controlled(keys, privacy=PLAIN)
-    worker = worker_of(contract, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+    worker = worker_of(
+        contract,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     start = tiny.moved(worker.model)
     number = contract.phases[0].rounds + 1
     names = [n for n in start if n.startswith("head.") or n.endswith("lora_B")]
     whole = {f"control.{name}": np.zeros_like(start[name]) for name in names}
-    for bad in (dict(list(whole.items())[1:]), whole | {"control.x": whole["control.head.bias"]},
-                whole | {"control.head.bias": np.full_like(start["head.bias"], np.nan)}):
+    for bad in (
+        dict(list(whole.items())[1:]),
+        whole | {"control.x": whole["control.head.bias"]},
+        whole | {"control.head.bias": np.full_like(start["head.bias"], np.nan)},
+    ):
         reply = ask(worker, number, start | bad).header
         assert isinstance(reply, Refusal)
         assert reply.code == "E502"
     assert not worker.ledger.charges
     assert isinstance(ask(worker, number, start | whole).header, Update)
     plain = contract.phases[0].rounds
-    assert isinstance(ask(worker, plain, {n: a for n, a in (start | whole).items()
-                                          if "head" in n}).header, Refusal)
+    assert isinstance(
+        ask(worker, plain, {n: a for n, a in (start | whole).items() if "head" in n}).header,
+        Refusal,
+    )
 
 
 # --- ranks -------------------------------------------------------------------------------------
@@ -353,8 +428,9 @@ def ranked(keys: dict[str, Keys], method: str = "ffa", **more: Any) -> Contract:
     ranks = {"north": 1, "south": None, "east": 3}
     return of_method(method, keys, **more).changed(
         adapter={"rank": 4, "alpha": 16.0},
-        sites=[{"name": site, "public_key": keys[site].public, "rank": ranks[site]}
-               for site in SITES],
+        sites=[
+            {"name": site, "public_key": keys[site].public, "rank": ranks[site]} for site in SITES
+        ],
     )
 
 
@@ -394,26 +470,43 @@ def test_sites_of_lower_rank_under_masks(keys: dict[str, Keys], tmp_path: Path) 
 # --- what cannot be ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "last", "more", "why"), [
-    ("ffa", {"personal": "copies"}, {}, "needs proximal"),
-    ("ffa", {"personal": "copies", "proximal": 0.1}, {"momentum": 0.9}, "plain mean"),
-    ("ffa", {"personal": "copies", "proximal": 0.1}, {"robust": {"rule": "median"}}, "plain mean"),
-    ("ffa", {"personal": "copies", "proximal": 0.1}, {"largest_norm": 1.0}, "plain mean"),
-    ("ffa", {"personal": "copies", "proximal": 0.1}, {"gate": {"metric": "auc", "most": 0.1}},
-     "plain mean"),
-    ("ffa", {"personal": "copies", "proximal": 0.5}, {}, "overshoot"),
-    ("ffa", {"proximal": 0.5, "local_steps": 2}, {}, "overshoot"),
-    ("ffa", {"personal": "copies", "proximal": 0.1, "adam": {}}, {}, "not the gradient"),
-    ("fedsvd", {"personal": "copies", "proximal": 0.1}, {}, "does not go with"),
-    ("fedavg", {"personal": "adapter"}, {}, "does not go with"),
-    ("fedsvd", {"control": "scaffold", "local_steps": 2}, {}, "does not go with"),
-    ("ffa", {"control": "scaffold", "local_steps": 2, "rounds": 1}, {}, "several rounds"),
-    ("ffa", {"control": "scaffold"}, {}, "several plain local steps"),
-    ("ffa", {"control": "scaffold", "local_steps": 2, "proximal": 0.1}, {}, "several plain"),
-    ("fedsa", {}, {"gate": {"metric": "auc", "most": 0.1}}, "no site's model"),
-    ("ffa", {"personal": "head"}, {"early_stop": {"metric": "auc"}}, "no site's model"),
-    ("ffa", {"control": "scaffold", "local_steps": 2}, {"robust": {"rule": "median"}}, "add up"),
-])
+@pytest.mark.parametrize(
+    ("method", "last", "more", "why"),
+    [
+        ("ffa", {"personal": "copies"}, {}, "needs proximal"),
+        ("ffa", {"personal": "copies", "proximal": 0.1}, {"momentum": 0.9}, "plain mean"),
+        (
+            "ffa",
+            {"personal": "copies", "proximal": 0.1},
+            {"robust": {"rule": "median"}},
+            "plain mean",
+        ),
+        ("ffa", {"personal": "copies", "proximal": 0.1}, {"largest_norm": 1.0}, "plain mean"),
+        (
+            "ffa",
+            {"personal": "copies", "proximal": 0.1},
+            {"gate": {"metric": "auc", "most": 0.1}},
+            "plain mean",
+        ),
+        ("ffa", {"personal": "copies", "proximal": 0.5}, {}, "overshoot"),
+        ("ffa", {"proximal": 0.5, "local_steps": 2}, {}, "overshoot"),
+        ("ffa", {"personal": "copies", "proximal": 0.1, "adam": {}}, {}, "not the gradient"),
+        ("fedsvd", {"personal": "copies", "proximal": 0.1}, {}, "does not go with"),
+        ("fedavg", {"personal": "adapter"}, {}, "does not go with"),
+        ("fedsvd", {"control": "scaffold", "local_steps": 2}, {}, "does not go with"),
+        ("ffa", {"control": "scaffold", "local_steps": 2, "rounds": 1}, {}, "several rounds"),
+        ("ffa", {"control": "scaffold"}, {}, "several plain local steps"),
+        ("ffa", {"control": "scaffold", "local_steps": 2, "proximal": 0.1}, {}, "several plain"),
+        ("fedsa", {}, {"gate": {"metric": "auc", "most": 0.1}}, "no site's model"),
+        ("ffa", {"personal": "head"}, {"early_stop": {"metric": "auc"}}, "no site's model"),
+        (
+            "ffa",
+            {"control": "scaffold", "local_steps": 2},
+            {"robust": {"rule": "median"}},
+            "add up",
+        ),
+    ],
+)
 def test_impossible_pairs(
     method: str, last: dict[str, Any], more: dict[str, Any], why: str, keys: dict[str, Keys]
 ) -> None:
@@ -427,8 +520,9 @@ def test_other_impossible_plans(keys: dict[str, Keys]) -> None:
     head = contract.model_dump(mode="json")["phases"][0]
     both = contract.model_dump(mode="json")["phases"][1]
     with pytest.raises(ContractError, match="last phase"):
-        contract.changed(phases=[both | {"personal": "head", "budget": 0.5},
-                                 both | {"budget": 0.5}])
+        contract.changed(
+            phases=[both | {"personal": "head", "budget": 0.5}, both | {"budget": 0.5}]
+        )
     with pytest.raises(ContractError, match="nothing to federate"):
         contract.changed(phases=[head | {"personal": "head", "budget": 1.0}], adapter=None)
     with pytest.raises(ContractError, match="not what this phase trains"):
@@ -440,10 +534,15 @@ def test_other_impossible_plans(keys: dict[str, Keys]) -> None:
         contract.changed(sites=sites, adapter=None, phases=[head | {"budget": 1.0}])
 
 
-@pytest.mark.parametrize(("method", "last", "more"), [
-    ("fedex", {}, {}), ("ffa", {}, {"robust": {"rule": "median"}}),
-    ("ffa", {"control": "scaffold", "local_steps": 2}, {}), ("ffa", {"personal": "head"}, {}),
-])
+@pytest.mark.parametrize(
+    ("method", "last", "more"),
+    [
+        ("fedex", {}, {}),
+        ("ffa", {}, {"robust": {"rule": "median"}}),
+        ("ffa", {"control": "scaffold", "local_steps": 2}, {}),
+        ("ffa", {"personal": "head"}, {}),
+    ],
+)
 def test_what_zeros_of_a_lower_rank_would_spoil(
     method: str, last: dict[str, Any], more: dict[str, Any], keys: dict[str, Keys]
 ) -> None:
@@ -463,8 +562,12 @@ def test_the_mean_of_copies_holds_when_a_site_is_missing(
 ) -> None:
     """A copy that has not moved counts in the mean as it is."""
     contract = with_last(
-        of_method("ffa", keys, privacy=PLAIN), personal="copies", proximal=1.0, head_rate=0.2,
-        adapter_rate=0.2, rounds=5,
+        of_method("ffa", keys, privacy=PLAIN),
+        personal="copies",
+        proximal=1.0,
+        head_rate=0.2,
+        adapter_rate=0.2,
+        rounds=5,
     ).changed(quorum=2, aggregation={"average_from": 0.9})
     workers = team(contract, "classification", "bert", tmp_path / "w", keys)
     handles: dict[str, Any] = {site: worker.handle for site, worker in workers.items()}
@@ -486,8 +589,14 @@ def test_a_request_that_asks_again_gets_the_same_bytes(
     """Also where what the round before left is gone, and the latest round counts, not the latest
     charge."""
     contract = of_method("fedsa", keys)
-    worker = worker_of(contract, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+    worker = worker_of(
+        contract,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     start, first = tiny.moved(worker.model), contract.phases[0].rounds + 1
 
     def asked(number: int, attempt: int = 1) -> bytes:

@@ -21,19 +21,72 @@ ENGLISH = EnglishNames(NAMES)
 ONE = Deidentifier(Deidentify(kinds=("person",)), bytes(32))
 
 BEFORE = (
-    "", "patient ", "Patient ", "Dr ", "dr. ", "mrs ", "MR ", "Seen: ", "I met ", "the ", "(", '"',
-    "On Monday ", "St ", "near ", "1. ", "- ", "Name: ", "患者", "\n", "with Dr. ", "Ward 7: ",
+    "",
+    "patient ",
+    "Patient ",
+    "Dr ",
+    "dr. ",
+    "mrs ",
+    "MR ",
+    "Seen: ",
+    "I met ",
+    "the ",
+    "(",
+    '"',
+    "On Monday ",
+    "St ",
+    "near ",
+    "1. ",
+    "- ",
+    "Name: ",
+    "患者",
+    "\n",
+    "with Dr. ",
+    "Ward 7: ",
     "re:",
 )
 AFTER = (
-    "", " attended clinic", " left hospital", " failed test", " disease", "'s syndrome",
+    "",
+    " attended clinic",
+    " left hospital",
+    " failed test",
+    " disease",
+    "'s syndrome",
     " Hospital",
-    " Road", " was seen", ", 64", ".", " ATTENDED CLINIC", " clinic", "'s sign", " and wife", "\n",
-    " (DOB 1950)", "; stable", " index", " Bank", " may go home", " will need review", ", MD",
+    " Road",
+    " was seen",
+    ", 64",
+    ".",
+    " ATTENDED CLINIC",
+    " clinic",
+    "'s sign",
+    " and wife",
+    "\n",
+    " (DOB 1950)",
+    "; stable",
+    " index",
+    " Bank",
+    " may go home",
+    " will need review",
+    ", MD",
     "今日",
 )
-MARKS = {"a": "áàâäãåą", "e": "éèêëęě", "i": "íìîïı", "o": "óòôöõøő", "u": "úùûüů", "c": "çćč",
-         "n": "ñńň", "s": "śšş", "z": "źżž", "l": "ł", "y": "ýÿ", "r": "ř", "g": "ğ", "d": "đď"}
+MARKS = {
+    "a": "áàâäãåą",
+    "e": "éèêëęě",
+    "i": "íìîïı",
+    "o": "óòôöõøő",
+    "u": "úùûüů",
+    "c": "çćč",
+    "n": "ñńň",
+    "s": "śšş",
+    "z": "źżž",
+    "l": "ł",
+    "y": "ýÿ",
+    "r": "ř",
+    "g": "ğ",
+    "d": "đď",
+}
 
 
 @st.composite
@@ -61,19 +114,26 @@ def left_of(text: str, name: str) -> str:
     text = text.replace("|", "")
     plain, places = simplified(text)
     covered = {
-        places[at] for found in ENGLISH.find(plain) if found.score >= Deidentify().least_score
+        places[at]
+        for found in ENGLISH.find(plain)
+        if found.score >= Deidentify().least_score
         for at in range(found.start, found.end)
     }
     return "".join(
-        text[place] for place in range(start, start + len(name))
+        text[place]
+        for place in range(start, start + len(name))
         if text[place].isalnum() and place not in covered
     )
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    marked(GIVEN), marked(FAMILY), st.sampled_from(STYLES), st.sampled_from(BEFORE),
-    st.sampled_from(AFTER), st.sampled_from([" ", " ", "  ", " Q. ", " J. R. ", " van der "]),
+    marked(GIVEN),
+    marked(FAMILY),
+    st.sampled_from(STYLES),
+    st.sampled_from(BEFORE),
+    st.sampled_from(AFTER),
+    st.sampled_from([" ", " ", "  ", " Q. ", " J. R. ", " van der "]),
 )
 @example("john", "smith", title, "", " attended clinic on Monday, tel 555-867-5309", " ")
 @example("mary", "jones", title, "", " left hospital, email mary@example.com", " ")
@@ -91,8 +151,12 @@ def test_a_listed_given_and_family_name_are_taken_whole(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    marked(FAMILY), marked(SURE), st.sampled_from(BEFORE), st.sampled_from(AFTER),
-    st.sampled_from([", ", ","]), st.sampled_from(["", " A.", " Q"]),
+    marked(FAMILY),
+    marked(SURE),
+    st.sampled_from(BEFORE),
+    st.sampled_from(AFTER),
+    st.sampled_from([", ", ","]),
+    st.sampled_from(["", " A.", " Q"]),
 )
 @example("o'brien" if "obrien" in FAMILY else "smith", "mary", "", " attended clinic", ", ", "")
 def test_family_comma_given_is_taken_whole(
@@ -104,8 +168,10 @@ def test_family_comma_given_is_taken_whole(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    marked(OWN_FAMILY), st.sampled_from(["J. ", "J.R. ", "J. R. ", "A.", "Z. "]),
-    st.sampled_from([title, str.upper]), st.sampled_from(AFTER),
+    marked(OWN_FAMILY),
+    st.sampled_from(["J. ", "J.R. ", "J. R. ", "A.", "Z. "]),
+    st.sampled_from([title, str.upper]),
+    st.sampled_from(AFTER),
 )
 def test_initials_and_a_listed_family_name_are_taken_whole(
     family: str, initials: str, style: object, after: str
@@ -118,7 +184,9 @@ def test_initials_and_a_listed_family_name_are_taken_whole(
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["dr ", "dr. ", "Dr. ", "mrs ", "Mrs. ", "MR ", "Prof ", "miss "]),
-    st.lists(marked(SURE), max_size=3), marked(FAMILY), st.sampled_from(STYLES),
+    st.lists(marked(SURE), max_size=3),
+    marked(FAMILY),
+    st.sampled_from(STYLES),
     st.sampled_from(AFTER),
 )
 @example("Dr ", ["mary", "anne", "elizabeth"], "smith", title, " came")
@@ -133,85 +201,114 @@ def test_all_names_behind_a_title_are_taken(
     assert left_of(f"{title_of}|{name}{after}", name) == ""
 
 
-@pytest.mark.parametrize(("text", "cleaned"), [
-    ("John Smith attended clinic on Monday", "<PERSON> attended clinic on Monday"),
-    ("Mary Jones left hospital, email mary@example.com", "<PERSON> left hospital, email "
-     "<PERSON>@example.com"),
-    ("dr. patel called; mrs jones will return", "dr. <PERSON> called; mrs <PERSON> will return"),
-    ("JOHN SMITH FAILED TEST", "<PERSON> FAILED TEST"),
-    ("patient john smith left hospital", "patient <PERSON> left hospital"),
-    ("Dr Mary Anne Elizabeth Smith came", "Dr <PERSON> came"),
-    ("John West and Mary Ward called", "<PERSON> and <PERSON> called"),
-    ("SMITH, John and O'BRIEN, Mary", "<PERSON> and <PERSON>"),
-    ("J. Smith and J.R. Patel were seen", "<PERSON> and <PERSON> were seen"),
-    ("Drs Patel and Jones agreed", "Drs <PERSON> and <PERSON> agreed"),
-    ("name: okonjo chidiebere dob: 5", "name: <PERSON> dob: 5"),
-    ("Seen with Will F. Xyzzyk today.", "Seen with <PERSON> today."),
-    ("letter to John\nSmith today", "letter to <PERSON> today"),
-    ("scan_John_Smith_2.pdf", "scan_<PERSON>_2.pdf"),
-    ("患者John Smith今日入院", "患者<PERSON>今日入院"),
-    ("the clerk smiled; xanthe petrov left", "the clerk smiled; <PERSON> left"),
-])
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("John Smith attended clinic on Monday", "<PERSON> attended clinic on Monday"),
+        (
+            "Mary Jones left hospital, email mary@example.com",
+            "<PERSON> left hospital, email <PERSON>@example.com",
+        ),
+        (
+            "dr. patel called; mrs jones will return",
+            "dr. <PERSON> called; mrs <PERSON> will return",
+        ),
+        ("JOHN SMITH FAILED TEST", "<PERSON> FAILED TEST"),
+        ("patient john smith left hospital", "patient <PERSON> left hospital"),
+        ("Dr Mary Anne Elizabeth Smith came", "Dr <PERSON> came"),
+        ("John West and Mary Ward called", "<PERSON> and <PERSON> called"),
+        ("SMITH, John and O'BRIEN, Mary", "<PERSON> and <PERSON>"),
+        ("J. Smith and J.R. Patel were seen", "<PERSON> and <PERSON> were seen"),
+        ("Drs Patel and Jones agreed", "Drs <PERSON> and <PERSON> agreed"),
+        ("name: okonjo chidiebere dob: 5", "name: <PERSON> dob: 5"),
+        ("Seen with Will F. Xyzzyk today.", "Seen with <PERSON> today."),
+        ("letter to John\nSmith today", "letter to <PERSON> today"),
+        ("scan_John_Smith_2.pdf", "scan_<PERSON>_2.pdf"),
+        ("患者John Smith今日入院", "患者<PERSON>今日入院"),
+        ("the clerk smiled; xanthe petrov left", "the clerk smiled; <PERSON> left"),
+    ],
+)
 def test_names_in_their_sentences(text: str, cleaned: str) -> None:
     assert ONE.clean(text).text == cleaned
 
 
-@pytest.mark.parametrize(("text", "cleaned"), [
-    ("Handover to Grace at ten. Grace said so.", "Handover to <PERSON> at ten. <PERSON> said so."),
-    ("Seen with Xanthe Ozturk; Ozturk agrees.", "Seen with <PERSON>; <PERSON> agrees."),
-    ("Escort needed for Schmidt and Petrov from bay C", "Escort needed for <PERSON> and "
-     "<PERSON> from bay C"),
-    ("Attendees: Farah, Piotr and L. Nakagawa.", "Attendees: <PERSON> and <PERSON>."),
-    ("[chat] Marek: it crashes\n[chat] agent Sunny: which one?", "[chat] <PERSON>: it crashes\n"
-     "[chat] agent <PERSON>: which one?"),
-    ("Hi team, Chase from the bank", "Hi team, <PERSON> from the bank"),
-    ("i dont use mail. zhang weiqi", "i dont use mail. <PERSON>"),
-    ("Kind regards\n\nSven-Erik Håkansson\nHead of IT", "Kind regards\n\n<PERSON>\nHead of IT"),
-    ("landlord Þórður Ásgeirsson returned it", "landlord <PERSON> returned it"),
-    ("failed for ABDULLAHI, Musa. Passport", "failed for <PERSON>. Passport"),
-    ("Passengers: KIM/MINJUN MR", "Passengers: <PERSON>"),
-    ("From: Eun-ji Baek <x@example.com>", "From: <PERSON> <x@example.com>"),
-    ("Witness Summer gave a number", "Witness <PERSON> gave a number"),
-    ("the nanny, Consuelo, left", "the nanny, <PERSON>, left"),
-    ("外派名单:Nguyễn Hoàng Nam、Mehmet Öztürk", "外派名单:<PERSON>、<PERSON>"),
-    ("我是Grace,朋友Hiroshi推荐", "我是<PERSON>,朋友<PERSON>推荐"),
-    ("夜班:3床仇玉兰血压偏高,已报告单医生;5床高峰术后",
-     "夜班:3床<PERSON>血压偏高,已报告<PERSON>医生;5床<PERSON>术后"),
-    ("病人自述姓万,不愿透露", "病人自述姓<PERSON>,不愿透露"),
-    ("驾驶员路遥,签收人管理。门卫劳师傅", "驾驶员<PERSON>,签收人<PERSON>。门卫<PERSON>师傅"),
-    ("[群聊] 童谣:谁有郝老师电话", "[群聊] <PERSON>:谁有<PERSON>老师电话"),
-    ("助手甘草、黄芩,器械护士杜仲明。", "助手<PERSON>、<PERSON>,器械护士<PERSON>。"),
-    ("收养人:李雷、韩梅梅夫妇,李雷签字", "收养人:<PERSON>、<PERSON>夫妇,<PERSON>签字"),
-    ("审批人龚总。护士给老刘换药", "审批人<PERSON>总。护士给<PERSON>换药"),
-])
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        (
+            "Handover to Grace at ten. Grace said so.",
+            "Handover to <PERSON> at ten. <PERSON> said so.",
+        ),
+        ("Seen with Xanthe Ozturk; Ozturk agrees.", "Seen with <PERSON>; <PERSON> agrees."),
+        (
+            "Escort needed for Schmidt and Petrov from bay C",
+            "Escort needed for <PERSON> and <PERSON> from bay C",
+        ),
+        ("Attendees: Farah, Piotr and L. Nakagawa.", "Attendees: <PERSON> and <PERSON>."),
+        (
+            "[chat] Marek: it crashes\n[chat] agent Sunny: which one?",
+            "[chat] <PERSON>: it crashes\n[chat] agent <PERSON>: which one?",
+        ),
+        ("Hi team, Chase from the bank", "Hi team, <PERSON> from the bank"),
+        ("i dont use mail. zhang weiqi", "i dont use mail. <PERSON>"),
+        ("Kind regards\n\nSven-Erik Håkansson\nHead of IT", "Kind regards\n\n<PERSON>\nHead of IT"),
+        ("landlord Þórður Ásgeirsson returned it", "landlord <PERSON> returned it"),
+        ("failed for ABDULLAHI, Musa. Passport", "failed for <PERSON>. Passport"),
+        ("Passengers: KIM/MINJUN MR", "Passengers: <PERSON>"),
+        ("From: Eun-ji Baek <x@example.com>", "From: <PERSON> <x@example.com>"),
+        ("Witness Summer gave a number", "Witness <PERSON> gave a number"),
+        ("the nanny, Consuelo, left", "the nanny, <PERSON>, left"),
+        ("外派名单:Nguyễn Hoàng Nam、Mehmet Öztürk", "外派名单:<PERSON>、<PERSON>"),
+        ("我是Grace,朋友Hiroshi推荐", "我是<PERSON>,朋友<PERSON>推荐"),
+        (
+            "夜班:3床仇玉兰血压偏高,已报告单医生;5床高峰术后",
+            "夜班:3床<PERSON>血压偏高,已报告<PERSON>医生;5床<PERSON>术后",
+        ),
+        ("病人自述姓万,不愿透露", "病人自述姓<PERSON>,不愿透露"),
+        ("驾驶员路遥,签收人管理。门卫劳师傅", "驾驶员<PERSON>,签收人<PERSON>。门卫<PERSON>师傅"),
+        ("[群聊] 童谣:谁有郝老师电话", "[群聊] <PERSON>:谁有<PERSON>老师电话"),
+        ("助手甘草、黄芩,器械护士杜仲明。", "助手<PERSON>、<PERSON>,器械护士<PERSON>。"),
+        ("收养人:李雷、韩梅梅夫妇,李雷签字", "收养人:<PERSON>、<PERSON>夫妇,<PERSON>签字"),
+        ("审批人龚总。护士给老刘换药", "审批人<PERSON>总。护士给<PERSON>换药"),
+    ],
+)
 def test_names_by_roles_lists_and_places_in_the_text(text: str, cleaned: str) -> None:
     assert ONE.clean(text).text == cleaned
 
 
-@pytest.mark.parametrize("text", [
-    "He travelled to Paris and Boston; a Nissen fundoplication, Child-Pugh B.",
-    "Beneficiary IBAN: none. They aren't sure.",
-    "于周一再次出现恶心,由安全科管理,全身情况可,治疗时间长。",
-    "ANA positive, ALI excluded, MS clinic, MR angiography, DR TB",
-    "Hepatitis B. Long term follow-up; Vitamin D low; plan B. Rest.",
-    "All day the stool was brown, will repeat; pain since may, will review.",
-    "He may have a long, hard cough and will rest. Mark the site. Bill us.",
-    "Wilson disease, Graves' disease, Bell palsy, a Thomas splint",
-    "I.V. Lasix, P.O. Metoprolol and E. coli; S. aureus grew.",
-    "Drug name: Metoprolol. Test name: Troponin. Hospital name: General.",
-    "May cause drowsiness. Will need review in May. Grace period. Rose petals.",
-    "HISTORY OF PRESENT ILLNESS: PAIN ALL DAY, WILL REVIEW",
-    "Dear Colleague, Dear Sir or Madam, thank you.",
-    "the doctor said; the nurse will call; sister on the ward",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "He travelled to Paris and Boston; a Nissen fundoplication, Child-Pugh B.",
+        "Beneficiary IBAN: none. They aren't sure.",
+        "于周一再次出现恶心,由安全科管理,全身情况可,治疗时间长。",
+        "ANA positive, ALI excluded, MS clinic, MR angiography, DR TB",
+        "Hepatitis B. Long term follow-up; Vitamin D low; plan B. Rest.",
+        "All day the stool was brown, will repeat; pain since may, will review.",
+        "He may have a long, hard cough and will rest. Mark the site. Bill us.",
+        "Wilson disease, Graves' disease, Bell palsy, a Thomas splint",
+        "I.V. Lasix, P.O. Metoprolol and E. coli; S. aureus grew.",
+        "Drug name: Metoprolol. Test name: Troponin. Hospital name: General.",
+        "May cause drowsiness. Will need review in May. Grace period. Rose petals.",
+        "HISTORY OF PRESENT ILLNESS: PAIN ALL DAY, WILL REVIEW",
+        "Dear Colleague, Dear Sir or Madam, thank you.",
+        "the doctor said; the nurse will call; sister on the ward",
+    ],
+)
 def test_words_that_look_like_names_are_left(text: str) -> None:
     assert ONE.clean(text).text == text
 
 
 def test_names_are_compared_without_marks() -> None:
     pairs = {
-        "Łukasz": "lukasz", "O'Brien": "obrien", "Şükrü": "sukru", "Sørensen": "sorensen",
-        "Nguyễn": "nguyen", "Jose\u0301": "jose", "Đorđević": "dordevic", "Weiß": "weiss",
+        "Łukasz": "lukasz",
+        "O'Brien": "obrien",
+        "Şükrü": "sukru",
+        "Sørensen": "sorensen",
+        "Nguyễn": "nguyen",
+        "Jose\u0301": "jose",
+        "Đorđević": "dordevic",
+        "Weiß": "weiss",
     }
     assert {name: folded(name) for name in pairs} == pairs
 

@@ -67,34 +67,50 @@ def test_a_policy_is_read_and_its_paths_start_at_its_folder(tmp_path: Path) -> N
     assert found.permits.min_sites == found.permits.min_quorum == 2
 
 
-@pytest.mark.parametrize(("line", "instead", "told"), [
-    ("epsilon = 8.0", f"epsilon = {value}", "budgets.record.epsilon")
-    for value in ("nan", "-1.0", "0.0", "-0.0", "inf", "-inf", "1e300", "100.5", '"8"', "true",
-                  "[8.0]")
-] + [
-    ("delta = 1e-4", f"delta = {value}", "budgets.record.delta")
-    for value in ("nan", "-1e-4", "0.0", "inf", "0.5", "1.0", "0.01", '"1e-4"', "false")
-] + [
-    ("epsilon = 8.0", "epsilon = 8.0\nepsilom = 9.0", "Unknown key 'budgets.record.epsilom'"),
-    ("epsilon = 8.0", "", "Key 'budgets.record.epsilon' is missing"),
-    ("min_records = 3", "min_records = 3.5", "permits.min_records"),
-    ("min_records = 3", "min_records = 0", "permits.min_records"),
-    ("min_records = 3", "min_record = 3", "Did you mean 'min_records'"),
-    ("min_records = 3", "max_clip_norm = nan", "permits.max_clip_norm"),
-    ("min_records = 3", "max_clip_norm = inf", "permits.max_clip_norm"),
-    ("min_records = 3", "max_clip_norm = 0.0", "permits.max_clip_norm"),
-    ("min_records = 3", "min_sites = -1", "permits.min_sites"),
-    ("min_records = 3", 'repeat = "keep"', "Unknown key 'permits.repeat'"),
-    ('metrics = ["loss"]', 'metrics = ["labels"]', "permits.metrics.1"),
-    ('metrics = ["loss"]', 'metrics = "loss"', "permits.metrics"),
-    (f'["{"a" * 64}"]', f'["{"A" * 64}"]', "permits.contracts.1"),
-    (f'["{"a" * 64}"]', f'["{"a" * 63}"]', "permits.contracts.1"),
-    ('key = ["patient"]', 'key = "patient"', "data.key"),
-    ('key = ["patient"]', 'repeated = "ignore"', "data.repeated"),
-    ('name = "north"', 'name = "../north"', "'name'"),
-    (".org:8000", ".org", "server.address"),
-    ("[server]", "[serve]", "Unknown key 'serve'"),
-])
+@pytest.mark.parametrize(
+    ("line", "instead", "told"),
+    [
+        ("epsilon = 8.0", f"epsilon = {value}", "budgets.record.epsilon")
+        for value in (
+            "nan",
+            "-1.0",
+            "0.0",
+            "-0.0",
+            "inf",
+            "-inf",
+            "1e300",
+            "100.5",
+            '"8"',
+            "true",
+            "[8.0]",
+        )
+    ]
+    + [
+        ("delta = 1e-4", f"delta = {value}", "budgets.record.delta")
+        for value in ("nan", "-1e-4", "0.0", "inf", "0.5", "1.0", "0.01", '"1e-4"', "false")
+    ]
+    + [
+        ("epsilon = 8.0", "epsilon = 8.0\nepsilom = 9.0", "Unknown key 'budgets.record.epsilom'"),
+        ("epsilon = 8.0", "", "Key 'budgets.record.epsilon' is missing"),
+        ("min_records = 3", "min_records = 3.5", "permits.min_records"),
+        ("min_records = 3", "min_records = 0", "permits.min_records"),
+        ("min_records = 3", "min_record = 3", "Did you mean 'min_records'"),
+        ("min_records = 3", "max_clip_norm = nan", "permits.max_clip_norm"),
+        ("min_records = 3", "max_clip_norm = inf", "permits.max_clip_norm"),
+        ("min_records = 3", "max_clip_norm = 0.0", "permits.max_clip_norm"),
+        ("min_records = 3", "min_sites = -1", "permits.min_sites"),
+        ("min_records = 3", 'repeat = "keep"', "Unknown key 'permits.repeat'"),
+        ('metrics = ["loss"]', 'metrics = ["labels"]', "permits.metrics.1"),
+        ('metrics = ["loss"]', 'metrics = "loss"', "permits.metrics"),
+        (f'["{"a" * 64}"]', f'["{"A" * 64}"]', "permits.contracts.1"),
+        (f'["{"a" * 64}"]', f'["{"a" * 63}"]', "permits.contracts.1"),
+        ('key = ["patient"]', 'key = "patient"', "data.key"),
+        ('key = ["patient"]', 'repeated = "ignore"', "data.repeated"),
+        ('name = "north"', 'name = "../north"', "'name'"),
+        (".org:8000", ".org", "server.address"),
+        ("[server]", "[serve]", "Unknown key 'serve'"),
+    ],
+)
 def test_what_a_policy_must_not_say_is_told_in_one_sentence_with_its_line(
     tmp_path: Path, line: str, instead: str, told: str
 ) -> None:
@@ -167,10 +183,16 @@ def test_the_permitted_contract_is_not_refused(policy: Policy, table_contract: C
     assert policy.refusals(table_contract) == []
 
 
-@pytest.mark.parametrize("change", [
-    {"privacy": {"delta": 1.1e-4}}, {"privacy": {"epsilon": 7.0}}, {"quorum": 1},
-    {"name": "small2"}, {"deadline_seconds": 601.0},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"privacy": {"delta": 1.1e-4}},
+        {"privacy": {"epsilon": 7.0}},
+        {"quorum": 1},
+        {"name": "small2"},
+        {"deadline_seconds": 601.0},
+    ],
+)
 def test_a_contract_of_another_hash_is_refused(
     policy: Policy, table_contract: Contract, change: dict[str, Any]
 ) -> None:
@@ -181,20 +203,26 @@ def test_a_contract_of_another_hash_is_refused(
 RELEASES = [{"metric": "loss", "share": 0.1}, {"metric": "accuracy", "share": 0.1}]
 
 
-@pytest.mark.parametrize(("change", "permits", "code"), [
-    ({"privacy": {"clip_norm": 1.01}}, {}, "E205"),
-    ({"privacy": {"delta": 1.01e-4}}, {}, "E205"),
-    ({}, {"tasks": ("regression",)}, "E205"),
-    ({}, {"min_sites": 3}, "E205"),
-    ({"quorum": 1}, {"min_quorum": 2}, "E205"),
-    ({"privacy": {"mode": "none"}}, {}, "E203"),
-    ({"releases": RELEASES[:1]}, {}, "E206"),
-    ({"releases": RELEASES}, {"metrics": ("loss",)}, "E206"),
-    ({"sites": [{"name": "south"}, {"name": "east"}]}, {}, "E201"),
-    ({"sites": [{"name": "North"}, {"name": "south"}]}, {}, "E201"),
-])
+@pytest.mark.parametrize(
+    ("change", "permits", "code"),
+    [
+        ({"privacy": {"clip_norm": 1.01}}, {}, "E205"),
+        ({"privacy": {"delta": 1.01e-4}}, {}, "E205"),
+        ({}, {"tasks": ("regression",)}, "E205"),
+        ({}, {"min_sites": 3}, "E205"),
+        ({"quorum": 1}, {"min_quorum": 2}, "E205"),
+        ({"privacy": {"mode": "none"}}, {}, "E203"),
+        ({"releases": RELEASES[:1]}, {}, "E206"),
+        ({"releases": RELEASES}, {"metrics": ("loss",)}, "E206"),
+        ({"sites": [{"name": "south"}, {"name": "east"}]}, {}, "E201"),
+        ({"sites": [{"name": "North"}, {"name": "south"}]}, {}, "E201"),
+    ],
+)
 def test_each_reason_is_a_refusal_by_itself(
-    policy: Policy, table_contract: Contract, change: dict[str, Any], permits: dict[str, Any],
+    policy: Policy,
+    table_contract: Contract,
+    change: dict[str, Any],
+    permits: dict[str, Any],
     code: str,
 ) -> None:
     contract = table_contract.changed(**change)
@@ -220,8 +248,10 @@ def test_a_model_is_known_by_its_hash(policy: Policy, lora_contract: Contract) -
 
 def test_all_reasons_are_told_at_once(policy: Policy, table_contract: Contract) -> None:
     contract = table_contract.changed(
-        privacy={"mode": "none", "clip_norm": 5.0, "delta": 1e-3}, releases=RELEASES,
-        sites=[{"name": "west"}], quorum=1,
+        privacy={"mode": "none", "clip_norm": 5.0, "delta": 1e-3},
+        releases=RELEASES,
+        sites=[{"name": "west"}],
+        quorum=1,
     )
     found = codes(with_permits(policy, min_quorum=2, min_sites=2), contract)
     assert sorted(found) == ["E201"] * 2 + ["E203"] + ["E205"] * 4 + ["E206"] * 2
@@ -334,22 +364,23 @@ def test_an_unsigned_policy_is_refused(home: Home) -> None:
         home.refuses("is not signed")
 
 
-@pytest.mark.parametrize("edit", [
-    lambda text: text.replace("8.0", "80.0"), lambda text: text + "\n",
-    lambda text: text.replace("north", "north "), lambda text: text + "# nothing",
-])
-def test_a_policy_edited_after_signing_is_refused(
-    home: Home, edit: Callable[[str], str]
-) -> None:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace("8.0", "80.0"),
+        lambda text: text + "\n",
+        lambda text: text.replace("north", "north "),
+        lambda text: text + "# nothing",
+    ],
+)
+def test_a_policy_edited_after_signing_is_refused(home: Home, edit: Callable[[str], str]) -> None:
     home.sign()
     written(home.config, edit(TEXT))
     home.refuses("has changed since its owner signed it")
 
 
 @pytest.mark.parametrize("adopted", [False, True])
-def test_an_edit_with_its_own_digest_in_the_signature_is_refused(
-    home: Home, adopted: bool
-) -> None:
+def test_an_edit_with_its_own_digest_in_the_signature_is_refused(home: Home, adopted: bool) -> None:
     home.sign()
     if adopted:
         home.adopt()
@@ -461,7 +492,8 @@ def of_sites(contract: Contract, sites: int, **changes: Any) -> Contract:
     names = ("north", "south", "east", "west", "centre")[:sites]
     return contract.changed(
         sites=[{"name": n, "public_key": str(at) * 64} for at, n in enumerate(names)],
-        quorum=sites, **changes,
+        quorum=sites,
+        **changes,
     )
 
 
@@ -469,16 +501,22 @@ ROBUST = {"robust": {"rule": "median"}}
 MASKED: dict[str, Any] = {"secure_aggregation": {}}
 
 
-@pytest.mark.parametrize(("sites", "changes", "refused_by"), [
-    (2, {}, ["true"]),
-    (3, {}, ["true", "auto"]),
-    (5, {}, ["true", "auto"]),
-    (3, {"aggregation": ROBUST}, ["true"]),
-    (3, MASKED, []),
-    (5, MASKED, []),
-])
+@pytest.mark.parametrize(
+    ("sites", "changes", "refused_by"),
+    [
+        (2, {}, ["true"]),
+        (3, {}, ["true", "auto"]),
+        (5, {}, ["true", "auto"]),
+        (3, {"aggregation": ROBUST}, ["true"]),
+        (3, MASKED, []),
+        (5, MASKED, []),
+    ],
+)
 def test_a_contract_without_masks_is_refused_where_it_could_have_them(
-    policy: Policy, table_contract: Contract, sites: int, changes: dict[str, Any],
+    policy: Policy,
+    table_contract: Contract,
+    sites: int,
+    changes: dict[str, Any],
     refused_by: list[str],
 ) -> None:
     contract = of_sites(table_contract, sites, **changes)
@@ -527,16 +565,25 @@ def test_another_word_about_masks_is_refused_with_those_that_may_stand(
     assert "/site.toml:" in problem
 
 
-@pytest.mark.parametrize(("value", "allowed"), [
-    ("0", True), ("20", True), ("1000000", True), ("-1", False), ("1000001", False),
-    ("1.5", False), ("true", False), ('"auto"', False),
-])
+@pytest.mark.parametrize(
+    ("value", "allowed"),
+    [
+        ("0", True),
+        ("20", True),
+        ("1000000", True),
+        ("-1", False),
+        ("1000001", False),
+        ("1.5", False),
+        ("true", False),
+        ('"auto"', False),
+    ],
+)
 def test_how_often_the_set_of_sites_may_change_is_a_whole_number(
     tmp_path: Path, value: str, allowed: bool
 ) -> None:
-    path = written(tmp_path / "site.toml", TEXT.replace(
-        "min_records = 3", f"set_changes = {value}"
-    ))
+    path = written(
+        tmp_path / "site.toml", TEXT.replace("min_records = 3", f"set_changes = {value}")
+    )
     if allowed:
         assert policies.load(path).permits.set_changes == int(value)
     else:

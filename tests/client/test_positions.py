@@ -40,17 +40,21 @@ def wide(contract: Contract, columns: int, choices: int, labels: int) -> Contrac
     values = {f"v{k}": f"w{k}" for k in range(choices)}
     return contract.changed(
         task={"labels": [{"name": f"l{k}", "values": [str(k)]} for k in range(labels)]},
-        input={"columns": [
-            {"kind": "category", "name": f"c{j}", "phrase": f"c{j}", "values": values}
-            for j in range(columns)
-        ]},
+        input={
+            "columns": [
+                {"kind": "category", "name": f"c{j}", "phrase": f"c{j}", "values": values}
+                for j in range(columns)
+            ]
+        },
     )
 
 
 def model_of(contract: Contract, engine: str) -> OneHot:
     assert isinstance(contract.input, TableInput)
     return OneHot(
-        contract.model, contract.input, contract.task,  # type: ignore[arg-type]
+        contract.model,
+        contract.input,
+        contract.task,  # type: ignore[arg-type]
         Performance.model_validate({"gradients": engine}),
     )
 
@@ -59,8 +63,11 @@ def clipped_sum(model: OneHot, encoded: Encoded, labels: Tensor, index: Tensor) 
     """In units of the clip norm 1."""
     parameters = list(model.head.parameters())
     optimizer = CryptoNoiseOptimizer(
-        torch.optim.SGD(parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-9,
-        clip_norm=1.0, divisor=1.0,
+        torch.optim.SGD(parameters, lr=1.0),
+        source=Silent(site="a"),
+        noise_multiplier=1e-9,
+        clip_norm=1.0,
+        divisor=1.0,
     )
 
     def losses(rows: Tensor) -> Tensor:
@@ -70,9 +77,7 @@ def clipped_sum(model: OneHot, encoded: Encoded, labels: Tensor, index: Tensor) 
     groups = of_records(len(labels)).groups(
         index, lambda rows: model.micro_batches(encoded, rows, adapter=False)
     )
-    private_gradient(
-        [model.head], optimizer, groups, losses, gradients=model.performance.gradients
-    )
+    private_gradient([model.head], optimizer, groups, losses, gradients=model.performance.gradients)
     return torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
 
 
@@ -91,8 +96,12 @@ def hostile(model: OneHot, pool: Encoded, columns: int) -> list[int]:
         row = np.zeros(model.head.in_features, dtype=np.float32)
         row[: columns * choices] = np.repeat(v, choices)
         signs = np.array([[1], *[[-1]] * (model.head.out_features - 1)])
-        model.load({"head.weight": (signs * row).astype(np.float32),
-                    "head.bias": np.zeros(model.head.out_features, dtype=np.float32)})
+        model.load(
+            {
+                "head.weight": (signs * row).astype(np.float32),
+                "head.bias": np.zeros(model.head.out_features, dtype=np.float32),
+            }
+        )
         with torch.no_grad():
             logits = torch.cat([model(pool, part, adapter=False) for part in at.split(4096)])
         p = logits.double().softmax(1)[:, 0].view(len(pool), 16).T

@@ -79,8 +79,16 @@ def test_spaces_are_trimmed_unless_the_owner_says_no(table_contract: Contract) -
         assert found.table.rows[0] == (2, kept)
 
 
-BAD = [["71", "yes", "1"], [CANARY, "often", "1"], ["71", "yes", "1"], ["20", "no", " "],
-       ["20", "no", "7"], ["20", "no"], ["-3", "no", "0"], ["nan", "no", "0"]]
+BAD = [
+    ["71", "yes", "1"],
+    [CANARY, "often", "1"],
+    ["71", "yes", "1"],
+    ["20", "no", " "],
+    ["20", "no", "7"],
+    ["20", "no"],
+    ["-3", "no", "0"],
+    ["nan", "no", "0"],
+]
 
 
 def test_every_problem_is_told_at_once(bounded: Contract) -> None:
@@ -103,14 +111,19 @@ def test_what_the_owner_rules(bounded: Contract) -> None:
     found = prepare(table(*rows), bounded, CLEAN, ())
     assert not found.refused
     assert [row for _, row in found.table.rows] == [
-        ["71", "yes", "1"], ["", "", "1"], ["-3", "no", "0"], ["nan", "no", "0"],
+        ["71", "yes", "1"],
+        ["", "", "1"],
+        ["-3", "no", "0"],
+        ["nan", "no", "0"],
     ]
     assert found.left_out == {"column 'outcome' is empty": 1, "rows repeat an earlier one": 1}
     records.parse(found.table, bounded)  # what is prepared is what the worker accepts
 
 
-@pytest.mark.parametrize("rules", [Prepare(outside="missing"), Prepare(missing_target="drop"),
-                                   Prepare(duplicates="drop")])
+@pytest.mark.parametrize(
+    "rules",
+    [Prepare(outside="missing"), Prepare(missing_target="drop"), Prepare(duplicates="drop")],
+)
 def test_a_rule_does_nothing_else(bounded: Contract, rules: Prepare) -> None:
     found = told(prepare(table(*BAD), bounded, rules, ()))
     done = {what: done for what, (done, _) in found.items()}
@@ -125,8 +138,12 @@ def test_a_rule_does_nothing_else(bounded: Contract, rules: Prepare) -> None:
 
 
 def test_copies_differ_in_their_numbers_only(table_contract: Contract) -> None:
-    rows = table(["1", "71", "yes", "1"], ["2", "71.0", " yes", "1"], ["3", "71", "yes", "0"],
-                 header=["n", *HEADER])
+    rows = table(
+        ["1", "71", "yes", "1"],
+        ["2", "71.0", " yes", "1"],
+        ["3", "71", "yes", "0"],
+        header=["n", *HEADER],
+    )
     found = prepare(rows, table_contract, Prepare(duplicates="drop"), ())
     assert [line for line, _ in found.table.rows] == [2, 4]
     # With the number as the key these are two people.
@@ -136,8 +153,12 @@ def test_copies_differ_in_their_numbers_only(table_contract: Contract) -> None:
 
 def test_what_is_prepared_has_no_copies_left(table_contract: Contract) -> None:
     """A row twice with its number makes the number no number; without the copy it is one again."""
-    rows = table(["1", "71", "yes", "1"], ["1", "71", "yes", "1"], ["2", "71", "yes", "1"],
-                 header=["n", *HEADER])
+    rows = table(
+        ["1", "71", "yes", "1"],
+        ["1", "71", "yes", "1"],
+        ["2", "71", "yes", "1"],
+        header=["n", *HEADER],
+    )
     found = prepare(rows, table_contract, Prepare(duplicates="drop"), ())
     assert [line for line, _ in found.table.rows] == [2]
     assert told(found)["rows repeat an earlier one"][1] == "rows 3, 4"
@@ -184,11 +205,14 @@ def test_a_header_that_does_not_fit_stops_at_once(table_contract: Contract) -> N
 def test_a_regressions_target_beyond_its_bounds(table_contract: Contract) -> None:
     task = {"kind": "regression", "label_column": "outcome", "lowest": 0, "highest": 100}
     contract = changed(table_contract, task=task)
-    found = prepare(table(["71", "yes", "250"], ["71", "no", "x"], ["71", "no", "50"]),
-                    contract, Prepare(), ())
+    found = prepare(
+        table(["71", "yes", "250"], ["71", "no", "x"], ["71", "no", "50"]), contract, Prepare(), ()
+    )
     assert told(found) == {
-        "column 'outcome' is not within 0 to 100: counts as the bound": ("left as they are",
-                                                                         "row 2"),
+        "column 'outcome' is not within 0 to 100: counts as the bound": (
+            "left as they are",
+            "row 2",
+        ),
         "column 'outcome' allows 0 to 100": ("refused", "row 3"),
     }
     targets = counts.count(found.table, contract, None).targets
@@ -199,11 +223,17 @@ def test_a_regressions_target_beyond_its_bounds(table_contract: Contract) -> Non
 def test_tags_and_words(table_contract: Contract) -> None:
     encoder = {"kind": "encoder", "name": "m", "sha256": "0" * 64, "max_tokens": 32}
     contract = changed(
-        table_contract, input={"kind": "text", "column": "note"}, model=encoder,
+        table_contract,
+        input={"kind": "text", "column": "note"},
+        model=encoder,
         task={"kind": "tokens", "label_column": "tags", "entities": ["drug"]},
     )
-    rows = table(["takes aspirin", "O B-drug"], [f"takes {CANARY} now", "O B-drug"], ["a", "X"],
-                 header=["note", "tags"])
+    rows = table(
+        ["takes aspirin", "O B-drug"],
+        [f"takes {CANARY} now", "O B-drug"],
+        ["a", "X"],
+        header=["note", "tags"],
+    )
     found = prepare(rows, contract, Prepare(), ())
     assert told(found) == {
         "column 'tags' allows O, B-drug, I-drug": ("refused", "row 4"),
@@ -218,21 +248,31 @@ def test_tags_and_words(table_contract: Contract) -> None:
 def test_counts(bounded: Contract) -> None:
     rows = [["71", "yes", "1"], ["20", "", "0"], ["-3", "no", "1"], ["", "no", "1"]]
     found = counts.count(table(*rows), bounded, None)
-    assert found.choices == {"age": {"young": 1, "old": 1, "": 2}, "smoker": {"yes": 1, "no": 2,
-                                                                            "": 1}}
+    assert found.choices == {
+        "age": {"young": 1, "old": 1, "": 2},
+        "smoker": {"yes": 1, "no": 2, "": 1},
+    }
     assert (found.missing, found.targets) == ({"age": 2, "smoker": 1}, {"well": 1, "ill": 3})
     assert (found.rows, found.lengths.texts, found.lengths.cut) == (4, 0, 0)
 
 
 TEXT = {
-    "task": {"kind": "classification", "label_column": "outcome", "labels": [
-        {"name": "well", "values": ["0"]}, {"name": "ill", "values": ["1"]},
-    ]},
+    "task": {
+        "kind": "classification",
+        "label_column": "outcome",
+        "labels": [
+            {"name": "well", "values": ["0"]},
+            {"name": "ill", "values": ["1"]},
+        ],
+    },
     "input": {"kind": "text", "column": "note"},
     "model": {"kind": "encoder", "name": "m", "sha256": "0" * 64, "max_tokens": 32},
 }
-NOTES = [["Dr. Mary Smith saw him, call 415-555-0132", "1"], ["no complaints", "0"],
-         ["paid by card 4111 1111 1111 1111", "0"]]
+NOTES = [
+    ["Dr. Mary Smith saw him, call 415-555-0132", "1"],
+    ["no complaints", "0"],
+    ["paid by card 4111 1111 1111 1111", "0"],
+]
 
 
 def notes() -> Table:
@@ -268,9 +308,13 @@ def test_pseudonyms_need_the_sites_key(table_contract: Contract) -> None:
 
 
 def test_a_word_for_each_tag_stays_one(table_contract: Contract) -> None:
-    contract = changed(table_contract, **TEXT | {
-        "task": {"kind": "tokens", "label_column": "outcome", "entities": ["X"]},
-    })
+    contract = changed(
+        table_contract,
+        **TEXT
+        | {
+            "task": {"kind": "tokens", "label_column": "outcome", "entities": ["X"]},
+        },
+    )
     row = ["Dr. Mary Smith saw him", "O B-X I-X O O"]
     given = table(row, header=["note", "outcome"])
     with pytest.raises(UsageError, match='action = "mask"'):
@@ -283,8 +327,12 @@ def test_a_word_for_each_tag_stays_one(table_contract: Contract) -> None:
 def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Path) -> None:
     encoder = lora_contract.model_dump(mode="json")["model"] | {"max_tokens": 8}
     contract = changed(lora_contract, input={"kind": "text", "column": "note"}, model=encoder)
-    rows = table(["one two three", "1"], ["one two three", "0"], ["word " * 40, "1"],
-                 header=["note", "outcome"])
+    rows = table(
+        ["one two three", "1"],
+        ["one two three", "0"],
+        ["word " * 40, "1"],
+        header=["note", "outcome"],
+    )
     found = counts.count(rows, contract, encoder_folder)
     lengths = found.lengths
     assert {n: k for n, k in enumerate(lengths.tokens) if k} == {5: 2, 42: 1}  # with [CLS], [SEP]
@@ -376,7 +424,9 @@ def test_a_process_says_no_value_either(site: Site) -> None:
     records_file(site.folder / "records.csv", *BAD)
     done = subprocess.run(
         [Path(sys.executable).with_name("silotune"), "site", "prepare", "contract.json"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert "✗ E313 records.csv has 5 kinds of problem" in done.stderr
@@ -423,14 +473,24 @@ def test_records_that_were_charged_are_counted(site: Site) -> None:
     before = of_table(table(GOOD[0], GOOD[2]), (), ledger.fingerprint_key)
     with ledger.writing():
         ledger.charge(
-            before, source="a.csv", contract="0" * 64, run="r", round=1, attempt=1,
-            request="0" * 64, unit="record", noise_multiplier=1.0, sampling_rate=0.5, steps=1,
+            before,
+            source="a.csv",
+            contract="0" * 64,
+            run="r",
+            round=1,
+            attempt=1,
+            request="0" * 64,
+            unit="record",
+            noise_multiplier=1.0,
+            sampling_rate=0.5,
+            steps=1,
             order=4.0,
         )
     done = run()
     assert "3 records, 2 charged before" in done.output
-    assert ">2<small>of them, in this site" in (
-        site.folder / "prepared" / "report.html").read_text()
+    assert (
+        ">2<small>of them, in this site" in (site.folder / "prepared" / "report.html").read_text()
+    )
 
 
 def test_before_there_are_keys(site: Site, tmp_path: Path) -> None:
@@ -446,7 +506,7 @@ def test_before_there_are_keys(site: Site, tmp_path: Path) -> None:
 def test_the_report_says_first_that_it_stays(site: Site) -> None:
     run()
     page = (site.folder / "prepared" / "report.html").read_text()
-    body = page[page.index("<body>"):]
+    body = page[page.index("<body>") :]
     assert body.index("This file must not leave north.") < 120
     assert "counts of private records" in body
     for loaded in ("<script", "<link", "<img", "@import", "src="):
@@ -485,8 +545,10 @@ def test_contracts_of_texts_have_no_choices_to_draw(table_contract: Contract) ->
     encoder = {"kind": "encoder", "name": "m", "sha256": "0" * 64, "max_tokens": 32}
     for spec, rows in (
         ({"kind": "text", "column": "note"}, table(["x", "1"], header=["note", "outcome"])),
-        ({"kind": "pair", "first": "a", "second": "b"},
-         table(["x", "", "1"], header=["a", "b", "outcome"])),
+        (
+            {"kind": "pair", "first": "a", "second": "b"},
+            table(["x", "", "1"], header=["a", "b", "outcome"]),
+        ),
     ):
         contract = changed(table_contract, input=spec, model=encoder)
         found = prepare(rows, contract, Prepare(), ())
@@ -519,24 +581,39 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
     for what in ("column 'marks' is in IOB1: read as IOB2", "column 'marks' is in BIOES: read as"):
         assert any(what in line and "rewritten" in line for line in lines), done.output
     assert any("rows 1, 3" in line for line in lines)
-    assert ("! 1 of 4 texts have more words than the model's 8 tokens: what is beyond is not read, "
-            "with 1 of 3 entities, in 1 text.") in done.output
+    assert (
+        "! 1 of 4 texts have more words than the model's 8 tokens: what is beyond is not read, "
+        "with 1 of 3 entities, in 1 text."
+    ) in done.output
     found = records.table(tmp_path / "prepared" / "records.parquet")
     assert found.header == ["sentence", "marks"]
     assert [cells[1] for _, cells in found.rows] == [
-        "B-Disease", "O " * 9 + "B-Disease", "B-Drug", "O",
+        "B-Disease",
+        "O " * 9 + "B-Disease",
+        "B-Drug",
+        "O",
     ]
     parsed = records.parse(found, parse(TOKENS))
     assert (parsed.labels, parsed.notes) == ([[1], [0] * 9 + [1], [3], [0]], ())
     state = Site(config).state
     raw = of_table(
-        records.named_by(parse(TOKENS), records.table(Path("records.conll"))), (),
+        records.named_by(parse(TOKENS), records.table(Path("records.conll"))),
+        (),
         (ledger := Ledger.open(state, Keys.load(Path("keys")))).fingerprint_key,
     )
     with ledger.writing():
         ledger.charge(
-            raw, source="records.conll", contract="0" * 64, run="r", round=1, attempt=1,
-            request="0" * 64, unit="record", noise_multiplier=1.0, sampling_rate=0.5, steps=1,
+            raw,
+            source="records.conll",
+            contract="0" * 64,
+            run="r",
+            round=1,
+            attempt=1,
+            request="0" * 64,
+            unit="record",
+            noise_multiplier=1.0,
+            sampling_rate=0.5,
+            steps=1,
             order=4.0,
         )
     prepared = of_table(found, (), ledger.fingerprint_key)
@@ -549,9 +626,10 @@ def test_control_characters_are_reported_by_the_command(site: Site) -> None:
     path.write_text("age,smoker,outcome,name\n71,yes,1,a\0b\n71,yes,1,ab\n")
     done = run()
     assert "! control characters stand in row 2; they are kept as they are" in done.output
-    assert "control characters stand in row 2" in (
-        site.folder / "prepared" / "report.html"
-    ).read_text()
+    assert (
+        "control characters stand in row 2"
+        in (site.folder / "prepared" / "report.html").read_text()
+    )
 
 
 # What the owner is told to do -----------------------------------------------------------------
@@ -612,8 +690,10 @@ def test_rules_that_empty_a_column_or_leave_most_rows_out_are_warned_of(site: Si
     records_file(site.folder / "records.csv", *([f'"1,{n:03}"', "yes", "1"] for n in range(9)))
     done = run()
     assert "! each cell of column 'age' is empty now" in done.output
-    assert ("! more than half of the rows are left out, 8 of 9 (rows repeat an earlier one: 8)"
-            in done.output)
+    assert (
+        "! more than half of the rows are left out, 8 of 9 (rows repeat an earlier one: 8)"
+        in done.output
+    )
     page = (site.folder / "prepared" / "report.html").read_text()
     assert "more than half of the rows are left out" in page
     records_file(site.folder / "records.csv", *GOOD)
@@ -655,8 +735,11 @@ def test_the_raw_records_are_never_replaced(site: Site) -> None:
 
 
 def test_the_report_shows_settings_as_they_stand_in_site_toml(site: Site) -> None:
-    rule(site, '[prepare]\nduplicates = "drop"\n[prepare.deidentify]\nkinds = ["card"]\n'
-         'actions = { card = "block" }\n')
+    rule(
+        site,
+        '[prepare]\nduplicates = "drop"\n[prepare.deidentify]\nkinds = ["card"]\n'
+        'actions = { card = "block" }\n',
+    )
     Path("contract.json").write_text(
         changed(parse(Path("contract.json").read_text(), "c.json"), **TEXT).model_dump_json()
     )
@@ -670,7 +753,7 @@ def test_the_report_shows_settings_as_they_stand_in_site_toml(site: Site) -> Non
 
 def test_the_template_shows_every_setting_of_prepare_with_its_values(site: Site) -> None:
     text = site.config.read_text()
-    lines = text[text.index("# [prepare]"):text.index("\n[model]")]
+    lines = text[text.index("# [prepare]") : text.index("\n[model]")]
     for model in (Prepare, Deidentify):
         for name, field in model.model_fields.items():
             if name == "deidentify":

@@ -69,8 +69,11 @@ FOUND = [  # kind, what of the text must be found, the text
     ("address", "Flat 3, 9 Mill Lane", "moved to Flat 3, 9 Mill Lane last week"),
     ("address", "45 West 34th Street, Apt 5B", "sent to 45 West 34th Street, Apt 5B"),
     ("address", "P.O. Box 123", "P.O. Box 123 is closed"),
-    ("address", "浙江省杭州市西湖区文三路388号3栋2单元",
-     "住址：浙江省杭州市西湖区文三路388号3栋2单元。"),
+    (
+        "address",
+        "浙江省杭州市西湖区文三路388号3栋2单元",
+        "住址：浙江省杭州市西湖区文三路388号3栋2单元。",
+    ),
     ("address", "北京市海淀区中关村大街27号", "寄到北京市海淀区中关村大街27号，谢谢"),
     ("date", "1958-03-04", "born 1958-03-04."),
     ("date", "3/4/1958", "on 3/4/1958"),
@@ -204,8 +207,15 @@ def test_known_numbers() -> None:
     assert is_iban("GB82WEST12345698765432")
     assert is_iban("NO9386011117947")
     assert not is_iban("ZZ9386011117947")
-    for number in ("4111111111111111", "5555555555554444", "378282246310005", "6011111111111117",
-                   "3530111333300000", "30569309025904", "2223003122003222"):
+    for number in (
+        "4111111111111111",
+        "5555555555554444",
+        "378282246310005",
+        "6011111111111117",
+        "3530111333300000",
+        "30569309025904",
+        "2223003122003222",
+    ):
         assert is_card(number)
     assert not is_card("0000000000000000")
     assert not is_card("9111111111111119")  # no network's
@@ -225,9 +235,7 @@ digits = st.text("0123456789", min_size=15, max_size=15)
 
 
 @given(digits, st.integers(0, 15), st.integers(1, 9))
-def test_luhn_agrees_with_presidio_and_finds_a_wrong_digit(
-    body: str, place: int, by: int
-) -> None:
+def test_luhn_agrees_with_presidio_and_finds_a_wrong_digit(body: str, place: int, by: int) -> None:
     number = with_luhn(body)
     oracle = CreditCardRecognizer()
     assert passes_luhn(number)
@@ -237,9 +245,7 @@ def test_luhn_agrees_with_presidio_and_finds_a_wrong_digit(
     assert not oracle.validate_result(wrong)
 
 
-@pytest.mark.parametrize(
-    "slot", ["card", "bank_card", "iban", "resident_id", "hong_kong_id"]
-)
+@pytest.mark.parametrize("slot", ["card", "bank_card", "iban", "resident_id", "hong_kong_id"])
 @settings(max_examples=60, deadline=None)
 @given(rng=seeds, by=st.integers(1, 9))
 def test_one_wrong_digit_and_it_is_not_found(slot: str, rng: random.Random, by: int) -> None:
@@ -256,22 +262,57 @@ def test_one_wrong_digit_and_it_is_not_found(slot: str, rng: random.Random, by: 
 
 
 LABELS = {  # before details that say themselves by a label only
-    "record": "病案号", "passport": "护照", "zh_passport": "护照",
-    "us_plate": "license plate ", "wechat": "微信", "qq": "QQ",
+    "record": "病案号",
+    "passport": "护照",
+    "zh_passport": "护照",
+    "us_plate": "license plate ",
+    "wechat": "微信",
+    "qq": "QQ",
 }
 
 
-@pytest.mark.parametrize("slot", sorted(
-    set(SLOTS) & {
-        "email", "mobile", "landline", "zh_address", "iso", "us_date", "uk_date", "written",
-        "zh_date", "iso_time", "dotted", "month", "roc_date", "iban", "card", "bank_card", "record",
-        "resident_id", "taiwan_id", "hong_kong_id", "passport", "zh_passport", "uk_plate",
-        "us_plate", "zh_plate", "wechat", "qq", "url", "ipv4", "ipv6",
-    }
-))
+@pytest.mark.parametrize(
+    "slot",
+    sorted(
+        set(SLOTS)
+        & {
+            "email",
+            "mobile",
+            "landline",
+            "zh_address",
+            "iso",
+            "us_date",
+            "uk_date",
+            "written",
+            "zh_date",
+            "iso_time",
+            "dotted",
+            "month",
+            "roc_date",
+            "iban",
+            "card",
+            "bank_card",
+            "record",
+            "resident_id",
+            "taiwan_id",
+            "hong_kong_id",
+            "passport",
+            "zh_passport",
+            "uk_plate",
+            "us_plate",
+            "zh_plate",
+            "wechat",
+            "qq",
+            "url",
+            "ipv4",
+            "ipv6",
+        }
+    ),
+)
 @settings(max_examples=25, deadline=None)
 @given(
-    rng=seeds, before=st.sampled_from("到，。、；：（「,;([:\n "),
+    rng=seeds,
+    before=st.sampled_from("到，。、；：（「,;([:\n "),
     after=st.sampled_from(
         ["，到", "。", "、", "；", "）", "」", ", ", ")", "\n", "", "到诊", "出发"]
     ),
@@ -290,32 +331,65 @@ def test_a_detail_beside_chinese_characters_and_signs_is_found(
     ), text
 
 
-@pytest.mark.parametrize("text", [
-    "软件12.29.22", "固件版本4.2.11", "仪器软件版本 20.23.14", "Score sheet template 10.11.10",
-    "Form revision 24.2.21", "Firmware 9.26.12", "模板7.3.24",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "软件12.29.22",
+        "固件版本4.2.11",
+        "仪器软件版本 20.23.14",
+        "Score sheet template 10.11.10",
+        "Form revision 24.2.21",
+        "Firmware 9.26.12",
+        "模板7.3.24",
+    ],
+)
 def test_numbers_of_versions_are_no_dates(text: str) -> None:
     assert engine("date").find(text) == []
 
 
-@pytest.mark.parametrize(("kind", "text", "cleaned"), [
-    ("date", "急诊号086-00335,1974-10-26T22:06到诊", "急诊号086-00335,<DATE>到诊"),
-    ("date", "05/1999-08/2001", "<DATE>-<DATE>"),
-    ("date", "01.02.1999-03.04.2000", "<DATE>-<DATE>"),
-    ("record_number", "急诊号H425501, 门诊号: 7015904",
-     "急诊号<RECORD_NUMBER>, 门诊号: <RECORD_NUMBER>"),
-    ("record_number", "OBI, LEILA 01/18/1992 7972608 1-415-207-1234",
-     "OBI, LEILA 01/18/1992 <RECORD_NUMBER> 1-415-207-1234"),
-    ("record_number", "Pt H665521, Hosp. No. H110038",
-     "Pt <RECORD_NUMBER>, Hosp. No. <RECORD_NUMBER>"),
-    ("passport", "护照C8H393387、777026333、G19787337,11/2010出发",
-     "护照<PASSPORT>、<PASSPORT>、<PASSPORT>,11/2010出发"),
-    ("license_plate", "plate FED 505, was rear-ended by a van (HNP 312)",
-     "plate <LICENSE_PLATE>, was rear-ended by a van (<LICENSE_PLATE>)"),
-    ("license_plate", "Room ABC 123, code DEF-4567, 4TUZ283",
-     "Room ABC 123, code DEF-4567, <LICENSE_PLATE>"),
-    ("messenger_id", "WeChat ID on file zhang8427, call", "WeChat ID on file <MESSENGER_ID>, call"),
-])
+@pytest.mark.parametrize(
+    ("kind", "text", "cleaned"),
+    [
+        ("date", "急诊号086-00335,1974-10-26T22:06到诊", "急诊号086-00335,<DATE>到诊"),
+        ("date", "05/1999-08/2001", "<DATE>-<DATE>"),
+        ("date", "01.02.1999-03.04.2000", "<DATE>-<DATE>"),
+        (
+            "record_number",
+            "急诊号H425501, 门诊号: 7015904",
+            "急诊号<RECORD_NUMBER>, 门诊号: <RECORD_NUMBER>",
+        ),
+        (
+            "record_number",
+            "OBI, LEILA 01/18/1992 7972608 1-415-207-1234",
+            "OBI, LEILA 01/18/1992 <RECORD_NUMBER> 1-415-207-1234",
+        ),
+        (
+            "record_number",
+            "Pt H665521, Hosp. No. H110038",
+            "Pt <RECORD_NUMBER>, Hosp. No. <RECORD_NUMBER>",
+        ),
+        (
+            "passport",
+            "护照C8H393387、777026333、G19787337,11/2010出发",
+            "护照<PASSPORT>、<PASSPORT>、<PASSPORT>,11/2010出发",
+        ),
+        (
+            "license_plate",
+            "plate FED 505, was rear-ended by a van (HNP 312)",
+            "plate <LICENSE_PLATE>, was rear-ended by a van (<LICENSE_PLATE>)",
+        ),
+        (
+            "license_plate",
+            "Room ABC 123, code DEF-4567, 4TUZ283",
+            "Room ABC 123, code DEF-4567, <LICENSE_PLATE>",
+        ),
+        (
+            "messenger_id",
+            "WeChat ID on file zhang8427, call",
+            "WeChat ID on file <MESSENGER_ID>, call",
+        ),
+    ],
+)
 def test_labels_lists_and_texts_about_vehicles(kind: str, text: str, cleaned: str) -> None:
     assert engine(kind).clean(text).text == cleaned
 
@@ -345,9 +419,7 @@ def test_resident_ids_have_one_check_character(year: int, serial: int) -> None:
     assert right == [with_mod11(body)[-1]]
 
 
-@given(
-    st.sampled_from(string.ascii_uppercase), st.sampled_from("1289"), st.integers(0, 9_999_999)
-)
+@given(st.sampled_from(string.ascii_uppercase), st.sampled_from("1289"), st.integers(0, 9_999_999))
 def test_taiwan_ids_have_one_check_digit(letter: str, second: str, serial: int) -> None:
     body = f"{letter}{second}{serial:07d}"
     right = [d for d in string.digits if is_taiwan_id(body + d)]
@@ -360,11 +432,28 @@ def test_a_number_inside_a_longer_one_is_none(both: Deidentifier) -> None:
         assert both.find(text) == []
 
 
-@pytest.mark.parametrize("text", [
-    "路" * 3000, "1 " * 3000, "A" * 5000, "a.b" * 3000, "A b " * 2000, "市区县路" * 800,
-    "12 Aa " * 1500, "1 " + "a" * 5000, "1 " + "a, " * 2000, "1 a\n" * 1500, "a " * 3000,
-    "年月" * 2000, "张" * 3000, "患者" * 2000, "1-" * 3000, "DE89 " * 1500, "John " * 1500,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "路" * 3000,
+        "1 " * 3000,
+        "A" * 5000,
+        "a.b" * 3000,
+        "A b " * 2000,
+        "市区县路" * 800,
+        "12 Aa " * 1500,
+        "1 " + "a" * 5000,
+        "1 " + "a, " * 2000,
+        "1 a\n" * 1500,
+        "a " * 3000,
+        "年月" * 2000,
+        "张" * 3000,
+        "患者" * 2000,
+        "1-" * 3000,
+        "DE89 " * 1500,
+        "John " * 1500,
+    ],
+)
 def test_no_text_takes_for_ever(both: Deidentifier, text: str) -> None:
     began = time.perf_counter()
     both.clean(text)

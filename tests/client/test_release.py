@@ -36,24 +36,41 @@ from silotune.common.messages import (
 from silotune.common.plan import Metric
 
 SHAPES: dict[str, tuple[int, ...]] = {
-    "head.weight": (2, 6), "head.bias": (2,), "layer.lora_A": (2, 4), "layer.lora_B": (4, 2),
+    "head.weight": (2, 6),
+    "head.bias": (2,),
+    "layer.lora_A": (2, 4),
+    "layer.lora_B": (4, 2),
 }
 SECRET = "Jane Doe 1961"
 
 
 def change() -> Arrays:
-    return {
-        "head.weight": np.full((2, 6), 0.25, np.float32), "head.bias": np.zeros(2, np.float32)
-    }
+    return {"head.weight": np.full((2, 6), 0.25, np.float32), "head.bias": np.zeros(2, np.float32)}
 
 
 def charged(contract: Contract, /, **facts: Any) -> Charged:
-    return Charged(**{
-        "sequence": 3, "previous": "0" * 64, "at": 0.0, "lineage": "1" * 64,
-        "basis": "basis", "source": "rows.csv", "rows": 80, "unit": "record",
-        "contract": contract.hash, "run": "r", "round": 2, "attempt": 4, "request": "2" * 64,
-        "noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1, "order": 3.0, **facts,
-    })
+    return Charged(
+        **{
+            "sequence": 3,
+            "previous": "0" * 64,
+            "at": 0.0,
+            "lineage": "1" * 64,
+            "basis": "basis",
+            "source": "rows.csv",
+            "rows": 80,
+            "unit": "record",
+            "contract": contract.hash,
+            "run": "r",
+            "round": 2,
+            "attempt": 4,
+            "request": "2" * 64,
+            "noise_multiplier": 1.0,
+            "sampling_rate": 0.5,
+            "steps": 1,
+            "order": 3.0,
+            **facts,
+        }
+    )
 
 
 @pytest.fixture
@@ -63,8 +80,13 @@ def contract(table_contract: Contract) -> Contract:
 
 def update(contract: Contract, charge: Charged | None = None, **given: Any) -> bytes:
     values: dict[str, Any] = {
-        "change": change(), "metrics": {"loss": 0.5}, "epsilon": 1.0, "shapes": SHAPES,
-        "receipt": Ledger.in_memory("north").receipt(), "sign": lambda _: bytes(64), **given,
+        "change": change(),
+        "metrics": {"loss": 0.5},
+        "epsilon": 1.0,
+        "shapes": SHAPES,
+        "receipt": Ledger.in_memory("north").receipt(),
+        "sign": lambda _: bytes(64),
+        **given,
     }
     return release.update(contract, "north", charge or charged(contract), **values)
 
@@ -84,8 +106,17 @@ def test_what_was_charged_leaves_as_it_is(contract: Contract) -> None:
     assert (header.site, header.run, header.round, header.attempt) == ("north", "r", 2, 4)
     assert (header.epsilon, header.metrics) == (1.0, {"loss": 0.5})
     assert set(header.model_dump()) == {
-        "contract", "kind", "site", "run", "round", "attempt", "epsilon", "metrics", "receipt",
-        "request", "signature",
+        "contract",
+        "kind",
+        "site",
+        "run",
+        "round",
+        "attempt",
+        "epsilon",
+        "metrics",
+        "receipt",
+        "request",
+        "signature",
     }
     assert {name: a.tolist() for name, a in message.arrays.items()} == {
         name: a.tolist() for name, a in change().items()
@@ -124,10 +155,16 @@ def test_the_whole_of_the_contracts_epsilon_may_leave(contract: Contract) -> Non
     assert update(contract, epsilon=8.0)
 
 
-@pytest.mark.parametrize("metrics", [
-    {}, {"loss": 0.5, "accuracy": 0.5}, {"accuracy": 0.5}, {"records": 80.0},
-    {"loss": 0.5, "count": 1.0},
-])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"loss": 0.5, "accuracy": 0.5},
+        {"accuracy": 0.5},
+        {"records": 80.0},
+        {"loss": 0.5, "count": 1.0},
+    ],
+)
 def test_other_metrics_than_the_contracts_do_not_leave(
     contract: Contract, metrics: dict[str, float]
 ) -> None:
@@ -280,9 +317,12 @@ def test_what_only_the_owner_may_see_is_not_logged(
 
 def masking(contract: Contract) -> Contract:
     return contract.changed(
-        sites=[{"name": name, "public_key": str(place) * 64}
-               for place, name in enumerate(("north", "south", "east"))],
-        quorum=3, secure_aggregation={"threshold": 3, "bound": 4.0},
+        sites=[
+            {"name": name, "public_key": str(place) * 64}
+            for place, name in enumerate(("north", "south", "east"))
+        ],
+        quorum=3,
+        secure_aggregation={"threshold": 3, "bound": 4.0},
     )
 
 
@@ -307,7 +347,7 @@ def test_no_update_leaves_masked_under_a_contract_without_masks(contract: Contra
 
 
 def test_a_masked_update_is_one_blob_of_three_bytes_an_entry_and_no_array(
-    contract: Contract
+    contract: Contract,
 ) -> None:
     contract = masking(contract)
     seen: list[Arrays] = []
@@ -327,9 +367,7 @@ def test_a_masked_update_is_one_blob_of_three_bytes_an_entry_and_no_array(
         name: a.tolist() for name, a in change().items()
     }
     for entries in (0, ENTRIES - 1, ENTRIES + 1):
-        assert "another length" in refused(
-            contract, mask=packed(entries), agreement="a" * 64
-        )
+        assert "another length" in refused(contract, mask=packed(entries), agreement="a" * 64)
 
 
 @pytest.mark.parametrize("how", sorted(set(TAMPERED) - {"NaN", "inf", "huge", "long in norm"}))
@@ -338,13 +376,20 @@ def test_other_tensors_than_the_trained_ones_do_not_leave_masked(
 ) -> None:
     contract = masking(contract)
     with pytest.raises((ProtocolError, TypeError)):
-        update(contract, change=TAMPERED[how](change()), mask=packed(ENTRIES),
-               agreement="a" * 64)
+        update(contract, change=TAMPERED[how](change()), mask=packed(ENTRIES), agreement="a" * 64)
 
 
-@pytest.mark.parametrize(("value", "held"), [
-    (np.nan, 0.0), (np.inf, 4.0), (-np.inf, -4.0), (4.0, 4.0), (4.001, 4.0), (-1e30, -4.0),
-])
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [
+        (np.nan, 0.0),
+        (np.inf, 4.0),
+        (-np.inf, -4.0),
+        (4.0, 4.0),
+        (4.001, 4.0),
+        (-1e30, -4.0),
+    ],
+)
 def test_what_is_masked_is_held_to_the_bound_and_the_number_of_entries_is_logged(
     contract: Contract, value: float, held: float, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -373,7 +418,8 @@ def test_a_step_of_secure_aggregation_leaves_for_sites_of_the_roster_only(
     for blobs in ({}, {"north": b"n"}, {"north": b"n", "south": b"s", "east": b"e"}):
         message = messages.unpack(release.step(contract, "north", kind, blobs))
         assert (message.header, message.blobs) == (
-            kind(contract=contract.hash, site="north"), blobs
+            kind(contract=contract.hash, site="north"),
+            blobs,
         )
         assert not message.arrays
     for blobs in ({SECRET: b"x"}, {"north": b"n", "west": b"w"}):

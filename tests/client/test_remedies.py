@@ -39,7 +39,10 @@ NEW = "silotune site init --name NAME --folder"
 
 @pytest.fixture
 def site(
-    tmp_path: Path, run: Run, table_contract: Contract, write_rows: Rows,
+    tmp_path: Path,
+    run: Run,
+    table_contract: Contract,
+    write_rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Site:
     """A site in `my site`, seen from the folder above, that permits contract.json and has no
@@ -72,17 +75,26 @@ def row_of(run: Run, site: Site, name: str) -> dict[str, str]:
 
 
 COMMANDS = [
-    ("site", "check", "contract.json"), ("site", "sign"), ("site", "fingerprint"),
+    ("site", "check", "contract.json"),
+    ("site", "sign"),
+    ("site", "fingerprint"),
     ("site", "join", "contract.json", "--server", "h:1", "--ca", "c", "--fingerprint", "f"),
-    ("site", "start", "contract.json", "--one-user"), ("site", "prepare", "contract.json"),
-    ("site", "worker", "contract.json", "--socket", "s"), ("site", "own", "released"),
-    ("privacy", "spent"), ("privacy", "verify"), ("privacy", "export", "out.jsonl"),
+    ("site", "start", "contract.json", "--one-user"),
+    ("site", "prepare", "contract.json"),
+    ("site", "worker", "contract.json", "--socket", "s"),
+    ("site", "own", "released"),
+    ("privacy", "spent"),
+    ("privacy", "verify"),
+    ("privacy", "export", "out.jsonl"),
 ]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
 def test_a_site_that_is_not_there_is_one_sentence(
-    site: Site, run: Run, words: tuple[str, ...], table_contract: Contract,
+    site: Site,
+    run: Run,
+    words: tuple[str, ...],
+    table_contract: Contract,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "umask", lambda mask: mask)  # `site worker` sets that of its process
@@ -132,7 +144,8 @@ def test_init_writes_a_path_that_is_found_from_site_toml(
     file.rename("above/d/rows.csv")
     found, out = made("above", "--data", "above/d/rows.csv")
     assert (found, 'file = "d/rows.csv"' in Path("above/site.toml").read_text()) == (
-        tmp_path / "above/d/rows.csv", True
+        tmp_path / "above/d/rows.csv",
+        True,
     )
     assert "not there" not in out
     found, out = made("later", "--data", "rows.csv")
@@ -169,9 +182,7 @@ def test_the_remedy_for_a_data_file_is_that_of_its_cause(site: Site, run: Run) -
     assert (row["state"], "chmod" in row["fix"]) == ("problem", False)
     file.mkdir()
     row = row_of(run, site, "data access")
-    assert (row["result"], row["fix"]) == (
-        f"{file} is no file.", f"name a file as file in {then}"
-    )
+    assert (row["result"], row["fix"]) == (f"{file} is no file.", f"name a file as file in {then}")
 
 
 def test_a_data_file_of_another_user(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +195,10 @@ def test_a_data_file_of_another_user(site: Site, monkeypatch: pytest.MonkeyPatch
 
 def test_a_site_without_a_server_is_told_to_join(site: Site, run: Run) -> None:
     code, out, _ = run("site", "check", "contract.json", "--config", site.config)
-    join = ("silotune site join contract.json --server HOST:PORT --ca CA --fingerprint FINGERPRINT "
-            "--config 'my site/site.toml'")
+    join = (
+        "silotune site join contract.json --server HOST:PORT --ca CA --fingerprint FINGERPRINT "
+        "--config 'my site/site.toml'"
+    )
     assert code == 0
     assert out.splitlines()[-1] == f"next:   {join}   (the operator has all three)"
     code, _, err = run("site", "start", "contract.json", "--config", site.config, "--one-user")
@@ -258,8 +271,10 @@ def test_commands_to_type_name_their_site() -> None:
     for path in sorted((ROOT / "client").glob("*.py")):
         tree = ast.parse(path.read_text())
         documented = {
-            id(node.body[0].value) for node in ast.walk(tree)
-            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and node.body
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+            and node.body
             and isinstance(node.body[0], ast.Expr)
         }
         for node in ast.walk(tree):
@@ -272,9 +287,7 @@ def test_commands_to_type_name_their_site() -> None:
 def test_remedies_of_check_say_what_to_do(site: Site, run: Run) -> None:
     """With the site's own paths, for it is seen from another folder."""
     edit(site, "epsilon = 8.0", "epsilon = 7.0")
-    assert row_of(run, site, "signature")["fix"] == (
-        f"silotune site sign --config '{site.config}'"
-    )
+    assert row_of(run, site, "signature")["fix"] == (f"silotune site sign --config '{site.config}'")
     code, out, _ = run("site", "check", "contract.json", "--config", site.config)
     assert code == 1
     fixes = [line for line in out.splitlines() if line.lstrip().startswith("→")]
@@ -297,9 +310,7 @@ def test_the_port_of_examples_is_the_one_that_the_server_opens() -> None:
         assert named == {str(port)}, path
 
 
-def test_a_problem_of_site_toml_names_its_path_and_key(
-    site: Site, tmp_path: Path
-) -> None:
+def test_a_problem_of_site_toml_names_its_path_and_key(site: Site, tmp_path: Path) -> None:
     edit(site, "[model]", '[prepare.deidentify]\nactions = { cards = "block" }\n[model]')
     with pytest.raises(ContractError) as error:
         policies.load(site.config)
@@ -337,9 +348,11 @@ def test_a_site_that_has_done_nothing_has_one_entry(
 
 
 def test_what_a_reader_of_rows_says_is_no_claim_about_training(table_contract: Contract) -> None:
-    for table in (Table("a.csv", ["x"], [(2, ["1"])]),
-                  Table("a.csv", ["age", "smoker", "outcome"], []),
-                  Table("a.csv", ["age", "smoker", "outcome"], [(2, ["x", "yes", "1"])])):
+    for table in (
+        Table("a.csv", ["x"], [(2, ["1"])]),
+        Table("a.csv", ["age", "smoker", "outcome"], []),
+        Table("a.csv", ["age", "smoker", "outcome"], [(2, ["x", "yes", "1"])]),
+    ):
         with pytest.raises(DataError) as error:
             records.parse(table, table_contract)
         assert "training" not in str(error.value)
@@ -368,7 +381,7 @@ class Terminal:
 
 
 def test_a_terminal_shows_what_goes_on_and_nothing_of_it_stays(
-    monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown = Terminal(is_one=True)
     monkeypatch.setattr(sys, "stderr", shown)
@@ -381,14 +394,16 @@ def test_a_terminal_shows_what_goes_on_and_nothing_of_it_stays(
     assert other.text == ""
 
 
-@pytest.mark.parametrize("words", [
-    ["site", "check", "contract.json", "--config", "my site"],
-    ["site", "prepare", "contract.json", "--config", "my site"],
-    ["contract", "validate", "contract.json"],
-], ids=lambda words: " ".join(words[:2]))
-def test_it_is_on_the_screen_before_what_takes_long_is_loaded(
-    site: Site, words: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["site", "check", "contract.json", "--config", "my site"],
+        ["site", "prepare", "contract.json", "--config", "my site"],
+        ["contract", "validate", "contract.json"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_it_is_on_the_screen_before_what_takes_long_is_loaded(site: Site, words: list[str]) -> None:
     program = (
         "import sys, contextlib\n"
         "from silotune.common import cli, terminal\n"

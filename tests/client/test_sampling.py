@@ -106,10 +106,14 @@ def steps_are_independent() -> None:
 PROPERTIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        batch_size_has_the_binomial_mean, batch_size_has_the_binomial_variance,
-        batch_size_has_the_binomial_distribution, each_unit_is_drawn_at_the_rate,
-        no_unit_is_drawn_twice_in_a_step, the_rate_is_kept_from_tiny_to_one,
-        units_are_independent_in_pairs, steps_are_independent,
+        batch_size_has_the_binomial_mean,
+        batch_size_has_the_binomial_variance,
+        batch_size_has_the_binomial_distribution,
+        each_unit_is_drawn_at_the_rate,
+        no_unit_is_drawn_twice_in_a_step,
+        the_rate_is_kept_from_tiny_to_one,
+        units_are_independent_in_pairs,
+        steps_are_independent,
     )
 }
 
@@ -183,13 +187,15 @@ def five_percent_too_many(self: NoiseSource, n: int, rate: float) -> NDArray[np.
 MUTATIONS: dict[Sample, tuple[Callable[[], None], ...]] = {
     shuffled_batches: (batch_size_has_the_binomial_variance, steps_are_independent),
     batches_of_a_fixed_size: (
-        batch_size_has_the_binomial_variance, units_are_independent_in_pairs,
+        batch_size_has_the_binomial_variance,
+        units_are_independent_in_pairs,
     ),
     with_replacement: (no_unit_is_drawn_twice_in_a_step,),
     the_same_sample_every_step: (steps_are_independent, each_unit_is_drawn_at_the_rate),
     every_other_sample_repeats: (steps_are_independent,),
     neighbours_share_their_draw: (
-        units_are_independent_in_pairs, batch_size_has_the_binomial_variance,
+        units_are_independent_in_pairs,
+        batch_size_has_the_binomial_variance,
     ),
     the_last_unit_is_never_drawn: (each_unit_is_drawn_at_the_rate,),
     an_empty_batch_is_drawn_again: (batch_size_has_the_binomial_distribution,),
@@ -203,7 +209,8 @@ MUTATIONS: dict[Sample, tuple[Callable[[], None], ...]] = {
     ("mutation", "seen_by"),
     [
         pytest.param(m, p, id=f"{m.__name__}-{p.__name__}")
-        for m, properties in MUTATIONS.items() for p in properties
+        for m, properties in MUTATIONS.items()
+        for p in properties
     ],
 )
 def test_a_broken_sample_is_caught(

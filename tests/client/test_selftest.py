@@ -37,9 +37,7 @@ def test_it_passes_a_table(table_contract: Contract) -> None:
     selftest.check(table_contract, build(table_contract, None))
 
 
-def test_it_passes_lora_in_under_two_seconds(
-    lora_contract: Contract, encoder_folder: Path
-) -> None:
+def test_it_passes_lora_in_under_two_seconds(lora_contract: Contract, encoder_folder: Path) -> None:
     model = build(lora_contract, encoder_folder)
     selftest.check(lora_contract, model)
     selftest._passed.clear()
@@ -71,7 +69,8 @@ def half_the_clip_norm(patch: pytest.MonkeyPatch) -> None:
 def batch_mean_loss(patch: pytest.MonkeyPatch) -> None:
     original = classification.per_example_loss
     patch.setattr(
-        classification, "per_example_loss",
+        classification,
+        "per_example_loss",
         lambda logits, labels, smoothing: original(logits, labels, smoothing) / len(labels),
     )
 
@@ -168,13 +167,25 @@ def overflows_that_count_as_one(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutation",
-    [not_finite_gradients_kept, a_sum_of_floats, a_block_clipped_in_part, the_last_block_alone,
-     no_noise, half_the_noise, no_clipping, half_the_clip_norm, batch_mean_loss, examples_that_mix,
-     a_padding_row_counted, overflows_that_count_as_one],
+    [
+        not_finite_gradients_kept,
+        a_sum_of_floats,
+        a_block_clipped_in_part,
+        the_last_block_alone,
+        no_noise,
+        half_the_noise,
+        no_clipping,
+        half_the_clip_norm,
+        batch_mean_loss,
+        examples_that_mix,
+        a_padding_row_counted,
+        overflows_that_count_as_one,
+    ],
     ids=lambda m: m.__name__,
 )
 def test_a_broken_step_is_refused(
-    table_contract: Contract, monkeypatch: pytest.MonkeyPatch,
+    table_contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
     mutation: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     mutation(monkeypatch)
@@ -189,7 +200,8 @@ def test_blocks_are_added_up_where_one_would_hold_all_rows(
 ) -> None:
     contract = tiny.contract_of("tokens", "bert", unit=unit)
     model = build(
-        contract, tiny.folder_of("bert"), Performance(micro_batch=64, device="cpu", bf16="off"))
+        contract, tiny.folder_of("bert"), Performance(micro_batch=64, device="cpu", bf16="off")
+    )
     selftest.check(contract, model)
     selftest._passed.clear()
     the_last_block_alone(monkeypatch)
@@ -198,8 +210,11 @@ def test_blocks_are_added_up_where_one_would_hold_all_rows(
 
 
 def test_a_worker_does_not_start_with_a_broken_engine(
-    table_contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    write_rows: Callable[..., Path], make_worker: Callable[..., Worker],
+    table_contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    make_worker: Callable[..., Worker],
 ) -> None:
     no_clipping(monkeypatch)
     with pytest.raises(RefusalError, match="self-test"):
@@ -231,9 +246,16 @@ def language(kind: str, window: int | None = None, **more: Any) -> tuple[Contrac
     return contract, build(contract, folder, Performance(device="cpu", bf16="off"))
 
 
-@pytest.mark.parametrize(("kind", "window"), [
-    ("llama", None), ("qwen2", None), ("mistral", None), ("mistral", 32), ("mistral", 64),
-])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [
+        ("llama", None),
+        ("qwen2", None),
+        ("mistral", None),
+        ("mistral", 32),
+        ("mistral", 64),
+    ],
+)
 def test_a_model_that_equals_transformers_forward_pass_is_accepted(
     kind: str, window: int | None
 ) -> None:
@@ -265,12 +287,16 @@ def test_the_model_is_compared_without_privacy_too() -> None:
 
 
 def test_a_worker_tests_its_model_without_privacy_too(
-    table_contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    write_rows: Callable[..., Path], make_worker: Callable[..., Worker],
+    table_contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    make_worker: Callable[..., Worker],
 ) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        selftest, "check", lambda contract, model: seen.append(contract.privacy.mode))
+        selftest, "check", lambda contract, model: seen.append(contract.privacy.mode)
+    )
     plain = table_contract.changed(privacy={"mode": "none"})
     make_worker(plain, write_rows(tmp_path / "rows.csv", 50))
     assert seen == ["none"]
@@ -304,7 +330,8 @@ def test_layers_that_compute_something_else_are_refused(
 ) -> None:
     contract = tiny.contract_of("classification", "bert")
     model = build(
-        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8))
+        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8)
+    )
     mutation(monkeypatch)
     with pytest.raises(RefusalError, match="self-test of the model"):
         selftest.check(contract, model)
@@ -346,7 +373,8 @@ def test_a_row_that_depends_on_those_beside_it_is_refused(
 ) -> None:
     contract = tiny.contract_of("tokens", "bert").changed(model={"max_tokens": 64})
     model = build(
-        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8))
+        contract, tiny.folder_of("bert"), Performance(device="cpu", bf16="off", micro_batch=8)
+    )
     assert isinstance(model, Encoder)
     selftest.check(contract, model)
     selftest._passed.clear()

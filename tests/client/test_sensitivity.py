@@ -45,8 +45,11 @@ class Seen(CryptoNoiseOptimizer):
 
     def __init__(self, parameters: Sequence[nn.Parameter], clip: float) -> None:
         super().__init__(
-            torch.optim.SGD(parameters, lr=1.0), source=Silent(site="a"), noise_multiplier=1e-6,
-            clip_norm=clip, divisor=1.0,
+            torch.optim.SGD(parameters, lr=1.0),
+            source=Silent(site="a"),
+            noise_multiplier=1e-6,
+            clip_norm=clip,
+            divisor=1.0,
         )
 
     def add_noise(self) -> None:
@@ -72,9 +75,9 @@ def changes(gradients: Tensor, shapes: list[tuple[int, ...]], clip: float) -> Te
     whole = clipped_sum(gradients, shapes, clip)
     assert bool(whole.isfinite().all())
     kept = ~torch.eye(len(gradients), dtype=torch.bool)
-    return torch.stack([
-        (whole - clipped_sum(gradients[keep], shapes, clip)).norm() / clip for keep in kept
-    ])
+    return torch.stack(
+        [(whole - clipped_sum(gradients[keep], shapes, clip)).norm() / clip for keep in kept]
+    )
 
 
 # --- gradients of every kind -------------------------------------------------------------------
@@ -88,8 +91,10 @@ def wild(clip: float, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     found = torch.randn(64, SIZE, generator=g)
     found[:32] *= 10 ** (torch.rand(32, 1, generator=g) * 76 - 40)
-    found[32:40] *= clip / found[32:40].norm(dim=1, keepdim=True) * (
-        1 + torch.tensor([-1e-3, -1e-6, -6e-8, 0, 6e-8, 1e-6, 1e-3, 1.0])[:, None]
+    found[32:40] *= (
+        clip
+        / found[32:40].norm(dim=1, keepdim=True)
+        * (1 + torch.tensor([-1e-3, -1e-6, -6e-8, 0, 6e-8, 1e-6, 1e-3, 1.0])[:, None])
     )
     found[40:44] = 0.0
     for row in range(4):
@@ -128,10 +133,15 @@ def halves(size: int, clip: float) -> Tensor:
 def test_many_parameters(size: int, clip: float) -> None:
     """Rounding adds up to half a unit for each of them, and is taken off the clip norm first."""
     g = torch.Generator().manual_seed(size)
-    found = torch.stack([
-        torch.randn(size, generator=g) * 10, torch.full((size,), clip), torch.zeros(size),
-        torch.rand(size, generator=g).sign() * 1e30, *halves(size, clip),
-    ])
+    found = torch.stack(
+        [
+            torch.randn(size, generator=g) * 10,
+            torch.full((size,), clip),
+            torch.zeros(size),
+            torch.rand(size, generator=g).sign() * 1e30,
+            *halves(size, clip),
+        ]
+    )
     moved = changes(found, [(size,)], clip)
     assert float(moved.max()) <= EXACT
     assert float(moved.max()) > 0.999
@@ -197,9 +207,13 @@ def test_records_end_to_end(clip: float) -> None:
     moved = []
     for seed in range(4):
         toy, units = Toy(20, seed), of_records(20)
-        moved.append(leaving_one_out(
-            lambda kept: toy.total(units.groups(kept, in_blocks), clip), 20, clip  # noqa: B023
-        ))
+        moved.append(
+            leaving_one_out(
+                lambda kept: toy.total(units.groups(kept, in_blocks), clip),  # noqa: B023
+                20,
+                clip,
+            )
+        )
     assert float(torch.cat(moved).max()) <= EXACT
     assert float(torch.cat(moved).max()) > 0.99
 
@@ -235,17 +249,22 @@ class People(Toy):
         """The clipped sum over everybody in a file of these rows."""
         toy, units = People.__new__(People), self.units(spec, rows)
         toy.__dict__ = self.__dict__ | {
-            "x": self.x[rows], "y": self.y[rows], "weights": self.weights[rows]
+            "x": self.x[rows],
+            "y": self.y[rows],
+            "weights": self.weights[rows],
         }
         return toy.total(units.groups(torch.arange(len(units)), in_blocks), clip)
 
     def leaving_out(self, spec: Entity, clip: float) -> Tensor:
         """By how many clip norms the sum changes without each person: [people]."""
         whole = self.of_file(spec, torch.arange(ROWS), clip)
-        return torch.stack([
-            (whole - self.of_file(spec, torch.nonzero(self.owners != who)[:, 0], clip)).norm()
-            / clip for who in range(len(SIZES))
-        ])
+        return torch.stack(
+            [
+                (whole - self.of_file(spec, torch.nonzero(self.owners != who)[:, 0], clip)).norm()
+                / clip
+                for who in range(len(SIZES))
+            ]
+        )
 
 
 @pytest.mark.parametrize("combine", ["mean", "sum"])
@@ -253,9 +272,7 @@ class People(Toy):
 def test_entities_end_to_end(clip: float, combine: Combine) -> None:
     """80 pairs each; a whole person with up to 12 records comes or goes."""
     assert len(SIZES) > GROUP
-    moved = torch.cat([
-        People(seed).leaving_out(entity(5, combine), clip) for seed in (0, 1)
-    ])
+    moved = torch.cat([People(seed).leaving_out(entity(5, combine), clip) for seed in (0, 1)])
     assert float(moved.max()) <= BOUND
     assert float(moved.max()) > 0.99
 
@@ -314,9 +331,15 @@ class Language:
         torch.manual_seed(1)
         g = torch.Generator().manual_seed(1)
         common: dict[str, Any] = {
-            "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 20,
-            "num_hidden_layers": 1, "max_position_embeddings": 32, "num_attention_heads": 2,
-            "initializer_range": 0.2, "attn_implementation": "eager", "use_cache": False,
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 20,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": 32,
+            "num_attention_heads": 2,
+            "initializer_range": 0.2,
+            "attn_implementation": "eager",
+            "use_cache": False,
         }
         if kind == "bert":
             self.body: Any = BertModel(BertConfig(**common), add_pooling_layer=False)
@@ -333,10 +356,14 @@ class Language:
         self.body.requires_grad_(False).eval()
         self.kind = head
         self.head = nn.Linear(HIDDEN, VOCABULARY if head == "next" else LABELS)
-        self.linears = [self.head, *(
-            m for name, m in layers.named_modules()
-            if name.endswith("lora_B.default") and isinstance(m, nn.Linear)
-        )]
+        self.linears = [
+            self.head,
+            *(
+                m
+                for name, m in layers.named_modules()
+                if name.endswith("lora_B.default") and isinstance(m, nn.Linear)
+            ),
+        ]
         self.parameters = [p for linear in self.linears for p in linear.parameters()]
         for p in self.parameters:
             p.data = 0.3 * scale * torch.randn(p.shape, generator=g)
@@ -466,13 +493,16 @@ BREAKS: dict[str, tuple[Callable[[Any], None], Callable[[], None]]] = {
     "each tensor": (clip_each_tensor, lambda: test_gradients_of_every_kind(1.0)),
     "each tensor, records": (clip_each_tensor, lambda: test_records_end_to_end(1e-4)),
     "each tensor, tokens": (
-        clip_each_tensor, lambda: test_language_models_end_to_end("llama", "next", 1e-4)
+        clip_each_tensor,
+        lambda: test_language_models_end_to_end("llama", "next", 1e-4),
     ),
     "up, from the clip norm": (
-        rounded(lambda x: x.sign() * x.abs().ceil(), True), lambda: test_many_parameters(1000, 1.0)
+        rounded(lambda x: x.sign() * x.abs().ceil(), True),
+        lambda: test_many_parameters(1000, 1.0),
     ),
     "to the nearest, from the clip norm": (
-        rounded(torch.round, True), lambda: test_many_parameters(1000, 1.0)
+        rounded(torch.round, True),
+        lambda: test_many_parameters(1000, 1.0),
     ),
     "up, from below": (
         rounded(lambda x: x.sign() * x.abs().ceil(), False),

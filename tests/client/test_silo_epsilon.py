@@ -44,10 +44,14 @@ WHOLE = list(range(2, 64))
 @pytest.fixture
 def silos(table_contract: Contract) -> Contract:
     """north as agreed (8, 1e-4), south less, east less and with its own δ, west more."""
-    return table_contract.changed(sites=[
-        {"name": "north"}, {"name": "south", "epsilon": 2.0},
-        {"name": "east", "epsilon": 3.0, "delta": 1e-6}, {"name": "west", "epsilon": 12.0},
-    ])
+    return table_contract.changed(
+        sites=[
+            {"name": "north"},
+            {"name": "south", "epsilon": 2.0},
+            {"name": "east", "epsilon": 3.0, "delta": 1e-6},
+            {"name": "west", "epsilon": 12.0},
+        ]
+    )
 
 
 TARGETS = {"north": (8.0, 1e-4), "south": (2.0, 1e-4), "east": (3.0, 1e-6), "west": (12.0, 1e-4)}
@@ -79,7 +83,11 @@ def oracle(
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_sites_noise_is_what_its_own_target_needs(
-    silos: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker, name: str,
+    silos: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    make_worker: MakeWorker,
+    name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target, delta = TARGETS[name]
@@ -128,22 +136,44 @@ def test_a_run_stops_at_the_sites_own_epsilon(
 
 
 def reply(run: Run, site: str, spent: float | None) -> bytes:
-    return messages.pack(Message(
-        Update(
-            contract=run.contract.hash, site=site, run="r", round=run.number, attempt=1,
-            epsilon=spent, metrics={}, request=run.digest(),
-            receipt=messages.Receipt(sequence=1, head="0" * 64, signature="0" * 128),
-        ),
-        {n: np.ones(shape, np.float32) for n, shape in
-         {"head.bias": (2,), "head.weight": (2, 6)}.items()},
-    ))
+    return messages.pack(
+        Message(
+            Update(
+                contract=run.contract.hash,
+                site=site,
+                run="r",
+                round=run.number,
+                attempt=1,
+                epsilon=spent,
+                metrics={},
+                request=run.digest(),
+                receipt=messages.Receipt(sequence=1, head="0" * 64, signature="0" * 128),
+            ),
+            {
+                n: np.ones(shape, np.float32)
+                for n, shape in {"head.bias": (2,), "head.weight": (2, 6)}.items()
+            },
+        )
+    )
 
 
-@pytest.mark.parametrize(("name", "spent", "fits"), [
-    ("north", 8.0, True), ("north", 8.001, False), ("south", 2.0, True), ("south", 2.001, False),
-    ("south", 8.0, False), ("east", 3.0, True), ("east", 3.1, False), ("west", 12.0, True),
-    ("west", 9.0, True), ("west", 12.01, False), ("south", 0.0, True), ("south", None, False),
-])
+@pytest.mark.parametrize(
+    ("name", "spent", "fits"),
+    [
+        ("north", 8.0, True),
+        ("north", 8.001, False),
+        ("south", 2.0, True),
+        ("south", 2.001, False),
+        ("south", 8.0, False),
+        ("east", 3.0, True),
+        ("east", 3.1, False),
+        ("west", 12.0, True),
+        ("west", 9.0, True),
+        ("west", 12.01, False),
+        ("south", 0.0, True),
+        ("south", None, False),
+    ],
+)
 def test_the_server_refuses_more_than_the_site_may_spend(
     silos: Contract, tmp_path: Path, name: str, spent: float | None, fits: bool
 ) -> None:
@@ -157,11 +187,16 @@ def test_the_server_refuses_more_than_the_site_may_spend(
     assert dict(facts.failed) == ({} if fits else {name: "E502"})
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"epsilon": 0.0}, "sites.1.epsilon"), ({"epsilon": 101.0}, "sites.1.epsilon"),
-    ({"delta": 0.01}, "sites.1.delta"), ({"delta": 0.0}, "sites.1.delta"),
-    ({"epsilon": math.nan}, "sites.1.epsilon"),
-])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"epsilon": 0.0}, "sites.1.epsilon"),
+        ({"epsilon": 101.0}, "sites.1.epsilon"),
+        ({"delta": 0.01}, "sites.1.delta"),
+        ({"delta": 0.0}, "sites.1.delta"),
+        ({"epsilon": math.nan}, "sites.1.epsilon"),
+    ],
+)
 def test_a_sites_target_has_the_bounds_of_any(
     table_contract: Contract, change: dict[str, float], told: str
 ) -> None:
@@ -203,9 +238,16 @@ def written(contract: Contract, folder: Path, own: str) -> Policy:
     return policies.load(folder / "site.toml")
 
 
-@pytest.mark.parametrize(("own", "expected"), [
-    ("0.5", 0.5), ("1.99", 1.99), ("2.0", 2.0), ("2.1", 2.0), ("100.0", 2.0),
-])
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("0.5", 0.5),
+        ("1.99", 1.99),
+        ("2.0", 2.0),
+        ("2.1", 2.0),
+        ("100.0", 2.0),
+    ],
+)
 def test_the_owner_can_lower_a_runs_epsilon_and_never_raise_it(
     silos: Contract, write_rows: Rows, tmp_path: Path, own: str, expected: float
 ) -> None:
@@ -293,10 +335,12 @@ DECAY, STEPS = 0.8, 3
 @pytest.fixture
 def decaying(table_contract: Contract) -> Contract:
     phase = {"trains": "head", "sampling_rate": 0.3, "head_rate": 0.5}
-    return table_contract.changed(phases=[
-        {**phase, "rounds": 5, "local_steps": STEPS, "budget": 0.6, "noise_decay": DECAY},
-        {**phase, "rounds": 4, "local_steps": 2, "budget": 0.4},
-    ])
+    return table_contract.changed(
+        phases=[
+            {**phase, "rounds": 5, "local_steps": STEPS, "budget": 0.6, "noise_decay": DECAY},
+            {**phase, "rounds": 4, "local_steps": 2, "budget": 0.4},
+        ]
+    )
 
 
 def test_each_round_has_that_multiple_of_the_noise_before(decaying: Contract) -> None:
@@ -329,10 +373,12 @@ def test_the_phases_keep_their_shares(decaying: Contract, table_contract: Contra
         zcdp = [m.steps / m.noise_multiplier**2 for m in found]
         parts.append(sum(zcdp[:-1]) / sum(zcdp))
     assert parts == pytest.approx([0.6, 0.6])
-    none = decaying.changed(phases=[
-        p | ({"noise_decay": 1.0} if p["noise_decay"] else {})
-        for p in decaying.model_dump()["phases"]
-    ])
+    none = decaying.changed(
+        phases=[
+            p | ({"noise_decay": 1.0} if p["noise_decay"] else {})
+            for p in decaying.model_dump()["phases"]
+        ]
+    )
     assert [m.noise_multiplier for m in plan(none)[:5]] == pytest.approx(
         [plan(even)[0].noise_multiplier] * 5
     )
@@ -351,7 +397,10 @@ def test_each_round_is_given_its_own_mechanism(decaying: Contract) -> None:
 
 
 def test_a_worker_charges_and_uses_the_rounds_own_noise(
-    decaying: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker,
+    decaying: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    make_worker: MakeWorker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     used: list[Mechanism] = []
@@ -394,15 +443,29 @@ def test_how_many_whole_rounds_a_beginning_is(decaying: Contract) -> None:
         assert rounds_in(decaying, [*found[:5], found[5]._replace(steps=steps)]) == rounds
 
 
-@pytest.mark.parametrize(("decay", "rounds", "fits"), [
-    (0.5, 10, True), (0.5, 11, False), (0.9, 66, True), (0.9, 67, False), (1.0, 1000, True),
-    (0.49, 2, False), (1.01, 2, False), (0.0, 2, False),
-])
+@pytest.mark.parametrize(
+    ("decay", "rounds", "fits"),
+    [
+        (0.5, 10, True),
+        (0.5, 11, False),
+        (0.9, 66, True),
+        (0.9, 67, False),
+        (1.0, 1000, True),
+        (0.49, 2, False),
+        (1.01, 2, False),
+        (0.0, 2, False),
+    ],
+)
 def test_noise_does_not_decay_to_nothing(
     table_contract: Contract, decay: float, rounds: int, fits: bool
 ) -> None:
-    phase = {"trains": "head", "rounds": rounds, "sampling_rate": 0.1, "head_rate": 0.5,
-             "noise_decay": decay}
+    phase = {
+        "trains": "head",
+        "rounds": rounds,
+        "sampling_rate": 0.1,
+        "head_rate": 0.5,
+        "noise_decay": decay,
+    }
     if fits:
         assert table_contract.changed(phases=[phase]).rounds == rounds
         return
@@ -424,10 +487,13 @@ def test_the_shares_add_up_and_are_the_zcdp_budgets_without_sampling(
 ) -> None:
     """At q = 1 the RDP of a Gaussian is linear in 1 / sigma^2: shares are exactly the budgets."""
     phase = {"trains": "head", "sampling_rate": 1.0, "head_rate": 0.5}
-    contract = table_contract.changed(phases=[
-        {**phase, "rounds": 2, "budget": 0.5}, {**phase, "rounds": 7, "budget": 0.3},
-        {**phase, "rounds": 4, "budget": 0.2, "noise_decay": 0.7},
-    ])
+    contract = table_contract.changed(
+        phases=[
+            {**phase, "rounds": 2, "budget": 0.5},
+            {**phase, "rounds": 7, "budget": 0.3},
+            {**phase, "rounds": 4, "budget": 0.2, "noise_decay": 0.7},
+        ]
+    )
     found = plan(contract)
     parts = shares(found, 1e-4)
     assert parts[:2] == pytest.approx([0.5, 0.3])
@@ -454,9 +520,7 @@ def test_no_other_weights_have_less_noise_in_the_mean(silos: Contract) -> None:
     found = quietest_weights(silos)
     assert found["west"] == 1.0 == max(found.values())
     assert found["south"] < found["east"] < found["north"] < 1
-    noise = np.array([
-        plan(silos, silos.target_of(name))[0].noise_multiplier for name in found
-    ])
+    noise = np.array([plan(silos, silos.target_of(name))[0].noise_multiplier for name in found])
 
     def variance(weights: np.ndarray) -> float:
         return float((weights**2 * noise**2).sum() / weights.sum() ** 2)

@@ -210,9 +210,7 @@ def with_absences(
 
 
 @pytest.fixture
-def long(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
-) -> Federation:
+def long(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]) -> Federation:
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 12, "sampling_rate": 0.5, "head_rate": 0.5}]
     )
@@ -254,9 +252,21 @@ def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], Ledger]:
         if key not in ledger.charges:
             with ledger.writing():
                 ledger.append(
-                    Charged, lineage="b" * 64, basis="", source="", rows=1, unit="record",
-                    contract="a" * 64, run=run, round=number, attempt=1, request="c" * 64,
-                    noise_multiplier=1.0, sampling_rate=0.5, steps=1, order=3.0,
+                    Charged,
+                    lineage="b" * 64,
+                    basis="",
+                    source="",
+                    rows=1,
+                    unit="record",
+                    contract="a" * 64,
+                    run=run,
+                    round=number,
+                    attempt=1,
+                    request="c" * 64,
+                    noise_multiplier=1.0,
+                    sampling_rate=0.5,
+                    steps=1,
+                    order=3.0,
                     adapter=(begins or f"{run}{number}").encode().hex().zfill(64),
                 )
         sets.settle(run, number, sites)
@@ -264,16 +274,19 @@ def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], Ledger]:
     return sets, settle, ledger
 
 
-@pytest.mark.parametrize(("rounds", "changes"), [
-    ([(1, "abc")], 0),
-    ([(1, "abc"), (2, "cab")], 0),
-    ([(1, "abc"), (2, "ab")], 1),
-    ([(1, "abc"), (2, "ab"), (3, "ab"), (4, "abc")], 2),
-    ([(2, "abc")], 1),
-    ([(1, "abc"), (3, "abc")], 1),
-    ([(1, "abc"), (3, "ab"), (5, "ab")], 2),
-    ([(2, "abc"), (1, "abc")], 2),
-])
+@pytest.mark.parametrize(
+    ("rounds", "changes"),
+    [
+        ([(1, "abc")], 0),
+        ([(1, "abc"), (2, "cab")], 0),
+        ([(1, "abc"), (2, "ab")], 1),
+        ([(1, "abc"), (2, "ab"), (3, "ab"), (4, "abc")], 2),
+        ([(2, "abc")], 1),
+        ([(1, "abc"), (3, "abc")], 1),
+        ([(1, "abc"), (3, "ab"), (5, "ab")], 2),
+        ([(2, "abc"), (1, "abc")], 2),
+    ],
+)
 def test_a_change_is_a_sum_that_does_not_follow_on_one_of_the_same_sites(
     rounds: list[tuple[int, str]], changes: int
 ) -> None:
@@ -344,8 +357,10 @@ def test_a_refused_set_leaves_nothing_in_the_ledger_and_a_settled_one_is_authent
     assert [entry.sites for entry in ledger.settled.values()] == [("a", "b", "c")]
     entries = verify_export(list(ledger.export()))
     assert [entry.sites for entry in entries if isinstance(entry, Settled)] == [("a", "b", "c")]
-    lines = [line.replace('\\"sites\\":[\\"a\\",\\"b\\",\\"c\\"]', '\\"sites\\":[\\"a\\",\\"b\\"]')
-             for line in ledger.export()]
+    lines = [
+        line.replace('\\"sites\\":[\\"a\\",\\"b\\",\\"c\\"]', '\\"sites\\":[\\"a\\",\\"b\\"]')
+        for line in ledger.export()
+    ]
     with pytest.raises(RefusalError) as caught:
         verify_export(lines)
     assert caught.value.code == "E212"
@@ -369,6 +384,7 @@ def test_nothing_leaves_before_the_set_is_kept(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A site that cannot write to its ledger gives no share."""
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no room")
 

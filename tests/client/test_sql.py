@@ -57,8 +57,9 @@ class Server:
 
     def run(self, *statements: str, database: str = "hospital") -> None:
         """As the owner of the tables, over the socket."""
-        url = sqlalchemy.URL.create("postgresql+psycopg", "owner", PASSWORD, str(self.folder),
-                                    self.port, database)
+        url = sqlalchemy.URL.create(
+            "postgresql+psycopg", "owner", PASSWORD, str(self.folder), self.port, database
+        )
         engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             for statement in statements:
@@ -87,14 +88,46 @@ def postgres() -> Iterator[Server]:
     with (folder / "log").open("wb") as log:
         try:
             subprocess.run(
-                [bin_ / "initdb", "-D", folder / "data", "-U", "owner", "-A", "scram-sha-256",
-                 f"--pwfile={word}", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"],
-                check=True, user=user, group=user, stdout=log, stderr=log, cwd="/",
+                [
+                    bin_ / "initdb",
+                    "-D",
+                    folder / "data",
+                    "-U",
+                    "owner",
+                    "-A",
+                    "scram-sha-256",
+                    f"--pwfile={word}",
+                    "-E",
+                    "UTF8",
+                    "--locale=C.UTF-8",
+                    "--no-sync",
+                ],
+                check=True,
+                user=user,
+                group=user,
+                stdout=log,
+                stderr=log,
+                cwd="/",
             )
             server = subprocess.Popen(
-                [bin_ / "postgres", "-D", folder / "data", "-p", str(port), "-k", folder,
-                 "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
-                user=user, group=user, stdout=log, stderr=log, cwd="/",
+                [
+                    bin_ / "postgres",
+                    "-D",
+                    folder / "data",
+                    "-p",
+                    str(port),
+                    "-k",
+                    folder,
+                    "-c",
+                    "listen_addresses=127.0.0.1",
+                    "-c",
+                    "fsync=off",
+                ],
+                user=user,
+                group=user,
+                stdout=log,
+                stderr=log,
+                cwd="/",
                 preexec_fn=children.end_with_parent,  # noqa: PLW1509  also when pytest is killed
             )
             made = Server(port, folder)
@@ -110,8 +143,10 @@ def postgres() -> Iterator[Server]:
             made.run("CREATE DATABASE hospital", database="postgres")
             quoted = PASSWORD.replace("'", "''").replace("%", "%%")
             made.run(f"CREATE ROLE reader LOGIN SUPERUSER PASSWORD '{quoted}'", CREATE)
-            made.run("CREATE SEQUENCE counter",
-                     "INSERT INTO visits VALUES (71, 'yes', 1), (NULL, NULL, 0), (20.5, 'no', 1)")
+            made.run(
+                "CREATE SEQUENCE counter",
+                "INSERT INTO visits VALUES (71, 'yes', 1), (NULL, NULL, 0), (20.5, 'no', 1)",
+            )
             yield made
         finally:
             if server is not None:
@@ -136,7 +171,8 @@ def sqlite(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., DataError]:
     """refused(url, query) -> the error; neither a value nor the password is anywhere in it, but for
@@ -147,8 +183,14 @@ def refused(
         with caplog.at_level(logging.DEBUG), pytest.raises(DataError) as caught:
             Data(url=url, query=statement).table()
         error, out = caught.value, capfd.readouterr()
-        for shown in (str(error), repr(error), out.out, out.err, caplog.text,
-                      "".join(traceback.format_exception(error))):
+        for shown in (
+            str(error),
+            repr(error),
+            out.out,
+            out.err,
+            caplog.text,
+            "".join(traceback.format_exception(error)),
+        ):
             assert CANARY not in shown
             assert PASSWORD not in shown
         assert PASSWORD not in error.local
@@ -187,9 +229,12 @@ def test_rows_are_those_of_a_csv_file(url: str, tmp_path: Path, table_contract: 
 def test_blocks(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cells, query):
         monkeypatch.setattr(module, "BLOCK_ROWS", 1000)
-    series = ("SELECT * FROM generate_series(1, 2500) AS n" if url.startswith("postgres") else
-              "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 2500) "
-              "SELECT n FROM s")
+    series = (
+        "SELECT * FROM generate_series(1, 2500) AS n"
+        if url.startswith("postgres")
+        else "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 2500) "
+        "SELECT n FROM s"
+    )
     found = Data(url=url, query=series).table()
     assert list(found.rows) == [(n, [str(n)]) for n in range(1, 2501)]
 
@@ -201,20 +246,31 @@ def test_percent_signs_and_colons_are_the_querys_own(url: str) -> None:
 
 def test_types_of_postgres(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PASSWORD", PASSWORD)
-    found = Data(url=postgres.url(), query="""
+    found = Data(
+        url=postgres.url(),
+        query="""
         SELECT true, 1.50::numeric, 2::float8, 0.1::float4, DATE '2026-01-31',
         TIMESTAMP '2026-01-31 10:00', INTERVAL '1 minute', NULL::int, 'Ärger'::varchar,
         '00000000-0000-0000-0000-000000000001'::uuid, 'NaN'::numeric, 12::bigint
-    """).table()
+    """,
+    ).table()
     assert found.rows[0][1] == [
-        "true", "1.5", "2", "0.1", "2026-01-31", "2026-01-31 10:00:00", "60", "", "Ärger",
-        "00000000-0000-0000-0000-000000000001", "", "12",
+        "true",
+        "1.5",
+        "2",
+        "0.1",
+        "2026-01-31",
+        "2026-01-31 10:00:00",
+        "60",
+        "",
+        "Ärger",
+        "00000000-0000-0000-0000-000000000001",
+        "",
+        "12",
     ]
 
 
-def test_the_whole_url_from_the_environment(
-    sqlite: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_url_from_the_environment(sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOSPITAL_URL", f"sqlite:///{sqlite}")
     monkeypatch.setenv("FOLDER", str(sqlite.parent))
     for url in ("${HOSPITAL_URL}", "sqlite:///${FOLDER}/hospital.db"):
@@ -235,8 +291,9 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
     lines = write_rows(sqlite.with_name("rows.csv"), 120).read_text().splitlines()
     with sqlite3.connect(sqlite) as connection:
         connection.execute("DELETE FROM visits")
-        connection.executemany("INSERT INTO visits VALUES (?, ?, ?)",
-                               [line.split(",") for line in lines[1:]])
+        connection.executemany(
+            "INSERT INTO visits VALUES (?, ?, ?)", [line.split(",") for line in lines[1:]]
+        )
     connection.close()
     policy = permitting(table_contract, "north", sqlite, None)
     data = Data(url=f"sqlite:///{sqlite}", query=QUERY, repeated="keep")
@@ -254,8 +311,12 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
 
 def test_a_query_that_writes(url: str, refused: Callable[..., DataError]) -> None:
     delete = "DELETE FROM visits"
-    statements = [delete, f"{delete} RETURNING *", "DROP TABLE visits",
-                  f"INSERT INTO visits VALUES (1, '{CANARY}', 1)"]
+    statements = [
+        delete,
+        f"{delete} RETURNING *",
+        "DROP TABLE visits",
+        f"INSERT INTO visits VALUES (1, '{CANARY}', 1)",
+    ]
     if url.startswith("postgres"):
         statements += [
             f"WITH gone AS ({delete} RETURNING *) SELECT * FROM gone",
@@ -268,11 +329,11 @@ def test_a_query_that_writes(url: str, refused: Callable[..., DataError]) -> Non
     assert len(Data(url=url, query=QUERY).table().rows) == 3
 
 
-def test_a_function_that_writes(
-    postgres: Server, refused: Callable[..., DataError]
-) -> None:
-    postgres.run("CREATE OR REPLACE FUNCTION loses() RETURNS int LANGUAGE sql AS "
-                 "'DELETE FROM visits RETURNING outcome'")
+def test_a_function_that_writes(postgres: Server, refused: Callable[..., DataError]) -> None:
+    postgres.run(
+        "CREATE OR REPLACE FUNCTION loses() RETURNS int LANGUAGE sql AS "
+        "'DELETE FROM visits RETURNING outcome'"
+    )
     error = refused(postgres.url(), "SELECT loses()")
     assert "the query writes, and only reading is allowed" in str(error)
     assert "SQLSTATE 25006" in str(error)
@@ -287,11 +348,14 @@ def test_two_statements(url: str, refused: Callable[..., DataError]) -> None:
     assert len(Data(url=url, query=QUERY).table().rows) == 3
 
 
-@pytest.mark.parametrize(("statement", "words"), [
-    (f"SELECT * FROM {CANARY}", "there is no such table"),
-    (f"SELECT {CANARY} FROM visits", "there is no such column"),
-    (f"SELEKT '{CANARY}'", "no single SELECT, or has a mistake"),
-])
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        (f"SELECT * FROM {CANARY}", "there is no such table"),
+        (f"SELECT {CANARY} FROM visits", "there is no such column"),
+        (f"SELEKT '{CANARY}'", "no single SELECT, or has a mistake"),
+    ],
+)
 def test_a_query_with_a_mistake(
     url: str, refused: Callable[..., DataError], statement: str, words: str
 ) -> None:
@@ -302,12 +366,11 @@ def test_a_query_with_a_mistake(
     assert error.local  # the owner may see what the driver says
 
 
-def test_a_value_that_a_cast_chokes_on(
-    postgres: Server, refused: Callable[..., DataError]
-) -> None:
+def test_a_value_that_a_cast_chokes_on(postgres: Server, refused: Callable[..., DataError]) -> None:
     """PostgreSQL quotes it: invalid input syntax for type integer: "…"."""
-    error = refused(postgres.url(), "SELECT (smoker || v)::int FROM visits, "
-                                    f"(VALUES ('{CANARY}')) AS t (v)")
+    error = refused(
+        postgres.url(), f"SELECT (smoker || v)::int FROM visits, (VALUES ('{CANARY}')) AS t (v)"
+    )
     assert "a value in the table is not what the query makes of it" in str(error)
     assert "SQLSTATE 22P02" in str(error)
     assert CANARY in error.local
@@ -318,24 +381,35 @@ def test_a_value_that_fails_after_many_rows(
 ) -> None:
     for module in (cells, query):
         monkeypatch.setattr(module, "BLOCK_ROWS", 100)
-    error = refused(postgres.url(), f"SELECT CASE WHEN n < 900 THEN n ELSE ('{CANARY}' || n)::int "
-                                    "END FROM generate_series(1, 1000) AS n")
+    error = refused(
+        postgres.url(),
+        f"SELECT CASE WHEN n < 900 THEN n ELSE ('{CANARY}' || n)::int "
+        "END FROM generate_series(1, 1000) AS n",
+    )
     assert "Rows read before: 800." in str(error)
 
 
-@pytest.mark.parametrize("value", [
-    f"ARRAY['{CANARY} x']", f"'{{\"a\": \"{CANARY}\"}}'::json", f"'{CANARY}'::bytea",
-    "int4range(1, 3)",
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"ARRAY['{CANARY} x']",
+        f'\'{{"a": "{CANARY}"}}\'::json',
+        f"'{CANARY}'::bytea",
+        "int4range(1, 3)",
+    ],
+)
 def test_columns_that_are_no_single_values(
     postgres: Server, refused: Callable[..., DataError], value: str
 ) -> None:
     error = refused(postgres.url(), f"SELECT {value}")
     assert error.code == "E311"
-    assert any(what in str(error) for what in (
-        "an object or bytes where one value is expected: row 1",
-        "a list with a word that is empty or has a space in it: row 1",
-    ))
+    assert any(
+        what in str(error)
+        for what in (
+            "an object or bytes where one value is expected: row 1",
+            "a list with a word that is empty or has a space in it: row 1",
+        )
+    )
 
 
 def test_sqlite_text_that_is_no_text(sqlite: Path, refused: Callable[..., DataError]) -> None:
@@ -367,19 +441,23 @@ def test_nobody_listens(refused: Callable[..., DataError]) -> None:
     assert "does not resolve" in str(refused("postgresql+psycopg://a:b@no-such-host.invalid/x"))
 
 
-@pytest.mark.parametrize(("url", "words"), [
-    ("nosuch://u:${PASSWORD}@host/db", "no driver of the name"),
-    ("postgresql+nosuch://u@host/db", "no driver of the name"),
-    ("oracle+cx_oracle://u:${PASSWORD}@host/db", "is not installed (cx_Oracle)"),
-    ("no url at all " + CANARY, "is no URL of a database"),
-    ("postgresql+psycopg://u:p@host:port/db", "is no URL of a database"),
-    ("postgresql+psycopg://u:${NO_SUCH_WORD}@host/db", "names ${NO_SUCH_WORD}, which is not set"),
-    ("sqlite:///no/such.db", "does not exist"),
-    ("sqlite://", "does not exist"),
-])
-def test_urls_that_lead_nowhere(
-    refused: Callable[..., DataError], url: str, words: str
-) -> None:
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nosuch://u:${PASSWORD}@host/db", "no driver of the name"),
+        ("postgresql+nosuch://u@host/db", "no driver of the name"),
+        ("oracle+cx_oracle://u:${PASSWORD}@host/db", "is not installed (cx_Oracle)"),
+        ("no url at all " + CANARY, "is no URL of a database"),
+        ("postgresql+psycopg://u:p@host:port/db", "is no URL of a database"),
+        (
+            "postgresql+psycopg://u:${NO_SUCH_WORD}@host/db",
+            "names ${NO_SUCH_WORD}, which is not set",
+        ),
+        ("sqlite:///no/such.db", "does not exist"),
+        ("sqlite://", "does not exist"),
+    ],
+)
+def test_urls_that_lead_nowhere(refused: Callable[..., DataError], url: str, words: str) -> None:
     error = refused(url)
     assert error.code == "E312"
     assert words in str(error)
@@ -407,10 +485,12 @@ print(len(rows), len(header), int(peak[1]) << 10, time.monotonic() - began)
 def test_two_million_rows_of_a_database(url: str) -> None:
     """In a process of its own; of what it takes common/test_sources.py tells the rest."""
     columns = ", ".join(f"n * {k} % 90 + 0.5 AS c{k}" for k in range(1, 14))
-    series = (f"SELECT n, {columns} FROM generate_series(1, 2000000) AS n"
-              if url.startswith("postgres") else
-              "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 2000000) "
-              f"SELECT n, {columns} FROM s")
+    series = (
+        f"SELECT n, {columns} FROM generate_series(1, 2000000) AS n"
+        if url.startswith("postgres")
+        else "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 2000000) "
+        f"SELECT n, {columns} FROM s"
+    )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, url, series], check=True, capture_output=True, text=True
     )
@@ -427,32 +507,48 @@ def site_toml(folder: Path, data: str) -> Policy:
     return parse(SITE.format(data=data), folder / "site.toml")
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    ("key = []", "needs either a file, or a url and a query"),
-    ('file = "a.csv"\nurl = "sqlite:///a"\nquery = "SELECT 1"', "needs either a file, or a url"),
-    ('url = "sqlite:///a.db"', "belong together"),
-    ('query = "SELECT 1"', "belong together"),
-    ('file = "a.csv"\nencoding = "latin-9000"', "'latin-9000' is not an encoding"),
-    ('file = "a.csv"\nencoding = "base64"', "'base64' is not an encoding"),
-])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("key = []", "needs either a file, or a url and a query"),
+        (
+            'file = "a.csv"\nurl = "sqlite:///a"\nquery = "SELECT 1"',
+            "needs either a file, or a url",
+        ),
+        ('url = "sqlite:///a.db"', "belong together"),
+        ('query = "SELECT 1"', "belong together"),
+        ('file = "a.csv"\nencoding = "latin-9000"', "'latin-9000' is not an encoding"),
+        ('file = "a.csv"\nencoding = "base64"', "'base64' is not an encoding"),
+    ],
+)
 def test_one_source_and_an_encoding_that_is_one(tmp_path: Path, data: str, words: str) -> None:
     with pytest.raises(ContractError) as caught:
         site_toml(tmp_path, data)
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("url", "shown"), [
-    ("postgresql://u:word@h/d", True), ("postgresql://u:a${B}@h/d", True),
-    ("postgresql://u:${WORD}@h/d", False), ("postgresql://u@h/d", False), ("${URL}", False),
-    ("sqlite:///a:b@c.db", False),
-])
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:word@h/d", True),
+        ("postgresql://u:a${B}@h/d", True),
+        ("postgresql://u:${WORD}@h/d", False),
+        ("postgresql://u@h/d", False),
+        ("${URL}", False),
+        ("sqlite:///a:b@c.db", False),
+    ],
+)
 def test_a_password_in_the_file_is_noticed(url: str, shown: bool) -> None:
     assert query.shows_password(url) is shown
 
 
-@pytest.mark.parametrize(("statement", "has"), [
-    ("SELECT a FROM b Order  By a", True), ("SELECT order_by FROM b", False),
-])
+@pytest.mark.parametrize(
+    ("statement", "has"),
+    [
+        ("SELECT a FROM b Order  By a", True),
+        ("SELECT order_by FROM b", False),
+    ],
+)
 def test_an_order_is_noticed(statement: str, has: bool) -> None:
     assert query.ordered(statement) is has
 

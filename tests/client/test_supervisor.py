@@ -75,7 +75,9 @@ class Started:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SUPERVISOR, str(folder), str(port), how],
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env=os.environ | {"DATABASE_PASSWORD": "secret", "ANOTHER": "one"},
             )
 
@@ -152,7 +154,9 @@ def test_every_line_is_an_object_and_a_relay_cannot_speak_as_the_worker(
         (e["from"], e["event"], e["text"]) for e in found
     }
     assert [e["event"] for e in found if e["from"] == "supervisor"] == [
-        "ready", "connecting", "stopped"
+        "ready",
+        "connecting",
+        "stopped",
     ]
 
 
@@ -261,9 +265,11 @@ def test_two_sites_cannot_have_one_relay_user(
     def made(name: str, relay: int | None) -> supervisor.Supervisor:
         (tmp_path / name).mkdir(exist_ok=True)
         return supervisor.Supervisor(
-            Site(tmp_path / name / "site.toml"), tmp_path / "contract.toml",
+            Site(tmp_path / name / "site.toml"),
+            tmp_path / "contract.toml",
             Server(address="127.0.0.1:1", ca=tmp_path / "ca.crt"),
-            supervisor.Users(None if relay is None else 61001, relay), Journal("supervisor"),
+            supervisor.Users(None if relay is None else 61001, relay),
+            Journal("supervisor"),
         )
 
     with made("north", 61002)._alone():

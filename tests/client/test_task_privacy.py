@@ -54,9 +54,7 @@ class Summed(CryptoNoiseOptimizer):
         super().add_noise()
 
 
-def model_of(
-    contract: Contract, kind: str, performance: Performance = EXACT
-) -> Network:
+def model_of(contract: Contract, kind: str, performance: Performance = EXACT) -> Network:
     return build(contract, None if kind == "one-hot" else tiny.folder_of(kind), performance)
 
 
@@ -65,7 +63,10 @@ def phases_of(contract: Contract) -> tuple[str, ...]:
 
 
 def clipped_sum(
-    model: Network, data: Dataset, trains: str, units: list[int] | None = None,
+    model: Network,
+    data: Dataset,
+    trains: str,
+    units: list[int] | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
@@ -74,7 +75,10 @@ def clipped_sum(
     with model.requiring(names):  # Opacus' optimizer takes no others
         optimizer = Summed(
             torch.optim.SGD([tensors[name] for name in names], lr=1.0),
-            source=Silent(site="x"), noise_multiplier=1e-6, clip_norm=CLIP, divisor=1.0,
+            source=Silent(site="x"),
+            noise_multiplier=1e-6,
+            clip_norm=CLIP,
+            divisor=1.0,
         )
 
     def losses(index: Tensor) -> Tensor:
@@ -87,7 +91,10 @@ def clipped_sum(
     )
     with model.requiring(names):
         private_gradient(
-            model.trained_modules(trains), optimizer, groups, losses,
+            model.trained_modules(trains),
+            optimizer,
+            groups,
+            losses,
             gradients=model.performance.gradients,
         )
     return optimizer.total, optimizer
@@ -142,13 +149,24 @@ def test_one_unit_moves_the_sum_by_its_own_clipped_part(kind: str, model: str, u
     check_sensitivity(contract, model_of(contract, model), kind)
 
 
-@pytest.mark.parametrize(("kind", "model"), [
-    ("tokens", "bert"), ("bi", "bert"), ("regression", "llama"), ("language", "llama"),
-])
-@pytest.mark.parametrize("performance", [
-    {"bf16": "on"}, {"bf16": "off", "gradients": "hooks"},
-    {"bf16": "off", "checkpointing": True, "micro_batch": 7},
-], ids=["bf16", "hooks", "checkpointing"])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("tokens", "bert"),
+        ("bi", "bert"),
+        ("regression", "llama"),
+        ("language", "llama"),
+    ],
+)
+@pytest.mark.parametrize(
+    "performance",
+    [
+        {"bf16": "on"},
+        {"bf16": "off", "gradients": "hooks"},
+        {"bf16": "off", "checkpointing": True, "micro_batch": 7},
+    ],
+    ids=["bf16", "hooks", "checkpointing"],
+)
 def test_so_it_is_with_other_engines(kind: str, model: str, performance: dict[str, Any]) -> None:
     contract = tiny.contract_of(kind, model)
     settings = Performance.model_validate({"device": "cpu", "micro_batch": 4} | performance)
@@ -156,8 +174,11 @@ def test_so_it_is_with_other_engines(kind: str, model: str, performance: dict[st
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "rslora": {"rank": 2, "targets": "…"}, "core": {"rank": 3, "targets": "…"},
-    "ia3": {"targets": "…"}, "prefix": {"length": 3}, "prompt": {"length": 3},
+    "rslora": {"rank": 2, "targets": "…"},
+    "core": {"rank": 3, "targets": "…"},
+    "ia3": {"targets": "…"},
+    "prefix": {"length": 3},
+    "prompt": {"length": 3},
 }
 
 
@@ -170,9 +191,14 @@ def with_method(contract: Contract, method: str, model: str) -> Contract:
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("kind", "model"), [
-    ("classification", "bert"), ("tokens", "llama"), ("language", "llama"),
-])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("classification", "bert"),
+        ("tokens", "llama"),
+        ("language", "llama"),
+    ],
+)
 def test_so_it_is_with_other_adapters(kind: str, model: str, method: str, unit: str) -> None:
     contract = with_method(tiny.contract_of(kind, model, unit=unit), method, model)
     network = model_of(contract, model)
@@ -200,21 +226,31 @@ def test_a_rank_beyond_a_layers_size_is_told(kind: str) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(("method", "trained"), [
-    ("rolora", "A"), ("fedavg", "adapter+A"), ("flexlora", "adapter+A"), ("fedsvd", "adapter"),
-    ("fedex", "adapter+A"),
-])
-@pytest.mark.parametrize(("kind", "model"), [
-    ("classification", "bert"), ("tokens", "llama"), ("language", "llama"), ("bi", "bert"),
-])
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("rolora", "A"),
+        ("fedavg", "adapter+A"),
+        ("flexlora", "adapter+A"),
+        ("fedsvd", "adapter"),
+        ("fedex", "adapter+A"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("classification", "bert"),
+        ("tokens", "llama"),
+        ("language", "llama"),
+        ("bi", "bert"),
+    ],
+)
 def test_so_it_is_with_whichever_factor_of_lora_is_trained(
     kind: str, model: str, method: str, trained: str, unit: str
 ) -> None:
     contract = tiny.contract_of(kind, model, unit=unit)
     phases = [p | {"rounds": 2} for p in contract.model_dump(mode="json")["phases"]]
-    contract = contract.changed(
-        phases=phases, aggregation={"method": method, "momentum": 0.0}
-    )
+    contract = contract.changed(phases=phases, aggregation={"method": method, "momentum": 0.0})
     head = "" if kind == "language" else "head+"
     assert f"{head}{trained}" in contract.trainings
     network = model_of(contract, model)
@@ -254,7 +290,8 @@ def test_so_it_is_with_a_hidden_layer(kind: str, unit: str) -> None:
 def test_so_it_is_with_weighed_labels_and_smoothing(unit: str) -> None:
     """A weight makes a gradient longer before it is clipped, not after."""
     contract = tiny.contract_of("classification", "bert", unit=unit).changed(
-        task={"class_weights": [0.1, 1.0, 50.0], "label_smoothing": 0.2})
+        task={"class_weights": [0.1, 1.0, 50.0], "label_smoothing": 0.2}
+    )
     check_sensitivity(contract, model_of(contract, "bert"), "classification")
 
 
@@ -263,12 +300,14 @@ def test_so_it_is_with_weighed_labels_and_smoothing(unit: str) -> None:
 def test_so_it_is_with_weighed_tags(unit: str, settings: dict[str, Any]) -> None:
     contract = weighed_tags(unit)
     check_sensitivity(
-        contract, model_of(contract, "bert", EXACT.model_copy(update=settings)), "tokens")
+        contract, model_of(contract, "bert", EXACT.model_copy(update=settings)), "tokens"
+    )
 
 
 def weighed_tags(unit: str = "record") -> Contract:
     return tiny.contract_of("tokens", "bert", unit=unit).changed(
-        task={"class_weights": [0.1, 1.0, 50.0, 1.0, 1.0]})
+        task={"class_weights": [0.1, 1.0, 50.0, 1.0, 1.0]}
+    )
 
 
 @pytest.mark.parametrize("engine", ["expanded", "hooks", "ghost"])
@@ -291,9 +330,12 @@ def test_the_self_test_passes(
 
 def mean_of_the_batchs_tokens(patch: Patch) -> None:
     """As transformers' own loss: a long text takes weight from all others."""
+
     def broken(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=tokens.IGNORED,
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=tokens.IGNORED,
             reduction="none",
         ).view(labels.shape)
         return losses.sum(dim=1) / (labels != tokens.IGNORED).sum() * len(labels)
@@ -306,26 +348,33 @@ def weights_of_the_batch(patch: Patch) -> None:
     """As torch's weighted mean: a rare label takes weight from all others."""
     original = classification.per_example_loss
     patch.setattr(
-        classification, "per_example_loss",
-        lambda logits, labels, smoothing: original(logits, labels, smoothing)
-        / (1.0 + labels.float().mean()),
+        classification,
+        "per_example_loss",
+        lambda logits, labels, smoothing: (
+            original(logits, labels, smoothing) / (1.0 + labels.float().mean())
+        ),
     )
 
 
 def negatives_of_the_batch(patch: Patch) -> None:
     """As a contrastive loss: each pair against the others' candidates."""
+
     def broken(_: Any, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (targets * (outputs[:, 0].logsumexp(0) - outputs[:, 0]))
+        return targets * (outputs[:, 0].logsumexp(0) - outputs[:, 0])
 
     patch.setattr("silotune.common.tasks.ranking.Relevance.losses", broken)
 
 
 def weights_of_the_batchs_tokens(patch: Patch) -> None:
     """As torch's own loss with weights: over what the tokens of the batch weigh."""
+
     def broken(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         assert weights is not None
         losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), weights, ignore_index=tokens.IGNORED,
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            weights,
+            ignore_index=tokens.IGNORED,
             reduction="none",
         ).view(labels.shape)
         return losses.sum(dim=1) / weights[labels[labels != tokens.IGNORED]].sum() * len(labels)
@@ -344,12 +393,16 @@ def test_the_self_test_is_by_the_contracts_weights(monkeypatch: Patch) -> None:
         selftest.check(contract, model)
 
 
-@pytest.mark.parametrize(("kind", "model", "mutation"), [
-    ("tokens", "bert", mean_of_the_batchs_tokens),
-    ("language", "llama", mean_of_the_batchs_tokens),
-    ("classification", "bert", weights_of_the_batch), ("bi", "bert", negatives_of_the_batch),
-    ("cross", "llama", negatives_of_the_batch),
-])
+@pytest.mark.parametrize(
+    ("kind", "model", "mutation"),
+    [
+        ("tokens", "bert", mean_of_the_batchs_tokens),
+        ("language", "llama", mean_of_the_batchs_tokens),
+        ("classification", "bert", weights_of_the_batch),
+        ("bi", "bert", negatives_of_the_batch),
+        ("cross", "llama", negatives_of_the_batch),
+    ],
+)
 def test_the_self_test_refuses_a_loss_that_knows_its_batch(
     kind: str, model: str, mutation: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:
@@ -364,16 +417,24 @@ def test_the_self_test_refuses_a_loss_that_knows_its_batch(
 # --- records at the edges ----------------------------------------------------------------------
 
 EDGES: dict[str, dict[str, str]] = {
-    "tokens": {"text": "", "label": ""}, "language": {"text": "", "label": "burn"},
-    "classification": {"text": ""}, "bi": {"question": "", "answer": ""},
+    "tokens": {"text": "", "label": ""},
+    "language": {"text": "", "label": "burn"},
+    "classification": {"text": ""},
+    "bi": {"question": "", "answer": ""},
     "cross": {"question": "", "answer": ""},
 }
 
 
-@pytest.mark.parametrize(("kind", "model"), [
-    ("tokens", "bert"), ("classification", "bert"), ("bi", "bert"), ("cross", "bert"),
-    ("language", "llama"),
-])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("tokens", "bert"),
+        ("classification", "bert"),
+        ("bi", "bert"),
+        ("cross", "bert"),
+        ("language", "llama"),
+    ],
+)
 def test_an_empty_record_moves_no_other(kind: str, model: str) -> None:
     contract = tiny.contract_of(kind, model)
     network = model_of(contract, model)
@@ -382,8 +443,9 @@ def test_an_empty_record_moves_no_other(kind: str, model: str) -> None:
     empty = [rows[0], rows[1] | EDGES[kind], *rows[2:]]
     for trains in phases_of(contract):
         found, optimizer = clipped_sum(network, tiny.load(empty, contract, network), trains)
-        rest, _ = clipped_sum(network, tiny.load(without(rows, 1, "record"), contract, network),
-                              trains)
+        rest, _ = clipped_sum(
+            network, tiny.load(without(rows, 1, "record"), contract, network), trains
+        )
         assert float((found - rest).norm()) * optimizer.unit <= CLIP
         alone = tiny.load(empty[1:2], contract, network)
         assert torch.equal(found - rest, clipped_sum(network, alone, trains)[0])
@@ -398,9 +460,15 @@ def changed_phases(contract: Contract, **phase: Any) -> Contract:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(("kind", "model"), [
-    ("classification", "bert"), ("tokens", "bert"), ("bi", "llama"), ("regression", "one-hot"),
-])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("classification", "bert"),
+        ("tokens", "bert"),
+        ("bi", "llama"),
+        ("regression", "one-hot"),
+    ],
+)
 def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     kind: str, model: str, unit: str, monkeypatch: Patch
 ) -> None:
@@ -421,8 +489,15 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
         for place in (1, 2):
             seen.clear()
             train_round(
-                contract, contract.phases[-1], Mechanism(1e-3, 1.0, 3), network, data, adapter,
-                Silent(site="x"), CLIP, place,
+                contract,
+                contract.phases[-1],
+                Mechanism(1e-3, 1.0, 3),
+                network,
+                data,
+                adapter,
+                Silent(site="x"),
+                CLIP,
+                place,
             )
             steps: list[Tensor] = []
             for mask in seen:
@@ -446,8 +521,15 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
 def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArray[np.float64]:
     data = tiny.load(rows, contract, model)
     found, _ = train_round(
-        contract, contract.phases[-1], Mechanism(1e-3, 1.0, 1), model, data, tiny.moved(model),
-        Silent(site="x"), CLIP, place,
+        contract,
+        contract.phases[-1],
+        Mechanism(1e-3, 1.0, 1),
+        model,
+        data,
+        tiny.moved(model),
+        Silent(site="x"),
+        CLIP,
+        place,
     )
     return np.concatenate([found[n].astype(float).ravel() for n in sorted(found)])
 

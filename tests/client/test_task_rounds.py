@@ -56,18 +56,26 @@ def test_a_run_of_every_task(kind: str, model: str, unit: str, tmp_path: Path) -
     assert isinstance(other, Refusal)
 
 
-@pytest.mark.parametrize(("kind", "released"), [
-    ("classification", ("loss", "accuracy")), ("multi-label", ("loss", "accuracy")),
-    ("tokens", ("loss", "accuracy")), ("regression", ("loss",)), ("bi", ("loss", "accuracy")),
-    ("language", ("loss", "accuracy")),
-])
+@pytest.mark.parametrize(
+    ("kind", "released"),
+    [
+        ("classification", ("loss", "accuracy")),
+        ("multi-label", ("loss", "accuracy")),
+        ("tokens", ("loss", "accuracy")),
+        ("regression", ("loss",)),
+        ("bi", ("loss", "accuracy")),
+        ("language", ("loss", "accuracy")),
+    ],
+)
 def test_metrics_that_a_contract_pays_for(
     kind: str, released: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Without privacy they are the means over the units of what the task's objective says."""
     model = "llama" if kind == "language" else "bert"
     contract = tiny.contract_of(
-        kind, model, releases=[{"metric": m, "share": 0.1, "bound": 9.0} for m in released],
+        kind,
+        model,
+        releases=[{"metric": m, "share": 0.1, "bound": 9.0} for m in released],
     ).changed(privacy={"mode": "none", "expected_records": 24.0})
     worker = worker_of(contract, kind, model, tmp_path)
     arrays = tiny.moved(worker.model)
@@ -95,7 +103,8 @@ def test_without_noise_a_task_of_each_kind_is_learnt(tmp_path: Path) -> None:
     for kind, model in tiny.CASES:
         rates = {"head_rate": 0.2} | ({} if model == "one-hot" else {"adapter_rate": 0.1})
         contract = tiny.contract_of(kind, model).changed(
-            privacy={"mode": "none", "expected_records": 24.0})
+            privacy={"mode": "none", "expected_records": 24.0}
+        )
         (*_, last) = contract.model_dump(mode="json")["phases"]
         rates = {k: v for k, v in rates.items() if last[k] is not None}
         phase = last | rates | {"rounds": 1, "local_steps": 12, "budget": 1.0}
@@ -112,9 +121,14 @@ def test_without_noise_a_task_of_each_kind_is_learnt(tmp_path: Path) -> None:
 # --- masked ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "model"), [
-    ("tokens", "bert"), ("regression", "bert"), ("language", "llama"),
-])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("tokens", "bert"),
+        ("regression", "bert"),
+        ("language", "llama"),
+    ],
+)
 def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
     kind: str, model: str, tmp_path: Path
 ) -> None:
@@ -142,10 +156,17 @@ def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
 # --- methods -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "exact"), [
-    ("ffa", True), ("fedsvd", True), ("rolora", True), ("fedavg", False), ("flexlora", False),
-    ("fedex", False),
-])
+@pytest.mark.parametrize(
+    ("method", "exact"),
+    [
+        ("ffa", True),
+        ("fedsvd", True),
+        ("rolora", True),
+        ("fedavg", False),
+        ("flexlora", False),
+        ("fedex", False),
+    ],
+)
 def test_a_run_of_each_method_and_what_averaging_loses(
     method: str, exact: bool, tmp_path: Path
 ) -> None:
@@ -165,7 +186,8 @@ def test_a_run_of_each_method_and_what_averaging_loses(
             assert (fact.residual < 1e-6) == exact
     trained = [
         {name.rsplit(".", 1)[-1] for name in message.arrays if "lora" in name}
-        for message in seen if message.arrays
+        for message in seen
+        if message.arrays
     ]
     rounds = [trained[at] for at in range(0, len(trained), len(SITES))]
     both, b, a = {"lora_A", "lora_B"}, {"lora_B"}, {"lora_A"}
@@ -239,7 +261,8 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
 
         mean = np.mean([weight(arrays) for arrays in moved], axis=0)
         off[method] = np.linalg.norm(weight(run.registry.adapter()) - mean) / np.linalg.norm(
-            mean - weight(start))
+            mean - weight(start)
+        )
         if method == "fedex":  # and so does the network itself
             arrays = run.registry.adapter()
             network.load(arrays)
@@ -248,9 +271,7 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
             found = module(torch.from_numpy(x)).numpy(force=True)
             plain = module.base_layer.base
             base = plain.weight.numpy(force=True) + weight(arrays)
-            np.testing.assert_allclose(
-                found, x @ base.T + plain.bias.numpy(force=True), atol=1e-5
-            )
+            np.testing.assert_allclose(found, x @ base.T + plain.bias.numpy(force=True), atol=1e-5)
     assert off["fedex"] < 1e-5
     assert off["fedavg"] > 1e-3
 
@@ -333,7 +354,10 @@ def test_a_proximal_term_holds_local_steps_back(tmp_path: Path) -> None:
     for proximal in (None, 10.0):
         contract = of_method("ffa", keys, privacy={"mode": "none", "expected_records": 24.0})
         phase = contract.model_dump(mode="json")["phases"][0] | {
-            "head_rate": 0.1, "local_steps": 8, "budget": 1.0, "proximal": proximal,
+            "head_rate": 0.1,
+            "local_steps": 8,
+            "budget": 1.0,
+            "proximal": proximal,
         }
         contract = contract.changed(phases=[phase], adapter=None)
         folder = tmp_path / str(proximal)
@@ -351,11 +375,18 @@ def test_blocks_are_filled_wherever_records_are_private(
     """Blocks of one shape keep a record from moving the roundings of others. Where nothing is
     private they are not needed: the gradient is the same but for roundings, with fewer rows."""
     keys = {site: Keys.in_memory() for site in SITES}
-    more: dict[str, Any] = {} if mode == "dp" else {"privacy": {
-        "mode": "none", "expected_records": 24.0}}
+    more: dict[str, Any] = (
+        {} if mode == "dp" else {"privacy": {"mode": "none", "expected_records": 24.0}}
+    )
     contract = of_method("ffa", keys, **more)
-    worker = worker_of(contract, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+    worker = worker_of(
+        contract,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     network, sizes = worker.model, []
     batches = Network.micro_batches
 
@@ -374,8 +405,14 @@ def test_blocks_are_filled_wherever_records_are_private(
     assert all(rows == n for rows, n in sizes)
     assert network.private
     monkeypatch.setattr(Network, "unmixed", lambda *_: nullcontext())
-    filled = worker_of(contract, "classification", "bert", tmp_path, "north",
-                       Ledger.in_memory("north", keys["north"]))
+    filled = worker_of(
+        contract,
+        "classification",
+        "bert",
+        tmp_path,
+        "north",
+        Ledger.in_memory("north", keys["north"]),
+    )
     again = ask(filled, contract.rounds, start)
     for name, change in reply.arrays.items():
         np.testing.assert_allclose(change, again.arrays[name], atol=1e-5)

@@ -21,7 +21,8 @@ from silotune.common.messages import Message, Refusal, Train, Update
 Rows = Callable[..., Path]
 MakeWorker = Callable[..., Worker]
 RELEASES = [
-    {"metric": "loss", "share": 0.1, "bound": 2.0}, {"metric": "accuracy", "share": 0.05},
+    {"metric": "loss", "share": 0.1, "bound": 2.0},
+    {"metric": "accuracy", "share": 0.05},
 ]
 
 
@@ -39,7 +40,10 @@ def ask(worker: Worker, number: int = 1) -> Update:
 
 
 def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
-    measured: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker,
+    measured: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    make_worker: MakeWorker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The noises in units of what one record can move: 1/s^2 must be their 1/s_i^2 together."""
@@ -127,8 +131,12 @@ def test_a_site_that_does_not_permit_a_metric_does_not_start(
 
 
 def test_a_metric_that_was_not_agreed_does_not_leave(
-    measured: Contract, table_contract: Contract, write_rows: Rows, tmp_path: Path,
-    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch,
+    measured: Contract,
+    table_contract: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write_rows(tmp_path / "rows.csv", 40)
     extra: dict[str, float] = {"loss": 0.5}
@@ -136,9 +144,7 @@ def test_a_metric_that_was_not_agreed_does_not_leave(
     for contract in (table_contract, measured):
         worker = make_worker(contract, path)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "silotune.client.worker.train_round", lambda *a: (original(*a)[0], extra)
-            )
+            patch.setattr("silotune.client.worker.train_round", lambda *a: (original(*a)[0], extra))
             header = Train(contract=contract.hash, run="r", round=1)
             wire = worker.handle(messages.pack(Message(header, worker.model.initial_arrays())))
         found = messages.unpack(wire).header

@@ -49,13 +49,23 @@ RATE = EXPECTED  # so that a change is the sum itself, as exact as a float32
 BOUND = 0.6  # of the released loss: an entity's mean can lie on either side
 HEADER = "patient,age,smoker,outcome"
 RELEASES = [
-    {"metric": "loss", "share": 0.1, "bound": BOUND}, {"metric": "accuracy", "share": 0.05},
+    {"metric": "loss", "share": 0.1, "bound": BOUND},
+    {"metric": "accuracy", "share": 0.05},
 ]
 # Entities of 1 to 4 rows, interleaved, whose rows differ; 'c' has rows that pull both ways.
 ROWS: Rows = [
-    ("a", 30, "yes", 1), ("b", 70, "no", 0), ("c", 30, "no", 0), ("a", 30, "yes", 1),
-    ("c", 30, "no", 1), ("d", 70, "yes", 1), ("a", 70, "yes", 1), ("c", 70, "no", 0),
-    ("e", 30, "no", 1), ("a", 30, "no", 0), ("d", 70, "yes", 1), ("d", 70, "yes", 1),
+    ("a", 30, "yes", 1),
+    ("b", 70, "no", 0),
+    ("c", 30, "no", 0),
+    ("a", 30, "yes", 1),
+    ("c", 30, "no", 1),
+    ("d", 70, "yes", 1),
+    ("a", 70, "yes", 1),
+    ("c", 70, "no", 0),
+    ("e", 30, "no", 1),
+    ("a", 30, "no", 0),
+    ("d", 70, "yes", 1),
+    ("d", 70, "yes", 1),
 ]
 
 
@@ -125,13 +135,16 @@ class Released:
         metrics = reply.header.metrics
         return Sum(
             -np.concatenate(change) * EXPECTED / RATE,
-            metrics["loss"] * EXPECTED, metrics["accuracy"] * EXPECTED,
+            metrics["loss"] * EXPECTED,
+            metrics["accuracy"] * EXPECTED,
         )
 
 
 @pytest.fixture
 def released(
-    table_contract: Contract, tmp_path: Path, make_worker: Callable[..., Worker],
+    table_contract: Contract,
+    tmp_path: Path,
+    make_worker: Callable[..., Worker],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Released:
     monkeypatch.setattr(dp, "GRAIN", -40)
@@ -148,7 +161,8 @@ def of_record(age: int, smoker: str, outcome: int) -> tuple[NDArray[np.float64],
     off = p - np.eye(2)[outcome]
     return (
         np.concatenate([off, np.outer(off, x).ravel()]),
-        float(-np.log(p[outcome])), float(p.argmax() == outcome),
+        float(-np.log(p[outcome])),
+        float(p.argmax() == outcome),
     )
 
 
@@ -175,7 +189,9 @@ def agree(found: Sum, expected: Sum) -> None:
 
 CHOICES = [
     {"cap": cap, "keep": keep, "combine": combine}
-    for cap in (1, 2, 3, 9) for keep in ("first", "last") for combine in ("mean", "sum")
+    for cap in (1, 2, 3, 9)
+    for keep in ("first", "last")
+    for combine in ("mean", "sum")
 ]
 
 
@@ -220,7 +236,8 @@ def entities_are_sampled_whole(released: Released) -> None:
     """Twenty patients with three equal rows each, unclipped: k rows give k times one gradient, and
     of a patient all or none are there."""
     contract = by_entity(released.contract, combine="sum").changed(
-        privacy={"clip_norm": 100.0}, releases=[],
+        privacy={"clip_norm": 100.0},
+        releases=[],
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": RATE}],
     )
     rows: Rows = [(f"p{k}", 70, "no", 1) for k in range(20)] * 3
@@ -230,8 +247,14 @@ def entities_are_sampled_whole(released: Released) -> None:
     drawn = []
     for seed in range(60):
         change, _ = train_round(
-            contract, contract.phases[0], Mechanism(1e-6, 0.5, 1), model, data, weights(),
-            Silent(site="x", insecure_seed=seed), 100.0,
+            contract,
+            contract.phases[0],
+            Mechanism(1e-6, 0.5, 1),
+            model,
+            data,
+            weights(),
+            Silent(site="x", insecure_seed=seed),
+            100.0,
         )
         total = np.concatenate([change[name].astype(float).ravel() for name in sorted(change)])
         drawn.append(-total @ one / (one @ one) * EXPECTED * 0.5 / RATE / 3)
@@ -304,7 +327,8 @@ def records_added_up_in_the_metrics(patch: Patch) -> None:
 def no_cap(patch: Patch) -> None:
     original = units.of_entities
     patch.setattr(
-        units, "of_entities",
+        units,
+        "of_entities",
         lambda table_, entity: original(table_, entity.model_copy(update={"cap": 10**6})),
     )
 
@@ -312,7 +336,8 @@ def no_cap(patch: Patch) -> None:
 def the_last_rows_for_the_first(patch: Patch) -> None:
     original = units.of_entities
     patch.setattr(
-        units, "of_entities",
+        units,
+        "of_entities",
         lambda table_, entity: original(table_, entity.model_copy(update={"keep": "last"})),
     )
 
@@ -363,7 +388,8 @@ def test_a_broken_unit_is_caught(
 
 def table(rows: Iterable[tuple[object, ...]], header: str = HEADER) -> Table:
     return Table(
-        "rows.csv", header.split(","),
+        "rows.csv",
+        header.split(","),
         [(line, [str(cell) for cell in row]) for line, row in enumerate(rows, 2)],
     )
 
@@ -400,9 +426,13 @@ def test_several_key_columns_are_one_key() -> None:
         units.of_entities(table(rows, "clinic,number"), both)
 
 
-@pytest.mark.parametrize(("keep", "expected"), [
-    ("first", [[0, 3], [1], [2, 4]]), ("last", [[3, 5], [1], [4, 6]]),
-])
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ("first", [[0, 3], [1], [2, 4]]),
+        ("last", [[3, 5], [1], [4, 6]]),
+    ],
+)
 def test_the_cap_keeps_the_first_or_the_last(keep: str, expected: list[list[int]]) -> None:
     rows = [(p, 30, "yes", 1) for p in "abcacac"]
     assert grouped(units.of_entities(table(rows), entity(cap=2, keep=keep))) == expected
@@ -533,16 +563,28 @@ def test_rows_of_different_lengths_make_one_gradient(
     """Two buckets and blocks of two rows; by hand each record's gradient is autograd's alone."""
     monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
     clip, label = 0.1, {"label_column": "outcome"}
-    contract = Contract.model_validate(lora_contract.model_dump(mode="json") | {
-        "input": {"kind": "text", "column": "note"},
-        "task": lora_contract.model_dump(mode="json")["task"] | label,
-        "privacy": {
-            "expected_records": 4.0, "clip_norm": clip, "unit": "entity",
-            "entity": {"key": ["patient"], "cap": 9, "combine": combine},
-        },
-        "phases": [{"trains": "head+adapter", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0,
-                    "adapter_rate": 1.0}],
-    })
+    contract = Contract.model_validate(
+        lora_contract.model_dump(mode="json")
+        | {
+            "input": {"kind": "text", "column": "note"},
+            "task": lora_contract.model_dump(mode="json")["task"] | label,
+            "privacy": {
+                "expected_records": 4.0,
+                "clip_norm": clip,
+                "unit": "entity",
+                "entity": {"key": ["patient"], "cap": 9, "combine": combine},
+            },
+            "phases": [
+                {
+                    "trains": "head+adapter",
+                    "rounds": 1,
+                    "sampling_rate": 1.0,
+                    "head_rate": 1.0,
+                    "adapter_rate": 1.0,
+                }
+            ],
+        }
+    )
     short, long = "pain in the chest", " ".join(["pain in the left arm"] * 5)
     people = ["ann", "bob", "ann", "ann", "eve", "ann", "bob", "ann"]
     texts = [long, short, short, short + " today", long, long + " too", long, "no pain"]
@@ -560,8 +602,14 @@ def test_rows_of_different_lengths_make_one_gradient(
         data = dataset.load(table(kept, "patient,note,outcome"), contract, model)
         assert data.encoded.starts is not None
         found, _ = train_round(
-            contract, contract.phases[0], Mechanism(1e-3, 1.0, 1), model, data, adapter,
-            Silent(site="x"), clip,
+            contract,
+            contract.phases[0],
+            Mechanism(1e-3, 1.0, 1),
+            model,
+            data,
+            adapter,
+            Silent(site="x"),
+            clip,
         )
         return -4.0 * np.concatenate([found[n].astype(float).ravel() for n in sorted(found)])
 
@@ -603,18 +651,24 @@ def test_rows_of_different_lengths_make_one_gradient(
 
 
 def named(
-    contract: Contract, path: Path, *, key: tuple[str, ...] = ("patient",),
-    units_: tuple[str, ...] = ("record", "entity"), **permits: Any,
+    contract: Contract,
+    path: Path,
+    *,
+    key: tuple[str, ...] = ("patient",),
+    units_: tuple[str, ...] = ("record", "entity"),
+    **permits: Any,
 ) -> Policy:
     """A policy with a budget for each of `units_` and the records known by `key`."""
     found = permitting(contract, "north", path, None)
     p = contract.privacy
     budget = Budgets.Budget(epsilon=p.epsilon, delta=p.delta)
-    return found.model_copy(update={
-        "data": found.data.model_copy(update={"key": key}),
-        "budgets": Budgets(**dict.fromkeys(units_, budget)),
-        "permits": found.permits.model_copy(update=permits),
-    })
+    return found.model_copy(
+        update={
+            "data": found.data.model_copy(update={"key": key}),
+            "budgets": Budgets(**dict.fromkeys(units_, budget)),
+            "permits": found.permits.model_copy(update=permits),
+        }
+    )
 
 
 def test_a_charge_names_the_unit_and_the_entitys_budget_is_the_limit(
@@ -652,7 +706,8 @@ def test_an_entitys_spending_follows_its_key(
     for number in (1, 2, 3):
         ask(worker, number)
     other: dict[str, Rows] = {
-        "renamed": ROWS, "reordered": ROWS[::-1],
+        "renamed": ROWS,
+        "reordered": ROWS[::-1],
         "corrected": [(f" {p.upper()} ", 90 - age, s, 1 - y) for p, age, s, y in ROWS],
         "one row each": [(p, 55, "yes", 1) for p in "abcde"],
         "fewer": [*[row for row in ROWS if row[0] == "e"], ("new", 30, "no", 1)],
@@ -716,8 +771,13 @@ def test_a_charge_by_another_key_bounds_nothing_for_this_entity(
     path.write_text("\n".join(["household,patient,age,smoker,outcome", *rows]) + "\n")
     ledger = Ledger.in_memory("north")
     patients = entities.changed(privacy={"epsilon": 2.0})
-    ask(Worker(named(entities, path).model_copy(update={
-        "permits": named(patients, path).permits}), patients, ledger))
+    ask(
+        Worker(
+            named(entities, path).model_copy(update={"permits": named(patients, path).permits}),
+            patients,
+            ledger,
+        )
+    )
     homes = by_entity(entities, key=["household"], cap=10).changed(privacy={"epsilon": 2.0})
     policy = named(entities, path, key=("household",))
     policy = policy.model_copy(update={"permits": named(homes, path).permits})
@@ -738,26 +798,38 @@ def test_a_policy_without_the_units_budget_refuses(
 ) -> None:
     path = tmp_path / "rows.csv"
     assert refused(named(entities, path), entities) == []
-    assert refused(named(entities, path, units_=("record",)), entities) == [(
-        "E205", "The contract 'small': it protects the unit 'entity', for which site.toml has no "
-        "[budgets.entity].",
-    )]
-    assert refused(named(table_contract, path, units_=("entity",)), table_contract) == [(
-        "E205", "The contract 'small': it protects the unit 'record', for which site.toml has no "
-        "[budgets.record].",
-    )]
+    assert refused(named(entities, path, units_=("record",)), entities) == [
+        (
+            "E205",
+            "The contract 'small': it protects the unit 'entity', for which site.toml has no "
+            "[budgets.entity].",
+        )
+    ]
+    assert refused(named(table_contract, path, units_=("entity",)), table_contract) == [
+        (
+            "E205",
+            "The contract 'small': it protects the unit 'record', for which site.toml has no "
+            "[budgets.record].",
+        )
+    ]
     # The entity's δ is the entity's budget's, not the record's.
-    loose = Budgets(record=Budgets.Budget(epsilon=8.0, delta=1e-3),
-                    entity=Budgets.Budget(epsilon=8.0, delta=1e-5))
+    loose = Budgets(
+        record=Budgets.Budget(epsilon=8.0, delta=1e-3),
+        entity=Budgets.Budget(epsilon=8.0, delta=1e-5),
+    )
     found = refused(named(entities, path).model_copy(update={"budgets": loose}), entities)
     assert [code for code, _ in found] == ["E205"]
     assert "δ = 0.0001 is larger than the budget's 1e-05" in found[0][1]
 
 
-@pytest.mark.parametrize(("key", "shown"), [
-    ((), "data.key is empty"), (("age",), "data.key is age"),
-    (("patient", "age"), "data.key is patient, age"),
-])
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ((), "data.key is empty"),
+        (("age",), "data.key is age"),
+        (("patient", "age"), "data.key is patient, age"),
+    ],
+)
 def test_a_policy_with_another_key_refuses(
     entities: Contract, tmp_path: Path, key: tuple[str, ...], shown: str
 ) -> None:
@@ -778,9 +850,9 @@ def test_ghost_clipping_has_no_gradient_of_an_entity(entities: Contract, tmp_pat
         update={"performance": Performance(gradients="ghost")}
     )
     assert [code for code, _ in refused(policy, entities)] == ["E205"]
-    allowed = policy.model_copy(update={
-        "permits": policy.permits.model_copy(update={"allow_inexact_clipping": False})
-    })
+    allowed = policy.model_copy(
+        update={"permits": policy.permits.model_copy(update={"allow_inexact_clipping": False})}
+    )
     assert [code for code, _ in refused(allowed, entities)] == ["E205"] * 2
 
 
@@ -818,9 +890,13 @@ delta = 1e-4
 """
 
 
-@pytest.mark.parametrize(("unit", "limits"), [
-    ("record", {"record": Limit(8.0, 1e-4)}), ("entity", {"entity": Limit(8.0, 1e-4)}),
-])
+@pytest.mark.parametrize(
+    ("unit", "limits"),
+    [
+        ("record", {"record": Limit(8.0, 1e-4)}),
+        ("entity", {"entity": Limit(8.0, 1e-4)}),
+    ],
+)
 def test_a_site_with_one_budget_stays_valid(
     tmp_path: Path, unit: str, limits: dict[str, Limit]
 ) -> None:
@@ -829,8 +905,9 @@ def test_a_site_with_one_budget_stays_valid(
     found = policies.load(tmp_path / "site.toml")
     assert found.limits == limits
     assert found.run.epsilon is None
-    both = SITE.replace("{unit}", "record") + SITE[SITE.index("[budgets"):].replace(
-        "{unit}", "entity").replace("8.0", "3.0").replace("[permits]", "")
+    both = SITE.replace("{unit}", "record") + SITE[SITE.index("[budgets") :].replace(
+        "{unit}", "entity"
+    ).replace("8.0", "3.0").replace("[permits]", "")
     (tmp_path / "site.toml").write_text(both)
     assert policies.load(tmp_path / "site.toml").limits_in_words() == (
         "ε ≤ 8, δ = 0.0001 per record and ε ≤ 3, δ = 0.0001 per entity"
@@ -902,7 +979,7 @@ def test_the_self_test_sees_an_entity_that_is_not_clipped_as_a_whole(
 
 
 def test_site_check_finds_an_empty_key(entities: Contract, tmp_path: Path) -> None:
-    """"Proves that the site can take part": here its worker would not start."""
+    """ "Proves that the site can take part": here its worker would not start."""
     found = Ledger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
     assert found.entries
     text = SITE.replace("{unit}", "entity") + f'contracts = ["{entities.hash}"]\nmin_records = 1\n'

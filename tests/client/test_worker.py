@@ -35,13 +35,15 @@ def worker(
     return make_worker(table_contract, write_rows(tmp_path / "rows.csv", 80), "north")
 
 
-def ask(worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r",
-        **arrays: np.ndarray) -> Message:
+def ask(
+    worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r", **arrays: np.ndarray
+) -> Message:
     return messages.unpack(worker.handle(train(worker, round_number, attempt, run, **arrays)))
 
 
-def train(worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r",
-          **arrays: np.ndarray) -> bytes:
+def train(
+    worker: Worker, round_number: int = 1, attempt: int = 1, run: str = "r", **arrays: np.ndarray
+) -> bytes:
     header = Train(contract=worker.contract.hash, run=run, round=round_number, attempt=attempt)
     adapter = worker.model.initial_arrays() | {k.replace("__", "."): v for k, v in arrays.items()}
     return messages.pack(Message(header, adapter))
@@ -124,8 +126,12 @@ def test_another_contract_is_refused(worker: Worker) -> None:
 
 @pytest.mark.parametrize(
     "bias",
-    [np.array([np.nan, 0], np.float32), np.array([np.inf, 0], np.float32),
-     np.zeros(3, np.float32), np.zeros((1, 2), np.float32)],
+    [
+        np.array([np.nan, 0], np.float32),
+        np.array([np.inf, 0], np.float32),
+        np.zeros(3, np.float32),
+        np.zeros((1, 2), np.float32),
+    ],
 )
 def test_a_server_adapter_that_does_not_fit_is_refused(worker: Worker, bias: np.ndarray) -> None:
     assert refused(ask(worker, head__bias=bias)) == "E502"
@@ -158,7 +164,8 @@ def test_the_text_of_a_failure_stays_in_the_sites_log(
 def test_only_the_trained_tensors_leave(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     original = workers.train_round
     monkeypatch.setattr(
-        workers, "train_round",
+        workers,
+        "train_round",
         lambda *a: ({**original(*a)[0], "records": np.ones((80, 2), np.float32)}, {}),
     )
     assert refused(ask(worker)) == "E502"
@@ -173,7 +180,10 @@ def test_a_nan_update_does_not_leave(worker: Worker, monkeypatch: pytest.MonkeyP
 
 
 def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    table_contract: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     make_worker: MakeWorker,
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
@@ -189,10 +199,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     monkeypatch.setattr(
         "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
     )
-    small, big = (
-        ask(worker).arrays["head.weight"]
-        for worker in workers
-    )
+    small, big = (ask(worker).arrays["head.weight"] for worker in workers)
     np.testing.assert_allclose(big, 2 * small, rtol=1e-5)
 
 
@@ -285,8 +292,5 @@ def test_two_workers_with_one_seed_share_no_noise(
     table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     path = write_rows(tmp_path / "rows.csv", 40)
-    a, b = (
-        ask(make_worker(table_contract, path, s, seed=3)).arrays
-        for s in ("north", "south")
-    )
+    a, b = (ask(make_worker(table_contract, path, s, seed=3)).arrays for s in ("north", "south"))
     assert not np.isin(a["head.weight"], b["head.weight"]).any()

@@ -46,7 +46,11 @@ def signing_key(name: str) -> Ed25519PrivateKey:
 def terms(n: int, threshold: int, colluders: int = 0, **more: Any) -> Terms:
     roster = {m: signing_key(m).public_key().public_bytes_raw().hex() for m in names(n)}
     facts: dict[str, Any] = {
-        "contract": "c" * 64, "run": "run-1", "attempt": 1, "first": 1, "rounds": 2,
+        "contract": "c" * 64,
+        "run": "run-1",
+        "attempt": 1,
+        "first": 1,
+        "rounds": 2,
     }
     return Terms(roster=roster, threshold=threshold, colluders=colluders, **(facts | more))
 
@@ -113,14 +117,18 @@ class Cast:
     def truth(self, name: str, number: int = 1) -> Ints:
         return units(update(name, number), factor_of(len(self.terms.roster)))
 
-    def endorsed(self, by: Iterable[str], among: Collection[str], number: int = 1) -> dict[
-        str, bytes
-    ]:
+    def endorsed(
+        self, by: Iterable[str], among: Collection[str], number: int = 1
+    ) -> dict[str, bytes]:
         return {name: self.members[name].endorse(number, among) for name in by}
 
     def finish(
-        self, number: int, masked: Mapping[str, bytes], size: int = SIZE,
-        silent: Collection[str] = (), mute: Collection[str] = (),
+        self,
+        number: int,
+        masked: Mapping[str, bytes],
+        size: int = SIZE,
+        silent: Collection[str] = (),
+        mute: Collection[str] = (),
     ) -> Ints:
         """What an honest server does with these updates. `silent` endorse nothing, `mute` reveal
         nothing."""
@@ -133,7 +141,8 @@ class Cast:
             signatures = self.endorsed([m for m in survivors if m not in silent], survivors, number)
         reveals = {
             name: self.members[name].reveal(number, survivors, signatures)
-            for name in survivors if name not in mute and name not in silent
+            for name in survivors
+            if name not in mute and name not in silent
         }
         # Sums are below 2^24: float32 holds each exactly.
         return np.asarray(total.open(reveals, 1.0).astype(np.int64))
@@ -260,7 +269,8 @@ def no_set_is_for_good(_: Patch) -> type[Member]:
 def names_are_not_looked_up(patch: Patch) -> type[Member]:
     real = agreements.check_keys
     patch.setattr(
-        agreements, "check_keys",
+        agreements,
+        "check_keys",
         lambda agreed, name, keys: name in agreed.roster and real(agreed, name, keys),
     )
     return Member
@@ -371,9 +381,11 @@ def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
 
 
 def seeds_are_not_compared(patch: Patch) -> type[Member]:
-    patch.setattr(Sum, "_own", lambda self, name, seed: [
-        (self.agreement.own_mask_key(seed, name, self.number), True)
-    ])
+    patch.setattr(
+        Sum,
+        "_own",
+        lambda self, name, seed: [(self.agreement.own_mask_key(seed, name, self.number), True)],
+    )
     return Member
 
 

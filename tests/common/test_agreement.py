@@ -54,12 +54,25 @@ def test_who_publishes_such_a_key_is_named_and_left_out(at: int) -> None:
     assert set(cast.members["a"].shares(keys)) == {"b", "c", "d"}
 
 
-@pytest.mark.parametrize(("n", "t", "c", "why"), [
-    (2, 2, 0, "3 to 128"), (129, 100, 0, "3 to 128"), (0, 0, 0, "3 to 128"),
-    (3, 1, 0, "must exceed"), (4, 2, 0, "must exceed"), (4, 2, -1, "colluders cannot be -1"),
-    (5, 6, 0, "more than"), (6, 4, 2, "must exceed"), (4, 4, 3, "at least two"),
-    (3, 3, 2, "at least two"), (3, 3, 1, ""), (5, 3, 0, ""), (6, 4, 1, ""), (128, 86, 43, ""),
-])
+@pytest.mark.parametrize(
+    ("n", "t", "c", "why"),
+    [
+        (2, 2, 0, "3 to 128"),
+        (129, 100, 0, "3 to 128"),
+        (0, 0, 0, "3 to 128"),
+        (3, 1, 0, "must exceed"),
+        (4, 2, 0, "must exceed"),
+        (4, 2, -1, "colluders cannot be -1"),
+        (5, 6, 0, "more than"),
+        (6, 4, 2, "must exceed"),
+        (4, 4, 3, "at least two"),
+        (3, 3, 2, "at least two"),
+        (3, 3, 1, ""),
+        (5, 3, 0, ""),
+        (6, 4, 1, ""),
+        (128, 86, 43, ""),
+    ],
+)
 def test_numbers_that_give_no_guarantee_are_refused(n: int, t: int, c: int, why: str) -> None:
     found = problem_with(n, t, c)
     assert (why in found) if why else not found
@@ -79,8 +92,9 @@ def test_a_key_that_stands_twice_is_one_key_in_either_case() -> None:
         Terms("c" * 64, roster, "run-1", 1, 1, 1, threshold=3)
 
 
-def test_terms_that_say_nothing_of_colluders_and_quorum_ask_for_no_more_than_the_threshold(
-) -> None:
+def test_terms_that_say_nothing_of_colluders_and_quorum_ask_for_no_more_than_the_threshold() -> (
+    None
+):
     roster = terms(3, 2).roster
     found = Terms("0" * 64, roster, "run", 1, 1, 1, 2)
     assert (found.least, found.colluders) == (2, 0)
@@ -91,8 +105,14 @@ def test_every_fact_of_the_terms_is_signed() -> None:
     first = terms(4, 3)
     facts = vars(first)
     others = {
-        "contract": "d" * 64, "run": "run-2", "attempt": 2, "first": 2, "rounds": 3,
-        "threshold": 4, "colluders": 1, "fewest": 4,
+        "contract": "d" * 64,
+        "run": "run-2",
+        "attempt": 2,
+        "first": 2,
+        "rounds": 3,
+        "threshold": 4,
+        "colluders": 1,
+        "fewest": 4,
         "roster": dict(first.roster) | {"a": "0" * 64},
     }
     assert set(others) == set(facts)

@@ -39,7 +39,9 @@ def test_answers_are_the_models_own_and_are_scored_where_there_are_some(tmp_path
     found = json.loads(call(tmp_path, rows, "--model", folder, "--most", 5, "--json").output)
     assert found["answers"] == wanted
     assert found["scores"] == {
-        "ROUGE-1": pytest.approx(0.5), "ROUGE-L": pytest.approx(0.5), "exact match": 0.5,
+        "ROUGE-1": pytest.approx(0.5),
+        "ROUGE-L": pytest.approx(0.5),
+        "exact match": 0.5,
     }
     rows.write_text(f"{prompt}\npain in the chest\nleft arm\n")
     done = call(tmp_path, rows, "--model", folder, "--most", 5, "--rows", 1)

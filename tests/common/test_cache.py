@@ -37,7 +37,8 @@ LIMIT = 4096  # bytes
 def mapped(folder: Path, process: str = "self") -> list[str]:
     """What a process has mapped or open of files in `folder`."""
     found = [
-        line for line in Path(f"/proc/{process}/maps").read_text().splitlines()
+        line
+        for line in Path(f"/proc/{process}/maps").read_text().splitlines()
         if str(folder) in line
     ]
     for link in Path(f"/proc/{process}/fd").iterdir():
@@ -209,6 +210,7 @@ def test_a_folder_that_cannot_hold_such_a_file_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems have no files without a name: never one with a name instead."""
+
     def unknown(*_: Any) -> int:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
@@ -230,15 +232,20 @@ class Silent(NoiseSource):
 @pytest.mark.download
 @pytest.mark.parametrize("bf16", ["off", "on"])
 def test_training_from_a_file_is_training_from_memory_bit_by_bit(
-    lora_contract: Contract, encoder_folder: Path, write_rows: Rows, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, bf16: str,
+    lora_contract: Contract,
+    encoder_folder: Path,
+    write_rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bf16: str,
 ) -> None:
     monkeypatch.setattr(dp, "GRAIN", -40)
     folder = tmp_path / "cache"
     folder.mkdir()
     rows = table(write_rows(tmp_path / "rows.csv", 24))
     model = Encoder(
-        lora_contract, encoder_folder,
+        lora_contract,
+        encoder_folder,
         Performance.model_validate({"bf16": bf16, "cache_folder": folder}),
     )
     rng = np.random.default_rng(0)
@@ -260,10 +267,18 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
         assert bool(mapped(folder)) is (put is tiny)
         assert list(folder.iterdir()) == []
         features.append(data.encoded.features)
-        changes.append(train_round(
-            lora_contract, lora_contract.phases[1], Mechanism(1.0, 1.0, 2), model, data, adapter,
-            Silent(site="x"), 0.1,
-        )[0])
+        changes.append(
+            train_round(
+                lora_contract,
+                lora_contract.phases[1],
+                Mechanism(1.0, 1.0, 2),
+                model,
+                data,
+                adapter,
+                Silent(site="x"),
+                0.1,
+            )[0]
+        )
     assert limits == [4096 << 20]
     assert torch.equal(features[0], features[1])
     for name, change in changes[0].items():
@@ -280,7 +295,8 @@ def test_encoding_again_does_not_pile_up_files(
 ) -> None:
     model = Encoder(lora_contract, encoder_folder, Performance(cache_folder=tmp_path))
     monkeypatch.setattr(
-        adapted, "allocate",
+        adapted,
+        "allocate",
         lambda *shape, most_bytes, folder: cache.allocate(*shape, most_bytes=1, folder=folder),
     )
     rows = [(0, 1), (1, None), (0, 0)]

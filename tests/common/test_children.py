@@ -28,8 +28,9 @@ def test_colours_are_left_out_whole() -> None:
 
 
 def test_what_is_left_out_is_counted() -> None:
-    found = said("import time\nfor k in range(5):\n    for i in range(2000): print(i)\n"
-                 "    time.sleep(0.6)")
+    found = said(
+        "import time\nfor k in range(5):\n    for i in range(2000): print(i)\n    time.sleep(0.6)"
+    )
     assert len(found) < 1500
     left = sum(int(line.split()[0][1:]) for line in found if "left out" in line)
     assert left > 0

@@ -98,9 +98,19 @@ def test_done_is_0(run: Callable[..., Ran]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["contrakt"], ["contract", "shwo"], ["contract", "show"], ["contract", "show", "a", "b"],
-     ["--nope"], ["contract", "show", "--nope", "x"], ["explain"], ["explain", "E999"],
-     ["contract", "show", "/no/such/file.toml"], ["sim", "run", "no-such-recipe"], []],
+    [
+        ["contrakt"],
+        ["contract", "shwo"],
+        ["contract", "show"],
+        ["contract", "show", "a", "b"],
+        ["--nope"],
+        ["contract", "show", "--nope", "x"],
+        ["explain"],
+        ["explain", "E999"],
+        ["contract", "show", "/no/such/file.toml"],
+        ["sim", "run", "no-such-recipe"],
+        [],
+    ],
     ids=" ".join,
 )
 def test_usage_is_2(run: Callable[..., Ran], words: list[str]) -> None:
@@ -131,8 +141,10 @@ def test_a_file_that_the_system_refuses_is_one_sentence(
 ) -> None:
     failing(PermissionError(errno.EACCES, "Permission denied", "/srv/run\n1/run.json"))
     assert run("boom") == (
-        1, "", "✗ E105 /srv/run\\n1/run.json: Permission denied. This command runs as user "
-        f"{os.geteuid()}.\n"
+        1,
+        "",
+        "✗ E105 /srv/run\\n1/run.json: Permission denied. This command runs as user "
+        f"{os.geteuid()}.\n",
     )
 
 
@@ -152,7 +164,8 @@ def test_values_show_on_the_owners_screen_only(
     code, out, err = run("boom")
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        "✗ E302 row 2 does not fit.", "  on your screen only: row 2 has 'Maria K.'"
+        "✗ E302 row 2 does not fit.",
+        "  on your screen only: row 2 has 'Maria K.'",
     ]
 
 
@@ -178,7 +191,9 @@ def test_a_traceback_with_debug_only() -> None:
     for words, shown in (([], False), (["--debug"], True)):
         done = subprocess.run(
             [sys.executable, "-c", START, *words, "contract", "show", "/no/such.toml"],
-            capture_output=True, text=True, check=False,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert ("Traceback" in done.stderr) == shown
         assert "/no/such.toml cannot be read" in done.stderr
@@ -233,16 +248,25 @@ def test_every_code_is_used_and_explained() -> None:
         used |= {
             node.value
             for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and node not in explained
-            and isinstance(node.value, str) and re.fullmatch(r"E\d{3}", node.value)
+            if isinstance(node, ast.Constant)
+            and node not in explained
+            and isinstance(node.value, str)
+            and re.fullmatch(r"E\d{3}", node.value)
         }
     assert used - CODES.keys() == set(), "used, but not explained"
     assert CODES.keys() - used == set(), "explained, but not used"
 
 
 def test_every_error_class_has_a_code_of_its_family() -> None:
-    families = {"UsageError": "E1", "ContractError": "E1", "RefusalError": "E2", "DataError": "E3",
-                "PeerError": "E4", "ProtocolError": "E5", "RunError": "E6"}
+    families = {
+        "UsageError": "E1",
+        "ContractError": "E1",
+        "RefusalError": "E2",
+        "DataError": "E3",
+        "PeerError": "E4",
+        "ProtocolError": "E5",
+        "RunError": "E6",
+    }
     found = list(SilotuneError.__subclasses__())
     found += [sub for one in found for sub in one.__subclasses__()]
     for error in found:
@@ -286,8 +310,10 @@ def test_a_contract_is_named_by_a_file_a_runs_folder_or_a_recipe(
     assert other.hash in run("contract", command, "heart-diagnosis")[1]  # but a run's does
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("heart-diagnosi", "Did you mean 'heart-diagnosis'?"), ("nothing", "Recipes: card-fraud,"),
-        ("empty", "it has no contract.json"), ("none.toml", "none.toml"),
+        ("heart-diagnosi", "Did you mean 'heart-diagnosis'?"),
+        ("nothing", "Recipes: card-fraud,"),
+        ("empty", "it has no contract.json"),
+        ("none.toml", "none.toml"),
     ):
         code, out, err = run("contract", command, name)
         assert (code, out) == (2, "")
@@ -319,7 +345,9 @@ def test_validate(run: Callable[..., Ran]) -> None:
     )
     code, out, wrong = run("contract", "validate", HEART)
     assert (code, out.splitlines()[:2], wrong) == (
-        0, [f"✓ contract.toml is valid  {heart.hash}", f"! {unmasked}"], ""
+        0,
+        [f"✓ contract.toml is valid  {heart.hash}", f"! {unmasked}"],
+        "",
     )
     code, out, _ = run("contract", "validate", HEART, "--json")
     found = json.loads(out)
@@ -344,8 +372,13 @@ def test_a_bad_contract_is_told_in_full(
     first, *rest = err.splitlines()
     assert first.startswith("✗ E103 ")
     told = "\n".join([first, *rest])
-    for part in ("Key 'quorum' is missing", "Did you mean 'quorum'?", "'privacy.epsilon'", "-8.0",
-                 "bad.toml:"):
+    for part in (
+        "Key 'quorum' is missing",
+        "Did you mean 'quorum'?",
+        "'privacy.epsilon'",
+        "-8.0",
+        "bad.toml:",
+    ):
         assert part in told
     assert len(rest) == 2
 
@@ -364,11 +397,14 @@ def test_validate_says_that_one_missing_site_stops_a_masked_run_and_how_to_preve
     run: Callable[..., Ran], tmp_path: Path
 ) -> None:
     code, out, _ = run("contract", "validate", three_sites(tmp_path, 3, 3, "[secure_aggregation]"))
-    assert (code, out.splitlines()[1:]) == (0, [
-        "! all 3 sites must answer in every round: one missing site stops the run. With quorum = 2 "
-        "and secure_aggregation.threshold = 2 one may be missing; the server then sees sums of 2 "
-        "sites."
-    ])
+    assert (code, out.splitlines()[1:]) == (
+        0,
+        [
+            "! all 3 sites must answer in every round: one missing site stops the run. With quorum "
+            "= 2 and secure_aggregation.threshold = 2 one may be missing; the server then sees "
+            "sums of 2 sites."
+        ],
+    )
     followed = three_sites(tmp_path, 3, 2, "[secure_aggregation]", "threshold = 2")
     code, out, _ = run("contract", "validate", followed)
     assert (code, len(out.splitlines())) == (0, 1)
@@ -380,11 +416,17 @@ def test_validate_says_that_one_missing_site_stops_a_masked_run_and_how_to_preve
     assert len(run("contract", "validate", four)[1].splitlines()) == 1
 
 
-@pytest.mark.parametrize(("sites", "words"), [
-    (2, ""),
-    (3, "adds it; then all 3 sites must answer in every round: one missing site stops the run."),
-    (4, "`silotune server contract` adds it."),
-])
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        (2, ""),
+        (
+            3,
+            "adds it; then all 3 sites must answer in every round: one missing site stops the run.",
+        ),
+        (4, "`silotune server contract` adds it."),
+    ],
+)
 def test_validate_says_that_sites_refuse_a_contract_that_could_have_masks(
     run: Callable[..., Ran], tmp_path: Path, sites: int, words: str
 ) -> None:

@@ -19,9 +19,7 @@ from silotune.common.contract import Contract, parse
 from silotune.common.errors import ContractError, SilotuneError, UsageError
 from tests import tiny
 
-RECIPES = sorted(
-    (Path(__file__).parents[2] / "simulations" / "recipes").glob("*/contract.toml")
-)
+RECIPES = sorted((Path(__file__).parents[2] / "simulations" / "recipes").glob("*/contract.toml"))
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 
 TEXT = """\
@@ -129,66 +127,114 @@ def test_a_round_belongs_to_one_phase() -> None:
 
 BAD = {
     "unknown key": (
-        "quorum = 2", "quorum = 2\nquorrum = 2", "quorrum",
+        "quorum = 2",
+        "quorum = 2\nquorrum = 2",
+        "quorrum",
         ["Unknown key 'quorrum'", "Did you mean 'quorum'?", "Allowed:", "deadline_seconds"],
     ),
     "unknown key in a section": (
-        "clip_norm = 1.0", "clip_nrom = 1.0", "clip_nrom",
+        "clip_norm = 1.0",
+        "clip_nrom = 1.0",
+        "clip_nrom",
         ["Unknown key 'privacy.clip_nrom'", "Did you mean 'clip_norm'?"],
     ),
     "unknown key in a column": (
-        'phrase = "smoker"', 'phrase = "smoker"\nphrasse = "s"', "phrasse",
+        'phrase = "smoker"',
+        'phrase = "smoker"\nphrasse = "s"',
+        "phrasse",
         ["Unknown key 'input.columns.2.phrasse'", "Did you mean 'phrase'?"],
     ),
     "unknown key in a site": (
-        'name = "south"', 'name = "south"\nwieght = 2.0', "wieght",
+        'name = "south"',
+        'name = "south"\nwieght = 2.0',
+        "wieght",
         ["Unknown key 'sites.2.wieght'", "Did you mean 'weight'?"],
     ),
-    "whole number": ("quorum = 2", 'quorum = "abc"', "quorum",
-                     ["'quorum' must be a whole number", '"abc"']),
-    "half a site": ("quorum = 2", "quorum = 1.5", "quorum",
-                    ["'quorum' must be a whole number", "1.5"]),
+    "whole number": (
+        "quorum = 2",
+        'quorum = "abc"',
+        "quorum",
+        ["'quorum' must be a whole number", '"abc"'],
+    ),
+    "half a site": (
+        "quorum = 2",
+        "quorum = 1.5",
+        "quorum",
+        ["'quorum' must be a whole number", "1.5"],
+    ),
     "quorum true": ("quorum = 2", "quorum = true", "quorum", ["must be a whole number", "true"]),
     "no quorum": ("quorum = 2", "quorum = 0", "quorum", ["'quorum'", "greater", "1", "got 0"]),
     "missing section": ("quorum = 2\n", "", None, ["Key 'quorum' is missing"]),
-    "missing key": ("expected_records = 50\n", "", "[privacy]",
-                    ["Key 'privacy.expected_records' is missing"]),
-    "epsilon negative": ("epsilon = 8.0", "epsilon = -8.0", "epsilon",
-                         ["'privacy.epsilon'", "greater than 0", "-8.0"]),
+    "missing key": (
+        "expected_records = 50\n",
+        "",
+        "[privacy]",
+        ["Key 'privacy.expected_records' is missing"],
+    ),
+    "epsilon negative": (
+        "epsilon = 8.0",
+        "epsilon = -8.0",
+        "epsilon",
+        ["'privacy.epsilon'", "greater than 0", "-8.0"],
+    ),
     "epsilon zero": ("epsilon = 8.0", "epsilon = 0.0", "epsilon", ["greater than 0", "got 0.0"]),
     "epsilon nan": ("epsilon = 8.0", "epsilon = nan", "epsilon", ["'privacy.epsilon'", "nan"]),
     "epsilon inf": ("epsilon = 8.0", "epsilon = inf", "epsilon", ["'privacy.epsilon'", "inf"]),
     "epsilon huge": ("epsilon = 8.0", "epsilon = 101", "epsilon", ["less than or equal to 100"]),
     "epsilon text": ("epsilon = 8.0", 'epsilon = "eight"', "epsilon", ["number", '"eight"']),
-    "delta zero": ("delta = 1e-4", "delta = 0", "delta",
-                   ["'privacy.delta'", "greater than 0", "got 0"]),
+    "delta zero": (
+        "delta = 1e-4",
+        "delta = 0",
+        "delta",
+        ["'privacy.delta'", "greater than 0", "got 0"],
+    ),
     "delta negative": ("delta = 1e-4", "delta = -1e-5", "delta", ["greater than 0", "-1e-05"]),
     "delta nan": ("delta = 1e-4", "delta = nan", "delta", ["'privacy.delta'", "nan"]),
     "delta inf": ("delta = 1e-4", "delta = inf", "delta", ["'privacy.delta'", "inf"]),
     "delta one": ("delta = 1e-4", "delta = 1.0", "delta", ["less than 0.01", "1.0"]),
     "clip inf": ("clip_norm = 1.0", "clip_norm = inf", "clip_norm", ["1000000", "inf"]),
-    "mode": ("[privacy]", '[privacy]\nmode = "dpp"', "mode =",
-             ["'privacy.mode'", "'dp' or 'none'", '"dpp"']),
+    "mode": (
+        "[privacy]",
+        '[privacy]\nmode = "dpp"',
+        "mode =",
+        ["'privacy.mode'", "'dp' or 'none'", '"dpp"'],
+    ),
     "edges and words": (
-        "edges = [50]", "edges = [40, 50]", "[[input.columns]]",
+        "edges = [50]",
+        "edges = [40, 50]",
+        "[[input.columns]]",
         ["column 'age' has 2 edges", "needs 3 words", "got 2"],
     ),
     "edges fall": (
-        'edges = [50]\nwords = ["young", "old"]', 'edges = [50, 40]\nwords = ["a", "b", "c"]',
-        "[[input.columns]]", ["'age'", "must increase"],
+        'edges = [50]\nwords = ["young", "old"]',
+        'edges = [50, 40]\nwords = ["a", "b", "c"]',
+        "[[input.columns]]",
+        ["'age'", "must increase"],
     ),
     "two labels, one value": (
-        '{ name = "ill", values = ["1"] }', '{ name = "ill", values = ["0"] }', "[task]",
+        '{ name = "ill", values = ["1"] }',
+        '{ name = "ill", values = ["0"] }',
+        "[task]",
         ["label value '0' stands twice"],
     ),
     "two labels, one name": (
-        '{ name = "ill", values = ["1"] }', '{ name = "well", values = ["1"] }', "[task]",
+        '{ name = "ill", values = ["1"] }',
+        '{ name = "well", values = ["1"] }',
+        "[task]",
         ["label name 'well' stands twice"],
     ),
-    "two columns, one name": ('name = "smoker"', 'name = "age"', "[input]",
-                              ["column 'age' stands twice"]),
-    "model": ('kind = "one-hot"', 'kind = "onehot"', "[model]",
-              ["'model.kind'", "'onehot'", "'encoder'", "'one-hot'"]),
+    "two columns, one name": (
+        'name = "smoker"',
+        'name = "age"',
+        "[input]",
+        ["column 'age' stands twice"],
+    ),
+    "model": (
+        'kind = "one-hot"',
+        'kind = "onehot"',
+        "[model]",
+        ["'model.kind'", "'onehot'", "'encoder'", "'one-hot'"],
+    ),
     "site name": ('name = "south"', 'name = "../south"', 'name = "../south"', ['"../south"']),
     "date": ("quorum = 2", "quorum = 2024-01-01", "quorum", ["must be a whole number"]),
 }
@@ -208,24 +254,60 @@ def test_one_sentence_for_one_problem(case: str) -> None:
 
 
 PHASES = {
-    "rounds": ("rounds = 3", 'rounds = "abc"',
-               ["'phases.1.rounds' must be a whole number", '"abc"'], "rounds ="),
-    "rate above one": ("sampling_rate = 0.5", "sampling_rate = 1.5",
-                       ["'phases.1.sampling_rate'", "1.5"], "sampling_rate"),
-    "rate nan": ("sampling_rate = 0.5", "sampling_rate = nan", ["'phases.1.sampling_rate'"],
-                 "sampling_rate"),
-    "rate too small": ("sampling_rate = 0.5", "sampling_rate = 9.9e-7",
-                       ["'phases.1.sampling_rate'", "0.000001"], "sampling_rate"),
-    "rate zero": ("sampling_rate = 0.5", "sampling_rate = 0", ["'phases.1.sampling_rate'"],
-                  "sampling_rate"),
-    "budget nan": ("head_rate = 0.5", "head_rate = 0.5\nbudget = nan", ["'phases.1.budget'"],
-                   "budget"),
-    "unknown": ("head_rate = 0.5", "head_rate = 0.5\nbugdet = 1.0",
-                ["Unknown key 'phases.1.bugdet'", "Did you mean 'budget'?"], "bugdet"),
-    "adapter_rate": ("head_rate = 0.5", "head_rate = 0.5\nadapter_rate = 0.1",
-                     ["adapter_rate goes with"], "[[phases]]"),
-    "trains": ('trains = "head"', 'trains = "body"',
-               ["'head', 'head+adapter' or 'adapter'", '"body"'], "trains"),
+    "rounds": (
+        "rounds = 3",
+        'rounds = "abc"',
+        ["'phases.1.rounds' must be a whole number", '"abc"'],
+        "rounds =",
+    ),
+    "rate above one": (
+        "sampling_rate = 0.5",
+        "sampling_rate = 1.5",
+        ["'phases.1.sampling_rate'", "1.5"],
+        "sampling_rate",
+    ),
+    "rate nan": (
+        "sampling_rate = 0.5",
+        "sampling_rate = nan",
+        ["'phases.1.sampling_rate'"],
+        "sampling_rate",
+    ),
+    "rate too small": (
+        "sampling_rate = 0.5",
+        "sampling_rate = 9.9e-7",
+        ["'phases.1.sampling_rate'", "0.000001"],
+        "sampling_rate",
+    ),
+    "rate zero": (
+        "sampling_rate = 0.5",
+        "sampling_rate = 0",
+        ["'phases.1.sampling_rate'"],
+        "sampling_rate",
+    ),
+    "budget nan": (
+        "head_rate = 0.5",
+        "head_rate = 0.5\nbudget = nan",
+        ["'phases.1.budget'"],
+        "budget",
+    ),
+    "unknown": (
+        "head_rate = 0.5",
+        "head_rate = 0.5\nbugdet = 1.0",
+        ["Unknown key 'phases.1.bugdet'", "Did you mean 'budget'?"],
+        "bugdet",
+    ),
+    "adapter_rate": (
+        "head_rate = 0.5",
+        "head_rate = 0.5\nadapter_rate = 0.1",
+        ["adapter_rate goes with"],
+        "[[phases]]",
+    ),
+    "trains": (
+        'trains = "head"',
+        'trains = "body"',
+        ["'head', 'head+adapter' or 'adapter'", '"body"'],
+        "trains",
+    ),
 }
 
 
@@ -255,8 +337,9 @@ def test_a_bad_element_does_not_also_count_as_absent(old: str, new: str) -> None
 
 def with_adapter(phases: str) -> str:
     """TEXT on an encoder, with an adapter and other phases."""
-    text = swapped('kind = "one-hot"', 'kind = "encoder"\nname = "m"\nmax_tokens = 32\n'
-                   f'sha256 = "{"0" * 64}"')
+    text = swapped(
+        'kind = "one-hot"', f'kind = "encoder"\nname = "m"\nmax_tokens = 32\nsha256 = "{"0" * 64}"'
+    )
     text = swapped("[privacy]", '[adapter]\ntargets = ["query"]\n\n[privacy]', text)
     start, end = text.index("[[phases]]"), text.index("[[sites]]")
     return text[:start] + phases + text[end:]
@@ -277,10 +360,14 @@ CROSS = {
     "a site twice": (swapped('"south"', '"north"'), ["stands twice", "roster"]),
     "budgets": (with_adapter(HEAD.format(0.4) + BOTH.format(0.4)), ["budget", "add up to 1"]),
     "head after adapter": (
-        with_adapter(BOTH.format(0.5) + HEAD.format(0.5)), ["only the head must come first"]),
+        with_adapter(BOTH.format(0.5) + HEAD.format(0.5)),
+        ["only the head must come first"],
+    ),
     "adapter without phase": (with_adapter(HEAD.format(1)), ["[adapter]", "go together"]),
     "one-hot with adapter": (
-        swapped("[privacy]", '[adapter]\ntargets = ["query"]\n[privacy]'), ["[adapter]"]),
+        swapped("[privacy]", '[adapter]\ntargets = ["query"]\n[privacy]'),
+        ["[adapter]"],
+    ),
 }
 
 
@@ -305,14 +392,25 @@ def test_settings_that_do_not_go_together_have_a_line(case: str) -> None:
 def test_all_problems_at_once() -> None:
     text = TEXT
     for old, new in [
-        ("quorum = 2", "quorum = 1.5"), ("epsilon = 8.0", "epsilon = -1"),
-        ("delta = 1e-4", "delta = 0"), ("edges = [50]", "edges = [40, 50]"),
-        ("[model]", "[mdoel]"), ('"well", values', '"well", value'),
+        ("quorum = 2", "quorum = 1.5"),
+        ("epsilon = 8.0", "epsilon = -1"),
+        ("delta = 1e-4", "delta = 0"),
+        ("edges = [50]", "edges = [40, 50]"),
+        ("[model]", "[mdoel]"),
+        ('"well", values', '"well", value'),
     ]:
         text = swapped(old, new, text)
     found = "\n".join(problems(text))
-    for key in ("'quorum'", "privacy.epsilon", "privacy.delta", "column 'age'", "'mdoel'",
-                "'model' is missing", "task.labels.1.value'", "task.labels.1.values' is missing"):
+    for key in (
+        "'quorum'",
+        "privacy.epsilon",
+        "privacy.delta",
+        "column 'age'",
+        "'mdoel'",
+        "'model' is missing",
+        "task.labels.1.value'",
+        "task.labels.1.values' is missing",
+    ):
         assert key in found, key
 
 
@@ -332,8 +430,12 @@ def test_a_missing_kind_is_a_missing_key(old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("edges = [50]", "edges = 50"), ('kind = "number"', 'kind = "nmber"'),
-     ('["0"]', "[]"), ('kind = "one-hot"', "")],
+    [
+        ("edges = [50]", "edges = 50"),
+        ('kind = "number"', 'kind = "nmber"'),
+        ('["0"]', "[]"),
+        ('kind = "one-hot"', ""),
+    ],
 )
 def test_no_words_of_the_validator(old: str, new: str) -> None:
     found = " ".join(problems(swapped(old, new)))
@@ -502,8 +604,12 @@ VARIANTS: dict[type, Callable[[Any], list[Any]]] = {
     bool: lambda v: [not v],
     int: lambda v: [v + 1, v - 1],
     float: lambda v: [v / 2, v + 0.0013, v * 2],
-    str: lambda v: [v + "x", ("1" if v[:1] == "0" else "0") + v[1:], "none",
-                    *sorted({"first", "last", "bi", "cross", "mean", "sum"} - {v})],
+    str: lambda v: [
+        v + "x",
+        ("1" if v[:1] == "0" else "0") + v[1:],
+        "none",
+        *sorted({"first", "last", "bi", "cross", "mean", "sum"} - {v}),
+    ],
     list: lambda v: [v[::-1], v[:-1], [*v, "more"]],
     type(None): lambda v: [0.5],
 }
@@ -582,8 +688,13 @@ def test_changed_merges_and_validates(table_contract: Contract) -> None:
 
 @pytest.mark.parametrize(
     "sections",
-    [{"privacy": {"epsilon": -1.0}}, {"privacy": {"delta": float("nan")}}, {"quorum": 9},
-     {"nothing": 1}, {"adapter": {"rank": 2}}],
+    [
+        {"privacy": {"epsilon": -1.0}},
+        {"privacy": {"delta": float("nan")}},
+        {"quorum": 9},
+        {"nothing": 1},
+        {"adapter": {"rank": 2}},
+    ],
     ids=str,
 )
 def test_a_bad_change_is_a_contract_error(
@@ -609,11 +720,55 @@ def parses_or_tells(text: str) -> None:
 
 
 TOKENS = [
-    "=", "[", "]", "[[", "]]", "{", "}", '"', "'", '"""', "\n", "\r\n", ".", ",", "#", " ", "\t",
-    "1", "-1", "1e999", "nan", "-inf", "true", "2024-01-01", "07:32:00", "0x1f", "9" * 30,
-    "\\u00e9", "\\ud800", "\u2028", "\x85", "é", "\x00", "name", "format", "quorum", "[task]",
-    "[[sites]]", "[[phases]]", "kind", '"table"', '"text"', "columns", "values", "edges = []",
-    "a.b.c = 1", '"" = 1', "input.table = 1", "[input.columns]",
+    "=",
+    "[",
+    "]",
+    "[[",
+    "]]",
+    "{",
+    "}",
+    '"',
+    "'",
+    '"""',
+    "\n",
+    "\r\n",
+    ".",
+    ",",
+    "#",
+    " ",
+    "\t",
+    "1",
+    "-1",
+    "1e999",
+    "nan",
+    "-inf",
+    "true",
+    "2024-01-01",
+    "07:32:00",
+    "0x1f",
+    "9" * 30,
+    "\\u00e9",
+    "\\ud800",
+    "\u2028",
+    "\x85",
+    "é",
+    "\x00",
+    "name",
+    "format",
+    "quorum",
+    "[task]",
+    "[[sites]]",
+    "[[phases]]",
+    "kind",
+    '"table"',
+    '"text"',
+    "columns",
+    "values",
+    "edges = []",
+    "a.b.c = 1",
+    '"" = 1',
+    "input.table = 1",
+    "[input.columns]",
 ]
 
 
@@ -637,8 +792,24 @@ def test_any_mutation(changes: list[tuple[int, int, str]]) -> None:
     parses_or_tells(text)
 
 
-VALUES = ["1", "-1", "0.5", "nan", "inf", '"x"', "true", "[]", "[1]", '["a"]', "{}", "{ a = 1 }",
-          "2024-01-01", "[[1]]", "[{}]", '""']
+VALUES = [
+    "1",
+    "-1",
+    "0.5",
+    "nan",
+    "inf",
+    '"x"',
+    "true",
+    "[]",
+    "[1]",
+    '["a"]',
+    "{}",
+    "{ a = 1 }",
+    "2024-01-01",
+    "[[1]]",
+    "[{}]",
+    '""',
+]
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -653,29 +824,44 @@ def test_any_value_of_any_key(value: str) -> None:
 ROBUST = {"robust": {"rule": "median"}}
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"aggregation": {"method": "fedsvd"}, "adapter": None}, "there is no LoRA"),
-    ({"aggregation": {"method": "rolora"}, "adapter": {"kind": "ia3", "targets": ["query"]}},
-     "there is no LoRA"),
-    ({"aggregation": {"method": "fedsvd", "adaptive": {"kind": "adam", "rate": 0.1}}},
-     "a rate for each coordinate"),
-    ({"aggregation": {"method": "flexlora"}}, "momentum = 0"),
-    ({"aggregation": {"method": "flexlora", "momentum": 0.0}, "secure_aggregation": {}},
-     "take out one of the two"),
-    ({"aggregation": ROBUST, "secure_aggregation": {}}, "take out one of the two"),
-    ({"aggregation": ROBUST | {"method": "flexlora", "momentum": 0.0}}, "is none"),
-    ({"aggregation": {"robust": {"rule": "krum"}}}, "needs 5 updates"),
-    ({"aggregation": {"robust": {"rule": "norm"}}}, "most goes with"),
-    ({"aggregation": ROBUST, "releases": [{"metric": "loss", "share": 0.1}]}, "carry away"),
-    ({"aggregation": ROBUST, "privacy": {"expected_records": 9.0, "adaptive": {}}}, "carry away"),
-    ({"aggregation": {"method": "rolora"}}, "A is never trained"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"aggregation": {"method": "fedsvd"}, "adapter": None}, "there is no LoRA"),
+        (
+            {"aggregation": {"method": "rolora"}, "adapter": {"kind": "ia3", "targets": ["query"]}},
+            "there is no LoRA",
+        ),
+        (
+            {"aggregation": {"method": "fedsvd", "adaptive": {"kind": "adam", "rate": 0.1}}},
+            "a rate for each coordinate",
+        ),
+        ({"aggregation": {"method": "flexlora"}}, "momentum = 0"),
+        (
+            {"aggregation": {"method": "flexlora", "momentum": 0.0}, "secure_aggregation": {}},
+            "take out one of the two",
+        ),
+        ({"aggregation": ROBUST, "secure_aggregation": {}}, "take out one of the two"),
+        ({"aggregation": ROBUST | {"method": "flexlora", "momentum": 0.0}}, "is none"),
+        ({"aggregation": {"robust": {"rule": "krum"}}}, "needs 5 updates"),
+        ({"aggregation": {"robust": {"rule": "norm"}}}, "most goes with"),
+        ({"aggregation": ROBUST, "releases": [{"metric": "loss", "share": 0.1}]}, "carry away"),
+        (
+            {"aggregation": ROBUST, "privacy": {"expected_records": 9.0, "adaptive": {}}},
+            "carry away",
+        ),
+        ({"aggregation": {"method": "rolora"}}, "A is never trained"),
+    ],
+)
 def test_an_impossible_pair_is_refused_with_the_reason(change: dict[str, Any], words: str) -> None:
     """Three sites that train LoRA for one round."""
     plain = tiny.contract_of("classification", "bert").model_dump(mode="json")
-    plain |= {"quorum": 3, "sites": [
-        {"name": name, "public_key": f"{at}" * 64} for at, name in enumerate("abc", start=1)
-    ]}
+    plain |= {
+        "quorum": 3,
+        "sites": [
+            {"name": name, "public_key": f"{at}" * 64} for at, name in enumerate("abc", start=1)
+        ],
+    }
     Contract.model_validate(plain)
     with pytest.raises(ValidationError) as error:
         Contract.model_validate(plain | change)

@@ -37,14 +37,23 @@ def test_the_contracts_own_commands(draft: Path, run: Callable[..., Ran]) -> Non
 
 
 def test_the_operators_commands(
-    draft: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    draft: Path,
+    run: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
     write_rows: Callable[..., Path],
 ) -> None:
     assert run("site", "init", "--name", "north", "--folder", "site", "--data", "rows.csv")[0] == 0
     assert run("server", "init", "--host", "127.0.0.1", "--folder", "server")[0] == 0
     _, fingerprint, _ = run("site", "fingerprint", "--config", "site/site.toml")
-    code, _, err = run("server", "add", "site/north.request.json", "--fingerprint",
-                       fingerprint.strip(), "--folder", "server")
+    code, _, err = run(
+        "server",
+        "add",
+        "site/north.request.json",
+        "--fingerprint",
+        fingerprint.strip(),
+        "--folder",
+        "server",
+    )
     assert code == 0, err
     code, out, err = run("server", "contract", draft, "--folder", "server", "--unmasked")
     assert code == 0, err
@@ -67,5 +76,13 @@ def test_a_simulation(draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def job(contract: contracts.Contract) -> Job:
-    return Job(arm="a", repeat=0, contract=contract, folder=Path("arm"), model_folder=None,
-               data=Path("rows"), federated=True, evaluate_every=1)
+    return Job(
+        arm="a",
+        repeat=0,
+        contract=contract,
+        folder=Path("arm"),
+        model_folder=None,
+        data=Path("rows"),
+        federated=True,
+        evaluate_every=1,
+    )

@@ -28,10 +28,15 @@ from tests.common.test_reading import csv_text, json_text, write_parquet, write_
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 SITES = {"sites": ("a", "b"), "records": 500}
 TABLE = {
-    "name": "loans", "task": "classification", "label": "status", "labels": ("good", "bad"),
+    "name": "loans",
+    "task": "classification",
+    "label": "status",
+    "labels": ("good", "bad"),
     "columns": (
-        Column.parse("age: 25, 40.5"), Column.parse("Home status: rent, own, with parents"),
-    ), **SITES,
+        Column.parse("age: 25, 40.5"),
+        Column.parse("Home status: rent, own, with parents"),
+    ),
+    **SITES,
 }
 
 
@@ -49,15 +54,27 @@ def test_a_table() -> None:
 TEXT = {"columns": (), "text": "message"}
 
 
-@pytest.mark.parametrize(("more", "kind"), [
-    ({**TEXT}, "classification"),
-    ({**TEXT, "task": "multi-label"}, "multi-label"),
-    ({**TEXT, "task": "tokens", "labels": ("Disease",)}, "tokens"),
-    ({**TEXT, "task": "language", "labels": ()}, "language"),
-    ({"task": "regression", "labels": (), "bounds": (0.0, 1e5), "log": True}, "regression"),
-    ({"task": "ranking", "labels": ("4", "5"), "others": ("1",), "columns": (), "query": "who",
-      "pair": ("user", "item")}, "ranking"),
-])
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({**TEXT}, "classification"),
+        ({**TEXT, "task": "multi-label"}, "multi-label"),
+        ({**TEXT, "task": "tokens", "labels": ("Disease",)}, "tokens"),
+        ({**TEXT, "task": "language", "labels": ()}, "language"),
+        ({"task": "regression", "labels": (), "bounds": (0.0, 1e5), "log": True}, "regression"),
+        (
+            {
+                "task": "ranking",
+                "labels": ("4", "5"),
+                "others": ("1",),
+                "columns": (),
+                "query": "who",
+                "pair": ("user", "item"),
+            },
+            "ranking",
+        ),
+    ],
+)
 def test_each_task(more: dict[str, object], kind: str) -> None:
     found = parse(draft.draft(Answers.model_validate(TABLE | more)))
     assert found.task.kind == kind
@@ -129,8 +146,11 @@ def test_a_contract_without_privacy_has_no_delta_to_compare() -> None:
     assert plain.delta_warnings == []
 
 
-names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1,
-                max_size=12).map(str.strip).filter(bool)
+names = (
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+    .map(str.strip)
+    .filter(bool)
+)
 
 
 @FUZZ
@@ -145,10 +165,15 @@ def test_any_words_give_a_valid_contract(values: list[str], column: str) -> None
     assert found.input.columns[0].choices == tuple(values)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    ("age", "says nothing"), ("age:", "says nothing"), ("age: 40, 30", "must increase"),
-    ("sex: male", "two values"),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("age", "says nothing"),
+        ("age:", "says nothing"),
+        ("age: 40, 30", "must increase"),
+        ("sex: male", "two values"),
+    ],
+)
 def test_a_column_that_says_too_little(answer: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Column.parse(answer)
@@ -157,8 +182,20 @@ def test_a_column_that_says_too_little(answer: str, words: str) -> None:
 Ran = tuple[int, str, str]
 CANARY = "canary-7731"
 WORDS = [
-    "--task", "classification", "--label", "status", "--labels", "good,bad", "--column",
-    "age: 30, 50", "--site", "a", "--site", "b", "--records", "100",
+    "--task",
+    "classification",
+    "--label",
+    "status",
+    "--labels",
+    "good,bad",
+    "--column",
+    "age: 30, 50",
+    "--site",
+    "a",
+    "--site",
+    "b",
+    "--records",
+    "100",
 ]
 
 
@@ -189,8 +226,11 @@ def test_the_command_reads_the_header_alone(tmp_path: Path, run: Callable[..., R
 def test_commands_warn_of_a_large_delta(tmp_path: Path, run: Callable[..., Ran]) -> None:
     out = tmp_path / "loans.toml"
     more = ("--records", "5000", "--delta", "1e-4")
-    for command in (new(table(tmp_path), out, *WORDS, *more), ["contract", "show", str(out)],
-                    ["contract", "validate", str(out)]):
+    for command in (
+        new(table(tmp_path), out, *WORDS, *more),
+        ["contract", "show", str(out)],
+        ["contract", "validate", str(out)],
+    ):
         code, said, _ = run(*command)
         assert code == 0
         assert "! privacy.delta = 0.0001 times expected_records = 5000 is 0.5" in said
@@ -198,10 +238,14 @@ def test_commands_warn_of_a_large_delta(tmp_path: Path, run: Callable[..., Ran])
     assert len(json.loads(said)["warnings"]) == 1
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (["--task", "sorting"], "task"), (["--records", "0"], "records"),
-    (["--epsilon", "-1"], "epsilon"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--task", "sorting"], "task"),
+        (["--records", "0"], "records"),
+        (["--epsilon", "-1"], "epsilon"),
+    ],
+)
 def test_wrong_answers(
     tmp_path: Path, run: Callable[..., Ran], change: list[str], words: str
 ) -> None:
@@ -243,11 +287,18 @@ def test_no_file_is_written_over(tmp_path: Path, run: Callable[..., Ran]) -> Non
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize(("name", "more"), [
-    ("notes.csv", []), ("notes.csv", ["--encoding", "cp1252"]),
-    ("notes.tsv", []), ("notes.csv.gz", ["--delimiter", ";"]), ("notes.xlsx", []),
-    ("notes.jsonl", []), ("notes.parquet", []),
-])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("notes.csv", []),
+        ("notes.csv", ["--encoding", "cp1252"]),
+        ("notes.tsv", []),
+        ("notes.csv.gz", ["--delimiter", ";"]),
+        ("notes.xlsx", []),
+        ("notes.jsonl", []),
+        ("notes.parquet", []),
+    ],
+)
 def test_a_header_is_read_from_every_kind_of_file(
     tmp_path: Path, run: Callable[..., Ran], name: str, more: list[str]
 ) -> None:
@@ -263,16 +314,31 @@ def test_a_header_is_read_from_every_kind_of_file(
         delimiter = "\t" if name.endswith("tsv") else ";" if name.endswith("gz") else ","
         text = csv_text(rows, delimiter, csv.QUOTE_ALL)
         write_text(path, text, "cp1252" if "cp1252" in more else "utf-8")
-    answers = ["--task", "classification", "--label", "outcome", "--labels", "yes,no", "--text",
-               "a;b – é", "--site", "a", "--site", "b", "--records", "100"]
+    answers = [
+        "--task",
+        "classification",
+        "--label",
+        "outcome",
+        "--labels",
+        "yes,no",
+        "--text",
+        "a;b – é",
+        "--site",
+        "a",
+        "--site",
+        "b",
+        "--records",
+        "100",
+    ]
     code, said, wrong = run(*new(path, out, *answers, *more))
     assert code == 0, wrong
     assert "! 3 of 6 texts have more words than the model's 96 tokens: what is beyond" in said
     # What it advises next reads the file likewise.
     words = shlex.split(said.splitlines()[-1].removeprefix("next:"))
-    assert words[4:] == [f"data={path}", *(
-        f"{key[2:]}={value}" for key, value in zip(more[::2], more[1::2], strict=True)
-    )]
+    assert words[4:] == [
+        f"data={path}",
+        *(f"{key[2:]}={value}" for key, value in zip(more[::2], more[1::2], strict=True)),
+    ]
     assert Options.parse(tuple(words[4:])).reading == Reading.of(
         "cp1252" if "cp1252" in more else None, ";" if ";" in more else None, "{key}='{value}'"
     )
@@ -283,8 +349,22 @@ def test_rows_that_do_not_fit_yet_do_not_stop_the_draft(
 ) -> None:
     path, out = tmp_path / "notes.csv", tmp_path / "notes.toml"
     path.write_text(f"note,outcome\n{CANARY},maybe\n")
-    answers = ["--task", "classification", "--label", "outcome", "--labels", "yes,no", "--text",
-               "note", "--site", "a", "--site", "b", "--records", "100"]
+    answers = [
+        "--task",
+        "classification",
+        "--label",
+        "outcome",
+        "--labels",
+        "yes,no",
+        "--text",
+        "note",
+        "--site",
+        "a",
+        "--site",
+        "b",
+        "--records",
+        "100",
+    ]
     code, said, wrong = run(*new(path, out, *answers))
     assert code == 0, wrong
     assert "! texts not counted: notes.csv does not fit the contract 'notes'" in said

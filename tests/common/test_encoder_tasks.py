@@ -240,8 +240,11 @@ def test_public_texts_count_as_often_as_they_are_listed() -> None:
     """The mean and the whitener are those of the sentences in the contract, not of its words."""
     sentences = ["pain", "pain", "pain", "burning arm", LONG]
     plain = encoder_of("classification", "bert")
-    found = encoder_of("classification", "bert", model={"standardise": {
-        "sentences": sentences, "whiten": False, "norm": 1.0}})
+    found = encoder_of(
+        "classification",
+        "bert",
+        model={"standardise": {"sentences": sentences, "whiten": False, "norm": 1.0}},
+    )
     x = seen(plain, sentences, adapter=False)
     torch.testing.assert_close(found.mean, x.mean(0), rtol=0, atol=1e-6)
     rms = float((x - x.mean(0)).square().sum(1).mean().sqrt())
@@ -360,7 +363,9 @@ FOLDS_SYSTEM_IN = (
     "{% set s = '' %}{% endif %}<user> {{ s }}{{ messages[-1].content }} </s> <assistant>"
 )
 TEMPLATES = {
-    "a system role": tiny.CHAT, "refuses it": REFUSES_SYSTEM, "leaves it out": LEAVES_SYSTEM_OUT,
+    "a system role": tiny.CHAT,
+    "refuses it": REFUSES_SYSTEM,
+    "leaves it out": LEAVES_SYSTEM_OUT,
     "folds it in": FOLDS_SYSTEM_IN,
 }
 
@@ -476,13 +481,16 @@ def test_it_answers_as_the_library_generates(chat: bool) -> None:
     for asked in ASKED:
         ids = torch.tensor([model.prompts.prompt(asked)])
         found = whole.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=6,
             pad_token_id=0,
         )[0, ids.shape[1] :]
         told.add(model.answer(asked, most=6))
-        assert model.answer(asked, most=6) == tokenizer.decode(
-            found, skip_special_tokens=True
-        ).strip()
+        assert (
+            model.answer(asked, most=6) == tokenizer.decode(found, skip_special_tokens=True).strip()
+        )
     assert len(told) > 1
 
 
@@ -494,8 +502,11 @@ def greedy(model: LanguageModel, ids: list[int], most: int) -> list[int]:
         (lower,) = model._lower([[*ids, 0]])  # any token stands for the one that is asked for
         n = len(ids)
         encoded = Encoded(
-            torch.tensor([[0]]), torch.zeros(1, 0), lower.hidden[0, : n + 1],
-            torch.tensor([0, n + 1]), torch.tensor([*[IGNORED] * (n - 1), 0, IGNORED]),
+            torch.tensor([[0]]),
+            torch.zeros(1, 0),
+            lower.hidden[0, : n + 1],
+            torch.tensor([0, n + 1]),
+            torch.tensor([*[IGNORED] * (n - 1), 0, IGNORED]),
         )
         logits = model(encoded, torch.tensor([0]), adapter=True)[0, -1]
         ids = [*ids, int(logits.argmax())]
@@ -504,10 +515,15 @@ def greedy(model: LanguageModel, ids: list[int], most: int) -> list[int]:
     return ids[start:]
 
 
-@pytest.mark.parametrize("adapter", [
-    {"kind": "ia3", "targets": ["q_proj", "down_proj"]}, {"kind": "prefix", "length": 3},
-    {"kind": "prompt", "length": 3},
-], ids=lambda adapter: adapter["kind"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "ia3", "targets": ["q_proj", "down_proj"]},
+        {"kind": "prefix", "length": 3},
+        {"kind": "prompt", "length": 3},
+    ],
+    ids=lambda adapter: adapter["kind"],
+)
 def test_it_answers_as_it_was_trained(adapter: dict[str, Any]) -> None:
     """With every kind of adapter in its place."""
     dump = tiny.contract_of("language", "llama").model_dump(mode="json")
@@ -535,16 +551,20 @@ def test_only_the_adapter_can_be_trained() -> None:
 def test_a_model_that_reads_both_ways_cannot_answer() -> None:
     folder = tiny.folder_of("bert")
     contract = tiny.contract_of("language", "llama").changed(
-        model={"sha256": tiny.sha256(folder)}, adapter={"targets": tiny.TARGETS["bert"]})
+        model={"sha256": tiny.sha256(folder)}, adapter={"targets": tiny.TARGETS["bert"]}
+    )
     with pytest.raises(DataError, match="reads both ways") as caught:
         LanguageModel(contract, folder, EXACT)
     assert caught.value.code == "E310"
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    ({"layers": 4}, "adapter.layers is more than the 3 layers of 'tiny'"),
-    ({"targets": ["q_proj"]}, "names 'q_proj', which no adapted layer of this model is called"),
-])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"layers": 4}, "adapter.layers is more than the 3 layers of 'tiny'"),
+        ({"targets": ["q_proj"]}, "names 'q_proj', which no adapted layer of this model is called"),
+    ],
+)
 def test_an_adapter_that_the_model_has_no_place_for(more: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError) as caught:
         encoder_of("classification", "bert", adapter=more)
@@ -561,16 +581,21 @@ def test_every_task_is_scored_on_public_rows(kind: str, model: str, tmp_path: Pa
 
     contract, rows = tiny.contract_of(kind, model), tiny.rows_of(kind, 24)
     network = build(contract, None if model == "one-hot" else tiny.folder_of(model), EXACT)
-    test = PublicTest(contract, network, {
-        "one": tiny.write(tmp_path / "one.csv", rows[:10]),
-        "two": tiny.write(tmp_path / "two.csv", rows[10:]),
-    })
+    test = PublicTest(
+        contract,
+        network,
+        {
+            "one": tiny.write(tmp_path / "one.csv", rows[:10]),
+            "two": tiny.write(tmp_path / "two.csv", rows[10:]),
+        },
+    )
     adapter, with_adapter = tiny.moved(network), model != "one-hot"
     found = test.scores(adapter, with_adapter=with_adapter)
     assert list(found) == ["", "one", "two"]
     for name in contract.task.metrics:
-        assert (found[""][name] is None) == (name in ("auc", "auprc")
-                                             and contract.task.kind != "ranking")
+        assert (found[""][name] is None) == (
+            name in ("auc", "auprc") and contract.task.kind != "ranking"
+        )
     # The rows of a group are scored as they are by themselves.
     alone = PublicTest(contract, network, {"one": tmp_path / "one.csv"})
     for name, value in alone.metrics(adapter, with_adapter).items():

@@ -13,10 +13,19 @@ from silotune.common.plan import epsilon_text
 from tests.conftest import Ran
 
 
-@pytest.mark.parametrize(("epsilon", "text"), [
-    (8.0, "8.00"), (0.5, "0.50"), (0.1, "0.10"), (0.04, "0.040"), (0.004, "0.0040"),
-    (0.00012, "0.00012"), (0.0, "0.00"), (math.inf, "∞"),
-])
+@pytest.mark.parametrize(
+    ("epsilon", "text"),
+    [
+        (8.0, "8.00"),
+        (0.5, "0.50"),
+        (0.1, "0.10"),
+        (0.04, "0.040"),
+        (0.004, "0.0040"),
+        (0.00012, "0.00012"),
+        (0.0, "0.00"),
+        (math.inf, "∞"),
+    ],
+)
 def test_digits(epsilon: float, text: str) -> None:
     assert epsilon_text(epsilon) == text
 
@@ -28,7 +37,17 @@ def test_what_is_read_is_within_a_twentieth(epsilon: float) -> None:
 
 
 def test_a_plan_with_a_small_epsilon_says_it(run: Callable[..., Ran]) -> None:
-    code, out, err = run("privacy", "plan", "--epsilon", "0.004", "--delta", "1e-6",
-                         "--sampling-rate", "0.25", "--steps", "30")
+    code, out, err = run(
+        "privacy",
+        "plan",
+        "--epsilon",
+        "0.004",
+        "--delta",
+        "1e-6",
+        "--sampling-rate",
+        "0.25",
+        "--steps",
+        "30",
+    )
     assert code == 0, err
     assert "ε 0.0040 (RDP)" in out

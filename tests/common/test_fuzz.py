@@ -26,8 +26,11 @@ from silotune.common.join import JoinRequest
 from silotune.common.messages import Message, Train
 
 FUZZ = settings(
-    deadline=None, max_examples=int(os.environ.get("SILOTUNE_FUZZ", "150")), derandomize=True,
-    database=None, suppress_health_check=list(HealthCheck),
+    deadline=None,
+    max_examples=int(os.environ.get("SILOTUNE_FUZZ", "150")),
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
 RECIPES = Path(__file__).parents[2] / "simulations" / "recipes"
 CONTRACT = contracts.load(RECIPES / "heart-diagnosis" / "contract.toml")
@@ -38,10 +41,21 @@ MASKED = CONTRACT.changed(
 POLICY = permitting(MASKED, "Cleveland", Path("records.csv"), None)
 
 values = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.text(max_size=8),
     st.sampled_from(["none", "entity", "../x", "\x1b[31m", "A" * 200, 1e308, -0.0, [], {}, [[]]]),
-    st.recursive(st.integers(), lambda x: st.lists(x, max_size=2) | st.dictionaries(
-        st.sampled_from(["name", "kind", "values"]), x, max_size=2), max_leaves=4),
+    st.recursive(
+        st.integers(),
+        lambda x: (
+            st.lists(x, max_size=2)
+            | st.dictionaries(st.sampled_from(["name", "kind", "values"]), x, max_size=2)
+        ),
+        max_leaves=4,
+    ),
 )
 
 
@@ -49,8 +63,12 @@ def paths(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON document, the whole aside."""
     inside = data.items() if isinstance(data, dict) else enumerate(data)
     return [
-        place for key, value in inside for place in
-        [(*at, key), *(paths(value, (*at, key)) if isinstance(value, dict | list) else [])]
+        place
+        for key, value in inside
+        for place in [
+            (*at, key),
+            *(paths(value, (*at, key)) if isinstance(value, dict | list) else []),
+        ]
     ]
 
 
@@ -123,17 +141,18 @@ def test_a_policy(data: st.DataObject) -> None:
 @FUZZ
 @given(st.data())
 def test_a_join_request(data: st.DataObject) -> None:
-    good = JoinRequest(
-        site="a", public_key="1" * 64, node_key="ecdsa-sha2-nistp384 " + "A" * 180
-    )
+    good = JoinRequest(site="a", public_key="1" * 64, node_key="ecdsa-sha2-nistp384 " + "A" * 180)
     found = read(spoil(data, good.model_dump(mode="json")), JoinRequest)
     assert found is None or found == good or found.fingerprint != good.fingerprint
 
 
-WIRE = messages.pack(Message(
-    Train(contract=MASKED.hash, run="r", round=1, agreement="0" * 64),
-    {"head.weight": np.ones((2, 3), np.float32)}, {"Hungary": bytes(40)},
-))
+WIRE = messages.pack(
+    Message(
+        Train(contract=MASKED.hash, run="r", round=1, agreement="0" * 64),
+        {"head.weight": np.ones((2, 3), np.float32)},
+        {"Hungary": bytes(40)},
+    )
+)
 
 
 @FUZZ

@@ -68,9 +68,7 @@ def test_a_workers_own_object_is_not_wrapped_again(written: Written) -> None:
     assert {k: v for k, v in written.events()[0].items() if k in ANSWERED} == ANSWERED
 
 
-def test_what_a_relay_prints_is_text_also_if_it_looks_like_a_workers_line(
-    written: Written
-) -> None:
+def test_what_a_relay_prints_is_text_also_if_it_looks_like_a_workers_line(written: Written) -> None:
     written.journal.say(of_worker(), source="relay")
     (event,) = written.events()
     assert (event["from"], event["event"], event["text"]) == ("relay", "said", of_worker())
@@ -82,15 +80,37 @@ def test_an_object_of_another_source_is_text(written: Written) -> None:
     assert {(e["from"], e["event"]) for e in written.events()} == {("worker", "said")}
 
 
-@pytest.mark.parametrize("line", [
-    "", "{}", "[]", "null", "1", '"x"', "{", "[" * 1990, '{"a":' * 300, "hospital-a is ready",
-    of_worker()[:-1], of_worker() + "x", of_worker(more=1), of_worker(text=["x"]),
-    of_worker(at="yesterday"), of_worker(at=""), of_worker(seconds=float("nan")),
-    of_worker(seconds=float("inf")), of_worker(seconds=0).replace(": 0}", ": 1e999}"),
-    of_worker(round="3"), of_worker(round=True), of_worker(round=1.5), of_worker(run={"a": 1}),
-    of_worker(loss=0.5), of_worker(records=80),
-    '{"from": "worker", "event": "answered", "text": "x"}',
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "1",
+        '"x"',
+        "{",
+        "[" * 1990,
+        '{"a":' * 300,
+        "hospital-a is ready",
+        of_worker()[:-1],
+        of_worker() + "x",
+        of_worker(more=1),
+        of_worker(text=["x"]),
+        of_worker(at="yesterday"),
+        of_worker(at=""),
+        of_worker(seconds=float("nan")),
+        of_worker(seconds=float("inf")),
+        of_worker(seconds=0).replace(": 0}", ": 1e999}"),
+        of_worker(round="3"),
+        of_worker(round=True),
+        of_worker(round=1.5),
+        of_worker(run={"a": 1}),
+        of_worker(loss=0.5),
+        of_worker(records=80),
+        '{"from": "worker", "event": "answered", "text": "x"}',
+    ],
+)
 def test_what_is_no_event_is_text(written: Written, line: str) -> None:
     written.journal.pass_on(line, "worker")
     (event,) = written.events()

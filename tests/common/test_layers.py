@@ -54,17 +54,13 @@ class Stock(nn.Module):
         self.num_key_value_groups = groups
 
 
-def eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
+def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     module = Stock(query.shape[1] // key.shape[1]).eval()
     out: Tensor = eager_attention_forward(module, query, key, value, mask, scaling)[0]
     return out
 
 
-def ours(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
+def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     return attention(nn.Module(), query, key, value, mask, scaling)[0]
 
 
@@ -72,7 +68,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def both_ways(
-    attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, wanted: str = "qkv",
+    attend: Attend,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    wanted: str = "qkv",
     scaling: float = 0.3,
 ) -> list[Tensor]:
     """The output, and the gradients with respect to those of q, k and v that are wanted."""
@@ -116,7 +115,8 @@ def test_the_explicit_products_have_the_right_derivatives(
     """The form for bfloat16 on a CPU, in float64 against differences."""
     mask = mask_of(kind, torch.float64)
     inputs = [
-        x.double().repeat_interleave(groups if c != "q" else 1, 1)[:, :2, :7]
+        x.double()
+        .repeat_interleave(groups if c != "q" else 1, 1)[:, :2, :7]
         .requires_grad_(c in wanted)
         for x, c in zip(tensors(groups, torch.float32), "qkv", strict=True)
     ]
@@ -124,7 +124,8 @@ def test_the_explicit_products_have_the_right_derivatives(
         mask = mask[:, :, :7, :7]
     assert torch.autograd.gradcheck(
         lambda q, k, v: layers._Explicit.apply(q, k, v, mask),  # type: ignore[no-untyped-call]
-        inputs, fast_mode=True,
+        inputs,
+        fast_mode=True,
     )
 
 
@@ -269,7 +270,8 @@ class Net(nn.Module):
 
     def trained(self, *kinds: str) -> list[nn.Linear]:
         return [
-            m for name, m in self.named_modules()
+            m
+            for name, m in self.named_modules()
             if isinstance(m, nn.Linear) and name.split(".")[-2] in kinds
         ]
 
@@ -346,7 +348,8 @@ def test_only_lora_is_changed() -> None:
     plain = nn.Sequential(nn.Linear(3, 3), net)
     fuse_lora(plain)
     assert [name for name, m in plain.named_modules() if "forward" in m.__dict__] == [
-        "1.up", "1.down"
+        "1.up",
+        "1.down",
     ]
 
 
@@ -363,8 +366,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=40, initializer_range=0.2,
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        initializer_range=0.2,
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(path)
     (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
@@ -378,16 +386,25 @@ def encoder_of(contract: Contract, folder: Path, **performance: Any) -> Encoder:
         "input": {"kind": "text", "column": "text"},
         "model": {"kind": "encoder", "name": "tiny", "max_tokens": 32, "sha256": sha256},
         "adapter": {"rank": 2, "alpha": 8.0, "layers": 2, "targets": NAMES},
-        "phases": [{"trains": "head+adapter", "rounds": 1, "sampling_rate": 0.5,
-                    "head_rate": 0.5, "adapter_rate": 0.1}],
+        "phases": [
+            {
+                "trains": "head+adapter",
+                "rounds": 1,
+                "sampling_rate": 0.5,
+                "head_rate": 0.5,
+                "adapter_rate": 0.1,
+            }
+        ],
     }
     settings = {"bf16": "off", "device": "cpu"} | performance
     encoder = Encoder(Contract.model_validate(dump), folder, Performance(**settings))
     rng = np.random.default_rng(0)
-    encoder.load({
-        name: a if name.endswith("lora_A") else rng.normal(0, 0.3, a.shape).astype(np.float32)
-        for name, a in encoder.initial_arrays().items()
-    })
+    encoder.load(
+        {
+            name: a if name.endswith("lora_A") else rng.normal(0, 0.3, a.shape).astype(np.float32)
+            for name, a in encoder.initial_arrays().items()
+        }
+    )
     return encoder
 
 
@@ -408,14 +425,21 @@ def stock_features(encoder: Encoder, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("views", [False, True])
-@pytest.mark.parametrize(("performance", "tolerance"), [
-    ({}, 1e-5), ({"checkpointing": True}, 1e-5),
-    # Three layers of large random weights in 8 bits, on features of norm 1: 0.004 to 0.055 was
-    # seen; with PEFT's own layers and eager attention 0.006 to 0.03.
-    ({"bf16": "on"}, 0.1),
-])
+@pytest.mark.parametrize(
+    ("performance", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"checkpointing": True}, 1e-5),
+        # Three layers of large random weights in 8 bits, on features of norm 1: 0.004 to 0.055 was
+        # seen; with PEFT's own layers and eager attention 0.006 to 0.03.
+        ({"bf16": "on"}, 0.1),
+    ],
+)
 def test_the_encoder_equals_the_stock_model(
-    folder: Path, lora_contract: Contract, views: bool, performance: dict[str, Any],
+    folder: Path,
+    lora_contract: Contract,
+    views: bool,
+    performance: dict[str, Any],
     tolerance: float,
 ) -> None:
     """With attention and LoRA as they are here, below and in the adapted layers."""

@@ -41,9 +41,9 @@ def contract() -> Contract:
 @st.composite
 def sentence(draw: st.DrawFn) -> tuple[str, list[int]]:
     words = draw(st.lists(st.sampled_from(["a", "bb", "ccc", "d"]), max_size=12))
-    return " ".join(words), draw(st.lists(
-        st.sampled_from([0, 1, 2, 3, 4]), min_size=len(words), max_size=len(words)
-    ))
+    return " ".join(words), draw(
+        st.lists(st.sampled_from([0, 1, 2, 3, 4]), min_size=len(words), max_size=len(words))
+    )
 
 
 @FUZZ

@@ -26,13 +26,26 @@ from silotune.common.performance import Performance
 from tests import tiny
 
 BERT = [
-    f"{layer}.{name}" for layer in (0, 1) for name in (
-        "attention.self.query", "attention.self.key", "attention.self.value",
-        "attention.output.dense", "intermediate.dense", "output.dense",
+    f"{layer}.{name}"
+    for layer in (0, 1)
+    for name in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
     )
 ]
-TARGETS = ["query", "key", "value", "dense", "self.query", "attention.output.dense",
-           "1.attention.self.value"]
+TARGETS = [
+    "query",
+    "key",
+    "value",
+    "dense",
+    "self.query",
+    "attention.output.dense",
+    "1.attention.self.value",
+]
 
 SITE = f"""
 name = "north"
@@ -52,9 +65,18 @@ metrics = ["loss", "accuracy"]
 """
 # Lists that are no lists of names: numbers, words of bins, sentences by whose number they count.
 NO_NAMES = {
-    "words", "edges", "class_weights", "phases", "sentences",
+    "words",
+    "edges",
+    "class_weights",
+    "phases",
+    "sentences",
     # checked by rules of their own, which the tests below try: names within tables, pairs
-    "sites", "releases", "labels", "columns", "values", "entities",
+    "sites",
+    "releases",
+    "labels",
+    "columns",
+    "values",
+    "entities",
 }
 
 
@@ -100,7 +122,10 @@ def test_targets_choose_the_layers_that_end_in_them(targets: list[str]) -> None:
     wrong=st.lists(
         st.text("abcdefquery._", min_size=1).filter(
             lambda text: not any(f".{name}".endswith(f".{text}") for name in BERT)
-        ), min_size=1, max_size=3, unique=True,
+        ),
+        min_size=1,
+        max_size=3,
+        unique=True,
     ),
     order=st.randoms(),
 )
@@ -144,7 +169,8 @@ def contract_with_lists() -> dict[str, Any]:
     found["privacy"]["entity"]["key"] = ["person", "visit"]
     found["sites"] = [{"name": "north"}, {"name": "south"}]
     found["releases"] = [
-        {"metric": "loss", "share": 0.1, "bound": 1.0}, {"metric": "accuracy", "share": 0.1},
+        {"metric": "loss", "share": 0.1, "bound": 1.0},
+        {"metric": "accuracy", "share": 0.1},
     ]
     return found
 
@@ -159,14 +185,23 @@ def table() -> dict[str, Any]:
     return tiny.contract_of("classification", "one-hot").model_dump(mode="json")
 
 
-CONTRACTS = {"text": contract_with_lists, "ranking": ranking, "table": table,
-             "tokens": lambda: tiny.contract_of("tokens", "bert").model_dump(mode="json")}
+CONTRACTS = {
+    "text": contract_with_lists,
+    "ranking": ranking,
+    "table": table,
+    "tokens": lambda: tiny.contract_of("tokens", "bert").model_dump(mode="json"),
+}
 PLACES: list[tuple[str, tuple[str | int, ...], str | None]] = [
-    ("text", ("adapter", "targets"), None), ("text", ("privacy", "entity", "key"), None),
-    ("text", ("task", "labels"), "name"), ("text", ("task", "labels", 0, "values"), None),
-    ("text", ("sites",), "name"), ("text", ("releases",), "metric"),
-    ("ranking", ("task", "relevant"), None), ("ranking", ("task", "others"), None),
-    ("table", ("input", "columns"), "name"), ("tokens", ("task", "entities"), None),
+    ("text", ("adapter", "targets"), None),
+    ("text", ("privacy", "entity", "key"), None),
+    ("text", ("task", "labels"), "name"),
+    ("text", ("task", "labels", 0, "values"), None),
+    ("text", ("sites",), "name"),
+    ("text", ("releases",), "metric"),
+    ("ranking", ("task", "relevant"), None),
+    ("ranking", ("task", "others"), None),
+    ("table", ("input", "columns"), "name"),
+    ("tokens", ("task", "entities"), None),
     ("table", ("input", "columns", 1, "values"), "0"),
 ]
 
@@ -212,10 +247,14 @@ def test_a_policys_member_that_is_there_more_than_once_is_refused_by_name(
     assert problem.startswith(f"{name} names '{members[chosen]}' more than once (site.toml:")
 
 
-@pytest.mark.parametrize(("name", "member", "hint"), [
-    ("tasks", "clasification", "classification"), ("metrics", "acuracy", "accuracy"),
-    ("kinds", "emial", "email"),
-])
+@pytest.mark.parametrize(
+    ("name", "member", "hint"),
+    [
+        ("tasks", "clasification", "classification"),
+        ("metrics", "acuracy", "accuracy"),
+        ("kinds", "emial", "email"),
+    ],
+)
 def test_a_policys_unknown_member_is_refused_by_name(name: str, member: str, hint: str) -> None:
     line = next(line for line in SITE.splitlines() if line.startswith(f"{name} = "))
     changed = SITE.replace(line, line.replace("]", f', "{member}"]'))
@@ -228,9 +267,10 @@ def test_a_policys_unknown_member_is_refused_by_name(name: str, member: str, hin
 # Values that no cell can have
 
 
-@given(value=st.sampled_from(["yes ", " yes", "\tno", "no\n", " "]), kind=st.sampled_from(
-    ["label", "relevant", "others", "category"]
-))
+@given(
+    value=st.sampled_from(["yes ", " yes", "\tno", "no\n", " "]),
+    kind=st.sampled_from(["label", "relevant", "others", "category"]),
+)
 @settings(deadline=None)
 def test_a_value_that_no_cell_can_have_is_refused_by_name(value: str, kind: str) -> None:
     """Cells are trimmed: such a value would match nothing, in silence."""
@@ -252,8 +292,6 @@ def test_a_multi_label_value_that_no_cell_can_have_is_refused(value: str) -> Non
     data["task"]["labels"][0]["values"].append(value)
     with pytest.raises(ContractError, match="can stand in no cell"):
         contract.parse(json.dumps(data), "made-up.json")
-
-
 
 
 def test_a_key_column_in_two_spellings_is_one_column() -> None:

@@ -43,12 +43,24 @@ from silotune.common.messages import (
 FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None)
 HASH = "0123456789abcdef" * 4
 UPDATE: dict[str, Any] = {
-    "kind": "update", "contract": HASH, "site": "north", "run": "run-1", "round": 2, "attempt": 1,
-    "request": HASH, "epsilon": 1.5, "metrics": {},
-    "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128}, "signature": "1" * 128,
+    "kind": "update",
+    "contract": HASH,
+    "site": "north",
+    "run": "run-1",
+    "round": 2,
+    "attempt": 1,
+    "request": HASH,
+    "epsilon": 1.5,
+    "metrics": {},
+    "receipt": {"sequence": 3, "head": HASH, "signature": "0" * 128},
+    "signature": "1" * 128,
 }
 REFUSAL: dict[str, Any] = {
-    "kind": "refusal", "contract": HASH, "site": "north", "code": "E210", "incident": "ab" * 8,
+    "kind": "refusal",
+    "contract": HASH,
+    "site": "north",
+    "code": "E210",
+    "incident": "ab" * 8,
 }
 
 WITH_ARRAYS = Train | Update
@@ -99,7 +111,9 @@ rounds = st.integers(1, 1_000_000)
 epsilons = st.none() | st.floats(0, 1e308)
 signatures = st.text("0123456789abcdef", min_size=128, max_size=128)
 receipts = st.builds(
-    Receipt, sequence=st.integers(1, 1 << 62), head=hashes,
+    Receipt,
+    sequence=st.integers(1, 1 << 62),
+    head=hashes,
     signature=signatures,
 )
 metrics = st.dictionaries(
@@ -107,21 +121,65 @@ metrics = st.dictionaries(
 )
 headers = st.one_of(
     st.builds(Describe, contract=hashes, challenge=hashes),
-    st.builds(Train, contract=hashes, run=runs, round=rounds, attempt=rounds,
-              receipt=st.none() | receipts, agreement=st.none() | hashes),
-    *(st.builds(kind, contract=hashes, run=runs, round=rounds, attempt=rounds)
-      for kind in (Agree, Share)),
-    *(st.builds(kind, contract=hashes, agreement=hashes, round=rounds,
-                survivors=st.lists(sites, max_size=4).map(tuple)) for kind in (Endorse, Reveal)),
-    *(st.builds(kind, contract=hashes, site=sites)
-      for kind in (Keys, Shares, Endorsement, Revealed)),
-    st.builds(Masked, request=hashes, contract=hashes, site=sites, run=runs, round=rounds,
-              attempt=rounds, epsilon=epsilons, receipt=receipts, agreement=hashes),
+    st.builds(
+        Train,
+        contract=hashes,
+        run=runs,
+        round=rounds,
+        attempt=rounds,
+        receipt=st.none() | receipts,
+        agreement=st.none() | hashes,
+    ),
+    *(
+        st.builds(kind, contract=hashes, run=runs, round=rounds, attempt=rounds)
+        for kind in (Agree, Share)
+    ),
+    *(
+        st.builds(
+            kind,
+            contract=hashes,
+            agreement=hashes,
+            round=rounds,
+            survivors=st.lists(sites, max_size=4).map(tuple),
+        )
+        for kind in (Endorse, Reveal)
+    ),
+    *(
+        st.builds(kind, contract=hashes, site=sites)
+        for kind in (Keys, Shares, Endorsement, Revealed)
+    ),
+    st.builds(
+        Masked,
+        request=hashes,
+        contract=hashes,
+        site=sites,
+        run=runs,
+        round=rounds,
+        attempt=rounds,
+        epsilon=epsilons,
+        receipt=receipts,
+        agreement=hashes,
+    ),
     st.builds(Description, contract=hashes, site=sites, signature=signatures),
-    st.builds(Update, request=hashes, contract=hashes, site=sites, run=runs, round=rounds,
-              attempt=rounds, epsilon=epsilons, metrics=metrics, receipt=receipts),
-    st.builds(Refusal, contract=hashes, site=sites, code=st.sampled_from(sorted(CODES)),
-              incident=st.text("0123456789abcdef", min_size=16, max_size=16)),
+    st.builds(
+        Update,
+        request=hashes,
+        contract=hashes,
+        site=sites,
+        run=runs,
+        round=rounds,
+        attempt=rounds,
+        epsilon=epsilons,
+        metrics=metrics,
+        receipt=receipts,
+    ),
+    st.builds(
+        Refusal,
+        contract=hashes,
+        site=sites,
+        code=st.sampled_from(sorted(CODES)),
+        incident=st.text("0123456789abcdef", min_size=16, max_size=16),
+    ),
 )
 arrays = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
@@ -138,7 +196,8 @@ blobs = st.dictionaries(sites, st.binary(max_size=40), max_size=4)
 def carried(header: Any, named: dict[str, Any], bytes_: dict[str, bytes]) -> Message:
     """A message with as much of these as its kind may carry."""
     return Message(
-        header, named if isinstance(header, WITH_ARRAYS) else {},
+        header,
+        named if isinstance(header, WITH_ARRAYS) else {},
         bytes_ if isinstance(header, WITH_BLOBS) else {},
     )
 
@@ -146,8 +205,7 @@ def carried(header: Any, named: dict[str, Any], bytes_: dict[str, bytes]) -> Mes
 @FUZZ
 @given(headers, arrays, blobs)
 def test_round_trip(header: Any, named: dict[str, Any], bytes_: dict[str, bytes]) -> None:
-    """Every header, array and blob comes back bit by bit, NaN and infinity too (rounds.py judges).
-    """
+    """Headers, arrays and blobs come back bit by bit, NaN and infinity too (rounds.py judges)."""
     sent = carried(header, named, bytes_)
     named = sent.arrays
     message = unpack(pack(sent))
@@ -238,12 +296,19 @@ def test_any_bytes(wire: bytes) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from(["F32", "F64", "U8", "silotune", HASH]),
-    lambda inside: st.lists(inside, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["__metadata__", "silotune", "x", "dtype", "shape", "data_offsets"]),
-        inside, max_size=4,
+    lambda inside: (
+        st.lists(inside, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["__metadata__", "silotune", "x", "dtype", "shape", "data_offsets"]),
+            inside,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
@@ -252,8 +317,13 @@ json_values = st.recursive(
 @FUZZ
 @given(json_values, json_values, json_values)
 def test_any_json(outer: Any, header: Any, tensor: Any) -> None:
-    for value in (outer, {"__metadata__": header}, {"__metadata__": {"silotune": header}},
-                  inner(json.dumps(header)), inner(UPDATE, x=tensor)):
+    for value in (
+        outer,
+        {"__metadata__": header},
+        {"__metadata__": {"silotune": header}},
+        inner(json.dumps(header)),
+        inner(UPDATE, x=tensor),
+    ):
         read_or_refused(raw(json.dumps(value).encode(), bytes(8)))
 
 
@@ -266,11 +336,24 @@ def test_any_value_of_any_field(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "wire",
     [
-        b"", b"\0" * 8, struct.pack("<Q", 2**64 - 1) + b"{}", struct.pack("<Q", 2**63) + b"{}" * 40,
-        struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 0) + b"{}", raw(b"{}"), raw(b"[]"),
-        raw(b"null"), raw(b"1" * 6000), raw(b"[" * 100_000), raw(b'{"a":' * 100_000),
-        raw(inner("[" * 100_000)), raw(inner("1" * 6000)), raw(b"\xff\xfe"),
-        raw({"silotune": "{}"}), raw({"__metadata__": {}}), raw({"__metadata__": []}),
+        b"",
+        b"\0" * 8,
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 2**63) + b"{}" * 40,
+        struct.pack("<Q", 3) + b"{}",
+        struct.pack("<Q", 0) + b"{}",
+        raw(b"{}"),
+        raw(b"[]"),
+        raw(b"null"),
+        raw(b"1" * 6000),
+        raw(b"[" * 100_000),
+        raw(b'{"a":' * 100_000),
+        raw(inner("[" * 100_000)),
+        raw(inner("1" * 6000)),
+        raw(b"\xff\xfe"),
+        raw({"silotune": "{}"}),
+        raw({"__metadata__": {}}),
+        raw({"__metadata__": []}),
         raw({"__metadata__": {"silotune": 5}}),
     ],
     ids=lambda w: f"{len(w)}-{w[8:16]!r}",
@@ -329,8 +412,17 @@ def test_only_float32_crosses(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "offsets"),
-    [([2**64 - 1, 2], [0, 8]), ([2**40], [0, 8]), ([0, 2**64 - 1], [0, 0]), ([-1], [0, 8]),
-     ([2.0], [0, 8]), ([2], [8, 0]), ([2], [0, 2**63]), ([1] * 70, [0, 4]), ([3], [0, 8])],
+    [
+        ([2**64 - 1, 2], [0, 8]),
+        ([2**40], [0, 8]),
+        ([0, 2**64 - 1], [0, 0]),
+        ([-1], [0, 8]),
+        ([2.0], [0, 8]),
+        ([2], [8, 0]),
+        ([2], [0, 2**63]),
+        ([1] * 70, [0, 4]),
+        ([3], [0, 8]),
+    ],
     ids=str,
 )
 def test_impossible_arrays(shape: list[Any], offsets: list[int]) -> None:
@@ -346,13 +438,34 @@ def test_two_arrays_cannot_share_bytes() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"epsilon": float("nan")}, {"epsilon": float("inf")}, {"epsilon": -0.1}, {"epsilon": "1"},
-        {"epsilon": True}, {"round": 0}, {"round": -1}, {"round": 1.0}, {"round": True},
-        {"round": "1"}, {"round": 1_000_001}, {"round": 10**30}, {"attempt": 0}, {"site": ""},
-        {"site": "x" * 65}, {"site": None}, {"run": ""}, {"run": "../etc"}, {"run": "a\n"},
-        {"run": "A"}, {"contract": HASH[:-1]}, {"contract": HASH.upper()},
-        {"contract": HASH + "\n"}, {"loss": 0.1}, {"num-examples": 100}, {"kind": "evaluate"},
-        {"kind": None}, {"kind": ["update"]},
+        {"epsilon": float("nan")},
+        {"epsilon": float("inf")},
+        {"epsilon": -0.1},
+        {"epsilon": "1"},
+        {"epsilon": True},
+        {"round": 0},
+        {"round": -1},
+        {"round": 1.0},
+        {"round": True},
+        {"round": "1"},
+        {"round": 1_000_001},
+        {"round": 10**30},
+        {"attempt": 0},
+        {"site": ""},
+        {"site": "x" * 65},
+        {"site": None},
+        {"run": ""},
+        {"run": "../etc"},
+        {"run": "a\n"},
+        {"run": "A"},
+        {"contract": HASH[:-1]},
+        {"contract": HASH.upper()},
+        {"contract": HASH + "\n"},
+        {"loss": 0.1},
+        {"num-examples": 100},
+        {"kind": "evaluate"},
+        {"kind": None},
+        {"kind": ["update"]},
     ],
     ids=str,
 )
@@ -368,8 +481,16 @@ def test_no_field_is_optional(key: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"code": "E999"}, {"code": "E21"}, {"code": "age 63"}, {"incident": "Maria K., 63yrs"},
-     {"incident": "AB" * 8}, {"incident": "ab" * 9}, {"text": "age is 63"}, {"arrays": {}}],
+    [
+        {"code": "E999"},
+        {"code": "E21"},
+        {"code": "age 63"},
+        {"incident": "Maria K., 63yrs"},
+        {"incident": "AB" * 8},
+        {"incident": "ab" * 9},
+        {"text": "age is 63"},
+        {"arrays": {}},
+    ],
     ids=str,
 )
 def test_a_refusal_has_no_words_of_its_own(change: dict[str, Any]) -> None:
@@ -410,8 +531,11 @@ def test_duplicate_arrays_are_read_or_refused() -> None:
 
 
 def test_what_the_sender_wrote_is_not_repeated() -> None:
-    for wire in (raw(inner(UPDATE | {"kind": "SECRET"})), raw(inner(UPDATE | {"SECRET": 1})),
-                 raw(inner(REFUSAL | {"code": "SECRET"})), raw(b"SECRET"),
-                 raw(inner(UPDATE, SECRET={"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}),
-                     bytes(4))):
+    for wire in (
+        raw(inner(UPDATE | {"kind": "SECRET"})),
+        raw(inner(UPDATE | {"SECRET": 1})),
+        raw(inner(REFUSAL | {"code": "SECRET"})),
+        raw(b"SECRET"),
+        raw(inner(UPDATE, SECRET={"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}), bytes(4)),
+    ):
         assert "SECRET" not in str(refused(wire))

@@ -111,8 +111,13 @@ def test_zeros_mean_every_class_alike() -> None:
 def test_huge_logits_stay_finite() -> None:
     found = of_classes(table([[1e30, -1e30], [-3e38, 3e38]]), classes([0, 1]))
     assert found == {
-        "loss": 0.0, "accuracy": 1.0, "macro_f1": 1.0, "auc": 1.0, "auprc": 1.0,
-        "calibration": 0.0, "predicted_classes": 2,
+        "loss": 0.0,
+        "accuracy": 1.0,
+        "macro_f1": 1.0,
+        "auc": 1.0,
+        "auprc": 1.0,
+        "calibration": 0.0,
+        "predicted_classes": 2,
     }
     wrong = of_classes(table([[1e4, -1e4]]), classes([1]))
     assert wrong["loss"] == pytest.approx(2e4)
@@ -120,9 +125,7 @@ def test_huge_logits_stay_finite() -> None:
 
 @FUZZ
 @given(binary, st.integers(-100, 100))
-def test_neither_a_shift_nor_the_order_matters(
-    rows: list[tuple[float, int]], shift: int
-) -> None:
+def test_neither_a_shift_nor_the_order_matters(rows: list[tuple[float, int]], shift: int) -> None:
     logits, labels = table([[0.0, m] for m, _ in rows]), classes([y for _, y in rows])
     order = np.random.default_rng(shift + 100).permutation(len(rows))
     first, second = of_classes(logits, labels), of_classes(logits[order] + shift, labels[order])
@@ -189,8 +192,12 @@ def test_the_order_of_rows_does_not_matter(kind: str) -> None:
     outputs, targets, queries, _ = rows_of(kind)
     order = np.random.default_rng(1).permutation(len(targets))
     first, second = (
-        score(task_of(kind), [outputs[k] for k in rows], [targets[k] for k in rows],
-              [queries[k] for k in rows] if queries else ())
+        score(
+            task_of(kind),
+            [outputs[k] for k in rows],
+            [targets[k] for k in rows],
+            [queries[k] for k in rows] if queries else (),
+        )
         for rows in (range(len(targets)), order)
     )
     assert first == pytest.approx(second)
@@ -297,7 +304,8 @@ def test_of_numbers(log: bool | None) -> None:
 
 ranked = st.lists(
     st.tuples(st.integers(-3, 3), st.integers(0, 1), st.sampled_from("xyz")),
-    min_size=1, max_size=60,
+    min_size=1,
+    max_size=60,
 )
 
 
@@ -307,8 +315,10 @@ def test_a_ranking_by_brute_force(rows: list[tuple[int, int, str]]) -> None:
     """Of equal scores the relevant ones count as the last; of each query's candidates the first ten
     count for NDCG and recall."""
     found = score(
-        task_of("ranking"), [np.array([z], np.float32) for z, _, _ in rows],
-        [y for _, y, _ in rows], [q for _, _, q in rows],
+        task_of("ranking"),
+        [np.array([z], np.float32) for z, _, _ in rows],
+        [y for _, y, _ in rows],
+        [q for _, _, q in rows],
     )
     mrr, ndcg, recall = [], [], []
     for query in "xyz":
@@ -327,8 +337,7 @@ def test_a_ranking_by_brute_force(rows: list[tuple[int, int, str]]) -> None:
         assert found[name] == (pytest.approx(sum(values) / len(values)) if values else None)
     pairs = [(a, b) for a, y, _ in rows for b, other, _ in rows if y == 1 and other == 0]
     assert found["auc"] == (
-        pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
-        if pairs else None
+        pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)) if pairs else None
     )
 
 
@@ -339,22 +348,27 @@ def entities(tags: list[str]) -> list[int]:
     return [TAGS.index(tag) for tag in tags]
 
 
-@pytest.mark.parametrize(("told", "precision", "recall"), [
-    ("O B-site I-site O B-sign", 1, 1),
-    ("O B-site O O B-sign", 1 / 2, 1 / 2),  # ends too early
-    ("B-site I-site I-site O B-sign", 1 / 2, 1 / 2),  # begins too early
-    ("O B-sign I-sign O B-sign", 1 / 2, 1 / 2),  # another type
-    ("O B-site I-sign O B-sign", 1 / 2, 1 / 2),  # its type changes on the way
-    ("O I-site I-site O I-sign", 0, 0),  # no entity begins with I
-    ("O B-site B-site O B-sign", 1 / 3, 1 / 2),  # two instead of one
-    ("O B-site I-site", 1, 1 / 2),  # reads no further: what is behind counts as O
-    ("O", 0, 0), ("", 0, 0), ("B-sign B-sign B-sign B-sign B-sign", 1 / 5, 1 / 2),
-])
+@pytest.mark.parametrize(
+    ("told", "precision", "recall"),
+    [
+        ("O B-site I-site O B-sign", 1, 1),
+        ("O B-site O O B-sign", 1 / 2, 1 / 2),  # ends too early
+        ("B-site I-site I-site O B-sign", 1 / 2, 1 / 2),  # begins too early
+        ("O B-sign I-sign O B-sign", 1 / 2, 1 / 2),  # another type
+        ("O B-site I-sign O B-sign", 1 / 2, 1 / 2),  # its type changes on the way
+        ("O I-site I-site O I-sign", 0, 0),  # no entity begins with I
+        ("O B-site B-site O B-sign", 1 / 3, 1 / 2),  # two instead of one
+        ("O B-site I-site", 1, 1 / 2),  # reads no further: what is behind counts as O
+        ("O", 0, 0),
+        ("", 0, 0),
+        ("B-sign B-sign B-sign B-sign B-sign", 1 / 5, 1 / 2),
+    ],
+)
 def test_entities_are_found_whole_or_not(told: str, precision: float, recall: float) -> None:
     truth = ["O", "B-site", "I-site", "O", "B-sign"]
     found = score(
-        task_of("tokens"), [(0.25, np.array(entities(told.split()), np.int64)),
-                            (0.75, np.zeros(2, np.int64))],
+        task_of("tokens"),
+        [(0.25, np.array(entities(told.split()), np.int64)), (0.75, np.zeros(2, np.int64))],
         [entities(truth), [0, 0]],
     )
     f1 = 2 * precision * recall / (precision + recall) if precision else 0

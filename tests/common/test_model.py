@@ -37,15 +37,15 @@ def of_records(encoded: Encoded) -> torch.Tensor:
 def trained(encoder: Encoder, seed: int = 0) -> None:
     """Load an adapter that is not zero."""
     rng = np.random.default_rng(seed)
-    encoder.load({
-        name: a if name.endswith("lora_A") else rng.normal(0, 0.05, a.shape).astype(np.float32)
-        for name, a in encoder.initial_arrays().items()
-    })
+    encoder.load(
+        {
+            name: a if name.endswith("lora_A") else rng.normal(0, 0.05, a.shape).astype(np.float32)
+            for name, a in encoder.initial_arrays().items()
+        }
+    )
 
 
-def test_features_equal_the_librarys_mean_pooling(
-    encoder: Encoder, encoder_folder: Path
-) -> None:
+def test_features_equal_the_librarys_mean_pooling(encoder: Encoder, encoder_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder, local_files_only=True)
     whole = AutoModel.from_pretrained(encoder_folder, local_files_only=True).eval()
     tokens = tokenizer(TEXTS, padding=True, truncation=True, max_length=32, return_tensors="pt")
@@ -175,7 +175,8 @@ def test_the_base_is_loaded_once(
     base = {p.data_ptr() for p in first.backbone.base.parameters()}
     frozen = [
         {p.data_ptr() for p in model.parameters()}
-        - {p.data_ptr() for p in model.named_tensors().values()} for model in (first, other)
+        - {p.data_ptr() for p in model.named_tensors().values()}
+        for model in (first, other)
     ]
     assert frozen[0] == frozen[1]  # nor are there two of what the adapter is put into
     assert frozen[0] <= base  # they are the base's own, in this process's memory

@@ -1,5 +1,4 @@
-"""The contract's hash covers every file that defines a model, and what is hashed is what is loaded.
-"""
+"""The contract's hash covers every file that defines a model; what is hashed is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +47,8 @@ def test_the_hash_is_that_of_the_sorted_list_of_files(folder: Path) -> None:
     assert "model.safetensors" in names
     lines = "".join(
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()} "
-        f"{(folder / name).stat().st_size} {name}\n" for name in names
+        f"{(folder / name).stat().st_size} {name}\n"
+        for name in names
     )
     expected = hashlib.sha256(f"silotune model 1\n{lines}".encode()).hexdigest()
     assert model_folder.manifest(folder).sha256 == expected
@@ -74,11 +74,22 @@ def test_a_changed_model_file_of_any_kind_is_refused(folder: Path) -> None:
         backbone.read(folder, sha256, CPU)
 
 
-@pytest.mark.parametrize("name", [
-    "adapter_config.json", "adapter_model.safetensors", "modeling_tiny.py", "pytorch_model.bin",
-    "model.pt", "consolidated.safetensors", "model.fp16.safetensors", "tokenizer.4.0.0.json",
-    "generate.yaml", "additional_chat_templates", "onnx",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "modeling_tiny.py",
+        "pytorch_model.bin",
+        "model.pt",
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "tokenizer.4.0.0.json",
+        "generate.yaml",
+        "additional_chat_templates",
+        "onnx",
+    ],
+)
 def test_a_file_that_could_change_the_model_is_refused_by_name(folder: Path, name: str) -> None:
     sha256 = model_folder.manifest(folder).sha256
     if "." in name:
@@ -110,13 +121,16 @@ def test_an_adapter_beside_the_weights_is_refused_and_not_loaded(folder: Path) -
         backbone.read(folder, sha256, CPU)
 
 
-@pytest.mark.parametrize(("file", "key", "value"), [
-    ("config.json", "auto_map", {"AutoModel": "modeling_tiny.Tiny"}),
-    ("config.json", "quantization_config", {"quant_method": "gptq"}),
-    ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["tokenization_tiny.Tiny", None]}),
-    ("tokenizer_config.json", "init_inputs", ["/etc/hosts"]),
-    ("tokenizer_config.json", "vocab_file", "/etc/hosts"),
-])
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "auto_map", {"AutoModel": "modeling_tiny.Tiny"}),
+        ("config.json", "quantization_config", {"quant_method": "gptq"}),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["tokenization_tiny.Tiny", None]}),
+        ("tokenizer_config.json", "init_inputs", ["/etc/hosts"]),
+        ("tokenizer_config.json", "vocab_file", "/etc/hosts"),
+    ],
+)
 def test_settings_that_name_code_or_other_files_are_refused(
     folder: Path, file: str, key: str, value: object
 ) -> None:
@@ -203,8 +217,9 @@ def test_a_language_model_without_its_output_layer_is_refused(tmp_path: Path) ->
     folder = tmp_path / "model"
     shutil.copytree(tiny.folder_of("llama", tied=False), folder)
     state = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in state.items() if k != "lm_head.weight"},
-              folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if k != "lm_head.weight"}, folder / "model.safetensors"
+    )
     with pytest.raises(DataError, match=r"lack 'lm_head\.weight'") as error:
         build(tiny.contract_of("language", "llama", folder), folder)
     assert error.value.code == "E310"
@@ -270,10 +285,19 @@ def has_a_config_that_is_no_json(folder: Path) -> str:
     return "is no JSON object"
 
 
-@pytest.mark.parametrize("spoil", [
-    lacks_a_tensor, holds_a_tensor_twice, is_cut_short, has_no_tokenizer, has_no_config,
-    has_a_tokenizer_that_is_none, has_a_config_that_is_no_json,
-], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lacks_a_tensor,
+        holds_a_tensor_twice,
+        is_cut_short,
+        has_no_tokenizer,
+        has_no_config,
+        has_a_tokenizer_that_is_none,
+        has_a_config_that_is_no_json,
+    ],
+    ids=lambda spoil: spoil.__name__,
+)
 def test_a_damaged_folder_is_refused_in_a_sentence(
     folder: Path, spoil: Callable[[Path], str]
 ) -> None:
@@ -297,7 +321,8 @@ def test_no_call_of_from_pretrained_may_run_code_of_the_model() -> None:
         for room in ("common", "client", "server", "simulations")
         for path in (ROOT / room).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
         and node.func.attr == "from_pretrained"
     ]
     assert len(calls) >= 8

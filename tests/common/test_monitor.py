@@ -79,8 +79,9 @@ def test_get_alone(start: Start, method: str) -> None:
         assert (reply.status_code, reply.headers["allow"]) == (405, "GET")
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/metrics?a=1", "/../etc/passwd", "/health",
-                                  "/%6detrics"])
+@pytest.mark.parametrize(
+    "path", ["/", "/metrics/", "/metrics?a=1", "/../etc/passwd", "/health", "/%6detrics"]
+)
 def test_no_other_page(start: Start, path: str) -> None:
     assert get(start(), path).status_code == 404
 
@@ -88,7 +89,8 @@ def test_no_other_page(start: Start, path: str) -> None:
 def test_the_loopback_interface_alone(start: Start) -> None:
     served = start()
     listening = [
-        c.laddr.ip for c in psutil.Process().net_connections("inet")
+        c.laddr.ip
+        for c in psutil.Process().net_connections("inet")
         if c.status == psutil.CONN_LISTEN and c.laddr.port == served.port
     ]
     assert listening == ["127.0.0.1"]
@@ -120,12 +122,20 @@ def test_a_failure_shows_no_text_of_its_own(start: Start) -> None:
     assert get(served, "/healthz").status_code == 200
 
 
-@pytest.mark.parametrize("data", [
-    b"\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics\r\n\r\n", b"\0\xff\r\n\r\n",
-    b"GET /metrics HTTP/9.9\r\n\r\n", b"A" * 4096, b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n",
-    b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 600 + b"\r\n\r\n",
-    b"POST /metrics HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n",
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /metrics\r\n\r\n",
+        b"\0\xff\r\n\r\n",
+        b"GET /metrics HTTP/9.9\r\n\r\n",
+        b"A" * 4096,
+        b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 600 + b"\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n",
+    ],
+)
 def test_nonsense_is_survived(start: Start, data: bytes) -> None:
     served = start()
     try:

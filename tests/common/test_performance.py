@@ -86,9 +86,16 @@ def test_settings_that_do_not_go_together_are_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("engine", ["hooks", "ghost"])
-@pytest.mark.parametrize("other", [
-    'bf16 = "auto"', 'bf16 = "off"', "checkpointing = false", "compile = false", "micro_batch = 1",
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        'bf16 = "auto"',
+        'bf16 = "off"',
+        "checkpointing = false",
+        "compile = false",
+        "micro_batch = 1",
+    ],
+)
 def test_settings_that_do_go_together_are_read(tmp_path: Path, engine: str, other: str) -> None:
     assert loaded(tmp_path, f'gradients = "{engine}"\n{other}').performance.gradients == engine
 
@@ -107,19 +114,29 @@ def test_compiled_layers_are_refused_wherever_they_can_be_asked_for(tmp_path: Pa
     assert loaded(tmp_path, "compile = false").performance == loaded(tmp_path, "").performance
 
 
-@pytest.mark.parametrize(("line", "told"), [
-    ('bf16 = "yes"', "performance.bf16"), ("bf16 = true", "performance.bf16"),
-    ('gradients = "fast"', "performance.gradients"), ("checkpointing = 1", "performance.checkpoi"),
-    ('compile = "on"', "performance.compile"), ("micro_batch = 0", "performance.micro_batch"),
-    ("micro_batch = 1025", "performance.micro_batch"), ("micro_batch = 1.5", "performance.micro_b"),
-    ("cache_megabytes = 0", "performance.cache_megabytes"),
-    ("cache_megabytes = -1", "performance.cache_megabytes"),
-    ("cache_folder = 5", "performance.cache_folder"), ('device = "gpu"', "performance.device"),
-    ('device = "cuda:"', "performance.device"), ('device = "cuda:100"', "performance.device"),
-    ('device = "mps"', "performance.device"), ('device = "cpu\\n"', "performance.device"),
-    ("epsilon = 100.0", "Unknown key 'performance.epsilon'"),
-    ("microbatch = 4", "Did you mean 'micro_batch'"),
-])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('bf16 = "yes"', "performance.bf16"),
+        ("bf16 = true", "performance.bf16"),
+        ('gradients = "fast"', "performance.gradients"),
+        ("checkpointing = 1", "performance.checkpoi"),
+        ('compile = "on"', "performance.compile"),
+        ("micro_batch = 0", "performance.micro_batch"),
+        ("micro_batch = 1025", "performance.micro_batch"),
+        ("micro_batch = 1.5", "performance.micro_b"),
+        ("cache_megabytes = 0", "performance.cache_megabytes"),
+        ("cache_megabytes = -1", "performance.cache_megabytes"),
+        ("cache_folder = 5", "performance.cache_folder"),
+        ('device = "gpu"', "performance.device"),
+        ('device = "cuda:"', "performance.device"),
+        ('device = "cuda:100"', "performance.device"),
+        ('device = "mps"', "performance.device"),
+        ('device = "cpu\\n"', "performance.device"),
+        ("epsilon = 100.0", "Unknown key 'performance.epsilon'"),
+        ("microbatch = 4", "Did you mean 'micro_batch'"),
+    ],
+)
 def test_each_problem_is_one_sentence_with_file_line_key_and_value(
     tmp_path: Path, line: str, told: str
 ) -> None:
@@ -134,7 +151,7 @@ def test_each_problem_is_one_sentence_with_file_line_key_and_value(
 
 
 def test_what_a_device_may_be_is_said(tmp_path: Path) -> None:
-    """"gpu" is a plain name of letters; the sentence must not ask for one."""
+    """ "gpu" is a plain name of letters; the sentence must not ask for one."""
     with pytest.raises(ContractError) as error:
         loaded(tmp_path, 'device = "gpu"')
     assert "plain name" not in str(error.value)
@@ -202,10 +219,20 @@ TOLERANCES: list[tuple[dict[str, Any], float]] = [
     ({"bf16": "on", "checkpointing": True}, 0.05),
     ({"bf16": "auto"}, 0.05),
     (EXACT | {"cache_megabytes": 1}, 0.0),
-    pytest.param(EXACT | {"device": "cuda"}, 1e-3, marks=pytest.mark.skipif(  # type: ignore[list-item]
-        not CUDA, reason="no CUDA device")),
-    pytest.param({"device": "cuda", "bf16": "on"}, 0.05, marks=pytest.mark.skipif(  # type: ignore[list-item]
-        not CUDA, reason="no CUDA device")),
+    pytest.param(
+        EXACT | {"device": "cuda"},
+        1e-3,
+        marks=pytest.mark.skipif(  # type: ignore[list-item]
+            not CUDA, reason="no CUDA device"
+        ),
+    ),
+    pytest.param(
+        {"device": "cuda", "bf16": "on"},
+        0.05,
+        marks=pytest.mark.skipif(  # type: ignore[list-item]
+            not CUDA, reason="no CUDA device"
+        ),
+    ),
 ]
 CLIP = 0.2
 
@@ -219,7 +246,10 @@ def adapter_of(model: Network) -> Arrays:
 
 
 def update(
-    contract: Contract, rows: Table, settings: dict[str, Any], folder: Path | None,
+    contract: Contract,
+    rows: Table,
+    settings: dict[str, Any],
+    folder: Path | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Arrays]:
     """For each phase the noiseless sum of clipped gradients over the clip norm."""
@@ -229,8 +259,14 @@ def update(
     found: dict[str, Arrays] = {}
     for phase in contract.phases:
         change, _ = train_round(
-            contract, phase, Mechanism(1e-3, 1.0, 1), model, data, adapter_of(model),
-            Silent(site="x"), CLIP,
+            contract,
+            phase,
+            Mechanism(1e-3, 1.0, 1),
+            model,
+            data,
+            adapter_of(model),
+            Silent(site="x"),
+            CLIP,
         )
         assert phase.adapter_rate in (None, phase.head_rate)
         scale = np.float32(contract.privacy.expected_records / phase.head_rate / CLIP)
@@ -241,7 +277,8 @@ def update(
 def rates(contract: Contract) -> Contract:
     """With rates that make a step as large as the sum: float32 must not round it away."""
     phases = [
-        p | {"head_rate": 50.0, "sampling_rate": 1.0}
+        p
+        | {"head_rate": 50.0, "sampling_rate": 1.0}
         | ({"adapter_rate": 50.0} if p["adapter_rate"] else {})
         for p in contract.model_dump()["phases"]
     ]
@@ -255,8 +292,12 @@ def distance(a: Arrays, b: Arrays) -> float:
 
 @pytest.mark.parametrize(("settings", "tolerance"), TOLERANCES)
 def test_no_setting_changes_the_update_of_a_table(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path, settings: dict[str, Any],
-    tolerance: float, monkeypatch: pytest.MonkeyPatch,
+    table_contract: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     contract = rates(table_contract)
     rows = table(write_rows(tmp_path / "rows.csv", 30))
@@ -273,15 +314,23 @@ TEXTS = [" ".join(["pain in the chest"] * (1 + k % 6)) + f" since day {k}" for k
 @pytest.mark.download
 @pytest.mark.parametrize(("settings", "tolerance"), TOLERANCES)
 def test_no_setting_changes_the_update_of_an_encoder(
-    lora_contract: Contract, encoder_folder: Path, settings: dict[str, Any], tolerance: float,
+    lora_contract: Contract,
+    encoder_folder: Path,
+    settings: dict[str, Any],
+    tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Head alone and LoRA, on texts of two buckets."""
-    contract = rates(Contract.model_validate(
-        lora_contract.model_dump(mode="json") | {"input": {"kind": "text", "column": "note"}}
-    ))
-    rows = Table("notes.csv", ["note", "outcome"],
-                 [(line, [text, str(line % 2)]) for line, text in enumerate(TEXTS, 2)])
+    contract = rates(
+        Contract.model_validate(
+            lora_contract.model_dump(mode="json") | {"input": {"kind": "text", "column": "note"}}
+        )
+    )
+    rows = Table(
+        "notes.csv",
+        ["note", "outcome"],
+        [(line, [text, str(line % 2)]) for line, text in enumerate(TEXTS, 2)],
+    )
     plain = update(contract, rows, EXACT, encoder_folder, monkeypatch)
     found = update(contract, rows, settings, encoder_folder, monkeypatch)
     assert list(plain) == ["head", "head+adapter"]
@@ -295,7 +344,10 @@ def test_no_setting_changes_the_update_of_an_encoder(
 
 @pytest.mark.download
 def test_bf16_does_change_something(
-    lora_contract: Contract, encoder_folder: Path, write_rows: Rows, tmp_path: Path,
+    lora_contract: Contract,
+    encoder_folder: Path,
+    write_rows: Rows,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Or the comparison above would hold for a setting that does nothing."""
@@ -339,9 +391,9 @@ def test_settings_are_no_part_of_a_contract(
         worker = Worker(policy, table_contract, Ledger.in_memory("north"))
         assert worker.contract.hash == before
         assert worker.model.performance == policy.performance
-    assert not {"performance", "micro_batch", "device"} & set(re.findall(
-        r'"(\w+)":', table_contract.model_dump_json()
-    ))
+    assert not {"performance", "micro_batch", "device"} & set(
+        re.findall(r'"(\w+)":', table_contract.model_dump_json())
+    )
     with pytest.raises(ContractError, match="Unknown key 'performance'"):
         table_contract.changed(performance={"device": "cpu"})
 
@@ -363,8 +415,10 @@ def test_ghost_clipping_needs_the_owners_leave(table_contract: Contract, tmp_pat
         "permits.allow_inexact_clipping does not allow."
     )
     for allowed, expected in (("true", []), ("false", ["E205"])):
-        text = (tmp_path / "site.toml").read_text().replace(
-            "[permits]", f"[permits]\nallow_inexact_clipping = {allowed}"
+        text = (
+            (tmp_path / "site.toml")
+            .read_text()
+            .replace("[permits]", f"[permits]\nallow_inexact_clipping = {allowed}")
         )
         (tmp_path / "other.toml").write_text(text)
         found = policies.load(tmp_path / "other.toml").refusals(table_contract)

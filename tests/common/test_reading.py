@@ -36,8 +36,10 @@ Cells = list[list[str]]
 
 # The first rows of files that were read wrongly.
 NOTES = [
-    ["note", "outcome"], ["Température normale, pas de fièvre", "no"],
-    ["Douleur à l'épaule – prescrit 2 mg", "yes"], ["Größe 180 cm, Müdigkeit", "yes"],
+    ["note", "outcome"],
+    ["Température normale, pas de fièvre", "no"],
+    ["Douleur à l'épaule – prescrit 2 mg", "yes"],
+    ["Größe 180 cm, Müdigkeit", "yes"],
     ["Contrôle à 6 mois, coût 20 €", "no"],
 ]
 
@@ -93,8 +95,16 @@ def write_xlsx(path: Path, table: Sequence[Sequence[Any]]) -> None:
 @cache
 def alphabet(encoding: str) -> list[str]:
     """Printable characters that an encoding writes and reads as themselves."""
-    blocks = [(0x20, 0x250), (0x370, 0x700), (0x2010, 0x20C0), (0x2500, 0x2550), (0x3041, 0x30FF),
-              (0x4E00, 0x4E80), (0xAC00, 0xAC40), (0x1F600, 0x1F610)]
+    blocks = [
+        (0x20, 0x250),
+        (0x370, 0x700),
+        (0x2010, 0x20C0),
+        (0x2500, 0x2550),
+        (0x3041, 0x30FF),
+        (0x4E00, 0x4E80),
+        (0xAC00, 0xAC40),
+        (0x1F600, 0x1F610),
+    ]
     found = []
     for character in (chr(code) for block in blocks for code in range(*block)):
         data = character.encode(encoding, "ignore")
@@ -111,27 +121,36 @@ def tables(draw: Any) -> tuple[Cells, str]:
     extra = st.sampled_from(["\n", '"', ",", ";", "|", " ", "'", "=", "A"])
     text = st.lists(characters | extra, max_size=8).map("".join)
     names = st.lists(characters | st.sampled_from("ab _-"), min_size=1, max_size=6).map("".join)
-    names = names.map(str.strip).filter(
-        lambda name: name and not set(name) & {*DELIMITERS, '"'}
-    )
+    names = names.map(str.strip).filter(lambda name: name and not set(name) & {*DELIMITERS, '"'})
     header = draw(st.lists(names, min_size=2, max_size=4, unique=True))
     # The first cell holds something: a blank row is no row of a workbook.
-    rows = draw(st.lists(st.tuples(
-        text.map(lambda t: f"x{t}"), *[text] * (len(header) - 1)
-    ).map(list), min_size=1, max_size=5))
+    rows = draw(
+        st.lists(
+            st.tuples(text.map(lambda t: f"x{t}"), *[text] * (len(header) - 1)).map(list),
+            min_size=1,
+            max_size=5,
+        )
+    )
     return [header, *rows], encoding
 
 
 @FUZZ
-@given(tables(), st.sampled_from(list(DELIMITERS)), st.booleans(),
-       st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@given(
+    tables(),
+    st.sampled_from(list(DELIMITERS)),
+    st.booleans(),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
 @example((NOTES, "cp1252"), ",", False, csv.QUOTE_MINIMAL)
 @example((NOTES, "utf-8"), ";", True, csv.QUOTE_MINIMAL)
 @example((NOTES, "utf-16"), "\t", True, csv.QUOTE_ALL)
 @example((NOTES, "gb18030"), "|", True, csv.QUOTE_MINIMAL)
 def test_a_table_is_the_same_in_every_format_encoding_and_delimiter(
-    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[Cells, str], delimiter: str,
-    found: bool, quoting: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn: tuple[Cells, str],
+    delimiter: str,
+    found: bool,
+    quoting: int,
 ) -> None:
     table, encoding = drawn
     folder = tmp_path_factory.mktemp("table")
@@ -170,7 +189,7 @@ def test_names_of_columns_are_trimmed_in_every_format(tmp_path: Path, name: str)
 # Values with a type ---------------------------------------------------------------------------
 
 TYPED = TABLE_CONTRACT.replace(
-    "values = { yes = \"yes\", no = \"no\" }", 'values = { "true" = "yes", "false" = "no" }'
+    'values = { yes = "yes", no = "no" }', 'values = { "true" = "yes", "false" = "no" }'
 )
 ROWS: list[list[Any]] = [["age", "smoker", "outcome"], [30.0, True, 1.0], [61.5, False, 0.0]]
 
@@ -184,8 +203,10 @@ def in_every_format(folder: Path, table: list[list[Any]]) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for name, write in (("lower", str.lower), ("python", str), ("upper", str.upper)):
         # float_labels.csv and bool_case.csv: 0.0 and 1.0, True and False
-        text = [[value if isinstance(value, str) else write(str(value)) for value in row]
-                for row in table]
+        text = [
+            [value if isinstance(value, str) else write(str(value)) for value in row]
+            for row in table
+        ]
         (folder / f"{name}.csv").write_text(csv_text(text))
     (folder / "a.jsonl").write_text(json_text(table))
     write_parquet(folder / "a.parquet", table)
@@ -225,11 +246,20 @@ def test_codes_with_leading_zeros_are_not_numbers(tmp_path: Path, typed: Contrac
 # Encodings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "encoding"), [
-    ("UTF8", "utf-8"), ("utf-8-sig", "utf-8"), ("Latin1", "iso8859-1"),
-    ("ISO-8859-1", "iso8859-1"), ("windows-1252", "cp1252"), ("GBK", "gb18030"),
-    ("gb2312", "gb18030"), ("MacRoman", "mac-roman"), ("sjis", "shift_jis"),
-])
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        ("UTF8", "utf-8"),
+        ("utf-8-sig", "utf-8"),
+        ("Latin1", "iso8859-1"),
+        ("ISO-8859-1", "iso8859-1"),
+        ("windows-1252", "cp1252"),
+        ("GBK", "gb18030"),
+        ("gb2312", "gb18030"),
+        ("MacRoman", "mac-roman"),
+        ("sjis", "shift_jis"),
+    ],
+)
 def test_an_encoding_goes_by_any_of_its_names(name: str, encoding: str) -> None:
     assert encoding_of(name) == encoding
     assert Data(file=Path("a.csv"), encoding=name).encoding == encoding
@@ -240,10 +270,26 @@ def test_every_member_of_the_list_is_a_name_of_itself() -> None:
         assert encoding_of(encoding) == encoding_of(usual_name(encoding)) == encoding
 
 
-@pytest.mark.parametrize("name", [
-    "rot13", "idna", "unicode_escape", "utf-7", "hz", "base64", "zlib", "ascii", "utf-32", "mbcs",
-    "punycode", "raw_unicode_escape", "", "\0", "latin-9000",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rot13",
+        "idna",
+        "unicode_escape",
+        "utf-7",
+        "hz",
+        "base64",
+        "zlib",
+        "ascii",
+        "utf-32",
+        "mbcs",
+        "punycode",
+        "raw_unicode_escape",
+        "",
+        "\0",
+        "latin-9000",
+    ],
+)
 def test_other_codecs_are_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError, match="is not an encoding that data files may have") as caught:
         reading(name)
@@ -288,9 +334,7 @@ def test_control_characters_are_reported_with_their_rows(tmp_path: Path, name: s
         path.write_text(csv_text(table) if name == "a.csv" else json_text(table))
     rows = {"a.csv": "2, 5", "a.jsonl": "1, 3", "a.parquet": "1, 3"}[name]
     found = records.table(path)
-    assert found.notes == (
-        f"control characters stand in rows {rows}; they are kept as they are",
-    )
+    assert found.notes == (f"control characters stand in rows {rows}; they are kept as they are",)
     assert [cells for _, cells in found.rows] == table[1:]
 
 
@@ -317,9 +361,15 @@ def test_a_header_in_windows_1252_is_told_too(tmp_path: Path) -> None:
         sources.header(path, reading("latin-1"))
 
 
-@pytest.mark.parametrize(("mark", "said"), [
-    ("utf-8-sig", "latin-1"), ("utf-16", "utf-8"), ("utf-16", "cp1252"), ("utf-8-sig", "utf-16-le"),
-])
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("utf-8-sig", "latin-1"),
+        ("utf-16", "utf-8"),
+        ("utf-16", "cp1252"),
+        ("utf-8-sig", "utf-16-le"),
+    ],
+)
 def test_the_mark_of_another_encoding_is_named(tmp_path: Path, mark: str, said: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(csv_text(NOTES).encode(mark))
@@ -364,8 +414,9 @@ def test_two_delimiters_that_both_fit_are_refused_until_one_is_set(tmp_path: Pat
     assert cells_of(tmp_path / "a.tsv")[0] == ["a", "b;c"]
 
 
-@pytest.mark.parametrize(("word", "delimiter"), [("tab", "\t"), ("\\t", "\t"), ("\t", "\t"),
-                                                 ("|", "|")])
+@pytest.mark.parametrize(
+    ("word", "delimiter"), [("tab", "\t"), ("\\t", "\t"), ("\t", "\t"), ("|", "|")]
+)
 def test_a_delimiter_by_its_name(word: str, delimiter: str) -> None:
     assert reading(None, word).delimiter == delimiter
     assert Data(file=Path("a.csv"), delimiter=word).delimiter == delimiter
@@ -386,13 +437,23 @@ def test_one_column_needs_no_delimiter(tmp_path: Path) -> None:
 # Files of other kinds -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "advice"), [
-    ("a.zip", "Unpack it first"), ("a.csv.zip", "Unpack it first"), ("a.tar", "Unpack it first"),
-    ("a.tgz", "Unpack it first"), ("a.parquet.gz", "Unpack it first"), ("a.gz", "Unpack it first"),
-    ("a.csv.xz", "Unpack it first"), ("a.xls", "Save the sheet as .xlsx or .csv"),
-    ("a.ods", "Save the sheet as .xlsx or .csv"), ("a.json", "Write one object a line"),
-    ("a.sav", "Save it in one of these"), ("records", "a file without a suffix is not read"),
-])
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.zip", "Unpack it first"),
+        ("a.csv.zip", "Unpack it first"),
+        ("a.tar", "Unpack it first"),
+        ("a.tgz", "Unpack it first"),
+        ("a.parquet.gz", "Unpack it first"),
+        ("a.gz", "Unpack it first"),
+        ("a.csv.xz", "Unpack it first"),
+        ("a.xls", "Save the sheet as .xlsx or .csv"),
+        ("a.ods", "Save the sheet as .xlsx or .csv"),
+        ("a.json", "Write one object a line"),
+        ("a.sav", "Save it in one of these"),
+        ("records", "a file without a suffix is not read"),
+    ],
+)
 def test_other_suffixes_are_refused_by_name(tmp_path: Path, name: str, advice: str) -> None:
     (tmp_path / name).write_text(csv_text(NOTES))
     with pytest.raises(DataError) as caught:
@@ -403,8 +464,10 @@ def test_other_suffixes_are_refused_by_name(tmp_path: Path, name: str, advice: s
 
 @pytest.mark.parametrize("begins", ["gzip", "zip", "parquet"])
 def test_a_file_of_another_format_than_its_name_is_named(tmp_path: Path, begins: str) -> None:
-    path, right = tmp_path / "a.csv", tmp_path / {"gzip": "a.csv.gz", "parquet": "a.parquet",
-                                                  "zip": "a.xlsx"}[begins]
+    path, right = (
+        tmp_path / "a.csv",
+        tmp_path / {"gzip": "a.csv.gz", "parquet": "a.parquet", "zip": "a.xlsx"}[begins],
+    )
     if begins == "gzip":
         path.write_bytes(gzip.compress(csv_text(NOTES).encode()))
     else:
@@ -432,7 +495,9 @@ def test_a_gzip_file_that_is_cut_short(tmp_path: Path, part: float) -> None:
 
 def test_a_sheet_has_its_own_row_numbers_and_plain_values(tmp_path: Path) -> None:
     table = [
-        [], ["day", "at", "n", "half", "yes", "text"], [],
+        [],
+        ["day", "at", "n", "half", "yes", "text"],
+        [],
         [date(2026, 1, 31), datetime(2026, 1, 31, 10), 3, 2.5, True, "007"],
         [None, None, None, None, None, "x"],
     ]
@@ -492,8 +557,10 @@ def test_a_formula_that_was_computed_is_its_value(tmp_path: Path) -> None:
     for row in (["note", "n"], ["x", "=1+1"]):
         sheet.append(row)
     book.save(tmp_path / "b.xlsx")
-    with (zipfile.ZipFile(tmp_path / "b.xlsx") as old,
-          zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new):
+    with (
+        zipfile.ZipFile(tmp_path / "b.xlsx") as old,
+        zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new,
+    ):
         for name in old.namelist():
             content = old.read(name).replace(b"<f>1+1</f><v></v>", b"<f>1+1</f><v>2</v>")
             new.writestr(name, content.replace(b"<f>1+1</f><v />", b"<f>1+1</f><v>2</v>"))
@@ -511,7 +578,9 @@ def test_a_damaged_workbook(tmp_path: Path) -> None:
 
 # Words and tags -------------------------------------------------------------------------------
 
-TOKENS = TABLE_CONTRACT[: TABLE_CONTRACT.index("[task]")] + """
+TOKENS = (
+    TABLE_CONTRACT[: TABLE_CONTRACT.index("[task]")]
+    + """
 [task]
 kind = "tokens"
 label_column = "marks"
@@ -526,7 +595,10 @@ kind = "encoder"
 name = "tiny"
 sha256 = "%s"
 max_tokens = 8
-""" % ("0" * 64) + TABLE_CONTRACT[TABLE_CONTRACT.index("[privacy]"):]
+"""
+    % ("0" * 64)
+    + TABLE_CONTRACT[TABLE_CONTRACT.index("[privacy]") :]
+)
 SENTENCES = [
     (["history", "of", "gout", "."], ["O", "O", "B-Disease", "O"]),
     (["type", "2", "diabetes"], ["B-Disease", "I-Disease", "I-Disease"]),
@@ -539,18 +611,29 @@ def tokens() -> Contract:
 
 
 def conll(between: str, middle: str = "") -> str:
-    return "\n\n".join(
-        "\n".join(between.join([word, *middle.split(), tag])
-                  for word, tag in zip(words, tags, strict=True))
-        for words, tags in SENTENCES
-    ) + "\n"
+    return (
+        "\n\n".join(
+            "\n".join(
+                between.join([word, *middle.split(), tag])
+                for word, tag in zip(words, tags, strict=True)
+            )
+            for words, tags in SENTENCES
+        )
+        + "\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.conll", "a.iob", "a.bio", "a.iob2", "a.conll.gz"])
-@pytest.mark.parametrize("text", [
-    conll("\t"), conll(" "), conll(" ", "NN B-NP"), "-DOCSTART- O\n\n" + conll(" ") + "\n\n",
-    conll("\t", "_ _").replace("\n", "\r\n"),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        conll("\t"),
+        conll(" "),
+        conll(" ", "NN B-NP"),
+        "-DOCSTART- O\n\n" + conll(" ") + "\n\n",
+        conll("\t", "_ _").replace("\n", "\r\n"),
+    ],
+)
 def test_a_conll_file_is_read_as_the_columns_of_the_contract(
     tmp_path: Path, tokens: Contract, name: str, text: str
 ) -> None:
@@ -610,4 +693,3 @@ def test_numbers_outside_the_bounds_are_counted_with_their_rows(
         "column 'age' is below 1: counts as missing: rows 2, 6",
         "column 'outcome' is not within 0 to 10: counts as the bound: rows 3, 5",
     )
-

@@ -95,16 +95,17 @@ def test_a_missing_file_lists_its_neighbours(tmp_path: Path, table_contract: Con
 def test_a_missing_column_is_named_with_its_likeness(refused: Callable[..., DataError]) -> None:
     error = refused("agee,smoker,Outcome\n71,yes,1\n")
     assert error.code == "E302"
-    for part in ("Column 'age' is not in notes.csv.", "Column 'outcome' is not in notes.csv.",
-                 "Rename the columns of the file"):
+    for part in (
+        "Column 'age' is not in notes.csv.",
+        "Column 'outcome' is not in notes.csv.",
+        "Rename the columns of the file",
+    ):
         assert part in str(error)
     for part in ("Did you mean 'agee'?", "Did you mean 'Outcome'?", "agee, smoker, Outcome"):
         assert part in f"{error} {error.local}"
 
 
-def test_a_missing_text_column(
-    refused: Callable[..., DataError], text_contract: Contract
-) -> None:
+def test_a_missing_text_column(refused: Callable[..., DataError], text_contract: Contract) -> None:
     error = refused("notes,outcome\nx,1\n", text_contract)
     assert "Column 'note' is not in" in str(error)
     assert "Did you mean 'notes'?" in f"{error} {error.local}"
@@ -150,8 +151,10 @@ def test_a_file_with_a_header_only(refused: Callable[..., DataError]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        HEADER.encode() + b"71,Andr\xe9,1\n", (HEADER + "71,yes,1\n").encode("utf-16"),
-        (HEADER + "71,yes,1\n").encode("utf-16-le"), HEADER.encode() + b'71,"Maria K.,1\n',
+        HEADER.encode() + b"71,Andr\xe9,1\n",
+        (HEADER + "71,yes,1\n").encode("utf-16"),
+        (HEADER + "71,yes,1\n").encode("utf-16-le"),
+        HEADER.encode() + b'71,"Maria K.,1\n',
         bytes(range(256)) * 4,
     ],
     ids=["latin-1", "utf-16", "utf-16 without a mark", "open quote", "binary"],
@@ -163,9 +166,7 @@ def test_no_utf8_csv(refused: Callable[..., DataError], content: bytes) -> None:
 
 
 @pytest.mark.parametrize("row", ["71,yes", "71,yes,1,Maria K."])
-def test_rows_of_another_width_are_refused(
-    refused: Callable[..., DataError], row: str
-) -> None:
+def test_rows_of_another_width_are_refused(refused: Callable[..., DataError], row: str) -> None:
     error = refused(HEADER + row + "\n")
     assert error.code == "E302"
     assert "3 fields are expected: row 2" in str(error)
@@ -210,8 +211,13 @@ def test_no_value_stands_in_the_error(
     folder = tmp_path_factory.mktemp("values")
 
     @FUZZ
-    @given(st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), max_size=6)] * 3),
-                    min_size=1, max_size=12))
+    @given(
+        st.lists(
+            st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), max_size=6)] * 3),
+            min_size=1,
+            max_size=12,
+        )
+    )
     def check(rows: list[tuple[str, str, str]]) -> None:
         path = folder / "notes.csv"
         with path.open("w", encoding="utf-8", newline="") as file:

@@ -41,24 +41,44 @@ def locked(path: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def test_pips_settings_are_read_as_pip_install_takes_them() -> None:
-    assert pip_settings([
-        ":env:.extra-index-url='https://e.example'", "global.cert='/ca'",
-        "global.index-url='https://g.example/a=b'", "global.extra-index-url='file:///x file:///y'",
-        "install.index-url='https://i.example'", "download.index-url='https://d.example'", "",
-        "a line that is no setting",
-    ]) == {
-        "cert": "/ca", "index-url": "https://i.example", "extra-index-url": "https://e.example",
+    assert pip_settings(
+        [
+            ":env:.extra-index-url='https://e.example'",
+            "global.cert='/ca'",
+            "global.index-url='https://g.example/a=b'",
+            "global.extra-index-url='file:///x file:///y'",
+            "install.index-url='https://i.example'",
+            "download.index-url='https://d.example'",
+            "",
+            "a line that is no setting",
+        ]
+    ) == {
+        "cert": "/ca",
+        "index-url": "https://i.example",
+        "extra-index-url": "https://e.example",
     }
 
 
 def test_every_index_of_pip_is_uvs_too_and_no_other_is_named() -> None:
-    options = index_options({
-        "index-url": "https://i.example", "extra-index-url": "file:///x\nfile:///y",
-        "find-links": "/wheels", "no-index": "true",
-    })
+    options = index_options(
+        {
+            "index-url": "https://i.example",
+            "extra-index-url": "file:///x\nfile:///y",
+            "find-links": "/wheels",
+            "no-index": "true",
+        }
+    )
     assert options == [
-        "--index-strategy", "unsafe-best-match", "--no-index", "--default-index",
-        "https://i.example", "--index", "file:///x", "--index", "file:///y", "--find-links",
+        "--index-strategy",
+        "unsafe-best-match",
+        "--no-index",
+        "--default-index",
+        "https://i.example",
+        "--index",
+        "file:///x",
+        "--index",
+        "file:///y",
+        "--find-links",
         "/wheels",
     ]
     assert index_options({}) == options[:2]
@@ -127,10 +147,23 @@ def test_the_locks_cover_what_the_project_needs_and_pip_accepts_them(tmp_path: P
         assert requirement.specifier.contains(builders[requirement.name][0])
     report = tmp_path / "report.json"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--dry-run",
-         "--ignore-installed", "--no-build-isolation", "--report", str(report), "-r",
-         str(tmp_path / LOCK)],
-        check=True, capture_output=True,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--require-hashes",
+            "--dry-run",
+            "--ignore-installed",
+            "--no-build-isolation",
+            "--report",
+            str(report),
+            "-r",
+            str(tmp_path / LOCK),
+        ],
+        check=True,
+        capture_output=True,
     )
     installed = {
         canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"]

@@ -96,10 +96,24 @@ def test_the_command_ranks_each_text_once(tmp_path: Path) -> None:
     column = retrieval.check_contract(contract).second
     items = tmp_path / "items.csv"
     items.write_text("\n".join([f"id,{column}", *(f"{k},{t}" for k, t in enumerate(ITEMS * 2))]))
-    done = CliRunner().invoke(adapter, [
-        "search", str(run), str(items), "chest pain", "arm", "--model", str(folder), "-k", "2",
-        "--index", str(tmp_path / "kept"), "--json",
-    ], standalone_mode=False)
+    done = CliRunner().invoke(
+        adapter,
+        [
+            "search",
+            str(run),
+            str(items),
+            "chest pain",
+            "arm",
+            "--model",
+            str(folder),
+            "-k",
+            "2",
+            "--index",
+            str(tmp_path / "kept"),
+            "--json",
+        ],
+        standalone_mode=False,
+    )
     assert done.exception is None, done.exception
     found = json.loads(done.output)
     assert [one["query"] for one in found] == ["chest pain", "arm"]

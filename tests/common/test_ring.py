@@ -17,8 +17,15 @@ from silotune.common.errors import ProtocolError
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 BORDER = ring._CHUNK
 LENGTHS = (0, 1, 2, 3, 4, 5, 7, 8, BORDER - 1, BORDER, BORDER + 1, 2 * BORDER + 3)
-BAD = (np.nan, np.inf, -np.inf, np.float32(3.4e38), np.float32(-3.4e38),
-       np.nextafter(np.float32(0.5), np.float32(1)), -np.nextafter(np.float32(0.5), np.float32(1)))
+BAD = (
+    np.nan,
+    np.inf,
+    -np.inf,
+    np.float32(3.4e38),
+    np.float32(-3.4e38),
+    np.nextafter(np.float32(0.5), np.float32(1)),
+    -np.nextafter(np.float32(0.5), np.float32(1)),
+)
 
 
 def key(n: int) -> bytes:
@@ -105,7 +112,8 @@ def test_a_bound_that_is_no_number_lets_nothing_pass() -> None:
 @FUZZ
 @given(
     st.lists(st.floats(1e-6, 1), min_size=1, max_size=ring.MOST_SITES),
-    st.floats(1e-6, 1e6), st.data(),
+    st.floats(1e-6, 1e6),
+    st.data(),
 )
 def test_a_sum_of_sites_at_the_bound_never_wraps(
     raw: list[float], bound: float, data: st.DataObject
@@ -201,8 +209,15 @@ def test_128_equal_sites_keep_16_bits_each() -> None:
 
 def chacha20(secret: bytes, counter: int, nonce: bytes) -> bytes:
     """One block as RFC 8439 section 2.3 has it."""
-    state = [0x61707865, 0x3320646E, 0x79622D32, 0x6B206574,
-             *struct.unpack("<8I", secret), counter, *struct.unpack("<3I", nonce)]
+    state = [
+        0x61707865,
+        0x3320646E,
+        0x79622D32,
+        0x6B206574,
+        *struct.unpack("<8I", secret),
+        counter,
+        *struct.unpack("<3I", nonce),
+    ]
     work = list(state)
 
     def quarter(a: int, b: int, c: int, d: int) -> None:
@@ -226,9 +241,15 @@ def test_the_reference_is_that_of_rfc_8439() -> None:
 
 
 @pytest.mark.parametrize("minus", [True, False])
-@pytest.mark.parametrize(("secret", "length"), [
-    (bytes(32), 100), (bytes(range(32)), 37), (key(9), BORDER + 40),
-], ids=["zeros", "range", "across-chunks"])
+@pytest.mark.parametrize(
+    ("secret", "length"),
+    [
+        (bytes(32), 100),
+        (bytes(range(32)), 37),
+        (key(9), BORDER + 40),
+    ],
+    ids=["zeros", "range", "across-chunks"],
+)
 def test_a_mask_is_the_chacha20_stream_from_its_beginning(
     secret: bytes, length: int, minus: bool
 ) -> None:

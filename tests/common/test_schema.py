@@ -32,9 +32,23 @@ choices = st.tuples(
 @pytest.mark.parametrize(
     ("raw", "choice"),
     [
-        ("39.999", 0), ("40", 1), ("40.0", 1), ("  40 ", 1), ("50.4", 1), ("50.5", 2), ("60", 3),
-        ("1e9", 3), ("1", 0), ("0.999", None), ("-5", None), ("", None), ("  ", None),
-        ("nan", None), ("NaN", None), ("4e1", 1), ("+40", 1),
+        ("39.999", 0),
+        ("40", 1),
+        ("40.0", 1),
+        ("  40 ", 1),
+        ("50.4", 1),
+        ("50.5", 2),
+        ("60", 3),
+        ("1e9", 3),
+        ("1", 0),
+        ("0.999", None),
+        ("-5", None),
+        ("", None),
+        ("  ", None),
+        ("nan", None),
+        ("NaN", None),
+        ("4e1", 1),
+        ("+40", 1),
     ],
 )
 def test_an_edge_belongs_to_the_bin_above_it(raw: str, choice: int | None) -> None:
@@ -104,7 +118,6 @@ def test_any_text_is_a_choice_or_refused(text: str, column: NumberColumn | Categ
     assert choice is None or 0 <= choice < len(column.choices)
 
 
-
 def test_text_names_each_column_once() -> None:
     assert schema.to_text(TABLE, (2, 0)) == "age: c. chest pain: typical."
     assert schema.to_text(TABLE, (None, 1)) == "age: unknown. chest pain: no pain."
@@ -146,7 +159,8 @@ def test_one_hot(rows: list[tuple[schema.Choice, ...]]) -> None:
     assert (cells.sum(axis=1) == len(TABLE.columns)).all()
     for row, cell in zip(rows, cells, strict=True):
         assert np.flatnonzero(cell).tolist() == [
-            4 if row[0] is None else row[0], 5 + (2 if row[1] is None else row[1])
+            4 if row[0] is None else row[0],
+            5 + (2 if row[1] is None else row[1]),
         ]
 
 

@@ -63,18 +63,23 @@ def plays(draw: st.DrawFn) -> dict[str, Any]:
     some = st.sets(st.sampled_from(names(n)), max_size=draw(st.integers(0, n)))
     few = st.sets(st.sampled_from(names(n)), max_size=2)
     return {
-        "n": n, "threshold": threshold, "colluders": colluders,
-        "fewest": draw(st.integers(0, n)), "size": draw(st.integers(1, 50)),
+        "n": n,
+        "threshold": threshold,
+        "colluders": colluders,
+        "fewest": draw(st.integers(0, n)),
+        "size": draw(st.integers(1, 50)),
         "seed": draw(st.integers(0, 999)),
-        **{stage: draw(st.one_of(few, few, some))
-           for stage in ("keys", "shares", "mask", "endorse", "reveal")},
+        **{
+            stage: draw(st.one_of(few, few, some))
+            for stage in ("keys", "shares", "mask", "endorse", "reveal")
+        },
     }
 
 
 @FUZZ
 @given(plays())
 def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_remain(
-    play: dict[str, Any]
+    play: dict[str, Any],
 ) -> None:
     n, size, rng = play["n"], play["size"], np.random.default_rng(play["seed"])
     asked = terms(n, play["threshold"], play["colluders"], fewest=play["fewest"])
@@ -82,8 +87,9 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
     assert asked.least == least
 
     def agree(who: list[str], attempt: int) -> Cast | None:
-        again = terms(n, play["threshold"], play["colluders"], fewest=play["fewest"],
-                      attempt=attempt)
+        again = terms(
+            n, play["threshold"], play["colluders"], fewest=play["fewest"], attempt=attempt
+        )
         cast = Cast(again, who)
         if len(who) < least:
             refused(cast.agree, "gave keys")
@@ -107,7 +113,8 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
     factors = {m: ring.factor(BOUND, weights[m], n) for m in who}
     masked = {
         m: cast.members[m].mask(1, updates[m], factors[m], BOUND, ASKED)
-        for m in who if m not in play["mask"]
+        for m in who
+        if m not in play["mask"]
     }
     got = outcome(cast, 1, masked, size, silent=play["endorse"], mute=play["reveal"])
     endorsing = set(masked) - play["endorse"]
@@ -175,8 +182,12 @@ def test_an_update_that_comes_late_finds_its_site_missing() -> None:
 def test_vectors_of_one_update_and_two_rounds_or_agreements_have_nothing_in_common() -> None:
     values = np.zeros(3000, np.float32)
     first, second = (Cast(terms(3, 3)).agree() for _ in range(2))
-    sent = [first.mask("a", 1, values), first.mask("a", 2, values), second.mask("a", 1, values),
-            first.mask("b", 1, values)]
+    sent = [
+        first.mask("a", 1, values),
+        first.mask("a", 2, values),
+        second.mask("a", 1, values),
+        first.mask("b", 1, values),
+    ]
     drawn = [ring._unpack(each) & ring._LOW for each in sent]
     for i, one in enumerate(drawn):
         assert 0.4 < np.mean(one < 1 << 23) < 0.6
@@ -247,8 +258,12 @@ def test_shares_of_those_who_did_not_survive_are_not_used() -> None:
 def test_no_stage_comes_before_the_one_it_rests_on() -> None:
     cast = Cast(terms(3, 3))
     site = cast.members["a"]
-    for early in (lambda: cast.mask("a"), lambda: site.receive({}), lambda: site.endorse(1, "abc"),
-                  lambda: site.reveal(1, "abc", {})):
+    for early in (
+        lambda: cast.mask("a"),
+        lambda: site.receive({}),
+        lambda: site.endorse(1, "abc"),
+        lambda: site.reveal(1, "abc", {}),
+    ):
         refused(early, "no agreement yet")
     site.shares(cast.keys)
     refused(lambda: cast.mask("a"), "not here yet")
@@ -266,9 +281,12 @@ def test_no_stage_comes_before_the_one_it_rests_on() -> None:
 def test_rounds_of_another_agreement_are_refused(number: int) -> None:
     cast = Cast(terms(3, 3)).agree()
     site = cast.members["a"]
-    for ask in (lambda: site.mask(number, update("a"), 1.0, BOUND, ASKED),
-                lambda: site.endorse(number, "abc"), lambda: site.reveal(number, "abc", {}),
-                lambda: site.check_can_mask(number)):
+    for ask in (
+        lambda: site.mask(number, update("a"), 1.0, BOUND, ASKED),
+        lambda: site.endorse(number, "abc"),
+        lambda: site.reveal(number, "abc", {}),
+        lambda: site.check_can_mask(number),
+    ):
         refused(ask, f"round {number} is not in this agreement")
 
 
@@ -282,12 +300,20 @@ def test_no_earlier_round_is_masked_or_revealed_any_more() -> None:
         refused(lambda s=site: s.check_can_mask(1), "round 1 is over")
 
 
-@pytest.mark.parametrize("survivors", [
-    ["a", "b", "c", "c"], ["a", "b", "x"], ["a", "b", "c", "x"], ["b", "c", "d"], [],
-    ["a", "b"], "a",
-])
+@pytest.mark.parametrize(
+    "survivors",
+    [
+        ["a", "b", "c", "c"],
+        ["a", "b", "x"],
+        ["a", "b", "c", "x"],
+        ["b", "c", "d"],
+        [],
+        ["a", "b"],
+        "a",
+    ],
+)
 def test_a_set_of_survivors_that_cannot_be_is_refused_and_binds_nobody(
-    survivors: list[str]
+    survivors: list[str],
 ) -> None:
     cast = Cast(terms(4, 3)).agree()
     for name in "abc":
@@ -326,10 +352,25 @@ def test_the_default_threshold_holds_with_a_third_of_the_sites_colluding(n: int)
     assert n - threshold >= (n - 1) // 3  # and a third may drop out
 
 
-@pytest.mark.parametrize(("n", "threshold", "colluders"), [
-    (1, 1, 0), (2, 2, 0), (129, 128, 0), (3, 4, 0), (3, 1, 0), (4, 2, 0), (4, 3, 2), (5, 3, 1),
-    (6, 4, 2), (7, 5, 3), (3, 3, 2), (3, 0, 0), (3, -1, 0), (4, 4, 3),
-])
+@pytest.mark.parametrize(
+    ("n", "threshold", "colluders"),
+    [
+        (1, 1, 0),
+        (2, 2, 0),
+        (129, 128, 0),
+        (3, 4, 0),
+        (3, 1, 0),
+        (4, 2, 0),
+        (4, 3, 2),
+        (5, 3, 1),
+        (6, 4, 2),
+        (7, 5, 3),
+        (3, 3, 2),
+        (3, 0, 0),
+        (3, -1, 0),
+        (4, 4, 3),
+    ],
+)
 def test_numbers_without_a_guarantee_are_refused(n: int, threshold: int, colluders: int) -> None:
     assert agreements.problem_with(n, threshold, colluders)
     if n < 27:  # names are letters
@@ -348,11 +389,20 @@ def test_a_roster_with_one_key_twice_is_refused() -> None:
     refused(lambda: Terms(**{**facts, "roster": roster | {"c": roster["a"]}}), "twice")
 
 
-@pytest.mark.parametrize("change", [
-    {"contract": "d" * 64}, {"run": "run-2"}, {"attempt": 2}, {"first": 2}, {"rounds": 1},
-    {"threshold": 4}, {"colluders": 1}, {"fewest": 4},
-    {"roster": {**terms(4, 3).roster, "d": terms(5, 4).roster["e"]}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contract": "d" * 64},
+        {"run": "run-2"},
+        {"attempt": 2},
+        {"first": 2},
+        {"rounds": 1},
+        {"threshold": 4},
+        {"colluders": 1},
+        {"fewest": 4},
+        {"roster": {**terms(4, 3).roster, "d": terms(5, 4).roster["e"]}},
+    ],
+)
 def test_no_key_serves_other_terms_than_it_was_signed_for(change: dict[str, Any]) -> None:
     base = {**vars(terms(4, 3)), "colluders": 0}
     other = Terms(**{**base, **change})
@@ -414,8 +464,11 @@ def test_shares_of_another_length_are_refused_though_a_member_sealed_them() -> N
     key = cast.members["b"]._seal_key(view, "a", "b", "a")
     for length in (0, 1, 64, 127, 129, 192):
         bad = ChaCha20Poly1305(key).encrypt(bytes(12), bytes(length), view.transcript)
-        refused(lambda b=bad: cast.members["a"].receive({"b": b, "c": sealed["c"]["a"]}),
-                "what b sealed for this site does not open", "E507")
+        refused(
+            lambda b=bad: cast.members["a"].receive({"b": b, "c": sealed["c"]["a"]}),
+            "what b sealed for this site does not open",
+            "E507",
+        )
 
 
 @pytest.mark.parametrize("greater", [False, True])
@@ -424,7 +477,8 @@ def test_a_site_that_was_started_again_takes_no_keys_of_before(greater: bool) ->
     agreed = terms(3, 3)
     cast = Cast(agreed)
     before = next(
-        other.keys for other in iter(lambda: Member(agreed, "a", signing_key("a").sign), None)
+        other.keys
+        for other in iter(lambda: Member(agreed, "a", signing_key("a").sign), None)
         if (other.keys > cast.keys["a"]) == greater
     )
     refused(lambda: cast.members["a"].shares(cast.keys | {"a": before}), "own keys are not among")
@@ -445,10 +499,18 @@ def test_as_many_endorsements_as_the_threshold_are_needed_and_only_survivors_cou
     statement = cast.agreement.survivors_statement(1, "abcde")
     outsider = {"f": signing_key("f").sign(statement)}
     few = {m: signed[m] for m in "abc"}
-    for signatures in ({}, few, few | outsider, few | {"d": signed["e"]}, few | {"d": bytes(64)},
-                       few | {"d": b""}, few | {"x": signed["d"]}):
-        refused(lambda s=signatures: cast.members["a"].reveal(1, "abcde", s),
-                "sites endorsed this set")
+    for signatures in (
+        {},
+        few,
+        few | outsider,
+        few | {"d": signed["e"]},
+        few | {"d": bytes(64)},
+        few | {"d": b""},
+        few | {"x": signed["d"]},
+    ):
+        refused(
+            lambda s=signatures: cast.members["a"].reveal(1, "abcde", s), "sites endorsed this set"
+        )
     assert cast.members["a"].reveal(1, "abcde", few | {"e": signed["e"]})
 
 
@@ -494,12 +556,15 @@ def test_every_derived_key_is_for_one_purpose() -> None:
     keys += [agreements.commitment(place, name, number, seed) for name in "ab" for number in (1, 2)]
     keys += [
         agreements.masking_key(place, name, number, seed).private_bytes_raw()
-        for name in "ab" for number in (1, 2)
+        for name in "ab"
+        for number in (1, 2)
     ]
     secret = agreements.masking_key(place, "a", 1, seed)
     keys += [
         view.mask_key(secret, "a", peer, number, asked)
-        for peer in "bc" for number in (1, 2) for asked in (b"", ASKED)
+        for peer in "bc"
+        for number in (1, 2)
+        for asked in (b"", ASKED)
     ]
     assert len(set(keys)) == len(keys)
     assert {len(key) for key in keys} == {32}
@@ -519,8 +584,12 @@ def readable(n: int, t: int, c: int, needs_endorsing: bool = True) -> set[frozen
     for told in itertools.product(*choices):
         held = Counter(told)
         given = {
-            s: k for s, k in held.items() if s is not None and (
-                s == everyone or not needs_endorsing
+            s: k
+            for s, k in held.items()
+            if s is not None
+            and (
+                s == everyone
+                or not needs_endorsing
                 or k + sum(x >= n - c for x in s) >= t  # colluding sites sign whatever helps
             )
         }
@@ -544,7 +613,10 @@ def readable(n: int, t: int, c: int, needs_endorsing: bool = True) -> set[frozen
 
 
 ALLOWED = [
-    (n, t, c) for n in range(3, 6) for t in range(2, n + 1) for c in range(n)
+    (n, t, c)
+    for n in range(3, 6)
+    for t in range(2, n + 1)
+    for c in range(n)
     if not agreements.problem_with(n, t, c)
 ]
 
@@ -558,9 +630,16 @@ def test_whatever_sites_are_told_one_sum_at_most_can_be_read(n: int, t: int, c: 
     assert min(map(len, found)) == t - c >= 2
 
 
-@pytest.mark.parametrize(("n", "t", "c", "endorsed"), [
-    (4, 2, 0, True), (4, 3, 2, True), (5, 3, 1, True), (5, 4, 3, True), (5, 3, 0, False),
-])
+@pytest.mark.parametrize(
+    ("n", "t", "c", "endorsed"),
+    [
+        (4, 2, 0, True),
+        (4, 3, 2, True),
+        (5, 3, 1, True),
+        (5, 4, 3, True),
+        (5, 3, 0, False),
+    ],
+)
 def test_without_the_bound_or_the_endorsements_the_count_finds_a_break(
     n: int, t: int, c: int, endorsed: bool
 ) -> None:

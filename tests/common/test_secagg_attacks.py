@@ -41,7 +41,8 @@ Attack = Callable[[type[Member]], Found]
 Patch = weak.Patch
 Weakness = Callable[[Patch], type[Member]]
 LOW_ORDER = (
-    bytes(32), b"\x01" + bytes(31),
+    bytes(32),
+    b"\x01" + bytes(31),
     bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
     bytes.fromhex("ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
 )
@@ -79,10 +80,18 @@ def plays_the_others(member: type[Member], others: str = "bcd") -> Found:
     """All others of the victim's agreement are the server: Sybils, or it sits in between."""
     cast = Cast(terms(4, 3), "a", member=member)
     own = signing_key("the server's")
-    forged = Terms(**{**vars(cast.terms), "roster": {
-        m: (own if m == others[0] else signing_key(m * 2)).public_key().public_bytes_raw().hex()
-        for m in others
-    }})
+    forged = Terms(
+        **{
+            **vars(cast.terms),
+            "roster": {
+                m: (own if m == others[0] else signing_key(m * 2))
+                .public_key()
+                .public_bytes_raw()
+                .hex()
+                for m in others
+            },
+        }
+    )
     for name in others:
         fake = Member(forged, name, own.sign)
         cast.secrets[name], fake.terms = list(fake._seeds), cast.terms
@@ -129,7 +138,7 @@ def tells_two_tales(cast: Cast, colluders: int, told_all: int) -> Found:
     spy = Eavesdropper(cast, colluding=colluding)
     for name in honest[:told_all]:
         spy.hear(name, names(n), cast.members[name].reveal(1, names(n), {}))
-    less, told_less = names(n)[1:], honest[max(1, told_all):]
+    less, told_less = names(n)[1:], honest[max(1, told_all) :]
     statement = cast.agreement.survivors_statement(1, less)
     signatures = {name: signing_key(name).sign(statement) for name in colluding}
     signatures |= cast.endorsed(told_less, less)
@@ -312,9 +321,7 @@ def publishes_low_order_points(member: type[Member], point: bytes, masking: bool
         keys = PublicKeys.read(cast.keys[name], 2)
         changed = {"masking": (point, point)} if masking else {"sealing": point}
         body = keys._replace(**changed).body()  # type: ignore[arg-type]
-        cast.keys[name] = body + signing_key(name).sign(
-            keys_statement(cast.terms, name, body)
-        )
+        cast.keys[name] = body + signing_key(name).sign(keys_statement(cast.terms, name, body))
     victim, view = cast.members["a"], cast.agreement
     sealed = victim.shares(cast.keys)
     if not masking:
@@ -328,10 +335,9 @@ def publishes_low_order_points(member: type[Member], point: bytes, masking: bool
     seed = cast.secrets["a"][0][1]
     total = ring.Total(SIZE)
     total.add(cast.mask("a"))
-    total.mask([
-        (derive(bytes(32), view.transcript, "mask", 1, "a", p, ASKED.hex()), True)
-        for p in "bcd"
-    ])
+    total.mask(
+        [(derive(bytes(32), view.transcript, "mask", 1, "a", p, ASKED.hex()), True) for p in "bcd"]
+    )
     total.mask([(view.own_mask_key(seed, "a", 1), True)])
     return centred(total.words), cast.truth("a")
 
@@ -339,8 +345,11 @@ def publishes_low_order_points(member: type[Member], point: bytes, masking: bool
 # --- each attack, and the defence it needs gone ----------------------------------------------
 
 WEAK = {  # sites, threshold, colluding, and how many honest sites hear that all survived
-    "two-t-is-n-plus-c": (6, 4, 2, 2), "two-t-is-n": (4, 2, 0, 2), "one-share": (3, 1, 1, 0),
-    "two-sites": (2, 2, 1, 1), "all-but-one-collude": (3, 3, 2, 1),
+    "two-t-is-n-plus-c": (6, 4, 2, 2),
+    "two-t-is-n": (4, 2, 0, 2),
+    "one-share": (3, 1, 1, 0),
+    "two-sites": (2, 2, 1, 1),
+    "all-but-one-collude": (3, 3, 2, 1),
 }
 CASES: dict[str, tuple[Attack, Weakness]] = {
     "both-kinds": (asks_for_both_kinds, weak.no_set_is_for_good),
@@ -351,11 +360,17 @@ CASES: dict[str, tuple[Attack, Weakness]] = {
     "split-views-unendorsed": (shows_each_its_own_signature, weak.endorsements_are_not_counted),
     "split-views-repeated-name": (names_each_three_times, weak.a_name_may_count_twice),
     "old-rounds-endorsements": (
-        partial(replays_endorsements, per_attempt=False), weak.endorsements_name_no_round),
+        partial(replays_endorsements, per_attempt=False),
+        weak.endorsements_name_no_round,
+    ),
     "old-attempts-endorsements": (
-        partial(replays_endorsements, per_attempt=True), weak.endorsements_name_no_agreement),
+        partial(replays_endorsements, per_attempt=True),
+        weak.endorsements_name_no_agreement,
+    ),
     "unverified-endorsements": (
-        partial(replays_endorsements, per_attempt=True), weak.endorsements_are_not_verified),
+        partial(replays_endorsements, per_attempt=True),
+        weak.endorsements_are_not_verified,
+    ),
     "too-few": (sums_fewer_than_agreed, weak.too_few_are_enough),
     "late": (calls_a_slow_site_missing, weak.there_is_no_own_mask),
     "huge": (hides_a_huge_value, weak.values_are_not_checked),
@@ -363,14 +378,21 @@ CASES: dict[str, tuple[Attack, Weakness]] = {
     "masked-twice": (has_a_round_masked_twice, weak.masks_are_used_again),
     "shared-twice": (has_secrets_shared_twice, weak.secrets_are_shared_with_whoever_asks),
     "spoilt-share": (spoils_a_share, weak.seeds_are_not_compared),
-    **{f"terms-{what}": (
-        partial(uses_weak_terms, n=n, threshold=t, colluders=c, told_all=k),
-        weak.terms_are_not_checked,
-    ) for what, (n, t, c, k) in WEAK.items()},
-    **{f"low-order-{kind}-{at}": (
-        partial(publishes_low_order_points, point=point, masking=kind == "masking"),
-        weak.any_point_is_a_key,
-    ) for at, point in enumerate(LOW_ORDER) for kind in ("sealing", "masking")},
+    **{
+        f"terms-{what}": (
+            partial(uses_weak_terms, n=n, threshold=t, colluders=c, told_all=k),
+            weak.terms_are_not_checked,
+        )
+        for what, (n, t, c, k) in WEAK.items()
+    },
+    **{
+        f"low-order-{kind}-{at}": (
+            partial(publishes_low_order_points, point=point, masking=kind == "masking"),
+            weak.any_point_is_a_key,
+        )
+        for at, point in enumerate(LOW_ORDER)
+        for kind in ("sealing", "masking")
+    },
 }
 CODES = {"huge": "E502", "reflection": "E507", "other-adapters": "E505"}
 UNNOTICED = {"late"}  # the site cannot know that it was called missing; its own mask protects it
@@ -397,10 +419,16 @@ def test_the_attack_recovers_what_was_hidden_once_its_defence_is_gone(
     assert np.array_equal(found, truth)
 
 
-@pytest.mark.parametrize(("n", "t", "c"), [
-    (n, t, c) for n in range(3, 8) for t in range(n + 1) for c in range(n)
-    if not agreements.problem_with(n, t, c)
-])
+@pytest.mark.parametrize(
+    ("n", "t", "c"),
+    [
+        (n, t, c)
+        for n in range(3, 8)
+        for t in range(n + 1)
+        for c in range(n)
+        if not agreements.problem_with(n, t, c)
+    ],
+)
 def test_two_tales_are_never_enough_under_terms_that_are_allowed(n: int, t: int, c: int) -> None:
     for told_all in range(n - c + 1):
         with contextlib.suppress(ProtocolError):
@@ -475,9 +503,11 @@ def test_the_rounds_shares_are_in_their_places() -> None:
     for at, number in enumerate((1, 2, 3)):
         for own, name in itertools.product((False, True), "abcd"):
             held = {
-                cast.agreement.place(giver):
-                    shamir.from_bytes(site._rounds[number].shares[name][own])
-                for giver, site in cast.members.items() if giver in "acd"
+                cast.agreement.place(giver): shamir.from_bytes(
+                    site._rounds[number].shares[name][own]
+                )
+                for giver, site in cast.members.items()
+                if giver in "acd"
             }
             assert shamir.join(held) == cast.secrets[name][at][own]
 

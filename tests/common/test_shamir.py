@@ -129,9 +129,18 @@ def test_a_threshold_of_one_gives_the_secret_to_each() -> None:
     assert shamir.split(7, 1, [1, 2, 3]) == [7, 7, 7]
 
 
-@pytest.mark.parametrize(("threshold", "places"), [
-    (0, [1, 2]), (-1, [1, 2]), (3, [1, 2]), (1, []), (2, [1, 1]), (2, [0, 1]), (2, [-1, 1]),
-])
+@pytest.mark.parametrize(
+    ("threshold", "places"),
+    [
+        (0, [1, 2]),
+        (-1, [1, 2]),
+        (3, [1, 2]),
+        (1, []),
+        (2, [1, 1]),
+        (2, [0, 1]),
+        (2, [-1, 1]),
+    ],
+)
 def test_a_sharing_that_would_give_the_secret_away_or_lose_it_is_refused(
     threshold: int, places: list[int]
 ) -> None:
@@ -148,9 +157,16 @@ def test_elements_travel_in_32_bytes(element: int) -> None:
     assert data == bytes(element >> 8 * i & 255 for i in range(32))
 
 
-@pytest.mark.parametrize("data", [
-    b"", bytes(31), bytes(33), shamir.PRIME.to_bytes(32, "little"), b"\xff" * 32,
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(31),
+        bytes(33),
+        shamir.PRIME.to_bytes(32, "little"),
+        b"\xff" * 32,
+    ],
+)
 def test_other_bytes_are_no_element(data: bytes) -> None:
     with pytest.raises(ValueError, match="not an element"):
         shamir.from_bytes(data)

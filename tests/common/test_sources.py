@@ -48,8 +48,14 @@ def refused(
             records.table(path, Reading.of(encoding, None, OPTION))
         error = caught.value
         out = capfd.readouterr()
-        for shown in (str(error), repr(error), out.out, out.err, caplog.text,
-                      "".join(traceback.format_exception(error))):
+        for shown in (
+            str(error),
+            repr(error),
+            out.out,
+            out.err,
+            caplog.text,
+            "".join(traceback.format_exception(error)),
+        ):
             assert CANARY not in shown
         assert "\n" not in str(error)
         assert name in str(error)
@@ -67,8 +73,11 @@ def table_of(path: Path, columns: dict[str, Any]) -> Table:
 
 
 @FUZZ
-@given(st.lists(st.tuples(st.integers(0, 2**40), st.lists(texts, max_size=4)), max_size=40),
-       st.integers(1, 7), st.integers(1, 40))
+@given(
+    st.lists(st.tuples(st.integers(0, 2**40), st.lists(texts, max_size=4)), max_size=40),
+    st.integers(1, 7),
+    st.integers(1, 40),
+)
 def test_rows_are_what_was_added(rows: list[Any], block: int, characters: int) -> None:
     """Also rows of unlike lengths, and over the ends of blocks."""
     with pytest.MonkeyPatch.context() as patch:
@@ -103,24 +112,49 @@ def test_what_is_read_may_be_changed_without_changing_the_rows() -> None:
 # Cells ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (None, ""), (float("nan"), ""), (Decimal("NaN"), ""), ("", ""), (" x ", " x "),
-    (1, "1"), (1.0, "1"), (-0.0, "0"), (Decimal("1.00"), "1"), (Decimal("-0.0"), "0"), (100, "100"),
-    (100.0, "100"), (Decimal("1E+2"), "100"), (0.1, "0.1"), (Decimal("0.10"), "0.1"),
-    (1e-7, "1e-07"), (1e16, "1e+16"), (Decimal("1E+16"), "1e+16"), (10**16, str(10**16)),
-    (2.5, "2.5"), (float("inf"), "inf"), (Decimal("-Infinity"), "-infinity"),
-    (Decimal("123456789.123456789123456789"), "123456789.123456789123456789"),
-    (True, "true"), (False, "false"), (date(2026, 1, 31), "2026-01-31"),
-    (datetime(2026, 1, 31, 10), "2026-01-31 10:00:00"),
-    (datetime(2026, 1, 31, 10, tzinfo=UTC), "2026-01-31 10:00:00+00:00"),
-    (time(10, 30), "10:30:00"), (timedelta(minutes=1), "60"), (UUID(int=1), str(UUID(int=1))),
-])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""),
+        (float("nan"), ""),
+        (Decimal("NaN"), ""),
+        ("", ""),
+        (" x ", " x "),
+        (1, "1"),
+        (1.0, "1"),
+        (-0.0, "0"),
+        (Decimal("1.00"), "1"),
+        (Decimal("-0.0"), "0"),
+        (100, "100"),
+        (100.0, "100"),
+        (Decimal("1E+2"), "100"),
+        (0.1, "0.1"),
+        (Decimal("0.10"), "0.1"),
+        (1e-7, "1e-07"),
+        (1e16, "1e+16"),
+        (Decimal("1E+16"), "1e+16"),
+        (10**16, str(10**16)),
+        (2.5, "2.5"),
+        (float("inf"), "inf"),
+        (Decimal("-Infinity"), "-infinity"),
+        (Decimal("123456789.123456789123456789"), "123456789.123456789123456789"),
+        (True, "true"),
+        (False, "false"),
+        (date(2026, 1, 31), "2026-01-31"),
+        (datetime(2026, 1, 31, 10), "2026-01-31 10:00:00"),
+        (datetime(2026, 1, 31, 10, tzinfo=UTC), "2026-01-31 10:00:00+00:00"),
+        (time(10, 30), "10:30:00"),
+        (timedelta(minutes=1), "60"),
+        (UUID(int=1), str(UUID(int=1))),
+    ],
+)
 def test_a_value_is_written_in_one_way(value: object, text: str) -> None:
     assert cell(value) == text
 
 
-@pytest.mark.parametrize("value", [b"x", [1], ["a b"], [""], [None], {"a": 1}, (1,), object(),
-                                   "\ud800"])
+@pytest.mark.parametrize(
+    "value", [b"x", [1], ["a b"], [""], [None], {"a": 1}, (1,), object(), "\ud800"]
+)
 def test_what_is_no_single_value(value: object) -> None:
     with pytest.raises(NotTextError):
         cell(value)
@@ -131,7 +165,8 @@ def test_what_is_no_single_value(value: object) -> None:
 
 def test_all_formats_give_the_same_records(tmp_path: Path, table_contract: Contract) -> None:
     rows: list[dict[str, Any]] = [
-        {"age": 71, "smoker": "yes", "outcome": 1}, {"age": None, "smoker": None, "outcome": 0},
+        {"age": 71, "smoker": "yes", "outcome": 1},
+        {"age": None, "smoker": None, "outcome": 0},
         {"age": 20.5, "smoker": "no", "outcome": 1},
     ]
     (tmp_path / "a.csv").write_text("age,smoker,outcome\n71,yes,1\n,,0\n20.5,no,1\n")
@@ -142,12 +177,19 @@ def test_all_formats_give_the_same_records(tmp_path: Path, table_contract: Contr
     assert len(found) == 4
     for table in found:
         assert table.header == ["age", "smoker", "outcome"]
-        assert [row for _, row in table.rows] == [["71", "yes", "1"], ["", "", "0"],
-                                                  ["20.5", "no", "1"]]
+        assert [row for _, row in table.rows] == [
+            ["71", "yes", "1"],
+            ["", "", "0"],
+            ["20.5", "no", "1"],
+        ]
         assert records.parse(table, table_contract).inputs == [(1, 0), (None, None), (0, 1)]
     lines = {table.source: [line for line, _ in table.rows] for table in found}
-    assert lines == {"a.csv": [2, 3, 4], "a.jsonl": [1, 3, 5], "a.NDJSON": [1, 3, 5],
-                     "a.parquet": [1, 2, 3]}
+    assert lines == {
+        "a.csv": [2, 3, 4],
+        "a.jsonl": [1, 3, 5],
+        "a.NDJSON": [1, 3, 5],
+        "a.parquet": [1, 2, 3],
+    }
 
 
 def test_a_json_line_may_name_its_keys_in_any_order(tmp_path: Path) -> None:
@@ -158,20 +200,43 @@ def test_a_json_line_may_name_its_keys_in_any_order(tmp_path: Path) -> None:
 
 
 def test_parquet_of_all_plain_types(tmp_path: Path) -> None:
-    table = table_of(tmp_path / "a.parquet", {
-        "small": pa.array([0.1, None], pa.float32()), "half": pa.array([1.5, 2], pa.float16()),
-        "large": pa.array(["x", None], pa.large_string()), "null": pa.nulls(2),
-        "word": pa.array(["x", "x"]).dictionary_encode(),
-        "view": pa.array(["y", "z"], pa.string_view()),
-        "decimal": pa.array([Decimal("1.50"), None], pa.decimal128(5, 2)),
-        "day": pa.array([date(2026, 1, 31), None]), "yes": [True, None],
-        "nanoseconds": pa.array([1, None], pa.timestamp("ns")),
-        "zone": pa.array([0, None], pa.timestamp("ms", "Europe/Berlin")),
-        "time": pa.array([time(1, 2), None]), "for": pa.array([60, None], pa.duration("s")),
-    })
+    table = table_of(
+        tmp_path / "a.parquet",
+        {
+            "small": pa.array([0.1, None], pa.float32()),
+            "half": pa.array([1.5, 2], pa.float16()),
+            "large": pa.array(["x", None], pa.large_string()),
+            "null": pa.nulls(2),
+            "word": pa.array(["x", "x"]).dictionary_encode(),
+            "view": pa.array(["y", "z"], pa.string_view()),
+            "decimal": pa.array([Decimal("1.50"), None], pa.decimal128(5, 2)),
+            "day": pa.array([date(2026, 1, 31), None]),
+            "yes": [True, None],
+            "nanoseconds": pa.array([1, None], pa.timestamp("ns")),
+            "zone": pa.array([0, None], pa.timestamp("ms", "Europe/Berlin")),
+            "time": pa.array([time(1, 2), None]),
+            "for": pa.array([60, None], pa.duration("s")),
+        },
+    )
     assert list(table.rows) == [
-        (1, ["0.1", "1.5", "x", "", "x", "y", "1.5", "2026-01-31", "true",
-             "1970-01-01 00:00:00.000000001", "1970-01-01 01:00:00+01:00", "01:02:00", "60"]),
+        (
+            1,
+            [
+                "0.1",
+                "1.5",
+                "x",
+                "",
+                "x",
+                "y",
+                "1.5",
+                "2026-01-31",
+                "true",
+                "1970-01-01 00:00:00.000000001",
+                "1970-01-01 01:00:00+01:00",
+                "01:02:00",
+                "60",
+            ],
+        ),
         (2, ["", "2", "", "", "x", "z"] + [""] * 7),
     ]
 
@@ -186,8 +251,12 @@ def test_csv_lines_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_another_encoding_by_its_name(tmp_path: Path) -> None:
-    for name, encoding in (("a.csv", "latin-1"), ("b.csv", "utf-16"), ("c.csv", "utf-8-sig"),
-                           ("d.csv", "UTF8")):
+    for name, encoding in (
+        ("a.csv", "latin-1"),
+        ("b.csv", "utf-16"),
+        ("c.csv", "utf-8-sig"),
+        ("d.csv", "UTF8"),
+    ):
         (tmp_path / name).write_text("wörd\nÄrger\n", encoding=encoding)
         found = records.table(tmp_path / name, Reading.of(encoding, None, OPTION))
         assert (found.header, list(found.rows)) == (["wörd"], [(2, ["Ärger"])])
@@ -199,9 +268,14 @@ def test_another_encoding_by_its_name(tmp_path: Path) -> None:
 GERMAN = "note,outcome\n" + "Über Nacht heftige Schmerzen, später Übelkeit und Müdigkeit.\n" * 20
 
 
-@pytest.mark.parametrize(("encoding", "likely"), [
-    ("latin-1", "latin-1"), ("cp1252", "latin-1"), ("utf-16", "utf-16"),
-])
+@pytest.mark.parametrize(
+    ("encoding", "likely"),
+    [
+        ("latin-1", "latin-1"),
+        ("cp1252", "latin-1"),
+        ("utf-16", "utf-16"),
+    ],
+)
 def test_another_encoding_is_named(
     refused: Callable[..., DataError], encoding: str, likely: str
 ) -> None:
@@ -243,11 +317,15 @@ def test_ragged_rows(tmp_path: Path, table_contract: Contract) -> None:
     assert CANARY in caught.value.local
 
 
-@pytest.mark.parametrize(("kind", "column"), [
-    ("list", pa.array([[1.0]])), ("struct", pa.array([{"a": CANARY}])),
-    ("binary", pa.array([CANARY.encode()])),
-    ("map", pa.array([[("a", CANARY)]], pa.map_(pa.string(), pa.string()))),
-])
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [
+        ("list", pa.array([[1.0]])),
+        ("struct", pa.array([{"a": CANARY}])),
+        ("binary", pa.array([CANARY.encode()])),
+        ("map", pa.array([[("a", CANARY)]], pa.map_(pa.string(), pa.string()))),
+    ],
+)
 def test_a_parquet_column_that_is_no_single_value(
     tmp_path: Path, refused: Callable[..., DataError], kind: str, column: Any
 ) -> None:
@@ -269,27 +347,34 @@ def test_parquet_that_is_cut_short(
 
 
 def test_parquet_with_damage_inside(tmp_path: Path, refused: Callable[..., DataError]) -> None:
-    parquet.write_table(pa.table({"a": [f"{CANARY}{i}" for i in range(5000)]}),
-                        tmp_path / "b.parquet", compression="none", use_dictionary=False)
+    parquet.write_table(
+        pa.table({"a": [f"{CANARY}{i}" for i in range(5000)]}),
+        tmp_path / "b.parquet",
+        compression="none",
+        use_dictionary=False,
+    )
     whole = bytearray((tmp_path / "b.parquet").read_bytes())
     whole[30:60] = b"\xff" * 30
     assert "cannot be read as Parquet" in str(refused("a.parquet", bytes(whole)))
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ('{"a": "CANARY"', "a line is no JSON object: row 3"),
-    ('["CANARY"]', "a line is no JSON object: row 3"),
-    ("CANARY", "a line is no JSON object: row 3"),
-    ("[" * 100_000, "a line is no JSON object: row 3"),
-    ('{"a": ' + "1" * 5000 + "}", "a line is no JSON object: row 3"),
-    ('{"a": "CANARY", "b": 1}', "a line has other keys than the first one: row 3"),
-    ("{}", "a line has other keys than the first one: row 3"),
-    ('{"a": "CANARY", "a": 1}', "a key stands twice in a line: row 3"),
-    ('{"a": ["CANARY x"]}', "a list with a word that is empty or has a space in it: row 3"),
-    ('{"a": ["CANARY", 1]}', "a list of other things than words: row 3"),
-    ('{"a": {"CANARY": 1}}', "an object or bytes where one value is expected: row 3"),
-    ('{"a": "CANARY\\ud800"}', "half a character (a lone surrogate): row 3"),
-])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"a": "CANARY"', "a line is no JSON object: row 3"),
+        ('["CANARY"]', "a line is no JSON object: row 3"),
+        ("CANARY", "a line is no JSON object: row 3"),
+        ("[" * 100_000, "a line is no JSON object: row 3"),
+        ('{"a": ' + "1" * 5000 + "}", "a line is no JSON object: row 3"),
+        ('{"a": "CANARY", "b": 1}', "a line has other keys than the first one: row 3"),
+        ("{}", "a line has other keys than the first one: row 3"),
+        ('{"a": "CANARY", "a": 1}', "a key stands twice in a line: row 3"),
+        ('{"a": ["CANARY x"]}', "a list with a word that is empty or has a space in it: row 3"),
+        ('{"a": ["CANARY", 1]}', "a list of other things than words: row 3"),
+        ('{"a": {"CANARY": 1}}', "an object or bytes where one value is expected: row 3"),
+        ('{"a": "CANARY\\ud800"}', "half a character (a lone surrogate): row 3"),
+    ],
+)
 def test_json_lines_that_are_no_rows(
     refused: Callable[..., DataError], line: str, words: str
 ) -> None:
@@ -365,10 +450,19 @@ MEASURE = """
 def measured(folder: Path, contract: Contract, rows: int) -> dict[str, float]:
     """Seconds and bytes that a process of its own takes for a made-up file."""
     columns = [f"c{i}" for i in range(COLUMNS - 2)]
-    spec = {"kind": "table", "columns": [
-        {"kind": "number", "name": name, "phrase": name, "edges": [40, 60],
-         "words": ["low", "middle", "high"]} for name in columns
-    ]}
+    spec = {
+        "kind": "table",
+        "columns": [
+            {
+                "kind": "number",
+                "name": name,
+                "phrase": name,
+                "edges": [40, 60],
+                "words": ["low", "middle", "high"],
+            }
+            for name in columns
+        ],
+    }
     agreed = Contract.model_validate(contract.model_dump(mode="json") | {"input": spec})
     (folder / "contract.json").write_text(
         json.dumps(agreed.model_dump(mode="json", exclude_none=True))
@@ -380,17 +474,23 @@ def measured(folder: Path, contract: Contract, rows: int) -> dict[str, float]:
             cells = ",".join(str((x >> k) % 90) for k in range(COLUMNS - 3))
             file.write(f"{i},{x / 1000:.3f},{cells},{x >> 20 & 1}\n")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), folder / "rows.csv",
-         folder / "contract.json"], check=True, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(MEASURE),
+            folder / "rows.csv",
+            folder / "contract.json",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     found: dict[str, float] = json.loads(done.stdout)
     assert found["rows"] == rows
     return found
 
 
-@pytest.mark.parametrize(
-    "rows", [200_000, pytest.param(MANY, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("rows", [200_000, pytest.param(MANY, marks=pytest.mark.nightly)])
 def test_memory_is_in_proportion_to_the_rows(
     tmp_path: Path, table_contract: Contract, rows: int
 ) -> None:

@@ -22,9 +22,13 @@ from silotune.common.messages import Message, Train, pack, unpack
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 KEY = st.text(st.characters(exclude_categories=()), max_size=4)
 VALUE = st.recursive(
-    KEY | st.none() | st.booleans() | st.integers()
+    KEY
+    | st.none()
+    | st.booleans()
+    | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(KEY, x, max_size=3), max_leaves=12,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(KEY, x, max_size=3),
+    max_leaves=12,
 )
 HALF = "half of a character"
 
@@ -72,14 +76,23 @@ def test_a_key_twice_is_refused_with_its_line_however_deep_and_written(
     assert f"again in line {2 + at};" in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("1e999", "1e999 is larger"), ('{"a": [-1.5e400]}', "-1.5e400"),
-    ('{"a": NaN}', "NaN"), ('[-Infinity]', "Infinity"), ("{", "line 1"), ("", "line 1"),
-    ('["\\ud83d\\ud83d\\ude00"]', HALF), ('["\\ude00\\ud83d"]', HALF),
-    ('{\n"\\uD800": 1}', "line 2"),
-    (b"\xff", "utf-8"),
-    (b'["\xed\xa0\x80"]', "utf-8"), ('["a\nb"]', "line 1"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1e999", "1e999 is larger"),
+        ('{"a": [-1.5e400]}', "-1.5e400"),
+        ('{"a": NaN}', "NaN"),
+        ("[-Infinity]", "Infinity"),
+        ("{", "line 1"),
+        ("", "line 1"),
+        ('["\\ud83d\\ud83d\\ude00"]', HALF),
+        ('["\\ude00\\ud83d"]', HALF),
+        ('{\n"\\uD800": 1}', "line 2"),
+        (b"\xff", "utf-8"),
+        (b'["\xed\xa0\x80"]', "utf-8"),
+        ('["a\nb"]', "line 1"),
+    ],
+)
 def test_what_is_not_json_is_refused(text: str | bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         strict_json.loads(text)
@@ -120,9 +133,7 @@ def test_a_join_request_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     assert error.value.code == "E102"
 
 
-def test_a_signature_with_a_key_twice_is_none(
-    tmp_path: Path, table_contract: Contract
-) -> None:
+def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Contract) -> None:
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
     from silotune.client.policy import load
@@ -182,11 +193,14 @@ def test_an_exports_entry_with_a_key_twice_is_refused() -> None:
         verify_export(forged)
 
 
-@pytest.mark.parametrize("change", [
-    lambda h: h.replace('"run":"r"', '"run":"q","run":"r"'),
-    lambda h: h.replace('"run":"r"', '"run":"r","run":"r"'),
-    lambda h: h.replace('"run":"r"', '"run":"\\ud800"'),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.replace('"run":"r"', '"run":"q","run":"r"'),
+        lambda h: h.replace('"run":"r"', '"run":"r","run":"r"'),
+        lambda h: h.replace('"run":"r"', '"run":"\\ud800"'),
+    ],
+)
 def test_a_message_with_a_key_twice_or_half_a_character_is_refused(
     change: Callable[[str], str], table_contract: Contract
 ) -> None:

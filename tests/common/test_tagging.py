@@ -25,9 +25,11 @@ KINDS = ("Disease", "Drug", "cell-type")
 def sentences(draw: Any) -> tuple[list[Entity], int]:
     """Entities that do not overlap, and how many words there are."""
     entities, at = [], 0
-    for gap, length, kind in draw(st.lists(
-        st.tuples(st.integers(0, 2), st.integers(1, 3), st.sampled_from(KINDS)), max_size=5
-    )):
+    for gap, length, kind in draw(
+        st.lists(
+            st.tuples(st.integers(0, 2), st.integers(1, 3), st.sampled_from(KINDS)), max_size=5
+        )
+    ):
         entities.append(Entity(kind, at + gap, at + gap + length))
         at += gap + length
     return entities, at + draw(st.integers(0, 2))
@@ -41,9 +43,7 @@ def by_seqeval(tags: list[str], scheme: str) -> list[tuple[Any, ...]]:
 @FUZZ
 @given(sentences(), st.sampled_from(list(tagging.SCHEMES)))
 @example(([Entity("Disease", 5, 6), Entity("Drug", 8, 9)], 10), "IOB1")  # tags-without-b.csv
-def test_every_scheme_names_the_same_entities(
-    drawn: tuple[list[Entity], int], scheme: str
-) -> None:
+def test_every_scheme_names_the_same_entities(drawn: tuple[list[Entity], int], scheme: str) -> None:
     entities, words = drawn
     tags = written(entities, words, tagging.SCHEMES[scheme])
     assert len(tags) == words
@@ -83,12 +83,22 @@ def test_any_sequence_becomes_iob2_as_conlleval_reads_it(parts: list[tuple[str, 
         assert not new.startswith("I-") or new[2:] == old[2:]
 
 
-@pytest.mark.parametrize(("cell", "scheme"), [
-    ("O B-Drug I-Drug O", "IOB2"), ("I-Drug I-Drug O", "IOB1"), ("I-Drug B-Drug", "IOB1"),
-    ("B-Drug E-Drug", "BIOES"), ("S-Drug O", "BIOES"), ("U-Drug", "BILOU"),
-    ("B-Drug M-Drug E-Drug", "BMES"), ("I-Drug E-Drug", "IOE2"), ("I-Drug B-Disease", ""),
-    ("B-Drug E-Drug I-Drug", ""), ("", "IOB2"),
-])
+@pytest.mark.parametrize(
+    ("cell", "scheme"),
+    [
+        ("O B-Drug I-Drug O", "IOB2"),
+        ("I-Drug I-Drug O", "IOB1"),
+        ("I-Drug B-Drug", "IOB1"),
+        ("B-Drug E-Drug", "BIOES"),
+        ("S-Drug O", "BIOES"),
+        ("U-Drug", "BILOU"),
+        ("B-Drug M-Drug E-Drug", "BMES"),
+        ("I-Drug E-Drug", "IOE2"),
+        ("I-Drug B-Disease", ""),
+        ("B-Drug E-Drug I-Drug", ""),
+        ("", "IOB2"),
+    ],
+)
 def test_what_is_said_of_a_cell(cell: str, scheme: str) -> None:
     assert scheme_of(cell.split()) == scheme
     said = TASK.read_otherwise(cell)

@@ -35,20 +35,30 @@ def task_of(kind: str, **more: Any) -> Any:
 # --- targets -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "more", "cell", "target"), [
-    ("classification", {}, "a", 0), ("classification", {}, " c ", 2),
-    ("multi-label", {}, "", [0, 0, 0]), ("multi-label", {}, " b ", [0, 1, 0]),
-    ("multi-label", {}, "c|a", [1, 0, 1]), ("multi-label", {}, "a||a|", [1, 0, 0]),
-    ("multi-label", {"separator": "; "}, "a; b", [1, 1, 0]),
-    ("tokens", {}, "", []), ("tokens", {}, "O B-site  I-site\tB-sign I-sign", [0, 1, 2, 3, 4]),
-    ("regression", {}, "25", 0.25), ("regression", {}, " 1e2 ", 1.0),
-    ("regression", {}, "-3", 0.0), ("regression", {}, "1e9", 1.0),
-    ("regression", {"log": True}, "100", 1.0),
-    ("regression", {"log": True, "highest": 99.0}, "9", 0.5),
-    ("regression", {"lowest": -1.0, "highest": 1.0}, "0", 0.5),
-    ("ranking", {}, "yes", 1), ("ranking", {}, " no", 0),
-    ("language", {}, " as it stands ", " as it stands "),
-])
+@pytest.mark.parametrize(
+    ("kind", "more", "cell", "target"),
+    [
+        ("classification", {}, "a", 0),
+        ("classification", {}, " c ", 2),
+        ("multi-label", {}, "", [0, 0, 0]),
+        ("multi-label", {}, " b ", [0, 1, 0]),
+        ("multi-label", {}, "c|a", [1, 0, 1]),
+        ("multi-label", {}, "a||a|", [1, 0, 0]),
+        ("multi-label", {"separator": "; "}, "a; b", [1, 1, 0]),
+        ("tokens", {}, "", []),
+        ("tokens", {}, "O B-site  I-site\tB-sign I-sign", [0, 1, 2, 3, 4]),
+        ("regression", {}, "25", 0.25),
+        ("regression", {}, " 1e2 ", 1.0),
+        ("regression", {}, "-3", 0.0),
+        ("regression", {}, "1e9", 1.0),
+        ("regression", {"log": True}, "100", 1.0),
+        ("regression", {"log": True, "highest": 99.0}, "9", 0.5),
+        ("regression", {"lowest": -1.0, "highest": 1.0}, "0", 0.5),
+        ("ranking", {}, "yes", 1),
+        ("ranking", {}, " no", 0),
+        ("language", {}, " as it stands ", " as it stands "),
+    ],
+)
 def test_a_cell_becomes_a_target(kind: str, more: dict[str, Any], cell: str, target: Any) -> None:
     assert task_of(kind, **more).target(cell) == target
 
@@ -61,33 +71,55 @@ def test_several_values_can_mean_one_label() -> None:
         assert task.outputs == 2
 
 
-@pytest.mark.parametrize(("kind", "cell", "words"), [
-    ("classification", "d", "one of the contract's labels (a, b, c)"),
-    ("classification", "", "one of the contract's labels (a, b, c)"),
-    ("classification", "A", "one of the contract's labels (a, b, c)"),
-    ("multi-label", "a|d", "the contract's labels (a, b, c) between '|'"),
-    ("multi-label", "a,b", "the contract's labels (a, b, c) between '|'"),
-    ("tokens", "O B-arm", "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
-     "IOB1, BIOES or BILOU for the same entities"),
-    ("tokens", "0", "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
-     "IOB1, BIOES or BILOU for the same entities"),
-    ("regression", "", "numbers"), ("regression", "nan", "numbers"),
-    ("regression", "5 €", "numbers"), ("regression", "inf", "numbers"),
-    ("regression", "1_030", f"numbers{UNREAD}"), ("regression", "1,5", f"numbers{UNREAD}"),
-    ("ranking", "maybe", "yes, no"), ("ranking", "", "yes, no"),
-    ("language", "", "a text that is not empty"), ("language", " \n", "a text that is not empty"),
-])
+@pytest.mark.parametrize(
+    ("kind", "cell", "words"),
+    [
+        ("classification", "d", "one of the contract's labels (a, b, c)"),
+        ("classification", "", "one of the contract's labels (a, b, c)"),
+        ("classification", "A", "one of the contract's labels (a, b, c)"),
+        ("multi-label", "a|d", "the contract's labels (a, b, c) between '|'"),
+        ("multi-label", "a,b", "the contract's labels (a, b, c) between '|'"),
+        (
+            "tokens",
+            "O B-arm",
+            "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
+            "IOB1, BIOES or BILOU for the same entities",
+        ),
+        (
+            "tokens",
+            "0",
+            "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
+            "IOB1, BIOES or BILOU for the same entities",
+        ),
+        ("regression", "", "numbers"),
+        ("regression", "nan", "numbers"),
+        ("regression", "5 €", "numbers"),
+        ("regression", "inf", "numbers"),
+        ("regression", "1_030", f"numbers{UNREAD}"),
+        ("regression", "1,5", f"numbers{UNREAD}"),
+        ("ranking", "maybe", "yes, no"),
+        ("ranking", "", "yes, no"),
+        ("language", "", "a text that is not empty"),
+        ("language", " \n", "a text that is not empty"),
+    ],
+)
 def test_a_cell_that_is_no_target(kind: str, cell: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         task_of(kind).target(cell)
     assert str(caught.value) == words
 
 
-@pytest.mark.parametrize(("kind", "outputs", "answers"), [
-    ("classification", 3, "a, b, c"), ("multi-label", 3, "any of a, b, c"),
-    ("tokens", 5, "O, B-site, I-site, B-sign, I-sign"), ("regression", 1, "0 to 100"),
-    ("ranking", 1, "relevant or not, ranked within each query"), ("language", 0, "answers"),
-])
+@pytest.mark.parametrize(
+    ("kind", "outputs", "answers"),
+    [
+        ("classification", 3, "a, b, c"),
+        ("multi-label", 3, "any of a, b, c"),
+        ("tokens", 5, "O, B-site, I-site, B-sign, I-sign"),
+        ("regression", 1, "0 to 100"),
+        ("ranking", 1, "relevant or not, ranked within each query"),
+        ("language", 0, "answers"),
+    ],
+)
 def test_outputs_and_answers(kind: str, outputs: int, answers: str) -> None:
     task = task_of(kind)
     assert (task.outputs, task.answers) == (outputs, answers)
@@ -126,40 +158,50 @@ SHARED = [{"name": "a", "values": ["0"]}, {"name": "b", "values": ["0"]}]
 TWO = [{"name": "a", "values": ["0"]}, {"name": "b", "values": ["1"]}]
 
 
-@pytest.mark.parametrize(("kind", "more", "words"), [
-    ("classification", {"labels": TWICE}, "label name 'a' stands twice"),
-    ("classification", {"labels": SHARED}, "label value '0' stands twice"),
-    ("classification", {"labels": TWO[:1]}, "needs at least 2, has 1"),
-    ("multi-label", {"labels": TWICE}, "label name 'a' stands twice"),
-    ("multi-label", {"labels": SHARED}, "label value '0' stands twice"),
-    ("multi-label", {"separator": ""}, "'task.separator'"),
-    ("classification", {"class_weights": [1.0]},
-     "class_weights needs one weight for each of 3 labels, has 1"),
-    ("classification", {"class_weights": [1.0, 0.0, 1.0]}, "'task.class_weights.2'"),
-    ("classification", {"label_smoothing": 1.0}, "'task.label_smoothing'"),
-    ("tokens", {"entities": []}, "needs at least 1, has 0"),
-    ("tokens", {"entities": ["site", "site"]}, "entity 'site' stands twice"),
-    ("tokens", {"entities": ["a site"]}, "tags stand between spaces"),
-    ("tokens", {"class_weights": [0.5, 1.0]},
-     "class_weights needs one weight for each of 5 tags, has 2"),
-    ("tokens", {"class_weights": [0.5, 1.0, -1.0, 1.0, 1.0]}, "'task.class_weights.3'"),
-    ("tokens", {"class_weights": [0.5, 1.0, 1.0, 1.0, 1e39]}, "'task.class_weights.5'"),
-    ("tokens", {"class_weights": []}, "'task.class_weights' needs at least 1, has 0"),
-    ("regression", {"lowest": 100.0}, "lowest must be below highest"),
-    ("regression", {"lowest": -1.0, "log": True}, "log = true needs lowest above -1"),
-    ("regression", {"highest": math.inf}, "'task.highest' must be a finite number"),
-    ("ranking", {"others": ["no", "yes"]}, "value 'yes' is both relevant and not"),
-    ("ranking", {"relevant": []}, "needs at least 1, has 0"),
-    ("language", {"labels": TWO}, "Unknown key 'task.labels'"),
-    ("regression", {"labels": TWO}, "Unknown key 'task.labels'"),
-    ("classification", {"kind": "guessing"}, "'task.kind' must be one of 'classification'"),
-])
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("classification", {"labels": TWICE}, "label name 'a' stands twice"),
+        ("classification", {"labels": SHARED}, "label value '0' stands twice"),
+        ("classification", {"labels": TWO[:1]}, "needs at least 2, has 1"),
+        ("multi-label", {"labels": TWICE}, "label name 'a' stands twice"),
+        ("multi-label", {"labels": SHARED}, "label value '0' stands twice"),
+        ("multi-label", {"separator": ""}, "'task.separator'"),
+        (
+            "classification",
+            {"class_weights": [1.0]},
+            "class_weights needs one weight for each of 3 labels, has 1",
+        ),
+        ("classification", {"class_weights": [1.0, 0.0, 1.0]}, "'task.class_weights.2'"),
+        ("classification", {"label_smoothing": 1.0}, "'task.label_smoothing'"),
+        ("tokens", {"entities": []}, "needs at least 1, has 0"),
+        ("tokens", {"entities": ["site", "site"]}, "entity 'site' stands twice"),
+        ("tokens", {"entities": ["a site"]}, "tags stand between spaces"),
+        (
+            "tokens",
+            {"class_weights": [0.5, 1.0]},
+            "class_weights needs one weight for each of 5 tags, has 2",
+        ),
+        ("tokens", {"class_weights": [0.5, 1.0, -1.0, 1.0, 1.0]}, "'task.class_weights.3'"),
+        ("tokens", {"class_weights": [0.5, 1.0, 1.0, 1.0, 1e39]}, "'task.class_weights.5'"),
+        ("tokens", {"class_weights": []}, "'task.class_weights' needs at least 1, has 0"),
+        ("regression", {"lowest": 100.0}, "lowest must be below highest"),
+        ("regression", {"lowest": -1.0, "log": True}, "log = true needs lowest above -1"),
+        ("regression", {"highest": math.inf}, "'task.highest' must be a finite number"),
+        ("ranking", {"others": ["no", "yes"]}, "value 'yes' is both relevant and not"),
+        ("ranking", {"relevant": []}, "needs at least 1, has 0"),
+        ("language", {"labels": TWO}, "Unknown key 'task.labels'"),
+        ("regression", {"labels": TWO}, "Unknown key 'task.labels'"),
+        ("classification", {"kind": "guessing"}, "'task.kind' must be one of 'classification'"),
+    ],
+)
 def test_settings_that_make_no_task(kind: str, more: dict[str, Any], words: str) -> None:
     data = {
         "classification": tiny.contract_of("classification", "one-hot"),
         "multi-label": tiny.contract_of("multi-label", "one-hot"),
         "regression": tiny.contract_of("regression", "one-hot"),
-        "tokens": tiny.contract_of("tokens", "bert"), "ranking": tiny.contract_of("bi", "bert"),
+        "tokens": tiny.contract_of("tokens", "bert"),
+        "ranking": tiny.contract_of("bi", "bert"),
         "language": tiny.contract_of("language", "llama"),
     }[kind]
     with pytest.raises(ContractError) as caught:
@@ -204,43 +246,75 @@ PAIR = {"kind": "pair", "first": "question", "second": "answer"}
 TEXT = {"kind": "text", "column": "text"}
 MISFITS: dict[str, tuple[tuple[str, str], dict[str, Any], list[tuple[str, str]]]] = {
     "a task of language on an encoder": (
-        ("language", "llama"), {"model": SMALL}, [("model", "go together")]),
+        ("language", "llama"),
+        {"model": SMALL},
+        [("model", "go together")],
+    ),
     "another task on a language model": (
         ("classification", "llama"),
-        {"model": SMALL | {"kind": "language-model"}}, [("model", "go together")]),
+        {"model": SMALL | {"kind": "language-model"}},
+        [("model", "go together")],
+    ),
     "a head on a language model": (
-        ("language", "llama"), {"phases": [HEAD], "adapter": None},
-        [("phases", 'phase 1 trains "head"')]),
+        ("language", "llama"),
+        {"phases": [HEAD], "adapter": None},
+        [("phases", 'phase 1 trains "head"')],
+    ),
     "no head for another task": (
-        ("tokens", "bert"), {"phases": [ADAPTER]}, [("phases", 'phase 1 trains "adapter"')]),
+        ("tokens", "bert"),
+        {"phases": [ADAPTER]},
+        [("phases", 'phase 1 trains "adapter"')],
+    ),
     "the second phase": (
         ("language", "llama"),
-        {"phases": [ADAPTER | {"budget": 0.5},
-                    HEAD | {"trains": "head+adapter", "adapter_rate": 1.0, "budget": 0.5}]},
-        [("phases", 'phase 2 trains "head+adapter"')]),
+        {
+            "phases": [
+                ADAPTER | {"budget": 0.5},
+                HEAD | {"trains": "head+adapter", "adapter_rate": 1.0, "budget": 0.5},
+            ]
+        },
+        [("phases", 'phase 2 trains "head+adapter"')],
+    ),
     "a ranking of texts": (
-        ("cross", "bert"), {"input": TEXT}, [("input", 'needs input.kind = "pair"')]),
+        ("cross", "bert"),
+        {"input": TEXT},
+        [("input", 'needs input.kind = "pair"')],
+    ),
     "pairs read apart for another task": (
-        ("regression", "bert"), {"input": PAIR | {"by": "bi"}},
-        [("input", 'pairs read apart (by = "bi") are for ranking')]),
+        ("regression", "bert"),
+        {"input": PAIR | {"by": "bi"}},
+        [("input", 'pairs read apart (by = "bi") are for ranking')],
+    ),
     "tokens of pairs": (
-        ("tokens", "bert"), {"input": PAIR}, [("input", '"tokens" needs input.kind = "text"')]),
+        ("tokens", "bert"),
+        {"input": PAIR},
+        [("input", '"tokens" needs input.kind = "text"')],
+    ),
     "language of pairs": (
-        ("language", "llama"), {"input": PAIR}, [("input", '"language" needs input.kind = "text"')],
+        ("language", "llama"),
+        {"input": PAIR},
+        [("input", '"language" needs input.kind = "text"')],
     ),
     "tokens whitened": (
-        ("tokens", "bert"), {"model": {"standardise": {"sentences": ["a b"]}}},
-        [("model", "not for tokens")]),
+        ("tokens", "bert"),
+        {"model": {"standardise": {"sentences": ["a b"]}}},
+        [("model", "not for tokens")],
+    ),
     "an accuracy of numbers": (
-        ("regression", "bert"), {"releases": [{"metric": "accuracy", "share": 0.1}]},
-        [("releases", "no accuracy")]),
+        ("regression", "bert"),
+        {"releases": [{"metric": "accuracy", "share": 0.1}]},
+        [("releases", "no accuracy")],
+    ),
     "another task's metric": (
-        ("regression", "bert"), {"aggregation": {"early_stop": {"metric": "auc"}}},
-        [("aggregation", "early_stop.metric must be one of r2, mae, rmse, loss, got \"auc\"")]),
+        ("regression", "bert"),
+        {"aggregation": {"early_stop": {"metric": "auc"}}},
+        [("aggregation", 'early_stop.metric must be one of r2, mae, rmse, loss, got "auc"')],
+    ),
     "all of it at once": (
-        ("tokens", "bert"), {"phases": [ADAPTER], "input": PAIR, "model": {
-            "standardise": {"sentences": ["a b"]}}},
-        [("phases", "trains"), ("input", "needs"), ("model", "whiten")]),
+        ("tokens", "bert"),
+        {"phases": [ADAPTER], "input": PAIR, "model": {"standardise": {"sentences": ["a b"]}}},
+        [("phases", "trains"), ("input", "needs"), ("model", "whiten")],
+    ),
 }
 
 

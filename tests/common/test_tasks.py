@@ -24,7 +24,13 @@ from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 KINDS = [
-    "classification", "weighed", "multi-label", "tokens", "weighed tokens", "regression", "ranking",
+    "classification",
+    "weighed",
+    "multi-label",
+    "tokens",
+    "weighed tokens",
+    "regression",
+    "ranking",
     "language",
 ]
 N, T, V = 7, 6, 11
@@ -95,18 +101,27 @@ def of_tokens(z: Floats, y: Any) -> float:
 
 def of_weighed_tokens(z: Floats, y: Any) -> float:
     """By the number of tokens, not by what they weigh."""
-    found = [TAG_WEIGHTS[tag] * of_class(row, tag) for row, tag in zip(z, y, strict=True)
-             if tag != IGNORED]
+    found = [
+        TAG_WEIGHTS[tag] * of_class(row, tag)
+        for row, tag in zip(z, y, strict=True)
+        if tag != IGNORED
+    ]
     return sum(found) / len(found) if found else 0.0
 
 
 FORMULAS: dict[str, Callable[[Floats, Any], float]] = {
-    "classification": of_class, "weighed": of_weighed, "multi-label": of_labels,
-    "tokens": of_tokens, "weighed tokens": of_weighed_tokens, "language": of_tokens,
-    "regression": lambda z, y: (z[0] - y) ** 2 / 2, "ranking": lambda z, y: logistic(z[0], y),
+    "classification": of_class,
+    "weighed": of_weighed,
+    "multi-label": of_labels,
+    "tokens": of_tokens,
+    "weighed tokens": of_weighed_tokens,
+    "language": of_tokens,
+    "regression": lambda z, y: (z[0] - y) ** 2 / 2,
+    "ranking": lambda z, y: logistic(z[0], y),
 }
 RIGHT: dict[str, Callable[[Floats, Any], float]] = {
-    "classification": lambda z, y: z.argmax() == y, "weighed": lambda z, y: z.argmax() == y,
+    "classification": lambda z, y: z.argmax() == y,
+    "weighed": lambda z, y: z.argmax() == y,
     "multi-label": lambda z, y: np.mean((z > 0) == (y == 1)),
     "ranking": lambda z, y: (z[0] > 0) == (y == 1),
 }
@@ -165,9 +180,7 @@ def test_a_loss_does_not_know_its_batch(kind: str) -> None:
     """Bit by bit: for any records, of this batch or others, in any order, any number of times."""
     learnt = objective(kind)
     outputs, targets = (torch.cat(part) for part in zip(batch(kind), batch(kind, 1), strict=True))
-    alone = torch.cat([
-        learnt.losses(outputs[i : i + 1], targets[i : i + 1]) for i in range(2 * N)
-    ])
+    alone = torch.cat([learnt.losses(outputs[i : i + 1], targets[i : i + 1]) for i in range(2 * N)])
 
     @FUZZ
     @given(st.lists(st.integers(0, 2 * N - 1), min_size=1, max_size=20))
@@ -216,22 +229,29 @@ def test_padding_behind_changes_no_loss(kind: str) -> None:
 # --- targets and what evaluation keeps ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "targets", "expected"), [
-    ("classification", [0, 2, 1], torch.tensor([0, 2, 1])),
-    ("multi-label", [[0, 1, 0], [1, 1, 0]], torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])),
-    ("tokens", [[1], [], [0, 4, 2]],
-     torch.tensor([[1, *[IGNORED] * 2], [IGNORED] * 3, [0, 4, 2]])),
-    ("regression", [0.25, 1.0], torch.tensor([0.25, 1.0])),
-    ("ranking", [0, 1], torch.tensor([0.0, 1.0])),
-])
+@pytest.mark.parametrize(
+    ("kind", "targets", "expected"),
+    [
+        ("classification", [0, 2, 1], torch.tensor([0, 2, 1])),
+        ("multi-label", [[0, 1, 0], [1, 1, 0]], torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])),
+        (
+            "tokens",
+            [[1], [], [0, 4, 2]],
+            torch.tensor([[1, *[IGNORED] * 2], [IGNORED] * 3, [0, 4, 2]]),
+        ),
+        ("regression", [0.25, 1.0], torch.tensor([0.25, 1.0])),
+        ("ranking", [0, 1], torch.tensor([0.0, 1.0])),
+    ],
+)
 def test_targets_as_a_tensor(kind: str, targets: list[Any], expected: Tensor) -> None:
     found = objective(kind).tensor(targets)
     assert torch.equal(found, expected)
     assert found.dtype == expected.dtype
 
 
-@pytest.mark.parametrize("kind", ["classification", "weighed", "multi-label", "regression",
-                                  "ranking"])
+@pytest.mark.parametrize(
+    "kind", ["classification", "weighed", "multi-label", "regression", "ranking"]
+)
 def test_outputs_are_kept_as_they_are(kind: str) -> None:
     outputs, targets = batch(kind)
     kept = objective(kind).kept(outputs.bfloat16(), targets)

@@ -26,8 +26,22 @@ from silotune.simulations.progress import EscapingConsole
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 TITLE, CLIPBOARD = "a\x1b]0;PWNED\x07b", "\x1b]52;c;cm0gLXJmIC8K\x1b\\"
-HOSTILE = [TITLE, CLIPBOARD, "\x9b2J", "\x1b[8mhidden", "a\rb", "\u202eexe.csv", "\u2066", "\ud800",
-           "\udcff", "\U000e0041", "\x7f", "\0", "\u2028", "\b\b\b"]
+HOSTILE = [
+    TITLE,
+    CLIPBOARD,
+    "\x9b2J",
+    "\x1b[8mhidden",
+    "a\rb",
+    "\u202eexe.csv",
+    "\u2066",
+    "\ud800",
+    "\udcff",
+    "\U000e0041",
+    "\x7f",
+    "\0",
+    "\u2028",
+    "\b\b\b",
+]
 TEXT = st.text(st.characters(), max_size=40) | st.text(
     st.sampled_from("ab\x1b[]0;\x07\x9b\r\n\u202e\ud800"), max_size=12
 )
@@ -35,8 +49,11 @@ TEXT = st.text(st.characters(), max_size=40) | st.text(
 
 def check_safe(text: str) -> None:
     """Apart from line feeds and tabs nothing here is a control, a format or a surrogate."""
-    bad = [c for c in text if c not in "\n\t\u200c\u200d"
-           and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    bad = [
+        c
+        for c in text
+        if c not in "\n\t\u200c\u200d" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    ]
     assert not bad, bad
 
 
@@ -58,10 +75,18 @@ def test_an_escaped_text_is_safe_and_stays_as_it_is(text: str) -> None:
         assert lines or "\n" not in found
 
 
-@pytest.mark.parametrize("text", [
-    "ε ≤ 8 · ✓ ✗ → █░", "北京协和医院　内科", "Müller\u00a0GmbH", "می\u200cخواهم", "👩\u200d⚕️",
-    "a\tb\nc", "\\x1b",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ε ≤ 8 · ✓ ✗ → █░",
+        "北京协和医院　内科",
+        "Müller\u00a0GmbH",
+        "می\u200cخواهم",
+        "👩\u200d⚕️",
+        "a\tb\nc",
+        "\\x1b",
+    ],
+)
 def test_what_people_write_is_shown_as_it_is(text: str) -> None:
     assert escaped(text) == text
 
@@ -146,8 +171,15 @@ def test_richs_tables_and_lines_are_safe(text: str) -> None:
 
 def test_rich_keeps_its_own_styles_and_controls_on_a_terminal() -> None:
     file = io.StringIO()
-    console = EscapingConsole(file=file, markup=False, highlight=False, force_terminal=True,
-                              color_system="standard", width=60, _environ={"TERM": "xterm"})
+    console = EscapingConsole(
+        file=file,
+        markup=False,
+        highlight=False,
+        force_terminal=True,
+        color_system="standard",
+        width=60,
+        _environ={"TERM": "xterm"},
+    )
     with Live(Text(TITLE), console=console, transient=True):
         console.print("[link=http://x]a[/link]", style="bold red")
     text = file.getvalue()
@@ -163,8 +195,24 @@ def test_a_header_with_control_sequences_is_shown_escaped(
     """The same header is a column's name in an error, in a contract and on the owner's screen."""
     rows, contract = tmp_path / "rows.csv", tmp_path / "c.toml"
     rows.write_text(f"note,{text},status\nx,y,a\n")
-    words = ["contract", "new", "--from", str(rows), "--out", str(contract), "--task",
-             "classification", "--labels", "a,b", "--site", "a", "--site", "b", "--records", "9"]
+    words = [
+        "contract",
+        "new",
+        "--from",
+        str(rows),
+        "--out",
+        str(contract),
+        "--task",
+        "classification",
+        "--labels",
+        "a,b",
+        "--site",
+        "a",
+        "--site",
+        "b",
+        "--records",
+        "9",
+    ]
     code, out, err = run(*words, "--label", "absent", "--text", text)
     assert (code, out) == (1, "")
     check_safe(err)
@@ -182,8 +230,13 @@ def test_a_header_with_control_sequences_is_shown_escaped(
 def test_a_wrong_option_or_path_is_shown_escaped(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    for words in ((f"--{TITLE}",), (TITLE,), ("contract", "show", TITLE),
-                  ("contract", "show", "x", TITLE), ("explain", CLIPBOARD)):
+    for words in (
+        (f"--{TITLE}",),
+        (TITLE,),
+        ("contract", "show", TITLE),
+        ("contract", "show", "x", TITLE),
+        ("explain", CLIPBOARD),
+    ):
         code, out, err = run(*words)
         assert code == 2, words
         check_safe(out + err)

@@ -62,7 +62,8 @@ def test_company_and_padding_change_nothing(logits: Tensor, labels: Tensor) -> N
     torch.testing.assert_close(after, next_loss)
     before = next_token_loss(
         torch.cat([noise, logits], dim=1),
-        nn.functional.pad(ids, (30, 0), value=3), nn.functional.pad(mask, (30, 0)),
+        nn.functional.pad(ids, (30, 0), value=3),
+        nn.functional.pad(mask, (30, 0)),
     )
     torch.testing.assert_close(before, next_loss)
 
@@ -78,7 +79,8 @@ def test_the_gradient_of_an_example_is_its_own(logits: Tensor, labels: Tensor) -
 def test_an_example_without_tokens_gives_zero(logits: Tensor, labels: Tensor) -> None:
     ids, mask = masked(labels)
     for loss in (
-        per_example_loss(logits.requires_grad_(), labels), next_token_loss(logits, ids, mask)
+        per_example_loss(logits.requires_grad_(), labels),
+        next_token_loss(logits, ids, mask),
     ):
         assert loss[3].item() == 0.0
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
@@ -103,10 +105,16 @@ def test_half_precision_logits_give_a_float32_loss(logits: Tensor, labels: Tenso
 
 def test_it_agrees_with_the_librarys_loss_for_one_example() -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1,
-    )).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ).eval()
     ids = torch.randint(50, (1, 11))
     with torch.no_grad():
         out = model(input_ids=ids, labels=ids)

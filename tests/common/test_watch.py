@@ -20,20 +20,36 @@ from tests import tiny
 
 
 def contract(task: dict[str, Any] | None = None) -> Contract:
-    return Contract.model_validate({
-        "format": 1, "name": "watched", "quorum": 1,
-        "task": task or {"label_column": "ill", "labels": [
-            {"name": "healthy", "values": ["0"]}, {"name": "ill", "values": ["1"]},
-        ]},
-        "input": {"kind": "table", "columns": [
-            {"kind": "category", "name": "smoker", "phrase": "smokes",
-             "values": {"yes": "yes", "no": "no"}},
-        ]},
-        "model": {"kind": "one-hot"},
-        "privacy": {"expected_records": 10.0},
-        "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
-        "sites": [{"name": "a"}],
-    })
+    return Contract.model_validate(
+        {
+            "format": 1,
+            "name": "watched",
+            "quorum": 1,
+            "task": task
+            or {
+                "label_column": "ill",
+                "labels": [
+                    {"name": "healthy", "values": ["0"]},
+                    {"name": "ill", "values": ["1"]},
+                ],
+            },
+            "input": {
+                "kind": "table",
+                "columns": [
+                    {
+                        "kind": "category",
+                        "name": "smoker",
+                        "phrase": "smokes",
+                        "values": {"yes": "yes", "no": "no"},
+                    },
+                ],
+            },
+            "model": {"kind": "one-hot"},
+            "privacy": {"expected_records": 10.0},
+            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
+            "sites": [{"name": "a"}],
+        }
+    )
 
 
 def run_of(folder: Path, made: Contract) -> Path:
@@ -58,7 +74,8 @@ def smokers(share_before: float, share_after: float, each: int = 300) -> list[st
     rng = np.random.default_rng(4)
     return [
         "yes" if rng.random() < share else "no"
-        for share in (share_before, share_after) for _ in range(each)
+        for share in (share_before, share_after)
+        for _ in range(each)
     ]
 
 
@@ -96,11 +113,20 @@ def test_dates_sort_as_they_are_written(tmp_path: Path) -> None:
     assert [a["before"] for a in found["alerts"] if a["label"] == "ill"] == [0.0]
 
 
-@pytest.mark.parametrize(("task", "ill"), [
-    ({"kind": "multi-label", "label_column": "tags", "labels": [
-        {"name": "well", "values": ["w"]}, {"name": "ill", "values": ["i"]}]}, 1.0),
-    ({"kind": "regression", "label_column": "cost", "lowest": 0.0, "highest": 9.0}, 1.0),
-])
+@pytest.mark.parametrize(
+    ("task", "ill"),
+    [
+        (
+            {
+                "kind": "multi-label",
+                "label_column": "tags",
+                "labels": [{"name": "well", "values": ["w"]}, {"name": "ill", "values": ["i"]}],
+            },
+            1.0,
+        ),
+        ({"kind": "regression", "label_column": "cost", "lowest": 0.0, "highest": 9.0}, 1.0),
+    ],
+)
 def test_other_tasks(tmp_path: Path, task: dict[str, Any], ill: float) -> None:
     run = run_of(tmp_path / "run", contract(task))
     file = rows(tmp_path / "stream.csv", [("1", "yes")] * 40)

@@ -22,10 +22,13 @@ BEST = 3.0  # where the made-up metrics are at their best
 
 def gated(contract: Contract, most: float = 0.5, **more: Any) -> Contract:
     aggregation = {"momentum": 0.0, "gate": {"metric": "loss", "most": most}}
-    return contract.changed(aggregation=aggregation | more, phases=[
-        {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
-        for n in (6, 2)
-    ])
+    return contract.changed(
+        aggregation=aggregation | more,
+        phases=[
+            {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
+            for n in (6, 2)
+        ],
+    )
 
 
 def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
@@ -73,12 +76,15 @@ def test_of_a_declined_sum_nothing_stays_but_what_it_cost(
             after = run.iterate.state(), run.iterate.standing(), run.adapter, run.released()
             assert after[1:] == before[1:]
             assert {n for n in before[0] if n not in after[0]} == {
-                "velocity/head.bias", "velocity/head.weight"}
+                "velocity/head.bias",
+                "velocity/head.weight",
+            }
     taken, declined, later = rounds
     assert taken.declined is later.declined is None
     assert declined.declined == (
         "loss on public rows would go from 2 to 7.9, which is worse by more than 0.5: the sum was "
-        "not taken, its ε stays spent")
+        "not taken, its ε stays spent"
+    )
     assert declined.epsilon == {"north": 1.0, "south": 1.0}
     assert [(e["round"], e["why"]) for e in events(run, "declined")] == [(2, declined.declined)]
     assert [e["round"] for e in events(run, "committed")] == on_disk(run) == [1, 2, 3]
@@ -152,7 +158,13 @@ def test_each_phase_is_held_to_what_it_begins_with(table_contract: Contract) -> 
     assert acceptance.why_not(after, last := filled(3), False) is None
     assert acceptance.why_not(last, filled(4), False) is None  # what is in place is known
     assert asked == [
-        (0, False), (1, False), (1, True), (2, True), (1, False), (3, False), (4, False),
+        (0, False),
+        (1, False),
+        (1, True),
+        (2, True),
+        (1, False),
+        (3, False),
+        (4, False),
     ]
 
 
@@ -164,8 +176,9 @@ def test_a_gate_needs_public_rows_that_define_its_metric(
     assert caught.value.code == "E301"
     for at, value in enumerate((None, math.nan, math.inf)):
         with pytest.raises(RunError, match="do not define loss"):
-            begin(gated(table_contract), tmp_path / str(at), evaluate=lambda *_, v=value: {
-                "loss": v})
+            begin(
+                gated(table_contract), tmp_path / str(at), evaluate=lambda *_, v=value: {"loss": v}
+            )
 
 
 def test_a_contract_without_a_gate_keeps_its_hash(table_contract: Contract) -> None:
@@ -173,13 +186,16 @@ def test_a_contract_without_a_gate_keeps_its_hash(table_contract: Contract) -> N
     assert gated(table_contract).hash != gated(table_contract, gate=None).hash
 
 
-@pytest.mark.parametrize(("gate", "why"), [
-    ({"metric": "rmse", "most": 0.1}, "gate.metric must be one of auc"),
-    ({"metric": "loss", "most": -0.1}, "most"),
-    ({"metric": "loss", "most": math.nan}, "most"),
-    ({"metric": "loss"}, "most"),
-    ({"metric": "loss", "most": 0.1, "patience": 2}, "patience"),
-])
+@pytest.mark.parametrize(
+    ("gate", "why"),
+    [
+        ({"metric": "rmse", "most": 0.1}, "gate.metric must be one of auc"),
+        ({"metric": "loss", "most": -0.1}, "most"),
+        ({"metric": "loss", "most": math.nan}, "most"),
+        ({"metric": "loss"}, "most"),
+        ({"metric": "loss", "most": 0.1, "patience": 2}, "patience"),
+    ],
+)
 def test_impossible_gates_are_refused(
     table_contract: Contract, gate: dict[str, Any], why: str
 ) -> None:

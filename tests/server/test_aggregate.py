@@ -151,8 +151,10 @@ def test_adaptive_steps_are_flowers(kind: str, monkeypatch: pytest.MonkeyPatch) 
     """Flower's FedYogi as it is; of its FedAdam the moments (it corrects the first steps, the
     paper's Algorithm 2 does not)."""
     rng = np.random.default_rng(0)
-    x = {"a": rng.standard_normal((3, 2)).astype(np.float32),
-         "b": rng.standard_normal(4).astype(np.float32)}
+    x = {
+        "a": rng.standard_normal((3, 2)).astype(np.float32),
+        "b": rng.standard_normal(4).astype(np.float32),
+    }
     chosen = Adaptive.model_validate(
         {"kind": kind, "rate": 0.1, "beta1": 0.8, "beta2": 0.9, "tau": 0.01}
     )
@@ -162,9 +164,9 @@ def test_adaptive_steps_are_flowers(kind: str, monkeypatch: pytest.MonkeyPatch) 
     second: Arrays = {}
     for number in range(1, 8):
         change = {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in x.items()}
-        theirs = ArrayRecord({
-            n: Array(flower.current_arrays[n] + change[n]) for n in flower.current_arrays
-        })
+        theirs = ArrayRecord(
+            {n: Array(flower.current_arrays[n] + change[n]) for n in flower.current_arrays}
+        )
         monkeypatch.setattr(FedAvg, "aggregate_train", lambda *_, t=theirs: (t, None))
         before = {n: a.copy() for n, a in flower.current_arrays.items()}
         found, _ = flower.aggregate_train(number, [])
@@ -177,8 +179,9 @@ def test_adaptive_steps_are_flowers(kind: str, monkeypatch: pytest.MonkeyPatch) 
             if kind == "yogi":
                 np.testing.assert_allclose(found[name].numpy(), before[name] + step, atol=1e-9)
             np.testing.assert_allclose(x[name], before[name] + step, rtol=1e-4, atol=1e-5)
-        flower.current_arrays = {n: before[n] + 0.1 * flower.m_t[n] / (
-            np.sqrt(flower.v_t[n]) + 0.01) for n in before}
+        flower.current_arrays = {
+            n: before[n] + 0.1 * flower.m_t[n] / (np.sqrt(flower.v_t[n]) + 0.01) for n in before
+        }
 
 
 def test_a_tensor_without_velocity_starts_at_rest() -> None:

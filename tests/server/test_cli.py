@@ -20,8 +20,14 @@ from tests.server.test_place import admitted
 
 Silotune = Callable[..., Ran]
 WORDS = {  # what each command needs beside --folder
-    "add": ["REQUEST", "--fingerprint", "AA"], "fingerprint": [], "contract": ["draft.toml"],
-    "start": [], "run": ["draft.toml"], "resume": ["r"], "stop": ["r"], "status": [],
+    "add": ["REQUEST", "--fingerprint", "AA"],
+    "fingerprint": [],
+    "contract": ["draft.toml"],
+    "start": [],
+    "run": ["draft.toml"],
+    "resume": ["r"],
+    "stop": ["r"],
+    "status": [],
 }
 
 
@@ -187,9 +193,10 @@ def test_status_shows_a_run_that_has_no_round(place: Place, run: Silotune) -> No
     append(place.runs / "r1", "starting", token="x")
     append(place.runs / "r2", "refused", token="x", code="E314", why="No model.")
     code, out, _ = run("server", "status", "--folder", "fed")
-    assert (code, out.splitlines()) == (0, [
-        "r1   0/–   not begun", "r2   0/–   failed before its first round: E314 No model."
-    ])
+    assert (code, out.splitlines()) == (
+        0,
+        ["r1   0/–   not begun", "r2   0/–   failed before its first round: E314 No model."],
+    )
     rows = json.loads(run("server", "status", "--folder", "fed", "--json")[1])["runs"]
     assert [row["code"] for row in rows] == ["", "E314"]
 

@@ -51,7 +51,8 @@ def test_the_unit_and_compose_run_a_command_that_exists() -> None:
 def test_the_commands_of_the_readme_exist() -> None:
     text = (DEPLOY / "README.md").read_text()
     commands = [
-        line.split(" -- ")[1] for line in text.splitlines()
+        line.split(" -- ")[1]
+        for line in text.splitlines()
         if line.startswith("runuser ") and "/silotune " in line
     ]
     assert [parses(shlex.split(command)) for command in commands] == ["silotune server init"]

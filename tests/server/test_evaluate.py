@@ -48,9 +48,7 @@ def public_test(tmp_path: Path, table_contract: Contract) -> Callable[..., Publi
 
 
 def test_scores_by_group(public_test: Callable[..., PublicTest]) -> None:
-    test = public_test(
-        north="70,yes,1\n30,no,0\n30,yes,0\n70,no,0\n", south="30,yes,1\n70,no,1\n"
-    )
+    test = public_test(north="70,yes,1\n30,no,0\n30,yes,0\n70,no,0\n", south="30,yes,1\n70,no,1\n")
     found = test.scores(by_smoking(), with_adapter=False)
     assert list(found) == ["", "north", "south"]
     assert found["north"]["accuracy"] == 0.75
@@ -132,8 +130,13 @@ def test_the_app_reads_the_public_rows_as_the_command_does(
     (tmp_path / "test.csv").write_bytes(text.replace(";", "\t").encode("cp1252"))
     said = Reading.of("windows-1252", "tab", "--{key} {value}")
     folder = write_app(
-        tmp_path / "app", contract=tmp_path / "c.toml", model=None, run="r", runs=tmp_path,
-        test=tmp_path / "test.csv", reading=said,
+        tmp_path / "app",
+        contract=tmp_path / "c.toml",
+        model=None,
+        run="r",
+        runs=tmp_path,
+        test=tmp_path / "test.csv",
+        reading=said,
     )
     config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     again = Reading.of(config["encoding"], config["delimiter"] or None, "--{key} {value}")

@@ -69,13 +69,17 @@ BEGUN: tuple[str, dict[str, object]] = ("taken", {"token": "mine"})
 def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"loss": 0.5, "auc": 0.875, "macro_f1": 0.1, "accuracy": None}
     found = follow(
-        run, BEGUN, ("rejected", {"round": 1, "site": "north", "code": "E502"}),
+        run,
+        BEGUN,
+        ("rejected", {"round": 1, "site": "north", "code": "E502"}),
         ("committed", {"round": 1, "sites": ["a", "b"], "metrics": metrics}),
-        ("declined", {"round": 2, "why": "auc fell"}), ("released", {"round": 3}),
+        ("declined", {"round": 2, "why": "auc fell"}),
+        ("released", {"round": 3}),
     )
     assert found == run.folder / "adapter.safetensors"
     assert capsys.readouterr().out.splitlines() == [
-        "        north: E502", "  1/3   2 sites   loss 0.500   auc 0.875",
+        "        north: E502",
+        "  1/3   2 sites   loss 0.500   auc 0.875",
         '        declined: {"event": "declined", "round": 2, "why": "auc fell"}',
     ]
 
@@ -99,8 +103,13 @@ def test_a_run_whose_process_died(run: Registry) -> None:
 def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(
     run: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waiting = {"sites": ["hungary", "switzerland"], "refused": {"hungary": "E201"},
-               "nodes": {"E401": 1}, "seconds": 42, "of": 600}
+    waiting = {
+        "sites": ["hungary", "switzerland"],
+        "refused": {"hungary": "E201"},
+        "nodes": {"E401": 1},
+        "seconds": 42,
+        "of": 600,
+    }
     run.event("run", rounds=3)
     run.event("waiting", **waiting)
     assert cli._standing(run.folder)["state"] == (
@@ -108,8 +117,13 @@ def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(
         "42 s of 600"
     )
     absent = {"switzerland": "E403"}
-    follow(run, BEGUN, ("waiting", waiting | {"sites": ["switzerland"], "nodes": {}}),
-           ("absent", {"sites": absent}), ("released", {"round": 3}))
+    follow(
+        run,
+        BEGUN,
+        ("waiting", waiting | {"sites": ["switzerland"], "nodes": {}}),
+        ("absent", {"sites": absent}),
+        ("released", {"round": 3}),
+    )
     assert capsys.readouterr().out.splitlines() == [
         "waiting for switzerland, 42 s of 600",
         "        the run goes on without switzerland (E403)",
@@ -191,11 +205,14 @@ def test_looking_at_a_run_keeps_nobody_from_it(run: Registry, table_contract: Co
 
 def test_where_a_run_stands(tmp_path: Path) -> None:
     lines: list[dict[str, object]] = [
-        {"event": "run", "rounds": 4}, {"event": "committed", "round": 1},
+        {"event": "run", "rounds": 4},
+        {"event": "committed", "round": 1},
         {"event": "rejected", "round": 2, "site": "north", "code": "E402"},
         {"event": "stopped", "code": "E402", "why": "below the quorum"},
-        {"event": "failed", "code": "E402", "why": "Run stopped"}, {"event": "run", "rounds": 4},
-        {"event": "resumed", "after": 1}, {"event": "committed", "round": 2},
+        {"event": "failed", "code": "E402", "why": "Run stopped"},
+        {"event": "run", "rounds": 4},
+        {"event": "resumed", "after": 1},
+        {"event": "committed", "round": 2},
     ]
     found = standing([{"at": float(at), **line} for at, line in enumerate(lines)])
     assert (found.planned, found.committed, found.why, found.last) == (4, {1, 2}, "", 7.0)

@@ -85,7 +85,8 @@ def test_turning_keeps_every_product_and_makes_a_orthonormal(seed: int, out: int
     np.testing.assert_allclose(product(turned), product(adapter), atol=1e-4)
     np.testing.assert_allclose(product(slow), product(mean), atol=1e-4)
     np.testing.assert_allclose(
-        fast[B].astype(np.float64) @ turned[A], velocity[B].astype(np.float64) @ adapter[A],
+        fast[B].astype(np.float64) @ turned[A],
+        velocity[B].astype(np.float64) @ adapter[A],
         atol=1e-4,
     )
     across = turned[B].T.astype(np.float64) @ turned[B]  # U S: columns at right angles

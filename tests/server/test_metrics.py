@@ -67,7 +67,8 @@ def shown(place: Place) -> Shown:
     text = monitor.text(ServerMonitor(place, lambda _: True).collect()).decode()
     return {
         (s.name.removeprefix("silotune_server_"), *s.labels.values()): s.value
-        for family in text_string_to_metric_families(text) for s in family.samples
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
     }
 
 
@@ -81,7 +82,10 @@ def test_a_new_server_has_certificates_and_nobody(place: Place) -> None:
 
 def test_a_run_that_goes_well(place: Place) -> None:
     write(
-        place, "r", RUN, {"at": 102.0, "event": "agreed", "round": 1, "sites": ["a", "b"]},
+        place,
+        "r",
+        RUN,
+        {"at": 102.0, "event": "agreed", "round": 1, "sites": ["a", "b"]},
         {"at": 110.0, "event": "committed", "round": 1, "sites": ["a"]},
         {"at": 111.0, "event": "rejected", "round": 2, "site": "a", "code": "E402"},
         {"at": 112.0, "event": "rejected", "round": 2, "site": "b", "code": "E502"},
@@ -91,16 +95,22 @@ def test_a_run_that_goes_well(place: Place) -> None:
     with carried_out(place, "r"):
         found = {name: value for name, value in shown(place).items() if name[0].startswith("run_")}
     assert found == {
-        ("run_rounds_planned", "r"): 3, ("run_rounds_committed", "r"): 2, ("run_stopped", "r"): 0,
-        ("run_released", "r"): 0, ("run_last_event_timestamp_seconds", "r"): 130.0,
-        ("run_rejected_total", "E402", "r", "a"): 2, ("run_rejected_total", "E502", "r", "b"): 1,
-        ("run_round_seconds_count", "r"): 2, ("run_round_seconds_sum", "r"): 30.0,
+        ("run_rounds_planned", "r"): 3,
+        ("run_rounds_committed", "r"): 2,
+        ("run_stopped", "r"): 0,
+        ("run_released", "r"): 0,
+        ("run_last_event_timestamp_seconds", "r"): 130.0,
+        ("run_rejected_total", "E402", "r", "a"): 2,
+        ("run_rejected_total", "E502", "r", "b"): 1,
+        ("run_round_seconds_count", "r"): 2,
+        ("run_round_seconds_sum", "r"): 30.0,
     }
 
 
 def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: Place) -> None:
     events: list[Event] = [
-        RUN, {"at": 110.0, "event": "committed", "round": 1, "sites": []},
+        RUN,
+        {"at": 110.0, "event": "committed", "round": 1, "sites": []},
         {"at": 120.0, "event": "stopped", "round": 2, "code": "E402", "why": "x", "failed": {}},
         {"at": 121.0, "event": "failed", "code": "E402", "why": "x"},
     ]
@@ -134,9 +144,12 @@ def test_a_run_whose_process_died_counts_as_stopped(place: Place) -> None:
 
 
 def test_a_round_made_again_counts_once(place: Place) -> None:
-    write(place, "r", RUN, *(
-        {"at": 101.0 + n, "event": "committed", "round": 1, "sites": []} for n in range(2)
-    ))
+    write(
+        place,
+        "r",
+        RUN,
+        *({"at": 101.0 + n, "event": "committed", "round": 1, "sites": []} for n in range(2)),
+    )
     assert shown(place)["run_rounds_committed", "r"] == 1
 
 
@@ -189,17 +202,19 @@ def test_the_metrics_port_is_the_files_and_off_by_default(tmp_path: Path, place:
     assert without.settings.metrics_port is None
     assert "metrics" not in (without.folder / "server.toml").read_text()
     text = (without.folder / "server.toml").read_text()
-    for ports in ("metrics_port = 8443", "metrics_port = 8000", "metrics_port = 0",
-                  'metrics_port = "x"'):
+    for ports in (
+        "metrics_port = 8443",
+        "metrics_port = 8000",
+        "metrics_port = 0",
+        'metrics_port = "x"',
+    ):
         (without.folder / "server.toml").write_text(text + ports + "\n")
         with pytest.raises(ContractError, match="port"):
             assert without.settings
 
 
 def test_nginx_has_no_way_to_the_metrics(tmp_path: Path) -> None:
-    place = Place.create(
-        tmp_path / "s", ServerSettings(host="fl.example.org", metrics_port=59465)
-    )
+    place = Place.create(tmp_path / "s", ServerSettings(host="fl.example.org", metrics_port=59465))
     text = (place.folder / "nginx.conf").read_text()
     assert "59465" not in text
     assert "metrics" not in text

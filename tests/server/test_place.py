@@ -51,22 +51,21 @@ def test_the_folder_is_closed_and_made_once(place: Place) -> None:
 
 
 def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
-    place: Place
+    place: Place,
 ) -> None:
     ca, server = (
         x509.load_pem_x509_certificate((place.folder / f"{name}.crt").read_bytes())
         for name in ("ca", "server")
     )
-    for name in (x509.DNSName("fl.example.org"),
-                 x509.IPAddress(ipaddress.ip_address("127.0.0.1"))):
+    for name in (x509.DNSName("fl.example.org"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))):
         verifier = PolicyBuilder().store(Store([ca])).build_server_verifier(name)
         assert verifier.verify(server, [])
     wrong = PolicyBuilder().store(Store([ca])).build_server_verifier(x509.DNSName("example.org"))
     with pytest.raises(x509.verification.VerificationError):
         wrong.verify(server, [])
     _, other_key, other = authority.make_ca("another")
-    foreign = PolicyBuilder().store(Store([other])).build_server_verifier(
-        x509.DNSName("fl.example.org")
+    foreign = (
+        PolicyBuilder().store(Store([other])).build_server_verifier(x509.DNSName("fl.example.org"))
     )
     with pytest.raises(x509.verification.VerificationError):
         foreign.verify(server, [])
@@ -77,14 +76,30 @@ def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
 
 def test_openssl_agrees(place: Place) -> None:
     done = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname",
-         "fl.example.org", "-CAfile", "ca.crt", "server.crt"],
-        cwd=place.folder, capture_output=True, text=True, check=False,
+        [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-purpose",
+            "sslserver",
+            "-verify_hostname",
+            "fl.example.org",
+            "-CAfile",
+            "ca.crt",
+            "server.crt",
+        ],
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == "server.crt: OK\n", done.stderr
     said = subprocess.run(
         ["openssl", "x509", "-in", "ca.crt", "-noout", "-fingerprint", "-sha256"],
-        cwd=place.folder, capture_output=True, text=True, check=True,
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert said.strip().endswith(authority.fingerprint((place.folder / "ca.crt").read_bytes()))
 
@@ -125,13 +140,19 @@ def test_a_name_and_a_key_are_one_sites(place: Place) -> None:
     assert place.roster() == [first]
 
 
-@pytest.mark.parametrize("changes", [
-    {"site": "../../etc/x"}, {"site": "a/b"}, {"site": ""}, {"node_key": "ssh-rsa AAAA"},
-    {"node_key": "ecdsa-sha2-nistp384 AAAA\nevil"}, {"public_key": "xyz"}, {"more": 1},
-])
-def test_a_request_holds_these_fields_and_no_other(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"site": "../../etc/x"},
+        {"site": "a/b"},
+        {"site": ""},
+        {"node_key": "ssh-rsa AAAA"},
+        {"node_key": "ecdsa-sha2-nistp384 AAAA\nevil"},
+        {"public_key": "xyz"},
+        {"more": 1},
+    ],
+)
+def test_a_request_holds_these_fields_and_no_other(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "a.request.json"
     good = request().model_dump(mode="json")
     path.write_text(json.dumps(good | changes))
@@ -155,7 +176,9 @@ def test_nginx_takes_its_configuration(place: Place) -> None:
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     done = subprocess.run(
         [nginx, "-t", "-c", place.folder / "nginx.conf", "-p", place.folder / "nginx"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "test is successful" in done.stderr, done.stderr
 
@@ -207,14 +230,21 @@ def test_sites_whose_updates_could_not_count_are_named(
     made = place.with_roster(draft(table_contract, "north", "south"), masked=False)
     place.check_sites(made)
     keyed = made.model_dump(mode="json")["sites"]
-    changed = made.changed(sites=[
-        keyed[0] | {"public_key": None}, keyed[1] | {"public_key": "1" * 64}, {"name": "east"},
-    ])
+    changed = made.changed(
+        sites=[
+            keyed[0] | {"public_key": None},
+            keyed[1] | {"public_key": "1" * 64},
+            {"name": "east"},
+        ]
+    )
     with pytest.raises(UsageError) as caught:
         place.check_sites(changed)
     assert "\n" not in str(caught.value)
-    for problem in ("The contract has no key of 'north': ", "The contract has another key of "
-                    "'south': ", "'east' is not in the roster: "):
+    for problem in (
+        "The contract has no key of 'north': ",
+        "The contract has another key of 'south': ",
+        "'east' is not in the roster: ",
+    ):
         assert problem in str(caught.value)
 
 
@@ -250,9 +280,14 @@ def test_masks_are_added_where_they_can_be_had(place: Place, table_contract: Con
     admitted(place, "north", "south", "east", "west")
     two = place.with_roster(draft(table_contract, "north", "south"), masked=True)
     assert two.secure_aggregation is None
-    robust = draft(table_contract, "north", "south", "east", quorum=3, aggregation={
-        "robust": {"rule": "median"}
-    })
+    robust = draft(
+        table_contract,
+        "north",
+        "south",
+        "east",
+        quorum=3,
+        aggregation={"robust": {"rule": "median"}},
+    )
     assert place.with_roster(robust, masked=True).secure_aggregation is None
     four = place.with_roster(
         draft(table_contract, "north", "south", "east", "west", quorum=2), masked=True

@@ -21,7 +21,8 @@ from silotune.server import registry as module
 from silotune.server.registry import Registry
 
 ADAPTER: Arrays = {
-    "head.bias": np.array([1, 2], np.float32), "head.weight": np.ones((2, 3), np.float32)
+    "head.bias": np.array([1, 2], np.float32),
+    "head.weight": np.ones((2, 3), np.float32),
 }
 STATE: Arrays = {"velocity/head.bias": np.zeros(2, np.float32)}
 
@@ -69,7 +70,10 @@ def test_the_contract_is_utf8_wherever_it_runs(tmp_path: Path, table_contract: C
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.defpath}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run"), json.dumps(dump)],
-        env=plain, capture_output=True, text=True, check=False,
+        env=plain,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-300:]
     written = (tmp_path / "run" / "contract.json").read_text(encoding="utf-8")
@@ -110,7 +114,8 @@ def test_a_crash_leaves_no_round(
             patch.setattr(module, "rename_durably", crash)
         else:
             patch.setattr(
-                module, "write_durably",
+                module,
+                "write_durably",
                 lambda path, data: crash() if where in path.name else write_durably(path, data),
             )
         with pytest.raises(OSError, match="power cut"):
@@ -161,7 +166,9 @@ def test_everything_is_on_the_disk_before_the_rename(
     commit(registry, 1)
     # Each file is written under another name, is on the disk, gets its name, and that is on it too.
     assert ["rename" if s == "rename" else s.rpartition(".")[2] for s in steps] == [
-        *(["tmp", "rename", "half"] * 3), "rename", "rounds"
+        *(["tmp", "rename", "half"] * 3),
+        "rename",
+        "rounds",
     ]
 
 

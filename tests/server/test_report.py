@@ -16,7 +16,7 @@ from silotune.server.report import render, write_report
 from silotune.server.words import duration, number, size, small
 
 SITES = ("Cleveland", "Long Beach")
-HOSTILE = "<script src=\"http://evil/x.js\">'\"&{{7*7}}$\\frac{_病院</script>"
+HOSTILE = '<script src="http://evil/x.js">\'"&{{7*7}}$\\frac{_病院</script>'
 
 
 def stat(mean: float | None, sd: float | None) -> dict[str, Any]:
@@ -25,30 +25,53 @@ def stat(mean: float | None, sd: float | None) -> dict[str, Any]:
 
 def arm(name: str, *, private: bool, main: bool = False, repeats: int = 3) -> dict[str, Any]:
     return {
-        "name": name, "label": f"The {name}", "main": main, "private": private,
-        "repeats": repeats, "epsilon": 8.0 if private else None,
+        "name": name,
+        "label": f"The {name}",
+        "main": main,
+        "private": private,
+        "repeats": repeats,
+        "epsilon": 8.0 if private else None,
         "delta": 1e-4 if private else None,
         "metrics": {"auc": stat(0.8934, 0.0042), "macro_f1": stat(0.7, 0.01), "accuracy": None},
         "sites": {"Cleveland": stat(0.9, 0.013), "Long Beach": None},
-        "sites_mean": stat(0.88, 0.01), "bytes_up": 123456, "bytes_down": 0, "seconds": 31.2,
+        "sites_mean": stat(0.88, 0.01),
+        "bytes_up": 123456,
+        "bytes_down": 0,
+        "seconds": 31.2,
     }
 
 
 @pytest.fixture
 def result() -> dict[str, Any]:
     return {
-        "format": 1, "recipe": "heart-diagnosis", "title": "Heart disease", "about": "Old data.",
-        "created": "2026-11-21T23:59:00Z", "command": "make demo", "commit": "abc1234",
-        "machine": "2 cores", "seconds": 201.3, "peak_memory_bytes": 2_100_000_000,
-        "versions": {"torch": "2.13.0"}, "contract_sha256": "9f" * 32,
-        "contract_json": "format = 1\n", "model": {"name": "mini", "sha256": "53" * 32},
+        "format": 1,
+        "recipe": "heart-diagnosis",
+        "title": "Heart disease",
+        "about": "Old data.",
+        "created": "2026-11-21T23:59:00Z",
+        "command": "make demo",
+        "commit": "abc1234",
+        "machine": "2 cores",
+        "seconds": 201.3,
+        "peak_memory_bytes": 2_100_000_000,
+        "versions": {"torch": "2.13.0"},
+        "contract_sha256": "9f" * 32,
+        "contract_json": "format = 1\n",
+        "model": {"name": "mini", "sha256": "53" * 32},
         "data": {
-            "name": "UCI", "sha256": "77" * 32, "source": "https://example.org/data",
+            "name": "UCI",
+            "sha256": "77" * 32,
+            "source": "https://example.org/data",
             "sites": [{"site": site, "train": 2280, "test": 76} for site in SITES],
         },
         "privacy": {
-            "unit": "record", "adjacency": "add or remove one record", "epsilon": 8.0,
-            "delta": 1e-4, "accountant": "RDP", "noise": "ChaCha20", "insecure": False,
+            "unit": "record",
+            "adjacency": "add or remove one record",
+            "epsilon": 8.0,
+            "delta": 1e-4,
+            "accountant": "RDP",
+            "noise": "ChaCha20",
+            "insecure": False,
             "sites": [{"site": site, "epsilon": 7.987, "delta": 1e-4} for site in SITES],
         },
         "metric": {"name": "auc", "label": "AUC", "higher_is_better": True},
@@ -58,9 +81,14 @@ def result() -> dict[str, Any]:
             arm("federated-lora", private=True, main=True),
         ],
         "curve": [
-            {"round": r, "phase": "head" if r < 3 else "head+adapter",
-             "metric": 0.6 + r / 20 if r % 2 else None, "loss": 0.6, "seconds": 0.4,
-             "epsilon": dict.fromkeys(SITES, 2.0 * r - 0.013)}
+            {
+                "round": r,
+                "phase": "head" if r < 3 else "head+adapter",
+                "metric": 0.6 + r / 20 if r % 2 else None,
+                "loss": 0.6,
+                "seconds": 0.4,
+                "epsilon": dict.fromkeys(SITES, 2.0 * r - 0.013),
+            }
             for r in (1, 2, 3, 4)
         ],
     }
@@ -73,7 +101,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
-        self.feed(page[: page.index("<style>")] + page[page.index("</style>"):])
+        self.feed(page[: page.index("<style>")] + page[page.index("</style>") :])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -117,9 +145,25 @@ def test_the_file_loads_nothing_and_runs_nothing(result: dict[str, Any], tmp_pat
 
 def test_the_verdict_comes_first(result: dict[str, Any]) -> None:
     text = Page(render(result)).text
-    order = ["Verdict", "usable", "AUC 0.89", "1 warning", "Few test rows.", "1e-4 (RDP)",
-             "Runs", "by round", "Privacy spent", "of each arm", "Unit", "Left each site",
-             "Training records", "9f" * 32, "Limits", "make demo", "format = 1"]
+    order = [
+        "Verdict",
+        "usable",
+        "AUC 0.89",
+        "1 warning",
+        "Few test rows.",
+        "1e-4 (RDP)",
+        "Runs",
+        "by round",
+        "Privacy spent",
+        "of each arm",
+        "Unit",
+        "Left each site",
+        "Training records",
+        "9f" * 32,
+        "Limits",
+        "make demo",
+        "format = 1",
+    ]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
 
@@ -151,8 +195,20 @@ def test_hostile_text_stays_text(result: dict[str, Any]) -> None:
     assert "49" not in page.text
 
 
-@pytest.mark.parametrize("place", ["title", "about", "recipe", "created", "command", "commit",
-                                   "machine", "contract_sha256", "contract_json"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "title",
+        "about",
+        "recipe",
+        "created",
+        "command",
+        "commit",
+        "machine",
+        "contract_sha256",
+        "contract_json",
+    ],
+)
 def test_each_text_of_the_run_is_shown_and_escaped(result: dict[str, Any], place: str) -> None:
     result[place] = "<i>&x"
     page = render(result)
@@ -189,7 +245,7 @@ def test_epsilon_stands_with_delta_accountant_and_unit(result: dict[str, Any]) -
     assert "Cleveland 7.99 8.00 1e-4 RDP record" in text
     assert text.count("budget: ε = 8.00 (δ = 1e-4, RDP)") == 1
     for found in re.finditer(r"ε (≤|=) [0-9]", text):
-        assert re.match(r"ε . 8\.00,? \(?δ = 1e-4,? \(?RDP\)", text[found.start():]), found
+        assert re.match(r"ε . 8\.00,? \(?δ = 1e-4,? \(?RDP\)", text[found.start() :]), found
 
 
 @pytest.mark.parametrize("lacking", ["delta", "accountant"])
@@ -305,12 +361,23 @@ def test_a_failed_write_leaves_the_old_report(result: dict[str, Any], tmp_path: 
 
 def test_numbers_as_they_are_written() -> None:
     assert [number(None), number(float("nan")), number(float("inf")), number(-0.5, 1)] == [
-        "–", "–", "∞", "−0.5"
+        "–",
+        "–",
+        "∞",
+        "−0.5",
     ]
     assert [small(1e-4), small(2.5e-6), small(1e-5), small(None)] == ["1e-4", "2.5e-6", "1e-5", "–"]
     assert [size(0), size(999), size(123456), size(2.1e9), size(None)] == [
-        "0 B", "999 B", "123 kB", "2.1 GB", "–"
+        "0 B",
+        "999 B",
+        "123 kB",
+        "2.1 GB",
+        "–",
     ]
     assert [duration(0.4), duration(31.2), duration(201.3), duration(7260), duration(None)] == [
-        "0.4 s", "31 s", "3 min 21 s", "2 h 1 min", "–"
+        "0.4 s",
+        "31 s",
+        "3 min 21 s",
+        "2 h 1 min",
+        "–",
     ]

@@ -29,16 +29,32 @@ Fresh = Callable[[str], Federation]
 
 @pytest.fixture(params=["masked", "plain"])
 def fresh(
-    request: pytest.FixtureRequest, table_contract: Contract, tmp_path: Path,
+    request: pytest.FixtureRequest,
+    table_contract: Contract,
+    tmp_path: Path,
     write_rows: Callable[..., Path],
 ) -> Fresh:
     """fresh(name) -> four sites with seeded noise, the same each time."""
 
     def new(name: str) -> Federation:
-        contract = released_contract(table_contract).changed(phases=[
-            {"trains": "head", "rounds": 2, "sampling_rate": 0.5, "budget": 0.5, "head_rate": 0.5},
-            {"trains": "head", "rounds": 2, "sampling_rate": 0.3, "budget": 0.5, "head_rate": 0.2},
-        ])
+        contract = released_contract(table_contract).changed(
+            phases=[
+                {
+                    "trains": "head",
+                    "rounds": 2,
+                    "sampling_rate": 0.5,
+                    "budget": 0.5,
+                    "head_rate": 0.5,
+                },
+                {
+                    "trains": "head",
+                    "rounds": 2,
+                    "sampling_rate": 0.3,
+                    "budget": 0.5,
+                    "head_rate": 0.2,
+                },
+            ]
+        )
         federation = Federation(contract, tmp_path / name, write_rows)
         if request.param == "plain":
             federation.contract = federation.contract.changed(secure_aggregation=None)
@@ -131,14 +147,18 @@ def test_a_run_that_dies_before_its_release_is_released_when_it_is_taken_up(
     assert same(again.registry.adapter(), again.iterate.adapter)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "adapter.safetensors").write_bytes(b"x"),
-    lambda folder: (folder / "state.safetensors").unlink(),
-    lambda folder: (folder / "round.json").write_text("{"),
-    lambda folder: (folder / "round.json").write_text("{}"),
-    lambda folder: (folder / "round.json").write_text("[1]"),
-    lambda folder: os.truncate(folder / "adapter.safetensors", 100),
-], ids=["other bytes", "no state", "half JSON", "no facts", "a list", "cut short"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "adapter.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "state.safetensors").unlink(),
+        lambda folder: (folder / "round.json").write_text("{"),
+        lambda folder: (folder / "round.json").write_text("{}"),
+        lambda folder: (folder / "round.json").write_text("[1]"),
+        lambda folder: os.truncate(folder / "adapter.safetensors", 100),
+    ],
+    ids=["other bytes", "no state", "half JSON", "no facts", "a list", "cut short"],
+)
 def test_a_damaged_round_is_said_and_the_one_before_is_used(
     fresh: Fresh, damage: Callable[[Path], Any]
 ) -> None:
@@ -150,8 +170,9 @@ def test_a_damaged_round_is_said_and_the_one_before_is_used(
     damage(federation.folder / "run" / "rounds" / "0002")
     run = server(federation, resume=True)
     assert run.number == 2
-    events = [json.loads(e) for e in (run.registry.folder / "events.jsonl").read_text().split("\n")
-              if e]
+    events = [
+        json.loads(e) for e in (run.registry.folder / "events.jsonl").read_text().split("\n") if e
+    ]
     assert [e["round"] for e in events if e["event"] == "damaged"] == [2]
     assert any((run.registry.folder / "rounds").glob(".damaged-0002-*"))
     # The sites answer what is asked again with their stored bytes; nothing is paid twice.
@@ -203,7 +224,9 @@ def test_a_site_that_comes_back_is_in_no_sum_that_was_asked_for_without_it(
     run = server(federation, resume=True)
     assert play(run, federation.handles())
     assert [f["sites"] for f in run.registry.rounds()] == [
-        sorted(set(SITES) - {"west"}), sorted(SITES), sorted(SITES)
+        sorted(set(SITES) - {"west"}),
+        sorted(SITES),
+        sorted(SITES),
     ]
 
 
@@ -274,9 +297,7 @@ def test_the_stored_agreement_holds_what_passed_through_the_server_and_no_more(
 
 
 @pytest.fixture
-def masked(
-    table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
-) -> Federation:
+def masked(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]) -> Federation:
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_rate": 0.5}]
     )
@@ -325,8 +346,10 @@ def test_a_masked_round_whose_charged_replies_are_lost_is_given_up_and_the_run_g
     for site in SITES:
         assert rounds_charged(masked, site) == [1, 2, 3, 4]
     # The adapter that the lost round began with is that of the next round.
-    adapters = [load_file(run.registry.folder / "rounds" / f"{n:04d}" / "adapter.safetensors")
-                for n in (1, 2, 3)]
+    adapters = [
+        load_file(run.registry.folder / "rounds" / f"{n:04d}" / "adapter.safetensors")
+        for n in (1, 2, 3)
+    ]
     assert same(adapters[1], adapters[0])
     assert not same(adapters[2], adapters[1])
 

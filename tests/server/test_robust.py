@@ -21,15 +21,18 @@ def crowd(rng: np.random.Generator, honest: int) -> dict[str, Arrays]:
         f"h{k}": {
             "head.weight": (1 + 0.1 * rng.standard_normal((2, 4))).astype(np.float32),
             "head.bias": (1 + 0.1 * rng.standard_normal(2)).astype(np.float32),
-        } for k in range(honest)
+        }
+        for k in range(honest)
     }
 
 
 def vectors(updates: dict[str, Arrays]) -> np.ndarray:
-    return np.stack([
-        np.concatenate([updates[s][n].ravel() for n in sorted(updates[s])])
-        for s in sorted(updates)
-    ]).astype(np.float64)
+    return np.stack(
+        [
+            np.concatenate([updates[s][n].ravel() for n in sorted(updates[s])])
+            for s in sorted(updates)
+        ]
+    ).astype(np.float64)
 
 
 @FUZZ
@@ -63,8 +66,10 @@ def test_scores_and_trimmed_means_are_those_of_the_papers(seed: int, f: int) -> 
 def test_a_long_update_is_cut_and_a_short_one_is_not() -> None:
     found = robust.cut(np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]), 1.0)
     np.testing.assert_allclose(found, [[0.6, 0.8], [0.3, 0.4], [0, 0]])
-    updates = {"a": {"head.bias": np.array([30, 40], np.float32)},
-               "b": {"head.bias": np.array([0, 0], np.float32)}}
+    updates = {
+        "a": {"head.bias": np.array([30, 40], np.float32)},
+        "b": {"head.bias": np.array([0, 0], np.float32)},
+    }
     mean = robust.combined(updates, Robust(rule="norm", most=1.0))["head.bias"]
     np.testing.assert_allclose(mean, [0.3, 0.4], rtol=1e-6)
 

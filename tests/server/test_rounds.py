@@ -22,9 +22,7 @@ from silotune.common.messages import Arrays, Describe, Description, Message, Ref
 from silotune.server.registry import Registry
 from silotune.server.rounds import RoundFacts, Run
 
-RECIPE = (
-    Path(__file__).parents[2] / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
-)
+RECIPE = Path(__file__).parents[2] / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
 # age: young, old, missing; smoker: yes, no, missing.
 SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
 Start = Callable[..., Run]
@@ -51,8 +49,13 @@ def start(tmp_path: Path, table_contract: Contract) -> Start:
 def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any) -> bytes:
     """A site's reply to the open round; `changes` replaces header fields."""
     fields: dict[str, Any] = {
-        "contract": run.contract.hash, "site": site, "run": run.run_id, "round": run.number,
-        "attempt": 1, "epsilon": 1.0, "metrics": {},
+        "contract": run.contract.hash,
+        "site": site,
+        "run": run.run_id,
+        "round": run.number,
+        "attempt": 1,
+        "epsilon": 1.0,
+        "metrics": {},
         "request": run.digest(changes.get("attempt", 1)),
         "receipt": {"sequence": run.number, "head": "0" * 64, "signature": "0" * 128},
     }
@@ -106,8 +109,11 @@ def test_identify(start: Start) -> None:
     assert run.identify(described()) == "north"
     refusal = Refusal(contract=run.contract.hash, site="north", code="E201", incident="0" * 16)
     for wire, code in [
-        (described(contract="0" * 64), "E503"), (b"", "E401"), (update(run, "north"), "E503"),
-        (messages.pack(Message(refusal)), "E201"), (run.describe(), "E503"),
+        (described(contract="0" * 64), "E503"),
+        (b"", "E401"),
+        (update(run, "north"), "E503"),
+        (messages.pack(Message(refusal)), "E201"),
+        (run.describe(), "E503"),
     ]:
         with pytest.raises(ProtocolError) as caught:
             run.identify(wire)
@@ -120,9 +126,9 @@ def test_a_node_that_claims_a_sites_name_is_not_that_site(
     """A registered node is some site; which one, only the roster's key can say."""
     key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw().hex()
-    run = start(table_contract.changed(
-        sites=[{"name": "north", "public_key": public}, {"name": "south"}]
-    ))
+    run = start(
+        table_contract.changed(sites=[{"name": "north", "public_key": public}, {"name": "south"}])
+    )
     asked = messages.unpack(run.describe()).header
     assert isinstance(asked, Describe)
     earlier = messages.unpack(start(run.contract).describe()).header
@@ -135,7 +141,8 @@ def test_a_node_that_claims_a_sites_name_is_not_that_site(
 
     assert run.identify(described(key, "north", asked.challenge)) == "north"
     for by, site, challenge in (
-        (other, "north", asked.challenge), (key, "south", asked.challenge),
+        (other, "north", asked.challenge),
+        (key, "south", asked.challenge),
         (key, "north", earlier.challenge),
     ):
         with pytest.raises(ProtocolError, match="not signed by that site's key"):
@@ -181,18 +188,29 @@ BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
     "float64": (float64, "E502"),
     "no arrays": (lambda run, site: update(run, site, {}), "E502"),
     "one array": (
-        lambda run, site: update(run, site, {"head.bias": np.ones(2, np.float32)}), "E502"),
+        lambda run, site: update(run, site, {"head.bias": np.ones(2, np.float32)}),
+        "E502",
+    ),
     "one more": (
-        lambda run, site: update(run, site, filled(1.0) | {"x": np.ones(1, np.float32)}), "E502"),
+        lambda run, site: update(run, site, filled(1.0) | {"x": np.ones(1, np.float32)}),
+        "E502",
+    ),
     "other names": (
-        lambda run, site: update(run, site, {n + "_": a for n, a in filled(1.0).items()}), "E502"),
+        lambda run, site: update(run, site, {n + "_": a for n, a in filled(1.0).items()}),
+        "E502",
+    ),
     "transposed": (
-        lambda run, site: update(run, site, {n: a.T for n, a in filled(1.0).items()}), "E502"),
+        lambda run, site: update(run, site, {n: a.T for n, a in filled(1.0).items()}),
+        "E502",
+    ),
     "broadcasts": (
-        lambda run, site: update(run, site, {n: a[:1] for n, a in filled(1.0).items()}), "E502"),
+        lambda run, site: update(run, site, {n: a[:1] for n, a in filled(1.0).items()}),
+        "E502",
+    ),
     "flat": (
         lambda run, site: update(run, site, {n: a.ravel() for n, a in filled(1.0).items()}),
-        "E502"),
+        "E502",
+    ),
     "another contract": (lambda run, site: update(run, site, contract="0" * 64), "E503"),
     "another run": (lambda run, site: update(run, site, run="run-2"), "E503"),
     "the next round": (lambda run, site: update(run, site, round=2), "E503"),
@@ -200,15 +218,15 @@ BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
     "another site": (lambda run, site: update(run, "south"), "E503"),
     "a stranger": (lambda run, site: update(run, "west"), "E503"),
     "the request": (lambda run, site: run.request("north"), "E503"),
-    "a description": (
-        lambda run, site: messages.pack(
-            Message(description(run, site))), "E503"),
+    "a description": (lambda run, site: messages.pack(Message(description(run, site))), "E503"),
     "refusal": (refusal, "E210"),
     "incident": (lambda run, site: refusal(run, site, "E500"), "E500"),
     "stranger's refusal": (
         lambda run, site: messages.pack(
-            Message(Refusal(contract="0" * 64, site=site, code="E210", incident="ab" * 8))),
-        "E503"),
+            Message(Refusal(contract="0" * 64, site=site, code="E210", incident="ab" * 8))
+        ),
+        "E503",
+    ),
 }
 
 
@@ -371,8 +389,10 @@ def test_the_order_of_replies_changes_no_bit(start: Start, table_contract: Contr
     )
     rng = np.random.default_rng(0)
     updates = [
-        {s.name: {n: rng.standard_normal(x).astype(np.float32) for n, x in SHAPES.items()}
-         for s in three.sites}
+        {
+            s.name: {n: rng.standard_normal(x).astype(np.float32) for n, x in SHAPES.items()}
+            for s in three.sites
+        }
         for _ in range(three.rounds)
     ]
     released = []
@@ -527,10 +547,12 @@ KEYS = {name: Ed25519PrivateKey.generate() for name in ("north", "south")}
 
 @pytest.fixture
 def keyed(table_contract: Contract) -> Contract:
-    return table_contract.changed(sites=[
-        {"name": name, "public_key": key.public_key().public_bytes_raw().hex()}
-        for name, key in KEYS.items()
-    ])
+    return table_contract.changed(
+        sites=[
+            {"name": name, "public_key": key.public_key().public_bytes_raw().hex()}
+            for name, key in KEYS.items()
+        ]
+    )
 
 
 def receipt(site: str, number: int, head: str = "0" * 64, **more: str) -> dict[str, Any]:
@@ -567,9 +589,9 @@ def test_a_receipt_is_checked_with_the_rosters_key(start: Start, keyed: Contract
     run = start(keyed)
     run.begin()
     for forged in (
-        receipt("north", 3, signature="0" * 128), receipt("south", 3), receipt("north", 3) | {
-            "sequence": 10**9
-        },
+        receipt("north", 3, signature="0" * 128),
+        receipt("south", 3),
+        receipt("north", 3) | {"sequence": 10**9},
     ):
         run.accept("north", 1, signed(run, "north", 3, receipt=forged))
         assert messages.unpack(run.request("north")).header.receipt is None
@@ -593,9 +615,13 @@ def test_an_update_that_was_changed_on_its_way_does_not_count(
 
     other = messages.pack(messages.signed(whole, KEYS["south"].sign))
     for forged in (
-        changed(filled(1.0000001)), changed(epsilon=0.5), changed(request="0" * 64),
+        changed(filled(1.0000001)),
+        changed(epsilon=0.5),
+        changed(request="0" * 64),
         changed(receipt=messages.Receipt(**receipt("north", 2))),
-        changed(signature="0" * 128), changed(signature=receipt("north", 3)["signature"]), other,
+        changed(signature="0" * 128),
+        changed(signature=receipt("north", 3)["signature"]),
+        other,
         update(run, "north", receipt=receipt("north", 3)),
     ):
         run.accept("north", 1, forged)
@@ -621,9 +647,7 @@ def test_an_update_of_another_run_of_the_same_name_does_not_count(
     assert len(events(again, "rejected")) == 1
 
 
-def test_a_norm_beyond_the_contracts_does_not_count(
-    start: Start, table_contract: Contract
-) -> None:
+def test_a_norm_beyond_the_contracts_does_not_count(start: Start, table_contract: Contract) -> None:
     norm = float(np.sqrt(sum(np.sum(a**2) for a in filled(1.0).values())))
     for factor, counts in ((0.999, False), (1.0, True), (1.001, True)):
         run = start(table_contract.changed(quorum=1, aggregation={"largest_norm": factor * norm}))
@@ -645,8 +669,10 @@ def test_a_lost_reply_is_asked_for_again_where_the_quorum_needs_it(
                 came = {"north": update(run, "north")} if "north" in asked else {}
                 attempt = messages.unpack(asked["south"]).header.attempt
                 attempts.append(attempt)
-                came["south"] = refusal(run, "south", "E204") if attempt < 3 else update(
-                    run, "south", attempt=3
+                came["south"] = (
+                    refusal(run, "south", "E204")
+                    if attempt < 3
+                    else update(run, "south", attempt=3)
                 )
                 asked = stages.send(came)
         except StopIteration as end:
@@ -685,7 +711,8 @@ def test_an_answer_to_another_attempt_does_not_count(start: Start) -> None:
 
 def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
     return contract.changed(
-        aggregation={"early_stop": {"metric": metric, "patience": patience}}, phases=[
+        aggregation={"early_stop": {"metric": metric, "patience": patience}},
+        phases=[
             {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
             for n in (3, 6)
         ],
@@ -693,15 +720,22 @@ def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.parametrize(("metric", "scores", "rounds"), [
-    ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7),  # the first phase does not count
-    ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
-    ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
-    ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
-    ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
-])
+@pytest.mark.parametrize(
+    ("metric", "scores", "rounds"),
+    [
+        ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7),  # the first phase does not count
+        ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
+        ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
+        ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+        ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+    ],
+)
 def test_a_run_ends_early_by_public_rows(
-    start: Start, table_contract: Contract, metric: str, scores: list[float | None], rounds: int,
+    start: Start,
+    table_contract: Contract,
+    metric: str,
+    scores: list[float | None],
+    rounds: int,
     killed: bool,
 ) -> None:
     contract = early(table_contract, 2, metric)
@@ -750,12 +784,12 @@ def test_receipts_outlive_a_run(keyed: Contract, tmp_path: Path) -> None:
         assert asked.receipt.sequence == 9
 
 
-def test_released_metrics_are_those_of_the_contract(
-    start: Start, table_contract: Contract
-) -> None:
+def test_released_metrics_are_those_of_the_contract(start: Start, table_contract: Contract) -> None:
     contract = table_contract.changed(releases=[{"metric": "loss", "share": 0.1}])
     for metrics, counts in (
-        ({"loss": 0.5}, True), ({}, False), ({"loss": 0.5, "accuracy": 1.0}, False),
+        ({"loss": 0.5}, True),
+        ({}, False),
+        ({"loss": 0.5, "accuracy": 1.0}, False),
     ):
         run = start(contract.changed(quorum=1))
         run.begin()

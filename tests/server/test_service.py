@@ -21,6 +21,7 @@ from silotune.server.service import Service
 def listening(context: ssl.SSLContext | None = None) -> Iterator[int]:
     """A port that somebody listens on, by TLS if there is a context."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def serve() -> None:
             while True:
                 try:
@@ -93,8 +94,13 @@ def test_requests_that_flower_answered_are_not_repeated(tmp_path: Path) -> None:
     lines: list[str] = []
     found = Service(service(tmp_path / "fed").place, Journal("server", write=lines.append))
     begin = "2026-11-30T08:00:00.123Z INFO [uvicorn.access] 127.0.0.1:4 - "
-    for line in (f'{begin}"POST /v1/control/start-run HTTP/1.1" 200', "INFO : started",
-                 f'{begin}"POST /v1/control/start-run HTTP/1.1" 401'):
+    for line in (
+        f'{begin}"POST /v1/control/start-run HTTP/1.1" 200',
+        "INFO : started",
+        f'{begin}"POST /v1/control/start-run HTTP/1.1" 401',
+    ):
         found.repeat("superlink", line)
-    assert lines == ["superlink: INFO : started",
-                     f'superlink: {begin}"POST /v1/control/start-run HTTP/1.1" 401']
+    assert lines == [
+        "superlink: INFO : started",
+        f'superlink: {begin}"POST /v1/control/start-run HTTP/1.1" 401',
+    ]

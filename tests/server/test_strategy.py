@@ -116,11 +116,15 @@ def site(name: str, value: float = 1.0, **changes: Any) -> Node:
         fields: dict[str, Any] = {"contract": request.header.contract, "site": name}
         if not isinstance(request.header, Train):
             return messages.pack(messages.Message(Description(**fields, signature="0" * 128)))
-        fields |= {"run": request.header.run, "round": request.header.round, "attempt": 1,
-                   "request": messages.digest(request.header, request.arrays),
-                   "epsilon": 1.0, "metrics": {},
-                   "receipt": {"sequence": request.header.round, "head": "0" * 64,
-                               "signature": "0" * 128}}
+        fields |= {
+            "run": request.header.run,
+            "round": request.header.round,
+            "attempt": 1,
+            "request": messages.digest(request.header, request.arrays),
+            "epsilon": 1.0,
+            "metrics": {},
+            "receipt": {"sequence": request.header.round, "head": "0" * 64, "signature": "0" * 128},
+        }
         arrays = {n: np.full(a.shape, value, np.float32) for n, a in request.arrays.items()}
         return messages.pack(messages.Message(Update(**(fields | changes)), arrays))
 
@@ -324,18 +328,23 @@ def test_a_late_reply_neither_counts_for_the_next_round_nor_spoils_it(start: Beg
 
 
 def test_nodes_outside_the_roster_take_no_part(start: Begin) -> None:
-    grid = FakeGrid({
-        5: site("west"), 6: always(b"hello"), 7: always(None), 8: always(Error(code=0)),
-        9: always(RecordDict({})), 11: site("north"), 22: site("south"),
-    })
+    grid = FakeGrid(
+        {
+            5: site("west"),
+            6: always(b"hello"),
+            7: always(None),
+            8: always(Error(code=0)),
+            9: always(RecordDict({})),
+            11: site("north"),
+            22: site("south"),
+        }
+    )
     strategy = run_on(start(), grid)
     assert strategy.nodes == {11: "north", 22: "south"}
     assert {node for node, _ in grid.received[7:]} == {11, 22}
 
 
-def test_a_site_that_refuses_takes_no_part(
-    start: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_site_that_refuses_takes_no_part(start: Begin, caplog: pytest.LogCaptureFixture) -> None:
     strategy = start(quorum=1)
     with caplog.at_level(logging.WARNING):
         run_on(strategy, FakeGrid({11: refusing("north"), 22: site("south")}))
@@ -344,10 +353,16 @@ def test_a_site_that_refuses_takes_no_part(
 
 
 def refusing(name: str, code: str = "E201", contract: str = "") -> Node:
-    return lambda wire: messages.pack(messages.Message(Refusal(
-        contract=contract or messages.unpack(wire).header.contract, site=name, code=code,
-        incident="ab" * 8,
-    )))
+    return lambda wire: messages.pack(
+        messages.Message(
+            Refusal(
+                contract=contract or messages.unpack(wire).header.contract,
+                site=name,
+                code=code,
+                incident="ab" * 8,
+            )
+        )
+    )
 
 
 def told(strategy: SilotuneStrategy, kind: str) -> list[dict[str, Any]]:
@@ -360,7 +375,9 @@ def test_a_missing_site_is_named_at_once_and_until_it_comes(start: Begin, clock:
     strategy = run_on(start(deadline_seconds=60.0), grid)
     waiting = told(strategy, "waiting")
     assert [(e["sites"], e["seconds"], e["of"]) for e in waiting] == [
-        (["south"], 0, 60), (["south"], 15, 60), (["south"], 30, 60)
+        (["south"], 0, 60),
+        (["south"], 15, 60),
+        (["south"], 30, 60),
     ]
     assert told(strategy, "absent") == []
     assert committed(strategy) == [["north", "south"]] * 3
@@ -382,10 +399,17 @@ def test_the_code_a_site_answered_is_shown_while_it_is_waited_for_and_after(
     start: Begin, clock: Clock
 ) -> None:
     """Also of a worker that was started for another contract, whose refusals name that one."""
-    strategy = run_on(start(quorum=1), FakeGrid({
-        11: refusing("north", contract="f" * 64), 22: site("south"), 33: always(b""),
-        44: refusing("nobody of the roster", "E210"),
-    }))
+    strategy = run_on(
+        start(quorum=1),
+        FakeGrid(
+            {
+                11: refusing("north", contract="f" * 64),
+                22: site("south"),
+                33: always(b""),
+                44: refusing("nobody of the roster", "E210"),
+            }
+        ),
+    )
     (waiting, *_) = told(strategy, "waiting")
     assert waiting["sites"] == ["north"]
     assert waiting["refused"] == {"north": "E201"}
@@ -398,8 +422,9 @@ def test_the_code_a_site_answered_is_shown_while_it_is_waited_for_and_after(
 def test_below_the_quorum_each_missing_site_has_its_code(start: Begin, clock: Clock) -> None:
     strategy = start(quorum=2, sites=[{"name": n} for n in ("east", "north", "south")])
     with pytest.raises(PeerError) as caught:
-        run_on(strategy, FakeGrid({11: refusing("north", "E213"), 22: site("south"),
-                                   33: always(b"")}))
+        run_on(
+            strategy, FakeGrid({11: refusing("north", "E213"), 22: site("south"), 33: always(b"")})
+        )
     assert str(caught.value) == (
         "1 of 3 sites answered, the quorum is 2. Missing: east (E403), north (E213); "
         "1 connected node without a name (E401)."
@@ -423,9 +448,7 @@ def test_two_nodes_of_one_name_are_no_quorum(start: Begin, clock: Clock) -> None
     with pytest.raises(PeerError) as caught:
         run_on(strategy, FakeGrid({11: site("north"), 12: site("north")}))
     assert caught.value.code == "E402"
-    assert str(caught.value) == (
-        "1 of 2 sites answered, the quorum is 2. Missing: south (E403)."
-    )
+    assert str(caught.value) == ("1 of 2 sites answered, the quorum is 2. Missing: south (E403).")
     assert 5.0 <= clock.now < 6.0
 
 

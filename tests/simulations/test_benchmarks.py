@@ -18,14 +18,19 @@ from silotune.simulations.benchmarks import differences
 
 def test_secure_aggregation_beside_flowers_own(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "silotune.simulations.benchmarks.secagg", "--quick"], cwd=tmp_path,
-        capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-m", "silotune.simulations.benchmarks.secagg", "--quick"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     cells = {(row[0], row[1]) for row in rows if len(row) > 2 and row[2] == "ours"}
     assert cells == {
-        (cell, what) for cell in ("0.1M-3", "0.1M-10", "0.1M-10-20%")
+        (cell, what)
+        for cell in ("0.1M-3", "0.1M-10", "0.1M-10-20%")
         for what in ("client", "server", "bytes")
     }
     # Times depend on the machine; bytes do not: three an entry against eight.
@@ -39,7 +44,8 @@ def test_the_difference_of_two_sums_has_the_noise_of_both(
 ) -> None:
     """Of n sites of one weight it has 2 n - 1 times the variance of one update."""
     contract = table_contract.changed(
-        sites=[{"name": name} for name in ("north", "south", "east")], quorum=3,
+        sites=[{"name": name} for name in ("north", "south", "east")],
+        quorum=3,
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}],
     )
     sites = {

@@ -26,11 +26,14 @@ from silotune.simulations.character_model import (
 )
 from silotune.simulations.recipe import load_recipe
 
-TAGGED = """
+TAGGED = (
+    """
 迈向/v  充满/v  希望/n  的/u  新/a  世纪/n  ——/w  １９９８年/t  ＡＢ/nx  １/２/m
 
 我们/r  十分/m  高兴/a  地/u  通过/p  中央/n  人民/n  广播/vn  电台/n  向/p  大家/r  问候/vn  。/w
-""" * 400
+"""
+    * 400
+)
 TINY = Settings(
     known=60, hidden=32, layers=1, heads=2, inner=64, steps=150, tokens=1024, rate=1e-2, seconds=0
 )
@@ -55,7 +58,16 @@ def text(words: list[str], tokenizer: PreTrainedTokenizerFast) -> Text:
 
 def test_words_lose_their_tags_and_take_the_tokenizers_form(words: list[str]) -> None:
     assert words[:10] == [
-        "迈向", "充满", "希望", "的", "新", "世纪", "——", "1998年", "ab", "1/2",
+        "迈向",
+        "充满",
+        "希望",
+        "的",
+        "新",
+        "世纪",
+        "——",
+        "1998年",
+        "ab",
+        "1/2",
     ]
     assert len(words) == 400 * 23
 
@@ -63,7 +75,18 @@ def test_words_lose_their_tags_and_take_the_tokenizers_form(words: list[str]) ->
 def test_a_character_is_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
     found = tokenizer("我们 １９９８ 鄙Ab。")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(found) == [
-        "[CLS]", "我", "们", "1", "9", "9", "8", "[UNK]", "a", "b", "。", "[SEP]",
+        "[CLS]",
+        "我",
+        "们",
+        "1",
+        "9",
+        "9",
+        "8",
+        "[UNK]",
+        "a",
+        "b",
+        "。",
+        "[SEP]",
     ]
     assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
 

@@ -175,13 +175,21 @@ def test_a_source_archive_is_read_and_every_hash_checked(
 ) -> None:
     hashes = [hashlib.sha256(text).hexdigest() for text in (b"good\n", b"bad\n")]
     source = data.Source(
-        "texts", "texts==1", "texts-1/t", ("a.txt", "b.txt"), hashes[0], "", "",
+        "texts",
+        "texts==1",
+        "texts-1/t",
+        ("a.txt", "b.txt"),
+        hashes[0],
+        "",
+        "",
         others=(hashes[1],),
     )
     monkeypatch.setitem(data.SOURCES, "texts", source)
     index_of(
-        monkeypatch, "texts==1", "texts-1.tar.gz",
-        {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"}
+        monkeypatch,
+        "texts==1",
+        "texts-1.tar.gz",
+        {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"},
     )
     folder = data.fetch("texts")
     assert (folder / "b.txt").read_text() == "bad\n"
@@ -265,7 +273,8 @@ class Index:
         marker = str(self.marker)
         members = {
             "poems-1/PKG-INFO": b"Metadata-Version: 2.1\nName: poems\nVersion: 1\n",
-            "poems-1/pyproject.toml": PROJECT.encode(), "poems-1/text/poem.txt": POEM,
+            "poems-1/pyproject.toml": PROJECT.encode(),
+            "poems-1/text/poem.txt": POEM,
             "poems-1/backend.py": BACKEND.format(marker=marker).encode(),
             "poems-1/setup.py": SETUP.format(marker=marker).encode(),
         }
@@ -319,9 +328,18 @@ def test_a_source_archives_code_does_not_run(index: Index) -> None:
 def test_pip_itself_would_run_that_code(index: Index, tmp_path: Path) -> None:
     """What the test above is worth: `pip download` runs the build backend of this archive."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(tmp_path / "to"),
-         "poems==1"],
-        capture_output=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--dest",
+            str(tmp_path / "to"),
+            "poems==1",
+        ],
+        capture_output=True,
+        check=False,
     )
     assert index.marker.exists()
 
@@ -352,9 +370,7 @@ def test_the_archive_with_the_right_hash_is_taken_of_several_with_one_name(
     assert other.sha256 != index.sha256
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", other.pages.as_uri())
     assert data.fetch("poems").is_dir()
-    monkeypatch.setitem(
-        data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", other.sha256)
-    )
+    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", other.sha256))
     shutil.rmtree(tmp_path / "home")
     assert data.fetch("poems").is_dir()
 
@@ -405,7 +421,8 @@ def test_a_file_that_no_index_has_is_one_sentence(
 
 def test_every_source_on_an_index_has_its_archive() -> None:
     requirements = {
-        source.requirement for source in data.SOURCES.values()
+        source.requirement
+        for source in data.SOURCES.values()
         if source.requirement not in (data.LAID, data.SHIPPED)
     }
     assert requirements == set(data.ARCHIVES)

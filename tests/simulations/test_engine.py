@@ -35,7 +35,9 @@ def new_workers(contract: Contract, write_rows: Rows, folder: Path) -> list[Work
     return [
         Worker(
             permitting(contract, s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None),
-            contract, Ledger.in_memory(s.name), insecure_seed=5,
+            contract,
+            Ledger.in_memory(s.name),
+            insecure_seed=5,
         )
         for i, s in enumerate(contract.sites)
     ]

@@ -27,7 +27,9 @@ def test_a_contract_without_keys_and_the_records_of_each_site(tmp_path: Path) ->
     assert set(rows) == set(sites)
     assert sum(rows.values()) + len(records.read(tmp_path / "data/test.csv", contract)) == 920
     assert sorted(f.name for f in (tmp_path / "data").iterdir()) == [
-        "contract.json", "records", "test.csv"
+        "contract.json",
+        "records",
+        "test.csv",
     ]
 
 

@@ -13,16 +13,31 @@ from silotune.common.errors import DataError
 from silotune.simulations import data, gguf_model
 
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm", "embed_tokens": "token_embd",
-    "model.norm": "output_norm", "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
 }
 CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
 )
 
 
@@ -105,7 +120,9 @@ def test_the_packaged_model_speaks() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
     answer = tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)

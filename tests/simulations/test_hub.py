@@ -40,16 +40,25 @@ def served(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             name = path.rsplit("/", maxsplit=1)[-1]
             kind = "application/json"
             if path.startswith("/api/models/acme/tiny/tree/"):
-                content = json.dumps([
-                    {"type": "file", "path": name, "size": len(own), "oid": "0" * 40}
-                    for name, own in files.items()
-                ]).encode()
+                content = json.dumps(
+                    [
+                        {"type": "file", "path": name, "size": len(own), "oid": "0" * 40}
+                        for name, own in files.items()
+                    ]
+                ).encode()
             elif path.startswith("/api/models/acme/tiny"):
-                content = json.dumps({
-                    "_id": "1", "id": "acme/tiny", "sha": COMMIT, "private": False,
-                    "downloads": 0, "likes": 0, "tags": [],
-                    "siblings": [{"rfilename": name} for name in files],
-                }).encode()
+                content = json.dumps(
+                    {
+                        "_id": "1",
+                        "id": "acme/tiny",
+                        "sha": COMMIT,
+                        "private": False,
+                        "downloads": 0,
+                        "likes": 0,
+                        "tags": [],
+                        "siblings": [{"rfilename": name} for name in files],
+                    }
+                ).encode()
             elif path.startswith(f"/acme/tiny/resolve/{COMMIT}/") and name in files:
                 content, kind = files[name], "application/octet-stream"
             else:
@@ -85,11 +94,19 @@ def fetch(endpoint: str, home: Path, name: str) -> subprocess.CompletedProcess[s
     """In a process of its own: the hub's client reads its address once."""
     return subprocess.run(
         [Path(sys.executable).parent / "silotune", "data", "fetch", name],
-        env=os.environ | {
-            "HF_ENDPOINT": endpoint, "SILOTUNE_HOME": str(home), "HF_HOME": str(home / "hf"),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        env=os.environ
+        | {
+            "HF_ENDPOINT": endpoint,
+            "SILOTUNE_HOME": str(home),
+            "HF_HOME": str(home / "hf"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
         },
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 

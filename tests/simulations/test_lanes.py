@@ -33,8 +33,13 @@ def test_a_run_on_three_lanes_is_the_run_on_one(tmp_path: Path) -> None:
         for seed, site in enumerate(SITES):
             file = tiny.write(tmp_path / f"{site}.csv", tiny.rows_of("classification", 24, seed))
             policy = permitting(contract, site, file, tiny.folder_of("bert"), EXACT)
-            workers[site] = Worker(policy, contract, Ledger.in_memory(site, keys[site]),
-                                   insecure_seed=seed, lane=lanes.of[site])
+            workers[site] = Worker(
+                policy,
+                contract,
+                Ledger.in_memory(site, keys[site]),
+                insecure_seed=seed,
+                lane=lanes.of[site],
+            )
         assert len({id(worker.model) for worker in workers.values()}) == count
         handles = {site: worker.handle for site, worker in workers.items()}
         run = Run(contract, Registry.create(tmp_path / str(count), contract), "r", initial)

@@ -41,9 +41,12 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
         federation = Federation(contract, tmp_path / str(count), write_rows, **SECURE | secure)
         if clear:
             # Without keys, for what `lying` sends is not signed anew.
-            federation.contract = federation.contract.changed(secure_aggregation=None, sites=[
-                {"name": site.name, "weight": site.weight} for site in federation.contract.sites
-            ])
+            federation.contract = federation.contract.changed(
+                secure_aggregation=None,
+                sites=[
+                    {"name": site.name, "weight": site.weight} for site in federation.contract.sites
+                ],
+            )
             for site in SITES:
                 federation.restart(site)
         handles = federation.handles()
@@ -53,7 +56,8 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
                 handles[site] = lying(handles[site], poison)
             else:
                 federation.workers[site].masking = LyingMasking(
-                    federation.contract, site, federation.ledgers[site].sign, poison)
+                    federation.contract, site, federation.ledgers[site].sign, poison
+                )
         run = federation.run(evaluate=None)
         for _ in range(rounds):
             carry_out(run.stages(handles), handles)
@@ -114,18 +118,29 @@ def test_a_lie_of_the_sums_bound_needs_masks() -> None:
 def study() -> Study:
     secure = {"bound": 8.0, "colluders": 1, "threshold": 5}
     sign, gate = {"kind": "sign", "factor": 100.0}, {"metric": "accuracy", "most": 0.2}
-    return Study.model_validate({
-        "title": "lies", "recipe": "small", "repeats": 1, "sites": 5, "epsilons": [50.0],
-        "partitions": {"alike": {"kind": "iid"}},
-        "arms": {
-            "honest": {"masked": True, "contract": {"secure_aggregation": secure}},
-            "sign": {"masked": True, "poison": sign, "contract": {"secure_aggregation": secure}},
-            "gate": {
-                "masked": True, "poison": sign | {"every": 2},
-                "contract": {"secure_aggregation": secure, "aggregation": {"gate": gate}},
+    return Study.model_validate(
+        {
+            "title": "lies",
+            "recipe": "small",
+            "repeats": 1,
+            "sites": 5,
+            "epsilons": [50.0],
+            "partitions": {"alike": {"kind": "iid"}},
+            "arms": {
+                "honest": {"masked": True, "contract": {"secure_aggregation": secure}},
+                "sign": {
+                    "masked": True,
+                    "poison": sign,
+                    "contract": {"secure_aggregation": secure},
+                },
+                "gate": {
+                    "masked": True,
+                    "poison": sign | {"every": 2},
+                    "contract": {"secure_aggregation": secure, "aggregation": {"gate": gate}},
+                },
             },
-        },
-    })
+        }
+    )
 
 
 @pytest.fixture
@@ -171,15 +186,17 @@ def test_what_a_cell_asks_for_is_the_bound_and_not_the_keys(study: Study, recipe
     wide = study.model_dump()
     wide["arms"]["sign"]["contract"]["secure_aggregation"]["bound"] = 9.0
     assert hashes(study) == hashes(study)
-    same = [a == b for a, b in zip(
-        hashes(study), hashes(Study.model_validate(wide)), strict=True)]
+    same = [a == b for a, b in zip(hashes(study), hashes(Study.model_validate(wide)), strict=True)]
     assert same == [True, False, True]
 
 
-@pytest.mark.parametrize(("arm", "why"), [
-    ({"masked": True, "rows": "alone"}, "masks are of sites together"),
-    ({"contract": {"secure_aggregation": {"bound": 1.0}}}, "goes with masked = true"),
-])
+@pytest.mark.parametrize(
+    ("arm", "why"),
+    [
+        ({"masked": True, "rows": "alone"}, "masks are of sites together"),
+        ({"contract": {"secure_aggregation": {"bound": 1.0}}}, "goes with masked = true"),
+    ],
+)
 def test_arms_that_cannot_be_masked_are_refused(arm: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Study.model_validate({"title": "x", "recipe": "small", "arms": {"one": arm}})

@@ -31,9 +31,24 @@ from tests.common.test_reading import csv_text, json_text, write_parquet, write_
 Ran = tuple[int, str, str]
 SILOTUNE = Path(sys.executable).parent / "silotune"
 ANSWERS = [
-    "--task", "classification", "--label", "status", "--labels", "good,bad",
-    "--column", "age: 25, 30, 40", "--column", "home: rent, own",
-    "--site", "bank-a", "--site", "bank-b", "--site", "bank-c", "--records", "100",
+    "--task",
+    "classification",
+    "--label",
+    "status",
+    "--labels",
+    "good,bad",
+    "--column",
+    "age: 25, 30, 40",
+    "--column",
+    "home: rent, own",
+    "--site",
+    "bank-a",
+    "--site",
+    "bank-b",
+    "--site",
+    "bank-c",
+    "--records",
+    "100",
 ]
 
 
@@ -72,11 +87,28 @@ def test_three_commands(table: Path) -> None:
     for words in (
         ["contract", "new", "--from", "loans.csv", "--out", "loans.toml", *ANSWERS],
         ["contract", "validate", "loans.toml"],
-        ["sim", "run", "loans.toml", "data=loans.csv", "site_column=branch", "repeats=1",
-         "cheap_repeats=1", "arms=pooled-no-dp", "--out", "run", "--json"],
+        [
+            "sim",
+            "run",
+            "loans.toml",
+            "data=loans.csv",
+            "site_column=branch",
+            "repeats=1",
+            "cheap_repeats=1",
+            "arms=pooled-no-dp",
+            "--out",
+            "run",
+            "--json",
+        ],
     ):
-        done = subprocess.run([SILOTUNE, *words], cwd=table.parent, capture_output=True, text=True,
-                              timeout=300, check=False)
+        done = subprocess.run(
+            [SILOTUNE, *words],
+            cwd=table.parent,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert {s["site"] for s in result["data"]["sites"]} == {"bank-a", "bank-b", "bank-c"}
@@ -141,9 +173,19 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.csv"))}
 
 
-@pytest.mark.parametrize("name", [
-    "a.csv", "a.tsv", "a.csv.gz", "a.xlsx", "a.jsonl", "a.parquet", "utf16.csv", "cp1252.csv",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.csv",
+        "a.tsv",
+        "a.csv.gz",
+        "a.xlsx",
+        "a.jsonl",
+        "a.parquet",
+        "utf16.csv",
+        "cp1252.csv",
+    ],
+)
 def test_every_kind_of_file_is_split_like_the_plain_one(
     table: Path, tmp_path: Path, contract_of: Callable[..., Path], name: str
 ) -> None:
@@ -171,24 +213,35 @@ def test_every_kind_of_file_is_split_like_the_plain_one(
 
 WRONG = {
     "empty.csv": (b"", "E304 Data file empty.csv is empty"),
-    "ragged.csv": (b"age,home,branch,status\n" + b"30,rent,bank-a,good\n30,rent\n" * 9,
-                   "4 fields are expected: rows 3, 5"),
-    "twice.csv": (b"age,home,branch,status,age\n" + b"30,rent,bank-a,good,3\n" * 9,
-                  "Column 'age' stands twice in the header of twice.csv"),
-    "latin1.csv": ("age,home,branch,status\n30,rent,bank-a,goodé\n".encode("latin-1"),
-                   "set encoding='latin-1'"),
+    "ragged.csv": (
+        b"age,home,branch,status\n" + b"30,rent,bank-a,good\n30,rent\n" * 9,
+        "4 fields are expected: rows 3, 5",
+    ),
+    "twice.csv": (
+        b"age,home,branch,status,age\n" + b"30,rent,bank-a,good,3\n" * 9,
+        "Column 'age' stands twice in the header of twice.csv",
+    ),
+    "latin1.csv": (
+        "age,home,branch,status\n30,rent,bank-a,goodé\n".encode("latin-1"),
+        "set encoding='latin-1'",
+    ),
     "lines.jsonl": (b'{"age": 1\n', "a line is no JSON object: row 1"),
     "open.csv": (b'age,home,branch,status\n30,"rent,bank-a,good\n', "starts on line 2"),
     "a.zip": (b"PK", ".zip files are not read. Unpack it first"),
-    "one.csv": (b"age,home,branch,status\n" + b"".join(
-        b"%d,rent,bank-%c,good\n" % (20 + i, b"abc"[i % 3]) for i in range(60)),
-        "do not define AUC: column 'status' is the same in all of them"),
+    "one.csv": (
+        b"age,home,branch,status\n"
+        + b"".join(b"%d,rent,bank-%c,good\n" % (20 + i, b"abc"[i % 3]) for i in range(60)),
+        "do not define AUC: column 'status' is the same in all of them",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_with_a_file_is_one_sentence(
-    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran], name: str,
+    table: Path,
+    contract_of: Callable[..., Path],
+    run: Callable[..., Ran],
+    name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     contract = contract_of(table)
@@ -247,17 +300,36 @@ def test_texts_that_are_cut_are_said_and_named_as_the_cause(
 ) -> None:
     """tags-behind-the-cut.csv: entities behind the cut were blamed on the noise."""
     monkeypatch.chdir(tmp_path)
-    Path("notes.conll").write_text("\n\n".join(
-        "word O\n" * (100 if i % 2 else 2) + "gout B-Sickness" for i in range(60)
-    ))
+    Path("notes.conll").write_text(
+        "\n\n".join("word O\n" * (100 if i % 2 else 2) + "gout B-Sickness" for i in range(60))
+    )
     code, said, wrong = run(
-        "contract", "new", "--from", "notes.conll", "--out", "ner.toml", "--task", "tokens",
-        "--label", "tags", "--labels", "Sickness", "--text", "words", "--site", "a", "--site", "b",
-        "--records", "30",
+        "contract",
+        "new",
+        "--from",
+        "notes.conll",
+        "--out",
+        "ner.toml",
+        "--task",
+        "tokens",
+        "--label",
+        "tags",
+        "--labels",
+        "Sickness",
+        "--text",
+        "words",
+        "--site",
+        "a",
+        "--site",
+        "b",
+        "--records",
+        "30",
     )
     assert code == 0, wrong
-    counts = ("30 of 60 texts have more words than the model's 96 tokens: what is beyond is not "
-              "read, with 30 of 60 entities, in 30 texts. Raise model.max_tokens")
+    counts = (
+        "30 of 60 texts have more words than the model's 96 tokens: what is beyond is not "
+        "read, with 30 of 60 entities, in 30 texts. Raise model.max_tokens"
+    )
     assert counts in said
     assert "60" not in Path("ner.toml").read_text()
     contract = contracts.load(Path("ner.toml"))
@@ -299,9 +371,20 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def few(table: Path, out: str, *settings: str) -> list[str | Path]:
-    return ["sim", "run", table.with_suffix(".toml"), f"data={table}", "site_column=branch",
-            "repeats=1", "cheap_repeats=1", "arms=pooled-no-dp", "processes=1", *settings,
-            "--out", table.parent / out]
+    return [
+        "sim",
+        "run",
+        table.with_suffix(".toml"),
+        f"data={table}",
+        "site_column=branch",
+        "repeats=1",
+        "cheap_repeats=1",
+        "arms=pooled-no-dp",
+        "processes=1",
+        *settings,
+        "--out",
+        table.parent / out,
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -319,7 +402,9 @@ def test_a_device_that_is_not_there_stops_a_simulation_before_it_computes(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
-    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran],
+    table: Path,
+    contract_of: Callable[..., Path],
+    run: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, left = contract_of(table), [True]
@@ -337,7 +422,8 @@ def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
     assert code == 130
     assert re.fullmatch(
         r"Stopped: 1 of \d+ runs were done, and their comparison is lost: a new `silotune sim run` "
-        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.", wrong.strip()
+        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.",
+        wrong.strip(),
     )
     code, _, wrong = run("contract", "show", table.parent / "run")
     assert code == 2
@@ -380,8 +466,16 @@ def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
     file.write_text(contract.model_dump_json(exclude_none=True))
     table = tiny.write(tmp_path / "rows.csv", tiny.rows_of("classification", 60))
     code, _, wrong = run(
-        "sim", "run", file, f"data={table}", f"model={folder}", "processes=1", "repeats=1",
-        "cheap_repeats=1", "--out", tmp_path / "run",
+        "sim",
+        "run",
+        file,
+        f"data={table}",
+        f"model={folder}",
+        "processes=1",
+        "repeats=1",
+        "cheap_repeats=1",
+        "--out",
+        tmp_path / "run",
     )
     assert code == 1
     assert "E310 adapter.targets names 'qeury'" in wrong

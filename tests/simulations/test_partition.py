@@ -21,10 +21,18 @@ FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 def skew(groups: np.ndarray, sites: np.ndarray) -> float:
     """The mean over the sites of the total variation between their labels and all labels."""
     every = np.bincount(groups) / len(groups)
-    return float(np.mean([
-        np.abs(np.bincount(groups[sites == s], minlength=len(every)) / (sites == s).sum() - every)
-        .sum() / 2 for s in np.unique(sites)
-    ]))
+    return float(
+        np.mean(
+            [
+                np.abs(
+                    np.bincount(groups[sites == s], minlength=len(every)) / (sites == s).sum()
+                    - every
+                ).sum()
+                / 2
+                for s in np.unique(sites)
+            ]
+        )
+    )
 
 
 @FUZZ
@@ -33,9 +41,7 @@ def test_every_row_goes_to_one_site_and_each_site_has_some(
     seed: int, sites: int, kind: str
 ) -> None:
     groups = np.random.default_rng(seed).integers(0, 3, 400)
-    partition = Partition.model_validate(
-        {"kind": kind} | ({} if kind == "iid" else {"alpha": 1.0})
-    )
+    partition = Partition.model_validate({"kind": kind} | ({} if kind == "iid" else {"alpha": 1.0}))
     found = deal(groups, sites, partition, np.random.default_rng(seed))
     assert found.shape == groups.shape
     counts = np.bincount(found, minlength=sites)
@@ -50,14 +56,26 @@ def test_every_row_goes_to_one_site_and_each_site_has_some(
 def test_the_smaller_alpha_the_more_skewed() -> None:
     groups = np.random.default_rng(0).integers(0, 4, 2000)
     means = [
-        np.mean([
-            skew(groups, deal(groups, 4, Partition(kind="labels", alpha=alpha),
-                              np.random.default_rng(seed))) for seed in range(10)
-        ]) for alpha in (0.1, 1.0, 100.0)
+        np.mean(
+            [
+                skew(
+                    groups,
+                    deal(
+                        groups,
+                        4,
+                        Partition(kind="labels", alpha=alpha),
+                        np.random.default_rng(seed),
+                    ),
+                )
+                for seed in range(10)
+            ]
+        )
+        for alpha in (0.1, 1.0, 100.0)
     ]
     assert means[0] > 0.4 > means[1] > 0.1 > means[2]
-    sizes = np.bincount(deal(groups, 4, Partition(kind="quantity", alpha=0.3),
-                             np.random.default_rng(0)))
+    sizes = np.bincount(
+        deal(groups, 4, Partition(kind="quantity", alpha=0.3), np.random.default_rng(0))
+    )
     assert sizes.max() > 2 * sizes.min()
     alike = deal(groups, 4, Partition(kind="quantity", alpha=0.3), np.random.default_rng(0))
     assert skew(groups, alike) < 0.1
@@ -65,10 +83,16 @@ def test_the_smaller_alpha_the_more_skewed() -> None:
 
 def test_what_cannot_be_dealt_is_said() -> None:
     with pytest.raises(DataError, match="Take a larger alpha"):
-        deal(np.zeros(20, dtype=np.int64), 4, Partition(kind="quantity", alpha=0.1),
-             np.random.default_rng(0))
+        deal(
+            np.zeros(20, dtype=np.int64),
+            4,
+            Partition(kind="quantity", alpha=0.1),
+            np.random.default_rng(0),
+        )
     for wrong in (
-        {"kind": "labels"}, {"kind": "iid", "alpha": 1.0}, {"kind": "column", "alpha": 1.0},
+        {"kind": "labels"},
+        {"kind": "iid", "alpha": 1.0},
+        {"kind": "column", "alpha": 1.0},
     ):
         with pytest.raises(ValidationError):
             Partition.model_validate(wrong)
@@ -78,17 +102,32 @@ def contract_of(unit: str = "record") -> Contract:
     privacy: dict[str, object] = {"expected_records": 40.0, "unit": unit}
     if unit == "entity":
         privacy["entity"] = {"key": ["who"], "cap": 3}
-    return Contract.model_validate({
-        "format": 1, "name": "dealt", "quorum": 1,
-        "task": {"label_column": "ill", "labels": [
-            {"name": "no", "values": ["0"]}, {"name": "yes", "values": ["1"]}]},
-        "input": {"kind": "table", "columns": [
-            {"kind": "category", "name": "smoker", "phrase": "smokes",
-             "values": {"yes": "yes", "no": "no"}}]},
-        "model": {"kind": "one-hot"}, "privacy": privacy,
-        "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
-        "sites": [{"name": "a"}, {"name": "b"}],
-    })
+    return Contract.model_validate(
+        {
+            "format": 1,
+            "name": "dealt",
+            "quorum": 1,
+            "task": {
+                "label_column": "ill",
+                "labels": [{"name": "no", "values": ["0"]}, {"name": "yes", "values": ["1"]}],
+            },
+            "input": {
+                "kind": "table",
+                "columns": [
+                    {
+                        "kind": "category",
+                        "name": "smoker",
+                        "phrase": "smokes",
+                        "values": {"yes": "yes", "no": "no"},
+                    }
+                ],
+            },
+            "model": {"kind": "one-hot"},
+            "privacy": privacy,
+            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
+            "sites": [{"name": "a"}, {"name": "b"}],
+        }
+    )
 
 
 def split_of(folder: Path) -> Path:
@@ -96,11 +135,14 @@ def split_of(folder: Path) -> Path:
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True)
         for site in ("a", "b"):
-            pd.DataFrame({
-                "id": [f"{part}-{site}-{k}" for k in range(100)],
-                "who": [f"{site}{k // 4}" for k in range(100)],
-                "smoker": rng.choice(["yes", "no"], 100), "ill": rng.choice(["0", "1"], 100),
-            }).to_csv(folder / part / f"{site}.csv", index=False)
+            pd.DataFrame(
+                {
+                    "id": [f"{part}-{site}-{k}" for k in range(100)],
+                    "who": [f"{site}{k // 4}" for k in range(100)],
+                    "smoker": rng.choice(["yes", "no"], 100),
+                    "ill": rng.choice(["0", "1"], 100),
+                }
+            ).to_csv(folder / part / f"{site}.csv", index=False)
     pd.concat(pd.read_csv(folder / "train" / f"{s}.csv") for s in "ab").to_csv(
         folder / "pooled.csv", index=False
     )
@@ -118,16 +160,22 @@ def split_where_smokers_are_ill(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("unit", ["record", "entity"])
-@pytest.mark.parametrize("partition", [
-    {"kind": "iid"}, {"kind": "labels", "alpha": 0.5}, {"kind": "quantity", "alpha": 1.0},
-    {"kind": "column", "alpha": 0.5, "column": "smoker"},
-])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        {"kind": "iid"},
+        {"kind": "labels", "alpha": 0.5},
+        {"kind": "quantity", "alpha": 1.0},
+        {"kind": "column", "alpha": 0.5, "column": "smoker"},
+    ],
+)
 def test_files_hold_all_training_rows_once_and_no_entity_is_cut(
     tmp_path: Path, partition: dict[str, object], unit: str
 ) -> None:
     source, contract = split_of(tmp_path / "natural"), contract_of(unit)
-    made = repartition(source, tmp_path / "new", contract, ["a", "b"],
-                       Partition.model_validate(partition), 0)
+    made = repartition(
+        source, tmp_path / "new", contract, ["a", "b"], Partition.model_validate(partition), 0
+    )
     rows = {s: pd.read_csv(made / "train" / f"{s}.csv", dtype=str) for s in ("a", "b")}
     before = pd.read_csv(source / "pooled.csv", dtype=str)
     assert sorted(pd.concat(rows.values())["id"]) == sorted(before["id"])
@@ -143,13 +191,25 @@ def test_labels_are_of_few(tmp_path: Path) -> None:
     source, data = split_of(tmp_path / "natural"), contract_of().model_dump(mode="json")
     data["task"] = {"kind": "regression", "label_column": "ill", "lowest": 0.0, "highest": 1.0}
     with pytest.raises(UsageError, match="a task of regression"):
-        repartition(source, tmp_path / "new", Contract.model_validate(data), ["a", "b"],
-                    Partition(kind="labels", alpha=1.0), 0)
+        repartition(
+            source,
+            tmp_path / "new",
+            Contract.model_validate(data),
+            ["a", "b"],
+            Partition(kind="labels", alpha=1.0),
+            0,
+        )
 
 
 def test_natural_rows_stay_where_they_are_and_an_unknown_column_is_named(tmp_path: Path) -> None:
     source, contract = split_of(tmp_path / "natural"), contract_of()
     assert repartition(source, tmp_path / "new", contract, ["a", "b"], Partition(), 0) == source
     with pytest.raises(DataError, match="'age' is not in"):
-        repartition(source, tmp_path / "new", contract, ["a", "b"],
-                    Partition(kind="column", alpha=1.0, column="age"), 0)
+        repartition(
+            source,
+            tmp_path / "new",
+            contract,
+            ["a", "b"],
+            Partition(kind="column", alpha=1.0, column="age"),
+            0,
+        )

@@ -56,17 +56,29 @@ def test_a_backdoor_is_in_half_the_rows_and_in_the_rows_it_is_measured_on(tmp_pa
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     source, contract = split_of(tmp_path / "rows"), contract_of()
     with pytest.raises(UsageError, match="'perhaps' is not one of: no, yes"):
-        poisoned_rows(source, tmp_path / "x", contract,
-                      Poison(kind="backdoor", trigger="smoker=yes", label="perhaps"))
+        poisoned_rows(
+            source,
+            tmp_path / "x",
+            contract,
+            Poison(kind="backdoor", trigger="smoker=yes", label="perhaps"),
+        )
     with pytest.raises(UsageError, match="column=value"):
-        poisoned_rows(source, tmp_path / "y", contract,
-                      Poison(kind="backdoor", trigger="cf", label="yes"))
+        poisoned_rows(
+            source, tmp_path / "y", contract, Poison(kind="backdoor", trigger="cf", label="yes")
+        )
 
 
 def test_an_update_is_longer_or_turned_and_a_refusal_is_passed_on() -> None:
     header = Update(
-        contract="0" * 64, site="a", run="r", round=1, attempt=1, request="0" * 64, epsilon=1.0,
-        receipt=Receipt(sequence=1, head="0" * 64, signature="0" * 128), metrics={},
+        contract="0" * 64,
+        site="a",
+        run="r",
+        round=1,
+        attempt=1,
+        request="0" * 64,
+        epsilon=1.0,
+        receipt=Receipt(sequence=1, head="0" * 64, signature="0" * 128),
+        metrics={},
     )
     honest = messages.pack(Message(header, {"head.bias": np.array([1, -2], np.float32)}))
     for kind, expected in (("sign", [-5, 10]), ("scale", [5, -10])):
@@ -74,9 +86,9 @@ def test_an_update_is_longer_or_turned_and_a_refusal_is_passed_on() -> None:
         found = messages.unpack(lying(lambda _: honest, poison)(b""))
         assert found.header == header
         np.testing.assert_array_equal(found.arrays["head.bias"], expected)
-    refusal = messages.pack(Message(
-        Refusal(contract="0" * 64, site="a", code="E201", incident="0" * 16)
-    ))
+    refusal = messages.pack(
+        Message(Refusal(contract="0" * 64, site="a", code="E201", incident="0" * 16))
+    )
     assert lying(lambda _: refusal, Poison(kind="sign"))(b"") == refusal
     contract = contract_of()
     assert liars(contract, Poison(kind="sign")) == ["a"]
@@ -94,14 +106,21 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
     recipe = Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
     poison = {"kind": "sign", "factor": 100.0}
     robust = {"aggregation": {"robust": {"rule": "median"}}}
-    study = Study.model_validate({
-        "title": "lies", "recipe": "small", "repeats": 1, "sites": 7, "epsilons": [float("inf")],
-        "partitions": {"alike": {"kind": "iid"}},
-        "arms": {
-            "honest": {}, "plain": {"poison": poison},
-            "median": {"contract": robust, "poison": poison},
-        },
-    })
+    study = Study.model_validate(
+        {
+            "title": "lies",
+            "recipe": "small",
+            "repeats": 1,
+            "sites": 7,
+            "epsilons": [float("inf")],
+            "partitions": {"alike": {"kind": "iid"}},
+            "arms": {
+                "honest": {},
+                "plain": {"poison": poison},
+                "median": {"contract": robust, "poison": poison},
+            },
+        }
+    )
     cells = compare(study, tmp_path / "out", 1, recipe)["cells"]
     accuracy = {cell["arm"]: cell["scores"]["accuracy"] for cell in cells.values()}
     assert accuracy["honest"] == accuracy["median"] == 1.0

@@ -25,9 +25,14 @@ from silotune.simulations.progress import Progress, result_tables
 from tests.conftest import Ran
 
 LABELS = (
-    "Always the majority class", "Federated DP-LoRA", "Alone, DP-LoRA, same plan",
-    "Alone, DP-LoRA, own rates", "Federated DP head", "Federated DP one-hot",
-    "Federated LoRA without DP", "Pooled LoRA without DP",
+    "Always the majority class",
+    "Federated DP-LoRA",
+    "Alone, DP-LoRA, same plan",
+    "Alone, DP-LoRA, own rates",
+    "Federated DP head",
+    "Federated DP one-hot",
+    "Federated LoRA without DP",
+    "Pooled LoRA without DP",
 )
 HOSPITALS = ("Cleveland", "Hungary", "Switzerland", "VA Long Beach")
 LETTERS = st.sampled_from("abcZ -_é中国")
@@ -47,11 +52,18 @@ def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) ->
         "privacy": {"sites": [{"site": site} for site in sites]},
         "arms": [
             {
-                "label": label, "repeats": repeats, "main": place == 1, "private": place % 2 == 0,
-                "epsilon": 8.0 if place % 2 == 0 else None, "delta": 1e-4,
-                "metrics": {"auc": figure()}, "sites_mean": figure(),
-                "sites": {site: figure() for site in sites}, "bytes_up": 1_536_000 + place,
-                "bytes_down": 12_269_000, "seconds": 1021.0,
+                "label": label,
+                "repeats": repeats,
+                "main": place == 1,
+                "private": place % 2 == 0,
+                "epsilon": 8.0 if place % 2 == 0 else None,
+                "delta": 1e-4,
+                "metrics": {"auc": figure()},
+                "sites_mean": figure(),
+                "sites": {site: figure() for site in sites},
+                "bytes_up": 1_536_000 + place,
+                "bytes_down": 12_269_000,
+                "seconds": 1021.0,
             }
             for place, label in enumerate(LABELS[:arms])
         ],
@@ -59,8 +71,9 @@ def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) ->
 
 
 def lines_of(result: dict[str, Any], width: int) -> list[str]:
-    console = Console(width=width, file=io.StringIO(), force_terminal=False, soft_wrap=True,
-                      highlight=False)
+    console = Console(
+        width=width, file=io.StringIO(), force_terminal=False, soft_wrap=True, highlight=False
+    )
     for table in result_tables(result, width):
         console.print(table, soft_wrap=False)
     assert isinstance(console.file, io.StringIO)
@@ -77,8 +90,11 @@ def figures_of(result: dict[str, Any]) -> list[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    width=st.integers(40, 220), arms=st.integers(1, len(LABELS)), repeats=st.sampled_from((1, 3)),
-    sites=st.lists(NAMES, max_size=12, unique=True).map(tuple), seed=st.integers(0, 9),
+    width=st.integers(40, 220),
+    arms=st.integers(1, len(LABELS)),
+    repeats=st.sampled_from((1, 3)),
+    sites=st.lists(NAMES, max_size=12, unique=True).map(tuple),
+    seed=st.integers(0, 9),
 )
 @example(width=80, arms=8, repeats=3, sites=HOSPITALS, seed=0)
 @example(width=100, arms=8, repeats=3, sites=HOSPITALS, seed=0)
@@ -145,8 +161,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def job_of(contract: Contract) -> Job:
-    return Job("federated-lora", 0, contract, Path("arm"), None, Path("split"), federated=True,
-               evaluate_every=1)
+    return Job(
+        "federated-lora",
+        0,
+        contract,
+        Path("arm"),
+        None,
+        Path("split"),
+        federated=True,
+        evaluate_every=1,
+    )
 
 
 def test_something_is_shown_at_once_and_no_time_left_without_a_time(

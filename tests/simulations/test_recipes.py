@@ -79,9 +79,9 @@ def test_a_recipe_is_complete(name: str) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    contract = recipe.contract.changed(phases=[
-        phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases
-    ])
+    contract = recipe.contract.changed(
+        phases=[phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases]
+    )
     model = None
     try:
         table = TABLES[recipe.facts["table"]].make()
@@ -159,10 +159,12 @@ def test_a_study_needs_a_process(run: Callable[..., Ran]) -> None:
 
 def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
     assert computing(("micro_batch=64", "bf16=off")) == Performance(micro_batch=64, bf16="off")
-    for word, says in (("epsilon=3", "'epsilon=3' is not a setting"),
-                       ("micro_batsh=3", "Did you mean 'micro_batch'"),
-                       ("micro_batch=²", "'micro_batch' must be a whole number"),
-                       ("gradients=ghost", "does not clip exactly")):
+    for word, says in (
+        ("epsilon=3", "'epsilon=3' is not a setting"),
+        ("micro_batsh=3", "Did you mean 'micro_batch'"),
+        ("micro_batch=²", "'micro_batch' must be a whole number"),
+        ("gradients=ghost", "does not clip exactly"),
+    ):
         with pytest.raises(UsageError, match=says):
             computing((word,))
 
@@ -194,8 +196,12 @@ def test_an_unknown_recipe_is_named() -> None:
 
 def silotune(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(Path(sys.executable).parent / "silotune"), *args], capture_output=True, text=True,
-        env=os.environ | env, check=False, timeout=300,
+        [str(Path(sys.executable).parent / "silotune"), *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        check=False,
+        timeout=300,
     )
 
 
@@ -212,8 +218,14 @@ def test_a_setting_out_of_bounds_is_a_usage_error(setting: str, tmp_path: Path) 
 
 def test_without_the_data_and_without_a_network(tmp_path: Path) -> None:
     done = silotune(
-        "sim", "run", "heart-diagnosis", "--out", str(tmp_path / "run"),
-        SILOTUNE_HOME=str(tmp_path / "empty"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path),
+        "sim",
+        "run",
+        "heart-diagnosis",
+        "--out",
+        str(tmp_path / "run"),
+        SILOTUNE_HOME=str(tmp_path / "empty"),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path),
     )
     assert done.returncode == 1
     assert done.stderr.startswith("✗ E306")
@@ -232,8 +244,14 @@ def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("system")
 def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> None:
     command = [
-        str(Path(sys.executable).parent / "silotune"), "sim", "run", "heart-diagnosis", "repeats=1",
-        "arms=federated-one-hot", "--out", str(tmp_path / "run"),
+        str(Path(sys.executable).parent / "silotune"),
+        "sim",
+        "run",
+        "heart-diagnosis",
+        "repeats=1",
+        "arms=federated-one-hot",
+        "--out",
+        str(tmp_path / "run"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -258,9 +276,17 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     encoder_folder: Path, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        ["make", "demo", f"OUT={tmp_path / 'demo'}",
-         "SETTINGS=repeats=1 cheap_repeats=1 arms=federated-head,federated-one-hot"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        [
+            "make",
+            "demo",
+            f"OUT={tmp_path / 'demo'}",
+            "SETTINGS=repeats=1 cheap_repeats=1 arms=federated-head,federated-one-hot",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
@@ -279,8 +305,11 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     assert headline in page
     used, shown = (
         subprocess.run(
-            [Path(sys.executable).parent / "silotune", *shlex.split(following)], cwd=tmp_path,
-            capture_output=True, text=True, check=False,
+            [Path(sys.executable).parent / "silotune", *shlex.split(following)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         for following in re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
     )

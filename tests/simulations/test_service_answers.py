@@ -51,7 +51,8 @@ def test_each_question_has_its_intents_reply(source: pd.DataFrame) -> None:
     text = source["text"].str.split().str.join(" ")
     expected = {
         (question, replies[intent])
-        for question, intent in zip(text, source["category"], strict=True) if intent in replies
+        for question, intent in zip(text, source["category"], strict=True)
+        if intent in replies
     }
     table = tables.TABLES["service-answers"].make()
     assert list(table.columns) == ["site", "split", "query", "reply"]

@@ -22,14 +22,23 @@ def weights(**changed: list[list[float]]) -> sim_workload.Weights:
 
 
 def test_the_first_round_stands_apart_and_counts_in_the_whole() -> None:
-    found = sim.cell([
-        block(10.0, 14.0, 20.0, model=90_000_000, data=10_000_000),
-        block(30.0, 35.0, 43.0, model=90_000_000, data=10_000_000),
-    ])
+    found = sim.cell(
+        [
+            block(10.0, 14.0, 20.0, model=90_000_000, data=10_000_000),
+            block(30.0, 35.0, 43.0, model=90_000_000, data=10_000_000),
+        ]
+    )
     assert found == {
-        "rounds": 4, "first": 20.0, "round": 5.5, "least": 4.0, "most": 8.0,
-        "client_round": 0.275, "whole": round((20.0 + 19 * 5.5) / 400, 5),
-        "a_second": round(20 / 5.5, 5), "memory_mb": 200.0, "code_mb": 50.0,
+        "rounds": 4,
+        "first": 20.0,
+        "round": 5.5,
+        "least": 4.0,
+        "most": 8.0,
+        "client_round": 0.275,
+        "whole": round((20.0 + 19 * 5.5) / 400, 5),
+        "a_second": round(20 / 5.5, 5),
+        "memory_mb": 200.0,
+        "code_mb": 50.0,
         "model_and_data_mb": 100.0,
     }
     assert "model_and_data_mb" not in sim.cell([block(10.0, 14.0)])
@@ -45,16 +54,32 @@ def test_memory_tells_the_libraries_code_from_the_rest() -> None:
 
 
 def test_ratios_are_ours_over_theirs() -> None:
-    seconds = {"ours": 1.0, "ours-queues": 1.5, "ours-float32": 2.0, "ours-dp": 3.0,
-               "stock": 20.0, "pfl": 4.0, "pfl-bf16": 2.5}
+    seconds = {
+        "ours": 1.0,
+        "ours-queues": 1.5,
+        "ours-float32": 2.0,
+        "ours-dp": 3.0,
+        "stock": 20.0,
+        "pfl": 4.0,
+        "pfl-bf16": 2.5,
+    }
     assert set(seconds) == set(sim.MODULES)
-    found = sim.ratios({
-        f"{side}/{case}": sim.cell([block(5.0, 5.0 + each, model=90_000_000, data=10_000_000)])
-        for side, each in seconds.items() for case in sim.CASES
-    })
+    found = sim.ratios(
+        {
+            f"{side}/{case}": sim.cell([block(5.0, 5.0 + each, model=90_000_000, data=10_000_000)])
+            for side, each in seconds.items()
+            for case in sim.CASES
+        }
+    )
     expected = {
-        "time/stock": 0.05, "time/pfl": 0.25, "time/pfl-bf16": 0.4, "float32/pfl": 0.5,
-        "ours-queues/ours": 1.5, "ours-dp/ours": 3.0, "memory": 2.0, "memory/stock": 1.0,
+        "time/stock": 0.05,
+        "time/pfl": 0.25,
+        "time/pfl-bf16": 0.4,
+        "float32/pfl": 0.5,
+        "ours-queues/ours": 1.5,
+        "ours-dp/ours": 3.0,
+        "memory": 2.0,
+        "memory/stock": 1.0,
     }
     for name, value in expected.items():
         for case in sim.CASES:
@@ -68,7 +93,8 @@ def test_the_table_has_a_line_for_each_cell() -> None:
     head, *lines = sim.table({"ours/head": found, "stock/head": found})
     assert head.split()[:2] == ["first", "round"]
     assert [line.split()[:3] for line in lines] == [
-        ["ours/head", "20", "4"], ["stock/head", "20", "4"]
+        ["ours/head", "20", "4"],
+        ["stock/head", "20", "4"],
     ]
 
 
@@ -117,6 +143,6 @@ def test_the_contract_is_one_step_over_all_texts(case: str, private: bool) -> No
     assert contract.privacy.mode == ("dp" if private else "none")
     assert contract.privacy.expected_records == sim.TEXTS
     assert (contract.adapter is not None) == (case == sim.ADAPTER)
-    phase, = contract.phases
+    (phase,) = contract.phases
     assert (phase.sampling_rate, phase.local_steps, phase.adam) == (1.0, 1, None)
     assert contract.aggregation.momentum == 0

@@ -19,11 +19,13 @@ def rows_of(*files: Path) -> list[str]:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     """A table 'made-up' of two sites and 61 rows, by `person` of several rows each."""
-    table = pd.DataFrame({
-        "site": ["b"] * 40 + ["a"] * 21,
-        "row": [str(i) for i in range(61)],
-        "person": [f"b{i % 12}" for i in range(40)] + [f"a{i % 9}" for i in range(21)],
-    })
+    table = pd.DataFrame(
+        {
+            "site": ["b"] * 40 + ["a"] * 21,
+            "row": [str(i) for i in range(61)],
+            "person": [f"b{i % 12}" for i in range(40)] + [f"a{i % 9}" for i in range(21)],
+        }
+    )
     monkeypatch.setitem(TABLES, "made-up", Table("heart-disease-uci", table.copy))
     return table
 

@@ -82,8 +82,12 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert set(again["cells"]) == set(found["cells"])
     # Changed: what is new is run.
     ran.clear()
-    changed = study.model_copy(update={"arms": study.arms | {
-        "together": study.arms["together"].model_copy(update={"contract": {"quorum": 2}})}})
+    changed = study.model_copy(
+        update={
+            "arms": study.arms
+            | {"together": study.arms["together"].model_copy(update={"contract": {"quorum": 2}})}
+        }
+    )
     compare(changed, tmp_path / "out", 1, recipe)
     assert [job.contract.quorum for job in ran] == [2] * 8
     text = study_page.markdown(found)
@@ -92,14 +96,16 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     for key in list(two)[:5]:
         two[key] = two[key] | {"machine": "z, 16 cores, H100"}
     assert "cores (19 cells); z, 16 cores, H100 (5 cells).\n" in study_page.markdown(
-        found | {"cells": two})
+        found | {"cells": two}
+    )
     # Of before cells said where they were made: they were made where their file says.
     for cell in kept["cells"].values():
         del cell["machine"]
     file.write_text(json.dumps(kept | {"machine": "a, 3 cores"}))
     moved = compare(study, tmp_path / "out", 1, recipe)["cells"]
     assert sorted(cell["machine"] for cell in moved.values()) == sorted(
-        ["a, 3 cores"] * 22 + [machine("")] * 2)
+        ["a, 3 cores"] * 22 + [machine("")] * 2
+    )
     assert machine("H100").endswith(" cores, H100")
     assert "| together | " in text
     assert "**skewed**" in text
@@ -138,10 +144,14 @@ def test_lines_have_a_point_for_each_round_that_is_known(
 def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
     study: Study, recipe: Recipe, tmp_path: Path
 ) -> None:
-    many = study.model_copy(update={
-        "repeats": 1, "epsilons": (8.0,), "partitions": {"natural": Partition()},
-        "arms": {f"arm {k}": study.arms["together"] for k in range(study_page.MOST_LINES + 1)},
-    })
+    many = study.model_copy(
+        update={
+            "repeats": 1,
+            "epsilons": (8.0,),
+            "partitions": {"natural": Partition()},
+            "arms": {f"arm {k}": study.arms["together"] for k in range(study_page.MOST_LINES + 1)},
+        }
+    )
     found = compare(many, tmp_path / "out", 1, recipe)
     (file,) = study_page.draw(found, tmp_path / "out")  # of one round there is no way to draw
     assert file.name == "epsilon.svg"
@@ -202,9 +212,12 @@ def test_rates_are_chosen_without_the_public_rows(
     """Each arm once at each rate, where there is no public row left to look at."""
     shutil.rmtree(tmp_path / "rows" / "test")
     faster = study.arms["together"].model_copy(update={"rates": {8.0: 3.0}})
-    small = study.model_copy(update={
-        "partitions": {"natural": Partition()}, "arms": study.arms | {"together": faster},
-    })
+    small = study.model_copy(
+        update={
+            "partitions": {"natural": Partition()},
+            "arms": study.arms | {"together": faster},
+        }
+    )
     asked = rates_of(small, [0.5, 2.0])
     found = compare(asked, tmp_path / "out", 1, recipe)
     assert {cell["repeat"] for cell in found["cells"].values()} == {0}
@@ -227,9 +240,12 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
     small = study.model_copy(update={"partitions": {"natural": Partition()}})
     first = compare(small, tmp_path / "out", 1, recipe, only=["pooled *", "* | ε inf | *| 1"])
     assert set(first["cells"]) == {
-        "pooled | ε inf | natural | 0", "pooled | ε inf | natural | 1",
-        "pooled | ε 8 | natural | 0", "pooled | ε 8 | natural | 1",
-        "alone | ε inf | natural | 1", "together | ε inf | natural | 1",
+        "pooled | ε inf | natural | 0",
+        "pooled | ε inf | natural | 1",
+        "pooled | ε 8 | natural | 0",
+        "pooled | ε 8 | natural | 1",
+        "alone | ε inf | natural | 1",
+        "together | ε inf | natural | 1",
     }
     ran.clear()
     second = compare(small, tmp_path / "out", 1, recipe, only=["together | ε 8 | * | 0"])
@@ -279,7 +295,7 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
     file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\npoison = { kind = "sign" }'))
     with pytest.raises(ContractError, match="poison is of one among others"):
         load_study(file)
-    file.write_text(TOML.replace('rows = "alone"', 'contract = { quorum = 9 }'))
+    file.write_text(TOML.replace('rows = "alone"', "contract = { quorum = 9 }"))
     with pytest.raises(ContractError, match="the study's arm 'alone'"):
         list(cells_of(load_study(file), recipe))
     file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\nrates = { 2 = 0.5 }'))
@@ -318,7 +334,10 @@ phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_rate = 2.0, p
 """)  # noqa: E501 - a table stands on one line
     study = load_study(tmp_path / "own.toml")
     assert [(c.arm, c.epsilon) for c in cells_of(study, recipe) if c.repeat == 0] == [
-        ("together", 3.0), ("copies", math.inf), ("copies", 8.0)]
+        ("together", 3.0),
+        ("copies", math.inf),
+        ("copies", 8.0),
+    ]
     found = compare(study, tmp_path / "out", 1, recipe)
     for cell in found["cells"].values():
         assert set(cell["sites"]) == {"a", "b"}
@@ -328,7 +347,8 @@ phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_rate = 2.0, p
     text = study_page.markdown(found)
     gain = [
         sum(c["sites"][s]["accuracy"] - c["released"][s]["accuracy"] for s in "ab") / 2
-        for c in found["cells"].values() if (c["arm"], c["epsilon"]) == ("copies", 8.0)
+        for c in found["cells"].values()
+        if (c["arm"], c["epsilon"]) == ("copies", 8.0)
     ]
     shown = next(line for line in text.splitlines() if line.startswith("| copies, natural, ε 8"))
     assert shown.split("|")[-2].strip().startswith(f"{sum(gain) / 2:.3f} ±")

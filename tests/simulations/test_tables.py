@@ -19,54 +19,94 @@ pytestmark = [pytest.mark.download, pytest.mark.xdist_group("tables")]
 # Training and public test rows of each site.
 SITES = {
     "heart": {
-        "Cleveland": (228, 76), "Hungary": (220, 73), "Switzerland": (93, 30),
+        "Cleveland": (228, 76),
+        "Hungary": (220, 73),
+        "Switzerland": (93, 30),
         "VA Long Beach": (150, 50),
     },
     "airlines": {
-        "American": (1946, 648), "JetBlue": (1656, 551), "Southwest": (1808, 602),
-        "US Airways": (2180, 726), "United": (2854, 951), "Virgin America": (378, 125),
+        "American": (1946, 648),
+        "JetBlue": (1656, 551),
+        "Southwest": (1808, 602),
+        "US Airways": (2180, 726),
+        "United": (2854, 951),
+        "Virgin America": (378, 125),
     },
     "thyroid": {"STMW": (192, 63), "SVHC": (717, 239), "SVI": (1796, 598), "other": (4120, 1373)},
     "lending-club": {
-        "CA": (993, 331), "FL": (549, 182), "GA": (240, 80), "IL": (316, 105), "NJ": (262, 87),
-        "NY": (576, 191), "OH": (246, 82), "TX": (675, 225),
+        "CA": (993, 331),
+        "FL": (549, 182),
+        "GA": (240, 80),
+        "IL": (316, 105),
+        "NJ": (262, 87),
+        "NY": (576, 191),
+        "OH": (246, 82),
+        "TX": (675, 225),
     },
     "credit": {
-        "Silo A": (558, 185), "Silo B": (558, 185), "Silo C": (557, 185), "Silo D": (557, 185),
-        "Silo E": (557, 185), "Silo F": (557, 185),
+        "Silo A": (558, 185),
+        "Silo B": (558, 185),
+        "Silo C": (557, 185),
+        "Silo D": (557, 185),
+        "Silo E": (557, 185),
+        "Silo F": (557, 185),
     },
     "card-fraud": {
-        "Bank A": (34761, 11586), "Bank B": (70398, 23466), "Bank C": (34768, 11589),
+        "Bank A": (34761, 11586),
+        "Bank B": (70398, 23466),
+        "Bank C": (34768, 11589),
         "Bank D": (66818, 22272),
     },
     "medical-cost": {
-        "Site 1": (3352, 1110), "Site 2": (3030, 1006), "Site 3": (1817, 619),
-        "Site 4": (2304, 786), "Site 5": (1942, 653), "Site 6": (2662, 909),
+        "Site 1": (3352, 1110),
+        "Site 2": (3030, 1006),
+        "Site 3": (1817, 619),
+        "Site 4": (2304, 786),
+        "Site 5": (1942, 653),
+        "Site 6": (2662, 909),
     },
     "ratings": {
-        "Group A": (17327, 8303), "Group B": (18264, 6382), "Group C": (19261, 5397),
+        "Group A": (17327, 8303),
+        "Group B": (18264, 6382),
+        "Group C": (19261, 5397),
         "Group D": (19485, 5581),
     },
     "r8": {
-        "Desk A": (1377, 542), "Desk B": (1362, 557), "Desk C": (1368, 550), "Desk D": (1378, 540),
+        "Desk A": (1377, 542),
+        "Desk B": (1362, 557),
+        "Desk C": (1368, 550),
+        "Desk D": (1378, 540),
     },
     "market": {
-        "Desk A": (1372, 547), "Desk B": (1371, 548), "Desk C": (1371, 547), "Desk D": (1371, 547),
+        "Desk A": (1372, 547),
+        "Desk B": (1371, 548),
+        "Desk C": (1371, 547),
+        "Desk D": (1371, 547),
     },
     "chinese": {
-        "Shop A": (3256, 1085), "Shop B": (3255, 1085), "Shop C": (3255, 1085),
+        "Shop A": (3256, 1085),
+        "Shop B": (3255, 1085),
+        "Shop C": (3255, 1085),
         "Shop D": (3255, 1085),
     },
     "service-answers": {
-        "Bank A": (304, 84), "Bank B": (350, 64), "Bank C": (339, 94), "Bank D": (335, 82),
+        "Bank A": (304, 84),
+        "Bank B": (350, 64),
+        "Bank C": (339, 94),
+        "Bank D": (335, 82),
         "Bank E": (364, 76),
     },
     "banking77": {
-        "Bank A": (1997, 620), "Bank B": (2023, 594), "Bank C": (1971, 646), "Bank D": (1999, 617),
+        "Bank A": (1997, 620),
+        "Bank B": (2023, 594),
+        "Bank C": (1971, 646),
+        "Bank D": (1999, 617),
         "Bank E": (2013, 603),
     },
     "ncbi-disease": {
-        "Block A": (1589, 235), "Block B": (1589, 235), "Block C": (1589, 235),
+        "Block A": (1589, 235),
+        "Block B": (1589, 235),
+        "Block C": (1589, 235),
         "Block D": (1588, 235),
     },
 }
@@ -79,9 +119,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def folder(
-    table: str, splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(table: str, splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`table` as files; skips where its source cannot be had."""
     if table not in splits:
         made = tmp_path_factory.mktemp(table)

@@ -18,9 +18,11 @@ from silotune.simulations.verdict import standard_error, verdict
 def row(name: str, auc: float, *, sd: float = 0.002, own: float = 0.8) -> dict[str, Any]:
     cell = {"mean": auc, "sd": sd, "values": [auc]}
     return {
-        "name": name, "repeats": 3,
+        "name": name,
+        "repeats": 3,
         "metrics": {"auc": cell, "loss": {"mean": 0.5, "sd": 0.0, "values": [0.5]}},
-        "sites_mean": {"mean": own, "sd": 0.01}, "sites": {"north": cell, "south": None},
+        "sites_mean": {"mean": own, "sd": 0.01},
+        "sites": {"north": cell, "south": None},
     }
 
 

@@ -26,9 +26,12 @@ class Federation:
         self.address = f"127.0.0.1:{self.free_port()}"
         self.ca = folder / "ca.crt"
         self.env = os.environ | {
-            "FLWR_HOME": str(folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+            "FLWR_HOME": str(folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
         }
         self._started: list[subprocess.Popen[bytes]] = []
         self._sockets: dict[str, Path] = {}
@@ -40,8 +43,12 @@ class Federation:
         with (self.folder / log).open("wb") as file:
             self._started.append(
                 subprocess.Popen(
-                    [str(word) for word in command], env=env or self.env, stdout=file,
-                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                    [str(word) for word in command],
+                    env=env or self.env,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             )
         return self._started[-1]
@@ -83,17 +90,45 @@ class Federation:
 
     def make_certificate(self) -> None:
         """A CA and a server certificate for 127.0.0.1, by openssl."""
+
         def openssl(*args: str) -> None:
             subprocess.run(["openssl", *args], cwd=self.folder, check=True, capture_output=True)
 
         new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-        openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2",
-                "-subj", "/CN=test CA")
-        openssl("req", *new, "-keyout", "server.key", "-out", "server.csr",
-                "-subj", "/CN=127.0.0.1")
+        openssl(
+            "req",
+            "-x509",
+            *new,
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.crt",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=test CA",
+        )
+        openssl(
+            "req", *new, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=127.0.0.1"
+        )
         (self.folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-        openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
-                "-CAcreateserial", "-out", "server.pem", "-days", "2", "-extfile", "ext")
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            "server.csr",
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-out",
+            "server.pem",
+            "-days",
+            "2",
+            "-extfile",
+            "ext",
+        )
 
     def start_superlink(self) -> None:
         self.make_certificate()
@@ -102,18 +137,32 @@ class Federation:
             f'[superlink.tls]\naddress = "{self.address}"\nroot-certificates = "{self.ca}"\n'
         )
         self.start(
-            BIN / "flower-superlink", "--ssl-ca-certfile", self.ca,
-            "--ssl-certfile", self.folder / "server.pem",
-            "--ssl-keyfile", self.folder / "server.key", "--enable-supernode-auth",
-            "--database", self.folder / "state.db", "--port", self.address.split(":")[1],
-            "--disable-runtime-dependency-installation", log="superlink.log",
+            BIN / "flower-superlink",
+            "--ssl-ca-certfile",
+            self.ca,
+            "--ssl-certfile",
+            self.folder / "server.pem",
+            "--ssl-keyfile",
+            self.folder / "server.key",
+            "--enable-supernode-auth",
+            "--database",
+            self.folder / "state.db",
+            "--port",
+            self.address.split(":")[1],
+            "--disable-runtime-dependency-installation",
+            log="superlink.log",
         )
         self.wait_for(self.listening, 60, "the SuperLink listening", "superlink.log")
 
     def flwr(self, *args: str | Path) -> str:
         done = subprocess.run(
-            [BIN / "flwr", *map(str, args)], env=self.env, cwd=self.folder, capture_output=True,
-            text=True, timeout=120, check=False,
+            [BIN / "flwr", *map(str, args)],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -129,15 +178,32 @@ class Federation:
         )
         self.register(key.with_suffix(".key.pub"), name)
         worker = self.start(
-            sys.executable, Path(__file__).with_name("seeded_worker.py"), name,
-            "--contract", contract, "--data", data, "--socket", path,
-            *(("--model", model) if model else ()), *more, log=f"{name}-worker.log",
+            sys.executable,
+            Path(__file__).with_name("seeded_worker.py"),
+            name,
+            "--contract",
+            contract,
+            "--data",
+            data,
+            "--socket",
+            path,
+            *(("--model", model) if model else ()),
+            *more,
+            log=f"{name}-worker.log",
         )
         node = self.start(
-            BIN / "flower-supernode", "--root-certificates", self.ca,
-            "--superlink", self.address, "--auth-supernode-private-key", key,
-            "--port", str(self.free_port()), "--node-config",
-            f'site="{name}" socket="{path}"', log=f"{name}-node.log",
+            BIN / "flower-supernode",
+            "--root-certificates",
+            self.ca,
+            "--superlink",
+            self.address,
+            "--auth-supernode-private-key",
+            key,
+            "--port",
+            str(self.free_port()),
+            "--node-config",
+            f'site="{name}" socket="{path}"',
+            log=f"{name}-node.log",
         )
         self._sockets[name] = path
         return [worker, node]

@@ -82,7 +82,9 @@ class Service:
             self.process = subprocess.Popen(
                 [str(word) for word in (*self.prefix, *self.command())],
                 env=self.env | {MARK: self.name},
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         self.kept, self.began = True, time.monotonic()
@@ -135,27 +137,54 @@ class Member:
         self.folder = deployment.folder / name
         self.config, self.faults = self.folder / "site.toml", self.folder / "faults"
         self.socket = self.folder / "run" / "worker.sock"
-        made = json.loads(deployment.silotune(
-            "site", "init", "--name", name, "--folder", self.folder, "--json"
-        ))
-        deployment.silotune("server", "add", made["request"], "--fingerprint",
-                            made["fingerprint"], "--folder", deployment.server)
+        made = json.loads(
+            deployment.silotune("site", "init", "--name", name, "--folder", self.folder, "--json")
+        )
+        deployment.silotune(
+            "server",
+            "add",
+            made["request"],
+            "--fingerprint",
+            made["fingerprint"],
+            "--folder",
+            deployment.server,
+        )
         self.public_key = str(made["public_key"])
         self.faults.mkdir()
         write_rows(self.folder / "records.csv", seed)
         env = deployment.env | {"SILOTUNE_TEST_FAULTS": str(self.faults)}
         self.worker = Service(
-            f"{self.folder}-worker", lambda: [
-                sys.executable, HERE / "faulty_worker.py", "site", "worker", deployment.contract,
-                "--config", self.config, "--socket", self.socket,
-            ], deployment.folder / f"{name}-worker.log", env,
+            f"{self.folder}-worker",
+            lambda: [
+                sys.executable,
+                HERE / "faulty_worker.py",
+                "site",
+                "worker",
+                deployment.contract,
+                "--config",
+                self.config,
+                "--socket",
+                self.socket,
+            ],
+            deployment.folder / f"{name}-worker.log",
+            env,
         )
         self.node = Service(
-            f"{self.folder}-node", lambda: [
-                BIN / "flower-supernode", "--root-certificates", self.ca, "--superlink",
-                deployment.address, "--auth-supernode-private-key", self.key, "--port",
-                str(free_ports(1)[0]), "--node-config", f'socket="{self.socket}"',
-            ], deployment.folder / f"{name}-node.log",
+            f"{self.folder}-node",
+            lambda: [
+                BIN / "flower-supernode",
+                "--root-certificates",
+                self.ca,
+                "--superlink",
+                deployment.address,
+                "--auth-supernode-private-key",
+                self.key,
+                "--port",
+                str(free_ports(1)[0]),
+                "--node-config",
+                f'socket="{self.socket}"',
+            ],
+            deployment.folder / f"{name}-node.log",
             deployment.env | {"FLWR_HOME": str(self.folder / "flwr")},
         )
         self.ca, self.key = deployment.server / "ca.crt", self.folder / "relay" / "node.key"
@@ -168,9 +197,12 @@ class Member:
         text = template.read_text()
         for line, other in {
             "contracts = []": f"contracts = {json.dumps(hashes)}",
-            'repeated = "refuse"': 'repeated = "keep"', "min_records = 100": "min_records = 10",
-            "allow_without_dp = false": "allow_without_dp = true", "min_quorum = 2":
-            "min_quorum = 1", "epsilon = 8.0": "epsilon = 100.0", **settings,
+            'repeated = "refuse"': 'repeated = "keep"',
+            "min_records = 100": "min_records = 10",
+            "allow_without_dp = false": "allow_without_dp = true",
+            "min_quorum = 2": "min_quorum = 1",
+            "epsilon = 8.0": "epsilon = 100.0",
+            **settings,
         }.items():
             assert line in text, line
             text = text.replace(line, other, 1)
@@ -214,7 +246,11 @@ class Deployment:
     """One server and its sites in a folder."""
 
     def __init__(
-        self, folder: Path, sites: tuple[str, ...], *, host: str = "127.0.0.1",
+        self,
+        folder: Path,
+        sites: tuple[str, ...],
+        *,
+        host: str = "127.0.0.1",
         contract: Callable[[dict[str, str]], Contract],
     ) -> None:
         self.folder, self.server = folder, folder / "server"
@@ -222,12 +258,24 @@ class Deployment:
         self.port, self.link = free_ports(2)
         self.address = f"{host}:{self.port}"
         self.env = os.environ | {
-            "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
-            "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
         }
-        self.silotune("server", "init", "--host", host, "--port", str(self.port), "--link-port",
-                      str(self.link), "--folder", self.server)
+        self.silotune(
+            "server",
+            "init",
+            "--host",
+            host,
+            "--port",
+            str(self.port),
+            "--link-port",
+            str(self.link),
+            "--folder",
+            self.server,
+        )
         self.members = {name: Member(self, name, at) for at, name in enumerate(sites)}
         self.contract = folder / "contract.json"
         self.make = lambda **more: contract(
@@ -248,12 +296,19 @@ class Deployment:
 
     def silotune(self, *words: str | Path, ok: bool | None = True, seconds: float = 240) -> str:
         done = subprocess.run(
-            [BIN / "silotune", *map(str, words)], cwd=self.folder, env=self.env, timeout=seconds,
-            capture_output=True, text=True, check=False,
+            [BIN / "silotune", *map(str, words)],
+            cwd=self.folder,
+            env=self.env,
+            timeout=seconds,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if ok is not None and (done.returncode == 0) != ok:
-            raise AssertionError(f"silotune {' '.join(map(str, words))}: {done.returncode}\n"
-                                 f"{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"silotune {' '.join(map(str, words))}: {done.returncode}\n"
+                f"{done.stdout}{done.stderr}"
+            )
         return done.stdout + done.stderr
 
     @property
@@ -326,8 +381,12 @@ class Deployment:
     def _background(self, *words: str | Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(w) for w in (BIN / "silotune", "server", *words, "--folder", self.server)],
-            cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
         )
 
     def finish(self, name: str, process: subprocess.Popen[str], seconds: float = 240) -> list[str]:
@@ -373,14 +432,18 @@ class Deployment:
     def reference(self, name: str) -> Arrays:
         """What this process makes of the sites that counted in each round, in the clear."""
         contract = contracts.load(self.server / "runs" / name / "contract.json")
-        plain = contract.changed(secure_aggregation=None, sites=[
-            {"name": s.name, "weight": s.weight} for s in contract.sites
-        ], quorum=1)
+        plain = contract.changed(
+            secure_aggregation=None,
+            sites=[{"name": s.name, "weight": s.weight} for s in contract.sites],
+            quorum=1,
+        )
         handles = {
             m.name: Worker(
-                permitting(plain, m.name, m.folder / "records.csv", None), plain,
+                permitting(plain, m.name, m.folder / "records.csv", None),
+                plain,
                 Ledger.in_memory(m.name),
-            ).handle for m in self.members.values()
+            ).handle
+            for m in self.members.values()
         }
         folder = self.folder / f"reference-{name}"
         run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())

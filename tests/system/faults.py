@@ -57,14 +57,17 @@ def plain(keys: dict[str, str]) -> Contract:
     """Noise off and every record in every step: what a site computes is always the same."""
     return parse(TABLE_CONTRACT).changed(
         sites=[{"name": name, "public_key": key} for name, key in keys.items()],
-        quorum=len(keys), privacy={"mode": "none"}, deadline_seconds=DEADLINE,
+        quorum=len(keys),
+        privacy={"mode": "none"},
+        deadline_seconds=DEADLINE,
         phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}],
     )
 
 
 def masked(keys: dict[str, str]) -> Contract:
     return plain(keys).changed(
-        quorum=3, secure_aggregation={"threshold": 3, "bound": 4.0},
+        quorum=3,
+        secure_aggregation={"threshold": 3, "bound": 4.0},
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 0.5}],
     )
 
@@ -102,7 +105,8 @@ def kill(d: Deployment, process: str) -> int:
         site.node.process.kill()
         return 1
     service, word = {
-        "relay": (site.node, "flwr-clientapp"), "ServerApp": (d.link_service, "flwr-serverapp"),
+        "relay": (site.node, "flwr-clientapp"),
+        "ServerApp": (d.link_service, "flwr-serverapp"),
         "SuperLink": (d.link_service, "flower-superlink"),
     }[process]
     found = service.tree(word)
@@ -132,9 +136,18 @@ def killed_at(process: str, point: str, number: int) -> Callable[[Deployment], s
 
 def killed_through(process: str) -> Callable[[Deployment], str]:
     """One run in which the process is killed at each point, a round further each time."""
+
     def do(d: Deployment) -> str:
-        d.use(phases=[{"trains": "head", "rounds": len(POINTS) - 1, "sampling_rate": 1.0,
-                       "head_rate": 0.5}])
+        d.use(
+            phases=[
+                {
+                    "trains": "head",
+                    "rounds": len(POINTS) - 1,
+                    "sampling_rate": 1.0,
+                    "head_rate": 0.5,
+                }
+            ]
+        )
         site, seen = first(d), list[str]()
         site.stop_at(POINTS[0], "any")
         name, run = d.begin()
@@ -164,9 +177,10 @@ def joined_while_away(d: Deployment) -> str:
     """Three of four sites agree on keys, the server is killed before it has their masked updates,
     the fourth comes, and the run is resumed twice. The round is that of the three, at one charge
     each; the fourth joins at the next."""
-    d.use(deadline_seconds=45.0, phases=[
-        {"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}
-    ])
+    d.use(
+        deadline_seconds=45.0,
+        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}],
+    )
     *three, fourth = d.members.values()
     for service in (fourth.node, fourth.worker):
         service.end(signal.SIGKILL)
@@ -187,15 +201,19 @@ def joined_while_away(d: Deployment) -> str:
     seen = ended(d, name, run)
     sites = [f["sites"] for f in d.registry(name).rounds()]
     assert sites == [sorted(m.name for m in three), sorted(d.members)], sites
-    charged = {m.name: len([c for c in m.ledger().charges.values() if c.run == name])
-               for m in d.members.values()}
+    charged = {
+        m.name: len([c for c in m.ledger().charges.values() if c.run == name])
+        for m in d.members.values()
+    }
     assert charged == {m.name: 2 for m in three} | {fourth.name: 1}, charged
-    return (f"stopped: {first_why} / {why}; 3 sites in round 1, 4 in round 2, no second charge; "
-            f"{seen}")
+    return (
+        f"stopped: {first_why} / {why}; 3 sites in round 1, 4 in round 2, no second charge; {seen}"
+    )
 
 
 def killed_while(process: str, moment: str) -> Callable[[Deployment], str]:
     """Just before the first round gets its name, or just after."""
+
     def do(d: Deployment) -> str:
         d.use()
         pause, there = d.folder / "pause", d.folder / "there"
@@ -204,8 +222,11 @@ def killed_while(process: str, moment: str) -> Callable[[Deployment], str]:
             pause.touch()
         name, run = d.begin()
         rounds = d.server / "runs" / name / "rounds"
-        wait_for(there.exists if moment == "committing" else (rounds / "0001").is_dir,
-                 "the first round", 90)
+        wait_for(
+            there.exists if moment == "committing" else (rounds / "0001").is_dir,
+            "the first round",
+            90,
+        )
         assert kill(d, process)
         pause.unlink(missing_ok=True)
         found = sorted(os.listdir(rounds))
@@ -266,9 +287,11 @@ def silent(d: Deployment) -> str:
 
 def late(d: Deployment) -> str:
     """Its reply comes when the next round is under way: it counts in neither round's place."""
-    d.use(deadline_seconds=15.0, quorum=1, phases=[
-        {"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 0.5}
-    ])
+    d.use(
+        deadline_seconds=15.0,
+        quorum=1,
+        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 0.5}],
+    )
     first(d).stop_at("answered", 1)
     name, run = d.begin()
     wait_for(first(d).stopped, "round 1", 60)
@@ -293,8 +316,9 @@ def replayed(d: Deployment) -> str:
     assert len(answers) == 1, "a repeated request got another reply"
     message = messages.unpack(asked)
     other = {n: a + np.float32(1) for n, a in message.arrays.items()}
-    changed = messages.unpack(wire.ask(site.socket, messages.pack(Message(message.header, other)),
-                                       60)).header
+    changed = messages.unpack(
+        wire.ask(site.socket, messages.pack(Message(message.header, other)), 60)
+    ).header
     assert isinstance(changed, Refusal)
     assert changed.code == "E202", changed
     assert len(site.ledger().charges) == charges
@@ -343,6 +367,7 @@ def partitioned(folder: Path) -> str:
 
 def clock(minutes: int) -> Callable[[Deployment], str]:
     """Of a site's SuperNode, which signs the time; `site check` compares it with the server's."""
+
     def do(d: Deployment) -> str:
         if shutil.which("faketime") is None:
             raise AssertionError("faketime is not installed (apt-get install faketime)")
@@ -352,8 +377,20 @@ def clock(minutes: int) -> Callable[[Deployment], str]:
         site.node.prefix = shift
         site.node.start()
         checked = subprocess.run(
-            [*map(str, shift), BIN / "silotune", "site", "check", d.contract, "--config",
-             site.config], env=d.env, capture_output=True, text=True, timeout=120, check=False,
+            [
+                *map(str, shift),
+                BIN / "silotune",
+                "site",
+                "check",
+                d.contract,
+                "--config",
+                site.config,
+            ],
+            env=d.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         ).stdout
         told = [line for line in checked.splitlines() if "handshake" in line]
         assert told, checked
@@ -383,8 +420,9 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     kept = folder.with_name(f"{folder.name}.kept")
     folder.rename(kept)
     folder.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", folder],
-                   check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", folder], check=True
+    )
     try:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
         yield folder
@@ -504,18 +542,33 @@ def interrupted(d: Deployment) -> str:
     wait_for(lambda: "told to stop" in pasted(d, lines["watch"]), "the run's end", 60)
     assert d.events(name)[-1]["code"] == "E603"
     first(d).go_on()
-    seen = ended(d, name, subprocess.Popen(
-        ["bash", "-c", lines["resume"]], cwd=d.folder, env=d.env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ))
+    seen = ended(
+        d,
+        name,
+        subprocess.Popen(
+            ["bash", "-c", lines["resume"]],
+            cwd=d.folder,
+            env=d.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ),
+    )
     return f"the run went on, was stopped as the message says, and resumed: {seen}"
 
 
 def pasted(d: Deployment, line: str) -> str:
     """What a command of a message says, without anything of Flower's in the environment."""
     env = {key: value for key, value in d.env.items() if not key.startswith("FLWR_")}
-    done = subprocess.run(["bash", "-c", line], cwd=d.folder, env=env, capture_output=True,
-                          text=True, timeout=90, check=False)
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=d.folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -582,11 +635,21 @@ def stranger(d: Deployment, *, ca: Path | None, key: Path | None) -> str:
     site = first(d)
     key = key or site.key
     node = Service(
-        f"{d.folder}-stranger", lambda: [
-            BIN / "flower-supernode", "--root-certificates", ca or site.ca, "--superlink",
-            d.address, "--auth-supernode-private-key", key, "--port", str(free_ports(1)[0]),
-            "--max-retries", "1",
-        ], d.folder / f"stranger-{time.time_ns()}.log",
+        f"{d.folder}-stranger",
+        lambda: [
+            BIN / "flower-supernode",
+            "--root-certificates",
+            ca or site.ca,
+            "--superlink",
+            d.address,
+            "--auth-supernode-private-key",
+            key,
+            "--port",
+            str(free_ports(1)[0]),
+            "--max-retries",
+            "1",
+        ],
+        d.folder / f"stranger-{time.time_ns()}.log",
         d.env | {"FLWR_HOME": str(d.folder / "stranger")},
     )
     node.start()
@@ -628,8 +691,9 @@ def wrong_ca(d: Deployment) -> str:
 
 def wrong_key(d: Deployment) -> str:
     key = d.folder / f"stranger-{time.time_ns()}.key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key],
-                   check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key], check=True
+    )
     return stranger(d, ca=None, key=key)
 
 
@@ -655,8 +719,9 @@ def large(d: Deployment) -> str:
         headers = {"Content-Length": str(300 << 20)} if announced else {}
         with httpx.Client(verify=trusted, timeout=60) as client:
             try:
-                reply = client.post(f"https://{d.address}/v1/fleet/push-messages", content=body(),
-                                    headers=headers)
+                reply = client.post(
+                    f"https://{d.address}/v1/fleet/push-messages", content=body(), headers=headers
+                )
                 seen.append(str(reply.status_code))
             except httpx.HTTPError as error:  # the other side hung up
                 seen.append(type(error).__name__)
@@ -692,7 +757,8 @@ def poisons(mark: Path) -> dict[str, bytes]:
     huge = b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,0]}}'
     many = b'{"__metadata__":{"silotune":' + b'"[' + b"[" * 100_000 + b'"}}'
     return {
-        "pickle": pickle.dumps(Touch(mark)), "zip bomb": zlib.compress(bytes(1 << 26), 9),
+        "pickle": pickle.dumps(Touch(mark)),
+        "zip bomb": zlib.compress(bytes(1 << 26), 9),
         "huge shape": len(huge).to_bytes(8, "little") + huge,
         "huge header": (1 << 62).to_bytes(8, "little") + b"{}",
         "deep header": len(many).to_bytes(8, "little") + many,
@@ -740,14 +806,31 @@ def testssl(d: Deployment) -> str:
         raise AssertionError("testssl is not installed (apt-get install testssl.sh)")
     out = d.folder / "testssl.json"
     done = subprocess.run(
-        [program, "--quiet", "--color", "0", "--add-ca", str(d.server / "ca.crt"), "--jsonfile",
-         str(out), "--warnings", "off", d.address], capture_output=True, text=True, timeout=400,
-        check=False, stdin=subprocess.DEVNULL,
+        [
+            program,
+            "--quiet",
+            "--color",
+            "0",
+            "--add-ca",
+            str(d.server / "ca.crt"),
+            "--jsonfile",
+            str(out),
+            "--warnings",
+            "off",
+            d.address,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     assert out.exists(), done.stdout[-2000:]
     found = json.loads(out.read_text())
-    by = {s: [f["id"] for f in found if f["severity"] == s] for s in
-          ("CRITICAL", "HIGH", "MEDIUM", "LOW", "WARN", "INFO", "OK")}
+    by = {
+        s: [f["id"] for f in found if f["severity"] == s]
+        for s in ("CRITICAL", "HIGH", "MEDIUM", "LOW", "WARN", "INFO", "OK")
+    }
     assert len(found) > 50, found
     assert not by["CRITICAL"] + by["HIGH"] + by["MEDIUM"], by
     return f"{len(found)} findings, {len(by['LOW'])} low ({', '.join(by['LOW'])}), none above"
@@ -755,9 +838,18 @@ def testssl(d: Deployment) -> str:
 
 def fuzzed(folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         "tests/common/test_fuzz.py"],
-        env=os.environ | {"SILOTUNE_FUZZ": str(FUZZED)}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/common/test_fuzz.py",
+        ],
+        env=os.environ | {"SILOTUNE_FUZZ": str(FUZZED)},
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
@@ -772,26 +864,40 @@ def faults() -> list[Fault]:
     ]
     found += [
         Fault(f"kill -9 of {process}, {moment}", "plain", killed_while(process, moment))
-        for process in ("ServerApp", "SuperLink") for moment in ON_THE_SERVER
+        for process in ("ServerApp", "SuperLink")
+        for moment in ON_THE_SERVER
     ]
     found += [
         Fault(f"masked: kill -9 of {process}, {stage}", "masked", killed_at(process, stage, 1))
-        for process in ("worker", "ServerApp") for stage in STAGES
+        for process in ("worker", "ServerApp")
+        for stage in STAGES
     ]
-    found.append(Fault("masked: a site joins while the server is away", "masked",
-                       joined_while_away))
+    found.append(
+        Fault("masked: a site joins while the server is away", "masked", joined_while_away)
+    )
     own = [
-        Fault("partition that heals", "own", partitioned), Fault("fuzzed inputs", "own", fuzzed),
+        Fault("partition that heals", "own", partitioned),
+        Fault("fuzzed inputs", "own", fuzzed),
     ]
     rest: list[tuple[str, Callable[[Deployment], str]]] = [
-        ("silent site", silent), ("late reply", late), ("replayed messages", replayed),
-        ("clock 5 min ahead", clock(5)), ("clock 5 min behind", clock(-5)),
-        ("disk full at a site", full_at_a_site), ("disk full at the server", full_at_the_server),
-        ("corrupt checkpoint", corrupt), ("two servers, one run", two_servers),
-        ("Ctrl-C on server run", interrupted), ("a site that is absent at the start", absent),
+        ("silent site", silent),
+        ("late reply", late),
+        ("replayed messages", replayed),
+        ("clock 5 min ahead", clock(5)),
+        ("clock 5 min behind", clock(-5)),
+        ("disk full at a site", full_at_a_site),
+        ("disk full at the server", full_at_the_server),
+        ("corrupt checkpoint", corrupt),
+        ("two servers, one run", two_servers),
+        ("Ctrl-C on server run", interrupted),
+        ("a site that is absent at the start", absent),
         ("SIGTERM to a worker", worker_told_to_stop),
-        ("SIGTERM to the server", server_told_to_stop), ("wrong CA", wrong_ca),
-        ("wrong key", wrong_key), ("unregistered site", unregistered),
-        ("message of 300 MB", large), ("pickle, zip bomb", poisoned), ("testssl.sh", testssl),
+        ("SIGTERM to the server", server_told_to_stop),
+        ("wrong CA", wrong_ca),
+        ("wrong key", wrong_key),
+        ("unregistered site", unregistered),
+        ("message of 300 MB", large),
+        ("pickle, zip bomb", poisoned),
+        ("testssl.sh", testssl),
     ]
     return [*own, *found, *(Fault(name, "plain", do) for name, do in rest)]

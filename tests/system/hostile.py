@@ -95,9 +95,18 @@ def http(path: Path, method: str, target: str, body: bytes = b"", length: int | 
 
 def files(found: dict[str, str], site: Path, records: Path, run: Path) -> None:
     for name in (
-        records, "site.toml", "site.toml.sig", "state/ledger.sqlite", "state/ledger.sqlite-wal",
-        "state/lock", "state/worker.log", "keys/secret.key", "keys/site.key", "keys/owner.key",
-        "keys/owner.pub", "keys/head",
+        records,
+        "site.toml",
+        "site.toml.sig",
+        "state/ledger.sqlite",
+        "state/ledger.sqlite-wal",
+        "state/lock",
+        "state/worker.log",
+        "keys/secret.key",
+        "keys/site.key",
+        "keys/owner.key",
+        "keys/owner.pub",
+        "keys/head",
     ):
         path = site / name
         attempt(found, f"read {path.name}", path.read_bytes)
@@ -117,39 +126,52 @@ def processes(found: dict[str, str], worker: int, root: int) -> None:
     for who, pid in (("worker", worker), ("supervisor", root)):
         proc = Path(f"/proc/{pid}")
         for name in ("mem", "environ", "maps", "auxv", "syscall", "stack", "clear_refs"):
-            attempt(found, f"{who} {name}",
-                    lambda proc=proc, name=name: (proc / name).open("rb").read(16))
+            attempt(
+                found,
+                f"{who} {name}",
+                lambda proc=proc, name=name: (proc / name).open("rb").read(16),
+            )
         for name in ("fd", "map_files"):
-            attempt(found, f"{who} {name}",
-                    lambda proc=proc, name=name: os.listdir(proc / name))
+            attempt(found, f"{who} {name}", lambda proc=proc, name=name: os.listdir(proc / name))
         for name in ("cwd", "root", "exe", "fd/1", "ns/mnt"):
-            attempt(found, f"{who} {name}",
-                    lambda proc=proc, name=name: (proc / name).readlink())
-        attempt(found, f"{who} fd 0 to 9", lambda proc=proc: [
-            (proc / "fd" / str(n)).open("rb") for n in range(10)
-        ])
+            attempt(found, f"{who} {name}", lambda proc=proc, name=name: (proc / name).readlink())
+        attempt(
+            found,
+            f"{who} fd 0 to 9",
+            lambda proc=proc: [(proc / "fd" / str(n)).open("rb") for n in range(10)],
+        )
         attempt(found, f"{who} ptrace", lambda pid=pid: libc("ptrace", ATTACH, pid, 0, 0))
         attempt(found, f"{who} seize", lambda pid=pid: libc("ptrace", SEIZE, pid, 0, 0))
         attempt(found, f"{who} vm_readv", lambda pid=pid: _read_memory(pid))
-        attempt(found, f"{who} take fd", lambda pid=pid: libc(
-            "syscall", PIDFD_GETFD, libc("syscall", PIDFD_OPEN, pid, 0), 1, 0
-        ))
-        attempt(found, f"{who} limits", lambda pid=pid: resource.prlimit(
-            pid, resource.RLIMIT_CORE, (-1, -1)
-        ))
+        attempt(
+            found,
+            f"{who} take fd",
+            lambda pid=pid: libc("syscall", PIDFD_GETFD, libc("syscall", PIDFD_OPEN, pid, 0), 1, 0),
+        )
+        attempt(
+            found,
+            f"{who} limits",
+            lambda pid=pid: resource.prlimit(pid, resource.RLIMIT_CORE, (-1, -1)),
+        )
         for number in (0, signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
-            attempt(found, f"{who} signal {int(number)}",
-                    lambda pid=pid, number=number: os.kill(pid, number))
+            attempt(
+                found,
+                f"{who} signal {int(number)}",
+                lambda pid=pid, number=number: os.kill(pid, number),
+            )
     worker_user = Path(f"/proc/{worker}").stat().st_uid
     for name, deed in (
-        ("become root", lambda: os.setuid(0)), ("become worker", lambda: os.setuid(worker_user)),
-        ("join worker", lambda: os.setgid(worker_user)), ("join root", lambda: os.setgroups([0])),
+        ("become root", lambda: os.setuid(0)),
+        ("become worker", lambda: os.setuid(worker_user)),
+        ("join worker", lambda: os.setgid(worker_user)),
+        ("join root", lambda: os.setgroups([0])),
     ):
         attempt(found, name, deed)
 
 
 def _read_memory(pid: int) -> int:
     """process_vm_readv of one byte."""
+
     class Part(ctypes.Structure):
         _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
@@ -160,6 +182,7 @@ def _read_memory(pid: int) -> int:
 
 def door(found: dict[str, str], path: Path) -> None:
     """The socket's place."""
+
     def another() -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
             s.bind(str(path.with_name("other.sock")))
@@ -175,21 +198,35 @@ def words(found: dict[str, str], path: Path, requests: dict[str, str]) -> None:
     """What is said on the socket."""
     attempt(found, "GET /", lambda: http(path, "GET", "/"))
     attempt(found, "GET /message", lambda: http(path, "GET", "/message"))
-    for target in ("/records", "/", "/message/../../state", "/message/../keys/secret.key",
-                   "/message%2f..%2fstate", "//message", "/docs", "/openapi.json"):
+    for target in (
+        "/records",
+        "/",
+        "/message/../../state",
+        "/message/../keys/secret.key",
+        "/message%2f..%2fstate",
+        "//message",
+        "/docs",
+        "/openapi.json",
+    ):
         attempt(found, f"POST {target}", lambda t=target: http(path, "POST", t, b"x"))
     for method in ("PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "PATCH"):
         attempt(found, f"{method} /message", lambda m=method: http(path, m, "/message"))
     attempt(found, "no HTTP", lambda: exchange(path, b"\x00\xff" * 500)[:12])
-    attempt(found, "pickle",
-            lambda: http(path, "POST", "/message", pickle.dumps(signal.Signals.SIGTERM)))
+    attempt(
+        found,
+        "pickle",
+        lambda: http(path, "POST", "/message", pickle.dumps(signal.Signals.SIGTERM)),
+    )
     attempt(found, "garbage", lambda: http(path, "POST", "/message", os.urandom(5000)))
     attempt(found, "nothing", lambda: http(path, "POST", "/message", b""))
     attempt(found, "cut short", lambda: http(path, "POST", "/message", b"x" * 9, 1 << 40))
     attempt(found, "too long", lambda: http(path, "POST", "/message", bytes((256 << 20) + 1)))
     for name, wire in requests.items():
-        attempt(found, f"request {name}",
-                lambda wire=wire: http(path, "POST", "/message", bytes.fromhex(wire)))
+        attempt(
+            found,
+            f"request {name}",
+            lambda wire=wire: http(path, "POST", "/message", bytes.fromhex(wire)),
+        )
 
 
 def linger() -> None:
@@ -220,14 +257,20 @@ def attack(message: Message, context: Context) -> Message:
     shadow = importlib.import_module("silotune")
     mode = path.stat()
     facts = {
-        "found": found, "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(),
+        "found": found,
+        "uid": os.getuid(),
+        "gid": os.getgid(),
+        "groups": os.getgroups(),
         "environment": dict(os.environ),
         "relay_environment": [Path(f"/proc/{p}/environ").read_text() for p in relays],
         "relay_files": [
-            os.readlink(link) for p in [os.getpid(), *relays]
-            for link in Path(f"/proc/{p}/fd").iterdir() if link.is_symlink()
+            os.readlink(link)
+            for p in [os.getpid(), *relays]
+            for link in Path(f"/proc/{p}/fd").iterdir()
+            if link.is_symlink()
         ],
-        "socket": [stat.S_IMODE(mode.st_mode), mode.st_uid], "shadow": shadow.__file__,
+        "socket": [stat.S_IMODE(mode.st_mode), mode.st_uid],
+        "shadow": shadow.__file__,
         "status": Path("/proc/self/status").read_text(),
     }
     content = RecordDict({"hostile": ConfigRecord({"facts": json.dumps(facts)})})
@@ -244,7 +287,8 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     half = out.with_suffix(".half")
     half.write_text(
-        json.dumps({"error": str(reply.error)}) if reply.has_error()
+        json.dumps({"error": str(reply.error)})
+        if reply.has_error()
         else str(reply.content["hostile"]["facts"])
     )
     half.rename(out)

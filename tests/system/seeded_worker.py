@@ -37,8 +37,10 @@ def main() -> None:
     if words.key:
         keys = Keys(bytes(32), Ed25519PrivateKey.from_private_bytes(words.key.read_bytes()), b"")
     worker = Worker(
-        permitting(contract, words.site, words.data, words.model), contract,
-        Ledger.in_memory(words.site, keys), insecure_seed=SEED,
+        permitting(contract, words.site, words.data, words.model),
+        contract,
+        Ledger.in_memory(words.site, keys),
+        insecure_seed=SEED,
     )
 
     def handle(wire: bytes) -> bytes:

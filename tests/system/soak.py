@@ -50,10 +50,12 @@ def main(words: list[str]) -> int:
             if fault.kind == kind:
                 waiting.put(fault)
         for at in range(min(number, waiting.qsize())):
-            threads.append(threading.Thread(
-                target=_work,
-                args=(folder / f"{kind}-{at}", kind, waiting, rows, began + MOST_SECONDS),
-            ))
+            threads.append(
+                threading.Thread(
+                    target=_work,
+                    args=(folder / f"{kind}-{at}", kind, waiting, rows, began + MOST_SECONDS),
+                )
+            )
             threads[-1].start()
     for thread in threads:
         thread.join()
@@ -63,8 +65,10 @@ def main(words: list[str]) -> int:
     survived, done = sum(row["survived"] for row in rows), {row["fault"] for row in rows}
     print(f"{survived} of {len(rows)} survived, {(time.monotonic() - began) / 60:.1f} min")
     if len(done) < len(order):
-        print(f"{len(order) - len(done)} were not begun in {MOST_SECONDS // 60} min; their rows "
-              "are of an earlier run. Next time they come first.")
+        print(
+            f"{len(order) - len(done)} were not begun in {MOST_SECONDS // 60} min; their rows "
+            "are of an earlier run. Next time they come first."
+        )
     if survived == len(rows):
         shutil.rmtree(folder)
     else:
@@ -74,7 +78,10 @@ def main(words: list[str]) -> int:
 
 
 def _work(
-    folder: Path, kind: str, waiting: queue.SimpleQueue[Fault], rows: list[dict[str, Any]],
+    folder: Path,
+    kind: str,
+    waiting: queue.SimpleQueue[Fault],
+    rows: list[dict[str, Any]],
     end: float,
 ) -> None:
     """Do faults of one kind to one federation until none is left; a broken one is made anew."""
@@ -102,8 +109,14 @@ def _do(fault: Fault, on: Any, rows: list[dict[str, Any]]) -> bool:
     names = _names(fault)
     lines = seen.splitlines() if survived else [seen] * len(names)
     for name, line in zip(names, lines, strict=True):
-        rows.append({"fault": name, "survived": survived, "seen": line,
-                     "seconds": round(seconds / len(names))})
+        rows.append(
+            {
+                "fault": name,
+                "survived": survived,
+                "seen": line,
+                "seconds": round(seconds / len(names)),
+            }
+        )
         print(f"{'✓' if survived else '✗'} {name} ({seconds} s): {line[:300]}", flush=True)
     return survived
 
@@ -120,15 +133,25 @@ def _known() -> dict[str, dict[str, Any]]:
 
 def _keep(known: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write the rows in the place of those of the same name; all of them, in order."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     at = datetime.now(UTC).isoformat(timespec="seconds")
     kept = known | {row["fault"]: row | {"commit": commit, "at": at} for row in rows}
     names = [name for fault in faults() for name in _names(fault) if name in kept]
     found = [kept[name] for name in names]
-    RESULTS.write_text(json.dumps({
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "faults": found,
-    }, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "faults": found,
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
     return found
 
 
@@ -136,8 +159,10 @@ def _table(rows: list[dict[str, Any]]) -> None:
     width = max((len(row["fault"]) for row in rows), default=0)
     print(f"\n{'fault':{width}}  survived  commit   seconds  seen")
     for row in rows:
-        print(f"{row['fault']:{width}}  {'yes' if row['survived'] else 'NO':8}  "
-              f"{row['commit']}  {row['seconds']:7}  {row['seen'][:160]}")
+        print(
+            f"{row['fault']:{width}}  {'yes' if row['survived'] else 'NO':8}  "
+            f"{row['commit']}  {row['seconds']:7}  {row['seen'][:160]}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,16 @@ def test_a_server_says_whether_it_knows_a_node_key_and_the_relay_still_gets_in(
             admission.check(server, other)
         assert error.value.code == "E405"
     federation.start(
-        federation.bin / "flower-supernode", "--root-certificates", federation.ca, "--superlink",
-        federation.address, "--auth-supernode-private-key", ours, "--port",
-        str(federation.free_port()), log="north.log",
+        federation.bin / "flower-supernode",
+        "--root-certificates",
+        federation.ca,
+        "--superlink",
+        federation.address,
+        "--auth-supernode-private-key",
+        ours,
+        "--port",
+        str(federation.free_port()),
+        log="north.log",
     )
 
     def connected() -> bool:

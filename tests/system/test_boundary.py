@@ -112,8 +112,13 @@ class Deployment:
 
     def run(self, *command: str | Path, user: int) -> None:
         done = subprocess.run(
-            [str(word) for word in (*self.way, *as_user(user), *command)], check=False,
-            env=self.federation.env, cwd="/", capture_output=True, text=True, timeout=120,
+            [str(word) for word in (*self.way, *as_user(user), *command)],
+            check=False,
+            env=self.federation.env,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -127,16 +132,17 @@ class Deployment:
         # The operator puts the site's key into the contract.
         key = Ed25519PrivateKey.from_private_bytes((self.site / "keys" / "site.key").read_bytes())
         self.public = key.public_key().public_bytes_raw().hex()
-        self.contract = self.contract.changed(
-            sites=[{"name": "north", "public_key": self.public}]
-        )
+        self.contract = self.contract.changed(sites=[{"name": "north", "public_key": self.public}])
         self.contract_file.write_text(self.contract.model_dump_json())
         text = self.config.read_text()
         for old, new in (
-            ('repeated = "refuse"', 'repeated = "keep"'), ("epsilon = 8.0", "epsilon = 30.0"),
+            ('repeated = "refuse"', 'repeated = "keep"'),
+            ("epsilon = 8.0", "epsilon = 30.0"),
             ("contracts = []", f'contracts = ["{self.contract.hash}"]'),
-            ("min_sites = 2", "min_sites = 1"), ("min_quorum = 2", "min_quorum = 1"),
-            ("# [server]", "[server]"), ('# ca = "ca.crt"', f'ca = "{self.federation.ca}"'),
+            ("min_sites = 2", "min_sites = 1"),
+            ("min_quorum = 2", "min_quorum = 1"),
+            ("# [server]", "[server]"),
+            ('# ca = "ca.crt"', f'ca = "{self.federation.ca}"'),
             ('# address = "server.example.org:8443"', f'address = "{self.federation.address}"'),
         ):
             assert old in text, old
@@ -150,15 +156,30 @@ class Deployment:
     def start(self, log: str) -> subprocess.Popen[bytes]:
         """`site start` as root, with a secret in the environment and the widest umask."""
         found: subprocess.Popen[bytes] = self.federation.start(
-            *self.way, "bash", "-c", 'umask 0; exec "$@"', "-",
-            self.federation.bin / "silotune", "site", "start", self.contract_file,
-            "--config", self.config, "--worker-user", str(WORKER), "--relay-user", str(RELAY),
-            log=log, env=self.federation.env | {"SILOTUNE_TEST_SECRET": SECRET},
+            *self.way,
+            "bash",
+            "-c",
+            'umask 0; exec "$@"',
+            "-",
+            self.federation.bin / "silotune",
+            "site",
+            "start",
+            self.contract_file,
+            "--config",
+            self.config,
+            "--worker-user",
+            str(WORKER),
+            "--relay-user",
+            str(RELAY),
+            log=log,
+            env=self.federation.env | {"SILOTUNE_TEST_SECRET": SECRET},
         )
         log_file = self.folder / log
         self.federation.wait_for(
             lambda: "relay is connecting" in log_file.read_text() or found.poll() is not None,
-            60, "the site starting", log,
+            60,
+            "the site starting",
+            log,
         )
         assert found.poll() is None, log_file.read_text()
         return found
@@ -209,7 +230,8 @@ class Deployment:
 @pytest.fixture
 def contract(table_contract: Contract) -> Contract:
     return table_contract.changed(
-        quorum=1, sites=[{"name": "north"}],
+        quorum=1,
+        sites=[{"name": "north"}],
         phases=[{"trains": "head", "rounds": ROUNDS, "sampling_rate": 0.5, "head_rate": 0.5}],
     )
 
@@ -300,15 +322,28 @@ def requests(contract: Contract) -> dict[str, str]:
 
 
 ANSWERS = {  # in the order in which they are asked
-    "other contract": "200 refusal E201", "wrong shapes": "200 refusal E502",
-    "one more array": "200 refusal E502", "no arrays": "200 refusal E502",
-    "round outside": "200 refusal E202", "unknown field": "200 refusal E501",
-    "cut": "200 refusal E501", "describe": "200 description",
-    "train": "200 update head.bias head.weight", "train again": "200 update head.bias head.weight",
+    "other contract": "200 refusal E201",
+    "wrong shapes": "200 refusal E502",
+    "one more array": "200 refusal E502",
+    "no arrays": "200 refusal E502",
+    "round outside": "200 refusal E202",
+    "unknown field": "200 refusal E501",
+    "cut": "200 refusal E501",
+    "describe": "200 description",
+    "train": "200 update head.bias head.weight",
+    "train again": "200 update head.bias head.weight",
     "other bytes": "200 refusal E202",
 }
-ENVIRONMENT = {"PATH", "HOME", "USER", "LANG", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED",
-               "FLWR_DISABLE_UPDATE_CHECK", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"}
+ENVIRONMENT = {
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "FLWR_HOME",
+    "FLWR_TELEMETRY_ENABLED",
+    "FLWR_DISABLE_UPDATE_CHECK",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL",
+}
 FLWR_SETS = "BROWSER_USE_SETUP_LOGGING"  # in its own processes
 
 
@@ -316,17 +351,23 @@ def check_attack(facts: dict[str, Any], site: Deployment) -> None:
     assert (facts["uid"], facts["gid"], facts["groups"]) == (RELAY, RELAY, [])
     assert re.search(r"^CapEff:\t0+$", facts["status"], re.M)
     found: dict[str, str] = facts["found"]
-    answers = {name.removeprefix("request "): found.pop(name) for name in list(found)
-               if name.startswith("request ")}
+    answers = {
+        name.removeprefix("request "): found.pop(name)
+        for name in list(found)
+        if name.startswith("request ")
+    }
     assert answers == {name: f"DONE {answer!r}" for name, answer in ANSWERS.items()}
-    spoken = {name: found.pop(name) for name in list(found)
-              if name in ("pickle", "garbage", "nothing", "cut short", "too long", "no HTTP")
-              or name.startswith(("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE",
-                                  "PATCH"))}
+    spoken = {
+        name: found.pop(name)
+        for name in list(found)
+        if name in ("pickle", "garbage", "nothing", "cut short", "too long", "no HTTP")
+        or name.startswith(("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "PATCH"))
+    }
     for name in ("pickle", "garbage", "nothing"):
         assert spoken.pop(name) == "DONE '200 refusal E501'", name
-    assert all(re.match(r"DONE b?'(HTTP/1.1 )?4\d\d|DONE 'closed'", answer)
-               for answer in spoken.values()), spoken
+    assert all(
+        re.match(r"DONE b?'(HTTP/1.1 )?4\d\d|DONE 'closed'", answer) for answer in spoken.values()
+    ), spoken
     assert len(found) > 80
     assert {name: end for name, end in found.items() if end != "PermissionError"} == {}
     # The shadow is all that the app's own silotune reaches.
@@ -354,7 +395,7 @@ def check_modes(site: Deployment) -> None:
 
 
 def test_a_hostile_app_gets_one_private_update_and_an_honest_run_goes_on(
-    deployed: Callable[..., Deployment]
+    deployed: Callable[..., Deployment],
 ) -> None:
     site = deployed(superlink=True)
     supervisor = site.start("site.log")
@@ -375,8 +416,13 @@ def test_a_hostile_app_gets_one_private_update_and_an_honest_run_goes_on(
     # The records are gone and the worker knows them: it loaded them, and the model, once.
     worker = site.worker()
     site.records.unlink()
-    app = write_app(site.folder / "app", contract=site.contract_file, model=None, run="honest",
-                    runs=site.folder / "runs")
+    app = write_app(
+        site.folder / "app",
+        contract=site.contract_file,
+        model=None,
+        run="honest",
+        runs=site.folder / "runs",
+    )
     site.federation.flwr("run", app, "tls")
     done = site.folder / "runs" / "honest" / "adapter.safetensors"
     site.federation.wait_for(done.exists, 60, "the honest run's adapter", "superlink.log")
@@ -397,7 +443,7 @@ def test_a_hostile_app_gets_one_private_update_and_an_honest_run_goes_on(
 
 
 def test_a_relay_that_dies_is_started_again_and_a_worker_that_dies_ends_all(
-    deployed: Callable[..., Deployment]
+    deployed: Callable[..., Deployment],
 ) -> None:
     """Without a SuperLink: the relay goes on trying."""
     site = deployed(superlink=False)
@@ -417,12 +463,25 @@ def test_a_relay_that_dies_is_started_again_and_a_worker_that_dies_ends_all(
 def test_one_user_for_both_is_refused_unless_asked_for(deployed: Callable[..., Deployment]) -> None:
     site = deployed(superlink=False)
     tool = site.federation.bin / "silotune"
-    command = [*site.way, *as_user(WORKER), tool, "site", "start", site.contract_file,
-               "--config", site.config]
+    command = [
+        *site.way,
+        *as_user(WORKER),
+        tool,
+        "site",
+        "start",
+        site.contract_file,
+        "--config",
+        site.config,
+    ]
     for options in ([], ["--worker-user", str(WORKER)], ["--one-user", "--relay-user", "0"]):
         done = subprocess.run(
-            [str(word) for word in (*command, *options)], check=False, env=site.federation.env,
-            cwd="/", capture_output=True, text=True, timeout=60,
+            [str(word) for word in (*command, *options)],
+            check=False,
+            env=site.federation.env,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 1
         assert "E207" in done.stdout + done.stderr
@@ -430,7 +489,9 @@ def test_one_user_for_both_is_refused_unless_asked_for(deployed: Callable[..., D
     text = site.folder / "one.log"
     site.federation.wait_for(
         lambda: "relay is connecting" in text.read_text() or supervisor.poll() is not None,
-        60, "the site starting", "one.log",
+        60,
+        "the site starting",
+        "one.log",
     )
     assert supervisor.poll() is None, text.read_text()
     os.kill(supervisor.pid, signal.SIGTERM)

@@ -26,16 +26,21 @@ from tests.system.seeded_worker import SEED
 
 SITES = ("north", "south")
 
+
 def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: Path) -> Run:
     workers = [
         Worker(
-            permitting(contract, s, files[s], model), contract, Ledger.in_memory(s),
+            permitting(contract, s, files[s], model),
+            contract,
+            Ledger.in_memory(s),
             insecure_seed=SEED,
         )
         for s in SITES
     ]
     run = Run(
-        contract, Registry.create(folder, contract), "reference",
+        contract,
+        Registry.create(folder, contract),
+        "reference",
         build(contract, model).initial_arrays(),
     )
     handles = {worker.policy.name: worker.handle for worker in workers}
@@ -47,8 +52,11 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
 @pytest.mark.system
 @pytest.mark.xdist_group("system")
 def test_two_supernodes_give_the_adapter_of_the_in_process_path(
-    lora_contract: Contract, encoder_folder: Path, write_rows: Callable[..., Path],
-    tmp_path: Path, federation: Any,
+    lora_contract: Contract,
+    encoder_folder: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    federation: Any,
 ) -> None:
     contract = lora_contract.changed(privacy={"mode": "none"})
     files = {s: write_rows(tmp_path / s / "rows.csv", 40, seed=i) for i, s in enumerate(SITES)}
@@ -61,7 +69,10 @@ def test_two_supernodes_give_the_adapter_of_the_in_process_path(
     for site in SITES:
         assert federation.wait_until_ready(site).stat().st_mode & 0o077 == 0
     app = write_app(
-        tmp_path / "app", contract=contract_file, model=encoder_folder, run="deployed",
+        tmp_path / "app",
+        contract=contract_file,
+        model=encoder_folder,
+        run="deployed",
         runs=tmp_path / "runs",
     )
     federation.flwr("run", app, "tls")

@@ -11,7 +11,9 @@ from tests.system.faults import faults, federation, heed_interrupts
 
 SHORT = ("kill -9 of ServerApp", "two servers, one run")
 MORE = (
-    "Ctrl-C on server run", "a site that is absent at the start", "SIGTERM to a worker",
+    "Ctrl-C on server run",
+    "a site that is absent at the start",
+    "SIGTERM to a worker",
     "message of 300 MB",
 )
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")

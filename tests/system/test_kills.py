@@ -38,8 +38,15 @@ def contract(table_contract: Contract) -> Contract:
     """Many cheap rounds, of two steps so that there is a middle."""
     return table_contract.changed(
         privacy={"epsilon": 100.0},
-        phases=[{"trains": "head", "rounds": 20_000, "sampling_rate": 0.5, "local_steps": 2,
-                 "head_rate": 0.5}],
+        phases=[
+            {
+                "trains": "head",
+                "rounds": 20_000,
+                "sampling_rate": 0.5,
+                "local_steps": 2,
+                "head_rate": 0.5,
+            }
+        ],
     )
 
 
@@ -84,7 +91,8 @@ class Judge:
         ledger = self.ledger
         self.charged = {f"{c.round}.{c.attempt}": c for c in ledger.charges.values()}
         self.released = {
-            key: ledger.releases[c.sequence].reply for key, c in self.charged.items()
+            key: ledger.releases[c.sequence].reply
+            for key, c in self.charged.items()
             if c.sequence in ledger.releases
         }
         self.wrong += [f"{k} computed, not charged" for k in self.computed if k not in self.charged]
@@ -135,7 +143,9 @@ Killing = Callable[..., list[Judge]]
 
 @pytest.fixture
 def killing(
-    contract: Contract, write_rows: Callable[..., Path], tmp_path: Path,
+    contract: Contract,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> Killing:
     """killing(random, each, *names): kill workers on a new ledger for each name, and judge."""
@@ -149,8 +159,11 @@ def killing(
             Ledger.create(folder / "state", Keys.create(folder / "keys"), "north")
         done = subprocess.run(
             [sys.executable, VICTIM, str(SEED), str(random), str(each), *folders],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170, check=False,
-            capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=170,
+            check=False,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return [Judge(folder, contract) for folder in folders]
@@ -179,7 +192,8 @@ def test_a_worker_in_the_wrong_order_is_found(killing: Killing) -> None:
     """The judge's own proof: the charge after training, or the reply before its release."""
     for judge, wrong in zip(
         killing(0, 1, "trains_first", "sends_first"),
-        ("computed, not charged|computed 2 times", "was sent, not released"), strict=True,
+        ("computed, not charged|computed 2 times", "was sent, not released"),
+        strict=True,
     ):
         print(f"\n{judge.folder.name}: {len(judge.wrong)} wrong, such as {judge.wrong[:2]}")
         assert any(re.search(wrong, line) for line in judge.wrong), judge.wrong

@@ -39,7 +39,8 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
     workers = {
         s: Worker(
             permitting(plain, s, files[s], None), plain, Ledger.in_memory(s), insecure_seed=SEED
-        ).handle for s in sites
+        ).handle
+        for s in sites
     }
     run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())
     while not run.done:
@@ -49,13 +50,20 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
 
 @pytest.mark.system
 def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
-    table_contract: Contract, write_rows: Callable[..., Path], tmp_path: Path, federation: Any,
+    table_contract: Contract,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    federation: Any,
 ) -> None:
     keys = {site: Ed25519PrivateKey.generate() for site in SITES}
     contract = table_contract.changed(
-        sites=[{"name": s, "public_key": k.public_key().public_bytes_raw().hex()}
-               for s, k in keys.items()],
-        quorum=3, secure_aggregation={"threshold": 3, "bound": 4.0}, deadline_seconds=20.0,
+        sites=[
+            {"name": s, "public_key": k.public_key().public_bytes_raw().hex()}
+            for s, k in keys.items()
+        ],
+        quorum=3,
+        secure_aggregation={"threshold": 3, "bound": 4.0},
+        deadline_seconds=20.0,
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
     )
     files = {s: write_rows(tmp_path / s / "rows.csv", 60, seed=i) for i, s in enumerate(SITES)}
@@ -66,8 +74,15 @@ def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
     for site, key in keys.items():
         (tmp_path / site / "site.key").write_bytes(key.private_bytes_raw())
         started[site] = federation.start_site(
-            site, contract_file, files[site], "--key", tmp_path / site / "site.key",
-            "--stop-at", STOPS.get(site, "nothing"), "--marker", tmp_path / f"{site}.there",
+            site,
+            contract_file,
+            files[site],
+            "--key",
+            tmp_path / site / "site.key",
+            "--stop-at",
+            STOPS.get(site, "nothing"),
+            "--marker",
+            tmp_path / f"{site}.there",
         )
     for site in SITES:
         federation.wait_until_ready(site)
@@ -85,8 +100,9 @@ def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
     for site in STOPS:
         kill_when_there(site)
     folder = tmp_path / "runs" / "masked"
-    federation.wait_for((folder / "adapter.safetensors").exists, 180, "the adapter",
-                        "superlink.log")
+    federation.wait_for(
+        (folder / "adapter.safetensors").exists, 180, "the adapter", "superlink.log"
+    )
 
     for site in STOPS:
         assert {process.wait() for process in started[site]} == {-signal.SIGKILL}

@@ -37,8 +37,13 @@ class Operator:
 
     def silotune(self, *words: str | Path, ok: bool = True) -> str:
         done = subprocess.run(
-            [BIN / "silotune", *map(str, words)], cwd=self.folder, env=self.env, timeout=300,
-            capture_output=True, text=True, check=False,
+            [BIN / "silotune", *map(str, words)],
+            cwd=self.folder,
+            env=self.env,
+            timeout=300,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -46,8 +51,12 @@ class Operator:
     def start(self, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.started[name] = subprocess.Popen(
-                [str(BIN / "silotune"), *map(str, words)], cwd=self.folder, env=self.env,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                [str(BIN / "silotune"), *map(str, words)],
+                cwd=self.folder,
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         return self.started[name]
 
@@ -105,8 +114,13 @@ def enrol(operator: Operator, site: str) -> None:
     assert "do not add it; phone the site" in said
     assert not list((operator.folder / "server" / "roster").iterdir()) or site not in said
     operator.silotune(
-        "server", "add", made["request"], "--fingerprint", made["fingerprint"].lower(),
-        "--folder", "server",
+        "server",
+        "add",
+        made["request"],
+        "--fingerprint",
+        made["fingerprint"].lower(),
+        "--folder",
+        "server",
     )
 
 
@@ -114,8 +128,16 @@ def enrol(operator: Operator, site: str) -> None:
 def test_a_server_and_what_it_lets_through(operator: Operator) -> None:
     folder = operator.folder
     said = operator.silotune(
-        "server", "init", "--host", "127.0.0.1", "--port", str(operator.port), "--link-port",
-        str(operator.link), "--folder", "server",
+        "server",
+        "init",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(operator.port),
+        "--link-port",
+        str(operator.link),
+        "--folder",
+        "server",
     )
     assert re.search(r"CA fingerprint  ([0-9A-F]{2}:){31}[0-9A-F]{2}", said)
     assert all(f.stat().st_mode & 0o077 == 0 for f in (folder / "server").rglob("*"))
@@ -142,12 +164,24 @@ def _the_closed_paths_are_closed(operator: Operator) -> None:
         assert revoked.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
         assert list(revoked) == []
         for path in (
-            *(f"/v1/control/{name}" for name in control), "/v1/runtime/get-run", "/v1/runtime",
-            "/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet", "/v1/fleet/",
-            "/", "/docs", "/openapi.json", "/v1/fleet/pull-messages/../../control/start-run",
-            "/v1/fleet/%2e%2e/control/start-run", "/v1/fleet/pull-messages%2f..%2f..%2fcontrol",
-            "//v1/control/start-run", "/V1/CONTROL/start-run", "/v1/fleet/pull-messages/",
-            "/v1/fleet/pull-messages;/../control/start-run", "/v1/control/start-run?/v1/fleet/",
+            *(f"/v1/control/{name}" for name in control),
+            "/v1/runtime/get-run",
+            "/v1/runtime",
+            "/v1/fleet/register-node",
+            "/v1/fleet/unregister-node",
+            "/v1/fleet",
+            "/v1/fleet/",
+            "/",
+            "/docs",
+            "/openapi.json",
+            "/v1/fleet/pull-messages/../../control/start-run",
+            "/v1/fleet/%2e%2e/control/start-run",
+            "/v1/fleet/pull-messages%2f..%2f..%2fcontrol",
+            "//v1/control/start-run",
+            "/V1/CONTROL/start-run",
+            "/v1/fleet/pull-messages/",
+            "/v1/fleet/pull-messages;/../control/start-run",
+            "/v1/control/start-run?/v1/fleet/",
         ):
             for method in ("GET", "POST", "PUT", "CONNECT", "OPTIONS"):
                 reply = client.request(method, httpx.URL(base).copy_with(raw_path=path.encode()))
@@ -161,12 +195,14 @@ def _the_closed_paths_are_closed(operator: Operator) -> None:
             httpx.get(f"{base}/health")  # the CA is the operator's own
     old = ssl.create_default_context(cafile=str(operator.ca))
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with socket.create_connection(("127.0.0.1", operator.port)) as plain, pytest.raises(
-        (ssl.SSLError, ConnectionError)
+    with (
+        socket.create_connection(("127.0.0.1", operator.port)) as plain,
+        pytest.raises((ssl.SSLError, ConnectionError)),
     ):
         old.wrap_socket(plain, server_hostname="127.0.0.1")
     listening = {
-        c.laddr.ip for c in psutil.net_connections("inet")
+        c.laddr.ip
+        for c in psutil.net_connections("inet")
         if c.status == psutil.CONN_LISTEN and c.laddr.port == operator.link
     }
     assert listening == {"127.0.0.1"}

@@ -22,14 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MARK = "SILOTUNE_TEST_TUTORIAL"
 SECONDS = 300
-USERS = [f"fl-{who}{relay}" for who in ("operator", "cleveland", "hungary", "va-long-beach")
-         for relay in ("", "-relay")]
+USERS = [
+    f"fl-{who}{relay}"
+    for who in ("operator", "cleveland", "hungary", "va-long-beach")
+    for relay in ("", "-relay")
+]
 # As the README says; `wait` gives the exit code of each, which `set -e` looks at.
 STOP = "all=$(jobs -p); kill $all; for job in $all; do wait $job; done"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 pytestmark = [
-    pytest.mark.system, pytest.mark.download,
+    pytest.mark.system,
+    pytest.mark.download,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can make users"),
     pytest.mark.skipif(NGINX is None, reason="nginx is not installed"),
 ]
@@ -87,15 +91,27 @@ def test_there_are_ten() -> None:
 
 def test_the_tutorial_as_printed(folder: Path) -> None:
     script = folder / "tutorial.sh"
-    script.write_text("\n".join([
-        "set -euo pipefail", "umask 022", *commands(), STOP, "echo all have ended",
-    ]) + "\n")
+    script.write_text(
+        "\n".join(
+            [
+                "set -euo pipefail",
+                "umask 022",
+                *commands(),
+                STOP,
+                "echo all have ended",
+            ]
+        )
+        + "\n"
+    )
     with (folder / "said").open("wb") as said:
         shell = subprocess.Popen(
-            [str(word) for word in (*way_in(folder), "bash", script)], cwd=folder, stdout=said,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | {MARK: "1", "PATH": f"{BIN}:{os.environ['PATH']}",
-                              "OMP_NUM_THREADS": "1"},
+            [str(word) for word in (*way_in(folder), "bash", script)],
+            cwd=folder,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ
+            | {MARK: "1", "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
         )
         try:
             code = shell.wait(SECONDS)
@@ -107,8 +123,9 @@ def test_the_tutorial_as_printed(folder: Path) -> None:
     stopped = [line for line in text.splitlines() if line.strip() == "stopped"]
     assert len(stopped) == 4, text[-3000:]  # three sites and the server, each by itself
     assert not marked()
-    rounds = re.findall(r"^ *(\d)/5 +3 sites +loss [\d.]+ +accuracy [\d.]+ +auc ([\d.]+)$", text,
-                        re.M)
+    rounds = re.findall(
+        r"^ *(\d)/5 +3 sites +loss [\d.]+ +accuracy [\d.]+ +auc ([\d.]+)$", text, re.M
+    )
     assert [number for number, _ in rounds] == list("12345"), text[-3000:]
     assert float(rounds[-1][1]) > 0.8
     registry = Registry(folder / "operator" / "server" / "runs" / "heart")

@@ -164,8 +164,15 @@ def before_send() -> None:
 POINTS = {
     point.__name__: point
     for point in (
-        before_commit, charged_before_head, in_head, in_training, in_reply_file, before_rename,
-        before_release, released_before_head, before_send,
+        before_commit,
+        charged_before_head,
+        in_head,
+        in_training,
+        in_reply_file,
+        before_rename,
+        before_release,
+        released_before_head,
+        before_send,
     )
 }
 
@@ -185,7 +192,13 @@ def trains_first() -> None:
         train_round, phase = workers.train_round, self.contract.phase_of(asked.round)
         mechanism = accounting.mechanism_of(self.contract, self.plan, asked.round)
         found = train_round(
-            self.contract, phase, mechanism, self.model, self.data, message.arrays, self.source,
+            self.contract,
+            phase,
+            mechanism,
+            self.model,
+            self.data,
+            message.arrays,
+            self.source,
             self.contract.privacy.clip_norm,
         )
         workers.train_round = lambda *_: found
