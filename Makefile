@@ -46,7 +46,7 @@ lock: $(INSTALLED)  ## the SHA-256 of all that is installed, from pip's index; w
 	$(BIN)/python -m silotune.common.requirements_lock $(LOCK)
 
 check: $(INSTALLED)  ## format, ruff, mypy strict and the direction of imports
-	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_house.py
