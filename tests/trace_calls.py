@@ -60,7 +60,8 @@ def traced(work: Callable[[], Any]) -> dict[str, int]:
         threading.setprofile(None)  # type: ignore[arg-type]
     into = [c for c in calls if f"{c[2]}.".startswith(f"{CONTRACT}.") and c[0] != c[2]]
     return {
-        "files": len(files), "calls between files": len(calls),
+        "files": len(files),
+        "calls between files": len(calls),
         "calls into the contract": len(into),
         "files that call the contract": len({c[0] for c in into}),
     }
