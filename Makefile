@@ -43,7 +43,7 @@ bench-sim: $(INSTALLED)  ## a simulated client beside Flower's and pfl-research'
 # For the images: docker build installs from these files by hash where they are. For another machine
 # than this one: make lock LOCK='--python-version 3.11 --python-platform aarch64-manylinux_2_28'.
 lock: $(INSTALLED)  ## the SHA-256 of all that is installed, from pip's index; writes *requirements.lock
-	$(BIN)/python -m silotune.common.requirements_lock $(LOCK)
+	$(BIN)/python -m silotune.common.runtime.requirements_lock $(LOCK)
 
 check: $(INSTALLED)  ## format, ruff, mypy strict and the direction of imports
 	$(BIN)/ruff format --check .

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Target
 from silotune.common.errors import UsageError
-from silotune.common.plan import Target
 
 ALPHAS = (
     *(1 + x / 10 for x in range(1, 100)),

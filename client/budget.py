@@ -34,8 +34,8 @@ from silotune.client.entries import Charged, Prepared
 from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
+from silotune.common.contract.plan import Unit, epsilon_text
 from silotune.common.errors import RefusalError
-from silotune.common.plan import Unit, epsilon_text
 
 UNBOUNDED = Mechanism(0.0, 1.0, 1)
 

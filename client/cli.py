@@ -18,11 +18,11 @@ import click
 from silotune.client.options import CONFIG, CONTRACT, JOIN, JOIN_NOTE, JSON, on_site
 from silotune.client.own_cli import own
 from silotune.client.prepare_cli import prepare
-from silotune.common import contract as contracts
-from silotune.common.cli import command, emit, next_step
+from silotune.common.cli.main import command, emit, next_step
+from silotune.common.contract import contract as contracts
 from silotune.common.errors import SilotuneError, UsageError
-from silotune.common.journal import Journal
-from silotune.common.terminal import busy, echo
+from silotune.common.runtime.journal import Journal
+from silotune.common.runtime.terminal import busy, echo
 
 LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
 PORT = click.IntRange(1, 65535)
@@ -68,8 +68,8 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     from silotune.client.keys import Keys, make_private_folder
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
-    from silotune.common.durable import write_durably
-    from silotune.common.fields import Name, as_toml
+    from silotune.common.config.types import Name, as_toml
+    from silotune.common.runtime.atomic_files import write_durably
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -162,12 +162,12 @@ def fingerprint(config: Path) -> None:
     """
     from silotune.client import policy as policies
     from silotune.client.site import Site
-    from silotune.common import join
+    from silotune.common.protocol import join_request
 
     found, name = Site.at(config), policies.load(config).name
     file = found.folder / f"{name}.request.json"
     request = found.request(name)
-    if file.exists() and join.load(file) != request:
+    if file.exists() and join_request.load(file) != request:
         raise UsageError(f"{file} does not have this site's keys. Do not send it.")
     echo(request.fingerprint)
 
@@ -329,7 +329,7 @@ def start(
     from silotune.client import policy as policies
     from silotune.client.site import Site
     from silotune.client.supervisor import Supervisor, Users
-    from silotune.common import query
+    from silotune.common.data import sql_source
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
     Site.at(config)
@@ -343,7 +343,7 @@ def start(
     if users.worker is None:  # with two users only the worker's may read what is checked
         _stop_unless(_preflight(config, contract, say=journal.say))
     file = contract.resolve()
-    secrets = query.variables(policy.data.url or "")
+    secrets = sql_source.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
         # Of root's environment the policy, whose signature the worker checks later, names parts.
         raise UsageError(
@@ -378,12 +378,12 @@ def worker(
     """
     from silotune.client import metrics, wire
     from silotune.client.site import Site
-    from silotune.common import children
+    from silotune.common.runtime import subprocesses
 
     if (socket is None) == (fd is None):
         raise UsageError("Give one of --socket and --fd.")
     if ready_fd is not None:
-        children.end_with_parent()
+        subprocesses.end_with_parent()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     journal = Journal("worker", as_json=log_json)
@@ -449,7 +449,7 @@ def metrics(config: Path, port: int) -> None:
     http://127.0.0.1:9464/metrics
     """
     from silotune.client.metrics import FILE, SiteMonitor
-    from silotune.common import monitor
+    from silotune.common.runtime import prometheus
 
     file = config.resolve().parent / "state" / FILE  # not by Site, which loads torch
     if not file.parent.is_dir() or file.parent.stat().st_uid != os.geteuid():
@@ -458,8 +458,8 @@ def metrics(config: Path, port: int) -> None:
             "this as the worker's user, after it."
         )
     shown = SiteMonitor(file, os.geteuid())
-    served = monitor.serve(port, shown.collect, shown.health)
-    echo(f"http://{monitor.HOST}:{served.port}/metrics")
+    served = prometheus.serve(port, shown.collect, shown.health)
+    echo(f"http://{prometheus.HOST}:{served.port}/metrics")
     served.wait()
 
 

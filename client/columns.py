@@ -1,7 +1,7 @@
 """The contract's public schema as one of pandera's: which rows of a block do not fit, and where.
 
-What a cell may be is the contract's own reading of it (common/schema.py, common/task.py), so what
-passes here passes when the worker reads it.
+What a cell may be is the contract's own reading of it (common/data/featurize.py,
+common/contract/task.py), so what passes here passes when the worker reads it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pandera.pandas as pandera
 from pandera.errors import SchemaErrors
 
 from silotune.client import lineage
-from silotune.common import schema, tagging
-from silotune.common.cells import UNREAD, unread
-from silotune.common.contract import Contract
-from silotune.common.inputs import NumberColumn, TableInput, TextInput
-from silotune.common.records import REMEMBERED
-from silotune.common.task import Regression, Tokens
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import NumberColumn, TableInput, TextInput
+from silotune.common.contract.task import Regression, Tokens
+from silotune.common.data import featurize
+from silotune.common.data.records import REMEMBERED
+from silotune.common.data.text_table import UNREAD, unread
+from silotune.common.formats import tag_schemes
 
 REMEDIES = {
     "outside": 'correct the cells, or set outside = "missing" in [prepare]',
@@ -60,16 +61,16 @@ class Columns:
             checks = [
                 self._cells(
                     Rule(column.name, "outside", "E302", f"allows {allowed}"),
-                    partial(_not_read_as, partial(schema.misfit, column), f"allows {allowed}"),
+                    partial(_not_read_as, partial(featurize.misfit, column), f"allows {allowed}"),
                 )
-                for allowed in schema.allowed(column)
+                for allowed in featurize.allowed(column)
             ]
             if isinstance(column, NumberColumn) and column.lowest is not None:
                 what = f"is below {column.lowest:g}: counts as missing"
                 checks.append(
                     self._cells(
                         Rule(column.name, "bound", "", what),
-                        partial(_not_read_as, partial(schema.below, column), what),
+                        partial(_not_read_as, partial(featurize.below, column), what),
                     )
                 )
             columns[column.name] = pandera.Column(checks=checks)
@@ -90,7 +91,7 @@ class Columns:
                     Rule(label, "scheme", "", what),
                     partial(_not_read_as, task.read_otherwise, what),
                 )
-                for what in tagging.READ_OTHERWISE.values()
+                for what in tag_schemes.READ_OTHERWISE.values()
             ]
         columns[label] = pandera.Column(
             checks=[

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from silotune.client import accounting
 from silotune.client.masking import check_bound
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
-from silotune.common.performance import Performance
 
 
 def problems(
@@ -34,7 +34,7 @@ def problems(
             except SilotuneError as error:
                 note(error)
     if performance is not None:
-        from silotune.common.network import device_of
+        from silotune.common.models.base import device_of
 
         try:
             device_of(performance)
@@ -42,10 +42,10 @@ def problems(
             note(error)
     if folder is not None and not isinstance(contract.model, OneHotModel):
         # PEFT and transformers load longer than all else, and a one-hot model needs neither.
-        from silotune.common import model_fit
+        from silotune.common.models import compatibility
 
         try:
-            model_fit.check(contract, folder, performance)
+            compatibility.check(contract, folder, performance)
         except SilotuneError as error:
             note(error)
     return list(found.values())

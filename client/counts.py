@@ -18,12 +18,14 @@ from silotune.client import budget, lineage
 from silotune.client.identity import Links
 from silotune.client.ledger import Ledger
 from silotune.client.prepare import blocks
-from silotune.common import lengths, records, schema
-from silotune.common.contract import Contract
-from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput, TextInput
-from silotune.common.lengths import Lengths
-from silotune.common.records import REMEMBERED, Table
-from silotune.common.task import (
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import (
+    CategoryColumn,
+    NumberColumn,
+    TableInput,
+    TextInput,
+)
+from silotune.common.contract.task import (
     Classification,
     Language,
     MultiLabel,
@@ -32,6 +34,10 @@ from silotune.common.task import (
     Task,
     Tokens,
 )
+from silotune.common.data import featurize, records
+from silotune.common.data.records import REMEMBERED, Table
+from silotune.common.tokenization import token_lengths as lengths
+from silotune.common.tokenization.token_lengths import Lengths
 
 MISSING = ""  # stands for an empty cell, which no choice is
 BINS = 10  # of a regression's targets
@@ -89,7 +95,7 @@ def _meaning(column: NumberColumn | CategoryColumn | None, text: str) -> str:
     """The choice a cell falls into, in words; of a text whether it is there."""
     if column is None:
         return "there" if text.strip() else MISSING
-    choice = schema.choice_of(column, text)
+    choice = featurize.choice_of(column, text)
     return MISSING if choice is None else column.choices[choice]
 
 
@@ -138,7 +144,7 @@ def made_up(contract: Contract, n: int = 2) -> list[str]:
     """How rows read to the model, of rows that are drawn from the contract and are nobody's."""
     spec = contract.input
     if isinstance(spec, TableInput):
-        return [schema.to_text(spec, row) for row in schema.synthetic(spec, n, seed=1)]
+        return [featurize.to_text(spec, row) for row in featurize.synthetic(spec, n, seed=1)]
     if isinstance(spec, TextInput):
         return [f"⟨the text in '{spec.column}' as it stands⟩"]
     return [f"⟨the text in '{spec.first}'⟩ ⟨the text in '{spec.second}'⟩"]

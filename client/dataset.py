@@ -9,14 +9,14 @@ import torch
 
 from silotune.client import units
 from silotune.client.units import Units
-from silotune.common import records
-from silotune.common.contract import Contract
-from silotune.common.network import Encoded, Network
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.models.base import Encoded, Network
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """encoded: N records (common/network.py). labels: [N, ...], their targets as the task's
+    """encoded: N records (common/models/base.py). labels: [N, ...], their targets as the task's
     objective has them (common/tasks/). units: of the N records. Private."""
 
     encoded: Encoded

@@ -41,8 +41,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from silotune.client.person_names import simplified_characters
+from silotune.common.config.types import Distinct, Frozen
 from silotune.common.errors import DataError, UsageError
-from silotune.common.fields import Distinct, Frozen
 
 Kind = Literal[
     "person",

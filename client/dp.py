@@ -13,14 +13,14 @@ its own norm (Casacuberta, Shoemate, Vadhan and Wagaman 2022, arXiv 2207.10635).
 gradient is rounded to whole units of 2^-23 of the clip norm, which is made smaller by what rounding
 can add, and whole numbers add up exactly in float64 (up to 2^28 units). Before that, a unit's own
 gradient must not depend by as much as a rounding on which others are there: blocks of fixed shape
-(common/network.py), products over aligned rows (common/rows.py), an entity's rows added one by
-one; client/selftest.py refuses a machine on which it does. The gaps between the
+(common/models/base.py), products over aligned rows (common/models/aligned_linear.py), an entity's
+rows added one by one; client/selftest.py refuses a machine on which it does. The gaps between the
 numbers a float can hold tell neighbouring noised sums apart (Mironov 2012,
 doi:10.1145/2382196.2382264): client/noise.py makes them far smaller than what the result shows, as
 the noised sum is rounded to 2^-10 of the noise's standard deviation (post-processing).
 
-With gradients = "ghost" (common/performance.py) no single gradient is ever there to be measured:
-the bound above then rests on float32 products being what they should be.
+With gradients = "ghost" (common/contract/compute.py) no single gradient is ever there to be
+measured: the bound above then rests on float32 products being what they should be.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def private_gradient(
     groups: together one Poisson sample (client/units.py); may be none.
     losses: row numbers [n] -> [n] losses, each a function of its own record only; called once a
     part, in order.
-    gradients: see common/performance.py. Raises ValueError if the modules' parameters are not the
-    optimizer's, or for ghost clipping of entities.
+    gradients: see common/contract/compute.py. Raises ValueError if the modules' parameters are not
+    the optimizer's, or for ghost clipping of entities.
     """
     modules = list(modules)
     held = {p for module in modules for p in module.parameters(recurse=False)}

@@ -19,10 +19,11 @@ from silotune.client import policy as policies
 from silotune.client.files import read_plain
 from silotune.client.policy import Policy
 from silotune.client.site import Site
-from silotune.common import fields, join
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
+from silotune.common.config import types
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
+from silotune.common.protocol import join_request
+from silotune.common.runtime.atomic_files import write_durably
 
 CA_FILE = "server-ca.crt"
 
@@ -45,13 +46,13 @@ def enrol(
         authority = x509.load_pem_x509_certificate(read_plain(ca).data)
     except ValueError:
         raise UsageError(f"{ca} holds no PEM certificate.") from None
-    found = join.pairs(authority.fingerprint(SHA256()))
-    if not join.same(found, fingerprint):
+    found = join_request.pairs(authority.fingerprint(SHA256()))
+    if not join_request.same(found, fingerprint):
         raise UsageError(
             f"The CA in {ca} has the fingerprint {found}, not {fingerprint}. It is not the "
             "operator's: do not continue; phone the operator."
         )
-    text = fields.read_text(site.config, "Policy")
+    text = types.read_text(site.config, "Policy")
     try:
         document = tomlkit.parse(text)
         _set(document, "server.address", address)

@@ -13,11 +13,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from silotune.common import strict_json
+from silotune.common.config.types import (
+    Count,
+    Delta,
+    Epsilon,
+    Frozen,
+    Name,
+    Number,
+    Rate,
+    Sha256,
+)
+from silotune.common.contract.plan import Unit
 from silotune.common.errors import RefusalError
-from silotune.common.fields import Count, Delta, Epsilon, Frozen, Name, Number, Rate, Sha256
-from silotune.common.messages import Receipt, Round, RunId
-from silotune.common.plan import Unit
+from silotune.common.formats import strict_json
+from silotune.common.protocol.messages import Receipt, Round, RunId
 from silotune.common.signing import verifies
 
 EXPORT = "ledger 1"

@@ -1,4 +1,4 @@
-"""How per-example gradients come about: three ways that give the same (common/performance.py).
+"""How per-example gradients come about: three ways that give the same (common/contract/compute.py).
 
 expanded: each trained module computes every example with its own view of its parameters, and one
 backward pass gives the gradient with respect to the views. It works with checkpointing and
@@ -22,7 +22,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from silotune.common.rows import aligned
+from silotune.common.models.aligned_linear import aligned
 
 Losses = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,8 @@ Losses = Callable[[Tensor], Tensor]
 @contextmanager
 def expanded(modules: Iterable[nn.Module], n: int) -> Iterator[dict[Tensor, Tensor]]:
     """Within, each Linear has `.expanded`: (stride-0) views [n, ...] of its weight and bias, by
-    which it multiplies every one of n examples; a Part (common/adapters.py) has them by name.
+    which it multiplies every one of n examples; a Part (common/models/adapters.py) has them by
+    name.
 
     Yields parameter -> view, the leaves to differentiate. Inputs are [n, in] or [n, T, in].
     """

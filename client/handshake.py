@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from silotune.client.policy import Server
 from silotune.common.errors import DataError, PeerError
-from silotune.common.join import pairs
+from silotune.common.protocol.join_request import pairs
 
 T = TypeVar("T")
 SECONDS = 10.0

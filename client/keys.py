@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
+from silotune.common.runtime.atomic_files import write_durably
 
 
 @dataclass(frozen=True)

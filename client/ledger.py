@@ -48,9 +48,9 @@ from silotune.client.entries import (
 from silotune.client.identity import Links, Origin
 from silotune.client.keys import Keys, make_private_folder
 from silotune.client.lineage import SIZE, Lineage, basis_of
-from silotune.common.durable import is_full, write_durably
 from silotune.common.errors import RefusalError, counted
-from silotune.common.messages import Receipt
+from silotune.common.protocol.messages import Receipt
+from silotune.common.runtime.atomic_files import is_full, write_durably
 from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"

@@ -62,10 +62,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.encodings import ENCODINGS
+from silotune.common.data.records import Table
+from silotune.common.data.workbook import unescaped
 from silotune.common.errors import DataError, did_you_mean
-from silotune.common.records import Table
-from silotune.common.workbook import unescaped
+from silotune.common.formats.encodings import ENCODINGS
 
 SIZE = 16
 Fingerprints = NDArray[np.bytes_]  # [R] of 16 bytes, sorted, each once

@@ -11,12 +11,20 @@ import math
 from collections.abc import Sequence
 
 from silotune.client.accounting import Mechanism, mechanism_of
-from silotune.common import vector
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric
 from silotune.common.errors import ProtocolError, RefusalError
-from silotune.common.messages import Agree, Arrays, Blobs, Endorse, Reveal, Share, Train
-from silotune.common.plan import Metric
-from silotune.common.secagg import Member
+from silotune.common.protocol import packing
+from silotune.common.protocol.messages import (
+    Agree,
+    Arrays,
+    Blobs,
+    Endorse,
+    Reveal,
+    Share,
+    Train,
+)
+from silotune.common.secagg.participant import Member
 from silotune.common.signing import Sign
 
 MOST_AGREEMENTS = 4  # stored at a time: others give way, so a server's asking costs no memory
@@ -71,12 +79,12 @@ class Masking:
         digest: messages.digest of the request, so that masks cancel only among equal requests.
         """
         member = self._member(request.agreement)
-        factor = vector.factor(self.contract, self.contract.weight_share(self.name))
+        factor = packing.factor(self.contract, self.contract.weight_share(self.name))
         return member.mask(
             request.round,
-            vector.join(self.contract, change, metrics),
+            packing.join(self.contract, change, metrics),
             factor,
-            vector.bound(self.contract),
+            packing.bound(self.contract),
             bytes.fromhex(digest),
         )
 
@@ -133,7 +141,7 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
             least = min(rates)
             largest = max(rates) * mechanism.steps * (1 + SPREADS * noise / phase.adam.floor)
         lowest = min(contract.weight_share(site.name) for site in contract.sites)
-        widest = least / FINENESS * vector.factor(contract, lowest) * bound
+        widest = least / FINENESS * packing.factor(contract, lowest) * bound
         if not largest <= bound <= widest:
             raise RefusalError(
                 f"secure_aggregation.bound = {bound:g} does not fit this plan's updates and "

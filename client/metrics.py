@@ -36,10 +36,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.client.files import read_plain
 from silotune.client.keys import make_private_folder
-from silotune.common import monitor
 from silotune.common.errors import CODES, UsageError
-from silotune.common.journal import Fact
-from silotune.common.messages import Header
+from silotune.common.protocol.messages import Header
+from silotune.common.runtime import prometheus
+from silotune.common.runtime.journal import Fact
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Tally:
             try:
                 make_private_folder(self.file.parent)
                 with open(os.open(half, flags, 0o600), "wb") as file:
-                    file.write(monitor.text(self._families()))
+                    file.write(prometheus.text(self._families()))
                 half.rename(self.file)
             except OSError as error:
                 log.warning("%s cannot be written: %s", self.file, error.strerror)

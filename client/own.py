@@ -17,9 +17,9 @@ from typing import Self
 import numpy as np
 from safetensors.numpy import load, save
 
-from silotune.common.adapter import CONTROL, fitted, shapes_of, trained_names
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
+from silotune.common.contract.contract import Contract
+from silotune.common.protocol.messages import Arrays
+from silotune.common.protocol.tensors import CONTROL, fitted, shapes_of, trained_names
 
 KINDS = ("tensors", "mean", "gradient")
 NUMBERS = ("averaged", "round")

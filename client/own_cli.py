@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from silotune.client.options import CONFIG, JSON
-from silotune.common import contract as contracts
-from silotune.common.adapter import load
-from silotune.common.cli import emit
+from silotune.common.cli.main import emit
+from silotune.common.contract import contract as contracts
 from silotune.common.errors import UsageError
-from silotune.common.terminal import echo
+from silotune.common.protocol.tensors import load
+from silotune.common.runtime.terminal import echo
 
 
 @click.command()
@@ -42,7 +42,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
 
     from silotune.client.own import Own
     from silotune.client.site import Site
-    from silotune.common.durable import write_durably
+    from silotune.common.runtime.atomic_files import write_durably
 
     contract = contracts.load(released / "contract.json")
     policy, ledger, _ = Site.at(config).open()

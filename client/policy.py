@@ -20,15 +20,9 @@ from silotune.client.entries import Adopted, UnitLimit
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.client.options import on_site
-from silotune.common import fields, records, sources, strict_json
-from silotune.common import query as queries
-from silotune.common.architecture import OneHotModel
-from silotune.common.cli import command
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
-from silotune.common.encodings import encoding_of
-from silotune.common.errors import DataError, RefusalError, counted
-from silotune.common.fields import (
+from silotune.common.cli.main import command
+from silotune.common.config import types
+from silotune.common.config.types import (
     Count,
     Delta,
     Distinct,
@@ -39,12 +33,20 @@ from silotune.common.fields import (
     Positive,
     Sha256,
 )
-from silotune.common.performance import Performance
-from silotune.common.plan import Metric, Target, Unit
-from silotune.common.reading import Reading, delimiter_of
-from silotune.common.records import Table
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric, Target, Unit
+from silotune.common.contract.task import TaskKind
+from silotune.common.data import file_source, records
+from silotune.common.data import sql_source as queries
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading, delimiter_of
+from silotune.common.errors import DataError, RefusalError, counted
+from silotune.common.formats import strict_json
+from silotune.common.formats.encodings import encoding_of
+from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.signing import verifies
-from silotune.common.task import TaskKind
 
 
 def _flag_or_auto(value: object) -> object:
@@ -54,11 +56,12 @@ def _flag_or_auto(value: object) -> object:
 
 
 class Data(Frozen):
-    """The records: a file (common/sources.py), or what a query of a database gives
-    (common/query.py).
+    """The records: a file (common/data/file_source.py), or what a query of a database gives
+    (common/data/sql_source.py).
 
     url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
-    CoNLL files, a member of common/encodings.py. delimiter: of CSV, found in the header if None.
+    CoNLL files, a member of common/formats/encodings.py. delimiter: of CSV, found in the header if
+    None.
     key: the columns that identify a record, or the entity whose records they are; repeated: rows
     that are the same record.
     """
@@ -94,7 +97,7 @@ class Data(Frozen):
             return records.table(self.file, Reading(self.encoding, self.delimiter))
         assert self.url is not None
         assert self.query is not None
-        return Table(queries.SOURCE, *sources.contents(*queries.read(self.url, self.query)))
+        return Table(queries.SOURCE, *file_source.contents(*queries.read(self.url, self.query)))
 
     def within(self, folder: Path) -> Self:
         """With its path, also that of an SQLite file, made absolute."""
@@ -383,12 +386,12 @@ class Policy(Frozen):
 
 def load(path: Path) -> Policy:
     """Read site.toml, its paths made absolute; ContractError lists every problem."""
-    return parse(fields.read_text(path, "Policy"), path)
+    return parse(types.read_text(path, "Policy"), path)
 
 
 def parse(text: str, path: Path) -> Policy:
     """site.toml's text, as if it stood at `path`; ContractError lists every problem."""
-    policy = fields.parse(text, str(path), Policy)
+    policy = types.parse(text, str(path), Policy)
     base = path.resolve().parent
     data = policy.data.within(base)
     model, server = policy.model, policy.server
@@ -431,7 +434,7 @@ def signature_file(path: Path) -> Path:
 
 def sign(path: Path, owner_key: Path, after: int) -> Signature:
     """Sign a policy as the one that follows on serial number `after`; writes the .sig beside it."""
-    text = fields.read_text(path, "Policy")
+    text = types.read_text(path, "Policy")
     parse(text, path)
     digest = hashlib.sha256(text.encode()).hexdigest()
     signed = keys.sign(owner_key, Signature.statement(digest, after + 1))
@@ -445,7 +448,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
 
     RefusalError E213 otherwise.
     """
-    text = fields.read_text(path, "Policy")
+    text = types.read_text(path, "Policy")
     remedy = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
     try:
         found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))

@@ -27,16 +27,17 @@ from silotune.client.masking import check_bound
 from silotune.client.options import JOIN, JOIN_NOTE, on_site
 from silotune.client.policy import Data, Policy, Server
 from silotune.client.site import Site
-from silotune.common import contract as contracts
-from silotune.common import lengths, query, records
-from silotune.common.architecture import OneHotModel
-from silotune.common.cli import command
-from silotune.common.contract import Contract
+from silotune.common.cli.main import command
+from silotune.common.config.types import as_toml
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Unit, delta_for, epsilon_text, size_of_delta
+from silotune.common.data import records, sql_source
+from silotune.common.data.records import Records
 from silotune.common.errors import DataError, RefusalError, SilotuneError, counted
-from silotune.common.fields import as_toml
-from silotune.common.model_source import SOURCES
-from silotune.common.plan import Unit, delta_for, epsilon_text, size_of_delta
-from silotune.common.records import Records
+from silotune.common.model_files.model_source import SOURCES
+from silotune.common.tokenization import token_lengths
 
 T = TypeVar("T")
 LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
@@ -372,9 +373,9 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
             "[model] is not set.",
             code="E305",
         )
-    from silotune.common import model_fit
+    from silotune.common.models import compatibility
 
-    model_fit.check(contract.at(policy.name), policy.model.folder, policy.performance)
+    compatibility.check(contract.at(policy.name), policy.model.folder, policy.performance)
     return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
 
 
@@ -405,7 +406,7 @@ def _fix_of_model(site: Site, policy: Policy, contract: Contract, error: Silotun
 
 
 def _device(policy: Policy) -> tuple[None, str]:
-    from silotune.common.network import device_of
+    from silotune.common.models.base import device_of
 
     return None, str(device_of(policy.performance))
 
@@ -450,7 +451,7 @@ def _user_name(number: int) -> str:
 def _query(data: Data) -> list[Check]:
     """What may be better about how a database is asked; that it answers is another row."""
     found = []
-    if query.shows_password(data.url or ""):
+    if sql_source.shows_password(data.url or ""):
         found.append(
             Check(
                 "data access",
@@ -460,7 +461,7 @@ def _query(data: Data) -> list[Check]:
                 "the worker alone",
             )
         )
-    if not query.ordered(data.query or ""):
+    if not sql_source.ordered(data.query or ""):
         found.append(
             Check(
                 "row numbers",
@@ -491,7 +492,7 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
     records, so for the owner's screen alone."""
     every = -(-len(found) // MOST_MEASURED)
     part = Records(found.inputs[::every], found.labels[::every])
-    lengths_ = lengths.measure([part], contract, lengths.tokenizer_of(folder))
+    lengths_ = token_lengths.measure([part], contract, token_lengths.tokenizer_of(folder))
     if not lengths_.texts:
         return []
     limit = counted(lengths_.limit, "token")

@@ -24,16 +24,17 @@ from silotune.client.columns import Columns, Rule
 from silotune.client.deidentify import Deidentifier, Deidentify
 from silotune.client.identity import Links, Origin, links_between
 from silotune.client.policy import Prepare
-from silotune.common import records, tagging
-from silotune.common.cells import BLOCK_ROWS, Builder, Row
-from silotune.common.cli import command
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
+from silotune.common.cli.main import command
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TableInput
+from silotune.common.contract.task import Language, Tokens
+from silotune.common.data import records
+from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
+from silotune.common.data.records import Table
+from silotune.common.data.text_table import BLOCK_ROWS, Builder, Row
 from silotune.common.errors import UsageError
-from silotune.common.inputs import TableInput
-from silotune.common.records import Table
-from silotune.common.sources import SHOWN_ROWS, rows_in_words
-from silotune.common.task import Language, Tokens
+from silotune.common.formats import tag_schemes
+from silotune.common.runtime.atomic_files import write_durably
 
 T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
@@ -205,7 +206,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
                     cells[places[rule]] = ""
                 elif problem.done == REWRITTEN:
                     tags = cells[places[rule]].split()
-                    cells[places[rule]] = " ".join(tagging.to_iob2(tags))
+                    cells[places[rule]] = " ".join(tag_schemes.to_iob2(tags))
                 elif problem.done != LEFT:
                     left_out.setdefault(at, problem.sentence)
         reasons.update(left_out.values())

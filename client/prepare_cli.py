@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from silotune.client.options import CONFIG, CONTRACT, on_site
-from silotune.common import contract as contracts
-from silotune.common import query
-from silotune.common.cli import command, emit, next_step
+from silotune.common.cli.main import command, emit, next_step
+from silotune.common.config.types import as_toml
+from silotune.common.contract import contract as contracts
+from silotune.common.data import sql_source
 from silotune.common.errors import DataError, SilotuneError, UsageError, counted
-from silotune.common.fields import as_toml
-from silotune.common.terminal import busy
+from silotune.common.runtime.terminal import busy
 
 if TYPE_CHECKING:
     from silotune.client.counts import Charged, Counts
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from silotune.client.policy import Data, Policy
     from silotune.client.prepare import Prepared
     from silotune.client.site import Site
-    from silotune.common.contract import Contract
-    from silotune.common.records import Table
+    from silotune.common.contract.contract import Contract
+    from silotune.common.data.records import Table
 
 MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 
@@ -70,8 +70,8 @@ def _prepare(
     from silotune.client import prepare as preparing
     from silotune.client.keys import make_private_folder
     from silotune.client.site import Site
-    from silotune.common.durable import write_durably
-    from silotune.common.reading import stem_of
+    from silotune.common.data.text_decoding import stem_of
+    from silotune.common.runtime.atomic_files import write_durably
 
     agreed, site = contracts.load(contract), Site.at(config)
     policy = policies.load(config)
@@ -228,7 +228,7 @@ def _lines(
         mark = MARKS.get(p.done, "!")
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
     lines += [f"! {note}" for note in (*raw.notes, *prepared.warnings)]
-    if data.query and not query.ordered(data.query):
+    if data.query and not sql_source.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     refused = prepared.refused
     before = "no ledger yet" if charged.before is None else f"{charged.before:,} charged before"

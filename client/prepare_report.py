@@ -22,7 +22,7 @@ from silotune.client.prepare import (
     Prepared,
     Problem,
 )
-from silotune.common.figures import Plot, paint, svg_of
+from silotune.common.runtime.plotting import Plot, paint, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

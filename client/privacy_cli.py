@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from silotune.client.options import CONFIG, JSON
-from silotune.common.cli import emit, next_step
+from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError, counted
-from silotune.common.terminal import echo
+from silotune.common.runtime.terminal import echo
 
 
 @click.group()
@@ -133,16 +133,16 @@ def plan(
 
     from silotune.client import accounting
     from silotune.client.accounting import Mechanism
-    from silotune.common import contract as contracts
-    from silotune.common import fields
-    from silotune.common.plan import epsilon_text
+    from silotune.common.config import types
+    from silotune.common.contract import contract as contracts
+    from silotune.common.contract.plan import epsilon_text
 
     for name, value, kind in (
-        ("--epsilon", epsilon, fields.Epsilon),
-        ("--delta", delta, fields.Delta),
-        ("--noise-multiplier", noise_multiplier, fields.Positive),
-        ("--sampling-rate", sampling_rate, fields.Rate),
-        ("--steps", steps, fields.Count),
+        ("--epsilon", epsilon, types.Epsilon),
+        ("--delta", delta, types.Delta),
+        ("--noise-multiplier", noise_multiplier, types.Positive),
+        ("--sampling-rate", sampling_rate, types.Rate),
+        ("--steps", steps, types.Count),
     ):
         try:
             if value is not None:
@@ -226,10 +226,10 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
-    from silotune.common import fields
+    from silotune.common.config import types
 
     if file is not None:
-        lines = fields.read_text(file, "Export").splitlines()
+        lines = types.read_text(file, "Export").splitlines()
         entries = verify_export(lines, public_key)
         what = "chain and signed receipt hold"
         if public_key is None:
@@ -263,7 +263,7 @@ def export(file: Path, config: Path) -> None:
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
     from silotune.client.site import Site
-    from silotune.common.durable import write_durably
+    from silotune.common.runtime.atomic_files import write_durably
 
     site = Site.at(config)
     if file.exists():
@@ -281,7 +281,7 @@ def _finite(value: float) -> float | None:
 
 
 def _shown(value: float | None) -> str:
-    from silotune.common.plan import epsilon_text
+    from silotune.common.contract.plan import epsilon_text
 
     return "∞" if value is None else epsilon_text(value)
 

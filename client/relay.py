@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from silotune.client.wire import ask
-from silotune.common.messages import RECORD, WIRE
+from silotune.common.protocol.messages import RECORD, WIRE
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from silotune.client.entries import Charged
-from silotune.common import adapter, messages, ring, vector
-from silotune.common.adapter import Shapes
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric
 from silotune.common.errors import CODES, ProtocolError, SilotuneError
-from silotune.common.messages import (
+from silotune.common.protocol import messages, packing, tensors
+from silotune.common.protocol.messages import (
     MASKED,
     Arrays,
     Blobs,
@@ -41,7 +41,8 @@ from silotune.common.messages import (
     Shares,
     Update,
 )
-from silotune.common.plan import Metric
+from silotune.common.protocol.tensors import Shapes
+from silotune.common.secagg import fixed_point
 from silotune.common.signing import Sign
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def update(
         "epsilon": epsilon,
         "receipt": receipt,
     }
-    names = adapter.trained_names(shapes, contract.sends_in(charge.round))
+    names = tensors.trained_names(shapes, contract.sends_in(charge.round))
     trained = {name: shapes[name] for name in names}
     if (mask is None) != (contract.secure_aggregation is None):
         raise ProtocolError("The contract says otherwise about masks.", code="E502")
@@ -121,13 +122,13 @@ def update(
         _check(change, trained)
         clear = Message(Update(**facts, metrics=metrics), change)
         return messages.pack(messages.signed(clear, sign))
-    kept = vector.held(contract, change)
+    kept = packing.held(contract, change)
     beyond = sum(int((kept[name] != change[name]).sum()) for name in change)
     if beyond:
         log.warning("%d entries of the update were beyond secure_aggregation.bound", beyond)
     _check(kept, trained)
     blob = mask(kept, metrics)
-    if len(blob) != ring.WIDTH * vector.size(contract, trained):
+    if len(blob) != fixed_point.WIDTH * packing.size(contract, trained):
         raise ProtocolError("The masked reply has another length than its update.", code="E502")
     masked = Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob})
     return messages.pack(messages.signed(masked, sign))
@@ -139,7 +140,7 @@ def _pack(message: Message, shapes: Shapes) -> bytes:
 
 
 def _check(arrays: Arrays, shapes: Shapes) -> None:
-    adapter.check(arrays, shapes, "The reply")
+    tensors.check(arrays, shapes, "The reply")
     norm = float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in arrays.values())))
-    if norm > adapter.LARGEST:
-        raise ProtocolError(f"The reply's norm is beyond {adapter.LARGEST:g}.", code="E502")
+    if norm > tensors.LARGEST:
+        raise ProtocolError(f"The reply's norm is beyond {tensors.LARGEST:g}.", code="E502")

@@ -29,15 +29,21 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import PER_EXAMPLE, Losses
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Units, of_records
-from silotune.common import schema
-from silotune.common.adapter import trained_names
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import PairInput, TableInput
+from silotune.common.contract.task import (
+    Classification,
+    Language,
+    MultiLabel,
+    Target,
+    Tokens,
+)
+from silotune.common.data import featurize
+from silotune.common.data.records import Inputs
 from silotune.common.errors import RefusalError
-from silotune.common.inputs import PairInput, TableInput
-from silotune.common.network import Block, Encoded, Network
-from silotune.common.records import Inputs
-from silotune.common.task import Classification, Language, MultiLabel, Target, Tokens
+from silotune.common.models.base import Block, Encoded, Network
+from silotune.common.protocol.tensors import trained_names
 
 ROWS = 18
 WORDS = "a public sentence"
@@ -306,7 +312,7 @@ def _rows(contract: Contract, model: Network) -> tuple[Inputs, list[Target]]:
 def _inputs(contract: Contract, times: Sequence[int]) -> Inputs:
     """A row for each number, that often the same words."""
     if isinstance(contract.input, TableInput):
-        return schema.synthetic(contract.input, len(times), seed=0)
+        return featurize.synthetic(contract.input, len(times), seed=0)
     texts = [" ".join([WORDS] * n) for n in times]
     if isinstance(contract.task, Language):
         answers = [f"the answer is {row // 2}" for row in range(len(times))]

@@ -10,9 +10,9 @@ from silotune.client import policy as policies
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Policy
-from silotune.common.cli import command
+from silotune.common.cli.main import command
 from silotune.common.errors import UsageError
-from silotune.common.join import JoinRequest
+from silotune.common.protocol.join_request import JoinRequest
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ without it from nearly the same adapter can subtract them, and has that site's u
 of all the others twice (So et al. 2023, arXiv 2106.03328, "Securing Secure Aggregation"). What
 protects the site's records from that is its own differential privacy; what is here makes it rarer.
 
-Guarantee. Assume the ledger is not rolled back and the assumptions of common/secagg.py, with up to
-c sites that work with the server and 2 t > n + c. Then of the rounds of one run that began with the
-same adapter, all sums that open are of one set of sites; and of the sums of one run for which an
-honest site reveals, at most `permits.set_changes` are of another set than the round before. Why: a
-sum opens only if t sites reveal, of which t - c are honest; two sums therefore have an honest site
-in common among those that revealed for both, and that site keeps each set durably before it
-reveals anything for it (an entry of the ledger), and refuses the second.
+Guarantee. Assume the ledger is not rolled back and the assumptions of common/secagg/participant.py,
+with up to c sites that work with the server and 2 t > n + c. Then of the rounds of one run that
+began with the same adapter, all sums that open are of one set of sites; and of the sums of one run
+for which an honest site reveals, at most `permits.set_changes` are of another set than the round
+before. Why: a sum opens only if t sites reveal, of which t - c are honest; two sums therefore have
+an honest site in common among those that revealed for both, and that site keeps each set durably
+before it reveals anything for it (an entry of the ledger), and refuses the second.
 
 Not covered: adapters that differ by however little, rounds that are far apart, and different runs.
 For the first the count and the noise are left, for the others the noise alone.
@@ -52,8 +52,8 @@ class SiteSets:
         """RefusalError E220 if no sum of these members can be one that `settle` accepts. To be
         called before a charge, within `Ledger.writing`.
 
-        adapter: its digest (common/adapter.py). most_changes: permits.set_changes of the policy
-        that was signed last; the smaller of the two holds.
+        adapter: its digest (common/protocol/tensors.py). most_changes: permits.set_changes of the
+        policy that was signed last; the smaller of the two holds.
         """
         self._most_changes = min(self._most_changes, most_changes)
         settled = self._settled(run)

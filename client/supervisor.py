@@ -41,11 +41,11 @@ from silotune.client import metrics, wire
 from silotune.client.files import read_plain
 from silotune.client.policy import Server
 from silotune.client.site import Site
-from silotune.common import children, monitor
-from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, RefusalError, UsageError
-from silotune.common.journal import Journal
-from silotune.common.lock import try_lock
+from silotune.common.runtime import prometheus, subprocesses
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.runtime.journal import Journal
+from silotune.common.runtime.process_lock import try_lock
 
 READY_SECONDS = 600.0
 LONGEST_PAUSE = 60.0
@@ -159,8 +159,8 @@ class Supervisor:
     def _run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        children.adopt_orphans()
-        children.no_new_privileges()
+        subprocesses.adopt_orphans()
+        subprocesses.no_new_privileges()
         served = self._serve_metrics()
         self.folder = Path(tempfile.mkdtemp(prefix="silotune-", dir=_folder_of_root()))
         try:
@@ -173,8 +173,8 @@ class Supervisor:
             return 0
         finally:
             self._end_relays_user()
-            children.end_all(but=self._worker)
-            children.end_all(seconds=DRAIN_SECONDS)
+            subprocesses.end_all(but=self._worker)
+            subprocesses.end_all(seconds=DRAIN_SECONDS)
             for voice in self._voices:
                 voice.join(LAST_WORDS_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -184,11 +184,11 @@ class Supervisor:
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _serve_metrics(self) -> monitor.Monitor | None:
+    def _serve_metrics(self) -> prometheus.Monitor | None:
         if self.metrics_port is None:
             return None
         shown = metrics.SiteMonitor(self.site.state / metrics.FILE, self._owner, self.running)
-        return monitor.serve(self.metrics_port, shown.collect, shown.health)
+        return prometheus.serve(self.metrics_port, shown.collect, shown.health)
 
     def _watch(self, worker: subprocess.Popen[bytes]) -> int:
         self.running.worker = True
@@ -206,7 +206,7 @@ class Supervisor:
             if relay.poll() is not None:
                 self.running.relay = False
                 self._end_relays_user()  # what its apps have left running
-                children.end_all(but=worker.pid)
+                subprocesses.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
                 self.say(
@@ -220,14 +220,14 @@ class Supervisor:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if not self._stopping and worker.poll() is None:
                     relay, began = self._start_relay(), time.monotonic()
-            children.reap(but={worker.pid, relay.pid})
+            subprocesses.reap(but={worker.pid, relay.pid})
             time.sleep(0.1)
         self.say("stopped", "stopped")
         return 0
 
     def _end_relays_user(self) -> None:
         if self.users.relay is not None:
-            children.end_user(self.users.relay)
+            subprocesses.end_user(self.users.relay)
 
     @property
     def _owner(self) -> int:
@@ -296,7 +296,7 @@ class Supervisor:
 
     def _start_relay(self) -> subprocess.Popen[bytes]:
         home = self.folder / "relay"
-        most = f"--nproc={children.MOST_PROCESSES}"  # counted over all processes of the user
+        most = f"--nproc={subprocesses.MOST_PROCESSES}"  # counted over all processes of the user
         limit: list[str | Path] = [] if self.users.relay is None else ["prlimit", most]
         self.running.relay, self.running.relay_starts = True, self.running.relay_starts + 1
         return self._start(
@@ -372,7 +372,7 @@ class Supervisor:
     ) -> subprocess.Popen[bytes]:
         process = self._popen(command, user, environment, fds, subprocess.STDOUT)
         self._voices = [voice for voice in self._voices if voice.is_alive()]
-        self._voices.append(children.repeat_lines(process, repeat))
+        self._voices.append(subprocesses.repeat_lines(process, repeat))
         return process
 
     @staticmethod

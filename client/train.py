@@ -32,11 +32,11 @@ from silotune.client.noise import NoiseSource
 from silotune.client.optimizer import NoiseCorrectedAdam
 from silotune.client.own import NOTHING, Own
 from silotune.client.units import Group, Part
-from silotune.common.adapter import trained_names
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.network import Network
-from silotune.common.plan import Metric, Phase
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric, Phase
+from silotune.common.models.base import Network
+from silotune.common.protocol.messages import Arrays
+from silotune.common.protocol.tensors import trained_names
 from silotune.common.tasks.objective import Objective
 
 

@@ -1,8 +1,9 @@
 """Who is protected: which records are one privacy unit, and in what groups units are computed.
 
 With unit "record" each row is by itself. With unit "entity" the rows of one key are one unit: of
-them the first (or last) `cap` count, and their gradients become one (common/plan.py, Entity). Which
-rows those are, and in what order they are added, is a function of the entity's own rows.
+them the first (or last) `cap` count, and their gradients become one (common/contract/plan.py,
+Entity). Which rows those are, and in what order they are added, is a function of the entity's own
+rows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from silotune.client import lineage
+from silotune.common.contract.plan import Entity
+from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
+from silotune.common.data.records import Table
 from silotune.common.errors import DataError
-from silotune.common.network import Block
-from silotune.common.plan import Entity
-from silotune.common.records import Table
-from silotune.common.sources import SHOWN_ROWS, rows_in_words
+from silotune.common.models.base import Block
 
 GROUP = 32  # entities whose gradients are held at once, each as large as all trained tensors
 

@@ -1,10 +1,10 @@
 """The worker's Unix socket: HTTP by uvicorn on one side, httpx on the other.
 
-One request, POST /message, with the bytes of common/messages.py both ways; anything else is 404 or
-405. Who may connect is the file system's to say: the socket has mode 0600 and is the relay user's,
-but its folder is not, so no other socket can be put in its place. A supervisor or systemd opens it
-and hands it to the worker, which runs as another user. `ask` imports neither torch nor the record
-code.
+One request, POST /message, with the bytes of common/protocol/messages.py both ways; anything else
+is 404 or 405. Who may connect is the file system's to say: the socket has mode 0600 and is the
+relay user's, but its folder is not, so no other socket can be put in its place. A supervisor or
+systemd opens it and hands it to the worker, which runs as another user. `ask` imports neither torch
+nor the record code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from silotune.common.errors import PeerError, UsageError
-from silotune.common.messages import MAX_WIRE
+from silotune.common.protocol.messages import MAX_WIRE
 
 Handle = Callable[[bytes], bytes]
 LONGEST_PATH = 107

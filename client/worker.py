@@ -1,7 +1,7 @@
 """The worker: the process that holds a site's records and answers a closed set of requests.
 
-`handle` takes and gives bytes (common/messages.py). It never raises: what goes wrong inside
-leaves the site as a code and a random incident id, and is told in the site's own log only.
+`handle` takes and gives bytes (common/protocol/messages.py). It never raises: what goes wrong
+inside leaves the site as a code and a random incident id, and is told in the site's own log only.
 
 A round in order: the request is checked, the ledger is charged, the round is computed, the reply's
 bytes are made durable, the ledger notes their release, they leave. A crash anywhere before the last
@@ -30,11 +30,15 @@ from silotune.client.own import NOTHING, Own
 from silotune.client.policy import Policy
 from silotune.client.site_sets import SiteSets
 from silotune.client.train import train_round
-from silotune.common import adapter, messages, records
-from silotune.common.architecture import Lora
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import Lora
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Phase, epsilon_text
+from silotune.common.data import records
 from silotune.common.errors import ProtocolError, RefusalError
-from silotune.common.messages import (
+from silotune.common.models.base import Network
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, tensors
+from silotune.common.protocol.messages import (
     Agree,
     Arrays,
     Describe,
@@ -48,9 +52,6 @@ from silotune.common.messages import (
     Shares,
     Train,
 )
-from silotune.common.model import build
-from silotune.common.network import Network
-from silotune.common.plan import Phase, epsilon_text
 
 ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a mean gradient
 
@@ -60,7 +61,7 @@ class Worker:
 
     insecure_seed: for simulations and tests only (client/noise.py). on_answer: is told of each
     request before its reply leaves, and must not raise. lane: workers of one process that answer at
-    the same time need models of their own (common/model.py).
+    the same time need models of their own (common/models/factory.py).
     """
 
     def __init__(
@@ -106,9 +107,9 @@ class Worker:
         self.budget = Budget(ledger, self.lineage, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
             self._check_budget(self.plan, "This contract's plan", policy)
-        self.own_shapes = self.shapes = adapter.shapes_of(self.model.initial_arrays())
+        self.own_shapes = self.shapes = tensors.shapes_of(self.model.initial_arrays())
         if isinstance(contract.adapter, Lora):
-            self.shapes = adapter.reshaped(self.own_shapes, contract.adapter.rank)
+            self.shapes = tensors.reshaped(self.own_shapes, contract.adapter.rank)
         # A reply and what stays here are each at most some copies of the adapter in float32.
         entries = sum(math.prod(shape) for shape in self.own_shapes.values())
         self._reply_room = 4 * ADAPTER_COPIES * entries
@@ -180,7 +181,7 @@ class Worker:
             raise RefusalError(str(error)) from None
         place = self.contract.place_in_phase(request.round)
         self._check_arrays(phase, place, arrays)
-        asked = adapter.fitted(arrays, self.own_shapes)
+        asked = tensors.fitted(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
         mechanism = accounting.mechanism_of(self.contract, self.plan, request.round)
         charge, own = self._charge(request, arrays, message.blobs, digest, mechanism)
@@ -198,13 +199,13 @@ class Worker:
             place,
             own,
         )
-        stay = adapter.trained_names(change, self.contract.stays_at(phase, place))
+        stay = tensors.trained_names(change, self.contract.stays_at(phase, place))
         sent = {name: array for name, array in change.items() if name not in stay}
         reply = release.update(
             self.contract,
             self.policy.name,
             charge,
-            adapter.fitted(sent, self.shapes),
+            tensors.fitted(sent, self.shapes),
             metrics,
             self.shapes,
             epsilon=self._run_epsilon(request.run),
@@ -231,11 +232,11 @@ class Worker:
     def _check_arrays(self, phase: Phase, place: int, arrays: Arrays) -> None:
         """ProtocolError E502 unless they are what the round needs: the adapter's, and with scaffold
         all or none of the mean gradients."""
-        needed = {n: self.shapes[n] for n in adapter.needed_names(self.shapes, phase.trains)}
-        if phase.control and any(name.startswith(adapter.CONTROL) for name in arrays):
-            trained = adapter.trained_names(self.shapes, self.contract.sends_at(phase, place))
-            needed |= {adapter.CONTROL + name: self.shapes[name] for name in trained}
-        adapter.check(arrays, needed, "The server's adapter")
+        needed = {n: self.shapes[n] for n in tensors.needed_names(self.shapes, phase.trains)}
+        if phase.control and any(name.startswith(tensors.CONTROL) for name in arrays):
+            trained = tensors.trained_names(self.shapes, self.contract.sends_at(phase, place))
+            needed |= {tensors.CONTROL + name: self.shapes[name] for name in trained}
+        tensors.check(arrays, needed, "The server's adapter")
 
     def _clip_norm(self, request: Train) -> float:
         """What to clip to. Any norm is as private as any other; the owner's limit bounds it."""
@@ -270,7 +271,7 @@ class Worker:
             if self.masking is not None:
                 self.masking.check(request, shares)
                 assert request.agreement is not None
-                adapter_sha256 = adapter.digest(arrays)
+                adapter_sha256 = tensors.digest(arrays)
                 self.site_sets.check_members(
                     request.run,
                     request.round,

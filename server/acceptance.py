@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import worth
 from silotune.common.errors import RunError
-from silotune.common.messages import Arrays
-from silotune.common.task import worth
+from silotune.common.protocol.messages import Arrays
 
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
 

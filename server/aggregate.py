@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from silotune.common.messages import Arrays
-from silotune.common.plan import Adaptive, AdaptiveClipping, Metric
+from silotune.common.contract.plan import Adaptive, AdaptiveClipping, Metric
+from silotune.common.protocol.messages import Arrays
 
 
 def weighted_mean(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:

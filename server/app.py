@@ -11,10 +11,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import RunNotRunningException
 
-from silotune.common import contract as contracts
+from silotune.common.contract import contract as contracts
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import RunError, SilotuneError
-from silotune.common.model import build
-from silotune.common.reading import Reading
+from silotune.common.models.factory import build
 from silotune.server import events
 from silotune.server.disk import no_room
 from silotune.server.registry import Registry

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from silotune.common.join import pairs
+from silotune.common.protocol.join_request import pairs
 
 CA_DAYS, SERVER_DAYS = 3650, 397
 SKEW = timedelta(minutes=10)  # a site's clock may be behind

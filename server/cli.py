@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from silotune.common import contract as contracts
-from silotune.common import model_folder, model_source
-from silotune.common.architecture import OneHotModel
-from silotune.common.cli import emit, next_step, reading_options, reading_words, warning_lines
-from silotune.common.durable import write_durably
+from silotune.common.cli.main import (
+    emit,
+    next_step,
+    reading_options,
+    reading_words,
+    warning_lines,
+)
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.architecture import OneHotModel
 from silotune.common.errors import PeerError, RunError, UsageError
-from silotune.common.journal import Journal
-from silotune.common.terminal import echo
+from silotune.common.model_files import model_folder, model_source
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.runtime.journal import Journal
+from silotune.common.runtime.terminal import echo
 
 if TYPE_CHECKING:
-    from silotune.common.contract import Contract
-    from silotune.common.reading import Reading
+    from silotune.common.contract.contract import Contract
+    from silotune.common.data.text_decoding import Reading
     from silotune.server.events import Event, Events
     from silotune.server.place import Place
 
@@ -69,11 +75,11 @@ def init(
     CA fingerprint  91:0C…  (read it out to each site)
     next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
-    from silotune.common import fields
+    from silotune.common.config import types
     from silotune.server import authority
     from silotune.server.place import Place, ServerSettings
 
-    settings = fields.parse(
+    settings = types.parse(
         json.dumps(
             {"host": host, "port": port, "link_port": link_port, "metrics_port": metrics_port}
         ),
@@ -118,10 +124,10 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     $ silotune server add hospital-a.request.json --fingerprint A8:26:…:CC
     ✓ hospital-a is in the roster
     """
-    from silotune.common import join
+    from silotune.common.protocol import join_request
     from silotune.server.place import Place
 
-    place, found = Place.open(folder), join.load(request)
+    place, found = Place.open(folder), join_request.load(request)
     place.admit(found, fingerprint)
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
     emit(
@@ -148,13 +154,13 @@ def fingerprint(folder: Path) -> None:
     $ silotune server fingerprint --folder federation
     91:0C:…
     """
-    from silotune.common import fields
+    from silotune.common.config import types
     from silotune.server import authority
     from silotune.server.place import Place
 
     path = Place.open(folder).folder / "ca.crt"
     try:
-        echo(authority.fingerprint(fields.read_text(path, "Certificate").encode()))
+        echo(authority.fingerprint(types.read_text(path, "Certificate").encode()))
     except ValueError:
         raise UsageError(f"{path} holds no PEM certificate.", code="E102") from None
 
@@ -451,7 +457,7 @@ def _carry_out(
         place.check_sites(agreed)
     base = _model(agreed, model)
     if test is not None:  # what is wrong with its rows is said now, on this screen
-        from silotune.common import records
+        from silotune.common.data import records
 
         records.read(test, agreed, reading)
     _reach(place)

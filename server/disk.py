@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from silotune.common.durable import is_full
 from silotune.common.errors import RunError
+from silotune.common.runtime.atomic_files import is_full
 
 LEAST_FREE = 1 << 20  # bytes
 

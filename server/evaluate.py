@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from silotune.common import records
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.metrics import Scores, score
-from silotune.common.network import Network
-from silotune.common.reading import Reading
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.text_decoding import Reading
+from silotune.common.models.base import Network
+from silotune.common.protocol.messages import Arrays
+from silotune.common.tasks.metrics import Scores, score
 
 
 class PublicTest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.common.durable import is_full
+from silotune.common.runtime.atomic_files import is_full
 
 FILE = "events.jsonl"
 RESERVE, RESERVED = ".reserve", 8192  # bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from silotune.common.reading import DELIMITERS, Reading
+from silotune.common.data.text_decoding import DELIMITERS, Reading
 
 PYPROJECT = """[project]
 name = "silotune-app"

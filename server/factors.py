@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.messages import Arrays
+from silotune.common.protocol.messages import Arrays
 
 Matrix = NDArray[np.float64]
 Product = tuple[Matrix, Matrix]  # X, Y

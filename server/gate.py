@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from silotune.common import adapter, messages
-from silotune.common.adapter import Shapes
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric
 from silotune.common.errors import ProtocolError
-from silotune.common.messages import Arrays, Masked, Message, Receipt, Update
-from silotune.common.plan import Metric
+from silotune.common.protocol import messages, tensors
+from silotune.common.protocol.messages import Arrays, Masked, Message, Receipt, Update
+from silotune.common.protocol.tensors import Shapes
 from silotune.common.signing import verifies
 from silotune.server.registry import Registry
 
@@ -49,7 +49,7 @@ class Gate:
         ):
             raise ProtocolError("The update is not signed by the site's roster key.", code="E503")
         if isinstance(update, Update):
-            adapter.check(message.arrays, shapes, "The update")
+            tensors.check(message.arrays, shapes, "The update")
             self._check_norm(message.arrays)
             self._check_metrics(update.metrics)
         self._check_epsilon(site, update.epsilon)

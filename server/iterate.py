@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from silotune.common import adapter
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.plan import Metric, Phase
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric, Phase
+from silotune.common.protocol import tensors
+from silotune.common.protocol.messages import Arrays
 from silotune.server import aggregate, factors
 
 
@@ -24,7 +24,7 @@ class Iterate:
 
     def __init__(self, contract: Contract, initial: Arrays) -> None:
         self.contract, self.number = contract, 1
-        self.shapes = adapter.shapes_of(initial)
+        self.shapes = tensors.shapes_of(initial)
         self.adapter = initial
         self.clip_norm = contract.privacy.clip_norm
         self._velocity: Arrays = {}  # or Adam's first moment
@@ -59,16 +59,16 @@ class Iterate:
     @property
     def sent_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors whose change the sites send this round."""
-        names = adapter.trained_names(self.shapes, self.contract.sends_in(self.number))
+        names = tensors.trained_names(self.shapes, self.contract.sends_in(self.number))
         return {name: self.shapes[name] for name in names}
 
     def asked(self) -> Arrays:
         """What a site needs for this round; with scaffold also the mean gradient of the round
         before, if all sites had a part in it: then their corrections add up to nothing."""
-        needed = adapter.needed_names(self.adapter, self.phase.trains)
+        needed = tensors.needed_names(self.adapter, self.phase.trains)
         found = {name: self.adapter[name] for name in needed}
         if self._control_of == self.number - 1:
-            found |= {adapter.CONTROL + name: a for name, a in self._control.items()}
+            found |= {tensors.CONTROL + name: a for name, a in self._control.items()}
         return found
 
     def released(self) -> Arrays:
@@ -103,8 +103,8 @@ class Iterate:
             moved, velocity = aggregate.heavy_ball(
                 self.adapter, self._velocity, change, settings.momentum
             )
-        adapter.check(moved, self.shapes, "The aggregate")
-        adapter.check(velocity, adapter.shapes_of(velocity), "The momentum")
+        tensors.check(moved, self.shapes, "The aggregate")
+        tensors.check(velocity, tensors.shapes_of(velocity), "The momentum")
         declined = why_not(self.adapter, moved, self.phase.adapts)
         if declined is not None:
             self._velocity, self._second = {}, {}
@@ -166,7 +166,7 @@ class Iterate:
         self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
     ) -> None:
         """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
-        adapter.check(arrays, self.shapes, "The stored adapter")
+        tensors.check(arrays, self.shapes, "The stored adapter")
         self.number, self.adapter = number, arrays
         self._velocity, self._second, self._mean, self._control = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}

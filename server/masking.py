@@ -1,7 +1,8 @@
 """The server's side of secure aggregation in one run, without a network.
 
 Its stages are generators: they yield what to ask which site, and are sent what came back
-(server/replies.py). Nothing here can see an update by itself; why is in common/secagg.py.
+(server/replies.py). Nothing here can see an update by itself; why is in
+common/secagg/participant.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import secrets
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from silotune.common import messages, vector
-from silotune.common.adapter import Shapes
-from silotune.common.agreement import Agreement, check_keys
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric
 from silotune.common.errors import ProtocolError, RunError
-from silotune.common.messages import (
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import (
     Agree,
     Arrays,
     Blobs,
@@ -28,8 +28,9 @@ from silotune.common.messages import (
     Share,
     Shares,
 )
-from silotune.common.plan import Metric
-from silotune.common.secagg import Sum
+from silotune.common.protocol.tensors import Shapes
+from silotune.common.secagg.key_agreement import Agreement, check_keys
+from silotune.common.secagg.participant import Sum
 from silotune.server.replies import Exchange, Stages
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
@@ -213,7 +214,7 @@ class MaskedRound:
     ) -> None:
         self.contract, self.agreement, self.number = contract, agreement, number
         self._shapes, self._exchange = shapes, exchange
-        self._sum = Sum(agreement, number, vector.size(contract, shapes), bytes.fromhex(digest))
+        self._sum = Sum(agreement, number, packing.size(contract, shapes), bytes.fromhex(digest))
 
     def take(self, site: str, masked: bytes) -> None:
         """Add a site's masked update. ProtocolError if it is none of this round."""
@@ -249,11 +250,11 @@ class MaskedRound:
             dict.fromkeys(there, ask), Revealed, enough=threshold
         )
         try:
-            total = self._sum.open(revealed, vector.factor(self.contract, 1.0))
+            total = self._sum.open(revealed, packing.factor(self.contract, 1.0))
         except ProtocolError as error:
             raise self._closed(str(error).removesuffix("."), error.code) from None
         total /= sum(self.contract.weight_share(site) for site in survivors)
-        return vector.split(self.contract, self._shapes, total)
+        return packing.split(self.contract, self._shapes, total)
 
     def _closed(self, why: str, code: str = "E402") -> RunError:
         failed = self._exchange.failed

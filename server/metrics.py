@@ -1,7 +1,7 @@
 """The server's metrics: its two processes, its certificates, and how far each run is.
 
 Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes (server/events.py).
-Served on 127.0.0.1 (common/monitor.py); nginx has no way to it.
+Served on 127.0.0.1 (common/runtime/prometheus.py); nginx has no way to it.
 """
 
 from __future__ import annotations

@@ -16,15 +16,16 @@ from typing import Annotated, Self
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
 
-from silotune.common import contract as contracts
-from silotune.common import fields, join
-from silotune.common.agreement import default_threshold
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
+from silotune.common.config import types
+from silotune.common.config.types import Frozen
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
-from silotune.common.fields import Frozen
-from silotune.common.join import JoinRequest
-from silotune.common.messages import MAX_WIRE
+from silotune.common.protocol import join_request
+from silotune.common.protocol.join_request import JoinRequest
+from silotune.common.protocol.messages import MAX_WIRE
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.secagg.key_agreement import default_threshold
 from silotune.server import authority
 
 LINK_NAME, CRL = "localhost", "ca.crl"
@@ -72,7 +73,7 @@ class Place:
     @property
     def settings(self) -> ServerSettings:
         path = self.folder / "server.toml"
-        return fields.parse(fields.read_text(path, "Server"), path.name, ServerSettings)
+        return types.parse(types.read_text(path, "Server"), path.name, ServerSettings)
 
     @property
     def link(self) -> str:
@@ -85,7 +86,7 @@ class Place:
 
     def roster(self) -> list[JoinRequest]:
         """The sites that were admitted, by name."""
-        return [join.load(path) for path in sorted((self.folder / "roster").glob("*.json"))]
+        return [join_request.load(path) for path in sorted((self.folder / "roster").glob("*.json"))]
 
     @classmethod
     def create(cls, folder: Path, settings: ServerSettings) -> Place:

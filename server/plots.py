@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from silotune.common.figures import Plot, paint, svg_of
+from silotune.common.runtime.plotting import Plot, paint, svg_of
 from silotune.server.words import DASH, finite, number, small
 
 if TYPE_CHECKING:

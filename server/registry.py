@@ -24,12 +24,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from silotune.common import contract as contracts
-from silotune.common.contract import Contract
-from silotune.common.durable import rename_durably, write_durably
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.lock import try_lock
-from silotune.common.messages import Arrays, Receipt
+from silotune.common.protocol.messages import Arrays, Receipt
+from silotune.common.runtime.atomic_files import rename_durably, write_durably
+from silotune.common.runtime.process_lock import try_lock
 from silotune.server import events
 from silotune.server.events import Standing
 from silotune.server.masking import Agreed
@@ -176,7 +176,7 @@ class Registry:
         """Note whose masked updates a round's sum is of: the sites open none of others that began
         with the same adapter, be it in this round or in a later one.
 
-        adapter: its digest (common/adapter.py).
+        adapter: its digest (common/protocol/tensors.py).
         """
         facts = {"round": number, "adapter": adapter, "survivors": sorted(sites)}
         write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())

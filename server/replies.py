@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from typing import TypeVar
 
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ProtocolError
-from silotune.common.messages import Blobs, Endorsement, Keys, Message, Refusal, Revealed, Shares
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import (
+    Blobs,
+    Endorsement,
+    Keys,
+    Message,
+    Refusal,
+    Revealed,
+    Shares,
+)
 
 # A site's reply: its bytes, or the code that says why there is none.
 Reply = bytes | str

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.messages import Arrays
-from silotune.common.plan import Robust
+from silotune.common.contract.plan import Robust
+from silotune.common.protocol.messages import Arrays
 
 Vectors = NDArray[np.float64]
 

@@ -12,11 +12,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from silotune.common import adapter, messages
-from silotune.common.architecture import Lora
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import Lora
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import BY_ONE, Metric
+from silotune.common.contract.task import worth
 from silotune.common.errors import ProtocolError, RunError
-from silotune.common.messages import (
+from silotune.common.protocol import messages
+from silotune.common.protocol import tensors as adapter
+from silotune.common.protocol.messages import (
     MASKED,
     Arrays,
     Describe,
@@ -27,9 +30,7 @@ from silotune.common.messages import (
     Train,
     Update,
 )
-from silotune.common.plan import BY_ONE, Metric
 from silotune.common.signing import verifies
-from silotune.common.task import worth
 from silotune.server import aggregate, factors, replies, robust
 from silotune.server.acceptance import Acceptance, Evaluate
 from silotune.server.gate import Gate

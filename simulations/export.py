@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
 from silotune.simulations import data
 from silotune.simulations.arms import arms_of

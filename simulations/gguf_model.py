@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.common.errors import DataError
-from silotune.common.model_folder import WEIGHTS
+from silotune.common.model_files.model_folder import WEIGHTS
 
 
 def require_reader(name: str) -> None:

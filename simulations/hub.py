@@ -1,7 +1,8 @@
 """A model from the hub by its id, as a folder that a contract can name: weights, config, tokenizer.
 
-What a contract trusts is the SHA-256 of the model's files (common/model_folder.py), which every
-process checks when it reads them; the hub is trusted with nothing. No other files are fetched.
+What a contract trusts is the SHA-256 of the model's files (common/model_files/model_folder.py),
+which every process checks when it reads them; the hub is trusted with nothing. No other files are
+fetched.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from tempfile import mkdtemp
 from typing import NamedTuple
 from urllib.parse import quote
 
-from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
+from silotune.common.model_files import model_folder
 from silotune.simulations.data import home
 
 FILES = [*model_folder.MODEL_FILES, "model-*-of-*.safetensors"]

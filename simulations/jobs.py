@@ -18,9 +18,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
 from silotune.client.worker import Worker
-from silotune.common.contract import Contract
-from silotune.common.model import build
-from silotune.common.network import Network
+from silotune.common.contract.contract import Contract
+from silotune.common.models.base import Network
+from silotune.common.models.factory import build
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out

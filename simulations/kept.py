@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from silotune.common.durable import write_durably
 from silotune.common.errors import UsageError
+from silotune.common.runtime.atomic_files import write_durably
 
 NAME = "study.json"
 

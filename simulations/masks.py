@@ -10,8 +10,8 @@ import secrets
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.common.agreement import default_threshold
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.secagg.key_agreement import default_threshold
 
 SigningKeys = dict[str, bytes]  # site -> private key, 32 bytes
 

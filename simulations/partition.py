@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from silotune.common.contract import Contract
+from silotune.common.config.types import Frozen, Positive
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Classification, Ranking
 from silotune.common.errors import DataError, UsageError
-from silotune.common.fields import Frozen, Positive
-from silotune.common.task import Classification, Ranking
 from silotune.simulations.split import LEAST, units
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ the update, which an honest worker would not send and a server cannot tell by it
 With masks a site lies before it masks. A masked entry is any element of the ring, so the contract's
 bound, which an honest worker keeps to, does not hold a liar, and nobody sees that it does not. What
 holds it is the sum: one beyond +-2^22 of the ring, which is the bound on the mean, is not opened,
-and the run stops (common/ring.py). Where the others' part of the mean is s, a lie can put an entry
-of the mean anywhere in [-bound, bound], so it shifts it by up to bound + |s|; by bound, where an
-honest site of weight w could do w bound, if the others sent nothing. Beyond that it is a denial of
-service. The liars here leave room for the others, of whom each knows only what it computed itself.
+and the run stops (common/secagg/fixed_point.py). Where the others' part of the mean is s, a lie can
+put an entry of the mean anywhere in [-bound, bound], so it shifts it by up to bound + |s|; by
+bound, where an honest site of weight w could do w bound, if the others sent nothing. Beyond that it
+is a denial of service. The liars here leave room for the others, of whom each knows only what it
+computed itself.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ import numpy as np
 from pydantic import Field
 
 from silotune.client.masking import Masking
-from silotune.common import messages, vector
-from silotune.common.contract import Contract
+from silotune.common.config.types import Count, Frozen, Positive
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TextInput
+from silotune.common.contract.plan import Metric
+from silotune.common.contract.task import Classification
 from silotune.common.errors import UsageError
-from silotune.common.fields import Count, Frozen, Positive
-from silotune.common.inputs import TextInput
-from silotune.common.messages import Arrays, Message, Train, Update
-from silotune.common.plan import Metric
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import Arrays, Message, Train, Update
 from silotune.common.signing import Sign
-from silotune.common.task import Classification
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -134,16 +135,16 @@ class LyingMasking(Masking):
         weight = self.contract.weight_share(self.name)
         return self._member(request.agreement).mask(
             request.round,
-            self._lie(vector.join(self.contract, change, metrics), weight),
-            vector.factor(self.contract, weight),
+            self._lie(packing.join(self.contract, change, metrics), weight),
+            packing.factor(self.contract, weight),
             math.inf,
             bytes.fromhex(digest),
         )
 
-    def _lie(self, honest: vector.Vector, weight: float) -> vector.Vector:
+    def _lie(self, honest: packing.Vector, weight: float) -> packing.Vector:
         """What to mask instead. The sum opens if no entry of the others' mean is larger than
         ROOM times this site's own largest. Released metrics are left as they are."""
-        bound, own = vector.bound(self.contract), len(honest) - len(self.contract.metrics)
+        bound, own = packing.bound(self.contract), len(honest) - len(self.contract.metrics)
         values, found = honest[:own], honest.copy()
         others = min(ROOM * float(np.abs(values).max(initial=0.0)), bound)
         most = np.float32((bound - (1 - weight) * others) / weight)

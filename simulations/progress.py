@@ -18,15 +18,15 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from silotune.common.architecture import OneHotModel
-from silotune.common.cli import next_step
-from silotune.common.contract import Contract
-from silotune.common.inputs import PairInput
-from silotune.common.lengths import Lengths
-from silotune.common.metrics import METRICS
-from silotune.common.model_source import folder_of
-from silotune.common.plan import epsilon_text
-from silotune.common.terminal import escaped
+from silotune.common.cli.main import next_step
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import PairInput
+from silotune.common.contract.plan import epsilon_text
+from silotune.common.model_files.model_source import folder_of
+from silotune.common.runtime.terminal import escaped
+from silotune.common.tasks.metrics import METRICS
+from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds import RoundFacts
 from silotune.simulations.arms import Job, JobResult
 

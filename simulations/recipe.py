@@ -14,11 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from silotune.common import contract as contracts
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Task
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, UsageError, did_you_mean
-from silotune.common.reading import Reading
-from silotune.common.task import Task
 from silotune.simulations import data, split
 from silotune.simulations.arms import slowed, slower
 from silotune.simulations.split import Split

@@ -24,9 +24,12 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from silotune.common import lengths, records
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.config.diagnostics import contract_error
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import (
     DataError,
     RefusalError,
@@ -35,11 +38,9 @@ from silotune.common.errors import (
     UsageError,
     did_you_mean,
 )
-from silotune.common.lengths import Lengths
-from silotune.common.metrics import METRICS, constant, score
-from silotune.common.performance import Performance
-from silotune.common.problems import contract_error
-from silotune.common.reading import Reading
+from silotune.common.tasks.metrics import METRICS, constant, score
+from silotune.common.tokenization import token_lengths
+from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
@@ -312,8 +313,10 @@ def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
     files = [split / "pooled.csv", *sorted((split / "test").glob("*.csv"))]
     if isinstance(contract.model, OneHotModel):
         return Lengths()
-    return lengths.measure(
-        (records.read(file, contract) for file in files), contract, lengths.tokenizer_of(model)
+    return token_lengths.measure(
+        (records.read(file, contract) for file in files),
+        contract,
+        token_lengths.tokenizer_of(model),
     )
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from silotune.common import records
-from silotune.common.cells import Row, index_among
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.file_source import Problems
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading
+from silotune.common.data.text_table import Row, index_among
 from silotune.common.errors import DataError, did_you_mean
-from silotune.common.reading import Reading
-from silotune.common.records import Table
-from silotune.common.sources import Problems
+from silotune.common.runtime.atomic_files import write_durably
 from silotune.simulations.tables import TABLES
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PlainSerializer, ValidationError, model_validator
 
-from silotune.common import fields
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.config import types
+from silotune.common.config.diagnostics import contract_error
+from silotune.common.config.types import Count, Frozen, Name, Positive
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
-from silotune.common.fields import Count, Frozen, Name, Positive
-from silotune.common.performance import Performance
-from silotune.common.problems import contract_error
-from silotune.common.terminal import echo
+from silotune.common.runtime.terminal import echo
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import data, split
 from silotune.simulations.arms import Job, JobResult, alone, pooled, slower
@@ -139,7 +139,7 @@ class Shown:
 
 def load_study(file: Path) -> Study:
     """UsageError or ContractError for a file that is none."""
-    found: Study = fields.parse(fields.read_text(file, "Study"), file.name, Study)
+    found: Study = types.parse(types.read_text(file, "Study"), file.name, Study)
     return found
 
 

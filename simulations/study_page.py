@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from silotune.common.metrics import METRICS
+from silotune.common.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from silotune.common import records
-from silotune.common.contract import Contract
-from silotune.common.lengths import Lengths
-from silotune.common.metrics import METRICS, Scores, constant, score
-from silotune.common.records import Records
-from silotune.common.task import LOWER_IS_BETTER, Ranking
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import LOWER_IS_BETTER, Ranking
+from silotune.common.data import records
+from silotune.common.data.records import Records
+from silotune.common.tasks.metrics import METRICS, Scores, constant, score
+from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.arms import Arm, JobResult
 from silotune.simulations.verdict import verdict
 
@@ -151,7 +151,7 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
 def _same_answer(
     public: dict[str, Records], contract: Contract, metric: str
 ) -> dict[str, Any] | None:
-    """Always giving the best same answer (common/metrics.py); None where there is none. For a
+    """Always giving the best same answer (common/tasks/metrics.py); None where there is none. For a
     ranking it is a random order: with equal scores the relevant candidates count as the last."""
     task = contract.task
     labels = [label for found in public.values() for label in found.labels]

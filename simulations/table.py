@@ -24,12 +24,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
-from silotune.common.metrics import METRICS
-from silotune.common.performance import Performance
-from silotune.common.terminal import echo
+from silotune.common.runtime.terminal import echo
+from silotune.common.tasks.metrics import METRICS
 from silotune.simulations import data
 from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
 from silotune.simulations.masks import SigningKeys, masked

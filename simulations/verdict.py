@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.common.contract import Contract
-from silotune.common.lengths import Lengths
-from silotune.common.metrics import METRICS
-from silotune.common.plan import epsilon_text
-from silotune.common.task import LOWER_IS_BETTER
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import epsilon_text
+from silotune.common.contract.task import LOWER_IS_BETTER
+from silotune.common.tasks.metrics import METRICS
+from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.arms import MAIN, JobResult, trained
 
 OTHERS = {

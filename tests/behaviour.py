@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from silotune.common import messages
-from silotune.common.contract import Contract, parse
-from silotune.common.messages import Agree, Describe, Message
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Agree, Describe, Message
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.simulations import data

@@ -15,8 +15,8 @@ import torch
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import cli
-from silotune.common.contract import Contract, parse
+from silotune.common.cli import main
+from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import SilotuneError
 from silotune.simulations import data
 
@@ -172,7 +172,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["silotune", *map(str, words)])
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return (code, *capsys.readouterr())

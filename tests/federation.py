@@ -10,11 +10,11 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays, Message, Train
-from silotune.common.model import build
-from silotune.common.performance import Performance
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays, Message, Train
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import RoundFacts, Run

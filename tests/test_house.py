@@ -62,14 +62,15 @@ def test_imports_go_in_the_allowed_direction(module: str) -> None:
 
 
 PRINTS = {
-    "common/terminal.py",  # `echo` itself
+    "common/runtime/terminal.py",  # `echo` itself
     "simulations/progress.py",  # rich, by a console that escapes
 }
 
 
 @pytest.mark.parametrize("module", modules())
 def test_text_reaches_a_terminal_escaped_only(module: str) -> None:
-    """By `echo` of common/terminal.py: names, files and peers can hold control sequences."""
+    """By `echo` of common/runtime/terminal.py: names, files and peers can hold control
+    sequences."""
     if module in PRINTS or module.startswith("simulations/benchmarks/"):
         return
     calls = {

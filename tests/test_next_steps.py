@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from silotune.client import supervisor
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.model import build
+from silotune.common.models.factory import build
 from silotune.server import cli as server_cli
 from silotune.server import events, service
 from silotune.server.registry import Registry
@@ -56,7 +56,7 @@ def calls() -> set[str]:
                 )
                 if called or text:
                     found.add(f"{name}:{function.name}")
-    return found - {"common/cli.py:next_step"}
+    return found - {"common/cli/main.py:next_step"}
 
 
 class Scene:
@@ -567,7 +567,7 @@ CASES: dict[str, Callable[..., None]] = {
     "client/cli.py:check": site_check,
     "client/prepare_cli.py:_prepare": site_prepare,
     "client/privacy_cli.py:export": privacy_export,
-    "common/contract_cli.py:new": contract_new,
+    "common/cli/contract.py:new": contract_new,
     "server/cli.py:init": server_init,
     "server/cli.py:add": server_add,
     "server/cli.py:contract_": server_contract,

@@ -26,11 +26,11 @@ from transformers import (
 
 from silotune.client import dataset
 from silotune.client.dataset import Dataset
-from silotune.common import model_folder
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.network import Network
-from silotune.common.records import Table
+from silotune.common.contract.contract import Contract
+from silotune.common.data.records import Table
+from silotune.common.model_files import model_folder
+from silotune.common.models.base import Network
+from silotune.common.protocol.messages import Arrays
 
 WORDS = ["pain", "in", "the", "chest", "arm", "left", "right", "no", "today", "burn"]
 PIECES = ["##ing", "##s", "##ed"]

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from silotune.common import messages
-from silotune.common.contract import parse
-from silotune.common.messages import Message, Train
-from silotune.common.model import build
+from silotune.common.contract.contract import parse
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Train
 from tests.behaviour import recipe_adapter, write_rows
 from tests.client.test_masking import Federation
 from tests.conftest import TABLE_CONTRACT
 
-CONTRACT = "silotune.common.contract"  # the module, later the folder
+CONTRACT = "silotune.common.contract.contract"  # the module, later the folder
 
 Call = tuple[str, int, str, str]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.common.task import (
+from silotune.common.contract.task import (
     Classification,
     Language,
     MultiLabel,
@@ -12,12 +12,12 @@ from silotune.common.task import (
     Tokens,
 )
 from silotune.common.tasks.classification import Classes
-from silotune.common.tasks.labels import Labels
-from silotune.common.tasks.language import Answers
+from silotune.common.tasks.language_modeling import Answers
+from silotune.common.tasks.multi_label import Labels
 from silotune.common.tasks.objective import Objective
 from silotune.common.tasks.ranking import Relevance
 from silotune.common.tasks.regression import Place
-from silotune.common.tasks.tokens import Tags
+from silotune.common.tasks.token_classification import Tags
 
 
 def objective_of(task: Task) -> Objective:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silotune.common.task import Classification
+from silotune.common.contract.task import Classification
 from silotune.common.tasks.objective import Objective
 
 

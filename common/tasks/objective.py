@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from silotune.common.task import Task
+from silotune.common.contract.task import Task
 
 
 class Objective:
@@ -29,7 +29,7 @@ class Objective:
         self.weights = torch.tensor(weights) if weights else None
 
     def tensor(self, targets: Sequence[Any]) -> Tensor:
-        """The records' targets (common/task.py) as a tensor [N, ...]."""
+        """The records' targets (common/contract/task.py) as a tensor [N, ...]."""
         return torch.tensor(np.asarray(targets), dtype=torch.float32)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -41,5 +41,5 @@ class Objective:
         raise NotImplementedError
 
     def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
-        """Of each record what common/metrics.py scores."""
+        """Of each record what common/tasks/metrics.py scores."""
         return list(outputs.float().numpy(force=True))

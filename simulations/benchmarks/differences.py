@@ -26,7 +26,8 @@ is in every step; the adapters are those of a run without masks under the same n
   as_one      of how many differences the mean shows as much as the update by itself:
               (alone.stands_out / stands_out)^2
 
-Sums in clear stand for masked ones, which differ from them by the ring's rounding (common/ring.py).
+Sums in clear stand for masked ones, which differ from them by the ring's rounding
+(common/secagg/fixed_point.py).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
+from silotune.common.contract.contract import Contract
+from silotune.common.protocol.messages import Arrays
 from silotune.server.iterate import Iterate
 from silotune.simulations import data
 from silotune.simulations.recipe import load_recipe

@@ -44,11 +44,11 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import Losses
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, of_records
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
-from silotune.common.layers import fuse_lora, register_attention
-from silotune.common.network import Block
-from silotune.common.performance import Performance
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.models.attention import fuse_lora, register_attention
+from silotune.common.models.base import Block
+from silotune.common.models.encoder import Encoder
 from silotune.simulations import data
 
 RESULTS = Path("simulations/benchmarks/results")

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.common import join, model_folder
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import PeerError
+from silotune.common.model_files import model_folder
+from silotune.common.protocol import join_request
 from silotune.server import service
 from silotune.server.place import Place, ServerSettings
 from silotune.simulations import data
@@ -80,7 +81,7 @@ class Federation:
             check=True,
             capture_output=True,
         )
-        request = join.load(site / f"{name}.request.json")
+        request = join_request.load(site / f"{name}.request.json")
         self.place.admit(request, request.fingerprint)
         with (site / "rows.csv").open("w", newline="", encoding="utf-8") as file:
             rows = [(text, at % 2) for at, text in enumerate(TEXTS)]

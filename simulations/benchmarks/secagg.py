@@ -47,9 +47,10 @@ from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from silotune.common import messages, ring
-from silotune.common.agreement import Agreement, Terms, default_threshold
-from silotune.common.secagg import Member, Sum
+from silotune.common.protocol import messages
+from silotune.common.secagg import fixed_point
+from silotune.common.secagg.key_agreement import Agreement, Terms, default_threshold
+from silotune.common.secagg.participant import Member, Sum
 
 RESULTS = Path("simulations/benchmarks/results")
 SIZES = {100_000: "0.1M", 1_000_000: "1M", 10_000_000: "10M"}
@@ -114,7 +115,7 @@ class Ours:
     def round(self, updates: Updates, dropped: int, seconds: Seconds) -> tuple[NDArray[Any], int]:
         """The mean without the first `dropped` sites; the round's bytes of one of the others."""
         sites, alive = len(self.members), list(self.members)[dropped:]
-        factor, adding = ring.factor(BOUND, 1 / sites, sites), list[float]()
+        factor, adding = fixed_point.factor(BOUND, 1 / sites, sites), list[float]()
         # Masks depend on a digest of what was asked: a model as large as the update.
         asked = messages.Train(contract="0" * 64, run="bench", round=1), {"model": updates[0]}
         digest = bytes.fromhex(timed(adding, messages.digest, *asked))
@@ -128,7 +129,7 @@ class Ours:
         m, named = self.members, alive if dropped else []
         signed = {n: timed(seconds["client/endorse"], m[n].endorse, 1, alive) for n in named}
         reveals = {n: timed(seconds["client/reveal"], m[n].reveal, 1, alive, signed) for n in alive}
-        one = ring.factor(BOUND, len(alive) / sites, sites)
+        one = fixed_point.factor(BOUND, len(alive) / sites, sites)
         mean = timed(seconds["server/open"], total.open, reveals, one)
         return mean, length([masked, signed.get(name, b""), reveals[name], alive, named, signed])
 
@@ -226,7 +227,7 @@ def measure_peak(side: str, size: int) -> float:
     updates, call, arguments = windows(size, 10), cast(Any, secaggplus_mod), cast(Any, ())
     if side == OURS:
         call = Ours(10, 1, Seconds(list)).members["site-00"].mask
-        arguments = 1, updates[0], ring.factor(BOUND, 0.1, 10), BOUND, bytes(32)
+        arguments = 1, updates[0], fixed_point.factor(BOUND, 0.1, 10), BOUND, bytes(32)
     else:
         flower = SecAggPlus(10, Seconds(list))
         flower.network.updates, node = updates, flower.network.ids[0]
@@ -274,7 +275,7 @@ def measure(sites: int, *, quick: bool) -> dict[str, Any]:
     most = dict(zip(SIZES, (3, 3, 1) if sites == 50 else (7, 7, 3), strict=True))
     turns = {100_000: 1} if quick else most
     spent, cells = defaultdict[str, Seconds](lambda: Seconds(list)), dict[str, Any]()
-    unit = {OURS: sites / 2 / ring.factor(BOUND, 1.0, sites), RIVAL: 2 * BOUND / LEVELS}
+    unit = {OURS: sites / 2 / fixed_point.factor(BOUND, 1.0, sites), RIVAL: 2 * BOUND / LEVELS}
     drops = [k for k in (0, round(0.2 * sites)) if sites - k >= default_threshold(sites)]
     for turn in range(max(turns.values())):
         flower, spread = SecAggPlus(sites, spent[RIVAL]), Ours(sites, SPREAD, spent[OF_30])

@@ -22,8 +22,8 @@ QUEUES, FLOAT32, PRIVATE = "ours-queues", "ours-float32", "ours-dp"
 def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     """side: OURS; through Flower's queues; in float32 where it would take bfloat16; with noise."""
     work.libraries()
-    from silotune.common.encoder import Encoder
-    from silotune.common.performance import Performance
+    from silotune.common.contract.compute import Performance
+    from silotune.common.models.encoder import Encoder
     from silotune.simulations.jobs import run_job
 
     facts, encoded, encode = work.facts_of(folder), list[int](), Encoder.encode

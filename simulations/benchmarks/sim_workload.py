@@ -28,12 +28,12 @@ MODEL = "all-MiniLM-L6-v2"
 HEAD, ADAPTER = "head", "adapter"
 WHO = tuple(f"client-{at:02d}" for at in range(CLIENTS))
 
-Weights = dict[str, Any]  # public name (common/adapter.py) -> array
+Weights = dict[str, Any]  # public name (common/protocol/tensors.py) -> array
 
 
 def contract(sha256: str, case: str, rounds: int, *, private: bool = False) -> Any:
     """One step a round over all of a client's texts; in mode "dp" with noise for epsilon 8."""
-    from silotune.common.contract import Contract
+    from silotune.common.contract.contract import Contract
 
     adapts = case == ADAPTER
     lora = {"rank": RANK, "alpha": ALPHA, "layers": len(LAYERS), "targets": TARGETS, "seed": 11}
@@ -66,7 +66,7 @@ def contract(sha256: str, case: str, rounds: int, *, private: bool = False) -> A
 def lay(folder: Path) -> Path:
     """Write the rows as run_job reads them, and each case's first weights; returns the model's
     folder. The texts are the airline tweets of a shipped recipe, in one fixed order."""
-    from silotune.common.model import build
+    from silotune.common.models.factory import build
     from silotune.simulations import data
     from silotune.simulations.recipe import load_recipe
 

@@ -17,7 +17,7 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.wire import listen, serve
-from silotune.common.contract import load
+from silotune.common.contract.contract import load
 
 
 def clocked(file: Path) -> Callable[..., Any]:

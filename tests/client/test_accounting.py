@@ -45,7 +45,7 @@ from silotune.client.accounting import (
     room,
     tight_epsilon,
 )
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
 
 DELTA = 1e-4

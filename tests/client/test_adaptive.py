@@ -22,13 +22,13 @@ from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import AdaptiveClipping, Metric
+from silotune.common.data.records import table
 from silotune.common.errors import ContractError, RefusalError
-from silotune.common.messages import Arrays, Message, Refusal, Train, Update
-from silotune.common.model import build
-from silotune.common.plan import AdaptiveClipping, Metric
-from silotune.common.records import table
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.server.aggregate import mean_figures, next_clip_norm
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run

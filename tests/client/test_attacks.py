@@ -25,9 +25,8 @@ from silotune.client.ledger import FILE, Ledger
 from silotune.client.policy import Policy, permitting
 from silotune.client.site import Site
 from silotune.client.worker import Worker
-from silotune.common import contract as contracts
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import (
     ContractError,
     DataError,
@@ -35,7 +34,8 @@ from silotune.common.errors import (
     SilotuneError,
     UsageError,
 )
-from silotune.common.messages import Message, Receipt, Refusal, Train, Update
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Receipt, Refusal, Train, Update
 
 Rows = Callable[..., Path]
 HEADER = "age,smoker,outcome"

@@ -19,12 +19,12 @@ from silotune.client import wire
 from silotune.client.own import Own
 from silotune.client.site import Site
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.cli import silotune
-from silotune.common.contract import Contract
+from silotune.common.cli.main import silotune
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
-from silotune.common.messages import Message, Train, Update
-from silotune.common.model import build
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Train, Update
 
 Rows = Callable[..., Path]
 Run = Callable[..., Result]

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from silotune.client.contract_check import problems
-from silotune.common import fields, model_fit
-from silotune.common.adapted import Adapted
-from silotune.common.contract import Contract
+from silotune.common.config import types
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
-from silotune.common.model import build
-from silotune.common.performance import Performance
+from silotune.common.models import compatibility
+from silotune.common.models.adapted import Adapted
+from silotune.common.models.factory import build
 from tests import tiny
 
 Ran = tuple[int, str, str]
@@ -103,14 +104,14 @@ def test_what_a_worker_would_carry_out_has_no_problem(task: str, model: str) -> 
 def test_no_weights_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers stand on torch's meta device: what is found costs no memory of the model's."""
     seen = []
-    original = model_fit.adapt
+    original = compatibility.adapt
 
     def noted(contract: Contract, base: Any, performance: Performance) -> Any:
         found = original(contract, base, performance)
         seen.extend(p.device.type for p in base.base.parameters())
         return found
 
-    monkeypatch.setattr(model_fit, "adapt", noted)
+    monkeypatch.setattr(compatibility, "adapt", noted)
     assert problems(of(), tiny.folder_of("bert"), CPU) == []
     assert set(seen) == {"meta"}
     model = build(of(), tiny.folder_of("bert"), CPU)
@@ -120,7 +121,7 @@ def test_no_weights_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def written(contract: Contract, path: Path) -> Path:
     path.write_text(contract.model_dump_json(exclude_none=True))
-    assert fields.parse(path.read_text(), path.name, Contract) == contract
+    assert types.parse(path.read_text(), path.name, Contract) == contract
     return path
 
 

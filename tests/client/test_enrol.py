@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from silotune.client import policy as policies
-from silotune.common.cli import silotune
-from silotune.common.contract import Contract
+from silotune.common.cli.main import silotune
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.server import authority
 
@@ -168,7 +168,7 @@ def test_a_setting_that_makes_no_policy_writes_nothing(
 def test_the_fingerprint_is_the_requests(folder: Path) -> None:
     run = CliRunner()
     said = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
-    from silotune.common import join as requests
+    from silotune.common.protocol import join_request as requests
 
     file = folder / "north" / "north.request.json"
     assert said.output.strip() == requests.load(file).fingerprint

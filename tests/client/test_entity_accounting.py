@@ -13,8 +13,8 @@ from silotune.client import accounting
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Units
-from silotune.common.contract import Contract
-from silotune.common.network import Block
+from silotune.common.contract.contract import Contract
+from silotune.common.models.base import Block
 
 DELTA = 1e-4
 ORDERS = [2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64]

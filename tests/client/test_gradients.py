@@ -24,9 +24,9 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import PER_EXAMPLE, ghost_sum
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
-from silotune.common.layers import fuse_lora, register_attention
-from silotune.common.network import blocks_of
-from silotune.common.tasks import classification, tokens
+from silotune.common.models.attention import fuse_lora, register_attention
+from silotune.common.models.base import blocks_of
+from silotune.common.tasks import classification, token_classification
 
 LENGTHS = [7, 1, 12, 4, 9, 2]  # tokens of each record
 N, WIDTH, VOCABULARY, LABELS, HIDDEN = len(LENGTHS), max(LENGTHS), 40, 3, 16
@@ -96,7 +96,7 @@ class Task:
         self.lengths = torch.tensor(LENGTHS)
         self.labels = torch.randint(LABELS, (N,), generator=g)
         self.tags = torch.randint(LABELS, (N, WIDTH), generator=g)
-        self.tags[0, 3] = tokens.IGNORED
+        self.tags[0, 3] = token_classification.IGNORED
         self.values = torch.randn(N, generator=g)
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Task:
         """Tokens before the first of a record and behind its last are padding."""
         width = (self.width or int(self.lengths[index].max()) + self.more) + self.ahead
         mask = torch.zeros(len(index), width, dtype=torch.long)
-        ids, tags = torch.full_like(mask, 3), torch.full_like(mask, tokens.IGNORED)
+        ids, tags = torch.full_like(mask, 3), torch.full_like(mask, token_classification.IGNORED)
         for row, i in enumerate(index.tolist()):
             own = slice(self.ahead, self.ahead + int(self.lengths[i]))
             ids[row, own] = self.ids[i, : int(self.lengths[i])]
@@ -116,9 +116,9 @@ class Task:
             mask[row, own] = 1
         states = self.states(ids, mask).float()
         if self.head_kind == "tokens":
-            return tokens.per_example_loss(self.head(states), tags)
+            return token_classification.per_example_loss(self.head(states), tags)
         if self.head_kind.startswith("next"):
-            return tokens.next_token_loss(self.head(states), ids, mask)
+            return token_classification.next_token_loss(self.head(states), ids, mask)
         pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         if self.head_kind == "regression":
             return torch.square(self.head(pooled)[:, 0] - self.values[index])
@@ -268,11 +268,18 @@ def test_a_mean_over_a_batchs_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 
     def broken(logits: Tensor, labels: Tensor) -> Tensor:
         losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=tokens.IGNORED, reduction="none"
+            logits.flatten(0, 1),
+            labels.flatten(),
+            ignore_index=token_classification.IGNORED,
+            reduction="none",
         )
-        return losses.view(labels.shape).sum(dim=1) / (labels != tokens.IGNORED).sum() * len(labels)
+        return (
+            losses.view(labels.shape).sum(dim=1)
+            / (labels != token_classification.IGNORED).sum()
+            * len(labels)
+        )
 
-    monkeypatch.setattr(tokens, "per_example_loss", broken)
+    monkeypatch.setattr(token_classification, "per_example_loss", broken)
     with pytest.raises(AssertionError):
         near(task.found("expanded", torch.arange(N)), expected, 0.1)
 
@@ -349,7 +356,7 @@ def step(
 
 @contextmanager
 def checkpointed(task: Task) -> Iterator[None]:
-    """Each layer keeps only its input, as in common/encoder.py."""
+    """Each layer keeps only its input, as in common/models/encoder.py."""
     for layer in task.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -457,7 +464,7 @@ def test_any_split_gives_the_same_sum(kind: str, head: str, engine: str, clip: f
 
 
 def test_in_blocks_of_one_size_no_bit_depends_on_the_split() -> None:
-    """Blocks as common/network.py makes them: filled up, and of one padded length each."""
+    """Blocks as common/models/base.py makes them: filled up, and of one padded length each."""
     register_attention()
     task = Task("bert", "sequence", "silotune", fused=True, width=16)
     sums, gradients = [], []
@@ -622,10 +629,14 @@ class Elsewhere(Task):
             torch.ones(len(index), WIDTH, dtype=torch.long, device="meta"),
         )
         if self.head_kind == "tokens":
-            return tokens.per_example_loss(self.head(states), self.tags[index].to("meta"))
+            return token_classification.per_example_loss(
+                self.head(states), self.tags[index].to("meta")
+            )
         if self.head_kind == "next":
             ids = self.ids[index].to("meta")
-            return tokens.next_token_loss(self.head(states), ids, torch.ones_like(ids))
+            return token_classification.next_token_loss(
+                self.head(states), ids, torch.ones_like(ids)
+            )
         labels = self.labels[index].to("meta")
         return classification.per_example_loss(self.head(states.mean(1)), labels)
 

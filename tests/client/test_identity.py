@@ -29,13 +29,14 @@ from silotune.client.policy import Prepare
 from silotune.client.prepare import Prepared, origin, prepare
 from silotune.client.site import Site
 from silotune.client.worker import Worker
-from silotune.common import messages, records
-from silotune.common.cli import silotune
-from silotune.common.contract import Contract
+from silotune.common.cli.main import silotune
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.messages import Message, Train, Update
-from silotune.common.reading import Reading
-from silotune.common.records import Table
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Train, Update
 from tests import tiny
 
 ROWS = 104

@@ -22,10 +22,10 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common import messages, vector
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays, Message, Train
-from silotune.common.model import build
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import Arrays, Message, Train
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import Run
@@ -60,14 +60,14 @@ def told_of(
         secure_aggregation={},
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
     )
-    sent: list[vector.Vector] = []
-    join = vector.join
+    sent: list[packing.Vector] = []
+    join = packing.join
 
-    def overheard(*arguments: Any) -> vector.Vector:
+    def overheard(*arguments: Any) -> packing.Vector:
         sent.append(join(*arguments))
         return sent[-1]
 
-    monkeypatch.setattr(vector, "join", overheard)
+    monkeypatch.setattr(packing, "join", overheard)
     handles = {}
     for at, site in enumerate(WEIGHTS):
         file = write_rows(folder / f"{site}.csv", 60, seed=at)
@@ -81,11 +81,11 @@ def told_of(
     carry_out(run.stages(list(WEIGHTS)), handles)
 
     # The server: which steps of the grid give this sum, to the ring's last digit?
-    factors = [vector.factor(contract, contract.weight_share(site)) for site in WEIGHTS]
+    factors = [packing.factor(contract, contract.weight_share(site)) for site in WEIGHTS]
     steps = np.array(list(itertools.product(range(-MOST, MOST + 1), repeat=len(WEIGHTS))))
     sums = sum(np.rint(steps[:, i] * GRID * f) for i, f in enumerate(factors))
     mean = np.concatenate([seen[0][name].ravel() for name in sorted(seen[0])])
-    units = np.rint(mean * vector.factor(contract, 1.0))
+    units = np.rint(mean * packing.factor(contract, 1.0))
     found = 0
     for entry, unit in enumerate(units):
         hits = steps[np.abs(sums - unit) <= 1]

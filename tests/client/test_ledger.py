@@ -38,7 +38,7 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import FILE, Ledger
 from silotune.client.lineage import Lineage
 from silotune.common.errors import RefusalError, UsageError
-from silotune.common.messages import Receipt
+from silotune.common.protocol.messages import Receipt
 
 FACTS: dict[str, Any] = {
     "source": "rows.csv",

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from silotune.client import lineage
 from silotune.client.identity import components
 from silotune.client.lineage import Lineage, of_table
-from silotune.common import records
+from silotune.common.data import records
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError
-from silotune.common.reading import Reading
-from silotune.common.records import Table
 
 SECRET = bytes(range(32))
 HEADER = ["patient", "âge", "note"]

@@ -18,10 +18,11 @@ from silotune.client.masking import MOST_AGREEMENTS, check_bound
 from silotune.client.policy import permitting
 from silotune.client.site import Site
 from silotune.client.worker import Worker
-from silotune.common import messages, ring, vector
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RefusalError, RunError
-from silotune.common.messages import (
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import (
     Agree,
     Endorse,
     Masked,
@@ -31,8 +32,8 @@ from silotune.common.messages import (
     Share,
     Train,
 )
-from silotune.common.messages import Keys as PublicKeys
-from silotune.common.model import build
+from silotune.common.protocol.messages import Keys as PublicKeys
+from silotune.common.secagg import fixed_point
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import RoundFacts, Run
@@ -151,7 +152,7 @@ def test_a_masked_run_gives_the_adapter_of_an_unmasked_one_to_quantisation(
     runs = masked.run(), plain.run()
     facts = play(runs[0], masked.handles()), play(runs[1], plain.handles())
     # A unit of the ring, half of it a site, over three rounds with momentum 0.9.
-    off = 3 * 2.8 * len(SITES) / 2 / vector.factor(masked.contract, 1.0) + 1e-6
+    off = 3 * 2.8 * len(SITES) / 2 / packing.factor(masked.contract, 1.0) + 1e-6
     for name, array in runs[1].registry.adapter().items():
         found = runs[0].registry.adapter()[name]
         np.testing.assert_allclose(found, array, rtol=0, atol=off)
@@ -771,12 +772,12 @@ def test_three_bytes_an_entry_and_at_least_sixteen_bits(federation: Federation) 
     levels = (
         2
         * contract.secure_aggregation.bound
-        * vector.factor(  # type: ignore[union-attr]
+        * packing.factor(  # type: ignore[union-attr]
             contract, contract.weight_share("north")
         )
     )
     assert levels > 2**16
-    assert ring.WIDTH == 3
+    assert fixed_point.WIDTH == 3
 
 
 def test_site_check_says_what_the_masks_hide(

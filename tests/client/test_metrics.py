@@ -18,10 +18,11 @@ from silotune.client.ledger import Ledger
 from silotune.client.metrics import Answered, Running, SiteMonitor, Tally
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import messages, monitor
-from silotune.common.contract import Contract
-from silotune.common.journal import Journal
-from silotune.common.messages import Describe, Message, Train, Update
+from silotune.common.contract.contract import Contract
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Describe, Message, Train, Update
+from silotune.common.runtime import prometheus
+from silotune.common.runtime.journal import Journal
 
 Rows = Callable[..., Path]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -191,7 +192,7 @@ def test_what_is_written_is_what_is_served(told: Told) -> None:
     told.ask()
     shown = metrics.read(told.file, os.geteuid())
     assert shown.fresh
-    assert samples(monitor.text(shown.families).decode()) == told.samples
+    assert samples(prometheus.text(shown.families).decode()) == told.samples
     assert {family.name: family.documentation for family in shown.families} == {
         name: known.help for name, known in metrics.WRITTEN.items() if name != metrics.CA
     }
@@ -210,7 +211,7 @@ def line(
 
 def served(file: Path, owner: int | None = None) -> str:
     shown = metrics.read(file, os.geteuid() if owner is None else owner)
-    return monitor.text(shown.families).decode()
+    return prometheus.text(shown.families).decode()
 
 
 def test_the_good_line_is_served(tmp_path: Path) -> None:
@@ -301,20 +302,20 @@ def test_health_follows_worker_file_and_relay(told: Told) -> None:
     running = Running(worker=True, relay=True, relay_starts=3)
     shown = SiteMonitor(told.file, os.geteuid(), running)
     assert shown.health() == ""
-    found = samples(monitor.text(shown.collect()).decode())
+    found = samples(prometheus.text(shown.collect()).decode())
     assert found["silotune_site_worker_up", ()] == found["silotune_site_relay_up", ()] == 1
     assert found["silotune_site_relay_restarts_total", ()] == 2
     running.relay = False
     assert shown.health() == "relay"
     running.worker = False
     assert shown.health() == "worker"
-    assert samples(monitor.text(shown.collect()).decode())["silotune_site_worker_up", ()] == 0
+    assert samples(prometheus.text(shown.collect()).decode())["silotune_site_worker_up", ()] == 0
 
 
 def test_without_a_supervisor_the_file_says_whether_the_worker_runs(told: Told) -> None:
     shown = SiteMonitor(told.file, os.geteuid())
     assert shown.health() == ""
-    names = {name for name, _ in samples(monitor.text(shown.collect()).decode())}
+    names = {name for name, _ in samples(prometheus.text(shown.collect()).decode())}
     assert "silotune_site_worker_up" in names
     assert not any("relay" in name for name in names)
     then = time.time() - metrics.FRESH_SECONDS - 1

@@ -20,12 +20,12 @@ from silotune.client.accounting import Mechanism
 from silotune.client.noise import NoiseSource
 from silotune.client.optimizer import NoiseCorrectedAdam
 from silotune.client.train import train_round
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Adam
+from silotune.common.data.records import Table
 from silotune.common.errors import ContractError
-from silotune.common.messages import Arrays
-from silotune.common.model import build
-from silotune.common.plan import Adam
-from silotune.common.records import Table
+from silotune.common.models.factory import build
+from silotune.common.protocol.messages import Arrays
 
 SMALL = 1e-12  # a floor that is never reached
 

@@ -14,11 +14,11 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.own import Own
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError
-from silotune.common.messages import Arrays, Message, Refusal, Train, Update
-from silotune.common.model import build
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.server.registry import Registry
 from silotune.server.replies import SILENT, carry_out
 from silotune.server.rounds import Run

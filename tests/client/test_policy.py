@@ -19,10 +19,10 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.lineage import Lineage
 from silotune.client.policy import Policy, permitting
-from silotune.common.architecture import EncoderModel
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import EncoderModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, DataError, RefusalError, UsageError
-from silotune.common.performance import Performance
 
 TEXT = """
 name = "north"

@@ -19,12 +19,12 @@ from silotune.client import selftest
 from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.units import of_records
-from silotune.common import rows as products
-from silotune.common.contract import Contract
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import RefusalError
-from silotune.common.inputs import TableInput
-from silotune.common.network import Encoded, OneHot
-from silotune.common.performance import Performance
+from silotune.common.models import aligned_linear as products
+from silotune.common.models.base import Encoded, OneHot
 from silotune.common.tasks.classification import per_example_loss
 
 ENGINES = ["expanded", "hooks"]

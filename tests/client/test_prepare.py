@@ -30,11 +30,11 @@ from silotune.client.lineage import of_table
 from silotune.client.policy import Prepare
 from silotune.client.prepare import Prepared, prepare, write
 from silotune.client.site import Site
-from silotune.common import records
-from silotune.common.cli import silotune
-from silotune.common.contract import Contract, parse
+from silotune.common.cli.main import silotune
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.data import records
+from silotune.common.data.records import Table
 from silotune.common.errors import DataError, UsageError
-from silotune.common.records import Table
 from tests.common.test_reading import TOKENS
 
 CANARY = "Kanarienvogel77"

@@ -55,8 +55,8 @@ def test_the_relay_loads_neither_torch_nor_the_record_code() -> None:
     code = """
     import sys
     import silotune.client.relay
-    bad = {"torch", "transformers", "peft", "opacus", "pandas", "silotune.common.records",
-           "silotune.client.worker", "silotune.common.model"} & set(sys.modules)
+    bad = {"torch", "transformers", "peft", "opacus", "pandas", "silotune.common.data.records",
+           "silotune.client.worker", "silotune.common.models.factory"} & set(sys.modules)
     sys.exit(f"loaded: {sorted(bad)}" if bad else 0)
     """
     done = subprocess.run(

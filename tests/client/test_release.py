@@ -12,8 +12,8 @@ import pytest
 from silotune.client import release
 from silotune.client.entries import Charged
 from silotune.client.ledger import Ledger
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric
 from silotune.common.errors import (
     CODES,
     DataError,
@@ -22,7 +22,8 @@ from silotune.common.errors import (
     RefusalError,
     SilotuneError,
 )
-from silotune.common.messages import (
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import (
     Arrays,
     Description,
     Endorsement,
@@ -33,7 +34,6 @@ from silotune.common.messages import (
     Shares,
     Update,
 )
-from silotune.common.plan import Metric
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "head.weight": (2, 6),

@@ -19,12 +19,13 @@ from silotune.client import policy as policies
 from silotune.client import preflight
 from silotune.client.options import on_site
 from silotune.client.site import Site
-from silotune.common import contract as contracts
-from silotune.common import records, terminal
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import columns_like
 from silotune.common.errors import ContractError, DataError, counted
-from silotune.common.reading import columns_like
-from silotune.common.records import Table
+from silotune.common.runtime import terminal
 from silotune.server import cli as server_cli
 from silotune.simulations import data as sources
 from tests import tiny

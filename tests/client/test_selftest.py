@@ -18,12 +18,12 @@ from silotune.client.dp import CryptoNoiseOptimizer
 from silotune.client.noise import NoiseSource
 from silotune.client.units import Group, Part
 from silotune.client.worker import Worker
-from silotune.common.backbone import Bert
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.model import build
-from silotune.common.performance import Performance
+from silotune.common.models.backbone import Bert
+from silotune.common.models.encoder import Encoder
+from silotune.common.models.factory import build
 from silotune.common.tasks import classification
 from tests import tiny
 

@@ -21,10 +21,10 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.gradients import by_expanding
 from silotune.client.noise import NoiseSource
 from silotune.client.units import GROUP, Group, Part, Units, of_entities, of_records
-from silotune.common.network import Block, blocks_of
-from silotune.common.plan import Entity
-from silotune.common.records import Table
-from silotune.common.tasks import classification, tokens
+from silotune.common.contract.plan import Entity
+from silotune.common.data.records import Table
+from silotune.common.models.base import Block, blocks_of
+from silotune.common.tasks import classification, token_classification
 
 CLIPS = [1e-4, 3e-3, 1.0, 47.0, 1e3]
 BOUND = 1 + 1e-5  # of the clip norm
@@ -372,7 +372,7 @@ class Language:
         self.ids = torch.randint(1, POISON, (N, WIDTH), generator=g)
         self.tags = torch.randint(LABELS, (N, WIDTH), generator=g)
         self.mask = (torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]).long()
-        self.token_loss: TokenLoss = tokens.per_example_loss
+        self.token_loss: TokenLoss = token_classification.per_example_loss
 
     def losses(self, index: Tensor) -> Tensor:
         ids, mask = self.ids[index], self.mask[index]
@@ -381,9 +381,9 @@ class Language:
             pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
             return classification.per_example_loss(self.head(pooled), self.tags[index, 0])
         if self.kind == "tokens":
-            tags = self.tags[index].masked_fill(mask == 0, tokens.IGNORED)
+            tags = self.tags[index].masked_fill(mask == 0, token_classification.IGNORED)
             return self.token_loss(self.head(states), tags)
-        return tokens.next_token_loss(self.head(states), ids, mask)
+        return token_classification.next_token_loss(self.head(states), ids, mask)
 
     def total(self, kept: Tensor, clip: float) -> Tensor:
         optimizer = Seen(self.parameters, clip)
@@ -430,9 +430,12 @@ def test_language_models_end_to_end(kind: str, head: str, clip: float) -> None:
 def token_mean(logits: Tensor, labels: Tensor) -> Tensor:
     """What libraries compute: the mean over the batch's tokens, here times its examples."""
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=tokens.IGNORED, reduction="none"
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=token_classification.IGNORED,
+        reduction="none",
     ).view(labels.shape)
-    return losses.sum(dim=1) / (labels != tokens.IGNORED).sum() * len(labels)
+    return losses.sum(dim=1) / (labels != token_classification.IGNORED).sum() * len(labels)
 
 
 @pytest.mark.parametrize(("kind", "head"), TASKS[1:])
@@ -454,7 +457,7 @@ def test_a_mean_over_a_batchs_tokens_is_seen(
     assert worst(Language(kind, head)) <= BOUND
     task = Language(kind, head)
     task.token_loss = token_mean
-    monkeypatch.setattr(tokens, "per_example_loss", token_mean)
+    monkeypatch.setattr(token_classification, "per_example_loss", token_mean)
     assert worst(task) > 2
 
 

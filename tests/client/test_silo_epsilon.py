@@ -28,11 +28,11 @@ from silotune.client.budget import mechanism_of as charged
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Policy, permitting
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Target
 from silotune.common.errors import ContractError, RefusalError
-from silotune.common.messages import Message, Refusal, Train, Update
-from silotune.common.plan import Target
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Refusal, Train, Update
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 

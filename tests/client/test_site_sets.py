@@ -14,11 +14,11 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import Permits
 from silotune.client.site_sets import SiteSets
-from silotune.common import adapter, messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RefusalError, RunError
-from silotune.common.messages import Agree, Arrays, Message, Refusal
-from silotune.common.model import build
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, tensors
+from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
 from silotune.server.masking import LostSumError
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -187,11 +187,11 @@ def test_what_was_settled_is_known_after_a_restart(federation: Federation) -> No
 def test_another_control_does_not_make_an_adapter_another(federation: Federation) -> None:
     arrays = build(federation.contract, None).initial_arrays()
     name, array = next(iter(arrays.items()))
-    controlled = arrays | {adapter.CONTROL + name: array + 1}
-    assert adapter.digest(controlled) == adapter.digest(arrays)
+    controlled = arrays | {tensors.CONTROL + name: array + 1}
+    assert tensors.digest(controlled) == tensors.digest(arrays)
     moved: Arrays = arrays | {name: np.nextafter(array, np.float32(1))}
-    assert adapter.digest(moved) != adapter.digest(arrays)
-    assert adapter.digest({"other": array}) != adapter.digest({name: array})
+    assert tensors.digest(moved) != tensors.digest(arrays)
+    assert tensors.digest({"other": array}) != tensors.digest({name: array})
 
 
 # Sets that change

@@ -26,9 +26,11 @@ from silotune.client.policy import Data, Policy, parse, permitting
 from silotune.client.preflight import check
 from silotune.client.site import Site
 from silotune.client.worker import Worker
-from silotune.common import cells, children, query, records
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records, sql_source
+from silotune.common.data import text_table as cells
 from silotune.common.errors import ContractError, DataError
+from silotune.common.runtime import subprocesses
 
 CANARY = "Kanarienvogel77"
 PASSWORD = "p@ss/w:rd%${x}"  # what a URL has other uses for
@@ -128,7 +130,7 @@ def postgres() -> Iterator[Server]:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                preexec_fn=children.end_with_parent,  # noqa: PLW1509  also when pytest is killed
+                preexec_fn=subprocesses.end_with_parent,  # noqa: PLW1509  also when pytest is killed
             )
             made = Server(port, folder)
             end = time.monotonic() + 60
@@ -227,7 +229,7 @@ def test_rows_are_those_of_a_csv_file(url: str, tmp_path: Path, table_contract: 
 
 
 def test_blocks(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cells, query):
+    for module in (cells, sql_source):
         monkeypatch.setattr(module, "BLOCK_ROWS", 1000)
     series = (
         "SELECT * FROM generate_series(1, 2500) AS n"
@@ -379,7 +381,7 @@ def test_a_value_that_a_cast_chokes_on(postgres: Server, refused: Callable[..., 
 def test_a_value_that_fails_after_many_rows(
     postgres: Server, refused: Callable[..., DataError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cells, query):
+    for module in (cells, sql_source):
         monkeypatch.setattr(module, "BLOCK_ROWS", 100)
     error = refused(
         postgres.url(),
@@ -539,7 +541,7 @@ def test_one_source_and_an_encoding_that_is_one(tmp_path: Path, data: str, words
     ],
 )
 def test_a_password_in_the_file_is_noticed(url: str, shown: bool) -> None:
-    assert query.shows_password(url) is shown
+    assert sql_source.shows_password(url) is shown
 
 
 @pytest.mark.parametrize(
@@ -550,7 +552,7 @@ def test_a_password_in_the_file_is_noticed(url: str, shown: bool) -> None:
     ],
 )
 def test_an_order_is_noticed(statement: str, has: bool) -> None:
-    assert query.ordered(statement) is has
+    assert sql_source.ordered(statement) is has
 
 
 def test_site_check_of_a_database(

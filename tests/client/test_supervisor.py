@@ -20,7 +20,7 @@ from silotune.client import metrics, supervisor
 from silotune.client.policy import Server
 from silotune.client.site import Site
 from silotune.common.errors import UsageError
-from silotune.common.journal import Journal
+from silotune.common.runtime.journal import Journal
 from silotune.server import authority
 
 # The supervisor adopts orphans and ends every descendant: it needs a process of its own.
@@ -30,7 +30,7 @@ from pathlib import Path
 from silotune.client import supervisor
 from silotune.client.policy import Server
 from silotune.client.site import Site
-from silotune.common.journal import Journal
+from silotune.common.runtime.journal import Journal
 folder, port, as_json = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "json"
 supervisor.BIN = folder / "bin"
 sys.exit(supervisor.Supervisor(
@@ -43,7 +43,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 from silotune.client.metrics import FILE, Answered, Tally
-from silotune.common.journal import Journal
+from silotune.common.runtime.journal import Journal
 said = sys.argv
 if said[2] == "admission":
     sys.exit(print("what the server \x1bsays"))

@@ -22,14 +22,14 @@ from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
-from silotune.common.adapted import Adapted
-from silotune.common.adapter import trained_names
-from silotune.common.contract import Contract
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.model import build
-from silotune.common.network import Network
-from silotune.common.performance import Performance
-from silotune.common.tasks import classification, tokens
+from silotune.common.models.adapted import Adapted
+from silotune.common.models.base import Network
+from silotune.common.models.factory import build
+from silotune.common.protocol.tensors import trained_names
+from silotune.common.tasks import classification, token_classification
 from tests import tiny
 
 Patch = pytest.MonkeyPatch
@@ -335,10 +335,10 @@ def mean_of_the_batchs_tokens(patch: Patch) -> None:
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1),
             labels.flatten(),
-            ignore_index=tokens.IGNORED,
+            ignore_index=token_classification.IGNORED,
             reduction="none",
         ).view(labels.shape)
-        return losses.sum(dim=1) / (labels != tokens.IGNORED).sum() * len(labels)
+        return losses.sum(dim=1) / (labels != token_classification.IGNORED).sum() * len(labels)
 
     for module in ("tokens", "language"):
         patch.setattr(f"silotune.common.tasks.{module}.per_example_loss", broken)
@@ -374,12 +374,16 @@ def weights_of_the_batchs_tokens(patch: Patch) -> None:
             logits.float().flatten(0, 1),
             labels.flatten(),
             weights,
-            ignore_index=tokens.IGNORED,
+            ignore_index=token_classification.IGNORED,
             reduction="none",
         ).view(labels.shape)
-        return losses.sum(dim=1) / weights[labels[labels != tokens.IGNORED]].sum() * len(labels)
+        return (
+            losses.sum(dim=1)
+            / weights[labels[labels != token_classification.IGNORED]].sum()
+            * len(labels)
+        )
 
-    patch.setattr(tokens, "per_example_loss", broken)
+    patch.setattr(token_classification, "per_example_loss", broken)
 
 
 def test_the_self_test_is_by_the_contracts_weights(monkeypatch: Patch) -> None:

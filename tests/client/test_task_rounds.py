@@ -14,12 +14,12 @@ import torch
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
-from silotune.common import messages, vector
-from silotune.common.adapter import trained_names
 from silotune.common.errors import RefusalError
-from silotune.common.messages import Arrays, Message, Refusal, Train, Update
-from silotune.common.model import build
-from silotune.common.network import Block, Network
+from silotune.common.models.base import Block, Network
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
+from silotune.common.protocol.tensors import trained_names
 from silotune.server.evaluate import PublicTest
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -146,7 +146,7 @@ def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
     assert not any(message.arrays for message in seen)  # nothing in the clear
     assert sum(bool(message.arrays) for message in others) == len(SITES) * plain.rounds
     # A unit of the ring a site and round, and what momentum makes of it.
-    off = 3 * 2.8 * len(SITES) / 2 / vector.factor(masked, 1.0) + 1e-6
+    off = 3 * 2.8 * len(SITES) / 2 / packing.factor(masked, 1.0) + 1e-6
     initial = build(plain, tiny.folder_of(model), EXACT).initial_arrays()
     for name in trained_names(initial, plain.phases[-1].trains):
         assert float(np.abs(first[name] - second[name]).max()) <= off

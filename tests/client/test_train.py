@@ -14,9 +14,9 @@ from silotune.client import train
 from silotune.client.accounting import plan
 from silotune.client.noise import NoiseSource
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
-from silotune.common.messages import Message, Refusal, Train, Update
+from silotune.common.contract.contract import Contract
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Refusal, Train, Update
 
 Rows = Callable[..., Path]
 MakeWorker = Callable[..., Worker]

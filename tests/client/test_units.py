@@ -31,16 +31,16 @@ from silotune.client.site import Site
 from silotune.client.train import train_round
 from silotune.client.units import Group, Part, Units
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Entity
+from silotune.common.data.records import Table
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.messages import Arrays, Message, Refusal, Train, Update
-from silotune.common.model import build
-from silotune.common.network import BUCKET, Block
-from silotune.common.performance import Performance
-from silotune.common.plan import Entity
-from silotune.common.records import Table
+from silotune.common.models.base import BUCKET, Block
+from silotune.common.models.encoder import Encoder
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.common.tasks.classification import per_example_loss
 
 Rows = list[tuple[str, int, str, int]]  # patient, age, smoker, outcome

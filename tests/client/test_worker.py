@@ -15,10 +15,17 @@ from silotune.client.budget import mechanism_of
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import CODES, DataError, RefusalError
-from silotune.common.messages import Describe, Description, Message, Refusal, Train, Update
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import (
+    Describe,
+    Description,
+    Message,
+    Refusal,
+    Train,
+    Update,
+)
 
 Rows = Callable[..., Path]
 MakeWorker = Callable[..., Worker]

@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from numpy.typing import NDArray
 
-from silotune.common import agreement as agreements
-from silotune.common import ring, secagg, shamir
-from silotune.common.agreement import (
+from silotune.common.errors import ProtocolError
+from silotune.common.secagg import fixed_point, participant, shamir
+from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.key_agreement import (
     Agreement,
     Terms,
     commitment,
@@ -25,8 +26,7 @@ from silotune.common.agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.errors import ProtocolError
-from silotune.common.secagg import Member, Sum
+from silotune.common.secagg.participant import Member, Sum
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -62,7 +62,7 @@ def update(name: str, number: int = 1, size: int = SIZE) -> Floats:
 
 
 def factor_of(n: int) -> float:
-    return ring.factor(BOUND, 1 / n, n)
+    return fixed_point.factor(BOUND, 1 / n, n)
 
 
 def units(values: Floats, factor: float) -> Ints:
@@ -71,8 +71,8 @@ def units(values: Floats, factor: float) -> Ints:
 
 
 def centred(words: NDArray[np.uint32]) -> Ints:
-    low = words.astype(np.int64) % (1 << ring.BITS)
-    return np.where(low >= 1 << (ring.BITS - 1), low - (1 << ring.BITS), low)
+    low = words.astype(np.int64) % (1 << fixed_point.BITS)
+    return np.where(low >= 1 << (fixed_point.BITS - 1), low - (1 << fixed_point.BITS), low)
 
 
 class Cast:
@@ -188,12 +188,12 @@ class Eavesdropper:
     def sum_of(self, among: Collection[str]) -> Ints | None:
         """The sum of these members' updates, if every mask that is left on it is known."""
         sent = [self.cast.masked.get((name, self.number)) for name in among]
-        total = ring.Total(len(sent[0] or b"") // ring.WIDTH)
+        total = fixed_point.Total(len(sent[0] or b"") // fixed_point.WIDTH)
         for each in sent:
             if each is None:
                 return None
             total.add(each)
-        masks: list[ring.Mask] = []
+        masks: list[fixed_point.Mask] = []
         for name in among:
             seed = self.secret(name, own=True)
             if seed is None:
@@ -232,7 +232,7 @@ def settling(without: str) -> type[Member]:
     """A site that leaves out one check of a set of survivors."""
 
     class Settling(Member):
-        def _settle(self, number: int, survivors: Collection[str]) -> secagg._Round:
+        def _settle(self, number: int, survivors: Collection[str]) -> participant._Round:
             agreed, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
             checks = {
                 "it counts": mine.masking is None and self.name in chosen,
@@ -344,8 +344,8 @@ def there_is_no_own_mask(patch: Patch) -> type[Member]:
 
 
 def values_are_not_checked(patch: Patch) -> type[Member]:
-    real = ring.quantise
-    patch.setattr(ring, "quantise", lambda values, factor, _: real(values, factor, np.inf))
+    real = fixed_point.quantise
+    patch.setattr(fixed_point, "quantise", lambda values, factor, _: real(values, factor, np.inf))
     return Member
 
 
@@ -370,7 +370,7 @@ def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
                 self.agreement, self.ready, self._sealing, self._sealed = None, False, self.key, {}
                 self._seeds = list(self.kept)
                 self._rounds = {
-                    number: secagg._Round(
+                    number: participant._Round(
                         agreements.masking_key(self.terms, self.name, number, pair), own
                     )
                     for number, (pair, own) in enumerate(self.kept, start=1)
@@ -396,7 +396,7 @@ def any_point_is_a_key(patch: Patch) -> type[Member]:
         except ValueError:
             return bytes(32)  # what X25519 gives without the check that RFC 7748 leaves open
 
-    for module in (agreements, secagg):
+    for module in (agreements, participant):
         patch.setattr(module, "exchange", exchange)
     patch.setattr(agreements, "_is_low", lambda public: False)
     return Member

@@ -8,10 +8,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from silotune.common import agreement
-from silotune.common.agreement import Terms, default_threshold, problem_with
 from silotune.common.errors import ProtocolError
-from silotune.common.secagg import Member, Sum
+from silotune.common.secagg import key_agreement
+from silotune.common.secagg.key_agreement import Terms, default_threshold, problem_with
+from silotune.common.secagg.participant import Member, Sum
 from tests.common.secagg_harness import ASKED, SIZE, Cast, terms
 
 FIELD = 2**255 - 19
@@ -25,17 +25,17 @@ def encodings(u: int) -> list[bytes]:
 
 def test_the_points_that_are_refused_are_those_of_low_order() -> None:
     """By the library itself: an exchange with one of them is all zeros, which it refuses."""
-    for u in agreement._LOW_ORDER:
+    for u in key_agreement._LOW_ORDER:
         for public in encodings(u):
-            assert agreement._is_low(public)
+            assert key_agreement._is_low(public)
             with pytest.raises(ValueError, match="shared key"):
                 X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
     for _ in range(200):
-        assert not agreement._is_low(os.urandom(32))
-    near = {(v + step) % FIELD for v in agreement._LOW_ORDER for step in (-2, 2)}
-    for u in near - agreement._LOW_ORDER:
+        assert not key_agreement._is_low(os.urandom(32))
+    near = {(v + step) % FIELD for v in key_agreement._LOW_ORDER for step in (-2, 2)}
+    for u in near - key_agreement._LOW_ORDER:
         public = u.to_bytes(32, "little")
-        assert not agreement._is_low(public)
+        assert not key_agreement._is_low(public)
         X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
 
 
@@ -43,9 +43,9 @@ def test_the_points_that_are_refused_are_those_of_low_order() -> None:
 def test_who_publishes_such_a_key_is_named_and_left_out(at: int) -> None:
     cast = Cast(terms(4, 3))
     site = cast.members["b"]
-    body = bytearray(site.keys[: -agreement.SIGNATURE])
+    body = bytearray(site.keys[: -key_agreement.SIGNATURE])
     body[32 * at : 32 * at + 32] = bytes(32)
-    signed = site._sign(agreement.keys_statement(cast.terms, "b", bytes(body)))
+    signed = site._sign(key_agreement.keys_statement(cast.terms, "b", bytes(body)))
     keys = {name: m.keys for name, m in cast.members.items()}
     bad = keys | {"b": bytes(body) + signed}
     with pytest.raises(ProtocolError, match="a key of b is one that hides nothing"):

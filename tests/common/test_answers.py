@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
-from silotune.common import model as models
-from silotune.common import rouge
-from silotune.common.adapter_cli import adapter
+from silotune.common.cli.adapter import adapter
 from silotune.common.errors import UsageError
-from silotune.common.language import LanguageModel
+from silotune.common.models import factory as models
+from silotune.common.models.causal_lm import LanguageModel
+from silotune.common.tasks import rouge
 from tests import tiny
 
 

@@ -22,13 +22,13 @@ from silotune.client import dataset, dp
 from silotune.client.accounting import Mechanism
 from silotune.client.noise import NoiseSource
 from silotune.client.train import train_round
-from silotune.common import adapted, cache
-from silotune.common.cache import allocate
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.data.records import table
 from silotune.common.errors import DataError
-from silotune.common.performance import Performance
-from silotune.common.records import table
+from silotune.common.models import activation_cache, adapted
+from silotune.common.models.activation_cache import allocate
+from silotune.common.models.encoder import Encoder
 
 Rows = Callable[..., Path]
 LIMIT = 4096  # bytes
@@ -146,7 +146,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import torch
-from silotune.common.cache import allocate
+from silotune.common.models.activation_cache import allocate
 found = allocate(2000, 1000, torch.float32, most_bytes=1, folder=Path(sys.argv[1]))
 found[:] = 7.0
 print("ready", flush=True)
@@ -257,7 +257,7 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
 
     def tiny(*shape: Any, most_bytes: int, folder: Path | None) -> torch.Tensor:
         limits.append(most_bytes)
-        return cache.allocate(*shape, most_bytes=1 << 10, folder=folder)
+        return activation_cache.allocate(*shape, most_bytes=1 << 10, folder=folder)
 
     changes, features = [], []
     for put in (allocate, tiny):
@@ -297,7 +297,9 @@ def test_encoding_again_does_not_pile_up_files(
     monkeypatch.setattr(
         adapted,
         "allocate",
-        lambda *shape, most_bytes, folder: cache.allocate(*shape, most_bytes=1, folder=folder),
+        lambda *shape, most_bytes, folder: activation_cache.allocate(
+            *shape, most_bytes=1, folder=folder
+        ),
     )
     rows = [(0, 1), (1, None), (0, 0)]
     for _ in range(3):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from silotune.common import children
+from silotune.common.runtime import subprocesses
 
 
 def said(script: str) -> list[str]:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     lines: list[str] = []
-    children.repeat_lines(process, lines.append).join(30)
+    subprocesses.repeat_lines(process, lines.append).join(30)
     process.wait()
     return lines
 

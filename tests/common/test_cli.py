@@ -17,8 +17,8 @@ from types import ModuleType
 import click
 import pytest
 
-from silotune.common import cli
-from silotune.common import contract as contracts
+from silotune.common.cli import main
+from silotune.common.contract import contract as contracts
 from silotune.common.errors import CODES, DataError, RunError, SilotuneError
 from silotune.simulations.data import present
 from tests.conftest import TABLE_CONTRACT
@@ -29,7 +29,7 @@ HEAVY = {"torch", "pandas", "flwr", "numpy", "opacus", "transformers", "peft", "
 START = """
 import atexit, sys
 atexit.register(lambda: print(" ".join(sys.modules), file=sys.stderr))
-from silotune.common.cli import main
+from silotune.common.cli.main import main
 sys.argv = ["silotune", *sys.argv[1:]]
 main()
 """
@@ -49,7 +49,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         module = ModuleType("boom_module")
         module.boom = boom  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "boom_module", module)
-        monkeypatch.setitem(cli.NOUNS, "boom", ("boom_module", "fails"))
+        monkeypatch.setitem(main.NOUNS, "boom", ("boom_module", "fails"))
 
     return add
 
@@ -68,13 +68,13 @@ def test_help_is_quick_and_loads_no_side() -> None:
         assert done.returncode == 0
         assert not HEAVY & set(done.stderr.split())
     assert min(seconds) < 0.5
-    for noun in cli.NOUNS:
+    for noun in main.NOUNS:
         assert f"\n  {noun} " in done.stdout
     assert "explain" in done.stdout
     assert "Example:" in done.stdout
 
 
-@pytest.mark.parametrize("noun", sorted([*cli.NOUNS, "explain"]))
+@pytest.mark.parametrize("noun", sorted([*main.NOUNS, "explain"]))
 def test_every_noun_has_help(run: Callable[..., Ran], noun: str) -> None:
     code, out, err = run(noun, "--help")
     assert (code, err) == (0, "")
@@ -204,7 +204,7 @@ def test_an_unknown_command_has_a_likeness(run: Callable[..., Ran]) -> None:
     code, out, err = run("contrakt", "show")
     assert (code, out) == (2, "")
     assert err.startswith("✗ E101 There is no command 'contrakt'. Did you mean 'contract'? Known: ")
-    for noun in cli.NOUNS:
+    for noun in main.NOUNS:
         assert noun in err
     assert "Did you mean" not in run("xyzzy")[2]
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from silotune.common import contract as contracts
-from silotune.common.contract import Contract, parse
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import ContractError, SilotuneError, UsageError
 from tests import tiny
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common import contract as contracts
+from silotune.common.contract import contract as contracts
 from silotune.server import cli as server_cli
 from silotune.server import service
 from silotune.simulations.arms import Job

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from silotune.common import draft
-from silotune.common.contract import parse
-from silotune.common.draft import Answers, Column
+from silotune.common.contract import drafting
+from silotune.common.contract.contract import parse
+from silotune.common.contract.drafting import Answers, Column
+from silotune.common.contract.inputs import NumberColumn, TableInput
+from silotune.common.contract.plan import Entity
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import UsageError
-from silotune.common.inputs import NumberColumn, TableInput
-from silotune.common.plan import Entity
-from silotune.common.reading import Reading
 from silotune.simulations.run import Options
 from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
@@ -41,7 +41,7 @@ TABLE = {
 
 
 def test_a_table() -> None:
-    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    found = parse(drafting.draft(Answers.model_validate(TABLE)))
     assert isinstance(found.input, TableInput)
     age, home = found.input.columns
     assert isinstance(age, NumberColumn)
@@ -76,13 +76,13 @@ TEXT = {"columns": (), "text": "message"}
     ],
 )
 def test_each_task(more: dict[str, object], kind: str) -> None:
-    found = parse(draft.draft(Answers.model_validate(TABLE | more)))
+    found = parse(drafting.draft(Answers.model_validate(TABLE | more)))
     assert found.task.kind == kind
 
 
 def test_an_entity() -> None:
     answers = Answers.model_validate(TABLE | {"entity": ("patient",), "cap": 4})
-    found = parse(draft.draft(answers)).privacy
+    found = parse(drafting.draft(answers)).privacy
     assert found.entity == Entity(key=("patient",), cap=4)
 
 
@@ -92,7 +92,7 @@ def test_an_entity() -> None:
 @example(1_001)
 @example(2_000_000)
 def test_a_drafted_delta_is_the_largest_power_of_ten_for_the_records(records: int) -> None:
-    found = parse(draft.draft(Answers.model_validate(TABLE | {"records": records})))
+    found = parse(drafting.draft(Answers.model_validate(TABLE | {"records": records})))
     delta = Decimal(repr(found.privacy.delta))
     assert delta <= Decimal("1e-4")
     assert delta * 10 * records <= 1
@@ -114,34 +114,34 @@ def test_a_delta_that_protects_nobody_is_refused(records: int, log_delta: float)
     answers = TABLE | {"records": records, "delta": delta}
     product = Decimal(repr(delta)) * records
     if product < 1:
-        warnings = parse(draft.draft(Answers.model_validate(answers))).delta_warnings
+        warnings = parse(drafting.draft(Answers.model_validate(answers))).delta_warnings
         assert bool(warnings) == (product > Decimal("0.1"))
         if not warnings:
             return
         (sentence,) = warnings
     else:
         with pytest.raises(UsageError, match="allow_large_delta") as refused:
-            draft.draft(Answers.model_validate(answers))
+            drafting.draft(Answers.model_validate(answers))
         sentence = str(refused.value)
-        text = draft.draft(Answers.model_validate(TABLE | {"records": records})).replace(
+        text = drafting.draft(Answers.model_validate(TABLE | {"records": records})).replace(
             "clip_norm", "allow_large_delta = true\nclip_norm"
         )
         allowed = parse(text).changed(privacy={"delta": delta})
         assert len(allowed.delta_warnings) == 1
     named = float(re.findall(r"Set delta to ([0-9.e-]+[0-9])", sentence)[0])
-    followed = parse(draft.draft(Answers.model_validate(answers | {"delta": named})))
+    followed = parse(drafting.draft(Answers.model_validate(answers | {"delta": named})))
     assert followed.delta_warnings == []
 
 
 def test_a_sites_own_delta_counts_too() -> None:
-    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    found = parse(drafting.draft(Answers.model_validate(TABLE)))
     with pytest.raises(UsageError, match=r"delta = 0\.005 times expected_records = 500"):
         found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-3}])
     assert found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-4}]).delta_warnings
 
 
 def test_a_contract_without_privacy_has_no_delta_to_compare() -> None:
-    found = parse(draft.draft(Answers.model_validate(TABLE)))
+    found = parse(drafting.draft(Answers.model_validate(TABLE)))
     plain = found.changed(privacy={"mode": "none", "expected_records": 1e6, "delta": 1e-4})
     assert plain.delta_warnings == []
 
@@ -160,7 +160,7 @@ def test_any_words_give_a_valid_contract(values: list[str], column: str) -> None
     if len({value.strip() for value in values}) < len(values) or column == "status":
         return
     given_answers = TABLE | {"columns": (Column(name=column, values=tuple(values)),)}
-    found = parse(draft.draft(Answers.model_validate(given_answers)))
+    found = parse(drafting.draft(Answers.model_validate(given_answers)))
     assert found.columns == (column,)
     assert found.input.columns[0].choices == tuple(values)  # type: ignore[union-attr]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import drift
 from silotune.common.errors import UsageError
+from silotune.common.inference import drift
 
 
 def stream(rng: np.random.Generator, *parts: tuple[float, int]) -> list[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common.durable import write_durably
+from silotune.common.runtime.atomic_files import write_durably
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     def fails(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("silotune.common.durable.os.fsync", fails)
+    monkeypatch.setattr("silotune.common.runtime.atomic_files.os.fsync", fails)
     with pytest.raises(OSError, match="no space"):
         write_durably(path, b"newer")
     assert path.read_bytes() == b"old"

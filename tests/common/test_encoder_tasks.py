@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 
-from silotune.common.contract import Contract
-from silotune.common.encoder import NO_WORD, Encoder
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.data.records import parse
 from silotune.common.errors import DataError
-from silotune.common.language import LanguageModel
-from silotune.common.network import BUCKET, Encoded
-from silotune.common.performance import Performance
-from silotune.common.records import parse
-from silotune.common.tasks.tokens import IGNORED
+from silotune.common.models.base import BUCKET, Encoded
+from silotune.common.models.causal_lm import LanguageModel
+from silotune.common.models.encoder import NO_WORD, Encoder
+from silotune.common.tasks.token_classification import IGNORED
 from silotune.server.evaluate import PublicTest
 from tests import tiny
 
@@ -577,7 +577,7 @@ def test_an_adapter_that_the_model_has_no_place_for(more: dict[str, Any], words:
 
 @pytest.mark.parametrize(("kind", "model"), tiny.CASES)
 def test_every_task_is_scored_on_public_rows(kind: str, model: str, tmp_path: Path) -> None:
-    from silotune.common.model import build
+    from silotune.common.models.factory import build
 
     contract, rows = tiny.contract_of(kind, model), tiny.rows_of(kind, 24)
     network = build(contract, None if model == "one-hot" else tiny.folder_of(model), EXACT)

@@ -18,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from silotune.client.policy import Policy, permitting
-from silotune.common import contract as contracts
-from silotune.common import fields, messages
-from silotune.common.contract import Contract
+from silotune.common.config import types
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ProtocolError, SilotuneError
-from silotune.common.join import JoinRequest
-from silotune.common.messages import Message, Train
+from silotune.common.protocol import messages
+from silotune.common.protocol.join_request import JoinRequest
+from silotune.common.protocol.messages import Message, Train
 
 FUZZ = settings(
     deadline=None,
@@ -98,7 +99,7 @@ def spoil(data: st.DataObject, document: Any) -> Any:
 def read(document: Any, model: type[Any]) -> Any:
     """The model, or None if it was refused in a sentence or more, each short and printable."""
     try:
-        return fields.parse(json.dumps(document), "fuzz.json", model)
+        return types.parse(json.dumps(document), "fuzz.json", model)
     except SilotuneError as error:
         code, lines = error.code, str(error).split("\n")
     assert code in ("E102", "E103")

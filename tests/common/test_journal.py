@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from silotune.common.journal import Journal
+from silotune.common.runtime.journal import Journal
 
 ANSWERED = {"kind": "train", "code": "ok", "run": "r", "round": 3, "attempt": 1, "seconds": 0.25}
 

@@ -15,11 +15,12 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from silotune.client.gradients import expanded
-from silotune.common import layers, model_folder
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
-from silotune.common.layers import attention, fuse_lora, register_attention
-from silotune.common.performance import Performance
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.model_files import model_folder
+from silotune.common.models import attention as layers
+from silotune.common.models.attention import attention, fuse_lora, register_attention
+from silotune.common.models.encoder import Encoder
 
 LENGTHS = [13, 1, 6]  # of 13 tokens: no multiple of anything
 N, T, HEADS, SIZE = len(LENGTHS), max(LENGTHS), 4, 6

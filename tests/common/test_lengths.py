@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from silotune.common.contract import Contract, parse
-from silotune.common.lengths import Lengths, measure, tokenizer_of
-from silotune.common.records import Records
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.data.records import Records
+from silotune.common.tokenization.token_lengths import Lengths, measure, tokenizer_of
 from tests.common.test_reading import TOKENS
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
@@ -52,7 +52,7 @@ def test_an_entity_is_lost_where_the_truncated_text_has_not_all_its_words(
     tokenizer: Tokenizer, contract: Contract, rows: list[tuple[str, list[int]]]
 ) -> None:
     """Against the tokenizer's own truncation, which is the model's."""
-    from silotune.common.tagging import entities_of
+    from silotune.common.formats.tag_schemes import entities_of
 
     texts, labels = [text for text, _ in rows], [tags for _, tags in rows]
     found = measure([Records(texts, labels)], contract, tokenizer)

@@ -18,11 +18,13 @@ from pydantic import BaseModel
 
 from silotune.client import policy as policies
 from silotune.client.policy import Policy
-from silotune.common import adapters, contract, fields
-from silotune.common.contract import Contract
+from silotune.common.config import types as fields
+from silotune.common.contract import contract
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, DataError
-from silotune.common.model import build
-from silotune.common.performance import Performance
+from silotune.common.models import adapters
+from silotune.common.models.factory import build
 from tests import tiny
 
 BERT = [

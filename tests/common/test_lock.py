@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common.lock import try_lock
+from silotune.common.runtime.process_lock import try_lock
 
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from silotune.common.lock import try_lock
+from silotune.common.runtime.process_lock import try_lock
 print(try_lock(Path(sys.argv[1])) is not None, flush=True)
 signal.pause()
 """

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save as save_tensors
 
 from silotune.common.errors import CODES, ProtocolError
-from silotune.common.messages import (
+from silotune.common.protocol.messages import (
     MAX_HEADER,
     MAX_WIRE,
     Agree,

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from silotune.common.metrics import (
+from silotune.common.contract.task import LOWER_IS_BETTER, Classification, Task
+from silotune.common.tasks.metrics import (
     METRICS,
     Scores,
     calibration_error,
     constant,
     score,
 )
-from silotune.common.task import LOWER_IS_BETTER, Classification, Task
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from silotune.client.gradients import by_expanding
-from silotune.common.contract import Contract
-from silotune.common.encoder import Encoder
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError
-from silotune.common.model import build
-from silotune.common.network import Encoded
+from silotune.common.models.base import Encoded
+from silotune.common.models.encoder import Encoder
+from silotune.common.models.factory import build
 from silotune.common.tasks.classification import per_example_loss
 
 pytestmark = pytest.mark.download
@@ -163,7 +163,7 @@ def test_the_base_is_loaded_once(
     lora_contract: Contract, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Other tests' models may have pushed out the base of one that was built before.
-    monkeypatch.setattr("silotune.common.model._built", {})
+    monkeypatch.setattr("silotune.common.models.factory._built", {})
     first = build(lora_contract, encoder_folder)
     again = build(lora_contract.changed(sites=[{"name": "x"}], quorum=1), encoder_folder)
     other = build(lora_contract.changed(adapter={"rank": 4}), encoder_folder)

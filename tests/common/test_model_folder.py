@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from silotune.client import selftest
-from silotune.common import backbone, model_folder
+from silotune.common.cli.model import model as model_command
 from silotune.common.errors import DataError
-from silotune.common.model import build
-from silotune.common.model_cli import model as model_command
+from silotune.common.model_files import model_folder
+from silotune.common.models import backbone
+from silotune.common.models.factory import build
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from silotune.common import monitor
 from silotune.common.errors import UsageError
-from silotune.common.monitor import Monitor
+from silotune.common.runtime import prometheus
+from silotune.common.runtime.prometheus import Monitor
 
 Start = Callable[..., Monitor]
 
@@ -31,8 +31,10 @@ def start() -> Iterator[Start]:
     """start(collect, health): served on a free port; closed with the test."""
     made: list[Monitor] = []
 
-    def call(collect: monitor.Collect = families, health: monitor.Health = lambda: "") -> Monitor:
-        made.append(monitor.serve(0, collect, health))
+    def call(
+        collect: prometheus.Collect = families, health: prometheus.Health = lambda: ""
+    ) -> Monitor:
+        made.append(prometheus.serve(0, collect, health))
         return made[-1]
 
     yield call
@@ -99,7 +101,7 @@ def test_the_loopback_interface_alone(start: Start) -> None:
 def test_a_port_in_use_is_said_in_one_sentence(start: Start) -> None:
     served = start()
     with pytest.raises(UsageError) as error:
-        monitor.serve(served.port, families, lambda: "")
+        prometheus.serve(served.port, families, lambda: "")
     assert str(error.value) == (
         f"Metrics cannot be served on 127.0.0.1:{served.port}: Address already in use. Choose "
         "another port."
@@ -107,9 +109,9 @@ def test_a_port_in_use_is_said_in_one_sentence(start: Start) -> None:
 
 
 def test_a_closed_port_is_free_again(start: Start) -> None:
-    first = monitor.serve(0, families, lambda: "")
+    first = prometheus.serve(0, families, lambda: "")
     first.close()
-    monitor.serve(first.port, families, lambda: "").close()
+    prometheus.serve(first.port, families, lambda: "").close()
 
 
 def test_a_failure_shows_no_text_of_its_own(start: Start) -> None:
@@ -150,7 +152,7 @@ def test_who_asks_and_says_nothing_is_cut_off(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A byte now and then does not hold a connection: the limit is on the whole head."""
-    monkeypatch.setattr(monitor, "SECONDS", 0.3)
+    monkeypatch.setattr(prometheus, "SECONDS", 0.3)
     served = start()
     with socket.create_connection(("127.0.0.1", served.port), 30) as client:
         done = threading.Event()
@@ -179,7 +181,7 @@ def test_many_at_once_take_no_more_than_their_places(start: Start) -> None:
     idle = [socket.create_connection(("127.0.0.1", served.port), 30) for _ in range(50)]
     # The last was turned away, so all places before it are taken.
     assert idle[-1].recv(1) == b""
-    assert threading.active_count() <= before + 1 + monitor.AT_ONCE
+    assert threading.active_count() <= before + 1 + prometheus.AT_ONCE
     for client in idle:
         client.close()
     end = time.monotonic() + 30

@@ -20,13 +20,13 @@ from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.train import train_round
 from silotune.client.worker import Worker
-from silotune.common.contract import Contract
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.data.records import Table, table
 from silotune.common.errors import ContractError, DataError
-from silotune.common.messages import Arrays
-from silotune.common.model import build
-from silotune.common.network import Network, device_of
-from silotune.common.performance import Performance
-from silotune.common.records import Table, table
+from silotune.common.models.base import Network, device_of
+from silotune.common.models.factory import build
+from silotune.common.protocol.messages import Arrays
 from silotune.simulations.run import Options, computing
 
 Rows = Callable[..., Path]

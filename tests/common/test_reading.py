@@ -22,12 +22,12 @@ from openpyxl.worksheet.worksheet import Worksheet
 from pyarrow import parquet
 
 from silotune.client.policy import Data
-from silotune.common import records, sources
-from silotune.common.contract import Contract, parse
-from silotune.common.encodings import ENCODINGS, encoding_of, usual_name
+from silotune.common.config.types import parse as parse_toml
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.data import file_source, records
+from silotune.common.data.text_decoding import DELIMITERS, Reading
 from silotune.common.errors import ContractError, DataError, UsageError
-from silotune.common.fields import parse as parse_toml
-from silotune.common.reading import DELIMITERS, Reading
+from silotune.common.formats.encodings import ENCODINGS, encoding_of, usual_name
 from tests.conftest import TABLE_CONTRACT
 
 OPTION = "--{key} '{value}'"
@@ -159,7 +159,7 @@ def test_a_table_is_the_same_in_every_format_encoding_and_delimiter(
     for name in ("a.csv", "b.tsv", "c.csv.gz", "d.tsv.gz"):
         write_text(folder / name, text, encoding)
         assert cells_of(folder / name, how) == table, name
-        assert sources.header(folder / name, how).header == table[0]
+        assert file_source.header(folder / name, how).header == table[0]
     for name in ("a.jsonl", "b.ndjson.gz"):
         write_text(folder / name, json_text(table), encoding)
         assert cells_of(folder / name, how) == table, name
@@ -358,7 +358,7 @@ def test_a_header_in_windows_1252_is_told_too(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"in its header.*set --encoding 'cp1252'"):
         records.table(path, reading("latin-1"))
     with pytest.raises(DataError, match=r"in its header.*set --encoding 'cp1252'"):
-        sources.header(path, reading("latin-1"))
+        file_source.header(path, reading("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_the_delimiter_is_found_in_the_header(tmp_path: Path, delimiter: str) ->
     path = tmp_path / "semicolon.csv"
     path.write_text(csv_text(NOTES, delimiter), encoding="utf-8")
     assert cells_of(path) == NOTES
-    assert sources.header(path).header == NOTES[0]
+    assert file_source.header(path).header == NOTES[0]
 
 
 def test_a_quoted_name_with_another_delimiter_in_it_leaves_no_doubt(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import records
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
 from silotune.common.errors import DataError
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)

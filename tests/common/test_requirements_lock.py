@@ -13,8 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from silotune.common import requirements_lock
-from silotune.common.requirements_lock import (
+from silotune.common.runtime import requirements_lock
+from silotune.common.runtime.requirements_lock import (
     BUILD_LOCK,
     EXTRAS,
     LOCK,

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from silotune.common import model as models
-from silotune.common import retrieval
-from silotune.common.adapter_cli import adapter
+from silotune.common.cli.adapter import adapter
 from silotune.common.errors import DataError, UsageError
-from silotune.common.retrieval import Index
+from silotune.common.inference import retrieval
+from silotune.common.inference.retrieval import Index
+from silotune.common.models import factory as models
 from tests import tiny
 
 ITEMS = ["pain in the chest", "burn left arm", "no pain today", "right arm", "pain", "the burn"]

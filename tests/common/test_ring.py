@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import ring
 from silotune.common.errors import ProtocolError
+from silotune.common.secagg import fixed_point
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
-BORDER = ring._CHUNK
+BORDER = fixed_point._CHUNK
 LENGTHS = (0, 1, 2, 3, 4, 5, 7, 8, BORDER - 1, BORDER, BORDER + 1, 2 * BORDER + 3)
 BAD = (
     np.nan,
@@ -32,7 +32,7 @@ def key(n: int) -> bytes:
     return bytes([n]) * 32
 
 
-def words(n: int, seed: int = 0) -> ring.Words:
+def words(n: int, seed: int = 0) -> fixed_point.Words:
     return np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
 
 
@@ -48,11 +48,11 @@ def refused(code: str, call: Callable[[], object]) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_low_24_bits_travel_in_three_bytes_each_little_endian(length: int) -> None:
     sent = words(length)
-    packed = ring._pack(sent)
+    packed = fixed_point._pack(sent)
     assert packed == b"".join(struct.pack("<I", int(w))[:3] for w in sent)
     assert len(packed) == 3 * length
-    back = ring._unpack(packed)
-    assert np.array_equal(back & ring._LOW, sent & ring._LOW)
+    back = fixed_point._unpack(packed)
+    assert np.array_equal(back & fixed_point._LOW, sent & fixed_point._LOW)
     assert len(back) == length
 
 
@@ -60,14 +60,14 @@ def test_the_low_24_bits_travel_in_three_bytes_each_little_endian(length: int) -
 @given(st.lists(st.integers(0, (1 << 32) - 1), max_size=40))
 def test_packing_loses_nothing_of_the_ring(drawn: list[int]) -> None:
     sent = np.array(drawn, "<u4")
-    back = ring._unpack(ring._pack(sent))
+    back = fixed_point._unpack(fixed_point._pack(sent))
     assert [int(w) % (1 << 24) for w in back] == [w % (1 << 24) for w in drawn]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_an_encoded_update_has_three_bytes_an_element(length: int) -> None:
     values = np.zeros(length, np.float32)
-    assert len(ring.encode(values, 1.0, 1.0, [(key(1), False)])) == 3 * length
+    assert len(fixed_point.encode(values, 1.0, 1.0, [(key(1), False)])) == 3 * length
 
 
 # --- quantising ------------------------------------------------------------------------------
@@ -75,20 +75,22 @@ def test_an_encoded_update_has_three_bytes_an_element(length: int) -> None:
 
 def test_values_are_rounded_to_the_nearest_half_to_even() -> None:
     values = np.array([0, 0.4, 0.5, 0.6, 1.5, 2.5, -0.4, -0.5, -0.6, -1.5, 100], np.float32)
-    got = ring.quantise(values, 1.0, 100.0).view(np.int32)
+    got = fixed_point.quantise(values, 1.0, 100.0).view(np.int32)
     assert got.tolist() == [0, 0, 0, 1, 2, 2, 0, 0, -1, -2, 100]
 
 
 def test_the_product_is_rounded_once_and_not_to_float32_before() -> None:
     values = np.array([1 / 3, -2 / 3], np.float32)
     factor = float(1 << 22) - 3
-    got = ring.quantise(values, factor, 1.0).view(np.int32)
+    got = fixed_point.quantise(values, factor, 1.0).view(np.int32)
     assert got.tolist() == [round(float(v) * factor) for v in values]
 
 
 @pytest.mark.parametrize("value", [0.5, -0.5, 0.0, -0.0, np.float32(1e-45)])
 def test_values_up_to_the_bound_are_taken(value: float) -> None:
-    assert abs(int(ring.quantise(np.array([value], np.float32), 2.0, 0.5).view("<i4")[0])) <= 1
+    assert (
+        abs(int(fixed_point.quantise(np.array([value], np.float32), 2.0, 0.5).view("<i4")[0])) <= 1
+    )
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -98,12 +100,12 @@ def test_one_value_that_is_none_or_beyond_the_bound_is_refused(
 ) -> None:
     values = np.zeros(length, np.float32)
     values[at] = bad
-    refused("E502", lambda: ring.quantise(values, 1.0, 0.5))
-    refused("E502", lambda: ring.encode(values, 1.0, 0.5, [(key(1), False)]))
+    refused("E502", lambda: fixed_point.quantise(values, 1.0, 0.5))
+    refused("E502", lambda: fixed_point.encode(values, 1.0, 0.5, [(key(1), False)]))
 
 
 def test_a_bound_that_is_no_number_lets_nothing_pass() -> None:
-    refused("E502", lambda: ring.quantise(np.zeros(1, np.float32), 1.0, float("nan")))
+    refused("E502", lambda: fixed_point.quantise(np.zeros(1, np.float32), 1.0, float("nan")))
 
 
 # --- sums ------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def test_a_bound_that_is_no_number_lets_nothing_pass() -> None:
 
 @FUZZ
 @given(
-    st.lists(st.floats(1e-6, 1), min_size=1, max_size=ring.MOST_SITES),
+    st.lists(st.floats(1e-6, 1), min_size=1, max_size=fixed_point.MOST_SITES),
     st.floats(1e-6, 1e6),
     st.data(),
 )
@@ -123,31 +125,33 @@ def test_a_sum_of_sites_at_the_bound_never_wraps(
         largest = np.nextafter(largest, np.float32(0))
     weights = [w / sum(raw) for w in raw]
     signs = data.draw(st.lists(st.sampled_from((-1, 1)), min_size=len(raw), max_size=len(raw)))
-    total, expected = ring.Total(2), 0
+    total, expected = fixed_point.Total(2), 0
     for weight, sign in zip(weights, signs, strict=True):
-        factor = ring.factor(bound, weight, len(raw))
+        factor = fixed_point.factor(bound, weight, len(raw))
         values = np.array([largest, sign * largest], np.float32)
-        total.add(ring.encode(values, factor, bound, []))
+        total.add(fixed_point.encode(values, factor, bound, []))
         expected += round(sign * float(largest) * factor)
     got = total.values(1.0)
     assert got[1] == expected
-    assert got[0] <= ring.LARGEST_SUM
-    assert got[0] * 1.001 + len(raw) >= ring.LARGEST_SUM - len(raw)  # no bit is given away
+    assert got[0] <= fixed_point.LARGEST_SUM
+    assert got[0] * 1.001 + len(raw) >= fixed_point.LARGEST_SUM - len(raw)  # no bit is given away
 
 
 def test_the_largest_sums_are_taken_and_one_more_is_refused() -> None:
-    total = ring.Total(2)
-    total.words[:] = np.array([ring.LARGEST_SUM, -ring.LARGEST_SUM], "<i4").view("<u4")
-    assert total.values(2.0).tolist() == [ring.LARGEST_SUM / 2, -ring.LARGEST_SUM / 2]
-    for over in (ring.LARGEST_SUM + 1, -ring.LARGEST_SUM - 1, 1 << 23):
+    total = fixed_point.Total(2)
+    total.words[:] = np.array([fixed_point.LARGEST_SUM, -fixed_point.LARGEST_SUM], "<i4").view(
+        "<u4"
+    )
+    assert total.values(2.0).tolist() == [fixed_point.LARGEST_SUM / 2, -fixed_point.LARGEST_SUM / 2]
+    for over in (fixed_point.LARGEST_SUM + 1, -fixed_point.LARGEST_SUM - 1, 1 << 23):
         for at in (0, 1):
-            total = ring.Total(2)
+            total = fixed_point.Total(2)
             total.words[at] = over % (1 << 32)
             refused("E505", lambda held=total: held.values(1.0))
 
 
 def test_what_a_word_has_above_the_ring_is_not_read() -> None:
-    total = ring.Total(3)
+    total = fixed_point.Total(3)
     total.words[:] = [5 + (7 << 24), (1 << 24) - 5, (1 << 32) - 6]
     assert total.values(1.0).tolist() == [5, -5, -6]
 
@@ -155,52 +159,52 @@ def test_what_a_word_has_above_the_ring_is_not_read() -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_mask_that_one_adds_and_another_takes_off_is_gone(length: int) -> None:
     values = np.linspace(-1, 1, length).astype(np.float32)
-    total = ring.Total(length)
-    total.add(ring.encode(values, 1000.0, 1.0, [(key(1), False), (key(2), False)]))
-    total.add(ring.encode(-values, 1000.0, 1.0, [(key(1), True), (key(3), True)]))
-    total.add(ring.encode(values, 1000.0, 1.0, []))
+    total = fixed_point.Total(length)
+    total.add(fixed_point.encode(values, 1000.0, 1.0, [(key(1), False), (key(2), False)]))
+    total.add(fixed_point.encode(-values, 1000.0, 1.0, [(key(1), True), (key(3), True)]))
+    total.add(fixed_point.encode(values, 1000.0, 1.0, []))
     total.mask([(key(2), True), (key(3), False)])
     assert total.values(1.0).tolist() == [round(float(v) * 1000) for v in values]
 
 
 @pytest.mark.parametrize("minus", [True, False])
 def test_a_sum_with_one_mask_left_on_it_is_refused(minus: bool) -> None:
-    total = ring.Total(100)
-    total.add(ring.encode(np.zeros(100, np.float32), 1.0, 1.0, [(key(1), minus)]))
+    total = fixed_point.Total(100)
+    total.add(fixed_point.encode(np.zeros(100, np.float32), 1.0, 1.0, [(key(1), minus)]))
     refused("E505", lambda: total.values(1.0))
 
 
 def test_a_left_mask_is_beyond_every_honest_sum_in_half_of_the_entries() -> None:
-    total = ring.Total(100_000)
+    total = fixed_point.Total(100_000)
     total.mask([(key(1), False)])
     centred = (total.words << np.uint32(8)).view("<i4") >> 8
-    assert 0.49 < np.mean(np.abs(centred) > ring.LARGEST_SUM) < 0.51
+    assert 0.49 < np.mean(np.abs(centred) > fixed_point.LARGEST_SUM) < 0.51
 
 
 @pytest.mark.parametrize("extra", [-30, -3, -1, 1, 3, 12])
 def test_only_updates_of_one_length_are_added(extra: int) -> None:
-    total = ring.Total(10)
-    total.add(ring.encode(np.ones(10, np.float32), 5.0, 1.0, []))
+    total = fixed_point.Total(10)
+    total.add(fixed_point.encode(np.ones(10, np.float32), 5.0, 1.0, []))
     refused("E502", lambda: total.add(bytes(30 + extra)))
     assert total.values(1.0).tolist() == [5] * 10
 
 
 def test_a_sum_of_nothing_is_empty() -> None:
-    total = ring.Total(0)
+    total = fixed_point.Total(0)
     total.add(b"")
     assert total.values(1.0).tolist() == []
     assert total.values(1.0).dtype == np.float32
 
 
 def test_128_equal_sites_keep_16_bits_each() -> None:
-    n = ring.MOST_SITES
-    assert 2 * ring.factor(1.0, 1 / n, n) >= (1 << 16) - 2
+    n = fixed_point.MOST_SITES
+    assert 2 * fixed_point.factor(1.0, 1 / n, n) >= (1 << 16) - 2
     # The mean is right to half of a unit a site.
     values = np.random.default_rng(0).uniform(-1, 1, (n, 1000)).astype(np.float32)
-    total = ring.Total(1000)
+    total = fixed_point.Total(1000)
     for each in values:
-        total.add(ring.encode(each, ring.factor(1.0, 1 / n, n), 1.0, []))
-    mean = total.values(ring.factor(1.0, 1.0, n))
+        total.add(fixed_point.encode(each, fixed_point.factor(1.0, 1 / n, n), 1.0, []))
+    mean = total.values(fixed_point.factor(1.0, 1.0, n))
     assert np.abs(mean - values.astype(np.float64).mean(axis=0)).max() <= n / 2**23 + 1e-7
 
 
@@ -256,14 +260,14 @@ def test_a_mask_is_the_chacha20_stream_from_its_beginning(
     stream = b"".join(chacha20(secret, n, bytes(12)) for n in range(-(-length // 16)))
     sign = -1 if minus else 1
     expected = [sign * w % (1 << 24) for (w,) in struct.iter_unpack("<I", stream)][:length]
-    sent = ring.encode(np.zeros(length, np.float32), 1.0, 1.0, [(secret, minus)])
-    assert (ring._unpack(sent) & ring._LOW).tolist() == expected
+    sent = fixed_point.encode(np.zeros(length, np.float32), 1.0, 1.0, [(secret, minus)])
+    assert (fixed_point._unpack(sent) & fixed_point._LOW).tolist() == expected
 
 
 def test_no_two_keys_give_one_mask_and_no_part_of_a_mask_comes_again() -> None:
     masks = []
     for n in range(3):
-        total = ring.Total(2 * BORDER)
+        total = fixed_point.Total(2 * BORDER)
         total.mask([(key(n), False)])
         masks += [total.words[:BORDER], total.words[BORDER:]]
     for i, one in enumerate(masks):
@@ -274,10 +278,10 @@ def test_no_two_keys_give_one_mask_and_no_part_of_a_mask_comes_again() -> None:
 def test_encoding_takes_less_than_twice_the_updates_memory() -> None:
     values = np.zeros(1_000_000, np.float32)
     masks = [(key(n), bool(n % 2)) for n in range(5)]
-    ring.encode(values[:10], 1.0, 1.0, masks)
+    fixed_point.encode(values[:10], 1.0, 1.0, masks)
     tracemalloc.start()
     try:
-        ring.encode(values, 1.0, 1.0, masks)
+        fixed_point.encode(values, 1.0, 1.0, masks)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -289,7 +293,10 @@ def test_values_that_were_clipped_to_the_bound_are_within_it(bound: float) -> No
     """float32(0.1) is above 0.1; what was held to the bound must not be refused for that."""
     ends = np.clip(np.array([-9e9, 9e9], np.float32), -bound, bound).astype(np.float32)
     for sites in (3, 128):
-        factor = ring.factor(bound, 1.0, sites)
-        assert np.abs(ring.quantise(ends, factor, bound).view(np.int32)).max() <= ring.LARGEST_SUM
+        factor = fixed_point.factor(bound, 1.0, sites)
+        assert (
+            np.abs(fixed_point.quantise(ends, factor, bound).view(np.int32)).max()
+            <= fixed_point.LARGEST_SUM
+        )
     with pytest.raises(ProtocolError):
-        ring.quantise(np.nextafter(ends, np.float32(np.inf)), 1.0, bound)
+        fixed_point.quantise(np.nextafter(ends, np.float32(np.inf)), 1.0, bound)

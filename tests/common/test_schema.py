@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import schema
-from silotune.common.inputs import CategoryColumn, NumberColumn, TableInput
-from silotune.common.schema import OutsideSchemaError, choice_of
+from silotune.common.contract.inputs import CategoryColumn, NumberColumn, TableInput
+from silotune.common.data import featurize
+from silotune.common.data.featurize import OutsideSchemaError, choice_of
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 
@@ -119,40 +119,40 @@ def test_any_text_is_a_choice_or_refused(text: str, column: NumberColumn | Categ
 
 
 def test_text_names_each_column_once() -> None:
-    assert schema.to_text(TABLE, (2, 0)) == "age: c. chest pain: typical."
-    assert schema.to_text(TABLE, (None, 1)) == "age: unknown. chest pain: no pain."
+    assert featurize.to_text(TABLE, (2, 0)) == "age: c. chest pain: typical."
+    assert featurize.to_text(TABLE, (None, 1)) == "age: unknown. chest pain: no pain."
 
 
 def test_an_empty_word_for_missing_leaves_the_column_out() -> None:
     quiet = TableInput(columns=(AGE, PAIN), missing="")
-    assert schema.to_text(quiet, (None, 0)) == "chest pain: typical."
-    assert schema.to_text(quiet, (None, None)) == ""
+    assert featurize.to_text(quiet, (None, 0)) == "chest pain: typical."
+    assert featurize.to_text(quiet, (None, None)) == ""
 
 
 @FUZZ
 @given(choices)
-def test_texts_of_different_rows_differ(row: tuple[schema.Choice, ...]) -> None:
+def test_texts_of_different_rows_differ(row: tuple[featurize.Choice, ...]) -> None:
     for other in [(None, None), (0, 0), (3, 1)]:
-        same = schema.to_text(TABLE, row) == schema.to_text(TABLE, other)
+        same = featurize.to_text(TABLE, row) == featurize.to_text(TABLE, other)
         assert same == (row == other)
 
 
 def test_a_row_must_have_every_column() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        schema.to_text(TABLE, (1,))
+        featurize.to_text(TABLE, (1,))
 
 
 @pytest.mark.parametrize("row", [(1,), (1, 1, 1)], ids=["short", "long"])
 def test_a_one_hot_row_must_have_every_column(row: tuple[int, ...]) -> None:
     """As in `to_text`: otherwise a row loses a column, or its sum, in silence."""
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        schema.to_one_hot(TABLE, [row])
+        featurize.to_one_hot(TABLE, [row])
 
 
 @FUZZ
 @given(st.lists(choices, max_size=8))
-def test_one_hot(rows: list[tuple[schema.Choice, ...]]) -> None:
-    cells = schema.to_one_hot(TABLE, rows)
+def test_one_hot(rows: list[tuple[featurize.Choice, ...]]) -> None:
+    cells = featurize.to_one_hot(TABLE, rows)
     assert cells.shape == (len(rows), 4 + 1 + 2 + 1)
     assert cells.dtype == np.float32
     assert set(cells.ravel().tolist()) <= {0.0, 1.0}
@@ -165,18 +165,18 @@ def test_one_hot(rows: list[tuple[schema.Choice, ...]]) -> None:
 
 
 def test_synthetic_rows_are_the_seeds_alone() -> None:
-    first = schema.synthetic(TABLE, 50, 7)
+    first = featurize.synthetic(TABLE, 50, 7)
     np.random.seed(1)
-    assert schema.synthetic(TABLE, 50, 7) == first
-    assert schema.synthetic(TABLE, 50, 8) != first
+    assert featurize.synthetic(TABLE, 50, 7) == first
+    assert featurize.synthetic(TABLE, 50, 8) != first
     assert len(first) == 50
     # Other edges or phrases are other words, not other draws.
     reworded = AGE.model_copy(update={"phrase": "years", "edges": (1.0, 2.0, 3.0)})
-    assert schema.synthetic(TableInput(columns=(reworded, PAIN)), 50, 7) == first
+    assert featurize.synthetic(TableInput(columns=(reworded, PAIN)), 50, 7) == first
 
 
 def test_synthetic_rows_are_uniform_over_choices_and_missing() -> None:
-    rows: Any = schema.synthetic(TABLE, 6000, 0)
+    rows: Any = featurize.synthetic(TABLE, 6000, 0)
     for place, column in enumerate(TABLE.columns):
         drawn = [row[place] for row in rows]
         kinds = [None, *range(len(column.choices))]
@@ -190,4 +190,4 @@ def test_synthetic_rows_are_uniform_over_choices_and_missing() -> None:
 
 
 def test_no_synthetic_rows() -> None:
-    assert schema.synthetic(TABLE, 0, 0) == []
+    assert featurize.synthetic(TABLE, 0, 0) == []

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import agreement as agreements
-from silotune.common import ring, secagg, shamir
-from silotune.common.agreement import Agreement, PublicKeys, Terms
 from silotune.common.errors import ProtocolError
-from silotune.common.secagg import Member, Sum
+from silotune.common.secagg import fixed_point, participant, shamir
+from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.key_agreement import Agreement, PublicKeys, Terms
+from silotune.common.secagg.participant import Member, Sum
 from tests.common.secagg_harness import (
     ASKED,
     BOUND,
@@ -110,7 +110,7 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
     cast.agree()
     updates = {m: rng.uniform(-BOUND, BOUND, size).astype(np.float32) for m in who}
     weights = dict(zip(who, rng.dirichlet(np.ones(len(who))), strict=True))
-    factors = {m: ring.factor(BOUND, weights[m], n) for m in who}
+    factors = {m: fixed_point.factor(BOUND, weights[m], n) for m in who}
     masked = {
         m: cast.members[m].mask(1, updates[m], factors[m], BOUND, ASKED)
         for m in who
@@ -133,13 +133,13 @@ def test_the_sum_comes_back_as_values() -> None:
     for name, sent in everyone(cast).items():
         total.add(name, sent)
     reveals = {m: site.reveal(1, names(3), {}) for m, site in cast.members.items()}
-    mean = total.open(reveals, ring.factor(BOUND, 1.0, 3))
+    mean = total.open(reveals, fixed_point.factor(BOUND, 1.0, 3))
     exact = np.mean([update(m) for m in names(3)], axis=0, dtype=np.float64)
     assert mean.dtype == np.float32
     assert np.abs(mean - exact).max() <= BOUND * 3 / 2**22
 
 
-@pytest.mark.parametrize("size", [0, ring._CHUNK + 1])
+@pytest.mark.parametrize("size", [0, fixed_point._CHUNK + 1])
 def test_updates_of_any_length_add_up(size: int) -> None:
     cast = Cast(terms(4, 3)).agree()
     values = {m: update(m, 1, size) for m in names(4)}
@@ -188,7 +188,7 @@ def test_vectors_of_one_update_and_two_rounds_or_agreements_have_nothing_in_comm
         second.mask("a", 1, values),
         first.mask("b", 1, values),
     ]
-    drawn = [ring._unpack(each) & ring._LOW for each in sent]
+    drawn = [fixed_point._unpack(each) & fixed_point._LOW for each in sent]
     for i, one in enumerate(drawn):
         assert 0.4 < np.mean(one < 1 << 23) < 0.6
         assert all(np.mean(one == other) < 0.01 for other in drawn[:i])
@@ -344,7 +344,7 @@ def test_an_update_beyond_the_bound_uses_the_round_up() -> None:
 # --- terms and keys --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", range(3, ring.MOST_SITES + 1))
+@pytest.mark.parametrize("n", range(3, fixed_point.MOST_SITES + 1))
 def test_the_default_threshold_holds_with_a_third_of_the_sites_colluding(n: int) -> None:
     threshold = agreements.default_threshold(n)
     assert agreements.problem_with(n, threshold, n // 3) == ""
@@ -526,7 +526,7 @@ def reachable(thing: object) -> set[bytes]:
         return reachable(list(thing.values()))
     if isinstance(thing, list | tuple):
         return set().union(*map(reachable, thing))
-    return reachable(vars(thing)) if isinstance(thing, Member | secagg._Round) else set()
+    return reachable(vars(thing)) if isinstance(thing, Member | participant._Round) else set()
 
 
 def test_a_secret_goes_as_soon_as_its_round_allows() -> None:

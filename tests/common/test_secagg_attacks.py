@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from silotune.common import agreement as agreements
-from silotune.common import ring, secagg, shamir
-from silotune.common.agreement import PublicKeys, Terms, derive, keys_statement
 from silotune.common.errors import ProtocolError
-from silotune.common.secagg import Member, Sum
+from silotune.common.secagg import fixed_point, participant, shamir
+from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.key_agreement import PublicKeys, Terms, derive, keys_statement
+from silotune.common.secagg.participant import Member, Sum
 from tests.common import secagg_harness as weak
 from tests.common.secagg_harness import (
     ASKED,
@@ -225,12 +225,12 @@ def calls_a_slow_site_missing(member: type[Member]) -> Found:
     pairwise = spy.secret("a", own=False)
     assert pairwise is not None
     key, view = agreements.masking_key(cast.terms, "a", 1, pairwise), cast.agreement
-    total = ring.Total(SIZE)
+    total = fixed_point.Total(SIZE)
     total.add(cast.mask("a"))
     total.mask([(view.mask_key(key, "a", peer, 1, ASKED), peer > "a") for peer in "bcd"])
     total.mask([(view.own_mask_key(0, "a", 1), True)])  # right only if every seed gives one mask
     found = centred(total.words)
-    return found if np.abs(found).max() <= ring.LARGEST_SUM else None, cast.truth("a")
+    return found if np.abs(found).max() <= fixed_point.LARGEST_SUM else None, cast.truth("a")
 
 
 # --- (k), (l) values beyond the bound, and asking twice --------------------------------------
@@ -240,9 +240,9 @@ def hides_a_huge_value(member: type[Member]) -> Found:
     """A site that turns once around the ring: the sum opens as if it had kept to the bound."""
     cast = Cast(terms(3, 3), member=member).agree()
     factor = factor_of(3)
-    huge = np.full(SIZE, np.float32((1 << ring.BITS) / factor))
+    huge = np.full(SIZE, np.float32((1 << fixed_point.BITS) / factor))
     masked = {"a": cast.mask("a", 1, huge), "b": cast.mask("b"), "c": cast.mask("c")}
-    wrapped = units(huge, factor) % (1 << ring.BITS)
+    wrapped = units(huge, factor) % (1 << fixed_point.BITS)
     return cast.finish(1, masked), wrapped + cast.truth("b") + cast.truth("c")
 
 
@@ -258,8 +258,8 @@ def asks_all_others_for_what_it_knows(member: type[Member]) -> Found:
 
 def has_a_round_masked_twice(member: type[Member]) -> Found:
     cast = Cast(terms(3, 3), member=member).agree()
-    first = ring._unpack(cast.mask("a"))
-    second = ring._unpack(cast.mask("a", 1, update("a", 2)))
+    first = fixed_point._unpack(cast.mask("a"))
+    second = fixed_point._unpack(cast.mask("a", 1, update("a", 2)))
     return centred(first - second), cast.truth("a") - cast.truth("a", 2)
 
 
@@ -284,7 +284,7 @@ def has_secrets_shared_twice(member: type[Member]) -> Found:
     assert seed is not None
     assert pairwise is not None
     key = agreements.masking_key(cast.terms, "a", 1, pairwise)
-    total = ring.Total(SIZE)
+    total = fixed_point.Total(SIZE)
     total.add(sent)
     total.mask([(view.mask_key(key, "a", peer, 1, ASKED), peer > "a") for peer in "bcde"])
     total.mask([(view.own_mask_key(seed, "a", 1), True)])
@@ -328,12 +328,12 @@ def publishes_low_order_points(member: type[Member], point: bytes, masking: bool
         shares = {}
         for name in "bcd":
             key = derive(bytes(32), view.transcript, "seal", "a", name)
-            opened = ChaCha20Poly1305(key).decrypt(secagg.NONCE, sealed[name], view.transcript)
+            opened = ChaCha20Poly1305(key).decrypt(participant.NONCE, sealed[name], view.transcript)
             shares[view.place(name)] = shamir.from_bytes(opened[: shamir.SIZE])
         return shamir.join(shares), cast.secrets["a"][0][0]
     victim.ready = True
     seed = cast.secrets["a"][0][1]
-    total = ring.Total(SIZE)
+    total = fixed_point.Total(SIZE)
     total.add(cast.mask("a"))
     total.mask(
         [(derive(bytes(32), view.transcript, "mask", 1, "a", p, ASKED.hex()), True) for p in "bcd"]
@@ -557,7 +557,7 @@ def test_a_stolen_memory_does_not_open_rounds_that_are_over() -> None:
         for name in "bcd":
             key = stolen._seal_key(view, name, "a", name)
             opened = ChaCha20Poly1305(key).decrypt(
-                secagg.NONCE, cast.sealed["a"][name], view.transcript
+                participant.NONCE, cast.sealed["a"][name], view.transcript
             )
             for own, held in enumerate(shares):
                 part = opened[shamir.SIZE * own : shamir.SIZE * (own + 1)]

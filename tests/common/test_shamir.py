@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common import shamir
+from silotune.common.secagg import shamir
 
 FUZZ = settings(deadline=None, max_examples=80, derandomize=True, database=None)
 SECRETS = st.integers(0, shamir.PRIME - 1)

@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from silotune.common import cells, records, sources
-from silotune.common.cells import Builder, NotTextError, Rows, cell
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
+from silotune.common.data import file_source, records
+from silotune.common.data import text_table as cells
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading
+from silotune.common.data.text_table import Builder, NotTextError, Rows, cell
 from silotune.common.errors import DataError
-from silotune.common.reading import Reading
-from silotune.common.records import Table
 
 CANARY = "Kanarienvogel77"
 OPTION = "--{key} {value}"
@@ -410,7 +411,7 @@ def test_any_bytes_are_a_table_or_refused(tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("bytes")
 
     @FUZZ
-    @given(st.sampled_from(sources.SUFFIXES), st.binary(max_size=60), st.booleans())
+    @given(st.sampled_from(file_source.SUFFIXES), st.binary(max_size=60), st.booleans())
     def check(suffix: str, content: bytes, magic: bool) -> None:
         path = folder / f"a{suffix}"
         path.write_bytes(b"PAR1" * magic + content + b"PAR1" * magic)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from silotune.client.entries import verify_export
 from silotune.client.policy import adopt, sign, signature_file
-from silotune.common import contract as contracts
-from silotune.common import join, records, strict_json
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
 from silotune.common.errors import DataError, ProtocolError, RefusalError, UsageError
-from silotune.common.messages import Message, Train, pack, unpack
+from silotune.common.formats import strict_json
+from silotune.common.protocol import join_request
+from silotune.common.protocol.messages import Message, Train, pack, unpack
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 KEY = st.text(st.characters(exclude_categories=()), max_size=4)
@@ -129,7 +131,7 @@ def test_a_join_request_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     file.write_text('{"site": "north", "site": "south"}')
     with pytest.raises(UsageError, match="stands twice") as error:
-        join.load(file)
+        join_request.load(file)
     assert error.value.code == "E102"
 
 
@@ -178,7 +180,7 @@ def test_an_exports_entry_with_a_key_twice_is_refused() -> None:
     from silotune.client import entries
     from silotune.client.keys import Keys
     from silotune.client.ledger import Ledger
-    from silotune.common.messages import Receipt
+    from silotune.common.protocol.messages import Receipt
 
     keys = Keys.in_memory()
     ledger = Ledger.in_memory("north", keys)

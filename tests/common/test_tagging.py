@@ -10,9 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, IOE2, Entities
 
-from silotune.common import metrics, tagging
-from silotune.common.tagging import Entity, entities_of, scheme_of, to_iob2, written
-from silotune.common.task import Tokens
+from silotune.common.contract.task import Tokens
+from silotune.common.formats import tag_schemes
+from silotune.common.formats.tag_schemes import (
+    Entity,
+    entities_of,
+    scheme_of,
+    to_iob2,
+    written,
+)
+from silotune.common.tasks import metrics
 
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 # What seqeval calls the schemes. It has none for BMES, whose letters are those of BIOES but for M.
@@ -41,28 +48,28 @@ def by_seqeval(tags: list[str], scheme: str) -> list[tuple[Any, ...]]:
 
 
 @FUZZ
-@given(sentences(), st.sampled_from(list(tagging.SCHEMES)))
+@given(sentences(), st.sampled_from(list(tag_schemes.SCHEMES)))
 @example(([Entity("Disease", 5, 6), Entity("Drug", 8, 9)], 10), "IOB1")  # tags-without-b.csv
 def test_every_scheme_names_the_same_entities(drawn: tuple[list[Entity], int], scheme: str) -> None:
     entities, words = drawn
-    tags = written(entities, words, tagging.SCHEMES[scheme])
+    tags = written(entities, words, tag_schemes.SCHEMES[scheme])
     assert len(tags) == words
     assert entities_of(tags) == entities
-    assert to_iob2(tags) == written(entities, words, tagging.SCHEMES["IOB2"])
+    assert to_iob2(tags) == written(entities, words, tag_schemes.SCHEMES["IOB2"])
     if scheme in ORACLES:
         assert by_seqeval(tags, scheme) == [(e.kind, e.start, e.end) for e in entities]
     assert by_seqeval(to_iob2(tags), "IOB2") == [(e.kind, e.start, e.end) for e in entities]
 
 
 @FUZZ
-@given(sentences(), st.sampled_from(list(tagging.SCHEMES)))
+@given(sentences(), st.sampled_from(list(tag_schemes.SCHEMES)))
 def test_a_scheme_is_recognised_by_its_tags(drawn: tuple[list[Entity], int], scheme: str) -> None:
     entities, words = drawn
-    tags = written(entities, words, tagging.SCHEMES[scheme])
+    tags = written(entities, words, tag_schemes.SCHEMES[scheme])
     found = scheme_of(tags)
-    assert written(entities, words, tagging.SCHEMES[found]) == tags
+    assert written(entities, words, tag_schemes.SCHEMES[found]) == tags
     if found != scheme:  # the tags are valid in both
-        assert list(tagging.SCHEMES).index(found) < list(tagging.SCHEMES).index(scheme)
+        assert list(tag_schemes.SCHEMES).index(found) < list(tag_schemes.SCHEMES).index(scheme)
 
 
 @FUZZ
@@ -114,14 +121,14 @@ def test_what_is_no_tag(tag: str) -> None:
 
 
 @FUZZ
-@given(sentences(), st.sampled_from(list(tagging.SCHEMES)))
+@given(sentences(), st.sampled_from(list(tag_schemes.SCHEMES)))
 def test_a_perfect_model_scores_one_whatever_scheme_the_records_are_in(
     drawn: tuple[list[Entity], int], scheme: str
 ) -> None:
     """Records in IOB1 gave a perfect model an F1 of 0: the metric knew IOB2 alone."""
     entities, words = drawn
     entities = [e._replace(kind="Drug" if e.kind == "cell-type" else e.kind) for e in entities]
-    cell = " ".join(written(entities, words, tagging.SCHEMES[scheme]))
+    cell = " ".join(written(entities, words, tag_schemes.SCHEMES[scheme]))
     target = TASK.target(cell)
     found = metrics.score(TASK, [(0.0, target)], [target])
     assert found["f1"] == found["recall"] == (1.0 if entities else 0.0)
@@ -129,5 +136,5 @@ def test_a_perfect_model_scores_one_whatever_scheme_the_records_are_in(
 
 def test_an_entity_that_a_model_does_not_begin_is_not_found() -> None:
     truth = [["O", "B-Drug", "I-Drug"]]
-    assert tagging.scores(truth, [["O", "I-Drug", "I-Drug"]])["f1"] == 0
-    assert tagging.scores(truth, truth) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert tag_schemes.scores(truth, [["O", "I-Drug", "I-Drug"]])["f1"] == 0
+    assert tag_schemes.scores(truth, truth) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}

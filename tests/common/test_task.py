@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from silotune.common import contract as contracts
-from silotune.common.cells import UNREAD
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Regression, Task
+from silotune.common.data.records import Records, parse
+from silotune.common.data.text_table import UNREAD
 from silotune.common.errors import ContractError, DataError
-from silotune.common.records import Records, parse
-from silotune.common.task import Regression, Task
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True, database=None)

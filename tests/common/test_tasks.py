@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from silotune.common.contract.task import Task
 from silotune.common.errors import UsageError
-from silotune.common.task import Task
 from silotune.common.tasks import objective_of
 from silotune.common.tasks.objective import Objective
-from silotune.common.tasks.tokens import IGNORED
+from silotune.common.tasks.token_classification import IGNORED
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)

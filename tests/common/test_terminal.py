@@ -17,11 +17,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from silotune.common import cli
-from silotune.common.cli import silotune
+from silotune.common.cli import main
+from silotune.common.cli.main import silotune
 from silotune.common.errors import ContractError, DataError, SilotuneError, UsageError
-from silotune.common.journal import Journal
-from silotune.common.terminal import escaped, escaped_json
+from silotune.common.runtime.journal import Journal
+from silotune.common.runtime.terminal import escaped, escaped_json
 from silotune.simulations.progress import EscapingConsole
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
@@ -114,7 +114,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[str, str
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         with pytest.raises(SystemExit):
-            cli.main()
+            main.main()
     return out.getvalue(), err.getvalue()
 
 
@@ -250,7 +250,7 @@ def test_a_traceback_is_shown_escaped() -> None:
         try:
             raise SilotuneError(TITLE)
         except SilotuneError:
-            cli._show_traceback(*sys.exc_info())
+            main._show_traceback(*sys.exc_info())
     assert sys.excepthook is hook
     check_safe(err.getvalue())
     assert "a\\x1b]0;PWNED\\x07b" in err.getvalue()

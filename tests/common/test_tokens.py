@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from silotune.common.tasks.tokens import IGNORED, next_token_loss, per_example_loss
+from silotune.common.tasks.token_classification import (
+    IGNORED,
+    next_token_loss,
+    per_example_loss,
+)
 
 LENGTHS = [7, 1, 4, 0, 5]  # counted tokens of each example
 N, T, L = len(LENGTHS), 9, 6

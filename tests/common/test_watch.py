@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from silotune.common import model as models
-from silotune.common.adapter_cli import adapter
-from silotune.common.contract import Contract
+from silotune.common.cli.adapter import adapter
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, UsageError
+from silotune.common.models import factory as models
 from tests import tiny
 
 

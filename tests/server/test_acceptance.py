@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError
-from silotune.common.messages import Arrays
+from silotune.common.protocol.messages import Arrays
 from silotune.server.acceptance import Acceptance
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run

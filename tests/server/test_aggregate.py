@@ -12,8 +12,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.messages import Arrays
-from silotune.common.plan import Adaptive
+from silotune.common.contract.plan import Adaptive
+from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregate import adaptive_step, heavy_ball, running_mean, weighted_mean
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)

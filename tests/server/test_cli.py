@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.server import cli
 from silotune.server.events import Events, append
 from silotune.server.place import Place, ServerSettings

@@ -11,7 +11,7 @@ import click
 import pytest
 import yaml
 
-from silotune.common.cli import silotune
+from silotune.common.cli.main import silotune
 from silotune.server import service
 
 DEPLOY = Path(__file__).parents[2] / "server" / "deploy"

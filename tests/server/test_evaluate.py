@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.common import records
-from silotune.common.architecture import OneHotModel
-from silotune.common.contract import Contract
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.contract import Contract
+from silotune.common.data import records
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError
-from silotune.common.messages import Arrays
-from silotune.common.metrics import score
-from silotune.common.model import build
-from silotune.common.reading import Reading
+from silotune.common.models.factory import build
+from silotune.common.protocol.messages import Arrays
+from silotune.common.tasks.metrics import score
 from silotune.server.evaluate import PublicTest
 from silotune.server.fab import write_app
 from silotune.server.place import Place, ServerSettings

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.server import cli, disk, events, registry
 from silotune.server.events import Events, standing

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.adapter import orthonormal
-from silotune.common.messages import Arrays
+from silotune.common.protocol.messages import Arrays
+from silotune.common.protocol.tensors import orthonormal
 from silotune.server import aggregate, factors
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from silotune.common import monitor
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError
-from silotune.common.lock import try_lock
+from silotune.common.runtime import prometheus
+from silotune.common.runtime.process_lock import try_lock
 from silotune.server import metrics
 from silotune.server.metrics import ServerMonitor
 from silotune.server.place import Place, ServerSettings
@@ -64,7 +64,7 @@ def carried_out(place: Place, run: str) -> Iterator[None]:
 
 
 def shown(place: Place) -> Shown:
-    text = monitor.text(ServerMonitor(place, lambda _: True).collect()).decode()
+    text = prometheus.text(ServerMonitor(place, lambda _: True).collect()).decode()
     return {
         (s.name.removeprefix("silotune_server_"), *s.labels.values()): s.value
         for family in text_string_to_metric_families(text)

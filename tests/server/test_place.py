@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from silotune.client.policy import permitting
-from silotune.common import contract as contracts
-from silotune.common import join
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
-from silotune.common.join import JoinRequest
+from silotune.common.protocol import join_request
+from silotune.common.protocol.join_request import JoinRequest
 from silotune.server import authority
 from silotune.server.place import Place, ServerSettings
 
@@ -157,7 +157,7 @@ def test_a_request_holds_these_fields_and_no_other(tmp_path: Path, changes: dict
     good = request().model_dump(mode="json")
     path.write_text(json.dumps(good | changes))
     with pytest.raises(ContractError):
-        join.load(path)
+        join_request.load(path)
 
 
 @pytest.mark.parametrize("host", ["a b", "a;b", "x\n", "", "-", 'a"', "a{b}"])

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from silotune.common.contract import Contract
-from silotune.common.durable import write_durably
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.messages import Arrays
+from silotune.common.protocol.messages import Arrays
+from silotune.common.runtime.atomic_files import write_durably
 from silotune.server import registry as module
 from silotune.server.registry import Registry
 
@@ -63,7 +63,7 @@ def test_the_contract_is_utf8_wherever_it_runs(tmp_path: Path, table_contract: C
     dump["input"]["columns"][0]["phrase"] = "Alter über 50 岁"
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from silotune.common.contract import Contract\n"
+        "from silotune.common.contract.contract import Contract\n"
         "from silotune.server.registry import Registry\n"
         "Registry.create(Path(sys.argv[1]), Contract.model_validate(json.loads(sys.argv[2])))\n"
     )

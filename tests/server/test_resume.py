@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.messages import Arrays
-from silotune.common.model import build
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import Run
@@ -251,7 +251,8 @@ def test_a_run_is_carried_out_by_one_server_at_a_time(fresh: Fresh) -> None:
     assert caught.value.code == "E602"
     code = (
         "import sys; from pathlib import Path\n"
-        "from silotune.common.contract import load; from silotune.server.registry import Registry\n"
+        "from silotune.common.contract.contract import load\n"
+        "from silotune.server.registry import Registry\n"
         "folder = Path(sys.argv[1])\n"
         "Registry.open(folder, load(folder / 'contract.json')); print('opened')"
     )

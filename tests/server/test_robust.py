@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.messages import Arrays
-from silotune.common.plan import Robust
+from silotune.common.contract.plan import Robust
+from silotune.common.protocol.messages import Arrays
 from silotune.server import robust
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)

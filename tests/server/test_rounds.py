@@ -14,11 +14,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 
-from silotune.common import contract as contracts
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ProtocolError, RunError
-from silotune.common.messages import Arrays, Describe, Description, Message, Refusal, Train, Update
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import (
+    Arrays,
+    Describe,
+    Description,
+    Message,
+    Refusal,
+    Train,
+    Update,
+)
 from silotune.server.registry import Registry
 from silotune.server.rounds import RoundFacts, Run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from silotune.common.errors import UsageError
-from silotune.common.journal import Journal
+from silotune.common.runtime.journal import Journal
 from silotune.server.place import Place, ServerSettings
 from silotune.server.service import Service
 

@@ -16,10 +16,10 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from silotune.common import messages
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import PeerError, RunError
-from silotune.common.messages import Description, Refusal, Train, Update
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Description, Refusal, Train, Update
 from silotune.server import strategy as module
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run

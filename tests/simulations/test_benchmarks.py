@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from silotune.client import accounting
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.simulations.benchmarks import differences
 
 

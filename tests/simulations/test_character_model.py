@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from silotune.common import backbone, model_folder
-from silotune.common.architecture import EncoderModel
+from silotune.common.contract.architecture import EncoderModel
 from silotune.common.errors import DataError
+from silotune.common.model_files import model_folder
+from silotune.common.models import backbone
 from silotune.simulations import character_model, data
 from silotune.simulations.character_model import (
     FIRST,

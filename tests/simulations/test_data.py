@@ -22,8 +22,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
+from silotune.common.model_files import model_folder
 from silotune.simulations import data, gguf_model, pickled_table
 
 

@@ -14,9 +14,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.relay import relay_app
 from silotune.client.worker import Worker
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.common.model import build
+from silotune.common.models.factory import build
 from silotune.server.registry import Registry
 from silotune.server.rounds import Run
 from silotune.server.strategy import SilotuneStrategy

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common import contract as contracts
-from silotune.common import records
+from silotune.common.contract import contract as contracts
+from silotune.common.data import records
 from silotune.common.errors import UsageError
 from silotune.simulations.export import export
 from silotune.simulations.recipe import load_recipe

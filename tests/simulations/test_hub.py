@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common import model_folder
 from silotune.common.errors import DataError, UsageError
+from silotune.common.model_files import model_folder
 from silotune.simulations import hub
 from tests import tiny
 

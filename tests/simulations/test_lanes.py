@@ -13,7 +13,7 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common.model import build
+from silotune.common.models.factory import build
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import Run

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
 from silotune.server.replies import carry_out
 from silotune.simulations import poison as poisons

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from silotune.common import contract as contracts
+from silotune.common.contract import contract as contracts
+from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, UsageError
-from silotune.common.reading import Reading
 from silotune.simulations import pool
 from silotune.simulations import run as run_module
 from silotune.simulations.recipe import own_recipe

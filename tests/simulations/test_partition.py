@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, UsageError
 from silotune.simulations.partition import Partition, deal, draw, repartition
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from silotune.common import messages
 from silotune.common.errors import UsageError
-from silotune.common.messages import Message, Receipt, Refusal, Update
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Receipt, Refusal, Update
 from silotune.simulations.poison import TRIGGERED, Poison, liars, lying, poisoned_rows
 from silotune.simulations.recipe import Recipe
 from silotune.simulations.split import Split

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.server.rounds import RoundFacts
 from silotune.simulations import progress as progress_module
 from silotune.simulations.arms import Job

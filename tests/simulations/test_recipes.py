@@ -16,10 +16,10 @@ import pytest
 
 from silotune.client.accounting import epsilon, plan
 from silotune.client.masking import check_bound
-from silotune.common.architecture import OneHotModel
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import ContractError, DataError, UsageError
-from silotune.common.inputs import TableInput
-from silotune.common.performance import Performance
 from silotune.simulations import data
 from silotune.simulations.arms import Job, arms_of
 from silotune.simulations.jobs import run_job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.contract import Contract
 from silotune.simulations.benchmarks import rounds
 from silotune.simulations.benchmarks.federation import Case, contract_of
 from silotune.simulations.benchmarks.rounds import CASES, MASKED, Block

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from silotune.common.contract.inputs import columns_of
+from silotune.common.contract.task import Language
 from silotune.common.errors import DataError
-from silotune.common.inputs import columns_of
-from silotune.common.task import Language
 from silotune.simulations import data, tables
 from silotune.simulations.recipe import load_recipe
 

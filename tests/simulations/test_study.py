@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from silotune.common.contract import Contract
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
-from silotune.common.performance import Performance
 from silotune.simulations import study_page
 from silotune.simulations.arms import Job
 from silotune.simulations.kept import Kept

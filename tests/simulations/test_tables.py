@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from silotune.common import records
+from silotune.common.data import records
 from silotune.common.errors import DataError
 from silotune.simulations.recipe import load_recipe, recipe_names
 from silotune.simulations.split import split

@@ -27,10 +27,10 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.site import Site as SiteFolder
 from silotune.client.worker import Worker
-from silotune.common import contract as contracts
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.model import build
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
+from silotune.common.protocol.messages import Arrays
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
 from silotune.server.rounds import Run

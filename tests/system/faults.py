@@ -30,9 +30,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from silotune.client import wire
-from silotune.common import messages, vector
-from silotune.common.contract import Contract, parse
-from silotune.common.messages import MAX_WIRE, Message, Refusal
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.protocol import messages, packing
+from silotune.common.protocol.messages import MAX_WIRE, Message, Refusal
 from tests.conftest import TABLE_CONTRACT
 from tests.system.deployment import BIN, Deployment, Member, Service, free_ports, wait_for
 from tests.system.faulty_worker import POINTS, STAGES
@@ -244,7 +244,7 @@ def ended(d: Deployment, name: str, run: subprocess.Popen[str], *, all_sites: bo
     secure = d.current is not None and d.current.secure_aggregation is not None
     tolerance = 0.0
     if d.current is not None and secure:
-        tolerance = 8 * len(rounds) / vector.factor(d.current, 1.0)
+        tolerance = 8 * len(rounds) / packing.factor(d.current, 1.0)
         all_sites = False
     problems = d.problems_of(name, tolerance)
     missing = [f["round"] for f in rounds if len(f["sites"]) < len(d.members)]

@@ -17,9 +17,9 @@ from silotune.client import worker as workers
 from silotune.client.entries import Released
 from silotune.client.ledger import Ledger
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.cli import main
-from silotune.common.messages import Train
+from silotune.common.cli.main import main
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Train
 
 # In the order of a round; the second row are secure aggregation's other stages.
 POINTS = ("describe", "asked", "charged", "stored", "answered")

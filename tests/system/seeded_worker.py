@@ -18,8 +18,8 @@ from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.wire import listen, serve
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import load
+from silotune.common.contract.contract import load
+from silotune.common.protocol import messages
 
 SEED = 7
 

@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from silotune.client.entries import Charged, Released
 from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
-from silotune.common import messages
-from silotune.common.contract import Contract
-from silotune.common.messages import Describe, Message, Train
-from silotune.common.model import build
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Describe, Message, Train
 from silotune.server.fab import write_app
 
 WORKER, RELAY = 61001, 61002

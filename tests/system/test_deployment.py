@@ -16,8 +16,8 @@ import pytest
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common.contract import Contract
-from silotune.common.model import build
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
 from silotune.server.fab import write_app
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out

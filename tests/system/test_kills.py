@@ -23,9 +23,9 @@ from silotune.client.keys import Keys
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract
-from silotune.common.messages import Message, Refusal, Train, Update
+from silotune.common.contract.contract import Contract
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Message, Refusal, Train, Update
 
 VICTIM = Path(__file__).with_name("victim.py")
 RUN = "killed"

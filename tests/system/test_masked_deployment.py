@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from silotune.client.ledger import Ledger
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import vector
-from silotune.common.contract import Contract
-from silotune.common.messages import Arrays
-from silotune.common.model import build
+from silotune.common.contract.contract import Contract
+from silotune.common.models.factory import build
+from silotune.common.protocol import packing
+from silotune.common.protocol.messages import Arrays
 from silotune.server.fab import write_app
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out
@@ -111,7 +111,7 @@ def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
     assert set(facts["failed"]) == {"d"}
     expected = unmasked(contract, files, tmp_path / "reference", "abce")
     others = unmasked(contract, files, tmp_path / "others", "abc")
-    quantum = 1 / vector.factor(contract, 1.0)
+    quantum = 1 / packing.factor(contract, 1.0)
     for name, array in Registry(folder).adapter().items():
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=4 * quantum)
         assert np.abs(array - others[name]).max() > 100 * quantum  # without e it is another sum

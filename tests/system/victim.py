@@ -30,9 +30,9 @@ from silotune.client.ledger import Ledger
 from silotune.client.noise import NoiseSource
 from silotune.client.policy import permitting
 from silotune.client.worker import Worker
-from silotune.common import messages
-from silotune.common.contract import Contract, load
-from silotune.common.messages import Arrays, Message, Train
+from silotune.common.contract.contract import Contract, load
+from silotune.common.protocol import messages
+from silotune.common.protocol.messages import Arrays, Message, Train
 
 RUN = "killed"
 

@@ -1,0 +1,302 @@
+"""`silotune contract`: draft one, look at one before agreeing to it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import ValidationError
+
+from silotune.common.cli.main import (
+    emit,
+    next_step,
+    reading_options,
+    reading_words,
+    warning_lines,
+)
+from silotune.common.config.diagnostics import contract_error
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.inputs import TableInput
+from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.runtime.terminal import busy
+
+if TYPE_CHECKING:
+    from silotune.common.contract.contract import Contract
+    from silotune.common.data.text_decoding import Reading
+
+
+@click.group()
+def contract() -> None:
+    """Draft, show or validate a contract."""
+
+
+CONTRACT = click.argument("contract", metavar="FILE|RUN|RECIPE", type=click.Path(path_type=Path))
+
+
+@contract.command()
+@CONTRACT
+@click.option("--json", "as_json", is_flag=True, help="Print the canonical form as JSON.")
+def show(contract: Path, as_json: bool) -> None:
+    """What a contract says, and its hash: of a file, of a run's folder, or of a recipe.
+
+    \b
+    $ silotune contract show heart.toml
+    heart-diagnosis  2ba6e7630193…
+    """
+    found = named(contract)
+    p = found.privacy
+    guarantee = (
+        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (RDP; add or remove one)"
+        if p.mode == "dp"
+        else "NO differential privacy"
+    )
+    text = [
+        f"{found.name}  {found.hash}",
+        f"  privacy  {guarantee}; clip {p.clip_norm:g}",
+        f"  rounds   {found.rounds}; quorum {found.quorum} of {len(found.sites)}",
+        f"  masks    {found.masks}",
+        f"  sites    {', '.join(s.name for s in found.sites)}",
+        f"  answers  {found.task.answers}",
+        f"  leaves a site: {found.leaves}",
+        *warning_lines(found),
+    ]
+    data = json.loads(found.model_dump_json()) | {"sha256": found.hash}
+    emit(data, as_json, "\n".join(text))
+
+
+@contract.command()
+@CONTRACT
+@click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def validate(contract: Path, model: Path | None, as_json: bool) -> None:
+    """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
+    exit code 2 if there is any.
+
+    What every site would refuse is found too (exit code 1): a bound that does not fit the noise
+    and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
+    that the model does not have.
+    """
+    with busy(f"validating {contract.name or contract}"):
+        from silotune.common.cli import contract_validation
+
+        found = named(contract)
+        left_out = contract_validation.validate(found, model)
+    emit(
+        {"valid": True, "sha256": found.hash, "warnings": found.warnings, "not_checked": left_out},
+        as_json,
+        "\n".join(
+            [
+                f"✓ {contract.name or contract} is valid  {found.hash}",
+                *warning_lines(found),
+                *(f"  {what}" for what in left_out),
+            ]
+        ),
+    )
+
+
+def named(name: Path) -> Contract:
+    """The contract in a file, of a run in a folder (contract.json), or of a shipped recipe.
+
+    Raises:
+        UsageError: E101 if the name is none of the three; a ContractError lists what is wrong.
+    """
+    if (name / "contract.json").is_file():
+        return contracts.load(name / "contract.json")
+    recipes = {
+        folder.name: folder / "contract.toml"
+        for folder in resources.files("silotune.simulations.recipes").iterdir()
+        if (folder / "contract.toml").is_file()  # data of the package: no code of it is loaded
+    }
+    if not name.is_file() and str(name) in recipes:
+        return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
+    if (name / "arms").is_dir():
+        raise UsageError(
+            f"{name} is a `silotune sim run` that has not ended, or was stopped: it has no "
+            "contract.json and no result. A new one begins again."
+        )
+    if name.is_dir():
+        raise UsageError(f"{name} is no run's folder: it has no contract.json.")
+    if not name.exists() and name.suffix not in (".toml", ".json"):
+        raise UsageError(
+            f"'{name}' is no contract's file, no run's folder and no recipe."
+            f"{did_you_mean(str(name), recipes)} Recipes: {', '.join(sorted(recipes))}."
+        )
+    return contracts.load(name)
+
+
+@contract.command()
+@click.option(
+    "--from",
+    "data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
+@click.option("--name", help="Of the contract; the file's if not given.")
+@click.option(
+    "--task", help="classification, multi-label, tokens, regression, ranking or language."
+)
+@click.option("--label", help="The column that holds what is to be learnt.")
+@click.option(
+    "--labels",
+    help="Its values, or name=value, between commas; entities for tokens; of "
+    "a ranking the values that say a pair belongs together.",
+)
+@click.option("--others", help="Of a ranking: the values that say it does not.")
+@click.option("--pair", nargs=2, metavar="FIRST SECOND", help="Of a ranking: its columns of text.")
+@click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
+@click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
+@click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
+@click.option("--text", help="The column of text.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    help="'age: 40, 50, 60' (bin edges) or 'sex: male, female' (values).",
+)
+@click.option("--entity", help="The columns that identify a person with several records.")
+@click.option("--cap", type=int, default=10, show_default=True, help="Most records of an entity.")
+@click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
+@click.option("--records", type=int, help="How many records (or entities) a site is to have.")
+@click.option("--epsilon", type=float, default=8.0, show_default=True)
+@click.option(
+    "--delta",
+    type=float,
+    help="By default the largest power of ten that is at most "
+    "1 / (10 x records), and at most 1e-4.",
+)
+@click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The base model's folder: texts are then counted in its own tokens.",
+)
+@reading_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def new(
+    data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
+) -> None:
+    """Draft a contract from a table's header and your answers.
+
+    What is not given is asked for, in a terminal. No value of the table has a part in the contract:
+    labels, bin edges and numbers are what the field knows, and whoever gets the contract may know
+    them. When it is written, texts that are longer than the model reads are counted on this screen.
+
+    \b
+    $ silotune contract new --from loans.csv --out loans.toml --label status \\
+        --labels good,bad --column 'age: 25, 40, 60' --column 'home: rent, own' \\
+        --site bank-a --site bank-b --records 2000
+    ✓ loans.toml  2 columns, 2 sites  5f1c09aa3b7e…
+    """
+    from silotune.common.contract import drafting
+    from silotune.common.data import file_source
+    from silotune.common.data.text_decoding import stem_of
+
+    if out.exists():
+        raise UsageError(f"{out} is there already; name a new file.")
+    names = file_source.header(data, reading)
+    answers = _answers(given | {"name": given["name"] or stem_of(data)})
+    if names.named:
+        drafting.check_header(names.header, answers, data.name)
+    write_durably(out, drafting.draft(answers).encode())
+    found = contracts.load(out)
+    texts = answers.pair or ((answers.text,) if answers.text else ())
+    what = f"{len(texts) or len(answers.columns)} columns"
+    counted, sentence = _texts_cut(data, reading, found, model)
+    emit(
+        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted},
+        as_json,
+        "\n".join(
+            [
+                f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…",
+                *warning_lines(found),
+                f"{sentence}Look at edges, values and numbers: all of it is public.",
+                next_step(
+                    "sim",
+                    "run",
+                    out,
+                    f"data={data}",
+                    *shlex.split(reading_words(reading, "{key}={value}")),
+                ),
+            ]
+        ),
+    )
+
+
+def _texts_cut(
+    data: Path, reading: Reading, contract: Contract, model: Path | None
+) -> tuple[dict[str, int], str]:
+    """How many texts of the file the contract's model does not read to their end, as numbers and as
+    a line for the owner's screen; nothing where the contract has no column of text."""
+    from silotune.common.data import records
+    from silotune.common.tokenization import token_lengths
+
+    if isinstance(contract.input, TableInput):
+        return {}, ""
+    try:
+        found = token_lengths.measure(
+            [records.read(data, contract, reading)], contract, token_lengths.tokenizer_of(model)
+        )
+    except DataError as error:
+        return {}, f"! texts not counted: {error}\n"
+    numbers = {
+        "texts": found.texts,
+        "cut": found.cut,
+        "entities": found.entities,
+        "entities_cut": found.lost,
+    }
+    return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
+
+
+def _answers(given: dict[str, Any]) -> Any:
+    """The answers, asked for where they are missing and somebody is there. UsageError."""
+    from silotune.common.contract.drafting import Answers, Column
+
+    asks: list[tuple[str, str]] = [
+        ("task", "Task (classification, multi-label, tokens, regression, ranking, language)"),
+        ("label", "Which column holds it"),
+        ("records", "How many records a site is to have, roughly"),
+    ]
+    if given["task"] not in ("regression", "language"):
+        asks.insert(2, ("labels", "Its labels, between commas"))
+    missing = [key for key, _ in asks if given[key] is None]
+    missing += [key for key in ("sites",) if not given[key]]
+    inputs = given["text"] or given["columns"] or given["pair"]
+    missing += [] if inputs else ["text or column or pair"]
+    if missing and not sys.stdin.isatty():
+        raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
+    for key, question in asks:
+        if given[key] is None:
+            answer: Any = click.prompt(question)
+            given[key] = int(answer) if key == "records" and answer.isdigit() else answer
+    if not inputs:
+        given["text"] = click.prompt("Column of text (empty for a table)", default="") or None
+        while given["text"] is None:
+            answer = click.prompt(
+                "A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)", default=""
+            )
+            if not answer:
+                break
+            given["columns"] = [*given["columns"], answer]
+    given["sites"] = given["sites"] or _list(click.prompt("Names of the sites, between commas"))
+    values = given | {
+        "columns": [Column.parse(answer) for answer in given["columns"]],
+        "labels": _list(given["labels"]),
+        "entity": _list(given["entity"]),
+        "others": _list(given["others"]),
+    }
+    try:
+        return Answers.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise contract_error(error, "the answers", Answers) from None
+
+
+def _list(words: str | None) -> list[str]:
+    return [word.strip() for word in (words or "").split(",") if word.strip()]

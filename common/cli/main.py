@@ -1,0 +1,219 @@
+"""`silotune`: noun, then verb. Each noun's commands live with their side and load when used.
+
+Exit codes: 0 done, 1 failed, 2 usage. Errors are one sentence with a code that
+`silotune explain` knows; a traceback shows only with --debug.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from silotune.common.errors import (
+    CODES,
+    ContractError,
+    DataError,
+    SilotuneError,
+    UsageError,
+    did_you_mean,
+)
+from silotune.common.runtime.terminal import echo, escaped, escaped_json
+
+if TYPE_CHECKING:
+    from silotune.common.contract.contract import Contract
+    from silotune.common.data.text_decoding import Reading
+
+CLOSE_CODE = 0.8  # codes are short: one of four characters in common says nothing
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Named, not imported: a side loads only when its noun is used, so --help takes no time.
+NOUNS = {
+    "adapter": ("silotune.common.cli.adapter", "use what a run has made"),
+    "contract": ("silotune.common.cli.contract", "show or validate a contract"),
+    "data": ("silotune.simulations.cli", "list and fetch public data and models"),
+    "model": ("silotune.common.cli.model", "check the folder of a base model"),
+    "sim": ("silotune.simulations.cli", "run recipes on this machine"),
+    "privacy": ("silotune.client.privacy_cli", "see what is spent, plan a budget"),
+    "server": ("silotune.server.cli", "run the server of a federation"),
+    "site": ("silotune.client.cli", "run a site"),
+}
+# What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
+CONTRACT_CHECK = "silotune.client.contract_check"
+
+
+class Nouns(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*NOUNS, *super().list_commands(ctx)])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in NOUNS:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(NOUNS[cmd_name][0])
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, about) for name, (_, about) in NOUNS.items()]
+        rows += [(n, c.get_short_help_str()) for n, c in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None:
+            known = self.list_commands(ctx)
+            raise UsageError(
+                f"There is no command '{args[0]}'.{did_you_mean(args[0], known)} "
+                f"Known: {', '.join(known)}."
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Nouns,
+    epilog="Example:  silotune sim run heart-diagnosis",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="silotune")
+def silotune(debug: bool) -> None:
+    """Federated, differentially private fine-tuning across institutions."""
+
+
+@silotune.command()
+@click.argument("code")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(code: str, as_json: bool) -> None:
+    """Explain an error code, offline."""
+    code = code.upper()
+    if code not in CODES:
+        raise UsageError(
+            f"There is no code '{code}'.{did_you_mean(code, CODES, CLOSE_CODE)} "
+            f"Known: {', '.join(CODES)}."
+        )
+    emit({"code": code, "text": CODES[code]}, as_json, f"{code}  {CODES[code]}")
+
+
+def reading_options(command: F) -> F:
+    """Adds --encoding and --delimiter, of the file that a command reads, as `reading`."""
+
+    @click.option("--encoding", help="Of a text file that is not UTF-8: cp1252, latin-1, …")
+    @click.option("--delimiter", help="Of a CSV file, if its header does not show it: , ; tab or |")
+    @functools.wraps(command)
+    def reads(*words: Any, encoding: str | None, delimiter: str | None, **more: Any) -> Any:
+        from silotune.common.data.text_decoding import Reading
+
+        return command(*words, reading=Reading.of(encoding, delimiter, "--{key} '{value}'"), **more)
+
+    return cast(F, reads)
+
+
+def reading_words(reading: Reading, option: str) -> str:
+    """The options by which another command reads the same file likewise, for a line of advice;
+    option: '--{key} {value}'. Begins with a space, or is ''."""
+    given = {
+        "encoding": reading.encoding if reading.encoding != "utf-8" else "",
+        "delimiter": {"\t": "tab"}.get(reading.delimiter or "", reading.delimiter or ""),
+    }
+    return "".join(
+        " " + option.format(key=key, value=shlex.quote(value))
+        for key, value in given.items()
+        if value
+    )
+
+
+def emit(data: Any, as_json: bool, text: str) -> None:
+    """Print JSON or text."""
+    echo(escaped_json(data) if as_json else text)
+
+
+def _show_traceback(*error: Any) -> None:
+    echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
+
+
+def _say_unexpected(error: Exception) -> None:
+    echo(
+        f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to see "
+        "where.",
+        err=True,
+    )
+
+
+def warning_lines(contract: Contract) -> list[str]:
+    """What those who agree to a contract should know of it, each as a line of its own."""
+    return [f"! {warning}" for warning in contract.warnings]
+
+
+def command(*words: object) -> str:
+    """A command of `silotune` that can be pasted into a shell. words: as of `next_step`."""
+    return shlex.join(["silotune", *map(str, words)])
+
+
+def next_step(*words: object, first: str = "", note: str = "") -> str:
+    """The line that says what to do next: a command of `silotune` that can be pasted into a shell.
+
+    Every such line is made here, and tests/test_next_steps.py runs each of them.
+
+    Args:
+        words: the command without `silotune`. One in capitals stands for what the person knows.
+        first: what to do before it, if that is no command.
+        note: what else there is to know, behind the command.
+    """
+    return f"next:   {first}{command(*words)}" + (f"   ({note})" if note else "")
+
+
+def main() -> None:
+    """The entry point: turns errors into one sentence and an exit code."""
+    args = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(args) < len(sys.argv) - 1  # wherever it stands
+    sys.excepthook = _show_traceback
+    try:
+        silotune.main(args, prog_name="silotune", standalone_mode=False)
+    except SilotuneError as error:
+        if debug:
+            raise
+        problems = error.problems if isinstance(error, ContractError) else [str(error)]
+        sentences = "\n".join(escaped(problem, lines=False) for problem in problems)
+        echo(f"✗ {error.code} {sentences}", err=True)
+        if isinstance(error, DataError) and error.local:
+            local = error.local.replace("\n", "\n  ")  # no line of it looks like one of ours
+            echo(f"  on your screen only: {local}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        shown = io.StringIO()
+        error.show(shown)
+        echo(shown.getvalue().rstrip("\n"), err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click makes an Abort of the other; who was interrupted may have said what is lost.
+        echo(str(error.__cause__ or error) or "Stopped.", err=True)
+        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        if error.filename is None or error.strerror is None:
+            _say_unexpected(error)
+        else:
+            file = escaped(os.fsdecode(error.filename), lines=False)
+            echo(
+                f"✗ E105 {file}: {error.strerror}. This command runs as user {os.geteuid()}.",
+                err=True,
+            )
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _say_unexpected(error)
+        sys.exit(1)

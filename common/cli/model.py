@@ -1,0 +1,37 @@
+"""`silotune model`: the hash by which a contract names a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from silotune.common.cli.main import emit
+from silotune.common.model_files import model_folder
+
+
+@click.group()
+def model() -> None:
+    """Check the folder of a base model."""
+
+
+@model.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(folder: Path, as_json: bool) -> None:
+    """Print the files that define a model and the hash for a contract's model.sha256.
+
+    A folder with files that could change the model beside these is refused.
+
+    \b
+    $ silotune model check models/all-MiniLM-L6-v2
+    sha256 = "9f0c…"
+      1a2b3c…       612 bytes  config.json
+    """
+    found = model_folder.manifest(folder)
+    lines = [f"  {file.sha256}  {file.size:>14,} bytes  {file.name}" for file in found.files]
+    emit(
+        {"sha256": found.sha256, "files": [file._asdict() for file in found.files]},
+        as_json,
+        "\n".join([f'sha256 = "{found.sha256}"', *lines]),
+    )

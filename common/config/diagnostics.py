@@ -1,0 +1,185 @@
+"""What is wrong with a configuration, in sentences: file, line, key, value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from silotune.common.errors import ContractError, did_you_mean
+from silotune.common.runtime.terminal import escaped
+
+Lines = dict[tuple[str | int, ...], int]
+
+MISFITS = "misfits"  # the error type of settings that are valid alone but not together
+KINDS = (
+    "table",
+    "text",
+    "pair",
+    "number",
+    "category",
+    "encoder",
+    "one-hot",
+    "language-model",
+    "classification",
+    "multi-label",
+    "tokens",
+    "regression",
+    "ranking",
+    "language",
+)
+WORDS = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "model_attributes_type": "must be a table",
+    "string_type": "must be text",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "finite_number": "must be a finite number",
+    "path_type": "must be a path",
+}
+LONGEST_KEY = 200
+DICT_KEY = "[key]"  # what Pydantic adds to the path of a table's key that is not allowed
+PATTERNS = {  # part of a pattern -> what it means
+    "{64}": "must be 64 hexadecimal digits",
+    "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
+}
+
+
+def contract_error(
+    error: ValidationError, source: str, root: type[BaseModel], lines: Lines | None = None
+) -> ContractError:
+    """All problems of one validation; `lines` (key_lines) adds the line of each key."""
+    errors = error.errors()
+    deep = [e["loc"] for e in errors]
+    sentences: list[str] = []
+    for e in errors:
+        loc = e["loc"]
+        if e["type"] == "too_short" and any(d[: len(loc)] == loc and d != loc for d in deep):
+            continue  # only short because its bad elements, told by themselves, fell out
+        if e["type"] == MISFITS:
+            sentences += [
+                f"{what} ({_where((*loc, key), source, lines or {})})."
+                for key, what in e["ctx"]["wrong"]
+            ]
+        else:
+            sentences.append(_sentence(e, source, lines or {}, root))
+    return ContractError([escaped(sentence, lines=False) for sentence in sentences])
+
+
+def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:
+    # Pydantic puts a union's chosen kind into the path; neither is a key of the file.
+    raw = error["loc"]
+    loc = tuple(
+        part
+        for before, part in zip((None, *raw), raw, strict=False)
+        if part != DICT_KEY
+        and not (
+            part in KINDS and (before in ("input", "model", "task") or isinstance(before, int))
+        )
+    )
+    where = _where(loc, source, lines)
+    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
+    key = key if len(key) <= LONGEST_KEY else key[:LONGEST_KEY] + "…"
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _keys_at(root, raw[:-1])
+        return (
+            f"Unknown key '{key}' ({where}).{did_you_mean(str(loc[-1]), known)}"
+            f" Allowed: {', '.join(sorted(known))}."
+        )
+    if kind == "missing":
+        return f"Key '{key}' is missing ({where})."
+    if kind == "union_tag_not_found":
+        return f"Key '{key}.kind' is missing ({where})."
+    if kind == "value_error":
+        return f"{error['msg'].removeprefix('Value error, ')} ({where})."
+    if kind == "union_tag_invalid":
+        key, got = f"{key}.kind", f", got '{context['tag']}'"
+        message = f"must be one of {context['expected_tags']}"
+    else:
+        got = _got(error["input"])
+        message = WORDS.get(kind) or error["msg"].replace("Input should be", "must be")
+        if kind == "string_pattern_mismatch":
+            message = next(
+                (words for part, words in PATTERNS.items() if part in context["pattern"]),
+                "must be a plain name of letters, digits, space, '.', '_' or '-'",
+            )
+        if kind == "too_short":
+            message = f"needs at least {context['min_length']}, has {context['actual_length']}"
+    hint = ""
+    if kind == "literal_error":
+        hint = did_you_mean(str(error["input"]), re.findall(r"'([^']+)'", context["expected"]))
+    return f"'{key}' {message}{got} ({where}).{hint}"
+
+
+def _where(loc: tuple[str | int, ...], source: str, lines: Lines) -> str:
+    """file:line of a key, or of the nearest table around it."""
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+    return f"{source}:{line}" if line else source
+
+
+def _got(value: Any) -> str:
+    """The bad value, shortened; a whole table or list is not repeated."""
+    if not isinstance(value, str | int | float | bool):
+        return ""
+    if isinstance(value, str | bool):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        try:
+            text = repr(value)
+        except ValueError:  # more digits than Python converts
+            return ", got a number with thousands of digits"
+    return f", got {text if len(text) <= 60 else text[:57] + '…'}"
+
+
+def _keys_at(root: type[BaseModel], loc: tuple[str | int, ...]) -> set[str]:
+    """The keys allowed at a path; where there are alternatives, those of the chosen kind."""
+    models = [root]
+    for part in loc:
+        if not isinstance(part, str):
+            continue
+        chosen = [
+            m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part
+        ]
+        models = chosen or [
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[part].annotation)
+        ]
+    return {key for model in models for key in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def key_lines(text: str) -> Lines:
+    """The line of each key and table, for messages; inline tables point at the line they start."""
+    lines: Lines = {}
+    table: tuple[str | int, ...] = ()
+    counts: dict[tuple[str | int, ...], int] = {}
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip()
+        if line.startswith("[["):
+            path = tuple(p.strip().strip('"') for p in line.strip("[]").split("]")[0].split("."))
+            counts[path] = counts.get(path, -1) + 1
+            lines.setdefault(path, number)
+            table = (*path, counts[path])
+        elif line.startswith("["):
+            table = tuple(p.strip().strip('"') for p in line[1:].split("]")[0].split("."))
+        elif "=" in line and not line.startswith("#"):
+            key = line.split("=", 1)[0].strip().strip('"')
+            lines[(*table, *key.split("."))] = number
+            continue
+        else:
+            continue
+        lines.setdefault(table, number)
+    return lines

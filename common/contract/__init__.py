@@ -1,0 +1,1 @@
+"""The contract: the one TOML file on which a federation runs. Imports no torch."""

@@ -1,0 +1,172 @@
+"""What a contract says of the network: its frozen base, how texts become features, the adapter.
+
+Optional settings are None when absent, so that older contracts keep their hash.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from silotune.common.config.types import (
+    Bound,
+    Count,
+    Distinct,
+    Flag,
+    Frozen,
+    Name,
+    Positive,
+    Rate,
+    Sha256,
+    kind_or,
+)
+
+
+class Standardise(Frozen):
+    """A public linear map after pooling: centre and whiten by synthetic or listed public text.
+
+    For a table the text is `records` rows drawn uniformly from the schema's own choices; for
+    free text it is `sentences`. Neither has anything to do with a record, so it is free of charge.
+    """
+
+    seed: int = 0
+    records: Count = 400
+    shrinkage: Rate = 0.2
+    whiten: Flag = True
+    norm: Positive = 2.0
+    sentences: tuple[str, ...] = ()
+
+
+class EncoderModel(Frozen):
+    """A BERT- or Llama-type model, mean-pooled, with a linear head."""
+
+    kind: Literal["encoder"] = "encoder"
+    name: Name
+    sha256: Sha256
+    max_tokens: Annotated[int, Field(ge=8, le=512, strict=True)]
+    normalise: Flag = True
+    standardise: Standardise | None = None
+
+
+class OneHotModel(Frozen):
+    """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline.
+
+    Each row is scaled to the L2 norm `norm`, so that the clip norm fits any number of columns.
+    hidden: the units of a layer between (tanh), for what is not additive.
+    """
+
+    kind: Literal["one-hot"] = "one-hot"
+    norm: Bound = 2.0
+    hidden: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
+
+
+class LanguageModel(Frozen):
+    """A causal language model of Llama's type, which learns answers by its adapter alone."""
+
+    kind: Literal["language-model"] = "language-model"
+    name: Name
+    sha256: Sha256
+    max_tokens: Annotated[int, Field(ge=8, le=4096, strict=True)]
+
+
+# The last parts of layers' names, each of which must be the name of some adapted layer.
+Targets = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+Model = Annotated[EncoderModel | OneHotModel | LanguageModel, Field(discriminator="kind")]
+
+
+class Lora(Frozen):
+    """LoRA on the top `layers` layers, A orthonormal and frozen (FFA-LoRA, arXiv 2403.12313); with
+    initial = "kaiming" as PEFT and the papers draw it: uniform, its rows shorter and not at right
+    angles.
+
+    B A x is scaled by alpha / rank; by alpha / sqrt(rank) with kind = "rslora" (arXiv 2312.03732).
+    """
+
+    kind: Literal["lora", "rslora"] | None = None
+    rank: Count = 8
+    alpha: Positive = 32.0
+    layers: Count = 2
+    targets: Targets
+    seed: int = 0
+    initial: Literal["kaiming"] | None = None
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
+
+    @property
+    def words(self) -> str:
+        name = "rsLoRA" if self.kind == "rslora" else "LoRA"
+        return f"{name} r={self.rank}, top {self.layers} layers, A frozen"
+
+
+class Core(Frozen):
+    """LoRA whose factors are both frozen, with a trained core between them: B R A, R [r, r]
+    (LoRA-XS, arXiv 2405.17604; federated as Fed-SB, arXiv 2502.15436). A and B are the frozen
+    weight's own first singular vectors, which are public. The mean of cores is exact, and r^2
+    numbers take less noise than r (in + out).
+    """
+
+    kind: Literal["core"]
+    rank: Count = 16
+    alpha: Positive = 16.0
+    layers: Count = 2
+    targets: Targets
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"core of {self.rank} x {self.rank}, top {self.layers} layers, both ends frozen"
+
+
+class IA3(Frozen):
+    """Outputs of the targets, times 1 + a trained vector (arXiv 2205.05638)."""
+
+    kind: Literal["ia3"]
+    layers: Count = 2
+    targets: Targets
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"IA3, top {self.layers} layers"
+
+
+class Prefix(Frozen):
+    """`length` trained keys and values before those of each adapted layer (arXiv 2101.00190)."""
+
+    kind: Literal["prefix"]
+    layers: Count = 2
+    length: Annotated[int, Field(ge=1, le=128, strict=True)] = 8
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"prefix of {self.length}, top {self.layers} layers"
+
+
+class Prompt(Frozen):
+    """`length` trained tokens before the first of the top `layers` layers; before the text itself
+    where those are all (arXiv 2104.08691)."""
+
+    kind: Literal["prompt"]
+    layers: Count = 2
+    length: Annotated[int, Field(ge=1, le=128, strict=True)] = 8
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"prompt of {self.length}, top {self.layers} layers"
+
+
+Adapter = Annotated[
+    Annotated[Lora, Tag("lora")]
+    | Annotated[Lora, Tag("rslora")]
+    | Annotated[Core, Tag("core")]
+    | Annotated[IA3, Tag("ia3")]
+    | Annotated[Prefix, Tag("prefix")]
+    | Annotated[Prompt, Tag("prompt")],
+    Discriminator(kind_or("lora")),
+]

@@ -1,0 +1,66 @@
+"""How a machine computes. Nothing here changes which records count, how they are clipped or how
+much noise is added: privacy settings are another type (common/contract/plan.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from silotune.common.config.diagnostics import MISFITS
+from silotune.common.config.types import Count, Flag, Frozen
+
+
+class Performance(Frozen):
+    """device: "auto" is the first CUDA device, or the CPU without one.
+    bf16: matrix products of frozen and adapted layers in bfloat16; "auto" where the device has it.
+    gradients: how per-example gradients come about (client/gradients.py). "expanded" is the fastest
+    here; "hooks" and "ghost" are Opacus' own, in float32 only. Ghost clipping never holds a single
+    record's gradient, so its bound is not exact: a site refuses it unless its owner allows that
+    (permits.allow_inexact_clipping).
+    checkpointing: keep only the adapted layers' inputs and run them twice: less memory, more time.
+    compile: true is refused. torch.compile compiles the first widths that it meets and runs later
+    ones as they are, with other roundings; which come first depends on which records were drawn, so
+    a record's gradient would depend on other records.
+    micro_batch: records that are computed at once; every block has exactly so many rows.
+    cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
+    `cache_folder` that no other user can open and that ends with the process.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
+    bf16: Literal["auto", "on", "off"] = "auto"
+    gradients: Literal["expanded", "hooks", "ghost"] = "expanded"
+    checkpointing: Flag = False
+    compile: Flag = False
+    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
+    cache_megabytes: Count = 4096
+    cache_folder: Path | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        wrong = [
+            (
+                key,
+                f'{key} = {value} does not go with gradients = "{self.gradients}" (Opacus), '
+                'only with "expanded"',
+            )
+            for key, value, asked in (
+                ("bf16", '"on"', self.bf16 == "on"),
+                ("checkpointing", "true", self.checkpointing),
+            )
+            if asked and self.gradients != "expanded"
+        ]
+        if self.compile:
+            wrong.append(
+                (
+                    "compile",
+                    "compile = true is refused: a record's gradient would be "
+                    "rounded by which other records were drawn; leave the key out",
+                )
+            )
+        if wrong:
+            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
+        return self

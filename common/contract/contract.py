@@ -1,0 +1,375 @@
+"""The contract: the one TOML file a federation runs on. Public, frozen, hashed.
+
+Nothing in a contract is computed from private records: bin edges, labels, sampling rates and
+divisors are public constants that the sites agree on before any of them looks at its data.
+Unknown keys fail, and every error names file, line, key, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from silotune.common.config import types
+from silotune.common.config.diagnostics import MISFITS, contract_error
+from silotune.common.config.types import (
+    Count,
+    Delta,
+    Epsilon,
+    Frozen,
+    Name,
+    Positive,
+    Sha256,
+)
+from silotune.common.contract.architecture import Adapter, Lora, Model
+from silotune.common.contract.inputs import Input, PairInput, columns_of
+from silotune.common.contract.plan import (
+    BY_ONE,
+    Aggregation,
+    DeltaSize,
+    Metric,
+    Phase,
+    Privacy,
+    Released,
+    SecureAggregation,
+    Target,
+    delta_for,
+    size_of_delta,
+)
+from silotune.common.contract.task import Task
+from silotune.common.contract.validation import misfits
+from silotune.common.secagg import key_agreement
+
+
+class Site(Frozen):
+    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts, and
+    the keys of its masks.
+
+    epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
+    noise follows (silo-specific privacy), so a site that allows less should have less weight.
+    rank: of LoRA at a site that can bear less than adapter.rank: it trains the first so many rows
+    of A and columns of B, and changes no others (zero-padding, arXiv 2401.06432).
+    """
+
+    name: Name
+    weight: Positive = 1.0
+    public_key: Sha256 | None = None
+    epsilon: Epsilon | None = None
+    delta: Delta | None = None
+    rank: Count | None = None
+
+
+class Contract(Frozen):
+    format: Literal[1]
+    name: Name
+    task: Task
+    input: Input
+    model: Model
+    adapter: Adapter | None = None
+    privacy: Privacy
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    releases: tuple[Released, ...] = ()
+    aggregation: Aggregation = Aggregation()
+    secure_aggregation: SecureAggregation | None = None
+    quorum: Count
+    deadline_seconds: Positive = 600.0
+    sites: tuple[Site, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wrong = misfits(self)
+        if wrong:
+            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a record's input is made of."""
+        return columns_of(self.input)
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether a record's two texts go through the layers each by itself."""
+        return isinstance(self.input, PairInput) and self.input.by == "bi"
+
+    @property
+    def leaves(self) -> str:
+        """What leaves a site under this contract, in words."""
+        trained = " and ".join(self.sendings)
+        if self.privacy.mode == "none":
+            return f"updates of {trained}, AS TRAINED: they can give records away"
+        metrics = ", ".join(self.metrics)
+        masked = (
+            f", masked so that only the sum of at least {self.quorum} sites can be read"
+            if self.secure_aggregation
+            else ""
+        )
+        return (
+            f"updates of {trained}, clipped per {self.privacy.unit} and noised"
+            + (f", with {metrics}, bounded, noised and paid for" if metrics else "")
+            + f"{masked}; the ε spent; a receipt of the ledger; nothing else"
+        )
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The figures that leave with each update."""
+        adaptive: tuple[Metric, ...] = ("unclipped",) if self.privacy.adaptive else ()
+        return (*(released.metric for released in self.releases), *adaptive)
+
+    @property
+    def metric_ranges(self) -> dict[Metric, tuple[float, float]]:
+        """What a site's figure counts as at least and at most. Noise has no ends, but a share
+        beyond [0, 1] says no more than its end, and a sum a hundred times one unit's is noise."""
+        wide = {r.metric: 100.0 * r.bound for r in self.releases}
+        return {m: (-wide[m], wide[m]) if m in wide else (0.0, 1.0) for m in self.metrics}
+
+    @property
+    def threshold(self) -> int:
+        """How many sites must answer for a masked sum to open."""
+        secure, sites = self.secure_aggregation, len(self.sites)
+        return (secure and secure.threshold) or key_agreement.default_threshold(sites)
+
+    @property
+    def can_be_masked(self) -> bool:
+        """Whether there are sites enough for secure aggregation, and no rule that needs each site's
+        update by itself."""
+        needs_single = self.aggregation.robust or self.aggregation.method in BY_ONE
+        return len(self.sites) >= key_agreement.LEAST_SITES and not needs_single
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed, and what the sites should know before they agree to it, in sentences."""
+        return [*self.delta_warnings, *self.masking_warnings]
+
+    @property
+    def masking_warnings(self) -> tuple[str, ...]:
+        """Of missing secure aggregation, and of sites that must not be missing."""
+        sites, secure = len(self.sites), self.secure_aggregation
+        all_needed = f"all {sites} sites must answer in every round: one missing site stops the run"
+        if secure is None and self.can_be_masked:
+            drafted = key_agreement.default_threshold(sites)
+            return (
+                "there is no [secure_aggregation]: sites refuse this contract unless their "
+                "site.toml has permits.masked_only = false. `silotune server contract` adds it"
+                + (f"; then {all_needed}." if drafted == sites else "."),
+            )
+        if secure is None or self.quorum < sites:
+            return ()
+        fewer = sites - 1
+        if key_agreement.problem_with(sites, fewer, secure.colluders):
+            return (f"{all_needed}.",)
+        return (
+            f"{all_needed}. With quorum = {fewer} and secure_aggregation.threshold = {fewer} "
+            f"one may be missing; the server then sees sums of {fewer} sites.",
+        )
+
+    @property
+    def masks(self) -> str:
+        """What secure aggregation hides, in words."""
+        if self.secure_aggregation is None:
+            return "none: the server sees each site's update by itself"
+        colluders = self.secure_aggregation.colluders
+        if self.privacy.mode == "none":
+            return (
+                "without differential privacy they hide nothing from a server that chooses who "
+                "survives: sums of equal updates can be subtracted"
+            )
+        helped = f", also with the help of {colluders} of them" if colluders else ""
+        return (
+            f"the server sees sums of at least {self.quorum} of {len(self.sites)} sites{helped}; "
+            f"{self.threshold} open one"
+        )
+
+    def terms(self, run: str, first: int, attempt: int) -> key_agreement.Terms:
+        """What an agreement on keys is for that serves the rounds from `first` on."""
+        assert self.secure_aggregation is not None
+        return key_agreement.Terms(
+            contract=self.hash,
+            roster={s.name: s.public_key or "" for s in self.sites},
+            run=run,
+            attempt=attempt,
+            first=first,
+            rounds=min(key_agreement.MOST_ROUNDS, self.rounds - first + 1),
+            threshold=self.threshold,
+            colluders=self.secure_aggregation.colluders,
+            fewest=self.quorum,
+        )
+
+    def weight_share(self, name: str) -> float:
+        """A site's part of the weights of all."""
+        weights = self.weights()
+        return weights[name] / sum(weights.values())
+
+    @property
+    def released_share(self) -> float:
+        """The part of each step's privacy budget that goes into released metrics."""
+        adaptive = self.privacy.adaptive
+        return sum(r.share for r in self.releases) + (adaptive.share if adaptive else 0)
+
+    def target_of(self, name: str) -> Target:
+        """What this run may cost the units of one site: its own in the roster, or [privacy]'s."""
+        target = Target(self.privacy.epsilon, self.privacy.delta)
+        for site in self.sites:
+            if site.name == name:
+                target = Target(site.epsilon or target.epsilon, site.delta or target.delta)
+        return target
+
+    @property
+    def largest_delta(self) -> float:
+        """The largest delta that a run has at any site."""
+        return max(self.target_of(site.name).delta for site in self.sites)
+
+    @property
+    def size_of_delta(self) -> DeltaSize:
+        """How that compares with the number of units that a site is expected to have."""
+        if self.privacy.mode == "none":
+            return "small"
+        return size_of_delta(self.largest_delta, self.privacy.expected_records)
+
+    @property
+    def delta_warnings(self) -> list[str]:
+        """Of a δ that weakens what the guarantee means."""
+        p = self.privacy
+        if self.size_of_delta == "small":
+            return []
+        return [
+            f"privacy.delta = {self.largest_delta:g} times expected_records = "
+            f"{p.expected_records:g} is {self.largest_delta * p.expected_records:.3g}, more than "
+            f"0.1: that many whole {'records' if p.unit == 'record' else 'entities'} of a site "
+            f"could be published within the guarantee. Set delta to "
+            f"{delta_for(p.expected_records):g}."
+        ]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form: JSON, keys sorted, defaults written out, None left out."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        return hashlib.sha256(
+            json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        ).hexdigest()
+
+    @property
+    def rounds(self) -> int:
+        return sum(phase.rounds for phase in self.phases)
+
+    def phase_of(self, round_number: int) -> Phase:
+        """The phase of a 1-based round; ValueError outside the plan."""
+        if round_number >= 1:
+            last = 0
+            for phase in self.phases:
+                last += phase.rounds
+                if round_number <= last:
+                    return phase
+        raise ValueError(f"round {round_number} is not in the plan of {self.rounds} rounds")
+
+    def place_in_phase(self, round_number: int) -> int:
+        """The 1-based place of a round within its phase."""
+        for phase in self.phases:
+            if round_number <= phase.rounds:
+                return round_number
+            round_number -= phase.rounds
+        raise ValueError(f"the plan has {self.rounds} rounds")
+
+    def trains_at(self, phase: Phase, place: int) -> str:
+        """What the round at a 1-based place of a phase trains: "head", "adapter" (LoRA's B, or all
+        of another adapter) and "A" (LoRA's A), joined by "+"."""
+        method = self.aggregation.method
+        if not phase.adapts or method in ("ffa", "fedsvd"):
+            return phase.trains
+        if method == "rolora":
+            return phase.trains if place % 2 else phase.trains.replace("adapter", "A")
+        return f"{phase.trains}+A"
+
+    def stays_at(self, phase: Phase, place: int) -> str:
+        """What of it is each site's own and does not leave it."""
+        own = {phase.personal, "adapter" if self.aggregation.method == "fedsa" else None}
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p in own)
+
+    def sends_at(self, phase: Phase, place: int) -> str:
+        """What of it leaves a site."""
+        own = self.stays_at(phase, place).split("+")
+        return "+".join(p for p in self.trains_at(phase, place).split("+") if p not in own)
+
+    def sends_in(self, round_number: int) -> str:
+        """The same of a 1-based round; ValueError outside the plan."""
+        return self.sends_at(self.phase_of(round_number), self.place_in_phase(round_number))
+
+    def _planned(self) -> Iterator[tuple[str, str]]:
+        """What some round trains, and what of it is sent."""
+        for phase in self.phases:
+            for place in range(1, min(phase.rounds, 2) + 1):
+                yield self.trains_at(phase, place), self.sends_at(phase, place)
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """All that is trained together in some round of the plan."""
+        return tuple(dict.fromkeys(trained for trained, _ in self._planned()))
+
+    @property
+    def sendings(self) -> tuple[str, ...]:
+        """All that leaves a site together in some round of the plan."""
+        return tuple(dict.fromkeys(sent for _, sent in self._planned()))
+
+    @property
+    def personal(self) -> bool:
+        """Whether a site's model is another than the one that is released."""
+        return self.aggregation.method == "fedsa" or any(phase.personal for phase in self.phases)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a round leaves something at its site for the next (client/own.py)."""
+        return self.personal or any(phase.control for phase in self.phases)
+
+    def averages_in(self, round_number: int) -> bool:
+        """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
+        does: a mean of factors is not the factors of a mean."""
+        phase, settings = self.phase_of(round_number), self.aggregation
+        late = self.place_in_phase(round_number) > phase.rounds * settings.average_from
+        return late and (settings.method in ("ffa", "fedsvd") or not phase.adapts)
+
+    def at(self, name: str) -> Contract:
+        """The contract as a site's own model has it: LoRA of the site's rank, scaled alike. It is
+        for building that model; its hash is no contract's."""
+        rank = next((site.rank for site in self.sites if site.name == name), None)
+        spec = self.adapter
+        if rank is None or not isinstance(spec, Lora):
+            return self
+        by = rank / spec.rank
+        alpha = spec.alpha * (by**0.5 if spec.kind == "rslora" else by)
+        return self.model_copy(
+            update={"adapter": spec.model_copy(update={"rank": rank, "alpha": alpha})}
+        )
+
+    def weights(self) -> dict[str, float]:
+        return {site.name: site.weight for site in self.sites}
+
+    def changed(self, **sections: Any) -> Contract:
+        """A validated copy with top-level sections replaced (dicts are merged into a section).
+
+        ContractError when the result is no valid contract.
+        """
+        data = self.model_dump(mode="json")
+        for key, value in sections.items():
+            merge = isinstance(value, dict) and isinstance(data.get(key), dict)
+            data[key] = {**data[key], **value} if merge else value
+        try:
+            return Contract.model_validate(data)
+        except ValidationError as error:
+            raise contract_error(error, f"{self.name} as changed", Contract) from None
+
+
+def load(path: Path) -> Contract:
+    """Read and validate a contract; ContractError lists every problem with its line."""
+    return parse(types.read_text(path, "Contract"), str(path))
+
+
+def parse(text: str, source: str = "contract") -> Contract:
+    """Validate contract text, TOML or (when `source` ends in .json) the canonical JSON of a run."""
+    return types.parse(text, source, Contract)

@@ -1,0 +1,1 @@
+"""Records: files and databases read into compact rows, and rows turned into features."""

@@ -1,0 +1,1 @@
+"""How single values are written: cells, tags, encodings, JSON."""

@@ -1,0 +1,1 @@
+"""Models: the frozen base, the adapter, and the networks made of both."""

@@ -1,0 +1,1 @@
+"""The operating system: files, locks, processes, terminal output, logs, metrics over HTTP."""

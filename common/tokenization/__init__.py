@@ -1,0 +1,1 @@
+"""Records as tokens: prompts of language models, and lengths of texts."""
