@@ -26,7 +26,7 @@ fab-include = ["LICENSE", "README.md"]
 
 [tool.flwr.app.components]
 serverapp = "silotune.server.app:app"
-clientapp = "silotune.client.relay:app"
+clientapp = "silotune.client.relay.client_app:app"
 
 [tool.flwr.app.config]
 {config}

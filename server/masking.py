@@ -35,7 +35,7 @@ from silotune.server.replies import Exchange, Stages
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
 NO_SECRETS = (CHARGED, "E504", "E506", "E507")  # a member needs another agreement: it started again
-OTHER_SITES = "E220"  # a site takes no part in a sum of these sites (client/site_sets.py)
+OTHER_SITES = "E220"  # a site takes no part in a sum of these sites (client/privacy/site_sets.py)
 LOST_AT_OPENING = (*NO_SECRETS, OTHER_SITES)  # a survivor will give no share of this round, ever
 ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites were asked before
 LONGEST_WAIT = 16  # rounds until a site that was left out is asked again

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.relay import relay_app
-from silotune.client.worker import Worker
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.relay.client_app import relay_app
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from silotune.client.masking import Masking
+from silotune.client.worker.secagg import Masking
 from silotune.common.config.types import Count, Frozen, Positive
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TextInput

@@ -34,7 +34,7 @@ def _end_with_parent() -> None:
 
 def check(jobs: Sequence[Job]) -> None:
     """SilotuneError for the first job that every site would refuse, before anything is computed."""
-    from silotune.client import contract_check
+    from silotune.client.operations import contract_check
 
     for job in jobs:
         for problem in contract_check.problems(job.contract, job.model_folder, job.performance):

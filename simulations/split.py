@@ -72,7 +72,7 @@ def of_file(
     """
     import pandas as pd
 
-    from silotune.client import units as entities
+    from silotune.client.training import privacy_units as entities
 
     table = records.named_by(contract, records.table(file, reading))
     records.check_header(table, contract)

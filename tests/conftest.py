@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.cli import main
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import SilotuneError

@@ -39,30 +39,38 @@ SECONDS = 600  # a mutant whose tests take longer is killed: it waits for someth
 
 # Each file and the tests that must see a fault in it.
 TESTS: dict[str, tuple[str, ...]] = {
-    "client/release.py": ("client/test_release.py", "client/test_masking.py"),
-    "client/policy.py": ("client/test_policy.py", "client/test_sql.py", "client/test_units.py"),
-    "client/ledger.py": (
+    "client/worker/release.py": ("client/test_release.py", "client/test_masking.py"),
+    "client/site/policy.py": (
+        "client/test_policy.py",
+        "client/test_sql.py",
+        "client/test_units.py",
+    ),
+    "client/privacy/ledger.py": (
         "client/test_ledger.py",
         "client/test_identity.py",
         "client/test_attacks.py",
     ),
-    "client/entries.py": ("client/test_ledger.py", "client/test_policy.py"),
-    "client/budget.py": (
+    "client/privacy/ledger_entries.py": ("client/test_ledger.py", "client/test_policy.py"),
+    "client/privacy/budget.py": (
         "client/test_budget.py",
         "client/test_identity.py",
         "client/test_units.py",
     ),
-    "client/lineage.py": ("client/test_lineage.py", "client/test_identity.py"),
-    "client/identity.py": ("client/test_identity.py",),
-    "client/masking.py": ("client/test_masking.py",),
-    "client/worker.py": (
+    "client/privacy/record_ids.py": ("client/test_lineage.py", "client/test_identity.py"),
+    "client/privacy/record_identity.py": ("client/test_identity.py",),
+    "client/worker/secagg.py": ("client/test_masking.py",),
+    "client/worker/worker.py": (
         "client/test_worker.py",
         "client/test_attacks.py",
         "client/test_masking.py",
     ),
-    "client/dp.py": ("client/test_dp.py", "client/test_sensitivity.py", "client/test_adaptive.py"),
-    "client/noise.py": ("client/test_noise.py", "client/test_sampling.py"),
-    "client/accounting.py": ("client/test_accounting.py",),
+    "client/training/dp_optimizer.py": (
+        "client/test_dp.py",
+        "client/test_sensitivity.py",
+        "client/test_adaptive.py",
+    ),
+    "client/training/noise.py": ("client/test_noise.py", "client/test_sampling.py"),
+    "client/privacy/accountant.py": ("client/test_accounting.py",),
     "common/secagg/participant.py": ("common/test_secagg.py", "common/test_secagg_attacks.py"),
     "common/secagg/key_agreement.py": ("common/test_agreement.py", "common/test_secagg.py"),
     "common/secagg/shamir.py": ("common/test_shamir.py",),

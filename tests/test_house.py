@@ -21,8 +21,8 @@ ROOMS = {
 MAY_IMPORT_FLWR = {
     "server/app.py",
     "server/strategy.py",
-    "client/relay.py",
-    "client/admission.py",
+    "client/relay/client_app.py",
+    "client/operations/node_admission.py",
     "simulations/engine.py",
     "simulations/benchmarks/secagg.py",  # Flower's own protocol beside ours
     "simulations/benchmarks/sim_stock.py",  # its simulation

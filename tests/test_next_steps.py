@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from silotune.client import supervisor
+from silotune.client.operations import supervisor
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.models.factory import build
@@ -169,16 +169,16 @@ def site_init(scene: Scene) -> None:
 
 
 def site_sign(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("silotune.client.preflight.shake", lambda _: "reached")
-    monkeypatch.setattr("silotune.client.admission.check", lambda *_: "admitted")
+    monkeypatch.setattr("silotune.client.operations.preflight.shake", lambda _: "reached")
+    monkeypatch.setattr("silotune.client.operations.node_admission.check", lambda *_: "admitted")
     assert "Ready: 0 problems" in scene.follow(scene.ready())
     said = scene.says("site", "sign", "--config", "a site/site.toml")
     assert "Ready: 0 problems" in scene.follow(said, CONTRACT="draft.toml")
 
 
 def site_check(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("silotune.client.preflight.shake", lambda _: "reached")
-    monkeypatch.setattr("silotune.client.admission.check", lambda *_: "admitted")
+    monkeypatch.setattr("silotune.client.operations.preflight.shake", lambda _: "reached")
+    monkeypatch.setattr("silotune.client.operations.node_admission.check", lambda *_: "admitted")
     scene.ready()
     said = scene.says("site", "check", "draft.toml", "--config", "a site/site.toml")
     scene.follow(said, USER="61001", OTHER="61002")
@@ -562,11 +562,11 @@ def test_ctrl_c_before_flower_has_begun_a_run_says_that_it_may_have_begun(
 
 
 CASES: dict[str, Callable[..., None]] = {
-    "client/cli.py:init": site_init,
-    "client/cli.py:_sign": site_sign,
-    "client/cli.py:check": site_check,
-    "client/prepare_cli.py:_prepare": site_prepare,
-    "client/privacy_cli.py:export": privacy_export,
+    "client/cli/site.py:init": site_init,
+    "client/cli/site.py:_sign": site_sign,
+    "client/cli/site.py:check": site_check,
+    "client/cli/prepare.py:_prepare": site_prepare,
+    "client/cli/privacy.py:export": privacy_export,
     "common/cli/contract.py:new": contract_new,
     "server/cli.py:init": server_init,
     "server/cli.py:add": server_add,

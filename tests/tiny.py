@@ -24,8 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from silotune.client import dataset
-from silotune.client.dataset import Dataset
+from silotune.client.training import dataset
+from silotune.client.training.dataset import Dataset
 from silotune.common.contract.contract import Contract
 from silotune.common.data.records import Table
 from silotune.common.model_files import model_folder

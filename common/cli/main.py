@@ -42,12 +42,12 @@ NOUNS = {
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
     "model": ("silotune.common.cli.model", "check the folder of a base model"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),
-    "privacy": ("silotune.client.privacy_cli", "see what is spent, plan a budget"),
+    "privacy": ("silotune.client.cli.privacy", "see what is spent, plan a budget"),
     "server": ("silotune.server.cli", "run the server of a federation"),
-    "site": ("silotune.client.cli", "run a site"),
+    "site": ("silotune.client.cli.site", "run a site"),
 }
 # What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
-CONTRACT_CHECK = "silotune.client.contract_check"
+CONTRACT_CHECK = "silotune.client.operations.contract_check"
 
 
 class Nouns(click.Group):

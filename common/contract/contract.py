@@ -324,7 +324,8 @@ class Contract(Frozen):
 
     @property
     def keeps(self) -> bool:
-        """Whether a round leaves something at its site for the next (client/own.py)."""
+        """Whether a round leaves something at its site for the next
+        (client/training/local_state.py)."""
         return self.personal or any(phase.control for phase in self.phases)
 
     def averages_in(self, round_number: int) -> bool:

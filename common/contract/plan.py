@@ -146,7 +146,7 @@ class Adam(Frozen):
     """Adam within a round instead of plain steps; its moments begin at zero each round.
 
     The noise's known variance is taken off the second moment, and what is left is at least `floor`
-    squared (client/optimizer.py). It needs several local steps to be of use.
+    squared (client/training/dp_adam.py). It needs several local steps to be of use.
     """
 
     beta1: Fraction = 0.9
@@ -180,18 +180,19 @@ class Phase(Frozen):
 
     Each round a site does `local_steps` steps; each takes every unit with probability
     `sampling_rate`. `budget` is this phase's share of the privacy budget, nearly so where sampling
-    rates differ much (client/accounting.py, plan; `silotune privacy plan --contract` shows it).
-    With `noise_decay` each round has that multiple of the noise of the round before; together they
-    cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`); the
-    next starts there, at rest. `dropout` is the share of the head's inputs left out in a step: the
-    same for all its records, drawn from public numbers, so that no record has a part in it.
+    rates differ much (client/privacy/accountant.py, plan; `silotune privacy plan --contract` shows
+    it). With `noise_decay` each round has that multiple of the noise of the round before; together
+    they cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`);
+    the next starts there, at rest. `dropout` is the share of the head's inputs left out in a step:
+    the same for all its records, drawn from public numbers, so that no record has a part in it.
     With `proximal` = mu each local step's gradient has mu times the way from what the server sent
-    added to it (FedProx, arXiv 1812.06127). With control = "scaffold" each step is corrected
-    by how the site's mean gradient of the round before differed from all sites' (SCAFFOLD, arXiv
+    added to it (FedProx, arXiv 1812.06127). With control = "scaffold" each step is corrected by how
+    the site's mean gradient of the round before differed from all sites' (SCAFFOLD, arXiv
     1910.06378, option II); where all sites answer in both rounds the corrections add up to nothing,
     and with them the noise that is in them. Both are post-processing of what is noised.
 
-    `personal`, in the last phase, leaves each site something of its own (client/own.py), which is
+    `personal`, in the last phase, leaves each site something of its own
+    (client/training/local_state.py), which is
     clipped and noised with all else: "head" or "adapter" do not leave the site at all; with
     "copies" a site has its own copy of all that is trained, sends how it changed, and `proximal`
     pulls it to the mean: from a model for each (towards 0) to nearly one for all (MR-MTL, Liu, Hu,
@@ -360,8 +361,8 @@ class Released(Frozen):
 
     Each sampled unit adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it was
     classified rightly (an entity the mean over its records). `share` is the part of each step's
-    privacy budget that goes into it (client/train.py). What leaves is the noised sum over the
-    public expected batch.
+    privacy budget that goes into it (client/training/local_round.py). What leaves is the noised sum
+    over the public expected batch.
     """
 
     metric: Literal["loss", "accuracy"]

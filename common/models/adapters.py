@@ -1,8 +1,8 @@
 """What a contract puts into the frozen layers: LoRA by PEFT, and the methods beside it.
 
 A trained part reads its parameters by `own`, so that every example of a block can have a view of
-its own (client/gradients.py): its per-example gradients are then exact. Methods whose parameters
-act on several examples at once, or that are drawn from the data, are not here.
+its own (client/training/per_sample_gradients.py): its per-example gradients are then exact. Methods
+whose parameters act on several examples at once, or that are drawn from the data, are not here.
 
 Shapes: n examples, T tokens, H hidden size, P virtual tokens, h heads of size d.
 """

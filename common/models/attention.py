@@ -122,8 +122,8 @@ def register_attention() -> str:
 
 def fuse_lora(model: nn.Module) -> None:
     """Let PEFT's LoRA Linears in `model` add B A x to the base's output within one product, while
-    lora_B has per-example views of its weight (client/gradients.py). Others than plain LoRA with
-    one adapter are left as they are.
+    lora_B has per-example views of its weight (client/training/per_sample_gradients.py). Others
+    than plain LoRA with one adapter are left as they are.
     """
     for module in model.modules():
         if (

@@ -26,10 +26,10 @@ work together, send what they like and choose it adaptively, with 2 t > n + c an
 `Terms` holds them to). Then for each round there is at most one set U of members, with |U| >= t,
 such that what they see of the honest sites' updates can be computed from the weighted sum over the
 honest sites of U, at least two. (A weighted sum tells its terms if each has few possible values, or
-if one outweighs the rest: client/train.py and the contract see to that.) Assumptions:
-Diffie-Hellman on X25519 with HKDF-SHA256 as a random oracle, Ed25519 unforgeable, ChaCha20
-pseudo-random, ChaCha20-Poly1305 secure, and a roster whose keys are the sites' own; who put them
-into the contract is trusted for that, the server is not.
+if one outweighs the rest: client/training/local_round.py and the contract see to that.)
+Assumptions: Diffie-Hellman on X25519 with HKDF-SHA256 as a random oracle, Ed25519 unforgeable,
+ChaCha20 pseudo-random, ChaCha20-Poly1305 secure, and a roster whose keys are the sites' own; who
+put them into the contract is trusted for that, the server is not.
 
 Why. (1) Whoever has no roster key is not in: each site checks all keys against the roster, and the
 transcript (terms and all keys) salts every derived key, so members with different views share no
@@ -61,9 +61,9 @@ spoiling shares; a sum that does not open is noticed and not used.
 
 A caller's duty: values are masked once, and a round is masked once. Two agreements know nothing of
 each other, and one update in two sums of different sets is laid open by their difference; so would
-two updates of one round be, but for the noise. (client/worker.py charges a round once, whatever the
-attempt. client/site_sets.py refuses two sums of different sets from one adapter, and counts how
-often the set changes within a run.)
+two updates of one round be, but for the noise. (client/worker/worker.py charges a round once,
+whatever the attempt. client/privacy/site_sets.py refuses two sums of different sets from one
+adapter, and counts how often the set changes within a run.)
 
 Secrets live in memory only and go as soon as they have served: the sealing key when the shares are
 opened, a round's own when it is masked, its shares when they are revealed or a later round is

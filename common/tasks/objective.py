@@ -1,7 +1,8 @@
 """What a task learns: each record's loss, a function of that record alone.
 
 Guarantee: `losses` of a record depends on its own outputs and target and on public constants, never
-on the batch it stands in. Sensitivity rests on it (client/dp.py), and client/selftest.py checks it.
+on the batch it stands in. Sensitivity rests on it (client/training/dp_optimizer.py), and
+client/training/selftest.py checks it.
 
 Shapes: n records, T tokens, L outputs.
 """

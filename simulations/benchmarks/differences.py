@@ -5,8 +5,8 @@ Secure aggregation hides one update within one sum. A server that gets a sum wit
 without it can subtract them: what is left is that site's update, its noise, and the noise that all
 the other sites added to both sums (So et al. 2023, arXiv 2106.03328). Here the server has its best
 case: both sums begin with the same adapter, so that the others' updates are the same but for their
-noise. (Sites refuse that: client/site_sets.py. A server that changes the adapter's last bits, or
-waits until it hardly moves, comes near to it.)
+noise. (Sites refuse that: client/privacy/site_sets.py. A server that changes the adapter's last
+bits, or waits until it hardly moves, comes near to it.)
 
 The recipe heart-diagnosis, its records, its plan at three ε, the head phase, in which every record
 is in every step; the adapters are those of a run without masks under the same noise. For a site:
@@ -46,12 +46,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from silotune.client import accounting
-from silotune.client.ledger import Ledger
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
-from silotune.client.worker import Worker
+from silotune.client.privacy import accountant
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol.messages import Arrays
 from silotune.server.iterate import Iterate
@@ -84,7 +84,7 @@ class Site:
         change, _ = train_round(
             contract,
             contract.phase_of(number),
-            accounting.mechanism_of(contract, worker.plan, number),
+            accountant.mechanism_of(contract, worker.plan, number),
             worker.model,
             worker.data,
             adapter,
@@ -100,7 +100,7 @@ class Site:
 
     def one_record(self, number: int) -> float:
         """By how much one record moves the weighted update, at most."""
-        mechanism = accounting.mechanism_of(self.contract, self.worker.plan, number)
+        mechanism = accountant.mechanism_of(self.contract, self.worker.plan, number)
         phase, p = self.contract.phase_of(number), self.contract.privacy
         divisor = p.expected_records * mechanism.sampling_rate
         rate = phase.rate("head.weight", self.contract.place_in_phase(number))
@@ -181,7 +181,7 @@ def main() -> None:
             plan = next(iter(sites.values())).worker.plan
             for number in ROUNDS:
                 found = measure(sites, number, begun[number - 1], DRAWS)
-                sigma = accounting.mechanism_of(contract, plan, number).noise_multiplier
+                sigma = accountant.mechanism_of(contract, plan, number).noise_multiplier
                 rows.append(
                     {"epsilon": epsilon, "round": number, "noise_multiplier": sigma, "sites": found}
                 )

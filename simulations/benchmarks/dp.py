@@ -40,10 +40,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.gradients import Losses
-from silotune.client.noise import NoiseSource
-from silotune.client.units import Group, of_records
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.per_sample_gradients import Losses
+from silotune.client.training.privacy_units import Group, of_records
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.models.attention import fuse_lora, register_attention
@@ -189,7 +189,7 @@ def plain(case: Case, *, bf16: bool = False, micro: int = 0) -> Step:
 
 
 def engine(case: Case, *, bf16: bool) -> Step:
-    """client/dp.py on the stock model, in micro-batches as a worker has them."""
+    """client/training/dp_optimizer.py on the stock model, in micro-batches as a worker has them."""
     net, (ids, mask, targets) = Net(case, register_attention()), batch(case)
     fuse_lora(net)
     criterion = Criterion()

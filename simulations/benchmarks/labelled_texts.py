@@ -5,7 +5,8 @@ template: `development` is what the recognisers were written by; `heldout` was w
 and its single findings were not looked at, only its figures (which showed that names behind a time
 of day were missed in Chinese: that rule was changed after it), but by the same hand; `independent`
 is the file independent_templates.toml, by somebody who has seen neither the rules nor the other
-templates. The names here were written apart from client/names.toml and many are not in it. No
+templates. The names here were written apart from client/preparation/names.toml and many are not in
+it. No
 template has the disorder of real notes: read the figures as an upper bound.
 
 How far above, from texts by others (November 2026; not in this repository): on 183 English

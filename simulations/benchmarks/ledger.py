@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from silotune.client import accounting
-from silotune.client.budget import Budget
-from silotune.client.entries import Charged
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import SIZE, Lineage
+from silotune.client.privacy import accountant
+from silotune.client.privacy.budget import Budget
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.privacy.record_ids import SIZE, Lineage
 
 RESULTS = Path("simulations/benchmarks/results")
 ROUNDS = 500
@@ -80,7 +80,7 @@ def composing(folder: Path, records: Lineage, kinds: int) -> dict[str, float]:
     """Seconds to verify and to compose ENTRIES charges of `kinds` different mechanisms."""
     keys = Keys.create(folder / "keys")
     charges(Ledger.create(folder / "state", keys, "bench"), records, 1, ENTRIES, kinds)
-    accounting._rdp_of_step.cache_clear()
+    accountant._rdp_of_step.cache_clear()
     began = time.perf_counter()
     ledger = Ledger.open(folder / "state", keys)
     verified = time.perf_counter()

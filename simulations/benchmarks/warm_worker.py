@@ -11,12 +11,12 @@ from unittest import mock
 
 import torch
 
-from silotune.client import worker
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
-from silotune.client.wire import listen, serve
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.relay.transport import listen, serve
+from silotune.client.site.policy import permitting
+from silotune.client.training.local_round import train_round
+from silotune.client.worker import worker
 from silotune.common.contract.contract import load
 
 

@@ -31,8 +31,8 @@ from opacus.accountants.analysis import rdp as rdp_of_opacus
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from silotune.client import accounting
-from silotune.client.accounting import (
+from silotune.client.privacy import accountant
+from silotune.client.privacy.accountant import (
     ALPHAS,
     Mechanism,
     best_order,
@@ -155,7 +155,7 @@ def each_orders_rdp_equals_its_integral(_: Contract, patch: pytest.MonkeyPatch) 
                 density = -((x / sigma) ** 2) / 2 - math.log(sigma * math.sqrt(2 * math.pi))
                 tangent = np.exp(density) * (1 + order * q * np.expm1(loss))
                 moment = np.log1p(np.sum(np.exp(density + order * ratio) - tangent) * dx)
-                assert accounting._rdp_of_step(sigma, q, order) == pytest.approx(
+                assert accountant._rdp_of_step(sigma, q, order) == pytest.approx(
                     moment / (order - 1), rel=1e-6, abs=1e-11
                 )
 
@@ -165,7 +165,7 @@ def histories_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPatch) 
         # By all orders: beyond epsilon 60 the oracle has dropped so many that it is 1 % above.
         bound = _oracle(history, DELTA, "all")
         assert 0.99 * bound <= epsilon(history, DELTA) <= bound * (1 + 1e-9)
-    patch.setattr(accounting, "ALPHAS", WHOLE)
+    patch.setattr(accountant, "ALPHAS", WHOLE)
     for history in HISTORIES:
         for delta in (DELTA, 1e-5, 1e-7):
             expected = _oracle(history, delta, "whole")
@@ -175,7 +175,7 @@ def histories_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPatch) 
 def plans_cost_the_contracts_epsilon(contract: Contract, patch: pytest.MonkeyPatch) -> None:
     """By the oracle, with steps and rates from the contract: only the noise is the plan's."""
     for orders, targets in ((WHOLE, (0.7, 2.0, 8.0)), (ALPHAS, (8.0,))):
-        patch.setattr(accounting, "ALPHAS", orders)
+        patch.setattr(accountant, "ALPHAS", orders)
         for phases, target in product(PLANS, targets):
             asked = _with_phases(contract, phases).changed(privacy={"epsilon": target})
             history = tuple(
@@ -189,7 +189,7 @@ def plans_cost_the_contracts_epsilon(contract: Contract, patch: pytest.MonkeyPat
 
 
 def noise_for_costs_its_target_and_no_more(_: Contract, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "ALPHAS", WHOLE)
+    patch.setattr(accountant, "ALPHAS", WHOLE)
     for target in (0.2, 0.5, 1.0, 3.0, 8.0, 20.0, 100.0):
         for rate, steps in ((1e-5, 100_000), (1e-3, 1000), (0.25, 30), (0.999, 3), (1.0, 1)):
             history = (Mechanism(noise_for(target, DELTA, rate, steps), rate, steps),)
@@ -239,7 +239,7 @@ def prv_agrees_with_the_oracles_pld(_: Contract, patch: pytest.MonkeyPatch) -> N
 def small_epsilons_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPatch) -> None:
     """The noise for an epsilon from 0.01 to 0.1: RDP at the same whole orders is one, to 1e-6; by
     PLD, which is tighter, the plan costs less, but not by more than a fifth."""
-    patch.setattr(accounting, "ALPHAS", [a for a in ALPHAS if a == int(a)])
+    patch.setattr(accountant, "ALPHAS", [a for a in ALPHAS if a == int(a)])
     for target, delta, rate, steps in (
         (0.01, 1e-5, 0.25, 30),
         (0.02, 1e-6, 0.1, 100),
@@ -248,7 +248,7 @@ def small_epsilons_cost_what_the_oracle_says(_: Contract, patch: pytest.MonkeyPa
     ):
         noise = noise_for(target, delta, rate, steps)
         step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-        rdp = RdpAccountant(orders=[int(a) for a in accounting.ALPHAS])
+        rdp = RdpAccountant(orders=[int(a) for a in accountant.ALPHAS])
         pld = PLDAccountant(value_discretization_interval=target / 1000)
         for oracle in (rdp, pld):
             oracle.compose(dp_accounting.SelfComposedDpEvent(step, steps))
@@ -285,54 +285,54 @@ def test_property(name: str, table_contract: Contract, monkeypatch: pytest.Monke
 
 # --- mutations: the accountant broken on purpose ---------------------------------------------
 
-_step, _at, _merge = accounting._rdp_of_step, accounting.epsilon_at, accounting._merged
-_solve, _prv = accounting._smallest, PRVAccountant.get_epsilon
+_step, _at, _merge = accountant._rdp_of_step, accountant.epsilon_at, accountant._merged
+_solve, _prv = accountant._smallest, PRVAccountant.get_epsilon
 
 
 def sampling_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_rdp_of_step", lambda s, q, a: _step(s, 1.0, a))
+    patch.setattr(accountant, "_rdp_of_step", lambda s, q, a: _step(s, 1.0, a))
 
 
 def sampling_counted_twice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_rdp_of_step", lambda s, q, a: _step(s, q * q, a))
+    patch.setattr(accountant, "_rdp_of_step", lambda s, q, a: _step(s, q * q, a))
 
 
 def the_variance_read_as_the_noise_multiplier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_rdp_of_step", lambda s, q, a: _step(s * s, q, a))
+    patch.setattr(accountant, "_rdp_of_step", lambda s, q, a: _step(s * s, q, a))
 
 
 def fractional_orders_rounded_down(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        accounting, "_rdp_of_step", lambda s, q, a: _step(s, q, a if a < 2 else math.floor(a))
+        accountant, "_rdp_of_step", lambda s, q, a: _step(s, q, a if a < 2 else math.floor(a))
     )
 
 
 def only_the_last_entry_is_read(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_merged", lambda history: _merge(history[-1:]))
+    patch.setattr(accountant, "_merged", lambda history: _merge(history[-1:]))
 
 
 def equal_entries_counted_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_merged", lambda history: list(dict.fromkeys(history)))
+    patch.setattr(accountant, "_merged", lambda history: list(dict.fromkeys(history)))
 
 
 def a_step_too_few(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        accounting, "_merged", lambda h: [m._replace(steps=m.steps - 1) for m in _merge(h)]
+        accountant, "_merged", lambda h: [m._replace(steps=m.steps - 1) for m in _merge(h)]
     )
 
 
 def epsilons_added(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        accounting, "epsilon_at", lambda a, history, d: sum(_at(a, [m], d) for m in history)
+        accountant, "epsilon_at", lambda a, history, d: sum(_at(a, [m], d) for m in history)
     )
 
 
 def a_fixed_delta(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "epsilon_at", lambda a, history, d: _at(a, history, 1e-3))
+    patch.setattr(accountant, "epsilon_at", lambda a, history, d: _at(a, history, 1e-3))
 
 
 def noise_to_two_decimals(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_smallest", lambda *args: round(_solve(*args), 2))
+    patch.setattr(accountant, "_smallest", lambda *args: round(_solve(*args), 2))
 
 
 def a_plan_without_its_local_steps(patch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ def a_plan_without_its_local_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 def large_orders_cost_as_the_order_before(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounting, "_rdp_of_step", lambda s, q, a: _step(s, q, a - (a > 64)))
+    patch.setattr(accountant, "_rdp_of_step", lambda s, q, a: _step(s, q, a - (a > 64)))
 
 
 def the_prvs_lower_bound(patch: pytest.MonkeyPatch) -> None:
@@ -452,16 +452,16 @@ def test_a_small_epsilon_is_reached_or_refused_with_one_that_is(
         refusal = error
     else:
         assert epsilon([Mechanism(noise, rate, steps)], delta) <= target
-        assert noise <= accounting.MOST_NOISE * (1 + 1e-5)
+        assert noise <= accountant.MOST_NOISE * (1 + 1e-5)
         return
     text = str(refusal)
     assert refusal.code == "E103"
     assert f"epsilon = {target:g} with delta = {delta:g} cannot be reached" in text
     advised = float(re.findall(r"to at least ([0-9.e-]+)[,.]", text)[0].removesuffix("."))
     assert target < advised
-    assert noise_for(advised, delta, rate, steps) <= accounting.MOST_NOISE * (1 + 1e-5)
+    assert noise_for(advised, delta, rate, steps) <= accountant.MOST_NOISE * (1 + 1e-5)
     if "fewer steps" in text:
-        assert noise_for(target, delta, rate, 1) <= accounting.MOST_NOISE * (1 + 1e-5)
+        assert noise_for(target, delta, rate, 1) <= accountant.MOST_NOISE * (1 + 1e-5)
 
 
 def test_a_contract_with_a_small_epsilon_has_a_plan(table_contract: Contract) -> None:
@@ -475,14 +475,14 @@ def test_a_ledger_that_counts_by_an_old_order_counts_as_before() -> None:
     """The order of a ledger's first charge stays; Opacus' orders are equal to the bit."""
     for order in OPACUS:
         rdp = rdp_of_opacus.compute_rdp(q=0.25, noise_multiplier=1.3, steps=1, orders=[order])
-        assert accounting._rdp_of_step(1.3, 0.25, order) == rdp[0]
+        assert accountant._rdp_of_step(1.3, 0.25, order) == rdp[0]
 
 
 def test_beyond_opacus_orders_the_moment_is_the_same_sum() -> None:
     """At orders that Opacus can still compute, to its rounding: its moment is near 1."""
     for sigma, q, order in product((0.8, 3.0, 100.0), (1e-3, 0.25, 0.9), (64, 181, 1024)):
         theirs = rdp_of_opacus.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[order])[0]
-        assert accounting._rdp_of_step(sigma, q, order) == pytest.approx(
+        assert accountant._rdp_of_step(sigma, q, order) == pytest.approx(
             theirs, rel=1e-9, abs=1e-14
         )
 

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.client import dataset, dp, train
-from silotune.client.accounting import Mechanism, plan
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import Mechanism, plan
+from silotune.client.site.policy import permitting
+from silotune.client.training import dataset, dp_optimizer, local_round
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import AdaptiveClipping, Metric
 from silotune.common.data.records import table
@@ -106,7 +106,7 @@ def the_noises_together_are_the_mechanism_that_is_charged(
         ],
     )
     stds: list[tuple[tuple[int, ...], float]] = []
-    for module in (dp, train):
+    for module in (dp_optimizer, local_round):
         inner = vars(module)["noised"]
 
         def spy(total: Tensor, std: float, source: NoiseSource, inner: Any = inner) -> Tensor:
@@ -224,23 +224,27 @@ Patch = pytest.MonkeyPatch
 
 
 def the_count_without_noise(patch: Patch) -> None:
-    patch.setattr(train, "noised", lambda total, std, source: total)
+    patch.setattr(local_round, "noised", lambda total, std, source: total)
 
 
 def the_count_with_half_the_noise(patch: Patch) -> None:
     """As if a unit moved it by 1/4."""
-    patch.setattr(train, "noised", lambda total, std, source: dp.noised(total, std / 2, source))
+    patch.setattr(
+        local_round,
+        "noised",
+        lambda total, std, source: dp_optimizer.noised(total, std / 2, source),
+    )
 
 
 def a_whole_unit_each(patch: Patch) -> None:
     """1 for an unclipped unit and 0 for others, with noise for 1/2."""
-    step = vars(train)["_Measured"].step
+    step = vars(local_round)["_Measured"].step
 
     def broken(self: Any, groups: Any, optimizer: Any) -> None:
         optimizer.units = 0
         step(self, groups, optimizer)
 
-    patch.setattr(vars(train)["_Measured"], "step", broken)
+    patch.setattr(vars(local_round)["_Measured"], "step", broken)
 
 
 def gradients_with_all_of_the_budget(patch: Patch) -> None:
@@ -256,18 +260,20 @@ def the_count_not_paid_for(patch: Patch) -> None:
 
 def the_share_for_its_root(patch: Patch) -> None:
     patch.setattr(
-        vars(train)["_Measured"], "_noise", lambda self, b: self.mechanism.noise_multiplier / b
+        vars(local_round)["_Measured"],
+        "_noise",
+        lambda self, b: self.mechanism.noise_multiplier / b,
     )
 
 
 def the_clipped_counted(patch: Patch) -> None:
-    count = dp.CryptoNoiseOptimizer.count
+    count = dp_optimizer.CryptoNoiseOptimizer.count
 
     def broken(self: Any, norms: Tensor) -> None:
         count(self, norms)
         self.unclipped += 2 * int((norms > self.max_grad_norm).sum()) - len(norms)
 
-    patch.setattr(dp.CryptoNoiseOptimizer, "count", broken)
+    patch.setattr(dp_optimizer.CryptoNoiseOptimizer, "count", broken)
 
 
 MUTATIONS: dict[Callable[[Patch], None], tuple[str, ...]] = {
@@ -484,7 +490,7 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
     adaptive: Contract, tmp_path: Path, make_worker: MakeWorker, monkeypatch: Patch
 ) -> None:
     """Everybody is clipped: twice the norm gives twice the sum."""
-    monkeypatch.setattr(dp, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     contract = adaptive.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 10.0}]
     )
@@ -587,7 +593,7 @@ def test_all_shares_together_are_at_most_a_half(adaptive: Contract) -> None:
 
 
 def test_a_unit_whose_gradient_is_not_finite_counts_as_clipped() -> None:
-    optimizer = dp.CryptoNoiseOptimizer(
+    optimizer = dp_optimizer.CryptoNoiseOptimizer(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0),
         source=NoiseSource(site="x", insecure_seed=1),
         noise_multiplier=1.0,

@@ -12,9 +12,9 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.error import FlowerError
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from silotune.client import admission, preflight
-from silotune.client.policy import Server
-from silotune.client.site import Site
+from silotune.client.operations import node_admission, preflight
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Server
 from silotune.common.errors import DataError, PeerError
 from silotune.server import authority
 
@@ -32,8 +32,8 @@ class LinkState:
 @pytest.mark.parametrize(
     ("key", "code"),
     [
-        (b"registered", admission.KNOWN),
-        (b"another", admission.UNKNOWN),
+        (b"registered", node_admission.KNOWN),
+        (b"another", node_admission.UNKNOWN),
     ],
 )
 def test_flower_tells_a_registered_key_from_another_before_it_connects_a_node(
@@ -66,7 +66,11 @@ def write_key(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519Priva
 @pytest.mark.parametrize(
     ("answer", "code", "words"),
     [
-        (admission.UNKNOWN, "E405", "does not know this site's node key: the site is not admitted"),
+        (
+            node_admission.UNKNOWN,
+            "E405",
+            "does not know this site's node key: the site is not admitted",
+        ),
         ("ConnectError", "E401", "could not be asked about this site's node key (ConnectError)"),
         ("status 502", "E401", "(status 502)"),
         ("it was accepted", "E401", "(it was accepted)"),
@@ -79,9 +83,9 @@ def test_each_answer_has_its_sentence(
     code: str,
     words: str,
 ) -> None:
-    monkeypatch.setattr(admission, "_asked", lambda *_: answer)
+    monkeypatch.setattr(node_admission, "_asked", lambda *_: answer)
     with pytest.raises(PeerError) as error:
-        admission.check(*files)
+        node_admission.check(*files)
     assert error.value.code == code
     assert words in str(error.value)
 
@@ -90,10 +94,10 @@ def test_a_key_that_flower_does_not_take_is_told(files: tuple[Server, Path]) -> 
     server, key = files
     write_key(key, ed25519.Ed25519PrivateKey.generate())
     with pytest.raises(DataError, match="no key of the kind"):
-        admission.check(server, key)
+        node_admission.check(server, key)
     key.write_text("no key")
     with pytest.raises(DataError, match="cannot be read"):
-        admission.check(server, key)
+        node_admission.check(server, key)
 
 
 def test_site_check_has_a_row_for_the_node_key_where_the_server_is_reached(
@@ -116,7 +120,7 @@ def test_site_check_has_a_row_for_the_node_key_where_the_server_is_reached(
         site, contract = Site(tmp_path / "site.toml"), tmp_path / "contract.toml"
         return {row.name: row for row in preflight.check(site, contract, network=True)}
 
-    monkeypatch.setattr(admission, "check", refused)
+    monkeypatch.setattr(node_admission, "check", refused)
     monkeypatch.setattr(preflight, "shake", lambda _: "TLS 1.3")
     found = rows()["node key"]
     assert (found.state, found.code) == ("problem", "E405")

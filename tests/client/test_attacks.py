@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client import policy as policies
-from silotune.client import worker as workers
-from silotune.client.accounting import epsilon_at
-from silotune.client.budget import Budget, Limit
-from silotune.client.entries import Charged
-from silotune.client.keys import Keys
-from silotune.client.ledger import FILE, Ledger
-from silotune.client.policy import Policy, permitting
-from silotune.client.site import Site
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import epsilon_at
+from silotune.client.privacy.budget import Budget, Limit
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.site import policy as policies
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Policy, permitting
+from silotune.client.worker import worker as workers
+from silotune.client.worker.worker import Worker
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import (
@@ -461,7 +461,7 @@ def test_a_run_goes_on_when_its_owner_signs_a_policy_that_permits_it(home: Home)
 
 
 def test_a_narrower_policy_holds_at_once_while_the_worker_runs(home: Home) -> None:
-    """'From here on these limits hold' (client/entries.py, Adopted)."""
+    """'From here on these limits hold' (client/privacy/ledger_entries.py, Adopted)."""
     worker = home.worker()
     reply = worker.handle(wire(worker))
     assert isinstance(messages.unpack(reply).header, Update)
@@ -676,11 +676,11 @@ def test_a_full_disk_lets_nothing_leave(home: Home, monkeypatch: pytest.MonkeyPa
 
     worker = home.worker()
     with monkeypatch.context() as patch:
-        patch.setattr("silotune.client.ledger.write_durably", fails)
+        patch.setattr("silotune.client.privacy.ledger.write_durably", fails)
         assert code(worker) == "E216"
     assert code(worker) == "E204"
     with monkeypatch.context() as patch:
-        patch.setattr("silotune.client.keys.write_durably", fails)
+        patch.setattr("silotune.client.privacy.keys.write_durably", fails)
         assert code(worker, 1, 2) == "E216"
     assert code(worker, 1, 2) == "E204"
     assert len(home.charges()) == 2

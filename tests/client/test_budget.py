@@ -13,11 +13,11 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from silotune.client import accounting
-from silotune.client.accounting import Mechanism
-from silotune.client.budget import Budget, Limit, Past, mechanism_of, order_of
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import Lineage
+from silotune.client.privacy import accountant as accounting
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.privacy.budget import Budget, Limit, Past, mechanism_of, order_of
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.record_ids import Lineage
 from silotune.common.errors import RefusalError
 
 DELTA = 1e-5

@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from silotune.client import wire
-from silotune.client.own import Own
-from silotune.client.site import Site
-from silotune.client.worker import Worker
+from silotune.client.relay import transport as wire
+from silotune.client.site.folder import Site
+from silotune.client.training.local_state import Own
+from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
@@ -102,7 +102,7 @@ def test_init_refuses_a_bad_name(run: Run, name: str) -> None:
 
 def test_a_file_name_with_quotes_stays_one(run: Run, tmp_path: Path) -> None:
     run("site", "init", "--name", "x", "--folder", "x", "--data", 'a"b\\c.csv')
-    from silotune.client import policy
+    from silotune.client.site import policy
 
     assert policy.load(tmp_path / "x" / "site.toml").data.file == tmp_path / "x" / 'a"b\\c.csv'
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from silotune.client.contract_check import problems
+from silotune.client.operations.contract_check import problems
 from silotune.common.config import types
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract

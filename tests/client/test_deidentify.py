@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from silotune.client.deidentify import (
+from silotune.client.preparation.deidentify import (
     KINDS,
     Action,
     Cleaned,
@@ -313,7 +313,7 @@ import socket, sys
 def refused(*args, **named):
     raise SystemExit("a socket was opened")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refused
-from silotune.client.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.deidentify import Deidentifier, Deidentify
 assert "presidio_analyzer" not in sys.modules  # only who cleans waits for it
 print(Deidentifier(Deidentify(), bytes(32)).clean("Dr Smith, a@example.com").text)
 """
@@ -324,7 +324,7 @@ print(Deidentifier(Deidentify(), bytes(32)).clean("Dr Smith, a@example.com").tex
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import silotune.client.deidentify as module
+    import silotune.client.preparation.deidentify as module
 
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from silotune.client.cli import metrics, worker
-from silotune.client.metrics import FILE
+from silotune.client.cli.site import metrics, worker
+from silotune.client.operations.telemetry import FILE
 
 DEPLOY = Path(__file__).parents[2] / "client" / "deploy"
 UNITS = (

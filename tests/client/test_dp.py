@@ -12,11 +12,11 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from silotune.client import dp
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.gradients import PER_EXAMPLE, by_expanding
-from silotune.client.noise import NoiseSource
-from silotune.client.units import Group, Part
+from silotune.client.training import dp_optimizer
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.per_sample_gradients import PER_EXAMPLE, by_expanding
+from silotune.client.training.privacy_units import Group, Part
 from silotune.common.tasks.classification import per_example_loss
 
 CLIP = 0.75  # not 1, which a factor too many or too few would leave as it is
@@ -290,7 +290,7 @@ def batch_mean_loss(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    original = dp.private_gradient
+    original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
         fake = [Group(1, [Part(torch.zeros(1, dtype=torch.long), 1)])]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from silotune.client import policy as policies
+from silotune.client.site import policy as policies
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError

@@ -9,10 +9,10 @@ import torch
 from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]
 from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
-from silotune.client import accounting
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.noise import NoiseSource
-from silotune.client.units import Units
+from silotune.client.privacy import accountant
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.privacy_units import Units
 from silotune.common.contract.contract import Contract
 from silotune.common.models.base import Block
 
@@ -37,8 +37,8 @@ def test_a_plan_for_entities_costs_what_the_oracle_says_at_any_cap(
     table_contract: Contract, cap: int
 ) -> None:
     """At whole orders the two RDP accountants are one to 1e-6; PRV lies within 0.02 above PLD."""
-    plan = accounting.plan(entities(table_contract, cap))
-    assert plan == accounting.plan(entities(table_contract, 7))
+    plan = accountant.plan(entities(table_contract, cap))
+    assert plan == accountant.plan(entities(table_contract, 7))
     rdp, pld = RdpAccountant(ORDERS), PLDAccountant()
     for sigma, rate, steps in plan:
         event = dp_accounting.SelfComposedDpEvent(
@@ -48,9 +48,9 @@ def test_a_plan_for_entities_costs_what_the_oracle_says_at_any_cap(
         pld.compose(event)
     for order in ORDERS:
         oracle = dict(zip(ORDERS, rdp._rdp, strict=True))[order]
-        assert accounting._rdp_at(order, plan) == pytest.approx(oracle, rel=1e-6)
-    assert accounting.epsilon(plan, DELTA) == pytest.approx(8.0, rel=1e-4)
-    assert 0 <= accounting.tight_epsilon(plan, DELTA) - pld.get_epsilon(DELTA) <= 0.02
+        assert accountant._rdp_at(order, plan) == pytest.approx(oracle, rel=1e-6)
+    assert accountant.epsilon(plan, DELTA) == pytest.approx(8.0, rel=1e-4)
+    assert 0 <= accountant.tight_epsilon(plan, DELTA) - pld.get_epsilon(DELTA) <= 0.02
 
 
 def gradient_of(units: Units, x: torch.Tensor, source: NoiseSource, sigma: float) -> torch.Tensor:

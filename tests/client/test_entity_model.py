@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from silotune.client import entity_model, policy
-from silotune.client.deidentify import Deidentifier, Deidentify
-from silotune.client.entity_model import KIND_OF_LABEL
+from silotune.client.preparation import entity_model
+from silotune.client.preparation.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.entity_model import KIND_OF_LABEL
+from silotune.client.site import policy
 from silotune.common.errors import DataError, UsageError
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG"]
@@ -195,7 +196,7 @@ def test_a_model_with_other_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_labels_are_read_with_and_without_prefix() -> None:
-    from silotune.client.entity_model import _kind
+    from silotune.client.preparation.entity_model import _kind
 
     kinds = [_kind(name) for name in ("B-PER", "I-person", "S-GPE", "PATIENT", "LOCATION-OTHER")]
     assert kinds == ["person", "person", "address", "person", "address"]

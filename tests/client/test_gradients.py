@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from silotune.client import dp
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.gradients import PER_EXAMPLE, ghost_sum
-from silotune.client.noise import NoiseSource
-from silotune.client.units import Group, Part
+from silotune.client.training import dp_optimizer
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.per_sample_gradients import PER_EXAMPLE, ghost_sum
+from silotune.client.training.privacy_units import Group, Part
 from silotune.common.models.attention import fuse_lora, register_attention
 from silotune.common.models.base import blocks_of
 from silotune.common.tasks import classification, token_classification
@@ -712,7 +712,7 @@ def noise_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     def broken(total: Tensor, std: float, source: NoiseSource) -> Tensor:
         return total + std * torch.from_numpy(source.normal(tuple(total.shape)))
 
-    patch.setattr(dp, "noised", broken)
+    patch.setattr(dp_optimizer, "noised", broken)
 
 
 def sum_on_the_cpu(patch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from silotune.client import handshake
-from silotune.client.handshake import shake
-from silotune.client.policy import Server
+from silotune.client.operations import server_probe
+from silotune.client.operations.server_probe import shake
+from silotune.client.site.policy import Server
 from silotune.common.errors import DataError, PeerError
 from silotune.server import authority
 
@@ -137,7 +137,7 @@ def test_a_name_that_does_not_resolve(serve: Serve, monkeypatch: pytest.MonkeyPa
 
 
 def test_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "SECONDS", 0.2)
+    monkeypatch.setattr(server_probe, "SECONDS", 0.2)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as mute:
         server = serve().model_copy(update={"address": f"127.0.0.1:{mute.getsockname()[1]}"})
         assert "a firewall?" in told(server)
@@ -145,7 +145,7 @@ def test_silence(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_never_finishes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, the end never does."""
-    monkeypatch.setattr(handshake, "SECONDS", 0.5)
+    monkeypatch.setattr(server_probe, "SECONDS", 0.5)
     slow, stop = threading.Event(), threading.Event()
 
     def drip(*_: object) -> tuple[int, bytes, str]:
@@ -153,7 +153,7 @@ def test_a_server_that_never_finishes(serve: Serve, monkeypatch: pytest.MonkeyPa
         stop.wait(20)
         return 200, b"", ""
 
-    monkeypatch.setattr(handshake, "_greet", drip)
+    monkeypatch.setattr(server_probe, "_greet", drip)
     try:
         assert "a firewall?" in told(serve())
     finally:

@@ -20,15 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from silotune.client import identity, lineage
-from silotune.client.budget import Budget, overlaps
-from silotune.client.identity import Links, Origin, components
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import READ_AS, Lineage, of_table
-from silotune.client.policy import Prepare
-from silotune.client.prepare import Prepared, origin, prepare
-from silotune.client.site import Site
-from silotune.client.worker import Worker
+from silotune.client.preparation.cleaning import Prepared, origin, prepare
+from silotune.client.privacy import record_identity, record_ids
+from silotune.client.privacy.budget import Budget, overlaps
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.record_identity import Links, Origin, components
+from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Prepare
+from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
@@ -807,5 +807,5 @@ def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_decodings() -> None:
     assert again.columns == found.columns
     assert again.names == {"note", "place", "outcome"}
     assert np.array_equal(again.decodings.codes, found.decodings.codes)
-    assert lineage.basis_of(again.columns) == again.basis
-    assert identity.components([again], [])[0].shape == (2,)
+    assert record_ids.basis_of(again.columns) == again.basis
+    assert record_identity.components([again], [])[0].shape == (2,)

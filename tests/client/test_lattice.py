@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client import worker as workers
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
-from silotune.client.worker import Worker
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.training.local_round import train_round
+from silotune.client.worker import worker as workers
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing

@@ -24,9 +24,11 @@ import numpy as np
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
-from silotune.client import entries
-from silotune.client import ledger as ledgers
-from silotune.client.entries import (
+from silotune.client.privacy import ledger as ledgers
+from silotune.client.privacy import ledger_entries
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger_entries import (
     FIRST,
     Charged,
     Opened,
@@ -34,9 +36,7 @@ from silotune.client.entries import (
     digest,
     verify_export,
 )
-from silotune.client.keys import Keys
-from silotune.client.ledger import FILE, Ledger
-from silotune.client.lineage import Lineage
+from silotune.client.privacy.record_ids import Lineage
 from silotune.common.errors import RefusalError, UsageError
 from silotune.common.protocol.messages import Receipt
 
@@ -540,7 +540,7 @@ HEADS: dict[str, Callable[[int, str], str | None]] = {
 
 
 def head_mac(home: Home, content: str) -> str:
-    """As client/keys.py makes it."""
+    """As client/privacy/keys.py makes it."""
     return hmac.digest(Keys.load(home.keys).derive("head mac"), content.encode(), "sha256").hex()
 
 
@@ -830,9 +830,9 @@ def test_a_trigger_that_swallows_entries_is_noticed(home: Home) -> None:
 APPENDING = """
 import sys
 from pathlib import Path
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import Lineage
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.record_ids import Lineage
 
 folder, run, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
@@ -1145,9 +1145,9 @@ class ChargedLater(Charged):
 def test_entries_written_today_stay_readable_when_a_field_is_added(
     home: Home, monkeypatch: pytest.MonkeyPatch, exported: tuple[list[str], str]
 ) -> None:
-    later = Opened | entries.Adopted | ChargedLater | Released
+    later = Opened | ledger_entries.Adopted | ChargedLater | Released
     monkeypatch.setattr(
-        entries, "_READ", TypeAdapter(Annotated[later, Field(discriminator="state")])
+        ledger_entries, "_READ", TypeAdapter(Annotated[later, Field(discriminator="state")])
     )
     ledger = home.open()
     assert [entry.group for entry in ledger.entries if isinstance(entry, ChargedLater)] == (
@@ -1337,6 +1337,6 @@ def test_a_number_written_as_text_is_not_in_the_ledgers_form(tmp_path: Path) -> 
     with sqlite3.connect(tmp_path / "state" / FILE) as connection:
         ((body,),) = connection.execute("SELECT body FROM entries WHERE sequence = 1").fetchall()
     connection.close()
-    assert entries.chained(body, 0, FIRST).sequence == 1
+    assert ledger_entries.chained(body, 0, FIRST).sequence == 1
     with pytest.raises(RefusalError, match="entry 1 is not in a ledger's form"):
-        entries.chained(body.replace('"sequence":1', '"sequence":"1"'), 0, FIRST)
+        ledger_entries.chained(body.replace('"sequence":1', '"sequence":"1"'), 0, FIRST)

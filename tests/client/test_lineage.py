@@ -20,9 +20,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from silotune.client import lineage
-from silotune.client.identity import components
-from silotune.client.lineage import Lineage, of_table
+from silotune.client.privacy import record_ids
+from silotune.client.privacy.record_identity import components
+from silotune.client.privacy.record_ids import Lineage, of_table
 from silotune.common.data import records
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
@@ -421,8 +421,8 @@ def test_any_changed_record_changes_the_id(
     number, text = rows[-1]
     step = data.draw(st.integers(-(10**11), 10**11).filter(bool))
     changed = (number + Decimal(step).scaleb(-5), text)
-    before = {(n, lineage.canonical(t)) for n, t in rows}
-    after = {(n, lineage.canonical(t)) for n, t in [*rows[:-1], changed]}
+    before = {(n, record_ids.canonical(t)) for n, t in rows}
+    after = {(n, record_ids.canonical(t)) for n, t in [*rows[:-1], changed]}
     cells = [[[str(n), t] for n, t in found] for found in (rows, [*rows[:-1], changed])]
     one, other = (made(found, ["n", "t"]) for found in cells)
     assert (one.id == other.id) == (before == after)
@@ -461,7 +461,7 @@ def test_a_person_whose_name_means_missing_is_a_person(name: str) -> None:
     """As a key such a name is not empty: an entity of that name is not refused. In fingerprints it
     is the missing value, so that a file that writes it so has no new records."""
     table = Table("a.csv", ["patient", "x"], [(2, [name, "1"]), (3, ["", "1"])])
-    assert list(lineage.keys(table, ["patient"])) == [(name.lower(),), ("",)]
+    assert list(record_ids.keys(table, ["patient"])) == [(name.lower(),), ("",)]
     assert of_table(table, ["patient"], SECRET).repeated == 1
 
 
@@ -500,7 +500,7 @@ def test_four_numbers_of_a_row_are_rounded_both_ways_and_no_more() -> None:
     one, other = (made([["p", *[cell] * 4, "é"]]) for cell in REWRITTEN["half-way"])
     assert shared(one, other).all()
     half_way = "1.234567890125"
-    forms = {n: lineage._rounded_forms([half_way] * n, range(n)) for n in (1, 4, 8)}
+    forms = {n: record_ids._rounded_forms([half_way] * n, range(n)) for n in (1, 4, 8)}
     ten_decimals = 1  # where no number is half-way
     assert {n: len(of) for n, of in forms.items()} == {
         1: 2 + ten_decimals,
@@ -607,7 +607,7 @@ ALIKE = [
 
 @pytest.mark.parametrize(("one", "other"), ALIKE)
 def test_what_looks_alike_is_one_value(one: str, other: str) -> None:
-    assert lineage.value(one) == lineage.value(other)
+    assert record_ids.value(one) == record_ids.value(other)
 
 
 @pytest.mark.parametrize(
@@ -622,7 +622,7 @@ def test_what_looks_alike_is_one_value(one: str, other: str) -> None:
     ],
 )
 def test_what_can_be_told_apart_is_two_values(one: str, other: str) -> None:
-    assert lineage.value(one) != lineage.value(other)
+    assert record_ids.value(one) != record_ids.value(other)
 
 
 plain_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -631,7 +631,7 @@ unseen = st.text("\u034f\u3164\ufe0f\u200b\u2060\U000e0100\x02\u115f", min_size=
 
 @given(plain_text, plain_text, unseen)
 def test_invisible_characters_anywhere_change_nothing(left: str, right: str, more: str) -> None:
-    assert lineage.canonical(left + more + right) == lineage.canonical(left + right)
+    assert record_ids.canonical(left + more + right) == record_ids.canonical(left + right)
 
 
 # Any chain of format, encoding and escape
@@ -854,7 +854,7 @@ def test_windows_reading_of_utf8_saved_as_unicode_is_known(text: str) -> None:
 @pytest.mark.parametrize("encoding", ["cp932", "big5", "cp950", "euc_jp", "gb18030", "cp1252"])
 def test_every_byte_form_of_a_character_is_known(encoding: str) -> None:
     """Encoding is not decoding backwards everywhere; the forms are."""
-    forms = lineage._byte_forms(encoding)
+    forms = record_ids._byte_forms(encoding)
     for character, found in forms.items():
         for form in found:
             assert form.decode(encoding, "ignore") in (character, "")

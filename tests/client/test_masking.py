@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client import accounting, preflight
-from silotune.client import worker as workers
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.masking import MOST_AGREEMENTS, check_bound
-from silotune.client.policy import permitting
-from silotune.client.site import Site
-from silotune.client.worker import Worker
+from silotune.client.operations import preflight
+from silotune.client.privacy import accountant
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import permitting
+from silotune.client.worker import worker as workers
+from silotune.client.worker.secagg import MOST_AGREEMENTS, check_bound
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RefusalError, RunError
 from silotune.common.models.factory import build
@@ -692,7 +693,7 @@ def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federati
 
 def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Federation) -> None:
     contract = federation.contract
-    plan = accounting.plan(contract, contract.target_of("north"))
+    plan = accountant.plan(contract, contract.target_of("north"))
     check_bound(contract, plan)
     tight = contract.changed(secure_aggregation={"bound": 0.01})
     for bound in (0.01, 1e5):
@@ -731,7 +732,7 @@ def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
             plain | {"rounds": 3, "local_steps": 4, "head_rate": 0.3} | more,
         ],
     )
-    plan = accounting.plan(contract, contract.target_of("north"))
+    plan = accountant.plan(contract, contract.target_of("north"))
     second = plan[1].noise_multiplier / np.sqrt(0.8) * 0.5 / (50 * 0.5)
     if "adam" in more:
         most = 0.3 * 4 * (1 + 8 * second / 0.05)
@@ -751,7 +752,7 @@ def test_the_bound_must_hold_the_first_and_noisiest_round_of_a_phase_with_noise_
     contract = federation.contract.changed(
         privacy={"clip_norm": 0.5}, phases=[phase | {"noise_decay": 0.5}]
     )
-    plan = accounting.plan(contract, contract.target_of("north"))
+    plan = accountant.plan(contract, contract.target_of("north"))
     first, second = (
         0.01 * (0.5 + 8 * mechanism.noise_multiplier * 0.5 / (50 * 0.5)) for mechanism in plan[:2]
     )

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from silotune.client import metrics
-from silotune.client.ledger import Ledger
-from silotune.client.metrics import Answered, Running, SiteMonitor, Tally
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.operations import telemetry
+from silotune.client.operations.telemetry import Answered, Running, SiteMonitor, Tally
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Describe, Message, Train, Update
@@ -26,7 +26,7 @@ from silotune.common.runtime.journal import Journal
 
 Rows = Callable[..., Path]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-TIMES = {metrics.READY, metrics.LAST, f"{metrics.SECONDS}_sum"}
+TIMES = {telemetry.READY, telemetry.LAST, f"{telemetry.SECONDS}_sum"}
 GOOD = "# TYPE silotune_site_requests_total counter\n"
 
 
@@ -35,7 +35,7 @@ class Told:
 
     def __init__(self, contract: Contract, rows: Path, folder: Path) -> None:
         folder.mkdir()
-        self.file, self.lines = folder / metrics.FILE, list[str]()
+        self.file, self.lines = folder / telemetry.FILE, list[str]()
         self.tally = Tally(self.file)
         self.tally.ready()
         journal = Journal("worker", as_json=True, write=self.lines.append)
@@ -101,7 +101,7 @@ def test_each_answer_is_told_with_its_code(told: Told) -> None:
     }
     assert found["silotune_site_request_seconds_count", (("kind", "train"),)] == 4
     assert found["silotune_site_run_epsilon", (("run", "r"),)] == reply.epsilon
-    assert abs(found[metrics.LAST, ()] - time.time()) < 60
+    assert abs(found[telemetry.LAST, ()] - time.time()) < 60
     said = [{k: v for k, v in e.items() if k not in ("at", "from", "seconds")} for e in told.events]
     assert said[1] == {
         "event": "answered",
@@ -145,7 +145,7 @@ def test_neighbouring_records_show_the_same(
             "silotune_site_requests_total",
             "silotune_site_request_seconds_count",
             "silotune_site_request_seconds_sum",
-            *metrics.WRITTEN,
+            *telemetry.WRITTEN,
         }
     assert shown[0] == shown[1] == shown[2]
     assert {e["code"] for e in shown[0][2]} >= {"ok", "E202", "E210", "E501"}
@@ -178,23 +178,23 @@ def test_a_disk_that_takes_nothing_costs_no_reply(told: Told) -> None:
 
 def test_a_server_that_invents_runs_does_not_fill_the_file(tmp_path: Path) -> None:
     tally = Tally(tmp_path / "metrics.prom")
-    for number in range(metrics.MOST_RUNS + 20):
+    for number in range(telemetry.MOST_RUNS + 20):
         tally.note(Answered("train", "ok", 0.0, f"r{number}", 1, 1, 0.5))
     tally.note(Answered("train", "E210", 0.0, "refused", 1, 1))
     runs = {
         dict(labels).get("run") for _, labels in samples((tmp_path / "metrics.prom").read_text())
     } - {None}
-    assert runs == {f"r{number}" for number in range(20, metrics.MOST_RUNS + 20)}
+    assert runs == {f"r{number}" for number in range(20, telemetry.MOST_RUNS + 20)}
 
 
 def test_what_is_written_is_what_is_served(told: Told) -> None:
     told.describe()
     told.ask()
-    shown = metrics.read(told.file, os.geteuid())
+    shown = telemetry.read(told.file, os.geteuid())
     assert shown.fresh
     assert samples(prometheus.text(shown.families).decode()) == told.samples
     assert {family.name: family.documentation for family in shown.families} == {
-        name: known.help for name, known in metrics.WRITTEN.items() if name != metrics.CA
+        name: known.help for name, known in telemetry.WRITTEN.items() if name != telemetry.CA
     }
 
 
@@ -210,7 +210,7 @@ def line(
 
 
 def served(file: Path, owner: int | None = None) -> str:
-    shown = metrics.read(file, os.geteuid() if owner is None else owner)
+    shown = telemetry.read(file, os.geteuid() if owner is None else owner)
     return prometheus.text(shown.families).decode()
 
 
@@ -285,7 +285,7 @@ def test_a_link_a_pipe_a_giant_and_anothers_file_are_not_read(tmp_path: Path) ->
     assert served(file, os.geteuid() + 1) == ""
     os.truncate(file, 1 << 30)
     assert served(file) == ""
-    assert not metrics.read(file, os.geteuid()).fresh
+    assert not telemetry.read(file, os.geteuid()).fresh
 
 
 def test_a_file_that_takes_long_to_parse_is_not_parsed(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_without_a_supervisor_the_file_says_whether_the_worker_runs(told: Told) 
     names = {name for name, _ in samples(prometheus.text(shown.collect()).decode())}
     assert "silotune_site_worker_up" in names
     assert not any("relay" in name for name in names)
-    then = time.time() - metrics.FRESH_SECONDS - 1
+    then = time.time() - telemetry.FRESH_SECONDS - 1
     os.utime(told.file, (then, then))
     assert shown.health() == "worker"
     told.tally.write()
@@ -335,9 +335,9 @@ def test_the_cas_expiry_is_shown(tmp_path: Path) -> None:
     for ca, shown in ((tmp_path / "ca.crt", True), (tmp_path / "none.crt", False), (None, False)):
         Tally(tmp_path / "m", ca).write()
         found = samples((tmp_path / "m").read_text())
-        assert (metrics.CA, ()) in found or not shown
+        assert (telemetry.CA, ()) in found or not shown
         if shown:
-            assert found[metrics.CA, ()] == certificate.not_valid_after_utc.timestamp()
+            assert found[telemetry.CA, ()] == certificate.not_valid_after_utc.timestamp()
 
 
 def test_nobody_shows_the_process_itself() -> None:

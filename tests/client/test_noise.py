@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import ndtri
 
-from silotune.client import noise
-from silotune.client.noise import NoiseSource
+from silotune.client.training import noise
+from silotune.client.training.noise import NoiseSource
 
 Floats = NDArray[np.float64]
 

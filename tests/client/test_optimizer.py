@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.client import dataset, dp, train
-from silotune.client.accounting import Mechanism
-from silotune.client.noise import NoiseSource
-from silotune.client.optimizer import NoiseCorrectedAdam
-from silotune.client.train import train_round
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.training import dataset, dp_optimizer, local_round
+from silotune.client.training.dp_adam import NoiseCorrectedAdam
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import Adam
 from silotune.common.data.records import Table
@@ -144,7 +144,7 @@ CONTRACT: list[Contract] = []
 
 @pytest.fixture(autouse=True)
 def contract(table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contract]:
-    monkeypatch.setattr(dp, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     found = table_contract.changed(
         privacy={"clip_norm": CLIP, "expected_records": EXPECTED},
         releases=[{"metric": "loss", "share": 0.19}],
@@ -365,7 +365,7 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
 
     changes = []
     for put in (NoiseCorrectedAdam, torchs):
-        monkeypatch.setattr(train, "NoiseCorrectedAdam", put)
+        monkeypatch.setattr(local_round, "NoiseCorrectedAdam", put)
         changes.append(
             train_round(
                 plain,
@@ -386,7 +386,7 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
 
 
 def test_it_takes_no_more_of_the_budget(contract: Contract) -> None:
-    from silotune.client.accounting import plan
+    from silotune.client.privacy.accountant import plan
 
     phase = contract.phases[0].model_dump()
     assert plan(contract) == plan(contract.changed(phases=[phase | {"adam": None}]))
@@ -407,7 +407,7 @@ def test_the_noise_it_takes_off_is_the_noise_that_is_there(
             )
             super().step()
 
-    monkeypatch.setattr(train, "NoiseCorrectedAdam", Spy)
+    monkeypatch.setattr(local_round, "NoiseCorrectedAdam", Spy)
     model = build(contract, None)
     table = Table(
         "rows.csv",

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.accounting import mechanism_of
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.own import Own
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import mechanism_of
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.training.local_state import Own
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError
 from silotune.common.models.factory import build

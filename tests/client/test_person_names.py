@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.deidentify import Deidentifier, Deidentify, simplified
-from silotune.client.person_names import EnglishNames, Names, folded
+from silotune.client.preparation.deidentify import Deidentifier, Deidentify, simplified
+from silotune.client.preparation.person_names import EnglishNames, Names, folded
 
 NAMES = Names.load()
 GIVEN = sorted(NAMES.given | NAMES.given_words)

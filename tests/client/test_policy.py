@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from silotune.client import policy as policies
-from silotune.client.budget import Limit
-from silotune.client.entries import Adopted
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import Lineage
-from silotune.client.policy import Policy, permitting
+from silotune.client.privacy.budget import Limit
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Adopted
+from silotune.client.privacy.record_ids import Lineage
+from silotune.client.site import policy as policies
+from silotune.client.site.policy import Policy, permitting
 from silotune.common.contract.architecture import EncoderModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from silotune.client import selftest
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.noise import NoiseSource
-from silotune.client.units import of_records
+from silotune.client.training import selftest
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.privacy_units import of_records
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput

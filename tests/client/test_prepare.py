@@ -21,15 +21,17 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.client import budget, counts, prepare_report
-from silotune.client import policy as policies
-from silotune.client.deidentify import Deidentify
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.lineage import of_table
-from silotune.client.policy import Prepare
-from silotune.client.prepare import Prepared, prepare, write
-from silotune.client.site import Site
+from silotune.client.preparation import profile
+from silotune.client.preparation import report as prepare_report
+from silotune.client.preparation.cleaning import Prepared, prepare, write
+from silotune.client.preparation.deidentify import Deidentify
+from silotune.client.privacy import budget
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.record_ids import of_table
+from silotune.client.site import policy as policies
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Prepare
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.data import records
@@ -190,7 +192,7 @@ def test_what_is_prepared_is_accepted_and_stays(tmp_path_factory: Any, bounded: 
 def test_rows_are_found_in_every_block(
     table_contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("silotune.client.prepare.BLOCK_ROWS", 4)
+    monkeypatch.setattr("silotune.client.preparation.cleaning.BLOCK_ROWS", 4)
     rows = [[CANARY if i % 5 == 0 else str(i), "yes", "1"] for i in range(30)]
     found = prepare(table(*rows), table_contract, Prepare(), ())
     (problem,) = found.problems
@@ -215,7 +217,7 @@ def test_a_regressions_target_beyond_its_bounds(table_contract: Contract) -> Non
         ),
         "column 'outcome' allows 0 to 100": ("refused", "row 3"),
     }
-    targets = counts.count(found.table, contract, None).targets
+    targets = profile.count(found.table, contract, None).targets
     assert (next(iter(targets)), len(targets)) == ("0 to 10", 10)
     assert {word: n for word, n in targets.items() if n} == {"50 to 60": 1, "90 to 100": 1}
 
@@ -239,7 +241,7 @@ def test_tags_and_words(table_contract: Contract) -> None:
         "column 'tags' allows O, B-drug, I-drug": ("refused", "row 4"),
         "column 'tags' needs as many tags as 'note' has words": ("refused", "row 3"),
     }
-    assert counts.count(found.table, contract, None).targets == {"O": 1, "B-drug": 1, "I-drug": 0}
+    assert profile.count(found.table, contract, None).targets == {"O": 1, "B-drug": 1, "I-drug": 0}
 
 
 # Counting -------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_tags_and_words(table_contract: Contract) -> None:
 
 def test_counts(bounded: Contract) -> None:
     rows = [["71", "yes", "1"], ["20", "", "0"], ["-3", "no", "1"], ["", "no", "1"]]
-    found = counts.count(table(*rows), bounded, None)
+    found = profile.count(table(*rows), bounded, None)
     assert found.choices == {
         "age": {"young": 1, "old": 1, "": 2},
         "smoker": {"yes": 1, "no": 2, "": 1},
@@ -333,7 +335,7 @@ def test_lengths_are_the_tokenizers(lora_contract: Contract, encoder_folder: Pat
         ["word " * 40, "1"],
         header=["note", "outcome"],
     )
-    found = counts.count(rows, contract, encoder_folder)
+    found = profile.count(rows, contract, encoder_folder)
     lengths = found.lengths
     assert {n: k for n, k in enumerate(lengths.tokens) if k} == {5: 2, 42: 1}  # with [CLS], [SEP]
     assert (lengths.texts, lengths.cut, lengths.limit) == (3, 1, 8)
@@ -537,7 +539,7 @@ def test_what_is_written_in_a_contract_stays_text(bounded: Contract) -> None:
     dump["input"]["columns"][0]["words"] = [bad, "old"]
     contract = Contract.model_validate(dump)
     found = prepare(table(*GOOD), contract, Prepare(), ())
-    for plot in prepare_report.draw(found, counts.count(found.table, contract, None)):
+    for plot in prepare_report.draw(found, profile.count(found.table, contract, None)):
         assert "<script" not in plot.svg
 
 
@@ -552,10 +554,10 @@ def test_contracts_of_texts_have_no_choices_to_draw(table_contract: Contract) ->
     ):
         contract = changed(table_contract, input=spec, model=encoder)
         found = prepare(rows, contract, Prepare(), ())
-        plots = prepare_report.draw(found, counts.count(found.table, contract, None))
+        plots = prepare_report.draw(found, profile.count(found.table, contract, None))
         assert "no choices" in plots[-2].alt
         assert "no tokenizer.json" in plots[-1].alt
-        assert counts.made_up(contract)[0].startswith("⟨the text in")
+        assert profile.made_up(contract)[0].startswith("⟨the text in")
 
 
 # Tags and long texts --------------------------------------------------------------------------

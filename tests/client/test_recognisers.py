@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from presidio_analyzer.predefined_recognizers import CreditCardRecognizer, IbanRecognizer
 
-from silotune.client.check_digits import (
+from silotune.client.preparation.check_digits import (
     IBAN_LENGTHS,
     is_card,
     is_hong_kong_id,
@@ -22,8 +22,8 @@ from silotune.client.check_digits import (
     is_taiwan_id,
     passes_luhn,
 )
-from silotune.client.deidentify import Deidentifier, Deidentify
-from silotune.client.recognisers import plain
+from silotune.client.preparation.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.recognisers import plain
 from silotune.simulations.benchmarks.labelled_texts import (
     SLOTS,
     with_luhn,

@@ -13,8 +13,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
-from silotune.client.relay import RECORD, WIRE, relay_app
-from silotune.client.wire import ask
+from silotune.client.relay.client_app import RECORD, WIRE, relay_app
+from silotune.client.relay.transport import ask
 from silotune.common.errors import PeerError
 
 
@@ -54,9 +54,9 @@ def test_a_failure_leaves_as_an_empty_reply() -> None:
 def test_the_relay_loads_neither_torch_nor_the_record_code() -> None:
     code = """
     import sys
-    import silotune.client.relay
+    import silotune.client.relay.client_app
     bad = {"torch", "transformers", "peft", "opacus", "pandas", "silotune.common.data.records",
-           "silotune.client.worker", "silotune.common.models.factory"} & set(sys.modules)
+           "silotune.client.worker.worker", "silotune.common.models.factory"} & set(sys.modules)
     sys.exit(f"loaded: {sorted(bad)}" if bad else 0)
     """
     done = subprocess.run(
@@ -70,7 +70,7 @@ def test_the_socket_carries_bytes_and_is_the_owners_alone(tmp_path: Path) -> Non
     code = """
     import sys
     from pathlib import Path
-    from silotune.client.wire import listen, serve
+    from silotune.client.relay.transport import listen, serve
     serve(lambda wire: wire[::-1], listen(Path(sys.argv[1])), lambda: print("ready", flush=True))
     """
     process = subprocess.Popen(

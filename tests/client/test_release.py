@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client import release
-from silotune.client.entries import Charged
-from silotune.client.ledger import Ledger
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.worker import release
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import Metric
 from silotune.common.errors import (

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from silotune.client import policy as policies
-from silotune.client import preflight
-from silotune.client.options import on_site
-from silotune.client.site import Site
+from silotune.client.cli.options import on_site
+from silotune.client.operations import preflight
+from silotune.client.site import policy as policies
+from silotune.client.site.folder import Site
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
@@ -306,7 +306,7 @@ def test_remedies_of_check_say_what_to_do(site: Site, run: Run) -> None:
 
 def test_the_port_of_examples_is_the_one_that_the_server_opens() -> None:
     (port,) = (p.default for p in server_cli.init.params if p.name == "port")
-    for path in [ROOT / "client" / "site.toml.j2", ROOT / "client" / "cli.py"]:
+    for path in [ROOT / "client/site/site.toml.j2", ROOT / "client/cli/site.py"]:
         named = set(re.findall(r"server\.example\.org:(\d+)", path.read_text()))
         assert named == {str(port)}, path
 

@@ -1,8 +1,9 @@
 """The Poisson sample: each unit by itself, at each step anew, with the public rate.
 
-Amplification by sampling (client/accounting.py) is proved for this sample and no other: batches of
-a fixed size, or a permutation cut into batches, cost more than the accountant says. Each property
-has at least one mutation below that breaks the sample on purpose; the property must see it.
+Amplification by sampling (client/privacy/accountant.py) is proved for this sample and no other:
+batches of a fixed size, or a permutation cut into batches, cost more than the accountant says. Each
+property has at least one mutation below that breaks the sample on purpose; the property must see
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from silotune.client.noise import NoiseSource
+from silotune.client.training.noise import NoiseSource
 
 UNITS, RATE, STEPS = 200, 0.25, 4000
 # Every bound is this many standard errors wide: a right sample falls outside one in 1.7 million

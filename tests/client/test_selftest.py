@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from silotune.client import dp, selftest
-from silotune.client.dp import CryptoNoiseOptimizer
-from silotune.client.noise import NoiseSource
-from silotune.client.units import Group, Part
-from silotune.client.worker import Worker
+from silotune.client.training import dp_optimizer, selftest
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.privacy_units import Group, Part
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, RefusalError
@@ -85,7 +85,7 @@ def examples_that_mix(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
-    original = dp.private_gradient
+    original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, groups: Any, losses: Any, **how: Any) -> None:
         more = [

@@ -17,10 +17,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.gradients import by_expanding
-from silotune.client.noise import NoiseSource
-from silotune.client.units import GROUP, Group, Part, Units, of_entities, of_records
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.per_sample_gradients import by_expanding
+from silotune.client.training.privacy_units import (
+    GROUP,
+    Group,
+    Part,
+    Units,
+    of_entities,
+    of_records,
+)
 from silotune.common.contract.plan import Entity
 from silotune.common.data.records import Table
 from silotune.common.models.base import Block, blocks_of

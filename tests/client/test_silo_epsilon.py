@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
-from silotune.client import accounting
-from silotune.client import policy as policies
-from silotune.client.accounting import (
+from silotune.client.privacy import accountant as accounting
+from silotune.client.privacy.accountant import (
     Mechanism,
     epsilon,
     mechanism_of,
@@ -24,10 +23,11 @@ from silotune.client.accounting import (
     rounds_in,
     shares,
 )
-from silotune.client.budget import mechanism_of as charged
-from silotune.client.ledger import Ledger
-from silotune.client.policy import Policy, permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.budget import mechanism_of as charged
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site import policy as policies
+from silotune.client.site.policy import Policy, permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import Target
 from silotune.common.errors import ContractError, RefusalError
@@ -404,13 +404,13 @@ def test_a_worker_charges_and_uses_the_rounds_own_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     used: list[Mechanism] = []
-    original = vars(__import__("silotune.client.worker", fromlist=["x"]))["train_round"]
+    original = vars(__import__("silotune.client.worker.worker", fromlist=["x"]))["train_round"]
 
     def spy(contract: Any, phase: Any, mechanism: Mechanism, *more: Any) -> Any:
         used.append(mechanism)
         return original(contract, phase, mechanism, *more)
 
-    monkeypatch.setattr("silotune.client.worker.train_round", spy)
+    monkeypatch.setattr("silotune.client.worker.worker.train_round", spy)
     worker = make_worker(decaying, write_rows(tmp_path / "rows.csv", 60))
     spent = [ask(worker, number).epsilon for number in range(1, 10)]
     assert spent == sorted(spent)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.entries import Charged, Settled, verify_export
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import Permits
-from silotune.client.site_sets import SiteSets
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged, Settled, verify_export
+from silotune.client.privacy.site_sets import SiteSets
+from silotune.client.site.policy import Permits
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build

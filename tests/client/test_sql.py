@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from silotune.client import lineage
-from silotune.client.ledger import Ledger
-from silotune.client.policy import Data, Policy, parse, permitting
-from silotune.client.preflight import check
-from silotune.client.site import Site
-from silotune.client.worker import Worker
+from silotune.client.operations.preflight import check
+from silotune.client.privacy import record_ids
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Data, Policy, parse, permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records, sql_source
 from silotune.common.data import text_table as cells
@@ -223,7 +223,7 @@ def test_rows_are_those_of_a_csv_file(url: str, tmp_path: Path, table_contract: 
     assert [line for line, _ in found.rows] == [1, 2, 3]
     (tmp_path / "a.csv").write_text("smoker,outcome,age\nyes,1,71.0\n,0,\nno,1,2.05e1\n")
     csv = records.table(tmp_path / "a.csv")
-    prints = [lineage.of_table(table, (), bytes(32)).id for table in (found, csv)]
+    prints = [record_ids.of_table(table, (), bytes(32)).id for table in (found, csv)]
     assert prints[0] == prints[1]
     assert len(records.parse(found, table_contract)) == 3
 

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from silotune.client import metrics, supervisor
-from silotune.client.policy import Server
-from silotune.client.site import Site
+from silotune.client.operations import supervisor, telemetry
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Server
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
 from silotune.server import authority
@@ -28,8 +28,8 @@ SUPERVISOR = """
 import sys
 from pathlib import Path
 from silotune.client import supervisor
-from silotune.client.policy import Server
-from silotune.client.site import Site
+from silotune.client.site.policy import Server
+from silotune.client.site.folder import Site
 from silotune.common.runtime.journal import Journal
 folder, port, as_json = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "json"
 supervisor.BIN = folder / "bin"
@@ -42,7 +42,7 @@ sys.exit(supervisor.Supervisor(
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from silotune.client.metrics import FILE, Answered, Tally
+from silotune.client.operations.telemetry import FILE, Answered, Tally
 from silotune.common.runtime.journal import Journal
 said = sys.argv
 if said[2] == "admission":
@@ -182,7 +182,7 @@ def test_metrics_and_health_of_a_running_site(start: Callable[..., Started]) -> 
         assert 'silotune_site_run_epsilon{run="r"} 0.25' in text
         assert "silotune_site_relay_up 1.0" in text
         # What the worker's user puts in the file's place root does not read out.
-        file = started.folder / "state" / metrics.FILE
+        file = started.folder / "state" / telemetry.FILE
         file.unlink()
         file.symlink_to("/etc/passwd")
         reply = client.get(f"{url}/healthz")

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.client import selftest
-from silotune.client import train as training
-from silotune.client.accounting import Mechanism
-from silotune.client.dataset import Dataset
-from silotune.client.dp import CryptoNoiseOptimizer, private_gradient
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.site.policy import permitting
+from silotune.client.training import local_round as training
+from silotune.client.training import selftest
+from silotune.client.training.dataset import Dataset
+from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, RefusalError
@@ -539,7 +539,7 @@ def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArra
 
 
 def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
     rows = tiny.rows_of("tokens", 16)
     plain = tiny.contract_of("tokens", "bert")
     schedule = {"shape": "linear", "warm_up": 1, "last": 0.5}

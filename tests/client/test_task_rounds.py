@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
 from silotune.common.errors import RefusalError
 from silotune.common.models.base import Block, Network
 from silotune.common.models.factory import build

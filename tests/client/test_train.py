@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client import train
-from silotune.client.accounting import plan
-from silotune.client.noise import NoiseSource
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import plan
+from silotune.client.training import local_round
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Refusal, Train, Update
@@ -48,7 +48,7 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
 ) -> None:
     """The noises in units of what one record can move: 1/s^2 must be their 1/s_i^2 together."""
     found: list[float] = []
-    optimizer, total = train.CryptoNoiseOptimizer, train.noisy_total
+    optimizer, total = local_round.CryptoNoiseOptimizer, local_round.noisy_total
 
     def spy_optimizer(sgd: Any, *, noise_multiplier: float, **more: Any) -> Any:
         found.append(noise_multiplier)
@@ -58,8 +58,8 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
         found.append(noise_multiplier)
         return total(values, bound, noise_multiplier, source)
 
-    monkeypatch.setattr(train, "CryptoNoiseOptimizer", spy_optimizer)
-    monkeypatch.setattr(train, "noisy_total", spy_total)
+    monkeypatch.setattr(local_round, "CryptoNoiseOptimizer", spy_optimizer)
+    monkeypatch.setattr(local_round, "noisy_total", spy_total)
     worker = make_worker(measured, write_rows(tmp_path / "rows.csv", 50))
     ask(worker)
     assert len(found) == 1 + len(RELEASES)
@@ -82,7 +82,7 @@ def test_one_record_moves_a_total_by_at_most_the_bound(
     values = torch.tensor([0.5, 1.5, 9.0])
 
     def total(*parts: torch.Tensor) -> float:
-        return train.noisy_total(iter(parts), 2.0, 3.0, source)
+        return local_round.noisy_total(iter(parts), 2.0, 3.0, source)
 
     assert total(values) == pytest.approx(4.0, abs=0.01)  # the noise's grain
     assert total() == 0.0
@@ -94,13 +94,13 @@ def test_a_total_lies_on_the_grain_whatever_the_values() -> None:
     source = NoiseSource(site="x", insecure_seed=1)
     for values in ([], [torch.rand(100, dtype=torch.float64)], [torch.full((3,), 1 / 3)]):
         for _ in range(50):
-            total = train.noisy_total(iter(values), 2.0, 3.0, source)
+            total = local_round.noisy_total(iter(values), 2.0, 3.0, source)
             assert (total * 2**8).is_integer()
 
 
 def test_a_totals_noise_has_the_stated_size() -> None:
     source = NoiseSource(site="x", insecure_seed=1)
-    drawn = [train.noisy_total(iter(()), 2.0, 3.0, source) for _ in range(4000)]
+    drawn = [local_round.noisy_total(iter(()), 2.0, 3.0, source) for _ in range(4000)]
     # The standard deviation of 4,000 draws is known to 1.1%.
     assert np.std(drawn) == pytest.approx(6.0, rel=0.05)
     assert abs(np.mean(drawn)) < 0.4
@@ -140,11 +140,13 @@ def test_a_metric_that_was_not_agreed_does_not_leave(
 ) -> None:
     path = write_rows(tmp_path / "rows.csv", 40)
     extra: dict[str, float] = {"loss": 0.5}
-    original = train.train_round
+    original = local_round.train_round
     for contract in (table_contract, measured):
         worker = make_worker(contract, path)
         with monkeypatch.context() as patch:
-            patch.setattr("silotune.client.worker.train_round", lambda *a: (original(*a)[0], extra))
+            patch.setattr(
+                "silotune.client.worker.worker.train_round", lambda *a: (original(*a)[0], extra)
+            )
             header = Train(contract=contract.hash, run="r", round=1)
             wire = worker.handle(messages.pack(Message(header, worker.model.initial_arrays())))
         found = messages.unpack(wire).header

@@ -18,19 +18,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.client import dataset, dp, preflight, selftest, train, units
-from silotune.client import policy as policies
-from silotune.client.accounting import Mechanism
-from silotune.client.budget import Limit
-from silotune.client.entries import FIRST, Adopted, chained
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import Budgets, Policy, permitting
-from silotune.client.site import Site
-from silotune.client.train import train_round
-from silotune.client.units import Group, Part, Units
-from silotune.client.worker import Worker
+from silotune.client.operations import preflight
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.privacy.budget import Limit
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import FIRST, Adopted, chained
+from silotune.client.site import policy as policies
+from silotune.client.site.folder import Site
+from silotune.client.site.policy import Budgets, Policy, permitting
+from silotune.client.training import (
+    dataset,
+    dp_optimizer,
+    local_round,
+    privacy_units,
+    selftest,
+)
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
+from silotune.client.training.privacy_units import Group, Part, Units
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import Entity
@@ -147,7 +154,7 @@ def released(
     make_worker: Callable[..., Worker],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Released:
-    monkeypatch.setattr(dp, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     return Released(table_contract, tmp_path / "rows.csv", make_worker)
 
 
@@ -288,17 +295,17 @@ Patch = pytest.MonkeyPatch
 
 
 def each_record_clipped_by_itself(patch: Patch) -> None:
-    original = dp.private_gradient
+    original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, groups: list[Group], losses: Any, **more: Any) -> None:
         alone = [Group(p.n, [Part(p.rows, p.n)]) for group in groups for p in group.parts]
         original(linears, optimizer, alone, losses, **more)
 
-    patch.setattr(train, "private_gradient", broken)
+    patch.setattr(local_round, "private_gradient", broken)
 
 
 def an_entity_split_over_two_groups(patch: Patch) -> None:
-    original = dp.private_gradient
+    original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, groups: list[Group], losses: Any, **more: Any) -> None:
         split = []
@@ -313,7 +320,7 @@ def an_entity_split_over_two_groups(patch: Patch) -> None:
                     )
         original(linears, optimizer, [g for g in split if g.parts[0].n], losses, **more)
 
-    patch.setattr(train, "private_gradient", broken)
+    patch.setattr(local_round, "private_gradient", broken)
 
 
 def records_added_up_in_the_metrics(patch: Patch) -> None:
@@ -321,30 +328,30 @@ def records_added_up_in_the_metrics(patch: Patch) -> None:
         for _, parts in groups:
             yield from map(of_rows, parts)
 
-    patch.setattr(train, "_of_units", broken)
+    patch.setattr(local_round, "_of_units", broken)
 
 
 def no_cap(patch: Patch) -> None:
-    original = units.of_entities
+    original = privacy_units.of_entities
     patch.setattr(
-        units,
+        privacy_units,
         "of_entities",
         lambda table_, entity: original(table_, entity.model_copy(update={"cap": 10**6})),
     )
 
 
 def the_last_rows_for_the_first(patch: Patch) -> None:
-    original = units.of_entities
+    original = privacy_units.of_entities
     patch.setattr(
-        units,
+        privacy_units,
         "of_entities",
         lambda table_, entity: original(table_, entity.model_copy(update={"keep": "last"})),
     )
 
 
 def sums_for_means(patch: Patch) -> None:
-    original = units.of_entities
-    patch.setattr(units, "of_entities", lambda *a: replace(original(*a), mean=False))
+    original = privacy_units.of_entities
+    patch.setattr(privacy_units, "of_entities", lambda *a: replace(original(*a), mean=False))
 
 
 def records_sampled(patch: Patch) -> None:
@@ -407,23 +414,27 @@ def entity(**changes: Any) -> Entity:
 
 def test_the_ways_of_writing_a_key_are_one_entity() -> None:
     keys = [" P-1", "p-1", "P-1 ", "p-2", "\uff30-1", "P-\u200b1", "4", "4.0", " 4e0 ", "P- 1"]
-    found = units.of_entities(table([(key, 30, "yes", 1) for key in keys]), entity())
+    found = privacy_units.of_entities(table([(key, 30, "yes", 1) for key in keys]), entity())
     assert grouped(found) == [[0, 1, 2, 4, 5], [3], [6, 7, 8], [9]]
     assert len(found) == 4
 
 
 def test_the_columns_name_is_found_in_any_writing() -> None:
-    found = units.of_entities(table(ROWS, " PATIENT,age,smoker,outcome"), entity())
-    assert grouped(found) == grouped(units.of_entities(table(ROWS), entity()))
+    found = privacy_units.of_entities(table(ROWS, " PATIENT,age,smoker,outcome"), entity())
+    assert grouped(found) == grouped(privacy_units.of_entities(table(ROWS), entity()))
 
 
 def test_several_key_columns_are_one_key() -> None:
     rows = [("1", "2"), ("12", ""), ("1", "2 "), ("2", "1"), ("1", "3")]
     full = [row for row in rows if all(row)]
     both = entity(key=["clinic", "number"])
-    assert grouped(units.of_entities(table(full, "clinic,number"), both)) == [[0, 1], [2], [3]]
+    assert grouped(privacy_units.of_entities(table(full, "clinic,number"), both)) == [
+        [0, 1],
+        [2],
+        [3],
+    ]
     with pytest.raises(DataError, match="row 3"):
-        units.of_entities(table(rows, "clinic,number"), both)
+        privacy_units.of_entities(table(rows, "clinic,number"), both)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +446,7 @@ def test_several_key_columns_are_one_key() -> None:
 )
 def test_the_cap_keeps_the_first_or_the_last(keep: str, expected: list[list[int]]) -> None:
     rows = [(p, 30, "yes", 1) for p in "abcacac"]
-    assert grouped(units.of_entities(table(rows), entity(cap=2, keep=keep))) == expected
+    assert grouped(privacy_units.of_entities(table(rows), entity(cap=2, keep=keep))) == expected
 
 
 def test_an_entitys_rows_do_not_depend_on_anybody_elses() -> None:
@@ -449,11 +460,11 @@ def test_an_entitys_rows_do_not_depend_on_anybody_elses() -> None:
             rest, rows = iter(rng.permutation(len(others)).tolist()), []
             for k in range(30):
                 rows.append(mine[places.index(k)] if k in places else others[next(rest)])
-            found = grouped(units.of_entities(table(rows), entity(cap=3, keep=keep)))
+            found = grouped(privacy_units.of_entities(table(rows), entity(cap=3, keep=keep)))
             (hers,) = [g for g in found if rows[g[0]][0] == "p"]
             assert [rows[k][1] for k in hers] == kept
             assert all(len({rows[k][0] for k in g}) == 1 for g in found)
-        alone = units.of_entities(table(mine), entity(cap=3, keep=keep))
+        alone = privacy_units.of_entities(table(mine), entity(cap=3, keep=keep))
         assert [mine[k][1] for k in grouped(alone)[0]] == kept
 
 
@@ -487,15 +498,15 @@ def test_an_empty_key_is_refused_by_row_number(
 
 def test_of_many_empty_keys_some_are_shown() -> None:
     with pytest.raises(DataError, match=r"rows 2, 3, .*, 11 and 15 more\. ") as error:
-        units.of_entities(table([("", 30, "yes", 1)] * 25), entity())
+        privacy_units.of_entities(table([("", 30, "yes", 1)] * 25), entity())
     assert "12" not in str(error.value)
     with pytest.raises(DataError, match="row 2\\. "):
-        units.of_entities(table([("", 30, "yes", 1)]), entity())
+        privacy_units.of_entities(table([("", 30, "yes", 1)]), entity())
 
 
 def test_a_key_column_that_is_not_there_is_refused() -> None:
     with pytest.raises(DataError, match=r"Key column 'patient_id' is not in rows\.csv") as error:
-        units.of_entities(table(ROWS), entity(key=["patient_id"]))
+        privacy_units.of_entities(table(ROWS), entity(key=["patient_id"]))
     assert error.value.code == "E302"
 
 
@@ -515,7 +526,7 @@ def test_a_group_holds_whole_units_and_no_unit_twice() -> None:
     seen: list[int] = []
     total = 0
     for group in found.groups(drawn, blocks_of):
-        assert 1 <= group.units <= units.GROUP
+        assert 1 <= group.units <= privacy_units.GROUP
         gathered: dict[int, float] = {}
         for rows, n, owners, scale in group.parts:
             assert owners is not None
@@ -561,7 +572,7 @@ def test_rows_of_different_lengths_make_one_gradient(
     lora_contract: Contract, encoder_folder: Path, monkeypatch: Patch, combine: str
 ) -> None:
     """Two buckets and blocks of two rows; by hand each record's gradient is autograd's alone."""
-    monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
     clip, label = 0.1, {"label_column": "outcome"}
     contract = Contract.model_validate(
         lora_contract.model_dump(mode="json")
@@ -972,7 +983,7 @@ def test_the_self_test_sees_an_entity_that_is_not_clipped_as_a_whole(
     selftest.check(contract, model)
     selftest._passed.clear()
     an_entity_split_over_two_groups(monkeypatch)
-    monkeypatch.setattr(selftest, "private_gradient", vars(train)["private_gradient"])
+    monkeypatch.setattr(selftest, "private_gradient", vars(local_round)["private_gradient"])
     with pytest.raises(RefusalError, match="self-test") as refusal:
         selftest.check(contract, model)
     assert refusal.value.code == "E208"

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client import worker as workers
-from silotune.client.accounting import Mechanism, epsilon, epsilon_at
-from silotune.client.budget import mechanism_of
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import Mechanism, epsilon, epsilon_at
+from silotune.client.privacy.budget import mechanism_of
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker import worker as workers
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import CODES, DataError, RefusalError
 from silotune.common.protocol import messages
@@ -194,7 +194,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     make_worker: MakeWorker,
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
-    monkeypatch.setattr("silotune.client.dp.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
     )
@@ -204,7 +204,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     twice.write_text("\n".join([header, *rows, *rows]) + "\n")
     workers = [make_worker(contract, path, "north") for path in (once, twice)]
     monkeypatch.setattr(
-        "silotune.client.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
+        "silotune.client.training.noise.NoiseSource.normal", lambda self, shape: np.zeros(shape)
     )
     small, big = (ask(worker).arrays["head.weight"] for worker in workers)
     np.testing.assert_allclose(big, 2 * small, rtol=1e-5)

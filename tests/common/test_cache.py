@@ -18,10 +18,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from silotune.client import dataset, dp
-from silotune.client.accounting import Mechanism
-from silotune.client.noise import NoiseSource
-from silotune.client.train import train_round
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.training import dataset, dp_optimizer
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.data.records import table
@@ -239,7 +239,7 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch,
     bf16: str,
 ) -> None:
-    monkeypatch.setattr(dp, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     folder = tmp_path / "cache"
     folder.mkdir()
     rows = table(write_rows(tmp_path / "rows.csv", 24))

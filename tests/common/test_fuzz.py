@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.policy import Policy, permitting
+from silotune.client.site.policy import Policy, permitting
 from silotune.common.config import types
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract

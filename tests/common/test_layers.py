@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from silotune.client.gradients import expanded
+from silotune.client.training.per_sample_gradients import expanded
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.model_files import model_folder

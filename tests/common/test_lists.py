@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from silotune.client import policy as policies
-from silotune.client.policy import Policy
+from silotune.client.site import policy as policies
+from silotune.client.site.policy import Policy
 from silotune.common.config import types as fields
 from silotune.common.contract import contract
 from silotune.common.contract.compute import Performance

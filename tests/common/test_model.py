@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from silotune.client.gradients import by_expanding
+from silotune.client.training.per_sample_gradients import by_expanding
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError
 from silotune.common.models.base import Encoded

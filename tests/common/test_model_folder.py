@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from silotune.client import selftest
+from silotune.client.training import selftest
 from silotune.common.cli.model import model as model_command
 from silotune.common.errors import DataError
 from silotune.common.model_files import model_folder

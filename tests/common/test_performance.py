@@ -12,14 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from silotune.client import dataset, dp
-from silotune.client import policy as policies
-from silotune.client.accounting import Mechanism
-from silotune.client.ledger import Ledger
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import permitting
-from silotune.client.train import train_round
-from silotune.client.worker import Worker
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site import policy as policies
+from silotune.client.site.policy import permitting
+from silotune.client.training import dataset, dp_optimizer
+from silotune.client.training.local_round import train_round
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.data.records import Table, table
@@ -213,7 +213,8 @@ TOLERANCES: list[tuple[dict[str, Any], float]] = [
     (EXACT | {"checkpointing": True, "micro_batch": 5}, 1e-4),
     ({"gradients": "hooks"}, 1e-4),
     ({"gradients": "hooks", "micro_batch": 5}, 1e-4),
-    # It clips to 0.1% less than the clip norm (client/dp.py, GHOST_SLACK); the whole is 2 to 7.
+    # It clips to 0.1% less than the clip norm (client/training/dp_optimizer.py, GHOST_SLACK); the
+    # whole is 2 to 7.
     ({"gradients": "ghost"}, 1e-2),
     ({"bf16": "on"}, 0.05),
     ({"bf16": "on", "checkpointing": True}, 0.05),
@@ -253,7 +254,7 @@ def update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Arrays]:
     """For each phase the noiseless sum of clipped gradients over the clip norm."""
-    monkeypatch.setattr(dp, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     model = build(contract, folder, Performance.model_validate(settings))
     data = dataset.load(rows, contract, model)
     found: dict[str, Arrays] = {}

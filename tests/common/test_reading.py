@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from openpyxl.worksheet.worksheet import Worksheet
 from pyarrow import parquet
 
-from silotune.client.policy import Data
+from silotune.client.site.policy import Data
 from silotune.common.config.types import parse as parse_toml
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.data import file_source, records

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.entries import verify_export
-from silotune.client.policy import adopt, sign, signature_file
+from silotune.client.privacy.ledger_entries import verify_export
+from silotune.client.site.policy import adopt, sign, signature_file
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
@@ -136,9 +136,9 @@ def test_a_join_request_with_a_key_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Contract) -> None:
-    from silotune.client.keys import Keys
-    from silotune.client.ledger import Ledger
-    from silotune.client.policy import load
+    from silotune.client.privacy.keys import Keys
+    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.site.policy import load
 
     folder = tmp_path / "keys"
     Keys.create(folder)
@@ -160,8 +160,8 @@ def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Co
 
 
 def test_an_export_with_a_key_twice_is_refused(tmp_path: Path) -> None:
-    from silotune.client.keys import Keys
-    from silotune.client.ledger import Ledger
+    from silotune.client.privacy.keys import Keys
+    from silotune.client.privacy.ledger import Ledger
 
     folder = tmp_path / "keys"
     Keys.create(folder)
@@ -177,17 +177,17 @@ def test_an_export_with_a_key_twice_is_refused(tmp_path: Path) -> None:
 
 def test_an_exports_entry_with_a_key_twice_is_refused() -> None:
     """Also where the site itself wrote and signed it: two auditors must not read two numbers."""
-    from silotune.client import entries
-    from silotune.client.keys import Keys
-    from silotune.client.ledger import Ledger
+    from silotune.client.privacy import ledger_entries
+    from silotune.client.privacy.keys import Keys
+    from silotune.client.privacy.ledger import Ledger
     from silotune.common.protocol.messages import Receipt
 
     keys = Keys.in_memory()
     ledger = Ledger.in_memory("north", keys)
     first, entry, _ = (json.loads(line) for line in ledger.export())
     body = entry["body"].replace("{", '{"site": "south", ', 1)
-    assert entries._READ.validate_json(body, strict=True) == ledger.entries[0]
-    head = entries.digest(body, bytes.fromhex(entry["mac"]))
+    assert ledger_entries._READ.validate_json(body, strict=True) == ledger.entries[0]
+    head = ledger_entries.digest(body, bytes.fromhex(entry["mac"]))
     signature = keys.signing.sign(Receipt.statement("north", 1, head)).hex()
     receipt = Receipt(sequence=1, head=head, signature=signature)
     forged = [json.dumps(first), json.dumps(entry | {"body": body}), receipt.model_dump_json()]

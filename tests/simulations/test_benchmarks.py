@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client import accounting
+from silotune.client.privacy import accountant
 from silotune.common.contract.contract import Contract
 from silotune.simulations.benchmarks import differences
 
@@ -54,7 +54,7 @@ def test_the_difference_of_two_sums_has_the_noise_of_both(
     }
     (start, begun) = differences.adapters(sites, contract, 2)
     assert any(np.any(begun[name] != start[name]) for name in start)
-    mechanism = accounting.mechanism_of(contract, sites["north"].worker.plan, 1)
+    mechanism = accountant.mechanism_of(contract, sites["north"].worker.plan, 1)
     noise = mechanism.noise_multiplier * 1.0 * 0.5 / 50 / 3
     for name, row in differences.measure(sites, 1, start, 100).items():
         assert row["entries"] == 14

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.models.factory import build
 from silotune.server.registry import Registry
 from silotune.server.replies import carry_out

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from silotune.client.accounting import epsilon, plan
-from silotune.client.masking import check_bound
+from silotune.client.privacy.accountant import epsilon, plan
+from silotune.client.worker.secagg import check_bound
 from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.inputs import TableInput

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.site import Site as SiteFolder
-from silotune.client.worker import Worker
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.folder import Site as SiteFolder
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build

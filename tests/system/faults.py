@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
-from silotune.client import wire
+from silotune.client.relay import transport
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import MAX_WIRE, Message, Refusal
@@ -312,12 +312,12 @@ def replayed(d: Deployment) -> str:
     site = first(d)
     asked = (site.faults / "last").read_bytes()
     charges = len(site.ledger().charges)
-    answers = {wire.ask(site.socket, asked, 60) for _ in range(20)}
+    answers = {transport.ask(site.socket, asked, 60) for _ in range(20)}
     assert len(answers) == 1, "a repeated request got another reply"
     message = messages.unpack(asked)
     other = {n: a + np.float32(1) for n, a in message.arrays.items()}
     changed = messages.unpack(
-        wire.ask(site.socket, messages.pack(Message(message.header, other)), 60)
+        transport.ask(site.socket, messages.pack(Message(message.header, other)), 60)
     ).header
     assert isinstance(changed, Refusal)
     assert changed.code == "E202", changed
@@ -771,7 +771,7 @@ def poisoned(d: Deployment) -> str:
     d.use()
     site, mark = first(d), d.folder / "made-by-a-pickle"
     for what, data in poisons(mark).items():
-        reply = messages.unpack(wire.ask(site.socket, data, 60)).header
+        reply = messages.unpack(transport.ask(site.socket, data, 60)).header
         assert isinstance(reply, Refusal), what
         assert reply.code == "E501", (what, reply)
     d.use(quorum=1, deadline_seconds=20.0)

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from silotune.client import worker as workers
-from silotune.client.entries import Released
-from silotune.client.ledger import Ledger
-from silotune.client.worker import Worker
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Released
+from silotune.client.worker import worker as workers
+from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import main
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Train

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from silotune.client import admission
-from silotune.client.policy import Server
+from silotune.client.operations import node_admission
+from silotune.client.site.policy import Server
 from silotune.common.errors import PeerError
 
 
@@ -29,9 +29,9 @@ def test_a_server_says_whether_it_knows_a_node_key_and_the_relay_still_gets_in(
     server = Server(address=federation.address, ca=federation.ca)
     federation.register(ours.with_suffix(".key.pub"), "north")
     for _ in range(2):
-        assert admission.check(server, ours) == f"admitted by {federation.address}"
+        assert node_admission.check(server, ours) == f"admitted by {federation.address}"
         with pytest.raises(PeerError) as error:
-            admission.check(server, other)
+            node_admission.check(server, other)
         assert error.value.code == "E405"
     federation.start(
         federation.bin / "flower-supernode",
@@ -50,4 +50,4 @@ def test_a_server_says_whether_it_knows_a_node_key_and_the_relay_still_gets_in(
         return "SuperNode ID" in (federation.folder / "north.log").read_text()
 
     federation.wait_for(connected, 120, "that the relay gets in", "north.log")
-    assert admission.check(server, ours)  # and while it is connected
+    assert node_admission.check(server, ours)  # and while it is connected

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.client.entries import Charged, Released
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged, Released
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
@@ -251,7 +251,7 @@ def deployed(
         found = Deployment(federation, contract, write_rows(tmp_path / "rows.csv", 120))
         made.append(found)
         try:
-            found.run(sys.executable, "-c", "import silotune.client.relay", user=RELAY)
+            found.run(sys.executable, "-c", "import silotune.client.relay.client_app", user=RELAY)
         except AssertionError as error:
             pytest.skip(f"no other user can be let in to the packages: {error}")
         if superlink:

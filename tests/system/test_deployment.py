@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.server.fab import write_app

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.site.policy import permitting
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Refusal, Train, Update

@@ -21,15 +21,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from silotune.client import accounting
-from silotune.client import ledger as ledgers
-from silotune.client import worker as workers
-from silotune.client.entries import Charged, Released
-from silotune.client.keys import Keys
-from silotune.client.ledger import Ledger
-from silotune.client.noise import NoiseSource
-from silotune.client.policy import permitting
-from silotune.client.worker import Worker
+from silotune.client.privacy import accountant
+from silotune.client.privacy import ledger as ledgers
+from silotune.client.privacy.keys import Keys
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged, Released
+from silotune.client.site.policy import permitting
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker import worker as workers
+from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract, load
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Train
@@ -190,7 +190,7 @@ def trains_first() -> None:
         if (self.contract.hash, asked.run, asked.round, asked.attempt) in self.ledger.charges:
             return original(self, message)
         train_round, phase = workers.train_round, self.contract.phase_of(asked.round)
-        mechanism = accounting.mechanism_of(self.contract, self.plan, asked.round)
+        mechanism = accountant.mechanism_of(self.contract, self.plan, asked.round)
         found = train_round(
             self.contract,
             phase,

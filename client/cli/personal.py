@@ -1,0 +1,75 @@
+"""`silotune site own`: a site's own model, of the released adapter and what stayed at the site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from silotune.client.cli.options import CONFIG, JSON
+from silotune.common.cli.main import emit
+from silotune.common.contract import contract as contracts
+from silotune.common.errors import UsageError
+from silotune.common.protocol.tensors import load
+from silotune.common.runtime.terminal import echo
+
+
+@click.command()
+@click.argument("released", type=click.Path(path_type=Path))
+@click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
+@CONFIG
+@click.option(
+    "--out",
+    default=Path("own"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="A new folder.",
+)
+@JSON
+def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:
+    """Put what a run left at this site (`personal` in the contract, or method fedsa) into the
+    adapter that it released. RELEASED is the operator's folder: contract.json,
+    adapter.safetensors. What it writes is used like any run's folder (silotune adapter).
+
+    It is as private as what left the site: trained with the same noise, and paid for; under a
+    contract without DP as trained.
+
+    \b
+    $ silotune site own released --out own
+    ✓ own  hospital-a's own model of heart-diagnosis-20261122-1015: 2 of 10 tensors
+    """
+    from safetensors.numpy import save
+
+    from silotune.client.site.folder import Site
+    from silotune.client.training.local_state import Own
+    from silotune.common.runtime.atomic_files import write_durably
+
+    contract = contracts.load(released / "contract.json")
+    policy, ledger, _ = Site.at(config).open()
+    charges = [c for c in ledger.charges.values() if c.contract == contract.hash]
+    left = {
+        c.run: None
+        for c in charges
+        if (entry := ledger.releases.get(c.sequence)) is not None and entry.own
+    }
+    if name is None and len(left) == 1:
+        (name,) = left
+    if name not in left:
+        known = ", ".join(left) or "none: the contract leaves nothing, or the site had no part"
+        raise UsageError(f"Name the run with --run; runs that left something here: {known}.")
+    found = Own.read(ledger.own(c for c in charges if c.run == name))
+    arrays = load(released / "adapter.safetensors")
+    own_names = sorted(set(found.tensors) & set(arrays))
+    if out.exists():
+        raise UsageError(f"{out} exists. Name a new folder with --out.")
+    out.mkdir(mode=0o700, parents=True)
+    write_durably(out / "contract.json", (released / "contract.json").read_bytes())
+    write_durably(out / "adapter.safetensors", save(found.model(arrays)))
+    facts = {"run": name, "site": policy.name, "own": own_names, "tensors": len(arrays)}
+    if contract.privacy.mode == "none":
+        echo("! The contract trains without DP: this model can give records away.", err=True)
+    emit(
+        facts,
+        as_json,
+        f"✓ {out}  {policy.name}'s own model of {name}: {len(own_names)} of {len(arrays)} tensors",
+    )

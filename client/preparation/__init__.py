@@ -1,0 +1,1 @@
+"""Records made ready for a contract: checks, cleaning, de-identification, report."""

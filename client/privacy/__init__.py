@@ -1,0 +1,1 @@
+"""What a site's records have spent: keys, fingerprints, accountant, ledger, budget."""

@@ -1,0 +1,203 @@
+"""What a set of records has spent, and whether one more step fits: the ledger's arithmetic.
+
+Unit: a record, or an entity with all its records; adjacency: add or remove one. For a unit r let
+H(r) be the charges of the ledger whose lineage holds r, or a record that is the same one
+(client/privacy/record_ids.py, client/privacy/record_identity.py), in order. Each is a
+sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
+all records are accounted is named in the ledger's first charge, before anything was released.
+`check` passes a charge only if for every unit of the data set the Rényi sum of H(r) and the charge,
+converted at a, is within the limit. So all replies ever made of r together are (epsilon, delta)-DP
+for r, also when servers choose each request after seeing every reply (Rényi filter and individual
+accounting: Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3).
+
+A charge made for another unit, or for entities by another key, bounds nothing for this one (a
+person may have any number of records; a record less changes what its person adds by up to twice the
+clip norm): it counts as infinite, so records are used with one unit, for ever.
+
+What this does not cover: the yes or no itself. It is a function of public requests and of which
+records were used before; an owner who brings data that overlaps with older data lets a server
+see that much less is left. The owner learns it first: `silotune site check`, and a worker does
+not start on a contract whose whole plan does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.client.privacy import accountant, record_identity
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged, Prepared
+from silotune.client.privacy.record_identity import Links
+from silotune.client.privacy.record_ids import Lineage
+from silotune.common.contract.plan import Unit, epsilon_text
+from silotune.common.errors import RefusalError
+
+UNBOUNDED = Mechanism(0.0, 1.0, 1)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that all charges together may cost a unit, for ever."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass
+class Past:
+    """The charges that a group of records has in common: H(r), and its order unless it is empty."""
+
+    order: float | None = None
+    history: list[Mechanism] = field(default_factory=list)
+
+    def epsilon(self, delta: float, more: Sequence[Mechanism] = (), order: float = 2.0) -> float:
+        """Epsilon of the past and `more`; `order` counts only where there is no past."""
+        return accountant.epsilon_at(self.order or order, [*self.history, *more], delta)
+
+
+class Budget:
+    """The pasts of one file's records. Reads the ledger anew each time; keeps what overlaps."""
+
+    def __init__(self, ledger: Ledger, lineage: Lineage, unit: Unit) -> None:
+        self.ledger, self.lineage, self.unit = ledger, lineage, unit
+        self._known: tuple[int, list[str]] = (0, [])
+        self._groups: list[frozenset[str]] = [frozenset()]
+
+    def pasts(self) -> list[Past]:
+        """One for each group of records with equal charges; an empty one for records without."""
+        charges = list(self.ledger.charges.values())
+        known = len(self.ledger.preparations), list(self.ledger.lineages())
+        if known != self._known:
+            self._known, self._groups = known, self._grouped()
+        pasts = [Past() for _ in self._groups]
+        for charge in charges:
+            for group, past in zip(self._groups, pasts, strict=True):
+                if charge.lineage in group:
+                    past.order = past.order or charge.order
+                    past.history.append(
+                        mechanism_of(charge) if self._same_unit(charge) else UNBOUNDED
+                    )
+        return pasts
+
+    def _same_unit(self, charge: Charged) -> bool:
+        return charge.unit == self.unit and (
+            self.unit == "record" or charge.basis == self.lineage.basis
+        )
+
+    def _grouped(self) -> list[frozenset[str]]:
+        """The sets of charged lineages that some record here is in."""
+        if not len(self.lineage.fingerprints):
+            return [frozenset()]
+        groups = [frozenset[str]()]
+        number = np.zeros(len(self.lineage.fingerprints), dtype=np.int64)  # of each record's group
+        for name, overlap in overlaps(self.ledger, self.lineage).items():
+            found, number = np.unique(2 * number + overlap, return_inverse=True)
+            groups = [groups[n // 2] | ({name} if n % 2 else frozenset()) for n in found]
+        return groups
+
+    def spent(self, delta: float) -> float:
+        """Epsilon of the record that has spent most, at its own order."""
+        return max(past.epsilon(delta) for past in self.pasts())
+
+    def room(self, limit: Limit) -> float:
+        """About the epsilon of the largest further plan that fits: more than limit - spent, as
+        epsilons add up to more than they compose to."""
+        return min(
+            accountant.room(past.order, past.history, limit.epsilon, limit.delta)
+            if past.order
+            else limit.epsilon
+            for past in self.pasts()
+        )
+
+    def tight(self, delta: float) -> float:
+        """The same by PRV composition, for reports."""
+        return max(accountant.tight_epsilon(past.history, delta) for past in self.pasts())
+
+    def together(self, more: Sequence[Mechanism], order: float, delta: float) -> float:
+        """Epsilon after `more`, of the record that will have spent most."""
+        return max(past.epsilon(delta, more, order) for past in self.pasts())
+
+    def check(self, more: Sequence[Mechanism], order: float, limit: Limit, what: str) -> None:
+        """RefusalError E210 unless `more` fits; `what` names it in the sentence."""
+        after = self.together(more, order, limit.delta)
+        if not after <= limit.epsilon * (1 + 1e-9):
+            others = [c for c in self.ledger.charges.values() if not self._same_unit(c)]
+            if others and UNBOUNDED in (m for past in self.pasts() for m in past.history):
+                unit = others[0].unit
+                by = f"the unit '{unit}'" if unit != self.unit else "entities of another key"
+                raise RefusalError(
+                    f"These records were charged by {by} before; what that cost a unit "
+                    f"'{self.unit}' of this plan has no bound. Keep to one unit and one key.",
+                    code="E210",
+                )
+            raise RefusalError(
+                f"{what} exceeds the lifetime budget of these records: spent before "
+                f"{epsilon_text(self.spent(limit.delta))} · together {epsilon_text(after)} "
+                f"(RDP, δ = {limit.delta:g}) · limit {epsilon_text(limit.epsilon)}.",
+                code="E210",
+            )
+
+    def longest_that_fits(
+        self, plan: Sequence[Mechanism], order: float, limit: Limit
+    ) -> list[Mechanism]:
+        """The longest beginning of `plan`, in steps, that fits; may be empty."""
+        kept: list[Mechanism] = []
+        for mechanism in plan:
+            low, high = 0, mechanism.steps
+            while low < high:
+                middle = (low + high + 1) // 2
+                trial = [*kept, mechanism._replace(steps=middle)]
+                fits = self.together(trial, order, limit.delta) <= limit.epsilon * (1 + 1e-9)
+                low, high = (middle, high) if fits else (low, middle - 1)
+            if low:
+                kept.append(mechanism._replace(steps=low))
+            if low < mechanism.steps:
+                break
+        return kept
+
+
+def overlaps(
+    ledger: Ledger, records: Lineage, more: Mapping[str, Links] | None = None
+) -> dict[str, NDArray[np.bool_]]:
+    """For each set of records that was ever charged, by its lineage's name, which of `records` it
+    holds [R]. All of them where the bases differ, and where a preparation that has no links for
+    the basis of `records` changed one of their columns, or had other columns where `records`
+    are known by all of theirs: they may have been renamed since. more: links by basis that the
+    ledger does not have yet.
+    """
+    charged = {name: ledger.lineage(entry) for name, entry in ledger.lineages().items()}
+    everything = np.ones(len(records.fingerprints), dtype=bool)
+    if any(_untraceable(records, entry) for entry in ledger.preparations):
+        return dict.fromkeys(charged, everything)
+    alike = {name: other for name, other in charged.items() if other.basis == records.basis}
+    links = ledger.links(records.basis)
+    if more and records.basis in more:
+        links.append(more[records.basis])
+    own, *others = record_identity.components([records, *alike.values()], links)
+    found = dict(zip(alike, (np.isin(own, other) for other in others), strict=True))
+    return {name: found.get(name, everything) for name in charged}
+
+
+def _untraceable(records: Lineage, entry: Prepared) -> bool:
+    if not entry.changed or records.basis in entry.bases:
+        return False
+    if records.keyed:
+        return bool(records.names & set(entry.changed))
+    unchanged = set(entry.columns) - set(entry.changed)
+    return not records.names or not records.names <= unchanged
+
+
+def mechanism_of(charge: Charged) -> Mechanism:
+    return Mechanism(charge.noise_multiplier, charge.sampling_rate, charge.steps)
+
+
+def order_of(plan: Sequence[Mechanism], limit: Limit) -> float:
+    """The order for a ledger without charges: the one by which this plan fits most often."""
+    if any(m.noise_multiplier <= 0 for m in plan):
+        return 4.0
+    return accountant.filling_order(plan, limit.epsilon, limit.delta)

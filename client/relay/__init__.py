@@ -1,0 +1,1 @@
+"""The relay: a Flower ClientApp that passes bytes to the worker. Never imports torch."""

@@ -1,0 +1,1 @@
+"""A site's folder and the policy that its owner signs."""

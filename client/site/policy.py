@@ -1,0 +1,538 @@
+"""The site's policy: what the owner of the records permits. It can only narrow a contract.
+
+A site runs on one TOML file that its owner signs: an edited file, or an older one put back, is
+refused until the owner signs it (serial numbers only rise; the ledger records each policy adopted).
+Nothing that arrives from a server changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from silotune.client.cli.options import on_site
+from silotune.client.preparation.deidentify import Deidentify
+from silotune.client.privacy import keys, record_ids
+from silotune.client.privacy.budget import Limit
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Adopted, UnitLimit
+from silotune.client.privacy.record_ids import Lineage
+from silotune.common.cli.main import command
+from silotune.common.config import types
+from silotune.common.config.types import (
+    Count,
+    Delta,
+    Distinct,
+    Epsilon,
+    Flag,
+    Frozen,
+    Name,
+    Positive,
+    Sha256,
+)
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Metric, Target, Unit
+from silotune.common.contract.task import TaskKind
+from silotune.common.data import file_source, records
+from silotune.common.data import sql_source as queries
+from silotune.common.data.records import Table
+from silotune.common.data.text_decoding import Reading, delimiter_of
+from silotune.common.errors import DataError, RefusalError, counted
+from silotune.common.formats import strict_json
+from silotune.common.formats.encodings import encoding_of
+from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.signing import verifies
+
+
+def _flag_or_auto(value: object) -> object:
+    if not isinstance(value, bool) and value != "auto":  # a Literal would take 1 for true
+        raise ValueError('permits.masked_only must be true, false or "auto"')
+    return value
+
+
+class Data(Frozen):
+    """The records: a file (common/data/file_source.py), or what a query of a database gives
+    (common/data/sql_source.py).
+
+    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
+    CoNLL files, a member of common/formats/encodings.py. delimiter: of CSV, found in the header if
+    None.
+    key: the columns that identify a record, or the entity whose records they are; repeated: rows
+    that are the same record.
+    """
+
+    file: Path | None = None
+    url: str | None = None
+    query: str | None = None
+    encoding: Annotated[str, AfterValidator(encoding_of)] = "utf-8"
+    delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = None
+    key: Annotated[tuple[str, ...], Distinct] = ()
+    repeated: Literal["refuse", "keep"] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.url is None and self.query is None):
+            raise ValueError("[data] needs either a file, or a url and a query")
+        if (self.url is None) != (self.query is None):
+            raise ValueError("[data] url and query belong together: one of them is missing")
+        names = [record_ids.canonical(name) for name in self.key]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise ValueError(f"[data] key names the column {self.key[at]!r} more than once")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What the records come from, in a word."""
+        return self.file.name if self.file else queries.SOURCE
+
+    def table(self) -> Table:
+        """All rows, read now. DataError if they cannot be."""
+        if self.file:
+            return records.table(self.file, Reading(self.encoding, self.delimiter))
+        assert self.url is not None
+        assert self.query is not None
+        return Table(queries.SOURCE, *file_source.contents(*queries.read(self.url, self.query)))
+
+    def within(self, folder: Path) -> Self:
+        """With its path, also that of an SQLite file, made absolute."""
+        if self.file:
+            return self.model_copy(update={"file": folder / self.file})
+        start, path = "sqlite:///", (self.url or "").removeprefix("sqlite:///")
+        if path == self.url or path.startswith("$"):
+            return self
+        return self.model_copy(update={"url": f"{start}{folder / path}"})
+
+
+class Prepare(Frozen):
+    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces.
+
+    duplicates: rows that are equal in every column but those that number them. missing_target: rows
+    whose label is empty. outside: cells that the contract's public schema does not know.
+    deidentify: what is taken out of the contract's columns of text.
+    """
+
+    trim: Flag = True
+    duplicates: Literal["report", "drop"] = "report"
+    missing_target: Literal["refuse", "drop"] = "refuse"
+    outside: Literal["refuse", "missing"] = "refuse"
+    deidentify: Deidentify | None = None
+
+
+class Model(Frozen):
+    folder: Path | None = None
+
+
+class Budgets(Frozen):
+    """For each unit, what all replies on the same records may cost together, for ever."""
+
+    class Budget(Frozen):
+        epsilon: Epsilon
+        delta: Delta
+
+    record: Budget | None = None
+    entity: Budget | None = None
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not (self.record or self.entity):
+            raise ValueError("[budgets.record] or [budgets.entity] is needed")
+        return self
+
+
+class Run(Frozen):
+    """epsilon: what one run may cost here if that is less than its contract says; the site then
+    adds the noise that this takes, and nobody else has to agree."""
+
+    epsilon: Epsilon | None = None
+
+
+class Permits(Frozen):
+    """What the site takes part in. An empty list of models allows what a permitted contract names.
+
+    contracts: SHA-256 (`silotune contract show`). min_sites: how many the roster must hold,
+    min_quorum: how many must answer for a round to count. masked_only: updates leave by secure
+    aggregation alone; "auto": wherever it can be had, which is with three or more sites and without
+    a rule that needs each site's update by itself. (Without masks a program at the relay can ask
+    this site alone and so use up its lifetime budget; with them it needs the signatures of as many
+    sites as the threshold says.) colluders: from how many other sites, working with the server, it
+    must hide this site's update. set_changes: how often the set of sites in the masked sums of one
+    run may change (client/privacy/site_sets.py). The default lets ten absences with their returns
+    pass; the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
+    updates of one of n equal sites would without masks, three with four sites, of one a round
+    (simulations/benchmarks/differences.py).
+    """
+
+    contracts: Annotated[tuple[Sha256, ...], Distinct] = ()
+    tasks: Annotated[tuple[TaskKind, ...], Distinct] = ("classification",)
+    models: Annotated[tuple[Sha256, ...], Distinct] = ()
+    metrics: Annotated[tuple[Metric, ...], Distinct] = ()
+    max_clip_norm: Positive = 1.0
+    min_records: Count = 100
+    min_sites: Count = 2
+    min_quorum: Count = 2
+    masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = "auto"
+    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 20
+    allow_without_dp: Flag = False
+    allow_inexact_clipping: Flag = False
+
+
+class Server(Frozen):
+    """Where the relay connects to. ca: the operator's CA certificate; address: host:port."""
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:\d{1,5}$")]
+    ca: Path
+
+
+class Policy(Frozen):
+    """site.toml. Paths in it start at the file's own folder."""
+
+    name: Name
+    data: Data
+    prepare: Prepare = Prepare()
+    model: Model = Model()
+    budgets: Budgets
+    run: Run = Run()
+    permits: Permits
+    performance: Performance = Performance()
+    server: Server | None = None
+
+    @property
+    def limits(self) -> dict[Unit, Limit]:
+        """The budget of each unit that has one."""
+        found: tuple[tuple[Unit, Budgets.Budget | None], ...] = (
+            ("record", self.budgets.record),
+            ("entity", self.budgets.entity),
+        )
+        return {unit: Limit(b.epsilon, b.delta) for unit, b in found if b}
+
+    def limits_in_words(self) -> str:
+        return " and ".join(
+            f"ε ≤ {limit.epsilon:g}, δ = {limit.delta:g} per {unit}"
+            for unit, limit in self.limits.items()
+        )
+
+    def target(self, contract: Contract) -> Target:
+        """What a run of `contract` may cost a unit here."""
+        agreed = contract.target_of(self.name)
+        return agreed._replace(epsilon=min(agreed.epsilon, self.run.epsilon or agreed.epsilon))
+
+    def check_records(self, found: Lineage, unit: Unit = "record") -> None:
+        """DataError unless the records are as many and as distinct as the owner wants."""
+        for problem in self.problems_of_records(found, unit):
+            raise problem
+
+    def problems_of_records(self, found: Lineage, unit: Unit) -> list[DataError]:
+        """In which way the records are fewer or less distinct than the owner wants."""
+        problems = []
+        count, what = found.rows, "rows"
+        if unit == "entity":
+            count, what = len(found.fingerprints), f"entities ({', '.join(self.data.key)})"
+        if count < self.permits.min_records:
+            problems.append(
+                DataError(
+                    f"{self.data.source} has fewer {what} than permits.min_records = "
+                    f"{self.permits.min_records}. Add records, or lower permits.min_records.",
+                    code="E304",
+                )
+            )
+        if unit == "record" and found.repeated and self.data.repeated == "refuse":
+            problems.append(
+                DataError(
+                    f"Rows of {self.data.source} are the same record more than once; the privacy "
+                    "unit is one record. Name the columns that tell records apart in data.key, "
+                    'remove the copies (duplicates = "drop" in [prepare], then `silotune site '
+                    'prepare`), or set data.repeated = "keep" if equal rows are different people.',
+                    code="E307",
+                    local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} another one.",
+                )
+            )
+        return problems
+
+    def for_worker_of(self, started: Policy) -> Policy:
+        """What this policy says of a worker that runs: its own rules, over the records, the model
+        and the way of computing that the worker has loaded under the policy it `started` with.
+
+        Raises:
+            RefusalError: E213 if this policy names other records than the worker has loaded.
+        """
+        loaded = started.data.model_copy(update={"repeated": self.data.repeated})
+        if self.data != loaded:
+            raise RefusalError(
+                "[data] of the policy that the owner signed last names other records than this "
+                "worker has loaded. Start the worker again.",
+                code="E213",
+            )
+        return self.model_copy(update={"model": started.model, "performance": started.performance})
+
+    def refusals(self, contract: Contract) -> list[RefusalError]:
+        """Every reason why this site does not take part in `contract`; empty if it does."""
+        p, permits, secure = contract.privacy, self.permits, contract.secure_aggregation
+        limit, entity, target = self.limits.get(p.unit), p.entity, self.target(contract)
+        found: list[tuple[str, str]] = []
+        if contract.hash not in permits.contracts:
+            found.append(
+                (
+                    "E201",
+                    f"The contract '{contract.name}' ({contract.hash}) is not among the contracts "
+                    "this site permits. If you agree to it, add its hash to permits.contracts and "
+                    "sign.",
+                )
+            )
+        if self.name not in contract.weights():
+            found.append(
+                (
+                    "E201",
+                    f"'{self.name}' is not in the contract's sites: "
+                    f"{', '.join(contract.weights())}.",
+                )
+            )
+        if p.mode == "none" and not permits.allow_without_dp:
+            found.append(
+                (
+                    "E203",
+                    f"The contract '{contract.name}' trains without differential privacy and "
+                    f"{self.name} does not allow that (allow_without_dp = false).",
+                )
+            )
+        for wrong, what in (
+            (
+                limit is None,
+                f"it protects the unit '{p.unit}', for which site.toml has no [budgets.{p.unit}]",
+            ),
+            (
+                entity is not None and not record_ids.same_columns(entity.key, self.data.key),
+                f"its entity is known by {', '.join(entity.key if entity else ())}, data.key is "
+                f"{', '.join(self.data.key) or 'empty'}",
+            ),
+            (
+                p.largest_clip_norm > permits.max_clip_norm,
+                f"clip norm {p.largest_clip_norm:g} is looser than permits.max_clip_norm = "
+                f"{permits.max_clip_norm:g}",
+            ),
+            (
+                limit is not None and target.delta > limit.delta,
+                f"δ = {target.delta:g} is larger than the budget's {limit.delta if limit else 0:g}",
+            ),
+            (
+                self.performance.gradients == "ghost" and not permits.allow_inexact_clipping,
+                'performance.gradients = "ghost" does not clip exactly, which '
+                "permits.allow_inexact_clipping does not allow",
+            ),
+            (
+                self.performance.gradients == "ghost" and entity is not None,
+                'performance.gradients = "ghost" has no gradient of an entity',
+            ),
+            (
+                self.performance.gradients == "ghost" and contract.reads_apart,
+                'performance.gradients = "ghost" has no gradient of pairs read apart, whose two '
+                "texts go through the same layers",
+            ),
+            (
+                contract.task.kind not in permits.tasks,
+                f"task '{contract.task.kind}' is not in permits.tasks",
+            ),
+            (
+                not isinstance(contract.model, OneHotModel)
+                and bool(permits.models)
+                and contract.model.sha256 not in permits.models,
+                "its model's SHA-256 is not in permits.models",
+            ),
+            (
+                secure is None and permits.masked_only is True,
+                "it has no [secure_aggregation], and permits.masked_only = true",
+            ),
+            (
+                secure is None and permits.masked_only == "auto" and contract.can_be_masked,
+                f'it has no [secure_aggregation], which permits.masked_only = "auto" asks for '
+                f"where three or more sites take part, and it has {len(contract.sites)}. The "
+                "operator makes the contract with masks by `silotune server contract`, without "
+                "--unmasked; or set permits.masked_only = false and sign",
+            ),
+            (
+                secure is not None and secure.colluders < permits.colluders,
+                f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
+                f"permits.colluders = {permits.colluders}",
+            ),
+            (
+                len(contract.sites) < permits.min_sites,
+                f"it has {counted(len(contract.sites), 'site')}, fewer than "
+                f"permits.min_sites = {permits.min_sites}",
+            ),
+            (
+                contract.quorum < permits.min_quorum,
+                f"a quorum of {contract.quorum} is below permits.min_quorum = {permits.min_quorum}",
+            ),
+        ):
+            if wrong:
+                found.append(("E205", f"The contract '{contract.name}': {what}."))
+        found += [
+            (
+                "E206",
+                f"The contract '{contract.name}' asks for the metric '{metric}', which is not in "
+                "permits.metrics.",
+            )
+            for metric in contract.metrics
+            if metric not in permits.metrics
+        ]
+        return [RefusalError(sentence, code=code) for code, sentence in found]
+
+
+def load(path: Path) -> Policy:
+    """Read site.toml, its paths made absolute; ContractError lists every problem."""
+    return parse(types.read_text(path, "Policy"), path)
+
+
+def parse(text: str, path: Path) -> Policy:
+    """site.toml's text, as if it stood at `path`; ContractError lists every problem."""
+    policy = types.parse(text, str(path), Policy)
+    base = path.resolve().parent
+    data = policy.data.within(base)
+    model, server = policy.model, policy.server
+    cache = base / (policy.performance.cache_folder or "state")
+    performance = policy.performance.model_copy(update={"cache_folder": cache})
+    if model.folder is not None:
+        model = model.model_copy(update={"folder": base / model.folder})
+    if server is not None:
+        server = server.model_copy(update={"ca": base / server.ca})
+    prepare = policy.prepare
+    if prepare.deidentify is not None and prepare.deidentify.model is not None:
+        found = prepare.deidentify.model_copy(update={"model": base / prepare.deidentify.model})
+        prepare = prepare.model_copy(update={"deidentify": found})
+    return policy.model_copy(
+        update={
+            "data": data,
+            "model": model,
+            "server": server,
+            "performance": performance,
+            "prepare": prepare,
+        }
+    )
+
+
+class Signature(Frozen):
+    """site.toml.sig: the owner's signature of the policy's bytes, with a number that only rises."""
+
+    policy: Sha256
+    serial: Annotated[int, Field(ge=1, strict=True)]
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+    @staticmethod
+    def statement(policy: str, serial: int) -> bytes:
+        return f"silotune policy 1\n{policy}\n{serial}".encode()
+
+
+def signature_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sig")
+
+
+def sign(path: Path, owner_key: Path, after: int) -> Signature:
+    """Sign a policy as the one that follows on serial number `after`; writes the .sig beside it."""
+    text = types.read_text(path, "Policy")
+    parse(text, path)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    signed = keys.sign(owner_key, Signature.statement(digest, after + 1))
+    found = Signature(policy=digest, serial=after + 1, signature=signed.hex())
+    write_durably(signature_file(path), found.model_dump_json().encode())
+    return found
+
+
+def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
+    """The policy, if its owner signed these bytes and no later ones; notes a new one in the ledger.
+
+    RefusalError E213 otherwise.
+    """
+    text = types.read_text(path, "Policy")
+    remedy = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
+    try:
+        found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        raise RefusalError(f"{path} is not signed. {remedy}", code="E213") from None
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if found.policy != digest:
+        raise RefusalError(f"{path} has changed since its owner signed it. {remedy}", code="E213")
+    statement = Signature.statement(digest, found.serial)
+    if not verifies(owner.hex(), found.signature, statement):
+        raise RefusalError(
+            f"{path} carries a signature that is not the owner's. {remedy}", code="E213"
+        )
+    policy = parse(text, path)
+    if policy.name != ledger.site:
+        raise RefusalError(
+            f"{path} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
+            code="E213",
+        )
+    with ledger.writing():
+        last = ledger.policy
+        if last is None or found.serial > last.serial:
+            first, *others = [
+                UnitLimit(unit=unit, epsilon=limit.epsilon, delta=limit.delta)
+                for unit, limit in policy.limits.items()
+            ]
+            ledger.keep_policy(text)
+            ledger.append(
+                Adopted, serial=found.serial, policy=digest, others=tuple(others), **vars(first)
+            )
+        elif (last.policy, last.serial) != (digest, found.serial):
+            raise RefusalError(
+                f"{path} is an older policy (number {found.serial}); the ledger has "
+                f"adopted number {last.serial}. {remedy}",
+                code="E213",
+            )
+    return policy
+
+
+def adopted(ledger: Ledger) -> Policy:
+    """The policy that the ledger adopted last, read from the ledger's own copy: an edit of
+    site.toml that the owner has not signed has no effect.
+
+    Raises:
+        RefusalError: E213 if that copy is not on disk.
+    """
+    text = ledger.policy_text()
+    if text is None:
+        raise RefusalError(
+            "The text of the policy adopted last is not in state/ any more. Start the worker "
+            "again.",
+            code="E213",
+        )
+    folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site/folder.py
+    return parse(text, folder / "site.toml")
+
+
+def permitting(
+    contract: Contract,
+    name: str,
+    data: Path,
+    model: Path | None,
+    performance: Performance | None = None,
+) -> Policy:
+    """A policy that permits exactly `contract` and its budget once: for simulations and tests."""
+    p, target = contract.privacy, contract.target_of(name)
+    budget = Budgets.Budget(epsilon=target.epsilon, delta=target.delta)
+    return Policy(
+        name=name,
+        data=Data(file=data, repeated="keep", key=p.entity.key if p.entity else ()),
+        model=Model(folder=model),
+        budgets=Budgets(**{p.unit: budget}),
+        performance=performance or Performance(),
+        permits=Permits(
+            contracts=(contract.hash,),
+            tasks=(contract.task.kind,),
+            max_clip_norm=p.largest_clip_norm,
+            min_records=1,
+            min_sites=1,
+            metrics=contract.metrics,
+            min_quorum=1,
+            masked_only=contract.secure_aggregation is not None,
+            set_changes=1_000_000,
+            allow_without_dp=p.mode == "none",
+            allow_inexact_clipping=True,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""One round at a site: private steps from the server's adapter."""

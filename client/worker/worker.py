@@ -1,0 +1,420 @@
+"""The worker: the process that holds a site's records and answers a closed set of requests.
+
+`handle` takes and gives bytes (common/protocol/messages.py). It never raises: what goes wrong
+inside leaves the site as a code and a random incident id, and is told in the site's own log only.
+
+A round in order: the request is checked, the ledger is charged, the round is computed, the reply's
+bytes are made durable, the ledger notes their release, they leave. A crash anywhere before the last
+step leaves the charge standing and nothing outside.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from silotune.client.operations.telemetry import Answered
+from silotune.client.privacy import accountant, budget, record_ids
+from silotune.client.privacy.accountant import Mechanism
+from silotune.client.privacy.budget import Budget
+from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.privacy.site_sets import SiteSets
+from silotune.client.site import policy as policies
+from silotune.client.site.policy import Policy
+from silotune.client.training import dataset, selftest
+from silotune.client.training.local_round import train_round
+from silotune.client.training.local_state import NOTHING, Own
+from silotune.client.training.noise import NoiseSource
+from silotune.client.worker import release
+from silotune.client.worker.secagg import Masking, check_bound
+from silotune.common.contract.architecture import Lora
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.plan import Phase, epsilon_text
+from silotune.common.data import records
+from silotune.common.errors import ProtocolError, RefusalError
+from silotune.common.models.base import Network
+from silotune.common.models.factory import build
+from silotune.common.protocol import messages, tensors
+from silotune.common.protocol.messages import (
+    Agree,
+    Arrays,
+    Describe,
+    Endorse,
+    Endorsement,
+    Keys,
+    Message,
+    Reveal,
+    Revealed,
+    Share,
+    Shares,
+    Train,
+)
+
+ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a mean gradient
+
+
+class Worker:
+    """One site, one contract. Records, model and ledger are read once and stay in it.
+
+    insecure_seed: for simulations and tests only (client/training/noise.py). on_answer: is told of
+    each request before its reply leaves, and must not raise. lane: workers of one process that
+    answer at the same time need models of their own (common/models/factory.py).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        contract: Contract,
+        ledger: Ledger,
+        *,
+        insecure_seed: int | None = None,
+        on_answer: Callable[[Answered], object] | None = None,
+        lane: int = 0,
+    ) -> None:
+        for refusal in policy.refusals(contract):
+            raise refusal
+        key = next(site.public_key for site in contract.sites if site.name == policy.name)
+        if None not in (key, ledger.public) and key != ledger.public:
+            raise RefusalError("The contract names another key for this site.", code="E201")
+        self.policy, self.contract, self.ledger = policy, contract, ledger
+        self.adopted = ledger.policy
+        self.unit, self.target = contract.privacy.unit, policy.target(contract)
+        self.limit = policy.limits[self.unit]
+        self.plan = accountant.plan(contract, self.target)
+        check_bound(contract, self.plan)
+        self.masking = None
+        if contract.secure_aggregation is not None:
+            if key != ledger.public:
+                raise RefusalError("This site's key is not in the contract's roster.", code="E201")
+            self.masking = Masking(contract, policy.name, ledger.sign)
+        self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
+        # Fixed before the first request, so that the stops below hold for an adaptive server.
+        self.run_order = accountant.best_order(self.plan, self.target.delta)
+        self._first_order = budget.order_of(self.plan, self.limit)
+        self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
+        # Once: what is fingerprinted is what is trained on.
+        table = records.named_by(contract, policy.data.table())
+        self.lineage = record_ids.of_table(table, policy.data.key, ledger.fingerprint_key)
+        narrowed = contract.at(policy.name)
+        self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
+        self.data = dataset.load(table, contract, self.model)
+        policy.check_records(self.lineage, self.unit)
+        selftest.check(contract, self.model)
+        self.source_name = table.source
+        self.budget = Budget(ledger, self.lineage, self.unit)
+        if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
+            self._check_budget(self.plan, "This contract's plan", policy)
+        self.own_shapes = self.shapes = tensors.shapes_of(self.model.initial_arrays())
+        if isinstance(contract.adapter, Lora):
+            self.shapes = tensors.reshaped(self.own_shapes, contract.adapter.rank)
+        # A reply and what stays here are each at most some copies of the adapter in float32.
+        entries = sum(math.prod(shape) for shape in self.own_shapes.values())
+        self._reply_room = 4 * ADAPTER_COPIES * entries
+        self._lock, self._on_answer = threading.Lock(), on_answer
+
+    @property
+    def order(self) -> float:
+        return self.ledger.order or self._first_order
+
+    def handle(self, wire: bytes) -> bytes:
+        """Answer one request. The same request gets the same bytes back, at no further cost."""
+        began, request = time.monotonic(), None
+        try:
+            request = messages.unpack(wire)
+            reply = self._answer(request)
+        except Exception as error:  # whatever it is, it must not leave the site
+            reply = release.refusal(self.contract, self.policy.name, error)
+        if self._on_answer is not None:
+            header = request.header if request is not None else None
+            self._on_answer(Answered.of(header, reply, time.monotonic() - began))
+        return reply
+
+    def _answer(self, request: Message) -> bytes:
+        if request.header.contract != self.contract.hash:
+            raise RefusalError("The request is for another contract.", code="E201")
+        if isinstance(request.header, Describe):
+            return release.description(
+                self.contract, self.policy.name, request.header.challenge, self.ledger.sign
+            )
+        if isinstance(request.header, Train):
+            with self._lock:
+                return self._train_once(request)
+        if self.masking is not None:
+            with self._lock:
+                return self._unmask_step(request)
+        raise ProtocolError("The message is no request.")
+
+    def _unmask_step(self, message: Message) -> bytes:
+        """The stages of secure aggregation in which no record has any part."""
+        request, masking = message.header, self.masking
+        assert masking is not None
+        kind: type[Keys | Shares | Endorsement | Revealed]
+        if isinstance(request, Agree):
+            kind, blobs = Keys, masking.keys(request)
+        elif isinstance(request, Share):
+            kind, blobs = Shares, masking.shares(request, message.blobs)
+        elif isinstance(request, Endorse | Reveal):
+            if isinstance(request, Endorse):
+                kind, blobs = Endorsement, masking.endorsement(request)
+            else:
+                kind, blobs = Revealed, masking.revealed(request, message.blobs)
+            # Durable before anything that could help to open the sum leaves.
+            run = masking.run_of(request.agreement)
+            self.site_sets.settle(run, request.round, request.survivors)
+        else:
+            raise ProtocolError("The message is no request.")
+        return release.step(self.contract, self.policy.name, kind, blobs)
+
+    def _train_once(self, message: Message) -> bytes:
+        request, arrays = message.header, message.arrays
+        assert isinstance(request, Train)
+        if request.receipt is not None:
+            self.ledger.check_receipt(request.receipt)
+        # Receipt and shares may change from one sending to the next; what is asked does not.
+        digest = messages.digest(request, arrays)
+        try:
+            phase = self.contract.phase_of(request.round)
+        except ValueError as error:
+            raise RefusalError(str(error)) from None
+        place = self.contract.place_in_phase(request.round)
+        self._check_arrays(phase, place, arrays)
+        asked = tensors.fitted(arrays, self.own_shapes)
+        clip_norm = self._clip_norm(request)
+        mechanism = accountant.mechanism_of(self.contract, self.plan, request.round)
+        charge, own = self._charge(request, arrays, message.blobs, digest, mechanism)
+        if isinstance(own, bytes):
+            return own
+        change, metrics = train_round(
+            self.contract,
+            phase,
+            mechanism,
+            self.model,
+            self.data,
+            asked,
+            self.source,
+            clip_norm,
+            place,
+            own,
+        )
+        stay = tensors.trained_names(change, self.contract.stays_at(phase, place))
+        sent = {name: array for name, array in change.items() if name not in stay}
+        reply = release.update(
+            self.contract,
+            self.policy.name,
+            charge,
+            tensors.fitted(sent, self.shapes),
+            metrics,
+            self.shapes,
+            epsilon=self._run_epsilon(request.run),
+            receipt=self.ledger.receipt(),
+            sign=self.ledger.sign,
+            agreement=request.agreement,
+            mask=partial(self.masking.mask, request, digest) if self.masking else None,
+        )
+        kept = None
+        if self.contract.keeps:
+            kept = own.after(self.contract, request.round, asked, change).content()
+        self.ledger.release(charge, reply, kept)
+        return reply
+
+    def own(self, run: str, before: int) -> Own:
+        """What a run has left here before a round. RefusalError E212 if it is no longer there."""
+        if not self.contract.keeps:
+            return NOTHING
+        charges = [charge for charge in self._run_charges(run) if charge.round < before]
+        found = Own.read(self.ledger.own(charges))
+        # A mean gradient of longer ago is not what the server's is of.
+        return found if found.round == before - 1 else replace(found, gradient={})
+
+    def _check_arrays(self, phase: Phase, place: int, arrays: Arrays) -> None:
+        """ProtocolError E502 unless they are what the round needs: the adapter's, and with scaffold
+        all or none of the mean gradients."""
+        needed = {n: self.shapes[n] for n in tensors.needed_names(self.shapes, phase.trains)}
+        if phase.control and any(name.startswith(tensors.CONTROL) for name in arrays):
+            trained = tensors.trained_names(self.shapes, self.contract.sends_at(phase, place))
+            needed |= {tensors.CONTROL + name: self.shapes[name] for name in trained}
+        tensors.check(arrays, needed, "The server's adapter")
+
+    def _clip_norm(self, request: Train) -> float:
+        """What to clip to. Any norm is as private as any other; the owner's limit bounds it."""
+        p, asked = self.contract.privacy, request.clip_norm
+        if (asked is not None) != (p.adaptive is not None):
+            raise RefusalError("The request's clip norm is not what the contract says.")
+        if p.adaptive is None or asked is None:
+            return p.clip_norm
+        if not p.adaptive.lowest <= asked <= p.adaptive.highest:
+            raise RefusalError("The request's clip norm is outside the contract's bounds.")
+        return asked
+
+    def _charge(
+        self,
+        request: Train,
+        arrays: Arrays,
+        shares: messages.Blobs,
+        digest: str,
+        mechanism: Mechanism,
+    ) -> tuple[Charged, Own | bytes]:
+        """The charge for a request, and what the run left here before it; or the charge it had
+        before, with its reply. Raises RefusalError.
+
+        In one transaction: what is spent is read, checked and written with nobody in between.
+        """
+        with self.ledger.writing():
+            charge = self._charged_before(request)
+            if charge is not None:
+                return charge, self._reply_of(charge, request, digest)
+            policy = self._policy_for(request.run)
+            adapter_sha256 = None
+            if self.masking is not None:
+                self.masking.check(request, shares)
+                assert request.agreement is not None
+                adapter_sha256 = tensors.digest(arrays)
+                self.site_sets.check_members(
+                    request.run,
+                    request.round,
+                    adapter_sha256,
+                    self.masking.members_of(request.agreement),
+                    policy.permits.set_changes,
+                )
+            elif request.agreement is not None or shares:
+                raise RefusalError("The contract's updates are not masked.")
+            self._check_run(request, mechanism, policy)
+            own = self.own(request.run, request.round)  # refused before anything is charged
+            self.ledger.check_room(self._reply_room)
+            return self.ledger.charge(
+                self.lineage,
+                source=self.source_name,
+                unit=self.unit,
+                contract=self.contract.hash,
+                run=request.run,
+                round=request.round,
+                attempt=request.attempt,
+                request=digest,
+                order=self.order,
+                noise_multiplier=mechanism.noise_multiplier,
+                sampling_rate=mechanism.sampling_rate,
+                steps=mechanism.steps,
+                adapter=adapter_sha256,
+            ), own
+
+    def _charged_before(self, request: Train) -> Charged | None:
+        """The charge for this round and attempt; with masks for this round, whatever the attempt:
+        two updates of one round in two sums of different sites would lay their difference open."""
+        if self.masking is None:
+            key = (self.contract.hash, request.run, request.round, request.attempt)
+            return self.ledger.charges.get(key)
+        charges = self._run_charges(request.run)
+        return next((charge for charge in charges if charge.round == request.round), None)
+
+    def _reply_of(self, charge: Charged, request: Train, digest: str) -> bytes:
+        """The reply that a charge paid for. RefusalError E202 or, with masks, E204 if it answers
+        another request; E204 if it was lost."""
+        masked = self.masking is not None
+        if charge.request != digest and not masked:
+            raise RefusalError(f"Round {request.round} was already asked with other bytes.")
+        if charge.request != digest:
+            raise RefusalError(
+                f"Round {request.round} was charged for another request (entry {charge.sequence}). "
+                "Under [secure_aggregation] a site charges a round once, whatever the attempt: "
+                "the charge stands, and the run goes on with the next round.",
+                code="E204",
+            )
+        released = self.ledger.releases.get(charge.sequence)
+        if released is None:
+            raise RefusalError(
+                f"Entry {charge.sequence} was charged and its reply lost before it left. The "
+                "charge stands; "
+                + (
+                    "under [secure_aggregation] the run goes on with the next round."
+                    if masked
+                    else "another attempt is a new charge."
+                ),
+                code="E204",
+            )
+        return self.ledger.reply(released)
+
+    def _policy_for(self, run: str) -> Policy:
+        """What the next round of `run` is held to, beside the policy this worker started with: the
+        one that the owner signed last.
+
+        A run that has a charge here goes on under a later signature as far as the later policy
+        permits it: its refusals, least number of records, limits and ε for a run hold at once.
+        What it permits beyond the earlier one counts after the next start only.
+
+        Raises:
+            RefusalError: E213 for a run that has not begun here, or if the later policy names other
+                records; else the later policy's own refusal of the contract.
+            DataError: E304, E307 if the later policy does not accept the records.
+        """
+        if self.ledger.policy == self.adopted:
+            return self.policy
+        if not self._run_charges(run):
+            raise RefusalError(
+                "The owner has signed another policy since this worker started, and this run has "
+                "not begun here. Start the worker again.",
+                code="E213",
+            )
+        later = policies.adopted(self.ledger).for_worker_of(self.policy)
+        for refusal in later.refusals(self.contract):
+            raise refusal
+        later.check_records(self.lineage, self.unit)
+        return later
+
+    def _check_run(self, request: Train, mechanism: Mechanism, policy: Policy) -> None:
+        """RefusalError E210 unless the round fits the contract's ε for this run and, with all that
+        was ever charged, the limits for these records; a run's first, unless its whole plan does.
+
+        policy: holds beside the one that this worker started with (`_policy_for`).
+        """
+        if self.contract.privacy.mode == "none":
+            return
+        epsilon, delta = self.target
+        epsilon = min(epsilon, policy.target(self.contract).epsilon)
+        charges = self._run_charges(request.run)
+        so_far = [budget.mechanism_of(charge) for charge in charges]
+        for charge in charges[-1:]:  # those before it were held to the same plan
+            # At another noise this run's order would be another, chosen after replies were seen.
+            planned = accountant.mechanism_of(self.contract, self.plan, charge.round)
+            if not math.isclose(charge.noise_multiplier, planned.noise_multiplier, rel_tol=1e-5):
+                raise RefusalError(
+                    f"Run {request.run} began at another noise: [run] in site.toml has changed "
+                    "since. Put it back, or let the server start another run.",
+                    code="E213",
+                )
+        bound = accountant.epsilon_at(self.run_order, [*so_far, mechanism], delta)
+        if not bound <= epsilon * (1 + 1e-9):
+            raise RefusalError(
+                f"One more round would bring this run's ε to {epsilon_text(bound)} of "
+                f"{epsilon_text(epsilon)} at "
+                f"δ = {delta:g}.",
+                code="E210",
+            )
+        if so_far:
+            self._check_budget([mechanism], "This round", policy)
+        else:
+            self._check_budget(self.plan, "This run's plan", policy)
+
+    def _check_budget(self, more: list[Mechanism], what: str, policy: Policy) -> None:
+        if self.contract.privacy.mode == "dp":
+            for limit in dict.fromkeys((self.limit, policy.limits[self.unit])):
+                self.budget.check(more, self.order, limit, what)
+
+    def _run_charges(self, run: str) -> list[Charged]:
+        return [
+            charge
+            for charge in self.ledger.charges.values()
+            if (charge.contract, charge.run) == (self.contract.hash, run)
+        ]
+
+    def _run_epsilon(self, run: str) -> float | None:
+        """What this run has spent of the contract's ε: a function of its requests alone."""
+        if self.contract.privacy.mode == "none":
+            return None
+        epsilon, delta = self.target
+        history = [budget.mechanism_of(charge) for charge in self._run_charges(run)]
+        return min(accountant.epsilon(history, delta), epsilon)
