@@ -33,8 +33,8 @@ from silotune.common.runtime.terminal import echo
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
-    from silotune.server.events import Event, Events
-    from silotune.server.place import Place
+    from silotune.server.operations.server_folder import Place
+    from silotune.server.storage.events import Event, Events
 
 FOLDER = click.option(
     "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
@@ -76,8 +76,8 @@ def init(
     next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
     from silotune.common.config import types
-    from silotune.server import authority
-    from silotune.server.place import Place, ServerSettings
+    from silotune.server.operations import certificate_authority
+    from silotune.server.operations.server_folder import Place, ServerSettings
 
     settings = types.parse(
         json.dumps(
@@ -87,7 +87,7 @@ def init(
         ServerSettings,
     )
     place = Place.create(folder, settings)
-    print_ = authority.fingerprint((place.folder / "ca.crt").read_bytes())
+    print_ = certificate_authority.fingerprint((place.folder / "ca.crt").read_bytes())
     emit(
         {"folder": str(folder), "ca_sha256": print_},
         as_json,
@@ -125,7 +125,7 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     ✓ hospital-a is in the roster
     """
     from silotune.common.protocol import join_request
-    from silotune.server.place import Place
+    from silotune.server.operations.server_folder import Place
 
     place, found = Place.open(folder), join_request.load(request)
     place.admit(found, fingerprint)
@@ -155,12 +155,12 @@ def fingerprint(folder: Path) -> None:
     91:0C:…
     """
     from silotune.common.config import types
-    from silotune.server import authority
-    from silotune.server.place import Place
+    from silotune.server.operations import certificate_authority
+    from silotune.server.operations.server_folder import Place
 
     path = Place.open(folder).folder / "ca.crt"
     try:
-        echo(authority.fingerprint(types.read_text(path, "Certificate").encode()))
+        echo(certificate_authority.fingerprint(types.read_text(path, "Certificate").encode()))
     except ValueError:
         raise UsageError(f"{path} holds no PEM certificate.", code="E102") from None
 
@@ -189,7 +189,7 @@ def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json:
     sha256  3f9a…
     next:   send federation/contracts/heart-diagnosis.json to the sites; silotune server start …
     """
-    from silotune.server.place import Place
+    from silotune.server.operations.server_folder import Place
 
     place, wanted = Place.open(folder), contracts.load(draft)
     made = place.with_roster(wanted, masked=not unmasked)
@@ -257,8 +257,8 @@ def start(folder: Path, log_json: bool) -> None:
     hospital-a may connect
     sites can connect to fl.example.org:8443
     """
-    from silotune.server.place import Place
-    from silotune.server.service import Service
+    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.service import Service
 
     sys.exit(Service(Place.open(folder), Journal("server", as_json=log_json)).run())
 
@@ -319,7 +319,7 @@ def resume(
     $ silotune server resume heart-diagnosis-20261122-1015 --folder federation
      12/30   4 sites
     """
-    from silotune.server.place import Place
+    from silotune.server.operations.server_folder import Place
 
     place = Place.open(folder)
     path = place.runs / name / "contract.json"
@@ -345,8 +345,8 @@ def stop(name: str, folder: Path) -> None:
     $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
     ✓ heart-diagnosis-20261122-1015 is told to stop
     """
-    from silotune.server.place import Place
-    from silotune.server.service import flwr
+    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.service import flwr
 
     place = Place.open(folder)
     if not (number := _number(place, name)).is_file():
@@ -376,7 +376,7 @@ def status(folder: Path, as_json: bool) -> None:
     $ silotune server status --folder federation
     heart-diagnosis-20261122-1015   12/30   stopped: 2 of 4 sites counted (…)
     """
-    from silotune.server.place import Place
+    from silotune.server.operations.server_folder import Place
 
     found = [_standing(run) for run in _runs(Place.open(folder))]
     text = "\n".join(
@@ -405,9 +405,9 @@ def _number(place: Place, name: str) -> Path:
 
 
 def _standing(folder: Path) -> dict[str, Any]:
-    from silotune.server.disk import no_room
-    from silotune.server.events import Events, standing
-    from silotune.server.registry import held
+    from silotune.server.storage.disk import no_room
+    from silotune.server.storage.events import Events, standing
+    from silotune.server.storage.run_store import held
 
     found = standing(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
@@ -441,10 +441,10 @@ def _carry_out(
     resume: str,
 ) -> None:
     """Hand a run to Flower and repeat what its events say until it ends."""
-    from silotune.server.events import Events
-    from silotune.server.fab import write_app
-    from silotune.server.place import Place
-    from silotune.server.service import flwr
+    from silotune.server.flower.app_bundle import write_app
+    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.service import flwr
+    from silotune.server.storage.events import Events
 
     place = Place.open(folder)
     where = place.runs / name
@@ -518,7 +518,7 @@ def _model(contract: Contract, named: Path | None) -> Path | None:
 
 def _reach(place: Place) -> None:
     """Wait a moment for the server, which may just be starting; PeerError E406 if it is not."""
-    from silotune.server.metrics import answers
+    from silotune.server.operations.telemetry import answers
 
     words, said = ["server", "start", "--folder", str(place.folder)], False
     end = time.monotonic() + START_SECONDS
@@ -538,7 +538,7 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
     number: Flower's own of the run, or "". token: of the process that is to carry it out. again:
     the command that resumes it.
     """
-    from silotune.server import events, registry
+    from silotune.server.storage import events, run_store
 
     where = place.runs / name
 
@@ -547,7 +547,7 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
 
     said = events.Events(where).new()
     end, begun = _end_of(said, token)
-    if end is None and begun and not registry.held(where):
+    if end is None and begun and not run_store.held(where):
         end = {"event": "failed", "code": "E603", "why": DIED}
     if not number and not begun and end is None:
         return f"Detached before the run {name} had a number; it may have begun: " + command(
@@ -591,7 +591,7 @@ def _end_of(said: Sequence[Event], token: str) -> tuple[Event | None, bool]:
 
 def _ended_in_flower(place: Place, number: str) -> str:
     """A sentence, if Flower has ended the run of this number; "" if not, or if it cannot say."""
-    from silotune.server.service import flwr
+    from silotune.server.operations.service import flwr
 
     try:
         said = flwr(place, "list", "silotune", "--run-id", number, "--format", "json")
@@ -608,9 +608,9 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
 
     token: of the process that is to carry it out. Another one may be writing here, too.
     """
-    from silotune.server.disk import no_room
-    from silotune.server.events import append
-    from silotune.server.registry import held
+    from silotune.server.storage.disk import no_room
+    from silotune.server.storage.events import append
+    from silotune.server.storage.run_store import held
 
     end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
     while True:
@@ -662,7 +662,7 @@ def _say(event: dict[str, Any], rounds: int) -> None:
 
 
 def _waiting(event: Mapping[str, Any]) -> str:
-    from silotune.server.arrivals import in_words
+    from silotune.server.rounds.arrivals import in_words
 
     return f"waiting for {in_words(event)}, {event['seconds']} s of {event['of']}"
 

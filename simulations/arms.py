@@ -22,7 +22,7 @@ from typing import Any
 from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations.poison import Poison
 
 MAIN = "federated-lora"

@@ -21,11 +21,11 @@ from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
-from silotune.server.evaluate import PublicTest
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import RoundFacts, Run
-from silotune.server.strategy import SilotuneStrategy
+from silotune.server.flower.strategy import SilotuneStrategy
+from silotune.server.rounds.evaluation import PublicTest
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.storage.run_store import Registry
 from silotune.simulations.arms import POOLED, Job, JobResult
 from silotune.simulations.engine import simulate
 from silotune.simulations.lanes import Lanes

@@ -27,7 +27,7 @@ from silotune.common.model_files.model_source import folder_of
 from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations.arms import Job, JobResult
 
 BAR = 12

@@ -41,7 +41,7 @@ from silotune.common.errors import (
 from silotune.common.tasks.metrics import METRICS, constant, score
 from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations import data, pool
 from silotune.simulations.arms import Arm, Job, JobResult, arms_of
 from silotune.simulations.masks import SigningKeys, masked
@@ -239,7 +239,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contract.json").write_text(result["contract_json"] + "\n")
     (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    from silotune.server.report import write_report
+    from silotune.server.report.report import write_report
 
     write_report(result, folder / "report.html")
     progress.finish(result, folder)

@@ -27,7 +27,7 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations import data, split
 from silotune.simulations.arms import Job, JobResult, alone, pooled, slower
 from silotune.simulations.kept import Kept

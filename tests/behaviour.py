@@ -26,8 +26,8 @@ import torch
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Agree, Describe, Message
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.storage.run_store import Registry
 from silotune.simulations import data
 from silotune.simulations.arms import Job
 from silotune.simulations.jobs import run_job

@@ -15,9 +15,9 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Train
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import RoundFacts, Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.storage.run_store import Registry
 from tests import tiny
 
 EXACT = Performance(bf16="off", device="cpu", micro_batch=4)

@@ -75,8 +75,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "common/secagg/key_agreement.py": ("common/test_agreement.py", "common/test_secagg.py"),
     "common/secagg/shamir.py": ("common/test_shamir.py",),
     "common/secagg/fixed_point.py": ("common/test_ring.py",),
-    "server/gate.py": ("server/test_rounds.py", "server/test_strategy.py"),
-    "server/masking.py": (
+    "server/rounds/update_validation.py": ("server/test_rounds.py", "server/test_strategy.py"),
+    "server/rounds/secagg.py": (
         "server/test_rounds.py",
         "server/test_resume.py",
         "client/test_masking.py",

@@ -19,8 +19,8 @@ ROOMS = {
     "simulations": {"simulations", "client", "server", "common"},
 }
 MAY_IMPORT_FLWR = {
-    "server/app.py",
-    "server/strategy.py",
+    "server/flower/server_app.py",
+    "server/flower/strategy.py",
     "client/relay/client_app.py",
     "client/operations/node_admission.py",
     "simulations/engine.py",

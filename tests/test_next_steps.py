@@ -21,8 +21,9 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.models.factory import build
 from silotune.server import cli as server_cli
-from silotune.server import events, service
-from silotune.server.registry import Registry
+from silotune.server.operations import service
+from silotune.server.storage import events
+from silotune.server.storage.run_store import Registry
 from silotune.simulations import run as simulation
 from silotune.simulations.arms import Job
 from silotune.simulations.progress import Progress, adapter_step
@@ -283,7 +284,7 @@ def server_contract(scene: Scene) -> None:
 def no_server(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     contract = scene.federation()
     monkeypatch.setattr(server_cli, "START_SECONDS", 0.0)
-    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: False)
+    monkeypatch.setattr("silotune.server.operations.telemetry.answers", lambda *_: False)
     scene.follow(scene.says("server", "run", contract, "--folder", "server", code=1))
 
 
@@ -309,7 +310,7 @@ def started(monkeypatch: pytest.MonkeyPatch, status: str = "running") -> list[tu
         told.append(tuple(map(str, words)))
         return json.dumps({"run-id": "17", "runs": [{"status": status}]})
 
-    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: True)
+    monkeypatch.setattr("silotune.server.operations.telemetry.answers", lambda *_: True)
     monkeypatch.setattr(service, "flwr", flwr)
     return told
 
@@ -445,7 +446,7 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
     """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
-    monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
+    monkeypatch.setattr("silotune.server.storage.run_store.held", lambda _: True)
     err = interrupted(scene, monkeypatch, run, *BEGUN)
     assert err.splitlines()[0] == (
         "Detached. The run r goes on: its sites train, and each round spends ε."
@@ -462,7 +463,7 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
 def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
-    monkeypatch.setattr("silotune.server.registry.held", lambda _: True)
+    monkeypatch.setattr("silotune.server.storage.run_store.held", lambda _: True)
     err = interrupted(
         scene,
         monkeypatch,

@@ -299,9 +299,9 @@ class PublicGate(Frozen):
 
 
 class Robust(Frozen):
-    """A mean that up to `byzantine` of the sites cannot carry away (server/robust.py). Each of them
-    needs to see the updates one by one, so it goes without masks; `most` is the norm that "norm"
-    cuts updates to."""
+    """A mean that up to `byzantine` of the sites cannot carry away (server/aggregation/robust.py).
+    Each of them needs to see the updates one by one, so it goes without masks; `most` is the norm
+    that "norm" cuts updates to."""
 
     rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"]
     byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
@@ -314,7 +314,8 @@ class Robust(Frozen):
         return self
 
 
-# What the methods train of LoRA's factors, and what the server makes of it (server/aggregate.py).
+# What the methods train of LoRA's factors, and what the server makes of it
+# (server/aggregation/mean.py).
 Method = Literal["ffa", "fedsvd", "rolora", "fedsa", "fedavg", "flexlora", "fedex"]
 BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 

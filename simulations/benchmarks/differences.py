@@ -54,7 +54,7 @@ from silotune.client.training.noise import NoiseSource
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol.messages import Arrays
-from silotune.server.iterate import Iterate
+from silotune.server.aggregation.server_state import Iterate
 from silotune.simulations import data
 from silotune.simulations.recipe import load_recipe
 

@@ -23,8 +23,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import PeerError
 from silotune.common.model_files import model_folder
 from silotune.common.protocol import join_request
-from silotune.server import service
-from silotune.server.place import Place, ServerSettings
+from silotune.server.operations import service
+from silotune.server.operations.server_folder import Place, ServerSettings
 from silotune.simulations import data
 
 PATIENCE = 180.0  # seconds for a round, or for a process to be ready

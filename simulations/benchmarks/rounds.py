@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from silotune.server.fab import write_app
+from silotune.server.flower.app_bundle import write_app
 from silotune.simulations.benchmarks.federation import (
     ALPHA,
     RANK,

@@ -29,9 +29,9 @@ from silotune.common.errors import ContractError, RefusalError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
-from silotune.server.aggregate import mean_figures, next_clip_norm
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
+from silotune.server.aggregation.mean import mean_figures, next_clip_norm
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 
 MakeWorker = Callable[..., Worker]
 N = 40

@@ -16,7 +16,7 @@ from silotune.client.operations import node_admission, preflight
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Server
 from silotune.common.errors import DataError, PeerError
-from silotune.server import authority
+from silotune.server.operations import certificate_authority
 
 
 class LinkState:
@@ -48,7 +48,7 @@ def test_flower_tells_a_registered_key_from_another_before_it_connects_a_node(
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Server, Path]:
-    (tmp_path / "ca.crt").write_bytes(authority.make_ca("operator")[0].certificate)
+    (tmp_path / "ca.crt").write_bytes(certificate_authority.make_ca("operator")[0].certificate)
     write_key(tmp_path / "node.key", ec.generate_private_key(ec.SECP384R1()))
     return Server(address="fl.example.org:8443", ca=tmp_path / "ca.crt"), tmp_path / "node.key"
 

@@ -13,7 +13,7 @@ from silotune.client.site import policy as policies
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
-from silotune.server import authority
+from silotune.server.operations import certificate_authority
 
 Join = Callable[..., Result]
 
@@ -26,14 +26,14 @@ def folder(tmp_path: Path, table_contract: Contract, monkeypatch: pytest.MonkeyP
     assert made.exit_code == 0, made.output
     (tmp_path / "contract.json").write_text(table_contract.model_dump_json())
     for name in ("ca", "other"):
-        (tmp_path / f"{name}.crt").write_bytes(authority.make_ca(name)[0].certificate)
+        (tmp_path / f"{name}.crt").write_bytes(certificate_authority.make_ca(name)[0].certificate)
     return tmp_path
 
 
 @pytest.fixture
 def join(folder: Path) -> Join:
     def call(*more: str, ca: str = "ca.crt", reads_out: str = "ca.crt") -> Result:
-        print_ = authority.fingerprint((folder / reads_out).read_bytes())
+        print_ = certificate_authority.fingerprint((folder / reads_out).read_bytes())
         return CliRunner().invoke(
             silotune,
             [

@@ -18,7 +18,7 @@ from silotune.client.operations import server_probe
 from silotune.client.operations.server_probe import shake
 from silotune.client.site.policy import Server
 from silotune.common.errors import DataError, PeerError
-from silotune.server import authority
+from silotune.server.operations import certificate_authority
 
 Serve = Callable[..., Server]
 
@@ -28,8 +28,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """serve(hosts=…, ahead=seconds, body=…, version=…): a TLS server as nginx is, and the way to
     it."""
     servers: list[ThreadingHTTPServer] = []
-    _, key, ca = authority.make_ca("the operator")
-    (tmp_path / "ca.crt").write_bytes(ca.public_bytes(authority.Encoding.PEM))
+    _, key, ca = certificate_authority.make_ca("the operator")
+    (tmp_path / "ca.crt").write_bytes(ca.public_bytes(certificate_authority.Encoding.PEM))
 
     def new(
         hosts: tuple[str, ...] = ("127.0.0.1",),
@@ -46,7 +46,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
                 self.end_headers()
                 self.wfile.write(body)
 
-        pem = authority.make_server(list(hosts), key, ca)
+        pem = certificate_authority.make_server(list(hosts), key, ca)
         (tmp_path / "server.crt").write_bytes(pem.certificate)
         (tmp_path / "server.key").write_bytes(pem.key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -94,11 +94,11 @@ def test_a_clock_that_is_off_but_allowed_is_told(serve: Serve) -> None:
 
 
 def test_another_authority(serve: Serve, tmp_path: Path) -> None:
-    other, _, _ = authority.make_ca("somebody else")
+    other, _, _ = certificate_authority.make_ca("somebody else")
     (tmp_path / "other.crt").write_bytes(other.certificate)
     found = told(serve().model_copy(update={"ca": tmp_path / "other.crt"}))
     assert "Do not continue; phone the operator" in found
-    assert authority.fingerprint(other.certificate)[:5] in found
+    assert certificate_authority.fingerprint(other.certificate)[:5] in found
 
 
 def test_another_name(serve: Serve) -> None:
@@ -106,8 +106,8 @@ def test_another_name(serve: Serve) -> None:
 
 
 def test_a_certificate_that_has_expired(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authority, "SKEW", timedelta(days=9))
-    monkeypatch.setattr(authority, "SERVER_DAYS", -1)
+    monkeypatch.setattr(certificate_authority, "SKEW", timedelta(days=9))
+    monkeypatch.setattr(certificate_authority, "SERVER_DAYS", -1)
     assert "not valid at this machine's time" in told(serve())
 
 

@@ -26,9 +26,9 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Train
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 
 WEIGHTS = {"north": 1203.0, "south": 877.0, "east": 1540.0}
 SHIFT = np.float32(6e5)

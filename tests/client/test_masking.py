@@ -35,9 +35,9 @@ from silotune.common.protocol.messages import (
 )
 from silotune.common.protocol.messages import Keys as PublicKeys
 from silotune.common.secagg import fixed_point
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import RoundFacts, Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.storage.run_store import Registry
 
 SITES = ("north", "south", "east", "west")
 SECURE = {"bound": 4.0}

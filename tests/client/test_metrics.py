@@ -328,9 +328,9 @@ def test_without_a_supervisor_the_file_says_whether_the_worker_runs(told: Told) 
 
 
 def test_the_cas_expiry_is_shown(tmp_path: Path) -> None:
-    from silotune.server import authority
+    from silotune.server.operations import certificate_authority
 
-    pem, _, certificate = authority.make_ca("test")
+    pem, _, certificate = certificate_authority.make_ca("test")
     (tmp_path / "ca.crt").write_bytes(pem.certificate)
     for ca, shown in ((tmp_path / "ca.crt", True), (tmp_path / "none.crt", False), (None, False)):
         Tally(tmp_path / "m", ca).write()

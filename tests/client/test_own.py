@@ -19,9 +19,9 @@ from silotune.common.errors import ContractError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
-from silotune.server.registry import Registry
-from silotune.server.replies import SILENT, carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.exchange import SILENT, carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests import tiny
 from tests.federation import EXACT, SITES, ask, of_method, play, team, worker_of
 

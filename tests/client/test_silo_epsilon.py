@@ -33,8 +33,8 @@ from silotune.common.contract.plan import Target
 from silotune.common.errors import ContractError, RefusalError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Refusal, Train, Update
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 
 Rows = Callable[..., Path]
 MakeWorker = Callable[..., Worker]

@@ -19,10 +19,10 @@ from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
-from silotune.server.masking import LostSumError
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import RoundFacts, Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.secagg import LostSumError
+from silotune.server.storage.run_store import Registry
 from tests.client.test_masking import SITES, Answer, Federation, gone_from
 
 ALL = frozenset(SITES)

@@ -21,7 +21,7 @@ from silotune.client.site.folder import Site
 from silotune.client.site.policy import Server
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
-from silotune.server import authority
+from silotune.server.operations import certificate_authority
 
 # The supervisor adopts orphans and ends every descendant: it needs a process of its own.
 SUPERVISOR = """
@@ -110,7 +110,7 @@ def start(tmp_path: Path, forged: str) -> Iterator[Callable[..., Started]]:
     (tmp_path / "state").mkdir()
     (tmp_path / "forged").write_text(forged)
     (tmp_path / "relay" / "node.key").write_text("no key")
-    (tmp_path / "ca.crt").write_bytes(authority.make_ca("test")[0].certificate)
+    (tmp_path / "ca.crt").write_bytes(certificate_authority.make_ca("test")[0].certificate)
     for name, text in (
         ("silotune", WORKER),
         ("flower-supernode", RELAY.format(forged=tmp_path / "forged")),

@@ -20,10 +20,10 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.common.protocol.tensors import trained_names
-from silotune.server.evaluate import PublicTest
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.evaluation import PublicTest
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests import tiny
 from tests.federation import EXACT, SITES, Answer, ask, of_method, play, team, worker_of
 

@@ -9,7 +9,7 @@ import pytest
 
 from silotune.common.contract import contract as contracts
 from silotune.server import cli as server_cli
-from silotune.server import service
+from silotune.server.operations import service
 from silotune.simulations.arms import Job
 from silotune.simulations.progress import Progress
 from tests.conftest import TABLE_CONTRACT, Ran
@@ -58,7 +58,7 @@ def test_the_operators_commands(
     code, out, err = run("server", "contract", draft, "--folder", "server", "--unmasked")
     assert code == 0, err
     assert LARGE_DELTA in out
-    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: True)
+    monkeypatch.setattr("silotune.server.operations.telemetry.answers", lambda *_: True)
     monkeypatch.setattr(service, "flwr", lambda *_: '{"run-id": "1"}')
     monkeypatch.setattr(server_cli, "_follow", lambda *_: Path("adapter.safetensors"))
     (made,) = Path("server/contracts").iterdir()

@@ -21,7 +21,7 @@ from silotune.common.models.base import BUCKET, Encoded
 from silotune.common.models.causal_lm import LanguageModel
 from silotune.common.models.encoder import NO_WORD, Encoder
 from silotune.common.tasks.token_classification import IGNORED
-from silotune.server.evaluate import PublicTest
+from silotune.server.rounds.evaluation import PublicTest
 from tests import tiny
 
 EXACT = Performance(bf16="off", device="cpu", micro_batch=4)

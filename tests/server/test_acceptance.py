@@ -12,9 +12,9 @@ import pytest
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError
 from silotune.common.protocol.messages import Arrays
-from silotune.server.acceptance import Acceptance
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
+from silotune.server.rounds.public_gate import Acceptance
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests.server.test_rounds import events, filled, on_disk, play, update
 
 BEST = 3.0  # where the made-up metrics are at their best

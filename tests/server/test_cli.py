@@ -12,8 +12,8 @@ import pytest
 
 from silotune.common.contract.contract import Contract
 from silotune.server import cli
-from silotune.server.events import Events, append
-from silotune.server.place import Place, ServerSettings
+from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.storage.events import Events, append
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 from tests.server.test_place import admitted
@@ -56,8 +56,8 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         told.append(words)
         return '{"run-id": "1"}'
 
-    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: True)
-    monkeypatch.setattr("silotune.server.service.flwr", flwr)
+    monkeypatch.setattr("silotune.server.operations.telemetry.answers", lambda *_: True)
+    monkeypatch.setattr("silotune.server.operations.service.flwr", flwr)
     monkeypatch.setattr(cli, "_follow", lambda where, *_: where / "adapter.safetensors")
     return told
 
@@ -95,7 +95,7 @@ def test_a_server_that_is_not_started_is_waited_for_visibly_and_not_for_long(
     (place.runs / "r").mkdir()
     (place.runs / "r" / "contract.json").write_text(agreed.read_text())
     looked: list[float] = []
-    monkeypatch.setattr("silotune.server.metrics.answers", lambda *_: False)
+    monkeypatch.setattr("silotune.server.operations.telemetry.answers", lambda *_: False)
     monkeypatch.setattr(cli.time, "monotonic", lambda: float(sum(looked)))
     monkeypatch.setattr(cli.time, "sleep", looked.append)
     code, out, err = run("server", command, agreed if command == "run" else "r", "--folder", "fed")

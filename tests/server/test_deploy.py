@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from silotune.common.cli.main import silotune
-from silotune.server import service
+from silotune.server.operations import service
 
 DEPLOY = Path(__file__).parents[2] / "server" / "deploy"
 UNIT = DEPLOY / "silotune-server.service"

@@ -17,9 +17,9 @@ from silotune.common.errors import DataError
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
 from silotune.common.tasks.metrics import score
-from silotune.server.evaluate import PublicTest
-from silotune.server.fab import write_app
-from silotune.server.place import Place, ServerSettings
+from silotune.server.flower.app_bundle import write_app
+from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.rounds.evaluation import PublicTest
 from tests.server.test_place import admitted
 
 HEADER = "age,smoker,outcome\n"

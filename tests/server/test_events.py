@@ -13,15 +13,16 @@ import pytest
 
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
-from silotune.server import cli, disk, events, registry
-from silotune.server.events import Events, standing
-from silotune.server.registry import Registry
+from silotune.server import cli
+from silotune.server.storage import disk, events, run_store
+from silotune.server.storage.events import Events, standing
+from silotune.server.storage.run_store import Registry
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(run_store, "LOCK_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -193,11 +194,11 @@ def test_a_run_that_never_begins(run: Registry, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_looking_at_a_run_keeps_nobody_from_it(run: Registry, table_contract: Contract) -> None:
-    assert registry.held(run.folder)
+    assert run_store.held(run.folder)
     with pytest.raises(RunError, match="Another server"):
         Registry.open(run.folder, table_contract)
     run.close()
-    assert not registry.held(run.folder)
+    assert not run_store.held(run.folder)
     again = Registry.open(run.folder, table_contract)
     assert cli._standing(run.folder)["state"] == "running"
     again.close()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import orthonormal
-from silotune.server import aggregate, factors
+from silotune.server.aggregation import lora
+from silotune.server.aggregation import mean as aggregate
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 RANK, IN, OUT = 3, 7, 5
@@ -57,7 +58,7 @@ def test_the_residual_is_what_the_long_way_gives_and_0_where_theory_says_so(
     apart = product({n: adapter[n] + change.get(n, np.float32(0)) for n in (A, B)})
     mean = by_hand(adapter, updates, weights)
     expected = np.linalg.norm(mean - apart) / np.linalg.norm(mean - product(adapter))
-    found = factors.residual(adapter, updates, weights)
+    found = lora.residual(adapter, updates, weights)
     assert found == pytest.approx(expected, abs=1e-6)
     if len(trained) == 1:
         assert found == pytest.approx(0, abs=1e-9)
@@ -68,9 +69,9 @@ def test_the_residual_is_what_the_long_way_gives_and_0_where_theory_says_so(
 def test_no_residual_where_no_factor_moved() -> None:
     rng = np.random.default_rng(0)
     updates = changes(rng, ["head.bias"])
-    assert factors.residual(draw(rng), updates, dict.fromkeys(updates, 1.0)) is None
+    assert lora.residual(draw(rng), updates, dict.fromkeys(updates, 1.0)) is None
     head = {"head.bias": np.zeros(2, dtype=np.float32)}
-    assert factors.residual(head, {"a": head}, {"a": 1.0}) is None
+    assert lora.residual(head, {"a": head}, {"a": 1.0}) is None
 
 
 @FUZZ
@@ -80,7 +81,7 @@ def test_turning_keeps_every_product_and_makes_a_orthonormal(seed: int, out: int
     adapter = draw(rng, out=out)
     velocity = {B: draw(rng, out=out)[B]}
     mean = {A: adapter[A], B: draw(rng, out=out)[B]}
-    turned, fast, slow = factors.turned(adapter, velocity, mean)
+    turned, fast, slow = lora.turned(adapter, velocity, mean)
     np.testing.assert_allclose(turned[A] @ turned[A].T, np.eye(RANK), atol=1e-5)
     np.testing.assert_allclose(product(turned), product(adapter), atol=1e-4)
     np.testing.assert_allclose(product(slow), product(mean), atol=1e-4)
@@ -99,7 +100,7 @@ def test_turning_keeps_every_product_and_makes_a_orthonormal(seed: int, out: int
 def test_a_product_of_zero_is_left_alone() -> None:
     adapter = draw(np.random.default_rng(0))
     adapter[B][:] = 0
-    (turned,) = factors.turned(adapter)
+    (turned,) = lora.turned(adapter)
     np.testing.assert_array_equal(turned[A], adapter[A])
 
 
@@ -127,7 +128,7 @@ def test_with_an_orthonormal_a_fedsvd_is_ffa_in_other_coordinates(seed: int) -> 
             mean = aggregate.weighted_mean(updates, dict.fromkeys(updates, 1.0))
             moved, fast[name] = aggregate.heavy_ball(state, fast[name], mean, 0.9)
             if name == "svd":
-                moved, fast[name] = factors.turned(moved, fast[name])
+                moved, fast[name] = lora.turned(moved, fast[name])
             state.update(moved)
     np.testing.assert_allclose(product(svd), product(ffa), atol=2e-4)
 
@@ -139,7 +140,7 @@ def test_flexlora_is_the_nearest_of_its_rank_to_the_mean_of_products(seed: int) 
     adapter, updates = draw(rng), changes(rng, [A, B, "head.bias"])
     weights = {site: float(rng.uniform(0.5, 2)) for site in updates}
     mean = aggregate.weighted_mean(updates, weights)
-    change = factors.flex_change(adapter, updates, weights, mean)
+    change = lora.flex_change(adapter, updates, weights, mean)
     after = {name: adapter[name] + change[name] for name in adapter}
     u, s, v = np.linalg.svd(by_hand(adapter, updates, weights))
     nearest = (u[:, :RANK] * s[:RANK]) @ v[:RANK]

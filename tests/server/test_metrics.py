@@ -16,10 +16,10 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError
 from silotune.common.runtime import prometheus
 from silotune.common.runtime.process_lock import try_lock
-from silotune.server import metrics
-from silotune.server.metrics import ServerMonitor
-from silotune.server.place import Place, ServerSettings
-from silotune.server.registry import Registry
+from silotune.server.operations import telemetry
+from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.telemetry import ServerMonitor
+from silotune.server.storage.run_store import Registry
 
 Shown = dict[tuple[str, ...], float]
 Event = dict[str, object]
@@ -169,10 +169,10 @@ def test_the_registrys_own_events_are_read(place: Place, table_contract: Contrac
 
 
 def test_only_the_newest_runs_are_shown(place: Place) -> None:
-    for number in range(metrics.MOST_RUNS + 5):
+    for number in range(telemetry.MOST_RUNS + 5):
         write(place, f"r{number:03}", RUN)
     names = {name[1] for name in shown(place) if name[0] == "run_rounds_planned"}
-    assert len(names) == metrics.MOST_RUNS
+    assert len(names) == telemetry.MOST_RUNS
 
 
 def test_health_needs_both_processes_and_both_ports(

@@ -23,8 +23,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.common.protocol import join_request
 from silotune.common.protocol.join_request import JoinRequest
-from silotune.server import authority
-from silotune.server.place import Place, ServerSettings
+from silotune.server.operations import certificate_authority
+from silotune.server.operations.server_folder import Place, ServerSettings
 
 
 def node_key() -> str:
@@ -63,7 +63,7 @@ def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
     wrong = PolicyBuilder().store(Store([ca])).build_server_verifier(x509.DNSName("example.org"))
     with pytest.raises(x509.verification.VerificationError):
         wrong.verify(server, [])
-    _, other_key, other = authority.make_ca("another")
+    _, other_key, other = certificate_authority.make_ca("another")
     foreign = (
         PolicyBuilder().store(Store([other])).build_server_verifier(x509.DNSName("fl.example.org"))
     )
@@ -101,7 +101,9 @@ def test_openssl_agrees(place: Place) -> None:
         text=True,
         check=True,
     ).stdout
-    assert said.strip().endswith(authority.fingerprint((place.folder / "ca.crt").read_bytes()))
+    assert said.strip().endswith(
+        certificate_authority.fingerprint((place.folder / "ca.crt").read_bytes())
+    )
 
 
 def test_a_request_is_admitted_by_the_fingerprint_that_was_read_out(place: Place) -> None:
@@ -259,10 +261,12 @@ def test_nginx_knows_the_superlink_by_a_name_of_its_certificate(tmp_path: Path) 
     """It matches names, never addresses; certificates of earlier versions have the host alone."""
     for host in ("127.0.0.1", "fl.example.org", "192.0.2.7"):
         made = Place.create(tmp_path / host, ServerSettings(host=host))
-        assert "localhost" in authority.dns_names((made.folder / "server.crt").read_bytes())
+        assert "localhost" in certificate_authority.dns_names(
+            (made.folder / "server.crt").read_bytes()
+        )
         assert "proxy_ssl_name localhost;" in (made.folder / "nginx.conf").read_text()
-    _, key, ca = authority.make_ca("before")
-    old = authority.make_server(["fl.example.org", "127.0.0.1"], key, ca)
+    _, key, ca = certificate_authority.make_ca("before")
+    old = certificate_authority.make_server(["fl.example.org", "127.0.0.1"], key, ca)
     (made.folder / "server.crt").write_bytes(old.certificate)
     made.write_files()
     assert "proxy_ssl_name 192.0.2.7;" in (made.folder / "nginx.conf").read_text()

@@ -17,8 +17,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.protocol.messages import Arrays
 from silotune.common.runtime.atomic_files import write_durably
-from silotune.server import registry as module
-from silotune.server.registry import Registry
+from silotune.server.storage import run_store as module
+from silotune.server.storage.run_store import Registry
 
 ADAPTER: Arrays = {
     "head.bias": np.array([1, 2], np.float32),
@@ -64,7 +64,7 @@ def test_the_contract_is_utf8_wherever_it_runs(tmp_path: Path, table_contract: C
     code = (
         "import json, sys; from pathlib import Path\n"
         "from silotune.common.contract.contract import Contract\n"
-        "from silotune.server.registry import Registry\n"
+        "from silotune.server.storage.run_store import Registry\n"
         "Registry.create(Path(sys.argv[1]), Contract.model_validate(json.loads(sys.argv[2])))\n"
     )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.defpath}

@@ -12,8 +12,8 @@ import matplotlib
 import pytest
 
 from silotune.common.errors import DataError
-from silotune.server.report import render, write_report
-from silotune.server.words import duration, number, size, small
+from silotune.server.report.formatting import duration, number, size, small
+from silotune.server.report.report import render, write_report
 
 SITES = ("Cleveland", "Long Beach")
 HOSTILE = '<script src="http://evil/x.js">\'"&{{7*7}}$\\frac{_病院</script>'

@@ -19,9 +19,9 @@ from silotune.common.errors import RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests.client.test_masking import SITES, Answer, Federation, gone_from, released_contract
 
 Fresh = Callable[[str], Federation]
@@ -252,7 +252,7 @@ def test_a_run_is_carried_out_by_one_server_at_a_time(fresh: Fresh) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from silotune.common.contract.contract import load\n"
-        "from silotune.server.registry import Registry\n"
+        "from silotune.server.storage.run_store import Registry\n"
         "folder = Path(sys.argv[1])\n"
         "Registry.open(folder, load(folder / 'contract.json')); print('opened')"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from silotune.common.contract.plan import Robust
 from silotune.common.protocol.messages import Arrays
-from silotune.server import robust
+from silotune.server.aggregation import robust
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 RULES = ["krum", "multi-krum", "trimmed-mean", "median"]

@@ -27,8 +27,8 @@ from silotune.common.protocol.messages import (
     Train,
     Update,
 )
-from silotune.server.registry import Registry
-from silotune.server.rounds import RoundFacts, Run
+from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.storage.run_store import Registry
 
 RECIPE = Path(__file__).parents[2] / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
 # age: young, old, missing; smoker: yes, no, missing.

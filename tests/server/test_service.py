@@ -13,8 +13,8 @@ import pytest
 
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
-from silotune.server.place import Place, ServerSettings
-from silotune.server.service import Service
+from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.service import Service
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import PeerError, RunError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Description, Refusal, Train, Update
-from silotune.server import strategy as module
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
-from silotune.server.strategy import SilotuneStrategy
+from silotune.server.flower import strategy as module
+from silotune.server.flower.strategy import SilotuneStrategy
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 
 SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
 # What a node makes of request bytes: reply bytes, a whole record, a Flower error, or silence.

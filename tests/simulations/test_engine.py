@@ -17,9 +17,9 @@ from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.models.factory import build
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
-from silotune.server.strategy import SilotuneStrategy
+from silotune.server.flower.strategy import SilotuneStrategy
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from silotune.simulations.engine import simulate
 
 Rows = Callable[..., Path]

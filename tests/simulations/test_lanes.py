@@ -14,9 +14,9 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.site.policy import permitting
 from silotune.client.worker.worker import Worker
 from silotune.common.models.factory import build
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from silotune.simulations.lanes import Lanes
 from tests import tiny
 from tests.federation import EXACT, SITES, of_method

@@ -11,7 +11,7 @@ import pytest
 
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
-from silotune.server.replies import carry_out
+from silotune.server.rounds.exchange import carry_out
 from silotune.simulations import poison as poisons
 from silotune.simulations.arms import Job
 from silotune.simulations.poison import LyingMasking, Poison, liars, lying

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from silotune.common.contract.contract import Contract
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations import progress as progress_module
 from silotune.simulations.arms import Job
 from silotune.simulations.progress import Progress, result_tables

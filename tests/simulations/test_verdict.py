@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from silotune.common.contract.contract import Contract
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds import RoundFacts
+from silotune.server.rounds.run import RoundFacts
 from silotune.simulations.arms import JobResult
 from silotune.simulations.verdict import standard_error, verdict
 

@@ -31,9 +31,9 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 
 BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent

@@ -28,7 +28,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Describe, Message, Train
-from silotune.server.fab import write_app
+from silotune.server.flower.app_bundle import write_app
 
 WORKER, RELAY = 61001, 61002
 ROOT = Path(__file__).resolve().parents[2]

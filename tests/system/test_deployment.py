@@ -18,10 +18,10 @@ from silotune.client.site.policy import permitting
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
-from silotune.server.fab import write_app
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.flower.app_bundle import write_app
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests.system.seeded_worker import SEED
 
 SITES = ("north", "south")

@@ -23,10 +23,10 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import packing
 from silotune.common.protocol.messages import Arrays
-from silotune.server.fab import write_app
-from silotune.server.registry import Registry
-from silotune.server.replies import carry_out
-from silotune.server.rounds import Run
+from silotune.server.flower.app_bundle import write_app
+from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.run import Run
+from silotune.server.storage.run_store import Registry
 from tests.system.seeded_worker import SEED
 
 SITES = ("a", "b", "c", "d", "e")

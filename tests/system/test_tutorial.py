@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from silotune.server.registry import Registry
+from silotune.server.storage.run_store import Registry
 from tests.system.test_boundary import way_in
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""The Flower Strategy: carries the bytes of server/rounds.py to the sites and back.
+"""The Flower Strategy: carries the bytes of server/rounds/run.py to the sites and back.
 
 What Flower's own loop lacks and this one has: a wait for the roster that ends, a quorum, errors
 mapped to site names, replies that are validated, rounds that are committed. No weight, count or
@@ -19,10 +19,10 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, ProtocolError
 from silotune.common.protocol.messages import RECORD, WIRE
-from silotune.server import replies
-from silotune.server.arrivals import Arrivals
-from silotune.server.replies import Reply, Stages
-from silotune.server.rounds import RoundFacts, Run
+from silotune.server.rounds import exchange as replies
+from silotune.server.rounds.arrivals import Arrivals
+from silotune.server.rounds.exchange import Reply, Stages
+from silotune.server.rounds.run import RoundFacts, Run
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from silotune.common.protocol.join_request import JoinRequest
 from silotune.common.protocol.messages import MAX_WIRE
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.secagg.key_agreement import default_threshold
-from silotune.server import authority
+from silotune.server.operations import certificate_authority
 
 LINK_NAME, CRL = "localhost", "ca.crl"
 PLAIN = re.compile(r"[\w/.+@-]+")
@@ -103,17 +103,17 @@ class Place:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         place = cls(folder)
-        ca, ca_key, ca_certificate = authority.make_ca("Silotune federation CA")
+        ca, ca_key, ca_certificate = certificate_authority.make_ca("Silotune federation CA")
         hosts = [settings.host, "127.0.0.1", LINK_NAME]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         crl = f"https://{host}:{settings.port}/{CRL}"
-        server = authority.make_server(hosts, ca_key, ca_certificate, crl)
+        server = certificate_authority.make_server(hosts, ca_key, ca_certificate, crl)
         for name, data in (
             ("ca.key", ca.key),
             ("ca.crt", ca.certificate),
             ("server.key", server.key),
             ("server.crt", server.certificate),
-            (CRL, authority.make_crl(ca_key, ca_certificate)),
+            (CRL, certificate_authority.make_crl(ca_key, ca_certificate)),
         ):
             write_durably(folder / name, data)
         for name in ("roster", "flwr", "runs", "nginx"):
@@ -132,7 +132,7 @@ class Place:
     def _link_name(self) -> str:
         """By which nginx knows the SuperLink's certificate: it matches names, never addresses.
         Certificates of earlier versions have the host alone."""
-        names = authority.dns_names((self.folder / "server.crt").read_bytes())
+        names = certificate_authority.dns_names((self.folder / "server.crt").read_bytes())
         return LINK_NAME if LINK_NAME in names else self.settings.host
 
     def write_files(self, temporary: Path | None = None) -> None:
@@ -143,7 +143,7 @@ class Place:
         if (self.folder / CRL).exists():
             write_durably(temporary / CRL, (self.folder / CRL).read_bytes())
             (temporary / CRL).chmod(mode)
-        template = (resources.files("silotune.server") / "nginx.conf.j2").read_text()
+        template = (resources.files("silotune.server.operations") / "nginx.conf.j2").read_text()
         text = (
             Environment(
                 undefined=StrictUndefined,

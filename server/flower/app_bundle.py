@@ -25,7 +25,7 @@ flwr-version-target = "{flwr}"
 fab-include = ["LICENSE", "README.md"]
 
 [tool.flwr.app.components]
-serverapp = "silotune.server.app:app"
+serverapp = "silotune.server.flower.server_app:app"
 clientapp = "silotune.client.relay.client_app:app"
 
 [tool.flwr.app.config]
@@ -47,7 +47,7 @@ def write_app(
 ) -> Path:
     """Write the app folder for `flwr run`; paths are the operator's own and absolute.
 
-    resume, test, token: see server/app.py. reading: how `test` is read.
+    resume, test, token: see server/flower/server_app.py. reading: how `test` is read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {

@@ -1,6 +1,6 @@
 """The operator's side of a run, without a network: what to ask, what to accept, what to commit.
 
-server/strategy.py carries these bytes over Flower; a single-site baseline calls the worker
+server/flower/strategy.py carries these bytes over Flower; a single-site baseline calls the worker
 directly. Both go through the same checks.
 """
 
@@ -31,12 +31,20 @@ from silotune.common.protocol.messages import (
     Update,
 )
 from silotune.common.signing import verifies
-from silotune.server import aggregate, factors, replies, robust
-from silotune.server.acceptance import Acceptance, Evaluate
-from silotune.server.gate import Gate
-from silotune.server.iterate import Iterate
-from silotune.server.masking import CHARGED, OTHER_SITES, LostSumError, MaskedRound, Masking
-from silotune.server.registry import Registry
+from silotune.server.aggregation import lora, robust
+from silotune.server.aggregation import mean as aggregate
+from silotune.server.aggregation.server_state import Iterate
+from silotune.server.rounds import exchange
+from silotune.server.rounds.public_gate import Acceptance, Evaluate
+from silotune.server.rounds.secagg import (
+    CHARGED,
+    OTHER_SITES,
+    LostSumError,
+    MaskedRound,
+    Masking,
+)
+from silotune.server.rounds.update_validation import Gate
+from silotune.server.storage.run_store import Registry
 
 T = TypeVar("T")
 ATTEMPTS = 3
@@ -58,7 +66,7 @@ class RoundFacts:
     released: Mapping[str, Mapping[Metric, float]] = field(default_factory=dict)
     clip_norm: float | None = None  # with adaptive clipping
     residual: float | None = None  # of averaging LoRA's factors apart, where updates can be seen
-    declined: str | None = None  # why the sum was not taken (server/acceptance.py)
+    declined: str | None = None  # why the sum was not taken (server/rounds/public_gate.py)
 
 
 class Run:
@@ -90,7 +98,7 @@ class Run:
         self._digests: dict[int, str] = {}
         self.gate = Gate(contract, registry, run_id)
         self._began = time.perf_counter()
-        self.exchange = replies.Exchange(contract, self._has_failed)
+        self.exchange = exchange.Exchange(contract, self._has_failed)
         self.masking = (
             Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
@@ -117,10 +125,10 @@ class Run:
         header = Describe(contract=self.contract.hash, challenge=self._challenge)
         return messages.pack(Message(header))
 
-    def identify(self, wire: replies.Reply) -> str:
+    def identify(self, wire: exchange.Reply) -> str:
         """The site that sent a Description; ProtocolError if it is not one of this contract, or not
         signed by the site's key in the roster (where it has one)."""
-        header = replies.read(self.contract, wire).header
+        header = exchange.read(self.contract, wire).header
         if not isinstance(header, Description):
             raise ProtocolError("The reply is no description.", code="E503")
         public = self.gate.public_key(header.site)
@@ -130,7 +138,7 @@ class Run:
         return header.site
 
     @staticmethod
-    def refused(wire: replies.Reply) -> tuple[str | None, str] | None:
+    def refused(wire: exchange.Reply) -> tuple[str | None, str] | None:
         """The site that a reply says it comes from, and the code by which it refuses; None if it is
         no refusal. Nothing proves the name: it is for people to read."""
         try:
@@ -139,7 +147,7 @@ class Run:
             return None
         return (header.site, header.code) if isinstance(header, Refusal) else None
 
-    def stages(self, sites: Collection[str]) -> replies.Stages[RoundFacts]:
+    def stages(self, sites: Collection[str]) -> exchange.Stages[RoundFacts]:
         """One round with these sites, to be driven by who can reach them (replies.Stages).
 
         A masked round that can never be opened, because sites were charged and their updates or
@@ -239,7 +247,7 @@ class Run:
         self._gave_up = True
         return self._leave_out(why)
 
-    def _train(self, sites: Collection[str]) -> replies.Stages[None]:
+    def _train(self, sites: Collection[str]) -> exchange.Stages[None]:
         """Agree on keys where that is needed, and have the sites train."""
         asked = list(sites)
         if self.masking is not None:
@@ -264,7 +272,7 @@ class Run:
                 self.exchange,
             )
             yield from self._ask(asked, 1)
-            silent = [s for s in asked if self.exchange.failed.get(s) in replies.NO_REPLY]
+            silent = [s for s in asked if self.exchange.failed.get(s) in exchange.NO_REPLY]
             if silent and not self._enough(self._open):
                 # The same bytes again cost nothing; a site says so if it was charged and lost them.
                 yield from self._ask(silent, 1)
@@ -275,12 +283,12 @@ class Run:
             if not asked:
                 break
 
-    def _ask(self, sites: Collection[str], attempt: int) -> replies.Stages[None]:
+    def _ask(self, sites: Collection[str], attempt: int) -> exchange.Stages[None]:
         """Have these sites train, and take what they reply."""
         wires = {site: self.request(site, attempt) for site in sites}
         came = yield wires
         for site, wire in wires.items():
-            self.accept(site, len(wire), came.get(site, replies.SILENT), attempt)
+            self.accept(site, len(wire), came.get(site, exchange.SILENT), attempt)
 
     def _lost(self) -> list[str]:
         """Sites that lost a charged reply in a crash and are needed for the quorum: another attempt
@@ -289,7 +297,7 @@ class Run:
         lost = sorted(site for site, code in self.exchange.failed.items() if code == CHARGED)
         return lost[:missing] if 0 < missing <= len(lost) else []
 
-    def _or_stop(self, stages: replies.Stages[T]) -> replies.Stages[T]:
+    def _or_stop(self, stages: exchange.Stages[T]) -> exchange.Stages[T]:
         try:
             return (yield from stages)
         except RunError as error:
@@ -331,14 +339,14 @@ class Run:
             self._digests[attempt] = messages.digest(asked, arrays)
         return self._digests[attempt]
 
-    def accept(self, site: str, sent: int, reply: replies.Reply, attempt: int = 1) -> None:
+    def accept(self, site: str, sent: int, reply: exchange.Reply, attempt: int = 1) -> None:
         """Take one site's reply, or note why it does not count. Never raises for a bad reply.
 
         sent: bytes that went down to the site. attempt: which one it was asked for.
         """
         self.exchange.count(sent, reply)
         try:
-            message = replies.read(self.contract, reply)
+            message = exchange.read(self.contract, reply)
             update = self.gate.check(
                 message,
                 site,
@@ -392,7 +400,7 @@ class Run:
             change = self._combined(weights)
             settings = self.contract.aggregation
             if self.iterate.phase.adapts and settings.method not in BY_ONE and not settings.robust:
-                residual = factors.residual(self.adapter, self._open, weights)
+                residual = lora.residual(self.adapter, self._open, weights)
             figures: Mapping[Metric, float] = aggregate.mean_figures(
                 self._metrics, weights, self.contract.metric_ranges
             )
@@ -444,11 +452,11 @@ class Run:
             return robust.combined(self._open, settings.robust)
         mean = aggregate.weighted_mean(self._open, weights)
         if settings.method == "flexlora":
-            return factors.flex_change(self.adapter, self._open, weights, mean)
+            return lora.flex_change(self.adapter, self._open, weights, mean)
         if settings.method == "fedex":
             spec = self.contract.adapter
             assert isinstance(spec, Lora)
-            return factors.exact_change(self.adapter, self._open, weights, mean, spec.scale)
+            return lora.exact_change(self.adapter, self._open, weights, mean, spec.scale)
         return mean
 
     def _stalled(self, metrics: Mapping[str, float | None]) -> bool:

@@ -1,7 +1,7 @@
 """The server's side of secure aggregation in one run, without a network.
 
 Its stages are generators: they yield what to ask which site, and are sent what came back
-(server/replies.py). Nothing here can see an update by itself; why is in
+(server/rounds/exchange.py). Nothing here can see an update by itself; why is in
 common/secagg/participant.py.
 """
 
@@ -31,7 +31,7 @@ from silotune.common.protocol.messages import (
 from silotune.common.protocol.tensors import Shapes
 from silotune.common.secagg.key_agreement import Agreement, check_keys
 from silotune.common.secagg.participant import Sum
-from silotune.server.replies import Exchange, Stages
+from silotune.server.rounds.exchange import Exchange, Stages
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
 NO_SECRETS = (CHARGED, "E504", "E506", "E507")  # a member needs another agreement: it started again

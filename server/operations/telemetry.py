@@ -1,7 +1,8 @@
 """The server's metrics: its two processes, its certificates, and how far each run is.
 
-Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes (server/events.py).
-Served on 127.0.0.1 (common/runtime/prometheus.py); nginx has no way to it.
+Runs are read from `runs/*/events.jsonl`, which hold names, numbers and codes
+(server/storage/events.py). Served on 127.0.0.1 (common/runtime/prometheus.py); nginx has no way to
+it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Literal
 from cryptography import x509
 from prometheus_client.core import Metric
 
-from silotune.server.events import Events, Standing, standing
-from silotune.server.place import Place
-from silotune.server.registry import died
+from silotune.server.operations.server_folder import Place
+from silotune.server.storage.events import Events, Standing, standing
+from silotune.server.storage.run_store import died
 
 PROCESSES = ("superlink", "nginx")
 PROBE_SECONDS = 2.0

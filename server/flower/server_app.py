@@ -15,11 +15,11 @@ from silotune.common.contract import contract as contracts
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import RunError, SilotuneError
 from silotune.common.models.factory import build
-from silotune.server import events
-from silotune.server.disk import no_room
-from silotune.server.registry import Registry
-from silotune.server.rounds import Run
-from silotune.server.strategy import SilotuneStrategy
+from silotune.server.flower.strategy import SilotuneStrategy
+from silotune.server.rounds.run import Run
+from silotune.server.storage import events
+from silotune.server.storage.disk import no_room
+from silotune.server.storage.run_store import Registry
 
 STOPPED = "The server was told to stop the run."
 
@@ -43,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
         model = build(contract, Path(config["model"]) if config["model"] else None)
         evaluate = None
         if config["test"]:
-            from silotune.server.evaluate import PublicTest
+            from silotune.server.rounds.evaluation import PublicTest
 
             reading = Reading.of(
                 config["encoding"], config["delimiter"] or None, "--{key} '{value}'"

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from silotune.common.runtime.plotting import Plot, paint, svg_of
-from silotune.server.words import DASH, finite, number, small
+from silotune.server.report.formatting import DASH, finite, number, small
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from silotune.common.errors import PeerError, UsageError
 from silotune.common.runtime import prometheus, subprocesses
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal, Source
-from silotune.server.metrics import PROBE_SECONDS, ServerMonitor, answers
-from silotune.server.place import Place
+from silotune.server.operations.server_folder import Place
+from silotune.server.operations.telemetry import PROBE_SECONDS, ServerMonitor, answers
 
 BIN = Path(sys.executable).parent
 READY_SECONDS = 120.0

@@ -18,8 +18,16 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 
 from silotune.common.errors import DataError
-from silotune.server.plots import draw, main_arm, metric_of, rows_of, site_names, stated, total
-from silotune.server.words import DASH, duration, number, size, small
+from silotune.server.report.formatting import DASH, duration, number, size, small
+from silotune.server.report.plots import (
+    draw,
+    main_arm,
+    metric_of,
+    rows_of,
+    site_names,
+    stated,
+    total,
+)
 
 KNOWN_METRICS = {"auc": "AUC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
@@ -42,7 +50,7 @@ def render(result: Mapping[str, Any]) -> str:
             f"This result has format {result.get('format')!r}; this version of Silotune reads 1."
         )
     env = Environment(
-        loader=PackageLoader("silotune.server", "."),
+        loader=PackageLoader("silotune.server.report", "."),
         autoescape=True,
         undefined=ChainableUndefined,
         finalize=lambda value: DASH if value is None or isinstance(value, Undefined) else value,

@@ -14,7 +14,7 @@ from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Arrays, Masked, Message, Receipt, Update
 from silotune.common.protocol.tensors import Shapes
 from silotune.common.signing import verifies
-from silotune.server.registry import Registry
+from silotune.server.storage.run_store import Registry
 
 
 class Gate:

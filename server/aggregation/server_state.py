@@ -1,7 +1,7 @@
 """Where a run stands: the adapter, and what the server's steps carry from one round to the next.
 
 All of it follows from the contract and the means of the rounds so far, so a run can be taken up
-again from the files of its last round (server/registry.py).
+again from the files of its last round (server/storage/run_store.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.plan import Metric, Phase
 from silotune.common.protocol import tensors
 from silotune.common.protocol.messages import Arrays
-from silotune.server import aggregate, factors
+from silotune.server.aggregation import lora, mean
 
 
 class Iterate:
@@ -96,11 +96,11 @@ class Iterate:
             # Copies of sites that are not there have not moved: so much less does their mean.
             change = {name: np.float32(present) * array for name, array in change.items()}
         if settings.adaptive:
-            moved, velocity, second = aggregate.adaptive_step(
+            moved, velocity, second = mean.adaptive_step(
                 self.adapter, self._velocity, self._second, change, settings.adaptive
             )
         else:
-            moved, velocity = aggregate.heavy_ball(
+            moved, velocity = mean.heavy_ball(
                 self.adapter, self._velocity, change, settings.momentum
             )
         tensors.check(moved, self.shapes, "The aggregate")
@@ -121,14 +121,14 @@ class Iterate:
                 },
             )
         if self.contract.averages_in(self.number):
-            self._mean = aggregate.running_mean(self._mean, self._averaged, self.adapter)
+            self._mean = mean.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
         if settings.method == "fedsvd" and self.phase.adapts:
-            self.adapter, self._velocity, self._mean = factors.turned(
+            self.adapter, self._velocity, self._mean = lora.turned(
                 self.adapter, self._velocity, self._mean
             )
         if self.contract.privacy.adaptive:
-            self.clip_norm = aggregate.next_clip_norm(
+            self.clip_norm = mean.next_clip_norm(
                 self.clip_norm, figures["unclipped"], self.contract.privacy.adaptive
             )
         return None

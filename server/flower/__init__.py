@@ -1,0 +1,1 @@
+"""The server's side of Flower: strategy, ServerApp and the app that is submitted."""

@@ -1,0 +1,1 @@
+"""What keeps a server running: certificates, folder, processes, metrics."""
