@@ -26,7 +26,7 @@ soak: $(INSTALLED)  ## every fault to real federations, as root; writes simulati
 	$(BIN)/python -m tests.system.soak
 
 recipes: $(INSTALLED)  ## every recipe pooled, alone, federated, with DP; writes simulations/studies/recipes.{json,md}
-	$(BIN)/python -m silotune.simulations.table
+	$(BIN)/python -m silotune.simulations.comparison.recipe_table
 
 bench-rounds: $(INSTALLED)  ## what a round costs beyond training; writes results/rounds.json
 	$(BIN)/python -m silotune.simulations.benchmarks.rounds

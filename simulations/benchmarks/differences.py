@@ -55,8 +55,8 @@ from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation.server_state import Iterate
-from silotune.simulations import data
-from silotune.simulations.recipe import load_recipe
+from silotune.simulations.comparison.recipe import load_recipe
+from silotune.simulations.datasets import catalog
 
 RESULTS = Path("simulations/benchmarks/results/differences.json")
 RECIPE, EPSILONS, ROUNDS, DRAWS = "heart-diagnosis", (8.0, 3.0, 1.0), (1, 10), 20
@@ -173,7 +173,10 @@ def main() -> None:
             _, split, _ = recipe.rows(Path(folder))
             sites = {
                 name: Site(
-                    contract, name, split / "train" / f"{name}.csv", data.fetch("all-MiniLM-L6-v2")
+                    contract,
+                    name,
+                    split / "train" / f"{name}.csv",
+                    catalog.fetch("all-MiniLM-L6-v2"),
                 )
                 for name in contract.weights()
             }

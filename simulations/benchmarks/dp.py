@@ -49,7 +49,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.attention import fuse_lora, register_attention
 from silotune.common.models.base import Block
 from silotune.common.models.encoder import Encoder
-from silotune.simulations import data
+from silotune.simulations.datasets import catalog
 
 RESULTS = Path("simulations/benchmarks/results")
 MICRO, LABELS, RANK, TURNS = 16, 3, 8, 7
@@ -108,7 +108,7 @@ class Net(nn.Module):
         kind: Any = AutoModelForCausalLM if causal else AutoModel
         more = {} if causal else {"add_pooling_layer": False}
         base = kind.from_pretrained(
-            data.fetch(SOURCES[case.model]),
+            catalog.fetch(SOURCES[case.model]),
             attn_implementation=attention,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -222,7 +222,7 @@ def cached(case: Case, *, bf16: bool) -> Step:
                 "kind": "encoder",
                 "name": SOURCES[case.model],
                 "max_tokens": case.tokens,
-                "sha256": data.SOURCES[SOURCES[case.model]].sha256,
+                "sha256": catalog.SOURCES[SOURCES[case.model]].sha256,
                 "normalise": False,
             },
             "adapter": {
@@ -249,7 +249,7 @@ def cached(case: Case, *, bf16: bool) -> Step:
         micro_batch=case.batch,
         device=HERE.type,
     )
-    model = Encoder(contract, data.fetch(SOURCES[case.model]), performance)
+    model = Encoder(contract, catalog.fetch(SOURCES[case.model]), performance)
     model.load(model.initial_arrays())
     texts = [" ".join(["river"] * (case.tokens + i)) for i in range(case.batch)]
     encoded, targets = model.encode(texts), batch(case)[2]

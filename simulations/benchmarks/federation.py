@@ -25,7 +25,7 @@ from silotune.common.model_files import model_folder
 from silotune.common.protocol import join_request
 from silotune.server.operations import service
 from silotune.server.operations.server_folder import Place, ServerSettings
-from silotune.simulations import data
+from silotune.simulations.datasets import catalog
 
 PATIENCE = 180.0  # seconds for a round, or for a process to be ready
 RANK, ALPHA, TOKENS = 8, 16, 32
@@ -63,7 +63,7 @@ class Federation:
     many rounds."""
 
     def __init__(self, folder: Path, case: Case, rounds: int) -> None:
-        self.folder, self.case, self.model = folder, case, data.fetch(case.source)
+        self.folder, self.case, self.model = folder, case, catalog.fetch(case.source)
         self.place = Place.create(
             folder / "server", ServerSettings(host="127.0.0.1", link_port=free_port())
         )

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-from silotune.simulations.arms import Job
 from silotune.simulations.benchmarks import sim_workload as work
+from silotune.simulations.execution.variants import Job
 
 OURS = "ours"
 QUEUES, FLOAT32, PRIVATE = "ours-queues", "ours-float32", "ours-dp"
@@ -24,7 +24,7 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     work.libraries()
     from silotune.common.contract.compute import Performance
     from silotune.common.models.encoder import Encoder
-    from silotune.simulations.jobs import run_job
+    from silotune.simulations.execution.job import run_job
 
     facts, encoded, encode = work.facts_of(folder), list[int](), Encoder.encode
 

@@ -67,8 +67,8 @@ def lay(folder: Path) -> Path:
     """Write the rows as run_job reads them, and each case's first weights; returns the model's
     folder. The texts are the airline tweets of a shipped recipe, in one fixed order."""
     from silotune.common.models.factory import build
-    from silotune.simulations import data
-    from silotune.simulations.recipe import load_recipe
+    from silotune.simulations.comparison.recipe import load_recipe
+    from silotune.simulations.datasets import catalog
 
     place = load_recipe("service-sentiment").rows(folder).folder
     with (place / "pooled.csv").open(newline="", encoding="utf-8") as file:
@@ -77,11 +77,11 @@ def lay(folder: Path) -> Path:
     for at, name in enumerate(WHO):
         _write(folder / "train" / f"{name}.csv", drawn[TEXTS * at : TEXTS * (at + 1)])
     _write(folder / "test" / "public.csv", drawn[TEXTS * CLIENTS :][:PUBLIC])
-    model = data.fetch(MODEL)
+    model = catalog.fetch(MODEL)
     for case in (HEAD, ADAPTER):
-        first = build(contract(data.SOURCES[MODEL].sha256, case, AGREE), model).initial_arrays()
+        first = build(contract(catalog.SOURCES[MODEL].sha256, case, AGREE), model).initial_arrays()
         keep(folder / case, first)
-    facts = {"model": str(model), "sha256": data.SOURCES[MODEL].sha256}
+    facts = {"model": str(model), "sha256": catalog.SOURCES[MODEL].sha256}
     (folder / "facts.json").write_text(json.dumps(facts))
     return model
 

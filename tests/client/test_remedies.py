@@ -27,7 +27,7 @@ from silotune.common.data.text_decoding import columns_like
 from silotune.common.errors import ContractError, DataError, counted
 from silotune.common.runtime import terminal
 from silotune.server import cli as server_cli
-from silotune.simulations import data as sources
+from silotune.simulations.datasets import catalog as sources
 from tests import tiny
 from tests.common.test_reading import TOKENS
 from tests.conftest import Ran

@@ -20,7 +20,7 @@ import pytest
 from silotune.common.cli import main
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import CODES, DataError, RunError, SilotuneError
-from silotune.simulations.data import present
+from silotune.simulations.datasets.catalog import present
 from tests.conftest import TABLE_CONTRACT
 
 ROOT = Path(__file__).parents[2]

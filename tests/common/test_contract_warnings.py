@@ -10,8 +10,8 @@ import pytest
 from silotune.common.contract import contract as contracts
 from silotune.server import cli as server_cli
 from silotune.server.operations import service
-from silotune.simulations.arms import Job
-from silotune.simulations.progress import Progress
+from silotune.simulations.comparison.progress import Progress
+from silotune.simulations.execution.variants import Job
 from tests.conftest import TABLE_CONTRACT, Ran
 
 LARGE_DELTA = "more than 0.1: that many whole records of a site"

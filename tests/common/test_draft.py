@@ -22,7 +22,7 @@ from silotune.common.contract.inputs import NumberColumn, TableInput
 from silotune.common.contract.plan import Entity
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import UsageError
-from silotune.simulations.run import Options
+from silotune.simulations.comparison.run import Options
 from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)

@@ -22,7 +22,7 @@ from silotune.common.cli.main import silotune
 from silotune.common.errors import ContractError, DataError, SilotuneError, UsageError
 from silotune.common.runtime.journal import Journal
 from silotune.common.runtime.terminal import escaped, escaped_json
-from silotune.simulations.progress import EscapingConsole
+from silotune.simulations.comparison.progress import EscapingConsole
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 TITLE, CLIPBOARD = "a\x1b]0;PWNED\x07b", "\x1b]52;c;cm0gLXJmIC8K\x1b\\"

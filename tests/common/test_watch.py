@@ -214,7 +214,7 @@ def test_a_packaged_model_is_found_in_the_cache_and_another_one_asked_for(
     save_file(models.build(made, folder).initial_arrays(), run / "adapter.safetensors")
     data = tiny.write(tmp_path / "rows.csv", tiny.rows_of("classification", 40))
     cache: dict[str, Path] = {}
-    monkeypatch.setattr("silotune.simulations.data.present", cache.get)
+    monkeypatch.setattr("silotune.simulations.datasets.catalog.present", cache.get)
     error = call(run, data, "--out", tmp_path / "watch").exception
     assert isinstance(error, DataError)
     assert error.code == "E314"

@@ -154,7 +154,7 @@ def test_a_packaged_model_is_found_in_the_cache(
     of_model: tuple[Path, Path], run: Silotune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, folder = of_model
-    monkeypatch.setattr("silotune.simulations.data.present", {"tiny": folder}.get)
+    monkeypatch.setattr("silotune.simulations.datasets.catalog.present", {"tiny": folder}.get)
     code, _, err = run("server", "run", file, "--folder", "fed", "--run", "r")
     assert code == 0, err
     written = Path("fed/flwr/apps/r/pyproject.toml").read_text()

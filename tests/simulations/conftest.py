@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from silotune.simulations import study as studies
-from silotune.simulations.arms import Job
+from silotune.simulations.execution.variants import Job
+from silotune.simulations.study import study as studies
 
 
 @pytest.fixture

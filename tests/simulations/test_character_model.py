@@ -13,8 +13,9 @@ from silotune.common.contract.architecture import EncoderModel
 from silotune.common.errors import DataError
 from silotune.common.model_files import model_folder
 from silotune.common.models import backbone
-from silotune.simulations import character_model, data
-from silotune.simulations.character_model import (
+from silotune.simulations.comparison.recipe import load_recipe
+from silotune.simulations.datasets import catalog, character_model
+from silotune.simulations.datasets.character_model import (
     FIRST,
     LAST,
     MASK,
@@ -25,7 +26,6 @@ from silotune.simulations.character_model import (
     Settings,
     Text,
 )
-from silotune.simulations.recipe import load_recipe
 
 TAGGED = (
     """
@@ -181,13 +181,13 @@ def test_what_is_saved_is_loaded_offline(
     assert {name for name, _ in model.named_parameters()} == set(weights)
 
 
-SHIPPED = data.SOURCES["chinese-characters"]
+SHIPPED = catalog.SOURCES["chinese-characters"]
 
 
 def test_the_shipped_model_is_the_one_that_the_recipe_names() -> None:
     spec = load_recipe("chinese-sentiment").contract.model
     assert isinstance(spec, EncoderModel)
-    folder = data.fetch(spec.name)
+    folder = catalog.fetch(spec.name)
     assert spec.sha256 == SHIPPED.sha256
     read = backbone.read(folder, spec.sha256, torch.device("cpu"))
     assert read.size == Settings().hidden
@@ -205,8 +205,8 @@ def test_a_changed_shipped_model_is_refused(
         (tmp_path / "models" / "chinese-characters").mkdir(parents=True, exist_ok=True)
         content = (SHIPPED.path / member).read_bytes()
         (tmp_path / SHIPPED.folder / member).write_bytes(content)
-    monkeypatch.setattr(data.resources, "files", lambda _: tmp_path)
-    assert data.fetch(SHIPPED.name) == tmp_path / SHIPPED.folder
+    monkeypatch.setattr(catalog.resources, "files", lambda _: tmp_path)
+    assert catalog.fetch(SHIPPED.name) == tmp_path / SHIPPED.folder
     (tmp_path / SHIPPED.folder / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"another model than .* Install Silotune again"):
-        data.fetch(SHIPPED.name)
+        catalog.fetch(SHIPPED.name)

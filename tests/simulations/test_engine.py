@@ -20,7 +20,7 @@ from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.engine import simulate
+from silotune.simulations.execution.flower_engine import simulate
 
 Rows = Callable[..., Path]
 

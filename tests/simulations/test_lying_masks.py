@@ -12,12 +12,12 @@ import pytest
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
 from silotune.server.rounds.exchange import carry_out
-from silotune.simulations import poison as poisons
-from silotune.simulations.arms import Job
-from silotune.simulations.poison import LyingMasking, Poison, liars, lying
-from silotune.simulations.recipe import Recipe
-from silotune.simulations.split import Split
-from silotune.simulations.study import Study, asked, cells_of, compare
+from silotune.simulations.attacks import poisoning as poisons
+from silotune.simulations.attacks.poisoning import LyingMasking, Poison, liars, lying
+from silotune.simulations.comparison.recipe import Recipe
+from silotune.simulations.datasets.split import Split
+from silotune.simulations.execution.variants import Job
+from silotune.simulations.study.study import Study, asked, cells_of, compare
 from tests.client.test_masking import SITES, Federation
 from tests.simulations.test_partition import contract_of, split_where_smokers_are_ill
 

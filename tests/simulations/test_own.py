@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 from silotune.common.contract import contract as contracts
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, UsageError
-from silotune.simulations import pool
-from silotune.simulations import run as run_module
-from silotune.simulations.recipe import own_recipe
-from silotune.simulations.run import lengths_of
-from silotune.simulations.split import of_file
+from silotune.simulations.comparison import run as run_module
+from silotune.simulations.comparison.recipe import own_recipe
+from silotune.simulations.comparison.run import lengths_of
+from silotune.simulations.datasets.split import of_file
+from silotune.simulations.execution import worker_pool
 from tests import tiny
 from tests.common.test_reading import csv_text, json_text, write_parquet, write_text, write_xlsx
 
@@ -265,7 +265,7 @@ def test_all_sites_problems_are_told_at_once_by_the_rows_of_the_file_before_a_mo
         lines[row] = ",".join([*lines[row].split(",")[:-1], f"odd{row}"])
     table.write_text("\n".join(lines), encoding="utf-8")
     loaded: list[str] = []
-    monkeypatch.setattr("silotune.simulations.data.fetch", loaded.append)
+    monkeypatch.setattr("silotune.simulations.datasets.catalog.fetch", loaded.append)
     monkeypatch.chdir(table.parent)
     code, _, wrong = run("sim", "run", out, f"data={table}", "site_column=branch")
     assert code == 1
@@ -345,13 +345,13 @@ class InProcess:
     """A pool of processes that are this one: starting some takes longer than what they do here."""
 
     def __init__(self, *_: object, initargs: tuple[Any, int], **__: object) -> None:
-        pool._channel = initargs[0]
+        worker_pool._channel = initargs[0]
 
     def __enter__(self) -> InProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pool._channel = None
+        worker_pool._channel = None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -415,8 +415,8 @@ def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
         left.pop()
         return pool_work(job)
 
-    pool_work = pool.work
-    monkeypatch.setattr(pool, "work", work)
+    pool_work = worker_pool.work
+    monkeypatch.setattr(worker_pool, "work", work)
     monkeypatch.setattr(run_module, "wait", one_at_a_time)
     code, _, wrong = run(*few(table, "run"))
     assert code == 130

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, UsageError
-from silotune.simulations.partition import Partition, deal, draw, repartition
+from silotune.simulations.datasets.partition import Partition, deal, draw, repartition
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 

@@ -11,10 +11,16 @@ import pytest
 from silotune.common.errors import UsageError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Receipt, Refusal, Update
-from silotune.simulations.poison import TRIGGERED, Poison, liars, lying, poisoned_rows
-from silotune.simulations.recipe import Recipe
-from silotune.simulations.split import Split
-from silotune.simulations.study import Study, compare
+from silotune.simulations.attacks.poisoning import (
+    TRIGGERED,
+    Poison,
+    liars,
+    lying,
+    poisoned_rows,
+)
+from silotune.simulations.comparison.recipe import Recipe
+from silotune.simulations.datasets.split import Split
+from silotune.simulations.study.study import Study, compare
 from tests.simulations.test_partition import contract_of, split_of, split_where_smokers_are_ill
 
 

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from silotune.common.contract.contract import Contract
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations import progress as progress_module
-from silotune.simulations.arms import Job
-from silotune.simulations.progress import Progress, result_tables
+from silotune.simulations.comparison import progress as progress_module
+from silotune.simulations.comparison.progress import Progress, result_tables
+from silotune.simulations.execution.variants import Job
 from tests.conftest import Ran
 
 LABELS = (
@@ -40,7 +40,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=64).map(str.strip).filter(bool)
 
 
 def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) -> dict[str, Any]:
-    """A result as simulations/summary.py makes it, each figure of it another."""
+    """A result as simulations/comparison/summary.py makes it, each figure of it another."""
     order = 1 + np.random.default_rng(seed).permutation(999)  # 0.000 stands in a δ of 0.0001
     numbers = iter(order[: (2 + len(sites)) * arms].tolist())
 

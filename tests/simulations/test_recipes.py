@@ -20,13 +20,13 @@ from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import ContractError, DataError, UsageError
-from silotune.simulations import data
-from silotune.simulations.arms import Job, arms_of
-from silotune.simulations.jobs import run_job
-from silotune.simulations.masks import masked
-from silotune.simulations.recipe import load_recipe, recipe_names
-from silotune.simulations.run import Options, _set_aside, computing
-from silotune.simulations.tables import TABLES
+from silotune.simulations.comparison.recipe import load_recipe, recipe_names
+from silotune.simulations.comparison.run import Options, _set_aside, computing
+from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets.tables import TABLES
+from silotune.simulations.execution.job import run_job
+from silotune.simulations.execution.roster_keys import masked
+from silotune.simulations.execution.variants import Job, arms_of
 from tests.conftest import Ran
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
     try:
         table = TABLES[recipe.facts["table"]].make()
         if not isinstance(contract.model, OneHotModel):
-            model = data.fetch(contract.model.name)
+            model = catalog.fetch(contract.model.name)
     except DataError as error:
         pytest.skip(f"it cannot be had: {error}")
     for part in ("train", "test"):
@@ -111,9 +111,9 @@ def test_rows_are_the_same_with_other_releases_of_pandas(
 ) -> None:
     """In some releases of pandas a frame's strings are Arrow's, to which a C1 control is no space:
     there only the rows below would tell, here the type does."""
-    source = data.SOURCES["airline-tweets"]
+    source = catalog.SOURCES["airline-tweets"]
     (tmp_path / source.main).write_bytes(b"text,sentiment\n@United on\x85time\xa0!,positive\n")
-    monkeypatch.setattr(data, "fetch", lambda _: tmp_path)
+    monkeypatch.setattr(catalog, "fetch", lambda _: tmp_path)
     table = TABLES["airlines"].make()
     assert table.to_dict("records") == [
         {"site": "United", "text": "@United on time !", "sentiment": "positive"}

@@ -8,15 +8,15 @@ import pytest
 from silotune.common.contract.inputs import columns_of
 from silotune.common.contract.task import Language
 from silotune.common.errors import DataError
-from silotune.simulations import data, tables
-from silotune.simulations.recipe import load_recipe
+from silotune.simulations.comparison.recipe import load_recipe
+from silotune.simulations.datasets import catalog, tables
 
 
 @pytest.fixture(scope="module")
 def source() -> pd.DataFrame:
     """Banking77's rows, both parts; skips where its folder is not there."""
     try:
-        folder = data.fetch("banking77")
+        folder = catalog.fetch("banking77")
     except DataError as error:
         pytest.skip(f"the data cannot be had: {error}")
     return pd.concat(
@@ -38,7 +38,7 @@ def test_the_contract_learns_the_tables_columns() -> None:
     assert isinstance(contract.task, Language)
     assert contract.task.label_column == "reply"
     assert columns_of(contract.input) == ("query",)
-    assert contract.model.sha256 == data.SOURCES[contract.model.name].converted  # type: ignore[union-attr]
+    assert contract.model.sha256 == catalog.SOURCES[contract.model.name].converted  # type: ignore[union-attr]
     assert {phase.trains for phase in contract.phases} == {"adapter"}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from silotune.simulations.split import split, validation
-from silotune.simulations.tables import TABLES, Table
+from silotune.simulations.datasets.split import split, validation
+from silotune.simulations.datasets.tables import TABLES, Table
 from tests.simulations.test_partition import contract_of, split_of
 
 

@@ -14,14 +14,21 @@ import pytest
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
-from silotune.simulations import study_page
-from silotune.simulations.arms import Job
-from silotune.simulations.kept import Kept
-from silotune.simulations.partition import Partition
-from silotune.simulations.recipe import Recipe
-from silotune.simulations.run import machine
-from silotune.simulations.split import Split
-from silotune.simulations.study import Study, cells_of, compare, load_study, rates_of, study_file
+from silotune.simulations.comparison.recipe import Recipe
+from silotune.simulations.comparison.run import machine
+from silotune.simulations.datasets.partition import Partition
+from silotune.simulations.datasets.split import Split
+from silotune.simulations.execution.variants import Job
+from silotune.simulations.study import report
+from silotune.simulations.study.store import Kept
+from silotune.simulations.study.study import (
+    Study,
+    cells_of,
+    compare,
+    load_study,
+    rates_of,
+    study_file,
+)
 from tests.simulations.test_partition import contract_of, split_of
 
 TOML = """
@@ -90,12 +97,12 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     )
     compare(changed, tmp_path / "out", 1, recipe)
     assert [job.contract.quorum for job in ran] == [2] * 8
-    text = study_page.markdown(found)
+    text = report.markdown(found)
     assert "cores.\n" in text
     two = dict(found["cells"])
     for key in list(two)[:5]:
         two[key] = two[key] | {"machine": "z, 16 cores, H100"}
-    assert "cores (19 cells); z, 16 cores, H100 (5 cells).\n" in study_page.markdown(
+    assert "cores (19 cells); z, 16 cores, H100 (5 cells).\n" in report.markdown(
         found | {"cells": two}
     )
     # Of before cells said where they were made: they were made where their file says.
@@ -112,7 +119,7 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
     for cell in found["cells"].values():  # a way of two rounds
         cell["curve"] += [point | {"round": 2, "kilobytes": 2000} for point in cell["curve"]]
-    files = study_page.draw(found, tmp_path / "out")
+    files = report.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
     assert all(">together<" in f.read_text() for f in files)
     assert "at ε 8" in files[1].read_text()
@@ -128,14 +135,14 @@ def test_lines_have_a_point_for_each_round_that_is_known(
     longer = found["cells"]["pooled | ε 8 | natural | 1"]["curve"]
     found["cells"]["pooled | ε 8 | natural | 0"]["curve"] = [longer[0] | {"round": 7}]
     drawn: list[tuple[str, list[float]]] = []
-    original = study_page._band
+    original = report._band
 
     def seen(axes: Any, points: Any, label: str, *args: Any, **more: Any) -> None:
         drawn.append((label, [x for x, *_ in points]))
         original(axes, points, label, *args, **more)
 
-    monkeypatch.setattr(study_page, "_band", seen)
-    study_page.draw(found, tmp_path / "out")
+    monkeypatch.setattr(report, "_band", seen)
+    report.draw(found, tmp_path / "out")
     assert ("pooled", [1, 7]) in drawn
     assert ("together", [1]) in drawn
     assert ("alone", []) in drawn  # each goes its own way
@@ -149,28 +156,28 @@ def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
             "repeats": 1,
             "epsilons": (8.0,),
             "partitions": {"natural": Partition()},
-            "arms": {f"arm {k}": study.arms["together"] for k in range(study_page.MOST_LINES + 1)},
+            "arms": {f"arm {k}": study.arms["together"] for k in range(report.MOST_LINES + 1)},
         }
     )
     found = compare(many, tmp_path / "out", 1, recipe)
-    (file,) = study_page.draw(found, tmp_path / "out")  # of one round there is no way to draw
+    (file,) = report.draw(found, tmp_path / "out")  # of one round there is no way to draw
     assert file.name == "epsilon.svg"
     for cell in found["cells"].values():
         cell["curve"].append(cell["curve"][0] | {"round": 2, "kilobytes": 2000})
-    files = study_page.draw(found, tmp_path / "out")
+    files = report.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
     # Of a study that is not whole the arms that are there are drawn; without any ways none is.
     (tmp_path / "part").mkdir()
     part = {key: cell for key, cell in found["cells"].items() if cell["arm"] == "arm 12"}
-    study_page.draw(found | {"cells": part}, tmp_path / "part")
+    report.draw(found | {"cells": part}, tmp_path / "part")
     text = (tmp_path / "part" / "rounds.svg").read_text()
     assert ">arm 12<" in text
     assert ">arm 1<" not in text
-    assert len(study_page.draw(found | {"cells": {}}, tmp_path / "part")) == 1
+    assert len(report.draw(found | {"cells": {}}, tmp_path / "part")) == 1
     assert not (tmp_path / "part" / "rounds.svg").exists()
     for file in files:
         text = file.read_text()
-        assert all(f">arm {k}<" in text for k in range(study_page.MOST_LINES + 1))
+        assert all(f">arm {k}<" in text for k in range(report.MOST_LINES + 1))
         assert text.count(">natural<") == (1 if file.stem == "epsilon" else 2)
 
 
@@ -229,7 +236,7 @@ def test_rates_are_chosen_without_the_public_rows(
     assert rates["together x0.5", math.inf] == 0.5
     assert rates["together x2", 8.0] == 6.0
     assert rates["pooled x2", math.inf] == 4.0  # of `plain`
-    text = study_page.markdown(found)
+    text = report.markdown(found)
     assert "on a quarter of the training rows of `heart-diagnosis`; one run each; δ" in text
     assert "| pooled x0.5 | " in text
 
@@ -251,10 +258,8 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
     second = compare(small, tmp_path / "out", 1, recipe, only=["together | ε 8 | * | 0"])
     assert len(ran) == 1
     assert set(second["cells"]) == set(first["cells"]) | {"together | ε 8 | natural | 0"}
-    assert "\n7 of 12 cells are there.\n" in study_page.markdown(second)
-    assert "RDP, per record.\n0 of 12 cells are there.\n" in study_page.markdown(
-        second | {"cells": {}}
-    )
+    assert "\n7 of 12 cells are there.\n" in report.markdown(second)
+    assert "RDP, per record.\n0 of 12 cells are there.\n" in report.markdown(second | {"cells": {}})
     with pytest.raises(UsageError, match="--only 'together' is like no cell"):
         compare(small, tmp_path / "out", 1, recipe, only=["* | ε 8 | *", "together"])
     # Of another grid in the same folder: both are kept, and each tells its own.
@@ -280,11 +285,11 @@ def test_repeats_come_one_after_the_other(study: Study, recipe: Recipe) -> None:
 
 
 def test_an_interval_is_students(tmp_path: Path) -> None:
-    mean, half = study_page.interval([0.7, 0.72, 0.74, 0.76, 0.78])
+    mean, half = report.interval([0.7, 0.72, 0.74, 0.76, 0.78])
     assert mean == pytest.approx(0.74)
     assert half == pytest.approx(2.776 * 0.0316228 / math.sqrt(5), rel=1e-2)
-    assert study_page.interval([0.5]) == (0.5, 0.0)
-    assert study_page._told([0.5]) == "0.500"  # one value has no interval
+    assert report.interval([0.5]) == (0.5, 0.0)
+    assert report._told([0.5]) == "0.500"  # one value has no interval
 
 
 def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) -> None:
@@ -306,9 +311,9 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
 
 
 def test_the_shipped_studies_are_valid() -> None:
-    from silotune.simulations.recipe import load_recipe
+    from silotune.simulations.comparison.recipe import load_recipe
 
-    names = [p.stem for p in (Path(study_page.__file__).parent / "studies").glob("*.toml")]
+    names = [p.stem for p in (Path(report.__file__).parent / "studies").glob("*.toml")]
     assert names
     for name in names:
         found = load_study(study_file(name))
@@ -344,7 +349,7 @@ phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_rate = 2.0, p
         assert set(cell["released"]) == ({"a", "b"} if cell["arm"] == "copies" else set())
     plain = found["cells"]["copies | ε inf | natural | 0"]
     assert any(plain["sites"][site]["loss"] != plain["released"][site]["loss"] for site in "ab")
-    text = study_page.markdown(found)
+    text = report.markdown(found)
     gain = [
         sum(c["sites"][s]["accuracy"] - c["released"][s]["accuracy"] for s in "ab") / 2
         for c in found["cells"].values()

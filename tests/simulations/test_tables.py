@@ -10,9 +10,9 @@ import pytest
 
 from silotune.common.data import records
 from silotune.common.errors import DataError
-from silotune.simulations.recipe import load_recipe, recipe_names
-from silotune.simulations.split import split
-from silotune.simulations.tables import TABLES
+from silotune.simulations.comparison.recipe import load_recipe, recipe_names
+from silotune.simulations.datasets.split import split
+from silotune.simulations.datasets.tables import TABLES
 
 pytestmark = [pytest.mark.download, pytest.mark.xdist_group("tables")]
 

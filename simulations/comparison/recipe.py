@@ -19,10 +19,10 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import Task
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, UsageError, did_you_mean
-from silotune.simulations import data, split
-from silotune.simulations.arms import slowed, slower
-from silotune.simulations.split import Split
-from silotune.simulations.tables import TABLES
+from silotune.simulations.datasets import catalog, split
+from silotune.simulations.datasets.split import Split
+from silotune.simulations.datasets.tables import TABLES
+from silotune.simulations.execution.variants import slowed, slower
 
 OWN_REPEATS = 2
 
@@ -30,7 +30,7 @@ OWN_REPEATS = 2
 @dataclass(frozen=True)
 class Recipe:
     """facts: those of recipe.toml. source: of the data, for a report. rows: given the folder of a
-    run it writes the split (simulations/split.py)."""
+    run it writes the split (simulations/datasets/split.py)."""
 
     name: str
     contract: Contract
@@ -67,10 +67,10 @@ def load_recipe(name: str) -> Recipe:
     folder = resources.files("silotune.simulations.recipes") / name
     text = (folder / "contract.toml").read_text(encoding="utf-8")
     facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    found = data.SOURCES[TABLES[facts["table"]].source]
+    found = catalog.SOURCES[TABLES[facts["table"]].source]
 
     def rows(_: Path) -> Split:
-        place = data.home() / "splits" / facts["table"]
+        place = catalog.home() / "splits" / facts["table"]
         return Split(split.split(facts["table"], place), place)
 
     source = {

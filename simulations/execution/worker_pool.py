@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from silotune.simulations.arms import Job, JobResult
+from silotune.simulations.execution.variants import Job, JobResult
 
 _channel: Any = None
 
@@ -43,7 +43,7 @@ def check(jobs: Sequence[Job]) -> None:
 
 def work(job: Job) -> JobResult:
     """Run one job, with its progress sent through the pool's queue."""
-    from silotune.simulations.jobs import run_job
+    from silotune.simulations.execution.job import run_job
 
     return run_job(
         job, lambda j, facts: _channel.put((j.arm, j.repeat, j.cost_of(facts.round), facts))

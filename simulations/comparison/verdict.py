@@ -11,7 +11,7 @@ from silotune.common.contract.plan import epsilon_text
 from silotune.common.contract.task import LOWER_IS_BETTER
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.simulations.arms import MAIN, JobResult, trained
+from silotune.simulations.execution.variants import MAIN, JobResult, trained
 
 OTHERS = {
     "alone-tuned": "sites alone",

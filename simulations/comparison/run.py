@@ -42,12 +42,13 @@ from silotune.common.tasks.metrics import METRICS, constant, score
 from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations import data, pool
-from silotune.simulations.arms import Arm, Job, JobResult, arms_of
-from silotune.simulations.masks import SigningKeys, masked
-from silotune.simulations.progress import Progress
-from silotune.simulations.recipe import Recipe
-from silotune.simulations.summary import summarise
+from silotune.simulations.comparison.progress import Progress
+from silotune.simulations.comparison.recipe import Recipe
+from silotune.simulations.comparison.summary import summarise
+from silotune.simulations.datasets import catalog as data
+from silotune.simulations.execution import worker_pool
+from silotune.simulations.execution.roster_keys import SigningKeys, masked
+from silotune.simulations.execution.variants import Arm, Job, JobResult, arms_of
 
 AT_LEAST_ONE = ("repeats", "cheap_repeats", "evaluate_every", "processes")
 REFUSED = ("compile",)  # as Performance says, so it is not offered
@@ -383,16 +384,18 @@ def run_jobs(
     threads = max(1, (os.cpu_count() or 1) // processes)
     results: list[JobResult] = []
     with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=pool.start, initargs=(channel, threads)
+        processes, mp_context=context, initializer=worker_pool.start, initargs=(channel, threads)
     ) as executor:
         try:
             if checked is not None:
                 distinct = list({job.contract.hash: job for job in jobs}.values())
                 parts = [distinct[start::processes] for start in range(processes)]
-                for asked in [executor.submit(pool.check, part) for part in parts if part]:
+                for asked in [executor.submit(worker_pool.check, part) for part in parts if part]:
                     asked.result()
                 checked()
-            pending: set[Future[JobResult]] = {executor.submit(pool.work, job) for job in jobs}
+            pending: set[Future[JobResult]] = {
+                executor.submit(worker_pool.work, job) for job in jobs
+            }
             while pending:
                 done, pending = wait(pending, timeout=0.1)
                 _drain(channel, progress)

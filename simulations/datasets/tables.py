@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from silotune.simulations import data, pickled_table
+from silotune.simulations.datasets import catalog, pickled_table
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -51,7 +51,7 @@ def _airlines() -> pd.DataFrame:
         "usairways": "US Airways",
         "jetblue": "JetBlue",
     }
-    source = data.SOURCES["airline-tweets"]
+    source = catalog.SOURCES["airline-tweets"]
     table = _read(source.name, source.main, encoding="latin-1")
     first = table["text"].str.lower().str.extract(f"@({'|'.join(names)})")[0]
     table = table.assign(site=first.map(names))[first.notna()]
@@ -100,7 +100,9 @@ def _card_fraud() -> pd.DataFrame:
     stands on both sides of the split."""
     import pandas as pd
 
-    table = pd.read_csv(data.fetch("card-fraud") / "creditcard.csv", dtype={"Class": str}).round(3)
+    table = pd.read_csv(catalog.fetch("card-fraud") / "creditcard.csv", dtype={"Class": str}).round(
+        3
+    )
     time = table.pop("Time")
     table = table[~table.duplicated()]
     block = (time[table.index] // BLOCK).clip(upper=BANKS - 1).astype(int)
@@ -237,7 +239,7 @@ def _chinese() -> pd.DataFrame:
     files are of no sentiment and left out."""
     import pandas as pd
 
-    folder = data.fetch("chinese-reviews")
+    folder = catalog.fetch("chinese-reviews")
     parts = []
     for sentiment in ("pos", "neg"):
         lines = (folder / f"{sentiment}.txt").read_text(encoding="utf-8").split("\n")
@@ -280,7 +282,7 @@ def _ncbi_disease() -> pd.DataFrame:
     so the sites are four blocks of equal length, and at a border one may be cut."""
     import pandas as pd
 
-    folder, parts = data.fetch("ncbi-disease"), []
+    folder, parts = catalog.fetch("ncbi-disease"), []
     for split, names in (("train", ("train", "devel")), ("test", ("test",))):
         text = "\n\n".join((folder / f"{n}.tsv").read_text(encoding="utf-8") for n in names)
         rows = [
@@ -307,7 +309,7 @@ def _read(source: str, file: str, **how: object) -> pd.DataFrame:
     depends on pandas' release, and rows must be the same everywhere."""
     import pandas as pd
 
-    path = data.fetch(source) / file
+    path = catalog.fetch(source) / file
     return pd.read_csv(path, dtype=str, keep_default_na=False, **how).astype(object)  # type: ignore[call-overload,no-any-return]
 
 

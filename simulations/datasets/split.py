@@ -16,7 +16,7 @@ from silotune.common.data.text_decoding import Reading
 from silotune.common.data.text_table import Row, index_among
 from silotune.common.errors import DataError, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
-from silotune.simulations.tables import TABLES
+from silotune.simulations.datasets.tables import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import

@@ -10,11 +10,11 @@ import pandas as pd
 
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError, did_you_mean
-from silotune.simulations import data
-from silotune.simulations.arms import arms_of
-from silotune.simulations.recipe import Recipe
-from silotune.simulations.split import split
-from silotune.simulations.tables import TABLES
+from silotune.simulations.comparison.recipe import Recipe
+from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets.split import split
+from silotune.simulations.datasets.tables import TABLES
+from silotune.simulations.execution.variants import arms_of
 
 
 def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[str]:
@@ -34,7 +34,7 @@ def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[s
         )
     if folder.exists():
         raise UsageError(f"{folder} is there already. Choose another folder.")
-    data.fetch(TABLES[recipe.facts["table"]].source)
+    catalog.fetch(TABLES[recipe.facts["table"]].source)
     contract = arms[arm]
     slugs = {site.name: _slug(site.name) for site in contract.sites}
     phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]

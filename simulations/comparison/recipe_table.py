@@ -1,6 +1,6 @@
 """`make recipes`: what each recipe reaches, pooled, alone, federated, and federated under DP.
 
-    python -m silotune.simulations.table [RECIPE …] [KEY=VALUE …]
+    python -m silotune.simulations.comparison.recipe_table [RECIPE …] [KEY=VALUE …]
 
 All recipes if none is named; settings say how to compute, as those of `silotune sim compare` do.
 
@@ -30,11 +30,11 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import SilotuneError
 from silotune.common.runtime.terminal import echo
 from silotune.common.tasks.metrics import METRICS
-from silotune.simulations import data
-from silotune.simulations.arms import Arm, Job, JobResult, alone, arms_of
-from silotune.simulations.masks import SigningKeys, masked
-from silotune.simulations.recipe import Recipe, load_recipe, recipe_names
-from silotune.simulations.run import commit, computing, machine, run_jobs
+from silotune.simulations.comparison.recipe import Recipe, load_recipe, recipe_names
+from silotune.simulations.comparison.run import commit, computing, machine, run_jobs
+from silotune.simulations.datasets import catalog
+from silotune.simulations.execution.roster_keys import SigningKeys, masked
+from silotune.simulations.execution.variants import Arm, Job, JobResult, alone, arms_of
 
 RESULTS = Path("simulations/studies")
 EPSILONS = (8.0, 3.0)
@@ -129,7 +129,7 @@ def row(
         and (before["asked"], before["repeats"]) == (column.asked, repeats)
     }
     missing = [column for column in columns if column.arm.name not in kept]
-    model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
+    model = None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
     with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
         counts, table, _ = recipe.rows(Path(folder))
         jobs = [

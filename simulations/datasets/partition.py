@@ -20,7 +20,7 @@ from silotune.common.config.types import Frozen, Positive
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import Classification, Ranking
 from silotune.common.errors import DataError, UsageError
-from silotune.simulations.split import LEAST, units
+from silotune.simulations.datasets.split import LEAST, units
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -89,9 +89,9 @@ def repartition(
     partition: Partition,
     seed: int,
 ) -> Path:
-    """The recipe's split (simulations/split.py) in `source`, with its training rows dealt anew to
-    these sites; returns where it lies: `source` itself if it is to stay natural. contract: the
-    recipe's. DataError without the column.
+    """The recipe's split (simulations/datasets/split.py) in `source`, with its training rows dealt
+    anew to these sites; returns where it lies: `source` itself if it is to stay natural. contract:
+    the recipe's. DataError without the column.
     """
     if partition.kind == "natural":
         return source

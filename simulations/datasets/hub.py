@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from silotune.common.errors import DataError, UsageError
 from silotune.common.model_files import model_folder
-from silotune.simulations.data import home
+from silotune.simulations.datasets.catalog import home
 
 FILES = [*model_folder.MODEL_FILES, "model-*-of-*.safetensors"]
 ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")

@@ -15,8 +15,8 @@ from silotune.common.data import records
 from silotune.common.data.records import Records
 from silotune.common.tasks.metrics import METRICS, Scores, constant, score
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.simulations.arms import Arm, JobResult
-from silotune.simulations.verdict import verdict
+from silotune.simulations.comparison.verdict import verdict
+from silotune.simulations.execution.variants import Arm, JobResult
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations.arms import Job, JobResult
+from silotune.simulations.execution.variants import Job, JobResult
 
 BAR = 12
 WIDE = 160  # columns of what is no terminal and does not say by COLUMNS how many it has

@@ -23,7 +23,7 @@ from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations.poison import Poison
+from silotune.simulations.attacks.poisoning import Poison
 
 MAIN = "federated-lora"
 POOLED = "all sites"

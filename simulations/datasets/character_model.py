@@ -1,6 +1,6 @@
 """A small BERT that reads Chinese character by character, pre-trained on public newspaper text.
 
-    python -m silotune.simulations.character_model OUT_FOLDER
+    python -m silotune.simulations.datasets.character_model OUT_FOLDER
 
 It makes models/chinese-characters: on one core in about a minute, from a fixed seed (on another
 kind of processor sums are rounded otherwise, and the weights are not the same bytes). The text is
@@ -30,7 +30,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from silotune.common.models.attention import register_attention
 from silotune.common.runtime.terminal import echo
-from silotune.simulations import data
+from silotune.simulations.datasets import catalog
 
 SOURCE = "peoples-daily"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their places are their numbers
@@ -255,7 +255,7 @@ def save(model: Pretraining, tokenizer: PreTrainedTokenizerFast, folder: Path) -
 def main(folder: Path) -> None:
     torch.set_num_threads(1)  # so that sums are added in one order
     settings = Settings()
-    words = read_words(data.fetch(SOURCE) / data.SOURCES[SOURCE].main)
+    words = read_words(catalog.fetch(SOURCE) / catalog.SOURCES[SOURCE].main)
     tokenizer = make_tokenizer(words, settings.known)
     echo(f"{len(words)} words, {len(tokenizer)} tokens known")
     save(train(words, tokenizer, settings, echo), tokenizer, folder)

@@ -28,14 +28,14 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations import data, split
-from silotune.simulations.arms import Job, JobResult, alone, pooled, slower
-from silotune.simulations.kept import Kept
-from silotune.simulations.masks import SigningKeys, masked
-from silotune.simulations.partition import Partition, draw, repartition
-from silotune.simulations.poison import TRIGGERED, Poison, poisoned_rows
-from silotune.simulations.recipe import Recipe, load_recipe
-from silotune.simulations.run import commit, machine, run_jobs
+from silotune.simulations.attacks.poisoning import TRIGGERED, Poison, poisoned_rows
+from silotune.simulations.comparison.recipe import Recipe, load_recipe
+from silotune.simulations.comparison.run import commit, machine, run_jobs
+from silotune.simulations.datasets import catalog, split
+from silotune.simulations.datasets.partition import Partition, draw, repartition
+from silotune.simulations.execution.roster_keys import SigningKeys, masked
+from silotune.simulations.execution.variants import Job, JobResult, alone, pooled, slower
+from silotune.simulations.study.store import Kept
 
 REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
 
@@ -319,7 +319,9 @@ def _jobs(
     places: dict[tuple[str, int], Path] = {}
     for number, cell in enumerate(cells):
         contract, poison = cell.contracts[0], study.arms[cell.arm].poison
-        model = None if isinstance(contract.model, OneHotModel) else data.fetch(contract.model.name)
+        model = (
+            None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
+        )
         dealt = (cell.partition, cell.repeat)
         if dealt not in places:
             partition = study.partitions[cell.partition]
@@ -410,7 +412,7 @@ def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:
 def study_file(name: str) -> Path:
     """A study's file: a path, or the name of a shipped one. UsageError if there is none."""
     path = Path(name)
-    shipped = Path(__file__).parent / "studies" / f"{name}.toml"
+    shipped = Path(__file__).parents[1] / "studies" / f"{name}.toml"
     if path.suffix == ".toml" and path.is_file():
         return path
     if shipped.is_file():

@@ -26,10 +26,10 @@ from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.rounds.exchange import carry_out
 from silotune.server.rounds.run import RoundFacts, Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.arms import POOLED, Job, JobResult
-from silotune.simulations.engine import simulate
-from silotune.simulations.lanes import Lanes
-from silotune.simulations.poison import TRIGGERED, LyingMasking, liars, lying
+from silotune.simulations.attacks.poisoning import TRIGGERED, LyingMasking, liars, lying
+from silotune.simulations.execution.flower_engine import simulate
+from silotune.simulations.execution.site_threads import Lanes
+from silotune.simulations.execution.variants import POOLED, Job, JobResult
 
 
 def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:

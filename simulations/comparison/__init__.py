@@ -1,0 +1,1 @@
+"""A recipe's methods side by side: run, compared and summarised."""

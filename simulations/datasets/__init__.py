@@ -1,0 +1,1 @@
+"""Public data and models by name, tables, and their division among sites."""

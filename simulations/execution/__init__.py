@@ -1,0 +1,1 @@
+"""One method of a recipe, run: workers, roster keys, threads, Flower's engine."""
