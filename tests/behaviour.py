@@ -33,9 +33,9 @@ from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
 from silotune.simulations.execution.variants import Job
-from tests.client.test_masking import SITES, Answer, Federation, released_contract
+from tests.client.worker.test_secagg import SITES, Answer, Federation, released_contract
 from tests.conftest import TABLE_CONTRACT
-from tests.server.test_resume import server
+from tests.server.rounds.test_resume import server
 
 STORED = Path(__file__).with_suffix(".json")
 RECIPES = ("heart-diagnosis", "disease-ner", "service-intents")

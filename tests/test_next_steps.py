@@ -354,7 +354,7 @@ def recipes(scene: Scene) -> None:
 
 
 def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run writes its contract into its folder (tests/simulations/test_recipes.py)."""
+    """A run writes its contract into its folder (tests/simulations/comparison/test_recipes.py)."""
     folder = scene.folder / "a run"
     folder.mkdir()
     (folder / "contract.json").write_text(table_contract.model_dump_json())

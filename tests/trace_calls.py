@@ -23,7 +23,7 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Train
 from tests.behaviour import recipe_adapter, write_rows
-from tests.client.test_masking import Federation
+from tests.client.worker.test_secagg import Federation
 from tests.conftest import TABLE_CONTRACT
 
 CONTRACT = "silotune.common.contract.contract"  # the module, later the folder

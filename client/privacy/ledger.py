@@ -1,6 +1,6 @@
 """The privacy ledger: what a site's records have spent, for ever, on disk before it is spent.
 
-Guarantees, each with a test in tests/client/test_ledger.py and tests/system/test_kills.py:
+Guarantees, each with a test in tests/client/privacy/test_ledger.py and tests/system/test_kills.py:
 - An entry that `writing` has committed survives a crash of process or machine (SQLite, WAL,
   synchronous = FULL), and no two processes write at once (a file lock and BEGIN IMMEDIATE).
 - Nothing that was written can be changed, taken out, put in or reordered without the key: each

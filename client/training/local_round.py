@@ -63,7 +63,7 @@ def train_round(
 
     The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
-    values each one can be told (tests/client/test_lattice.py).
+    values each one can be told (tests/client/training/test_update_granularity.py).
     """
     trains = contract.trains_at(phase, place)
     names = trained_names(adapter, trains)

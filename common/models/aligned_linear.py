@@ -15,7 +15,8 @@ def aligned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A matrix product adds up in an order that depends on where in memory a row begins. Without
     this, leaving out one record would move the roundings of those behind it, and a server can
-    choose weights under which nothing but roundings decides (tests/client/test_positions.py).
+    choose weights under which nothing but roundings decides
+    (tests/client/training/test_batch_invariance.py).
     """
     if x[0].numel() % ALIGNED == 0:
         return x, weight

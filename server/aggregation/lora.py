@@ -64,7 +64,7 @@ def turned(adapter: Arrays, *carried: Arrays) -> list[Arrays]:
     With A = L Q, Q of orthonormal rows, B L = U S W^T; so V^T = W^T Q, and what was B is B L W.
     Where A is orthonormal from the beginning, L W is a rotation: then nothing that does not look at
     single coordinates can tell FedSVD from FFA, for a gradient's norm, the noise and the mean are
-    the same in turned coordinates (tests/server/test_factors.py).
+    the same in turned coordinates (tests/server/aggregation/test_lora.py).
     """
     found = [dict(arrays) for arrays in (adapter, *carried)]
     for a, b in pairs(adapter):

@@ -16,7 +16,7 @@ from silotune.server.operations.server_folder import Place, ServerSettings
 from silotune.server.storage.events import Events, append
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
-from tests.server.test_place import admitted
+from tests.server.operations.test_server_folder import admitted
 
 Silotune = Callable[..., Ran]
 WORDS = {  # what each command needs beside --folder

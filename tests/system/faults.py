@@ -845,7 +845,7 @@ def fuzzed(folder: Path) -> str:
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/common/test_fuzz.py",
+            "tests/common/protocol/test_fuzz.py",
         ],
         env=os.environ | {"SILOTUNE_FUZZ": str(FUZZED)},
         capture_output=True,

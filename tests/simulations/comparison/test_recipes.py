@@ -1,0 +1,317 @@
+"""The shipped recipes, their arms, and the settings of `sim run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from silotune.client.privacy.accountant import epsilon, plan
+from silotune.client.worker.secagg import check_bound
+from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.compute import Performance
+from silotune.common.contract.inputs import TableInput
+from silotune.common.errors import ContractError, DataError, UsageError
+from silotune.simulations.comparison.recipe import load_recipe, recipe_names
+from silotune.simulations.comparison.run import Options, _set_aside, computing
+from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets.tables import TABLES
+from silotune.simulations.execution.job import run_job
+from silotune.simulations.execution.roster_keys import masked
+from silotune.simulations.execution.variants import Job, arms_of
+from tests.conftest import Ran
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_arm_of_a_recipe_is_a_contract_within_its_budget(name: str) -> None:
+    recipe = load_recipe(name)
+    arms = arms_of(recipe.contract, recipe.facts["arms"])
+    assert arms[0].main
+    names = {arm.name for arm in arms}
+    assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
+    # A contract that trains a head alone is its own head arm, and a one-hot one its own one-hot.
+    adapts = recipe.contract.adapter is not None
+    has_head = recipe.contract.task.kind != "language"
+    assert "federated-head" not in names or (adapts and has_head)
+    one_hot = isinstance(recipe.contract.model, OneHotModel)
+    is_table = isinstance(recipe.contract.input, TableInput)
+    assert "federated-one-hot" not in names or (is_table and not one_hot)
+    assert ("LoRA" in arms[0].label) == adapts
+    for arm in arms:
+        for contract in arm.contracts:
+            assert (contract.privacy.mode == "dp") == arm.private
+            if arm.private:
+                assert contract.privacy.epsilon == recipe.contract.privacy.epsilon
+                assert contract.privacy.delta == recipe.contract.privacy.delta
+                spent = epsilon(plan(contract), contract.privacy.delta)
+                assert spent <= contract.privacy.epsilon
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_complete(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == recipe.contract.name == name
+    assert recipe.facts["table"] in TABLES
+    assert recipe.facts["metric"] in recipe.contract.task.metrics
+    assert {"title", "about", "repeats", "cheap_repeats", "evaluate_every"} <= set(recipe.facts)
+    hidden, _ = masked(recipe.contract, 1, recipe.facts.get("bound"))
+    check_bound(hidden, plan(hidden))  # or every site would refuse it
+    entity = recipe.contract.privacy.entity
+    assert (TABLES[recipe.facts["table"]].entity or None) == (entity and entity.key[0])
+    page = (ROOT / "simulations" / "recipes" / name / "README.md").read_text(encoding="utf-8")
+    assert f"silotune sim run {name}" in page
+    for part in ("What it is.", "What it is not.", "Sites.", "Unit.", "Licence.", "Limits."):
+        assert f"**{part}**" in page
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("tables")
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    contract = recipe.contract.changed(
+        phases=[phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases]
+    )
+    model = None
+    try:
+        table = TABLES[recipe.facts["table"]].make()
+        if not isinstance(contract.model, OneHotModel):
+            model = catalog.fetch(contract.model.name)
+    except DataError as error:
+        pytest.skip(f"it cannot be had: {error}")
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for site in contract.weights():
+            rows = table[table["site"] == site].drop(columns="site")
+            rows.sample(8, random_state=len(part)).to_csv(tmp_path / part / f"{site}.csv")
+    job = Job("federated-lora", 0, contract, tmp_path / "run", model, tmp_path, True, 1)
+    result = run_job(job, lambda *_: None)
+    assert len(result.rounds) == len(contract.phases)
+    assert recipe.facts["metric"] in result.scores[""]
+    assert set(result.scores) == {"", *contract.weights()}
+    spent = result.rounds[-1].epsilon
+    assert set(spent) == set(contract.weights())
+    for site, value in spent.items():
+        assert value is not None
+        assert 0 < value <= contract.target_of(site).epsilon
+
+
+def test_rows_are_the_same_with_other_releases_of_pandas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In some releases of pandas a frame's strings are Arrow's, to which a C1 control is no space:
+    there only the rows below would tell, here the type does."""
+    source = catalog.SOURCES["airline-tweets"]
+    (tmp_path / source.main).write_bytes(b"text,sentiment\n@United on\x85time\xa0!,positive\n")
+    monkeypatch.setattr(catalog, "fetch", lambda _: tmp_path)
+    table = TABLES["airlines"].make()
+    assert table.to_dict("records") == [
+        {"site": "United", "text": "@United on time !", "sentiment": "positive"}
+    ]
+    assert table["text"].dtype == object
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("epsilon=abc",), "'epsilon' must be a number, got 'abc'"),
+        (("repeats=1.5",), "'repeats' must be a whole number, got '1.5'"),
+        (("repeats=0",), "'repeats' must be at least 1"),
+        (("processes=0",), "'processes' must be at least 1, got '0'"),
+        (("rounds=3",), "Rounds are the contract's: `silotune sim export RECIPE --rounds N"),
+        (("epsilonn=3",), "Did you mean 'epsilon'"),
+        (("epsilon",), "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Options.parse(words)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_settings_that_are_offered_are_sorted_and_none_of_them_is_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        Options.parse(("x",))
+    offered = str(error.value).partition("one of: ")[2].rstrip(".").split(", ")
+    assert offered == sorted(offered)
+    assert {"device", "epsilon", "data"} <= set(offered)
+    assert "compile" not in offered
+    with pytest.raises(ContractError, match="compile = true is refused"):
+        Options.parse(("compile=true",))
+
+
+def test_a_study_needs_a_process(run: Callable[..., Ran]) -> None:
+    code, _, wrong = run("sim", "compare", "heart-methods", "--processes", "0")
+    assert code == 2
+    assert "--processes" in wrong
+
+
+def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
+    assert computing(("micro_batch=64", "bf16=off")) == Performance(micro_batch=64, bf16="off")
+    for word, says in (
+        ("epsilon=3", "'epsilon=3' is not a setting"),
+        ("micro_batsh=3", "Did you mean 'micro_batch'"),
+        ("micro_batch=²", "'micro_batch' must be a whole number"),
+        ("gradients=ghost", "does not clip exactly"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            computing((word,))
+
+
+def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
+    recipe = load_recipe("service-sentiment")
+    assert recipe.at(recipe.contract.privacy.epsilon).contract.hash == recipe.contract.hash
+    arms = [
+        {arm.name: arm.contracts[0] for arm in arms_of(one.contract, one.facts["arms"])}
+        for one in (recipe, recipe.at(3.0), recipe.at(2.0))
+    ]
+    for name, own in arms[0].items():
+        fewer, other = arms[1][name], arms[2][name]
+        private = own.privacy.mode == "dp"
+        assert private == (name not in ("federated-no-dp", "pooled-no-dp"))
+        if private:
+            assert (fewer.privacy.epsilon, other.privacy.epsilon) == (3.0, 2.0)
+        factor = 0.5 if private else 1.0
+        for before, after, same in zip(own.phases, fewer.phases, other.phases, strict=True):
+            assert same == before
+            assert after.head_rate == before.head_rate * factor
+            assert after.adapter_rate == (before.adapter_rate and before.adapter_rate * factor)
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'heart-diagnosis'"):
+        load_recipe("heart-diagnose")
+
+
+def silotune(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "silotune"), *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "setting", ["epsilon=nan", "epsilon=-1", "delta=0", "arms=nobody", "epsilon=1e9"]
+)
+def test_a_setting_out_of_bounds_is_a_usage_error(setting: str, tmp_path: Path) -> None:
+    done = silotune("sim", "run", "heart-diagnosis", setting, "--out", str(tmp_path / "run"))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert setting.split("=", maxsplit=1)[0].rstrip("s") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_data_and_without_a_network(tmp_path: Path) -> None:
+    done = silotune(
+        "sim",
+        "run",
+        "heart-diagnosis",
+        "--out",
+        str(tmp_path / "run"),
+        SILOTUNE_HOME=str(tmp_path / "empty"),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("✗ E306")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "result.json").write_text("{}")
+    _set_aside(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+    assert len(list(tmp_path.glob("demo-*/result.json"))) == 1
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("system")
+def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).parent / "silotune"),
+        "sim",
+        "run",
+        "heart-diagnosis",
+        "repeats=1",
+        "arms=federated-one-hot",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("  1/30"):
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        assert process.stdout is not None
+        process.stdout.close()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.download
+@pytest.mark.xdist_group("system")
+def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
+    encoder_folder: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [
+            "make",
+            "demo",
+            f"OUT={tmp_path / 'demo'}",
+            "SETTINGS=repeats=1 cheap_repeats=1 arms=federated-head,federated-one-hot",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    main = next(arm for arm in result["arms"] if arm["main"])
+    assert main["metrics"]["auc"]["mean"] >= 0.88
+    assert len(result["curve"]) == 30
+    assert "30/30" in done.stdout
+    assert f"RESULT  {result['verdict']['word']}" in done.stdout
+    for site in result["privacy"]["sites"]:
+        assert 7.9 < site["epsilon"] <= 8.0
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    # The headline stands in the terminal, the JSON and the page alike.
+    headline = f"{main['metrics']['auc']['mean']:.3f}"
+    assert headline in done.stdout
+    assert headline in page
+    used, shown = (
+        subprocess.run(
+            [Path(sys.executable).parent / "silotune", *shlex.split(following)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for following in re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
+    )
+    assert used.returncode == 0, used.stdout + used.stderr
+    assert result["contract_sha256"] in shown.stdout, shown.stderr

@@ -1,0 +1,115 @@
+"""The split of a table: fixed, disjoint, by person where there are persons, the source's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from silotune.simulations.datasets.split import split, validation
+from silotune.simulations.datasets.tables import TABLES, Table
+from tests.simulations.datasets.test_partition import contract_of, split_of
+
+
+def rows_of(*files: Path) -> list[str]:
+    return [row for file in files for row in pd.read_csv(file, dtype=str)["row"]]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """A table 'made-up' of two sites and 61 rows, by `person` of several rows each."""
+    table = pd.DataFrame(
+        {
+            "site": ["b"] * 40 + ["a"] * 21,
+            "row": [str(i) for i in range(61)],
+            "person": [f"b{i % 12}" for i in range(40)] + [f"a{i % 9}" for i in range(21)],
+        }
+    )
+    monkeypatch.setitem(TABLES, "made-up", Table("heart-disease-uci", table.copy))
+    return table
+
+
+def test_the_split_is_fixed_disjoint_and_a_quarter(made_up: pd.DataFrame, tmp_path: Path) -> None:
+    counts = split("made-up", tmp_path / "one")
+    assert counts == [{"site": "a", "train": 16, "test": 5}, {"site": "b", "train": 30, "test": 10}]
+    split("made-up", tmp_path / "two")
+    for path in (tmp_path / "one").rglob("*.csv"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == other.read_bytes()
+    files = {part: sorted((tmp_path / "one" / part).iterdir()) for part in ("train", "test")}
+    assert sorted(rows_of(*files["train"], *files["test"]), key=int) == list(made_up["row"])
+    assert sorted(rows_of(tmp_path / "one" / "pooled.csv")) == sorted(rows_of(*files["train"]))
+
+
+def test_a_person_is_on_one_side_with_all_rows(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_person = Table("heart-disease-uci", made_up.copy, entity="person")
+    monkeypatch.setitem(TABLES, "made-up", by_person)
+    split("made-up", tmp_path)
+    for site, people in (("a", 9), ("b", 12)):
+        files = [tmp_path / part / f"{site}.csv" for part in ("train", "test")]
+        sides = [set(pd.read_csv(file)["person"]) for file in files]
+        assert not sides[0] & sides[1]
+        assert [len(side) for side in sides] == [people - people // 4, people // 4]
+
+
+@pytest.mark.parametrize("unit", ["record", "entity"])
+def test_rows_to_choose_by_are_training_rows_of_nobody_who_is_trained_on(
+    tmp_path: Path, unit: str
+) -> None:
+    source, column = split_of(tmp_path / "rows"), "who" if unit == "entity" else "id"
+    found = validation(source, contract_of(unit), tmp_path / "found")
+    for site in ("a", "b"):
+        before, train, test = (
+            pd.read_csv(folder / f"{site}.csv")
+            for folder in (source / "train", found / "train", found / "test")
+        )
+        assert sorted([*train["id"], *test["id"]]) == sorted(before["id"])
+        assert not set(train[column]) & set(test[column])
+        assert len(set(test[column])) == len(set(before[column])) // 4
+    rows = pd.read_csv(found / "pooled.csv")["id"]
+    assert sorted(rows) == sorted(
+        row for site in "ab" for row in pd.read_csv(found / "train" / f"{site}.csv")["id"]
+    )
+
+
+def test_the_split_of_the_source_is_taken(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = made_up.assign(split=["test" if i % 10 == 0 else "train" for i in range(61)])
+    monkeypatch.setitem(TABLES, "made-up", Table("heart-disease-uci", own.copy))
+    split("made-up", tmp_path)
+    assert rows_of(tmp_path / "test" / "b.csv") == ["0", "10", "20", "30"]
+    assert list(pd.read_csv(tmp_path / "test" / "b.csv").columns) == ["row", "person"]
+
+
+def test_files_of_sites_that_are_gone_are_removed(made_up: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.csv").write_text("row\n1\n")
+    split("made-up", tmp_path)
+    assert [path.name for path in sorted((tmp_path / "test").iterdir())] == ["a.csv", "b.csv"]
+
+
+def test_another_process_never_reads_half_a_file(
+    made_up: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies that start at the same time split the same table: each file is put there whole."""
+    split("made-up", tmp_path)
+    held = {file: file.open("rb") for file in tmp_path.rglob("*.csv")}
+    before = {file: file.read_bytes() for file in held}
+
+    def write(*_: object, **__: object) -> int:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", write)
+        with pytest.raises(OSError, match="no space"):
+            split("made-up", tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.csv")} == before
+    split("made-up", tmp_path)
+    for file, stream in held.items():
+        with stream:
+            assert stream.read() == before[file]  # what was open stays what it was
+            assert file.stat().st_ino != Path(f"/proc/self/fd/{stream.fileno()}").stat().st_ino
