@@ -23,7 +23,7 @@ from silotune.common.cli.main import (
     warning_lines,
 )
 from silotune.common.contract import contract as contracts
-from silotune.common.contract.architecture import OneHotModel
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import PeerError, RunError, UsageError
 from silotune.common.model_files import model_folder, model_source
 from silotune.common.runtime.atomic_files import write_durably

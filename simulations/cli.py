@@ -56,8 +56,9 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
+    from silotune.simulations.comparison.options import Options
     from silotune.simulations.comparison.recipe import load_recipe, own_recipe
-    from silotune.simulations.comparison.run import Options, run
+    from silotune.simulations.comparison.run import run
 
     options = Options.parse(settings)
     if options.data is not None:
@@ -116,9 +117,10 @@ def sim_compare(
     $ silotune sim compare ner-methods micro_batch=256 --processes 16
     $ silotune sim compare heart-methods --rates 0.5 --rates 1 --rates 2
     """
-    from silotune.simulations.comparison.run import computing
+    from silotune.simulations.comparison.options import computing
+    from silotune.simulations.study.config import load_study, rates_of, study_file
     from silotune.simulations.study.report import draw, markdown
-    from silotune.simulations.study.study import compare, load_study, rates_of, study_file
+    from silotune.simulations.study.study import compare
 
     file = study_file(study)
     folder = out or Path("runs") / "studies" / (f"{file.stem}-rates" if rates else file.stem)

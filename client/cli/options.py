@@ -7,11 +7,8 @@ from typing import Any
 
 import click
 
+from silotune.client.site.commands import POLICY
 from silotune.common.errors import UsageError
-
-POLICY = "site.toml"
-JOIN = ("--server", "HOST:PORT", "--ca", "CA", "--fingerprint", "FINGERPRINT")  # what a site needs
-JOIN_NOTE = "the operator has all three"
 
 
 class _PolicyFile(click.Path):
@@ -38,9 +35,3 @@ CONFIG = click.option(
 )
 CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def on_site(config: Path, verb: str, *words: object) -> tuple[object, ...]:
-    """The words of a `silotune site` command on the site of `config`, for a line of advice: with
-    --config, for without it the command would be about the site of the folder it is typed in."""
-    return ("site", verb, *words, "--config", config)

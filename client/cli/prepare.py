@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from silotune.client.cli.options import CONFIG, CONTRACT, on_site
+from silotune.client.cli.options import CONFIG, CONTRACT
+from silotune.client.site.commands import on_site
 from silotune.common.cli.main import command, emit, next_step
 from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts

@@ -135,7 +135,7 @@ def plan(
     from silotune.client.privacy.accountant import Mechanism
     from silotune.common.config import types
     from silotune.common.contract import contract as contracts
-    from silotune.common.contract.plan import epsilon_text
+    from silotune.common.contract.privacy import epsilon_text
 
     for name, value, kind in (
         ("--epsilon", epsilon, types.Epsilon),
@@ -281,7 +281,7 @@ def _finite(value: float) -> float | None:
 
 
 def _shown(value: float | None) -> str:
-    from silotune.common.contract.plan import epsilon_text
+    from silotune.common.contract.privacy import epsilon_text
 
     return "∞" if value is None else epsilon_text(value)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import click
 
-from silotune.client.cli.options import CONFIG, CONTRACT, JOIN, JOIN_NOTE, JSON, on_site
+from silotune.client.cli.options import CONFIG, CONTRACT, JSON
 from silotune.client.cli.personal import own
 from silotune.client.cli.prepare import prepare
+from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.common.cli.main import command, emit, next_step
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import SilotuneError, UsageError
@@ -239,16 +240,18 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
 def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: bool) -> None:
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site import policy as policies
+    from silotune.client.site import signed_policy
     from silotune.client.site.folder import Site
 
     found = Site.at(config)
     keys = Keys.load(found.keys)
     ledger = Ledger.open(found.state, keys)
-    signed = policies.sign(
+    signed = signed_policy.sign(
         config, key or found.keys / "owner.key", ledger.policy.serial if ledger.policy else 0
     )
-    policy = policies.adopt(config, ledger, keys.owner)  # or an earlier one could still come first
+    policy = signed_policy.adopt(
+        config, ledger, keys.owner
+    )  # or an earlier one could still come first
     permitted = len(policy.permits.contracts)
     limits = {unit: asdict(limit) for unit, limit in policy.limits.items()}
     emit(
@@ -381,6 +384,7 @@ def worker(
     from silotune.client.operations import telemetry as metrics
     from silotune.client.relay import transport
     from silotune.client.site.folder import Site
+    from silotune.client.worker import request_outcome
     from silotune.common.runtime import subprocesses
 
     if (socket is None) == (fd is None):
@@ -404,9 +408,9 @@ def worker(
     log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
     tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
 
-    def told(answered: metrics.Answered) -> None:
+    def told(answered: request_outcome.Answered) -> None:
         tally.note(answered)
-        if answered.kind == metrics.OTHER:
+        if answered.kind == request_outcome.OTHER:
             return  # counted; of its lines whoever reaches the socket could make any number
         journal.say(answered.text, "answered", answered.facts)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from silotune.client.privacy import accountant
 from silotune.client.worker.secagg import check_bound
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import SilotuneError
 
 

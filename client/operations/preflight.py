@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from silotune.client.cli.options import JOIN, JOIN_NOTE, on_site
 from silotune.client.operations.server_probe import shake
 from silotune.client.privacy import accountant, budget, record_ids
 from silotune.client.privacy.budget import Budget, Limit
@@ -24,6 +23,8 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
+from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Data, Policy, Server
 from silotune.client.training import privacy_units as units
@@ -31,9 +32,9 @@ from silotune.client.worker.secagg import check_bound
 from silotune.common.cli.main import command
 from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Unit, delta_for, epsilon_text, size_of_delta
+from silotune.common.contract.model import OneHotModel
+from silotune.common.contract.privacy import Unit, delta_for, epsilon_text, size_of_delta
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Records
 from silotune.common.errors import DataError, RefusalError, SilotuneError, counted
@@ -294,7 +295,7 @@ def _ledger(site: Site, keys: Keys) -> tuple[Ledger, str]:
 
 
 def _signature(site: Site, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
-    policy = policies.adopt(site.config, ledger, keys.owner)
+    policy = signed_policy.adopt(site.config, ledger, keys.owner)
     assert ledger.policy is not None
     return policy, f"the owner's, number {ledger.policy.serial}"
 

@@ -16,12 +16,10 @@ took to start. `site check` and node_exporter tell the owner of disks.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import re
-import struct
 import threading
 import time
 from collections import Counter
@@ -36,10 +34,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.client.privacy.keys import make_private_folder
 from silotune.client.site.safe_read import read_plain
+from silotune.client.worker.request_outcome import OTHER, REQUESTS, Answered
 from silotune.common.errors import CODES, UsageError
-from silotune.common.protocol.messages import Header
 from silotune.common.runtime import prometheus
-from silotune.common.runtime.journal import Fact
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +44,6 @@ FILE = "metrics/metrics.prom"  # in state/
 BEAT_SECONDS, FRESH_SECONDS = 15.0, 60.0
 MOST_BYTES, LONGEST_LINE = 1 << 18, 400
 MOST_RUNS = 50
-REQUESTS = ("describe", "train", "agree", "share", "endorse", "reveal")
-OTHER = "other"  # bytes that are no request
 
 
 class Known(NamedTuple):
@@ -76,51 +71,6 @@ WRITTEN = {
     CA: Known("gauge", "When the first certificate in server.ca expires.", {}),
 }
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "summary": ("_count", "_sum")}
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What is told of one answered request: nothing that the reply itself does not show."""
-
-    kind: str
-    code: str
-    seconds: float
-    run: str | None = None
-    round: int | None = None
-    attempt: int | None = None
-    epsilon: float | None = None
-
-    @classmethod
-    def of(cls, asked: Header | None, reply: bytes, seconds: float) -> Answered:
-        """asked: None if the request was no message. reply: of the worker's own making."""
-        (size,) = struct.unpack("<Q", reply[:8])
-        said = json.loads(json.loads(reply[8 : 8 + size])["__metadata__"]["silotune"])
-        kind = asked.kind if asked is not None and asked.kind in REQUESTS else OTHER
-        run, number, attempt = (getattr(asked, what, None) for what in ("run", "round", "attempt"))
-        return cls(kind, said.get("code", "ok"), seconds, run, number, attempt, said.get("epsilon"))
-
-    @property
-    def facts(self) -> dict[str, Fact]:
-        """For the journal."""
-        found = {
-            "kind": self.kind,
-            "code": self.code,
-            "run": self.run,
-            "round": self.round,
-            "attempt": self.attempt,
-            "seconds": round(self.seconds, 3),
-        }
-        return {key: value for key, value in found.items() if value is not None}
-
-    @property
-    def text(self) -> str:
-        which = [
-            self.kind,
-            *([self.run] if self.run else []),
-            *([f"round {self.round}"] if self.round else []),
-            *([f"attempt {self.attempt}"] if (self.attempt or 1) > 1 else []),
-        ]
-        return f"{' '.join(which)}: {self.code}, {self.seconds:.1f} s"
 
 
 class Tally:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from silotune.client.preparation.column_checks import Columns, Rule
-from silotune.client.preparation.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.record_identity import Links, Origin, links_between
-from silotune.client.site.policy import Prepare
+from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import command
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput

@@ -20,8 +20,8 @@ from silotune.common.contract.inputs import NumberColumn, TableInput, TextInput
 from silotune.common.contract.task import Regression, Tokens
 from silotune.common.data import featurize
 from silotune.common.data.records import REMEMBERED
-from silotune.common.data.text_table import UNREAD, unread
 from silotune.common.formats import tag_schemes
+from silotune.common.formats.cell_values import UNREAD, unread
 
 REMEDIES = {
     "outside": 'correct the cells, or set outside = "missing" in [prepare]',

@@ -36,34 +36,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from silotune.client.preparation.person_names import simplified_characters
-from silotune.common.config.types import Distinct, Frozen
+from silotune.client.site.preparation_rules import KINDS, Deidentify, Kind
 from silotune.common.errors import DataError, UsageError
 
-Kind = Literal[
-    "person",
-    "email",
-    "phone",
-    "address",
-    "date",
-    "iban",
-    "card",
-    "ssn",
-    "record_number",
-    "resident_id",
-    "passport",
-    "license_plate",
-    "messenger_id",
-    "url",
-    "ip_address",
-]
-Action = Literal["redact", "mask", "pseudonymise", "block"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 # Between findings of equal score and length the earlier of these names them.
 _RANK = {kind: rank for rank, kind in enumerate(("resident_id", "iban", "card", "ssn", *KINDS))}
 _TOKEN = re.compile(
@@ -71,33 +49,6 @@ _TOKEN = re.compile(
 )
 _HYPHENS = dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
 _QUOTES = dict.fromkeys(map(ord, "‘’‛ʼ"), "'")
-
-
-class Deidentify(Frozen):
-    """`[prepare.deidentify]` in site.toml.
-
-    action: for every kind that `actions` does not name. kinds: what is looked for. language: of
-    the texts; "both" looks for everything. least_score: 0 to 1; lower finds more, and more that is
-    nothing. 0.5 is what was measured. model: a folder with a token-classification model of the
-    site's own, which searches beside the rules (client/preparation/entity_model.py); relative to
-    site.toml.
-    """
-
-    action: Action = "redact"
-    actions: dict[Kind, Action] = Field(default_factory=dict)
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1), Distinct] = KINDS
-    language: Literal["en", "zh", "both"] = "both"
-    least_score: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.5
-    model: Path | None = None
-
-    @model_validator(mode="after")
-    def _looked_for(self) -> Self:
-        if unused := sorted(set(self.actions) - set(self.kinds)):
-            raise ValueError(f"actions for {', '.join(unused)}, which kinds does not look for")
-        return self
-
-    def action_for(self, kind: Kind) -> Action:
-        return self.actions.get(kind, self.action)
 
 
 @dataclass(frozen=True)

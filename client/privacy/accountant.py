@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Target
+from silotune.common.contract.privacy import Target
 from silotune.common.errors import UsageError
 
 ALPHAS = (

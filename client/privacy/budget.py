@@ -34,7 +34,7 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Prepared
 from silotune.client.privacy.record_identity import Links
 from silotune.client.privacy.record_ids import Lineage
-from silotune.common.contract.plan import Unit, epsilon_text
+from silotune.common.contract.privacy import Unit, epsilon_text
 from silotune.common.errors import RefusalError
 
 UNBOUNDED = Mechanism(0.0, 1.0, 1)

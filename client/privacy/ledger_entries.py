@@ -23,7 +23,7 @@ from silotune.common.config.types import (
     Rate,
     Sha256,
 )
-from silotune.common.contract.plan import Unit
+from silotune.common.contract.privacy import Unit
 from silotune.common.errors import RefusalError
 from silotune.common.formats import strict_json
 from silotune.common.protocol.messages import Receipt, Round, RunId

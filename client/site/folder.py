@@ -8,7 +8,7 @@ from typing import Self
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
 from silotune.common.cli.main import command
 from silotune.common.errors import UsageError
@@ -70,4 +70,4 @@ class Site:
         """The signed policy and the verified ledger. Raises SilotuneError if either is not."""
         keys = Keys.load(self.keys)
         ledger = Ledger.open(self.state, keys)
-        return policies.adopt(self.config, ledger, keys.owner), ledger, keys
+        return signed_policy.adopt(self.config, ledger, keys.owner), ledger, keys

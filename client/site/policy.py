@@ -7,20 +7,15 @@ Nothing that arrives from a server changes it.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from silotune.client.cli.options import on_site
-from silotune.client.preparation.deidentify import Deidentify
-from silotune.client.privacy import keys, record_ids
+from silotune.client.privacy import record_ids
 from silotune.client.privacy.budget import Limit
-from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.ledger_entries import Adopted, UnitLimit
 from silotune.client.privacy.record_ids import Lineage
-from silotune.common.cli.main import command
+from silotune.client.site.preparation_rules import Prepare
 from silotune.common.config import types
 from silotune.common.config.types import (
     Count,
@@ -33,20 +28,17 @@ from silotune.common.config.types import (
     Positive,
     Sha256,
 )
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric, Target, Unit
+from silotune.common.contract.model import OneHotModel
+from silotune.common.contract.privacy import Metric, Target, Unit
 from silotune.common.contract.task import TaskKind
 from silotune.common.data import file_source, records
 from silotune.common.data import sql_source as queries
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading, delimiter_of
 from silotune.common.errors import DataError, RefusalError, counted
-from silotune.common.formats import strict_json
 from silotune.common.formats.encodings import encoding_of
-from silotune.common.runtime.atomic_files import write_durably
-from silotune.common.signing import verifies
 
 
 def _flag_or_auto(value: object) -> object:
@@ -107,21 +99,6 @@ class Data(Frozen):
         if path == self.url or path.startswith("$"):
             return self
         return self.model_copy(update={"url": f"{start}{folder / path}"})
-
-
-class Prepare(Frozen):
-    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces.
-
-    duplicates: rows that are equal in every column but those that number them. missing_target: rows
-    whose label is empty. outside: cells that the contract's public schema does not know.
-    deidentify: what is taken out of the contract's columns of text.
-    """
-
-    trim: Flag = True
-    duplicates: Literal["report", "drop"] = "report"
-    missing_target: Literal["refuse", "drop"] = "refuse"
-    outside: Literal["refuse", "missing"] = "refuse"
-    deidentify: Deidentify | None = None
 
 
 class Model(Frozen):
@@ -414,96 +391,6 @@ def parse(text: str, path: Path) -> Policy:
             "prepare": prepare,
         }
     )
-
-
-class Signature(Frozen):
-    """site.toml.sig: the owner's signature of the policy's bytes, with a number that only rises."""
-
-    policy: Sha256
-    serial: Annotated[int, Field(ge=1, strict=True)]
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-
-    @staticmethod
-    def statement(policy: str, serial: int) -> bytes:
-        return f"silotune policy 1\n{policy}\n{serial}".encode()
-
-
-def signature_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sig")
-
-
-def sign(path: Path, owner_key: Path, after: int) -> Signature:
-    """Sign a policy as the one that follows on serial number `after`; writes the .sig beside it."""
-    text = types.read_text(path, "Policy")
-    parse(text, path)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    signed = keys.sign(owner_key, Signature.statement(digest, after + 1))
-    found = Signature(policy=digest, serial=after + 1, signature=signed.hex())
-    write_durably(signature_file(path), found.model_dump_json().encode())
-    return found
-
-
-def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
-    """The policy, if its owner signed these bytes and no later ones; notes a new one in the ledger.
-
-    RefusalError E213 otherwise.
-    """
-    text = types.read_text(path, "Policy")
-    remedy = f"Look at it, then let the owner sign it: {command(*on_site(path, 'sign'))}"
-    try:
-        found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
-    except (OSError, ValueError, RecursionError):
-        raise RefusalError(f"{path} is not signed. {remedy}", code="E213") from None
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if found.policy != digest:
-        raise RefusalError(f"{path} has changed since its owner signed it. {remedy}", code="E213")
-    statement = Signature.statement(digest, found.serial)
-    if not verifies(owner.hex(), found.signature, statement):
-        raise RefusalError(
-            f"{path} carries a signature that is not the owner's. {remedy}", code="E213"
-        )
-    policy = parse(text, path)
-    if policy.name != ledger.site:
-        raise RefusalError(
-            f"{path} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
-            code="E213",
-        )
-    with ledger.writing():
-        last = ledger.policy
-        if last is None or found.serial > last.serial:
-            first, *others = [
-                UnitLimit(unit=unit, epsilon=limit.epsilon, delta=limit.delta)
-                for unit, limit in policy.limits.items()
-            ]
-            ledger.keep_policy(text)
-            ledger.append(
-                Adopted, serial=found.serial, policy=digest, others=tuple(others), **vars(first)
-            )
-        elif (last.policy, last.serial) != (digest, found.serial):
-            raise RefusalError(
-                f"{path} is an older policy (number {found.serial}); the ledger has "
-                f"adopted number {last.serial}. {remedy}",
-                code="E213",
-            )
-    return policy
-
-
-def adopted(ledger: Ledger) -> Policy:
-    """The policy that the ledger adopted last, read from the ledger's own copy: an edit of
-    site.toml that the owner has not signed has no effect.
-
-    Raises:
-        RefusalError: E213 if that copy is not on disk.
-    """
-    text = ledger.policy_text()
-    if text is None:
-        raise RefusalError(
-            "The text of the policy adopted last is not in state/ any more. Start the worker "
-            "again.",
-            code="E213",
-        )
-    folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site/folder.py
-    return parse(text, folder / "site.toml")
 
 
 def permitting(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from silotune.common.contract.plan import Adam
+from silotune.common.contract.training import Adam
 
 
 class NoiseCorrectedAdam(torch.optim.Optimizer):

@@ -1,7 +1,7 @@
 """Who is protected: which records are one privacy unit, and in what groups units are computed.
 
 With unit "record" each row is by itself. With unit "entity" the rows of one key are one unit: of
-them the first (or last) `cap` count, and their gradients become one (common/contract/plan.py,
+them the first (or last) `cap` count, and their gradients become one (common/contract/privacy.py,
 Entity). Which rows those are, and in what order they are added, is a function of the entity's own
 rows.
 """
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from silotune.client.privacy import record_ids
-from silotune.common.contract.plan import Entity
+from silotune.common.contract.privacy import Entity
 from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
 from silotune.common.data.records import Table
 from silotune.common.errors import DataError
-from silotune.common.models.base import Block
+from silotune.common.models.batching import Block
 
 GROUP = 32  # entities whose gradients are held at once, each as large as all trained tensors
 

@@ -30,9 +30,9 @@ from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, Losses
 from silotune.client.training.privacy_units import Group, Units, of_records
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput, TableInput
+from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.task import (
     Classification,
     Language,
@@ -43,7 +43,8 @@ from silotune.common.contract.task import (
 from silotune.common.data import featurize
 from silotune.common.data.records import Inputs
 from silotune.common.errors import RefusalError
-from silotune.common.models.base import Block, Encoded, Network
+from silotune.common.models.base import Encoded, Network
+from silotune.common.models.batching import Block
 from silotune.common.protocol.tensors import trained_names
 
 ROWS = 18

@@ -23,7 +23,7 @@ import numpy as np
 
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import CODES, ProtocolError, SilotuneError
 from silotune.common.protocol import messages, packing, tensors
 from silotune.common.protocol.messages import (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from silotune.client.privacy.accountant import Mechanism, mechanism_of
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.protocol import packing
 from silotune.common.protocol.messages import (

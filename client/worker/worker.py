@@ -17,24 +17,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from silotune.client.operations.telemetry import Answered
 from silotune.client.privacy import accountant, budget, record_ids
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.site_sets import SiteSets
-from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
 from silotune.client.training import dataset, selftest
 from silotune.client.training.local_round import train_round
 from silotune.client.training.local_state import NOTHING, Own
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker import release
+from silotune.client.worker.request_outcome import Answered
 from silotune.client.worker.secagg import Masking, check_bound
-from silotune.common.contract.architecture import Lora
+from silotune.common.contract.adapter import Lora
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Phase, epsilon_text
+from silotune.common.contract.privacy import epsilon_text
+from silotune.common.contract.training import Phase
 from silotune.common.data import records
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.models.base import Network
@@ -359,7 +360,7 @@ class Worker:
                 "not begun here. Start the worker again.",
                 code="E213",
             )
-        later = policies.adopted(self.ledger).for_worker_of(self.policy)
+        later = signed_policy.adopted(self.ledger).for_worker_of(self.policy)
         for refusal in later.refusals(self.contract):
             raise refusal
         later.check_records(self.lineage, self.unit)

@@ -196,7 +196,7 @@ def new(
     ✓ loans.toml  2 columns, 2 sites  5f1c09aa3b7e…
     """
     from silotune.common.contract import drafting
-    from silotune.common.data import file_source
+    from silotune.common.data import file_source, header
     from silotune.common.data.text_decoding import stem_of
 
     if out.exists():
@@ -204,7 +204,7 @@ def new(
     names = file_source.header(data, reading)
     answers = _answers(given | {"name": given["name"] or stem_of(data)})
     if names.named:
-        drafting.check_header(names.header, answers, data.name)
+        header.check_header(names.header, answers, data.name)
     write_durably(out, drafting.draft(answers).encode())
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())

@@ -6,8 +6,8 @@ import importlib
 from pathlib import Path
 
 from silotune.common.cli.main import CONTRACT_CHECK
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import SilotuneError
 from silotune.common.model_files.model_source import folder_of
 

@@ -1,5 +1,5 @@
 """How a machine computes. Nothing here changes which records count, how they are clipped or how
-much noise is added: privacy settings are another type (common/contract/plan.py).
+much noise is added: privacy settings are another type (common/contract/privacy.py).
 """
 
 from __future__ import annotations

@@ -28,22 +28,21 @@ from silotune.common.config.types import (
     Positive,
     Sha256,
 )
-from silotune.common.contract.architecture import Adapter, Lora, Model
+from silotune.common.contract.adapter import Adapter, Lora
+from silotune.common.contract.aggregation import BY_ONE, Aggregation, SecureAggregation
 from silotune.common.contract.inputs import Input, PairInput, columns_of
-from silotune.common.contract.plan import (
-    BY_ONE,
-    Aggregation,
+from silotune.common.contract.model import Model
+from silotune.common.contract.privacy import (
     DeltaSize,
     Metric,
-    Phase,
     Privacy,
     Released,
-    SecureAggregation,
     Target,
     delta_for,
     size_of_delta,
 )
 from silotune.common.contract.task import Task
+from silotune.common.contract.training import Phase
 from silotune.common.contract.validation import misfits
 from silotune.common.secagg import key_agreement
 

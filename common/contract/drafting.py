@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -19,9 +18,8 @@ from pydantic import Field, model_validator
 
 from silotune.common.config.types import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.contract import contract as contracts
-from silotune.common.contract.plan import delta_for
-from silotune.common.data.text_decoding import columns_like
-from silotune.common.errors import DataError, UsageError
+from silotune.common.contract.privacy import delta_for
+from silotune.common.errors import UsageError
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 LANGUAGE = (
@@ -122,18 +120,6 @@ class Answers(Frozen):
             name, equals, value = label.partition("=")
             found.append((name.strip(), (value if equals else name).strip()))
         return found
-
-
-def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
-    """DataError E302 for each column of the answers that is not there. A file without a header has
-    a record in its first line, so what there is stands in `local` alone."""
-    absent = [name for name in answers.used if name not in names]
-    if absent:
-        raise DataError(
-            " ".join(f"Column '{name}' is not in {source}." for name in absent),
-            code="E302",
-            local=f"its first line has: {', '.join(names[:40])}." + columns_like(absent, names),
-        )
 
 
 def draft(answers: Answers) -> str:

@@ -25,8 +25,8 @@ from silotune.common.config.types import (
     Positive,
     kind_or,
 )
-from silotune.common.data.text_table import index_among, number_of, unread
 from silotune.common.formats import tag_schemes
+from silotune.common.formats.cell_values import index_among, number_of, unread
 
 TaskKind = Literal["classification", "multi-label", "tokens", "regression", "ranking", "language"]
 Target = Any  # int, float, a list of ints or text, by task

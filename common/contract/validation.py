@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from silotune.common.contract.architecture import (
-    EncoderModel,
-    LanguageModel,
-    Lora,
-    OneHotModel,
-)
+from silotune.common.contract.adapter import Lora
+from silotune.common.contract.aggregation import BY_ONE
 from silotune.common.contract.inputs import PairInput, TableInput, TextInput
-from silotune.common.contract.plan import BY_ONE, delta_for
+from silotune.common.contract.model import EncoderModel, LanguageModel, OneHotModel
+from silotune.common.contract.privacy import delta_for
 from silotune.common.contract.task import Language, Ranking, Regression, Tokens
 from silotune.common.secagg import key_agreement
 

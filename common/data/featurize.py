@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.common.contract.inputs import CategoryColumn, NumberColumn, TableInput
-from silotune.common.data.text_table import UNREAD, index_among, number_of, unread
+from silotune.common.formats.cell_values import UNREAD, index_among, number_of, unread
 
 Choice = int | None  # the index of a column's choice; None when the value is missing
 

@@ -35,18 +35,9 @@ import pyarrow as pa
 
 from silotune.common.data import workbook
 from silotune.common.data.text_decoding import DELIMITERS, Reading, decoded, wrong_encoding
-from silotune.common.data.text_table import (
-    BLOCK_ROWS,
-    C1_CONTROL,
-    CONTROL,
-    Builder,
-    NotTextError,
-    Row,
-    Rows,
-    cell,
-    header_of,
-)
+from silotune.common.data.text_table import BLOCK_ROWS, Builder, Row, Rows
 from silotune.common.errors import DataError
+from silotune.common.formats.cell_values import C1_CONTROL, CONTROL, NotTextError, cell, header_of
 from silotune.common.formats.encodings import WINDOWS_ENCODINGS
 
 SHOWN_ROWS = 10

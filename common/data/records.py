@@ -26,7 +26,8 @@ from silotune.common.contract.task import (
 )
 from silotune.common.data import featurize, file_source
 from silotune.common.data.file_source import Problems
-from silotune.common.data.text_decoding import Reading, columns_like
+from silotune.common.data.header import columns_like
+from silotune.common.data.text_decoding import Reading
 from silotune.common.data.text_table import Row
 from silotune.common.errors import DataError
 

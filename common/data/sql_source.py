@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from silotune.common.data.text_table import BLOCK_ROWS, Builder, NotTextError, Rows, cell
+from silotune.common.data.text_table import BLOCK_ROWS, Builder, Rows
 from silotune.common.errors import DataError
+from silotune.common.formats.cell_values import NotTextError, cell
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine

@@ -6,13 +6,13 @@ import codecs
 import gzip
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self, TextIO, cast
 
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, UsageError
 from silotune.common.formats.encodings import (
     ENCODINGS,
     WINDOWS_ENCODINGS,
@@ -45,27 +45,6 @@ OTHER_FORMATS = (
 def stem_of(path: Path) -> str:
     """A file's name without the suffixes of its format and compression."""
     return Path(path.name.removesuffix(".gz")).stem
-
-
-def columns_like(names: Sequence[str], header: Sequence[str]) -> str:
-    """What may be wrong with a header that lacks `names`: how it is divided, or a name's spelling;
-    begins with a space, or is ''."""
-    undivided = next(
-        (
-            found
-            for found in header
-            if any(re.search(rf"\b{re.escape(n)}\b", found) for n in names)
-            and re.search(r"[,;:\t|]", found)
-        ),
-        None,
-    )
-    if undivided is None:
-        return "".join(did_you_mean(name, header) for name in names)
-    allowed = " ".join(DELIMITERS.values())
-    return (
-        f" '{undivided}' looks like several columns: set the delimiter of the file, one of "
-        f"{allowed}, or save it with one of these between its cells."
-    )
 
 
 def delimiter_of(name: str) -> str:

@@ -20,8 +20,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from silotune.common.data.text_table import NotTextError, Row, cell
+from silotune.common.data.text_table import Row
 from silotune.common.errors import DataError
+from silotune.common.formats.cell_values import NotTextError, cell
 
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 BLOCK = 1 << 20  # bytes

@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import DataError
 
 # Named, not imported: it is loaded where it is asked alone.

@@ -17,21 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from silotune.common.contract.architecture import LanguageModel, Lora, OneHotModel
+from silotune.common.contract.adapter import Lora
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import LanguageModel, OneHotModel
 from silotune.common.errors import DataError
 from silotune.common.models import adapters, backbone
 from silotune.common.models.activation_cache import allocate
 from silotune.common.models.backbone import Around, Backbone
-from silotune.common.models.base import (
-    BUCKET,
-    Encoded,
-    Network,
-    blocks_of,
-    device_of,
-    has_bf16,
-)
+from silotune.common.models.base import Encoded, Network, device_of, has_bf16
+from silotune.common.models.batching import BUCKET, blocks_of
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import trained_names
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from silotune.common.contract.architecture import IA3, Adapter, Core, Lora, Prefix, Prompt
+from silotune.common.contract.adapter import IA3, Adapter, Core, Lora, Prefix, Prompt
 from silotune.common.errors import DataError, did_you_mean
 from silotune.common.models.aligned_linear import ALIGNED
 from silotune.common.models.attention import fuse_lora

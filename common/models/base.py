@@ -10,50 +10,26 @@ Shapes: N records, U texts, T tokens, H hidden size, F features, L outputs.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
-from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.task import Task
-from silotune.common.data import featurize
 from silotune.common.data.records import Inputs
 from silotune.common.errors import DataError
 from silotune.common.models.aligned_linear import align
+from silotune.common.models.batching import Block, blocks_of
 from silotune.common.protocol.messages import Arrays
-from silotune.common.protocol.tensors import orthonormal
 from silotune.common.tasks import objective_of
 
-# A record's outputs must not depend, by as much as a rounding, on which other records are there:
-# otherwise leaving one out would move the gradients of all. So each row is padded to a multiple of
-# BUCKET tokens by its own length, and every block of a bucket has exactly as many rows.
-BUCKET = 16
 # The head alone takes more rows at once, and always so many that its products round alike.
 HEAD_BATCH, HEAD_FILL = 4096, 256
-
-
-class Block(NamedTuple):
-    """Row numbers of which the first n count; the rest only fill the block."""
-
-    rows: Tensor
-    n: int
-
-
-def blocks_of(index: Tensor, lengths: Tensor, size: int) -> Iterator[Block]:
-    """`index` in blocks of `size` rows of one bucket; `lengths` [len(index)]: the rows' tokens."""
-    buckets = -(-lengths // BUCKET)
-    for bucket in sorted(set(buckets.tolist())):
-        for part in torch.split(index[buckets == bucket], size):
-            fill = part[:1].expand(size - len(part))
-            yield Block(torch.cat([part, fill]), len(part))
 
 
 def device_of(performance: Performance) -> torch.device:
@@ -234,38 +210,3 @@ class Network(nn.Module):
         tensors = self.named_tensors()
         for name, array in arrays.items():
             tensors[name].copy_(torch.from_numpy(array))
-
-
-class OneHot(Network):
-    """Logistic or linear regression on one-hot public bins; with `hidden`, one layer between."""
-
-    def __init__(
-        self, spec: OneHotModel, table: TableInput, task: Task, performance: Performance
-    ) -> None:
-        size = sum(len(c.choices) + 1 for c in table.columns)
-        super().__init__(size, task, performance)
-        self.table, self.spec = table, spec
-        self.scale = spec.norm / len(table.columns) ** 0.5
-        if spec.hidden:
-            first = nn.Linear(size, spec.hidden, device=self.device)
-            last = nn.Linear(spec.hidden, task.outputs, device=self.device)
-            align(first)
-            align(last)
-            self.head = nn.Sequential(OrderedDict(hidden=first, act=nn.Tanh(), out=last))
-
-    def initial_arrays(self) -> Arrays:
-        """Zeros; a hidden layer's weights are public random ones, or nothing would ever move."""
-        arrays = super().initial_arrays()
-        first = arrays.get("head.hidden.weight")
-        if first is not None:
-            rng = np.random.default_rng(0)
-            size = min(first.shape)
-            found = orthonormal(size, max(first.shape), rng)
-            arrays["head.hidden.weight"] = np.ascontiguousarray(
-                found if first.shape[0] == size else found.T
-            )
-        return arrays
-
-    def encode(self, inputs: Inputs) -> Encoded:
-        rows = featurize.to_one_hot(self.table, inputs)  # type: ignore[arg-type]
-        return Encoded(torch.arange(len(rows))[:, None], torch.from_numpy(rows) * self.scale)

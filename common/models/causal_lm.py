@@ -16,7 +16,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.data.records import Inputs
 from silotune.common.models.adapted import Adapted
 from silotune.common.models.backbone import Llama
-from silotune.common.models.base import BUCKET, Block, Encoded, blocks_of
+from silotune.common.models.base import Encoded
+from silotune.common.models.batching import BUCKET, Block, blocks_of
 from silotune.common.tasks.token_classification import IGNORED
 from silotune.common.tokenization.prompts import Prompts
 

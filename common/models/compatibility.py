@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from silotune.common.contract.architecture import LanguageModel, OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import LanguageModel, OneHotModel
 from silotune.common.model_files import model_folder
 from silotune.common.models.adapted import adapt
 from silotune.common.models.backbone import shell

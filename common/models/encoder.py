@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silotune.common.contract.architecture import EncoderModel, Standardise
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput, TableInput
+from silotune.common.contract.model import EncoderModel, Standardise
 from silotune.common.data import featurize
 from silotune.common.data.records import Inputs
 from silotune.common.models.adapted import Adapted

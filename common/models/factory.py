@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from silotune.common.contract.architecture import LanguageModel, OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
+from silotune.common.contract.model import LanguageModel, OneHotModel
 from silotune.common.errors import DataError
-from silotune.common.models.base import Network, OneHot
+from silotune.common.models.base import Network
+from silotune.common.models.one_hot import OneHot
 
 _built: dict[str, Network] = {}
 

@@ -31,7 +31,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from silotune.common.config.types import Bound, Frozen, Name, Number, Sha256
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import CODES, ProtocolError
 from silotune.common.signing import Sign
 

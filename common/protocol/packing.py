@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import Shapes
 from silotune.common.secagg import fixed_point

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from silotune.common.contract.architecture import LanguageModel
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import LanguageModel
 from silotune.common.contract.task import Language
 from silotune.common.errors import DataError
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.contract.plan import Robust
+from silotune.common.contract.aggregation import Robust
 from silotune.common.protocol.messages import Arrays
 
 Vectors = NDArray[np.float64]

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric, Phase
+from silotune.common.contract.privacy import Metric
+from silotune.common.contract.training import Phase
 from silotune.common.protocol import tensors
 from silotune.common.protocol.messages import Arrays
-from silotune.server.aggregation import lora, mean
+from silotune.server.aggregation import lora, server_optimizer
 
 
 class Iterate:
@@ -96,11 +97,11 @@ class Iterate:
             # Copies of sites that are not there have not moved: so much less does their mean.
             change = {name: np.float32(present) * array for name, array in change.items()}
         if settings.adaptive:
-            moved, velocity, second = mean.adaptive_step(
+            moved, velocity, second = server_optimizer.adaptive_step(
                 self.adapter, self._velocity, self._second, change, settings.adaptive
             )
         else:
-            moved, velocity = mean.heavy_ball(
+            moved, velocity = server_optimizer.heavy_ball(
                 self.adapter, self._velocity, change, settings.momentum
             )
         tensors.check(moved, self.shapes, "The aggregate")
@@ -121,14 +122,14 @@ class Iterate:
                 },
             )
         if self.contract.averages_in(self.number):
-            self._mean = mean.running_mean(self._mean, self._averaged, self.adapter)
+            self._mean = server_optimizer.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
         if settings.method == "fedsvd" and self.phase.adapts:
             self.adapter, self._velocity, self._mean = lora.turned(
                 self.adapter, self._velocity, self._mean
             )
         if self.contract.privacy.adaptive:
-            self.clip_norm = mean.next_clip_norm(
+            self.clip_norm = server_optimizer.next_clip_norm(
                 self.clip_norm, figures["unclipped"], self.contract.privacy.adaptive
             )
         return None

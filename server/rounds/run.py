@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from silotune.common.contract.architecture import Lora
+from silotune.common.contract.adapter import Lora
+from silotune.common.contract.aggregation import BY_ONE
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import BY_ONE, Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.contract.task import worth
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.protocol import messages

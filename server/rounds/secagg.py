@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import (
@@ -29,9 +29,10 @@ from silotune.common.protocol.messages import (
     Shares,
 )
 from silotune.common.protocol.tensors import Shapes
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import Agreement, check_keys
-from silotune.common.secagg.participant import Sum
 from silotune.server.rounds.exchange import Exchange, Stages
+from silotune.server.storage.stored_agreement import Agreed
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
 NO_SECRETS = (CHARGED, "E504", "E506", "E507")  # a member needs another agreement: it started again
@@ -39,16 +40,6 @@ OTHER_SITES = "E220"  # a site takes no part in a sum of these sites (client/pri
 LOST_AT_OPENING = (*NO_SECRETS, OTHER_SITES)  # a survivor will give no share of this round, ever
 ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites were asked before
 LONGEST_WAIT = 16  # rounds until a site that was left out is asked again
-
-
-class Agreed(NamedTuple):
-    """An agreement on keys as the server stores it. keys: name -> what it published; sealed:
-    receiver -> sender -> sealed shares."""
-
-    first: int
-    attempt: int
-    keys: Blobs
-    sealed: dict[str, Blobs]
 
 
 class LostSumError(RunError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import ProtocolError
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Arrays, Masked, Message, Receipt, Update

@@ -30,9 +30,9 @@ from silotune.common.errors import RunError
 from silotune.common.protocol.messages import Arrays, Receipt
 from silotune.common.runtime.atomic_files import rename_durably, write_durably
 from silotune.common.runtime.process_lock import try_lock
-from silotune.server.rounds.secagg import Agreed
 from silotune.server.storage import events
 from silotune.server.storage.events import Standing
+from silotune.server.storage.stored_agreement import Agreed
 
 LOCK_SECONDS = 1.0
 ARRAYS = ("adapter.safetensors", "state.safetensors")

@@ -34,7 +34,7 @@ from silotune.client.worker.secagg import Masking
 from silotune.common.config.types import Count, Frozen, Positive
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TextInput
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.contract.task import Classification
 from silotune.common.errors import UsageError
 from silotune.common.protocol import messages, packing

@@ -23,14 +23,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from silotune.client.preparation.deidentify import (
-    KINDS,
-    Deidentifier,
-    Deidentify,
-    Finding,
-    simplified,
-)
+from silotune.client.preparation.deidentify import Deidentifier, Finding, simplified
 from silotune.client.preparation.person_names import Names, folded
+from silotune.client.site.preparation_rules import KINDS, Deidentify
 from silotune.simulations.benchmarks.clean_sentences import clean_sentences
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Language, Set, texts
 

@@ -47,7 +47,7 @@ from silotune.client.training.privacy_units import Group, of_records
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.models.attention import fuse_lora, register_attention
-from silotune.common.models.base import Block
+from silotune.common.models.batching import Block
 from silotune.common.models.encoder import Encoder
 from silotune.simulations.datasets import catalog
 

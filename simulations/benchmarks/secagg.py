@@ -49,8 +49,9 @@ from numpy.typing import NDArray
 
 from silotune.common.protocol import messages
 from silotune.common.secagg import fixed_point
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import Agreement, Terms, default_threshold
-from silotune.common.secagg.participant import Member, Sum
+from silotune.common.secagg.participant import Member
 
 RESULTS = Path("simulations/benchmarks/results")
 SIZES = {100_000: "0.1M", 1_000_000: "1M", 10_000_000: "10M"}

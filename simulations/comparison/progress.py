@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.common.cli.main import next_step
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput
-from silotune.common.contract.plan import epsilon_text
+from silotune.common.contract.model import OneHotModel
+from silotune.common.contract.privacy import epsilon_text
 from silotune.common.model_files.model_source import folder_of
 from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS

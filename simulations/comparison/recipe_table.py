@@ -24,14 +24,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import SilotuneError
 from silotune.common.runtime.terminal import echo
 from silotune.common.tasks.metrics import METRICS
+from silotune.simulations.comparison.options import computing
+from silotune.simulations.comparison.provenance import commit, machine
 from silotune.simulations.comparison.recipe import Recipe, load_recipe, recipe_names
-from silotune.simulations.comparison.run import commit, computing, machine, run_jobs
+from silotune.simulations.comparison.run import run_jobs
 from silotune.simulations.datasets import catalog
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
 from silotune.simulations.execution.variants import Arm, Job, JobResult, alone, arms_of

@@ -5,31 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
-import platform
 import queue
 import re
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import ValidationError
-
-from silotune.common.config.diagnostics import contract_error
-from silotune.common.contract.architecture import OneHotModel
-from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.data import records
-from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import (
     DataError,
     RefusalError,
@@ -42,129 +33,15 @@ from silotune.common.tasks.metrics import METRICS, constant, score
 from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundFacts
+from silotune.simulations.comparison.options import Options
 from silotune.simulations.comparison.progress import Progress
+from silotune.simulations.comparison.provenance import _processor, commit
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.comparison.summary import summarise
 from silotune.simulations.datasets import catalog as data
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
 from silotune.simulations.execution.variants import Arm, Job, JobResult, arms_of
-
-AT_LEAST_ONE = ("repeats", "cheap_repeats", "evaluate_every", "processes")
-REFUSED = ("compile",)  # as Performance says, so it is not offered
-OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
-
-
-@dataclass
-class Options:
-    """What `key=value` on the command line can change; none can weaken a guarantee silently."""
-
-    epsilon: float | None = None
-    delta: float | None = None
-    repeats: int | None = None
-    cheap_repeats: int | None = None
-    evaluate_every: int | None = None
-    arms: list[str] = field(default_factory=list)
-    processes: int = 0
-    insecure_seed: int | None = None
-    masked: bool = True
-    data: Path | None = None
-    site_column: str | None = None
-    reading: Reading = field(default_factory=Reading)
-    model: Path | None = None
-    performance: Performance = field(default_factory=Performance)
-
-    @classmethod
-    def parse(cls, words: tuple[str, ...]) -> Options:
-        """From `key=value` words; UsageError names the key, the value and what is allowed."""
-        options, computing, of_file = cls(), dict[str, str](), dict[str, str]()
-        readers: dict[str, Any] = {
-            "epsilon": float,
-            "delta": float,
-            "repeats": int,
-            "cheap_repeats": int,
-            "evaluate_every": int,
-            "processes": int,
-            "insecure_seed": int,
-            "arms": lambda text: text.split(","),
-            "masked": _flag,
-            "data": Path,
-            "site_column": str,
-            "model": Path,
-        }
-        for word in words:
-            key, value = _setting(word, [*readers, *OF_FILE, *Performance.model_fields])
-            if key in OF_FILE:
-                of_file[key] = value
-                continue
-            if key in Performance.model_fields:
-                computing[key] = value
-                continue
-            try:
-                setattr(options, key, readers[key](value))
-            except ValueError:
-                kind = {int: "a whole number", _flag: "true or false"}.get(readers[key], "a number")
-                raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
-            if key in AT_LEAST_ONE and int(value) < 1:
-                raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
-        options.performance = _performance(computing)
-        options.reading = Reading.of(
-            of_file.get("encoding"), of_file.get("delimiter"), "{key}='{value}'"
-        )
-        return options
-
-
-def computing(words: tuple[str, ...]) -> Performance:
-    """How to compute, from `key=value` words: such as may change a result by its roundings alone.
-    UsageError for others."""
-    found = _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
-    if found.gradients == "ghost":
-        raise UsageError(
-            "gradients=ghost does not clip exactly: figures made with it are not those of the "
-            "contract. Use expanded or hooks."
-        )
-    return found
-
-
-def _setting(word: str, known: list[str]) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if not equals or key not in known:
-        offered = sorted(set(known) - set(REFUSED))
-        rounds = (
-            (
-                " Rounds are the contract's: `silotune sim export RECIPE --rounds N --out FOLDER` "
-                "writes a contract with others."
-            )
-            if key == "rounds"
-            else ""
-        )
-        raise UsageError(
-            f"'{word}' is not a setting. Use key=value with one of: {', '.join(offered)}."
-            + (rounds or did_you_mean(key, offered))
-        )
-    return key, value
-
-
-def _flag(word: str) -> bool:
-    if word not in ("true", "false"):
-        raise ValueError(word)
-    return word == "true"
-
-
-def _performance(words: dict[str, str]) -> Performance:
-    """From key=value words, each read as the type it has to be."""
-    values = {
-        key: value == "true"
-        if value in ("true", "false")
-        else int(value)
-        if value.isdecimal()
-        else value
-        for key, value in words.items()
-    }
-    try:
-        return Performance.model_validate(values)
-    except ValidationError as error:
-        raise contract_error(error, "key=value", Performance) from None
 
 
 def run(
@@ -432,30 +309,6 @@ def _set_aside(folder: Path) -> None:
     if folder.exists():
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
         folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
-
-
-def commit() -> str:
-    """The commit of the source tree this runs from, with + for changes; 'unknown' outside one."""
-    root = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def machine(gpu: str) -> str:
-    """What this computes on, in a few words; gpu: its name, or nothing."""
-    return f"{platform.machine()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else "")
-
-
-def _processor() -> str:
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or sys.platform
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import epsilon_text
+from silotune.common.contract.privacy import epsilon_text
 from silotune.common.contract.task import LOWER_IS_BETTER
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths

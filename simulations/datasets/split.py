@@ -13,8 +13,9 @@ from silotune.common.data import records
 from silotune.common.data.file_source import Problems
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
-from silotune.common.data.text_table import Row, index_among
+from silotune.common.data.text_table import Row
 from silotune.common.errors import DataError, did_you_mean
+from silotune.common.formats.cell_values import index_among
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.simulations.datasets.tables import TABLES
 

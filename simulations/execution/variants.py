@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.server.rounds.run import RoundFacts
 from silotune.simulations.attacks.poisoning import Poison
 

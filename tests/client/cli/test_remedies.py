@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from silotune.client.cli.options import on_site
 from silotune.client.operations import preflight
 from silotune.client.site import policy as policies
+from silotune.client.site.commands import on_site
 from silotune.client.site.folder import Site
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
+from silotune.common.data.header import columns_like
 from silotune.common.data.records import Table
-from silotune.common.data.text_decoding import columns_like
 from silotune.common.errors import ContractError, DataError, counted
 from silotune.common.runtime import terminal
 from silotune.server import cli as server_cli

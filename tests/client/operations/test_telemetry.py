@@ -14,9 +14,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.client.operations import telemetry
-from silotune.client.operations.telemetry import Answered, Running, SiteMonitor, Tally
+from silotune.client.operations.telemetry import Running, SiteMonitor, Tally
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.site.policy import permitting
+from silotune.client.worker.request_outcome import Answered
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol import messages

@@ -18,15 +18,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from silotune.client.preparation.deidentify import (
-    KINDS,
-    Action,
     Cleaned,
     Deidentifier,
-    Deidentify,
     Finding,
     merged,
     simplified,
 )
+from silotune.client.site.preparation_rules import KINDS, Action, Deidentify
 from silotune.common.errors import DataError, UsageError
 from silotune.simulations.benchmarks.deidentify import Tally, compare, measure, measure_clean
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Set, texts

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from silotune.client.preparation import entity_model
-from silotune.client.preparation.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.preparation.entity_model import KIND_OF_LABEL
 from silotune.client.site import policy
+from silotune.client.site.preparation_rules import Deidentify
 from silotune.common.errors import DataError, UsageError
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG"]

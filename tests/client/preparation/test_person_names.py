@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.preparation.deidentify import Deidentifier, Deidentify, simplified
+from silotune.client.preparation.deidentify import Deidentifier, simplified
 from silotune.client.preparation.person_names import EnglishNames, Names, folded
+from silotune.client.site.preparation_rules import Deidentify
 
 NAMES = Names.load()
 GIVEN = sorted(NAMES.given | NAMES.given_words)

@@ -24,14 +24,13 @@ from hypothesis import strategies as st
 from silotune.client.preparation import profile
 from silotune.client.preparation import report as prepare_report
 from silotune.client.preparation.cleaning import Prepared, prepare, write
-from silotune.client.preparation.deidentify import Deidentify
 from silotune.client.privacy import budget
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_ids import of_table
 from silotune.client.site import policy as policies
 from silotune.client.site.folder import Site
-from silotune.client.site.policy import Prepare
+from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.data import records

@@ -22,8 +22,9 @@ from silotune.client.preparation.check_digits import (
     is_taiwan_id,
     passes_luhn,
 )
-from silotune.client.preparation.deidentify import Deidentifier, Deidentify
+from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.preparation.recognisers import plain
+from silotune.client.site.preparation_rules import Deidentify
 from silotune.simulations.benchmarks.labelled_texts import (
     SLOTS,
     with_luhn,

@@ -21,6 +21,7 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import FILE, Ledger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Policy, permitting
 from silotune.client.worker import worker as workers
@@ -398,7 +399,7 @@ def test_forged_policy(home: Home) -> None:
     )
     config.write_text(text)
     site = Site(config)
-    policies.sign(config, home.folder / "keys" / "owner.key", 0)
+    signed_policy.sign(config, home.folder / "keys" / "owner.key", 0)
     policy, ledger, _ = site.open()
     assert policy.limits["record"] == Limit(8.0, 1e-4)
     config.write_text(text.replace("8.0", "80.0"))
@@ -407,7 +408,7 @@ def test_forged_policy(home: Home) -> None:
     assert refusal.value.code == "E213"
     thief = Keys.create(home.folder / "thief")
     assert thief.folder is not None
-    policies.sign(config, thief.folder / "owner.key", 5)
+    signed_policy.sign(config, thief.folder / "owner.key", 5)
     with pytest.raises(RefusalError) as refusal:
         site.open()
     assert refusal.value.code == "E213"
@@ -441,8 +442,8 @@ def sign_policy(home: Home, *changes: tuple[str, str]) -> Policy:
     """What `silotune site sign` does, in another process than the worker's."""
     config, ledger = write_policy(home, *changes), home.ledger()
     serial = ledger.policy.serial if ledger.policy else 0
-    policies.sign(config, home.folder / "keys" / "owner.key", serial)
-    return policies.adopt(config, ledger, home.keys.owner)
+    signed_policy.sign(config, home.folder / "keys" / "owner.key", serial)
+    return signed_policy.adopt(config, ledger, home.keys.owner)
 
 
 def test_a_run_goes_on_when_its_owner_signs_a_policy_that_permits_it(home: Home) -> None:
@@ -546,10 +547,10 @@ def test_the_same_policy_adopted_again_stops_no_worker(home: Home) -> None:
         f'name = "north"\n[data]\nfile = "rows.csv"\n[budgets.record]\nepsilon = 8.0\n'
         f'delta = 1e-4\n[permits]\ncontracts = ["{home.contract.hash}"]\n'
     )
-    policies.sign(config, home.folder / "keys" / "owner.key", 0)
-    policies.adopt(config, home.ledger(), home.keys.owner)
+    signed_policy.sign(config, home.folder / "keys" / "owner.key", 0)
+    signed_policy.adopt(config, home.ledger(), home.keys.owner)
     worker = home.worker()
-    policies.adopt(config, home.ledger(), home.keys.owner)
+    signed_policy.adopt(config, home.ledger(), home.keys.owner)
     assert [code(worker, number) for number in (1, 2, 3)] == [""] * 3
 
 

@@ -14,7 +14,7 @@ from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.privacy_units import Units
 from silotune.common.contract.contract import Contract
-from silotune.common.models.base import Block
+from silotune.common.models.batching import Block
 
 DELTA = 1e-4
 ORDERS = [2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64]

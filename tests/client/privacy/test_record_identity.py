@@ -27,7 +27,7 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_identity import Links, Origin, components
 from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
 from silotune.client.site.folder import Site
-from silotune.client.site.policy import Prepare
+from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract

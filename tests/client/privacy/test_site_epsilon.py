@@ -29,7 +29,7 @@ from silotune.client.site import policy as policies
 from silotune.client.site.policy import Policy, permitting
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Target
+from silotune.common.contract.privacy import Target
 from silotune.common.errors import ContractError, RefusalError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Refusal, Train, Update

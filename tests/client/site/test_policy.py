@@ -18,10 +18,11 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Adopted
 from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy, permitting
-from silotune.common.contract.architecture import EncoderModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import EncoderModel
 from silotune.common.errors import ContractError, DataError, RefusalError, UsageError
 
 TEXT = """
@@ -323,10 +324,10 @@ class Home:
         return Keys.load(self.folder / "keys")
 
     def sign(self, after: int = 0, key: Path | None = None) -> None:
-        policies.sign(self.config, key or self.folder / "keys" / "owner.key", after)
+        signed_policy.sign(self.config, key or self.folder / "keys" / "owner.key", after)
 
     def adopt(self) -> Policy:
-        return policies.adopt(self.config, self.ledger, self.keys.owner)
+        return signed_policy.adopt(self.config, self.ledger, self.keys.owner)
 
     def adopted(self) -> list[int]:
         return [entry.serial for entry in self.ledger.entries if isinstance(entry, Adopted)]

@@ -23,13 +23,14 @@ from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import AdaptiveClipping, Metric
+from silotune.common.contract.privacy import AdaptiveClipping, Metric
 from silotune.common.data.records import table
 from silotune.common.errors import ContractError, RefusalError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
-from silotune.server.aggregation.mean import mean_figures, next_clip_norm
+from silotune.server.aggregation.mean import mean_figures
+from silotune.server.aggregation.server_optimizer import next_clip_norm
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 

@@ -24,7 +24,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import RefusalError
 from silotune.common.models import aligned_linear as products
-from silotune.common.models.base import Encoded, OneHot
+from silotune.common.models.base import Encoded
+from silotune.common.models.one_hot import OneHot
 from silotune.common.tasks.classification import per_example_loss
 
 ENGINES = ["expanded", "hooks"]

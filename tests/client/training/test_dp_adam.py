@@ -21,7 +21,7 @@ from silotune.client.training.dp_adam import NoiseCorrectedAdam
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Adam
+from silotune.common.contract.training import Adam
 from silotune.common.data.records import Table
 from silotune.common.errors import ContractError
 from silotune.common.models.factory import build

@@ -25,7 +25,7 @@ from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, ghost_sum
 from silotune.client.training.privacy_units import Group, Part
 from silotune.common.models.attention import fuse_lora, register_attention
-from silotune.common.models.base import blocks_of
+from silotune.common.models.batching import blocks_of
 from silotune.common.tasks import classification, token_classification
 
 LENGTHS = [7, 1, 12, 4, 9, 2]  # tokens of each record

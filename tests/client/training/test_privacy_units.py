@@ -25,6 +25,7 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import FIRST, Adopted, chained
 from silotune.client.site import policy as policies
+from silotune.client.site import signed_policy
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Budgets, Policy, permitting
 from silotune.client.training import (
@@ -40,10 +41,10 @@ from silotune.client.training.privacy_units import Group, Part, Units
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Entity
+from silotune.common.contract.privacy import Entity
 from silotune.common.data.records import Table
 from silotune.common.errors import DataError, RefusalError
-from silotune.common.models.base import BUCKET, Block
+from silotune.common.models.batching import BUCKET, Block
 from silotune.common.models.encoder import Encoder
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
@@ -930,8 +931,8 @@ def test_what_was_adopted_stands_in_the_ledger_for_every_unit(tmp_path: Path) ->
     ledger = Ledger.create(tmp_path / "state", keys, "north")
     text = SITE.replace("{unit}", "entity") + "[budgets.record]\nepsilon = 9.0\ndelta = 1e-5\n"
     (tmp_path / "site.toml").write_text(text)
-    policies.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
-    policies.adopt(tmp_path / "site.toml", ledger, keys.owner)
+    signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
+    signed_policy.adopt(tmp_path / "site.toml", ledger, keys.owner)
     entry = Ledger.open(tmp_path / "state", keys).policy
     assert entry is not None
     limits = {(entry.unit, entry.epsilon, entry.delta)}
@@ -943,18 +944,18 @@ def test_a_ledger_of_an_older_version_verifies(tmp_path: Path, monkeypatch: Patc
     """Its POLICY entries have no `others`."""
     keys = Keys.create(tmp_path / "keys")
     (tmp_path / "site.toml").write_text(SITE.replace("{unit}", "record"))
-    policies.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
+    signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
     ledger = Ledger.create(tmp_path / "state", keys, "north")
     dump = Adopted.model_dump_json
     with monkeypatch.context() as old:
         old.setattr(Adopted, "model_dump_json", lambda self: dump(self, exclude={"others"}))
-        adopted = policies.adopt(tmp_path / "site.toml", ledger, keys.owner)
+        adopted = signed_policy.adopt(tmp_path / "site.toml", ledger, keys.owner)
     ledger._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b'"others"' not in (tmp_path / "state" / "ledger.sqlite").read_bytes()
     found = Ledger.open(tmp_path / "state", keys)
     assert found.policy is not None
     assert (found.policy.unit, found.policy.epsilon, found.policy.others) == ("record", 8.0, ())
-    assert policies.adopt(tmp_path / "site.toml", found, keys.owner) == adopted
+    assert signed_policy.adopt(tmp_path / "site.toml", found, keys.owner) == adopted
     assert len(found.entries) == 2
 
 
@@ -995,7 +996,7 @@ def test_site_check_finds_an_empty_key(entities: Contract, tmp_path: Path) -> No
     assert found.entries
     text = SITE.replace("{unit}", "entity") + f'contracts = ["{entities.hash}"]\nmin_records = 1\n'
     (tmp_path / "site.toml").write_text(text + 'metrics = ["loss", "accuracy"]\n')
-    policies.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
+    signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
     written(tmp_path / "rows.csv", [*ROWS, ("", 70, "no", 1)]).chmod(0o600)
     (tmp_path / "contract.json").write_text(entities.model_dump_json())
     checks = preflight.check(Site(tmp_path / "site.toml"), tmp_path / "contract.json")

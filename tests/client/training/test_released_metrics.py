@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from silotune.client.privacy.accountant import plan
-from silotune.client.training import local_round
+from silotune.client.training import local_round, released_metrics
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -48,7 +48,7 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
 ) -> None:
     """The noises in units of what one record can move: 1/s^2 must be their 1/s_i^2 together."""
     found: list[float] = []
-    optimizer, total = local_round.CryptoNoiseOptimizer, local_round.noisy_total
+    optimizer, total = local_round.CryptoNoiseOptimizer, released_metrics.noisy_total
 
     def spy_optimizer(sgd: Any, *, noise_multiplier: float, **more: Any) -> Any:
         found.append(noise_multiplier)
@@ -82,7 +82,7 @@ def test_one_record_moves_a_total_by_at_most_the_bound(
     values = torch.tensor([0.5, 1.5, 9.0])
 
     def total(*parts: torch.Tensor) -> float:
-        return local_round.noisy_total(iter(parts), 2.0, 3.0, source)
+        return released_metrics.noisy_total(iter(parts), 2.0, 3.0, source)
 
     assert total(values) == pytest.approx(4.0, abs=0.01)  # the noise's grain
     assert total() == 0.0
@@ -94,13 +94,13 @@ def test_a_total_lies_on_the_grain_whatever_the_values() -> None:
     source = NoiseSource(site="x", insecure_seed=1)
     for values in ([], [torch.rand(100, dtype=torch.float64)], [torch.full((3,), 1 / 3)]):
         for _ in range(50):
-            total = local_round.noisy_total(iter(values), 2.0, 3.0, source)
+            total = released_metrics.noisy_total(iter(values), 2.0, 3.0, source)
             assert (total * 2**8).is_integer()
 
 
 def test_a_totals_noise_has_the_stated_size() -> None:
     source = NoiseSource(site="x", insecure_seed=1)
-    drawn = [local_round.noisy_total(iter(()), 2.0, 3.0, source) for _ in range(4000)]
+    drawn = [released_metrics.noisy_total(iter(()), 2.0, 3.0, source) for _ in range(4000)]
     # The standard deviation of 4,000 draws is known to 1.1%.
     assert np.std(drawn) == pytest.approx(6.0, rel=0.05)
     assert abs(np.mean(drawn)) < 0.4

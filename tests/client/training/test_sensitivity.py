@@ -28,9 +28,9 @@ from silotune.client.training.privacy_units import (
     of_entities,
     of_records,
 )
-from silotune.common.contract.plan import Entity
+from silotune.common.contract.privacy import Entity
 from silotune.common.data.records import Table
-from silotune.common.models.base import Block, blocks_of
+from silotune.common.models.batching import Block, blocks_of
 from silotune.common.tasks import classification, token_classification
 
 CLIPS = [1e-4, 3e-3, 1.0, 47.0, 1e3]

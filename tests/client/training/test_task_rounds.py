@@ -15,7 +15,8 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.site.policy import permitting
 from silotune.common.errors import RefusalError
-from silotune.common.models.base import Block, Network
+from silotune.common.models.base import Network
+from silotune.common.models.batching import Block
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update

@@ -13,7 +13,7 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.worker import release
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.plan import Metric
+from silotune.common.contract.privacy import Metric
 from silotune.common.errors import (
     CODES,
     DataError,

@@ -19,10 +19,10 @@ from silotune.common.contract import drafting
 from silotune.common.contract.contract import parse
 from silotune.common.contract.drafting import Answers, Column
 from silotune.common.contract.inputs import NumberColumn, TableInput
-from silotune.common.contract.plan import Entity
+from silotune.common.contract.privacy import Entity
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import UsageError
-from silotune.simulations.comparison.run import Options
+from silotune.simulations.comparison.options import Options
 from tests.common.data.test_text_decoding import (
     csv_text,
     json_text,

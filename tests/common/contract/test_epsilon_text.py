@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.contract.plan import epsilon_text
+from silotune.common.contract.privacy import epsilon_text
 from tests.conftest import Ran
 
 

@@ -16,8 +16,8 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import Regression, Task
 from silotune.common.data.records import Records, parse
-from silotune.common.data.text_table import UNREAD
 from silotune.common.errors import ContractError, DataError
+from silotune.common.formats.cell_values import UNREAD
 from tests import tiny
 
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True, database=None)

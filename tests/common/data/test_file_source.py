@@ -26,8 +26,9 @@ from silotune.common.data import file_source, records
 from silotune.common.data import text_table as cells
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
-from silotune.common.data.text_table import Builder, NotTextError, Rows, cell
+from silotune.common.data.text_table import Builder, Rows
 from silotune.common.errors import DataError
+from silotune.common.formats.cell_values import NotTextError, cell
 
 CANARY = "Kanarienvogel77"
 OPTION = "--{key} {value}"

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from silotune.client.privacy.ledger_entries import verify_export
-from silotune.client.site.policy import adopt, sign, signature_file
+from silotune.client.site.signed_policy import adopt, sign, signature_file
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records

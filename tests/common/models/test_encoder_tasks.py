@@ -17,7 +17,8 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.data.records import parse
 from silotune.common.errors import DataError
-from silotune.common.models.base import BUCKET, Encoded
+from silotune.common.models.base import Encoded
+from silotune.common.models.batching import BUCKET
 from silotune.common.models.causal_lm import LanguageModel
 from silotune.common.models.encoder import NO_WORD, Encoder
 from silotune.common.tasks.token_classification import IGNORED

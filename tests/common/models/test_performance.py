@@ -27,7 +27,7 @@ from silotune.common.errors import ContractError, DataError
 from silotune.common.models.base import Network, device_of
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
-from silotune.simulations.comparison.run import Options, computing
+from silotune.simulations.comparison.options import Options, computing
 
 Rows = Callable[..., Path]
 CUDA = torch.cuda.is_available()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import (
     Agreement,
     Terms,
@@ -26,7 +27,7 @@ from silotune.common.secagg.key_agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.secagg.participant import Member, Sum
+from silotune.common.secagg.participant import Member
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -10,8 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import key_agreement
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import Terms, default_threshold, problem_with
-from silotune.common.secagg.participant import Member, Sum
+from silotune.common.secagg.participant import Member
 from tests.common.secagg.secagg_harness import ASKED, SIZE, Cast, terms
 
 FIELD = 2**255 - 19

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import Agreement, PublicKeys, Terms
-from silotune.common.secagg.participant import Member, Sum
+from silotune.common.secagg.participant import Member
 from tests.common.secagg.secagg_harness import (
     ASKED,
     BOUND,

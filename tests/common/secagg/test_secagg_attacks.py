@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
+from silotune.common.secagg.aggregator import Sum
 from silotune.common.secagg.key_agreement import PublicKeys, Terms, derive, keys_statement
-from silotune.common.secagg.participant import Member, Sum
+from silotune.common.secagg.participant import Member
 from tests.common.secagg import secagg_harness as weak
 from tests.common.secagg.secagg_harness import (
     ASKED,

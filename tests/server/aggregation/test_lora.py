@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import orthonormal
-from silotune.server.aggregation import lora
+from silotune.server.aggregation import lora, server_optimizer
 from silotune.server.aggregation import mean as aggregate
 
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True, database=None)
@@ -126,7 +126,7 @@ def test_with_an_orthonormal_a_fedsvd_is_ffa_in_other_coordinates(seed: int) -> 
                     total += g * min(1.0, 1.0 / np.linalg.norm(g))
                 updates[f"s{site}"] = {B: (-0.05 * total).astype(np.float32)}
             mean = aggregate.weighted_mean(updates, dict.fromkeys(updates, 1.0))
-            moved, fast[name] = aggregate.heavy_ball(state, fast[name], mean, 0.9)
+            moved, fast[name] = server_optimizer.heavy_ball(state, fast[name], mean, 0.9)
             if name == "svd":
                 moved, fast[name] = lora.turned(moved, fast[name])
             state.update(moved)

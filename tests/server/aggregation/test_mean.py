@@ -12,14 +12,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.contract.plan import Adaptive
+from silotune.common.contract.aggregation import Adaptive
 from silotune.common.protocol.messages import Arrays
-from silotune.server.aggregation.mean import (
-    adaptive_step,
-    heavy_ball,
-    running_mean,
-    weighted_mean,
-)
+from silotune.server.aggregation.mean import weighted_mean
+from silotune.server.aggregation.server_optimizer import adaptive_step, heavy_ball, running_mean
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 SHAPES = {"head.bias": (2,), "head.weight": (2, 3), "x.lora_B": (3, 2)}

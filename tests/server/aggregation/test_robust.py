@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.common.contract.plan import Robust
+from silotune.common.contract.aggregation import Robust
 from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation import robust
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.model import OneHotModel
 from silotune.common.data import records
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError

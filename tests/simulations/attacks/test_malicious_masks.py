@@ -17,7 +17,8 @@ from silotune.simulations.attacks.poisoning import LyingMasking, Poison, liars, 
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
-from silotune.simulations.study.study import Study, asked, cells_of, compare
+from silotune.simulations.study.config import Study
+from silotune.simulations.study.study import asked, cells_of, compare
 from tests.client.worker.test_secagg import SITES, Federation
 from tests.simulations.datasets.test_partition import contract_of, split_where_smokers_are_ill
 

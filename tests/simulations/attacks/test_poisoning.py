@@ -20,7 +20,8 @@ from silotune.simulations.attacks.poisoning import (
 )
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets.split import Split
-from silotune.simulations.study.study import Study, compare
+from silotune.simulations.study.config import Study
+from silotune.simulations.study.study import compare
 from tests.simulations.datasets.test_partition import (
     contract_of,
     split_of,

@@ -16,12 +16,13 @@ import pytest
 
 from silotune.client.privacy.accountant import epsilon, plan
 from silotune.client.worker.secagg import check_bound
-from silotune.common.contract.architecture import OneHotModel
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.inputs import TableInput
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import ContractError, DataError, UsageError
+from silotune.simulations.comparison.options import Options, computing
 from silotune.simulations.comparison.recipe import load_recipe, recipe_names
-from silotune.simulations.comparison.run import Options, _set_aside, computing
+from silotune.simulations.comparison.run import _set_aside
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job

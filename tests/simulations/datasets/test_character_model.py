@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from silotune.common.contract.architecture import EncoderModel
+from silotune.common.contract.model import EncoderModel
 from silotune.common.errors import DataError
 from silotune.common.model_files import model_folder
 from silotune.common.models import backbone

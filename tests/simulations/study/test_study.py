@@ -14,21 +14,15 @@ import pytest
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
+from silotune.simulations.comparison.provenance import machine
 from silotune.simulations.comparison.recipe import Recipe
-from silotune.simulations.comparison.run import machine
 from silotune.simulations.datasets.partition import Partition
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
 from silotune.simulations.study import report
+from silotune.simulations.study.config import Study, load_study, rates_of, study_file
 from silotune.simulations.study.store import Kept
-from silotune.simulations.study.study import (
-    Study,
-    cells_of,
-    compare,
-    load_study,
-    rates_of,
-    study_file,
-)
+from silotune.simulations.study.study import cells_of, compare
 from tests.simulations.datasets.test_partition import contract_of, split_of
 
 TOML = """

@@ -1,0 +1,129 @@
+"""What a contract says of the server's side: how updates are aggregated, and how they are masked.
+
+Optional settings are None when absent, and what is None is no part of a contract's hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from silotune.common.config.types import (
+    Bound,
+    Count,
+    Frozen,
+    Name,
+    Positive,
+)
+from silotune.common.contract.training import Fraction, LearningRate
+
+
+class Adaptive(Frozen):
+    """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
+    heavy ball; both moments begin at zero, without correction. `rate` multiplies a step, `tau` is
+    added to the root of the second moment."""
+
+    kind: Literal["adam", "yogi"]
+    rate: LearningRate
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Annotated[float, Field(ge=1e-9, le=1e3, strict=True)] = 1e-3
+
+
+class EarlyStop(Frozen):
+    """End a run in its last phase when `metric` on the operator's public rows has not been better
+    for `patience` evaluations in a row. Nothing private has a part in it."""
+
+    metric: Name
+    patience: Count = 5
+
+
+class PublicGate(Frozen):
+    """Do not take a round's aggregate if the adapter that the server's step makes of it is worse by
+    `metric` on the operator's public rows than the adapter before, by more than `most`. It needs
+    the sum alone, so it goes with masks too. Nothing private has a part in what is compared but the
+    noised sum itself, so it costs no privacy; what the round's sum cost its sites stays spent.
+
+    It bounds one round's harm. A lie of less than `most` a round passes it, and one that spoils
+    every round leaves no training at all."""
+
+    metric: Name
+    most: Annotated[float, Field(ge=0, le=1e6, strict=True)]
+
+
+class Robust(Frozen):
+    """A mean that up to `byzantine` of the sites cannot carry away (server/aggregation/robust.py).
+    Each of them needs to see the updates one by one, so it goes without masks; `most` is the norm
+    that "norm" cuts updates to."""
+
+    rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"]
+    byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    most: Positive | None = None
+
+    @model_validator(mode="after")
+    def _bound(self) -> Self:
+        if (self.rule == "norm") != (self.most is not None):
+            raise ValueError('most goes with rule = "norm", and only with it')
+        return self
+
+
+# What the methods train of LoRA's factors, and what the server makes of it
+# (server/aggregation/mean.py).
+Method = Literal["ffa", "fedsvd", "rolora", "fedsa", "fedavg", "flexlora", "fedex"]
+
+
+BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
+
+
+class Aggregation(Frozen):
+    """Mean of the sites' updates with public weights, then the server's heavy ball, or `adaptive`.
+
+    method, of LoRA's B A:
+    ffa        A is frozen, the mean is B's (FFA-LoRA, arXiv 2403.12313)
+    fedsvd     the same, and after each round B A is factored anew by SVD (arXiv 2505.12805)
+    rolora     B in odd rounds of a phase, A in even ones (RoLoRA, arXiv 2409.02346)
+    fedsa      both; A is averaged, each site's B is its own (FedSA-LoRA, arXiv 2410.01463)
+    fedavg     both, averaged apart: the mean of products is not the product of means
+    flexlora   both, and the mean of the products is factored by SVD (arXiv 2402.11505)
+    fedex      both, averaged apart, and what that loses goes into the frozen weight (FedEx-LoRA,
+               arXiv 2410.09432): exact, at the price of sending a matrix as large as the weight
+
+    A phase's result is the mean of its iterates from the fraction `average_from` on; where A moves,
+    a mean of factors would be no mean of products, and it is the last iterate. All act on noised
+    sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update with a
+    larger L2 norm does not count.
+    """
+
+    method: Method = "ffa"
+    robust: Robust | None = None
+    momentum: Fraction = 0.9
+    adaptive: Adaptive | None = None
+    average_from: Fraction = 0.5
+    largest_norm: Positive | None = None
+    early_stop: EarlyStop | None = None
+    gate: PublicGate | None = None
+
+    def of_other_tasks(self, known: Sequence[str]) -> list[str]:
+        """What is wrong with settings that look at a metric on public rows: it is none of these."""
+        return [
+            f'{key}.metric must be one of {", ".join(known)}, got "{setting.metric}"'
+            for key, setting in (("early_stop", self.early_stop), ("gate", self.gate))
+            if setting is not None and setting.metric not in known
+        ]
+
+
+class SecureAggregation(Frozen):
+    """Updates leave masked, and the server learns only their weighted sum
+    (common/secagg/participant.py).
+
+    threshold: how many sites must answer for a sum to open; by default floor(2 n / 3) + 1 of n.
+    colluders: how many sites may work with the server without seeing more than the sum; 2 x
+    threshold must exceed n + colluders. bound: the largest entry of an update; a site sends none
+    that exceeds it, and the ring's precision is the bound's (common/secagg/fixed_point.py).
+    """
+
+    threshold: Count | None = None
+    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    bound: Bound = 16.0

@@ -1,0 +1,152 @@
+"""What a contract says of privacy: unit, budget, clipping, and the metrics that are released.
+
+Optional settings are None when absent, and what is None is no part of a contract's hash.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from silotune.common.config.types import (
+    Bound,
+    Count,
+    Delta,
+    Distinct,
+    Epsilon,
+    Frozen,
+    Positive,
+)
+
+Unit = Literal["record", "entity"]
+
+
+Metric = Literal["loss", "accuracy", "unclipped"]
+
+
+Share = Annotated[float, Field(gt=0, le=0.5, strict=True)]
+
+
+class Target(NamedTuple):
+    """What one run may cost a unit of one site."""
+
+    epsilon: float
+    delta: float
+
+
+def delta_for(units: float) -> float:
+    """The largest power of ten that is at most min(1e-4, 1 / (10 units))."""
+    digits = 4
+    while 10**digits < 10 * units:
+        digits += 1
+    return float(f"1e-{digits}")
+
+
+def epsilon_text(epsilon: float) -> str:
+    """An ε for people: two decimals, or two significant digits of one below 0.01."""
+    if not math.isfinite(epsilon):
+        return "∞"
+    return f"{epsilon:.2f}" if epsilon >= 0.1 or epsilon == 0 else f"{epsilon:#.2g}"
+
+
+DeltaSize = Literal["small", "large", "meaningless"]
+
+
+def size_of_delta(delta: float, units: float) -> DeltaSize:
+    """How a delta compares with the number of units that it protects.
+
+    A mechanism that publishes each unit whole with probability delta is (0, delta)-DP. Of `units`
+    it publishes delta * units on average: "small" is at most 0.1 (each factor is a decimal number,
+    so the product is compared with room for its rounding), "meaningless" is 1 or more.
+    """
+    published = delta * units
+    if published >= 1 - 1e-9:
+        return "meaningless"
+    return "small" if published <= 0.1 * (1 + 1e-9) else "large"
+
+
+class Entity(Frozen):
+    """The unit when somebody has several records: all rows with equal `key` columns are one entity.
+
+    Of an entity's rows the first (or last) `cap` in the file's order are used; which those are does
+    not depend on any other entity. Their gradients are averaged or added, and the result is clipped
+    once: whatever an entity's rows hold, it moves the sum by at most the clip norm.
+    """
+
+    key: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+    cap: Count
+    keep: Literal["first", "last"] = "first"
+    combine: Literal["mean", "sum"] = "mean"
+
+
+class AdaptiveClipping(Frozen):
+    """A clip norm that follows a quantile of the gradients' norms (Andrew, Thakkar, McMahan and
+    Ramaswamy 2021, arXiv 1905.03871, section 2).
+
+    Each site releases the noised share of units that were not clipped (`unclipped`), paid for with
+    `share` of each step's budget. After a round the server multiplies the clip norm C by
+    exp(-rate (unclipped - quantile)), within [lowest, highest]. The first C is privacy.clip_norm.
+    The guarantee holds for any C that a server asks for: the noise is a multiple of it.
+    """
+
+    quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
+    rate: Annotated[float, Field(gt=0, le=10, strict=True)] = 0.2
+    share: Share = 0.05
+    lowest: Bound = 1e-3
+    highest: Bound = 1.0
+
+
+class Privacy(Frozen):
+    """The guarantee every site gives, whatever the server and the other sites do.
+
+    (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
+    `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
+    noise, divided by the public constant `expected_records` (how many units a site is expected to
+    have: records or entities) times the sampling rate. mode "none" trains without clipping or
+    noise, for comparison; a site refuses it unless its owner allows it.
+
+    allow_large_delta: permits a delta of 1 / expected_records or more, with which publishing one
+    whole record of a site would satisfy the guarantee (`size_of_delta`).
+    """
+
+    mode: Literal["dp", "none"] = "dp"
+    unit: Unit = "record"
+    entity: Entity | None = None
+    epsilon: Epsilon = 8.0
+    delta: Delta = 1e-4
+    allow_large_delta: Literal[True] | None = None
+    clip_norm: Bound = 1.0
+    adaptive: AdaptiveClipping | None = None
+    expected_records: Positive
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.unit == "entity") != (self.entity is not None):
+            raise ValueError('unit = "entity" and a table [privacy.entity] go together')
+        if self.adaptive and self.mode == "none":
+            raise ValueError('mode = "none" does not clip, so it has no adaptive clipping')
+        if self.adaptive and not (self.adaptive.lowest <= self.clip_norm <= self.adaptive.highest):
+            raise ValueError(
+                "clip_norm must lie between adaptive.lowest and adaptive.highest: it is the first"
+            )
+        return self
+
+    @property
+    def largest_clip_norm(self) -> float:
+        return self.adaptive.highest if self.adaptive else self.clip_norm
+
+
+class Released(Frozen):
+    """A figure of a round's training that leaves a site with the update: bounded, noised, paid for.
+
+    Each sampled unit adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it was
+    classified rightly (an entity the mean over its records). `share` is the part of each step's
+    privacy budget that goes into it (client/training/local_round.py). What leaves is the noised sum
+    over the public expected batch.
+    """
+
+    metric: Literal["loss", "accuracy"]
+    share: Share
+    bound: Bound = 1.0
