@@ -49,7 +49,7 @@ check: $(INSTALLED)  ## format, ruff, mypy strict and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_house.py
+	$(BIN)/pytest -q tests/test_layout.py
 
 bench-ledger: $(INSTALLED)  ## what a charge costs; writes simulations/benchmarks/results/ledger.json
 	$(BIN)/python -m silotune.simulations.benchmarks.ledger

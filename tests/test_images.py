@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_house import ROOT
+from tests.test_layout import ROOT
 
 KEYS = (
     "hospital-a/keys/owner.key",

@@ -29,7 +29,7 @@ from silotune.simulations.comparison.progress import Progress, adapter_step
 from silotune.simulations.execution.variants import Job
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
-from tests.test_house import ROOMS, ROOT
+from tests.test_layout import PACKAGES, ROOT
 
 Silotune = Callable[..., Ran]
 LINE = re.compile(r"^next:   (?:.*then: )?silotune (.*?)(?:   \(.*\))?$", re.M)
@@ -39,7 +39,7 @@ def calls() -> set[str]:
     """Where a `next:` line is made: file and function. Text of its own that looks like one is
     found, too."""
     found = set()
-    for path in sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py")):
+    for path in sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
         tree, name = ast.parse(path.read_text()), str(path.relative_to(ROOT))
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
         for function in functions:

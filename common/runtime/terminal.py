@@ -2,7 +2,7 @@
 
 Names, file names, column headers, cells and messages of other processes can hold any character.
 Some of them move the cursor, set the window's title, write the clipboard (OSC 52), hide what
-follows or turn the direction of writing. Every command prints by `echo` (tests/test_house.py holds
+follows or turn the direction of writing. Every command prints by `echo` (tests/test_layout.py holds
 the code to that), and rich prints by a console that does the same
 (simulations/comparison/progress.py).
 """

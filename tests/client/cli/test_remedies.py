@@ -31,7 +31,7 @@ from silotune.simulations.datasets import catalog as sources
 from tests import tiny
 from tests.common.data.test_text_decoding import TOKENS
 from tests.conftest import Ran
-from tests.test_house import ROOT
+from tests.test_layout import ROOT
 
 Run = Callable[..., Ran]
 Rows = Callable[..., Path]
