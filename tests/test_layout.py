@@ -117,7 +117,7 @@ def test_imports_go_in_the_allowed_direction(module: str) -> None:
     package, folder = place(module)
     names = imports(module)
     for name in names | named_in_strings(module):
-        if not name.startswith("silotune.") or (module, name) in NAMED:
+        if name.count(".") < 2 or not name.startswith("silotune.") or (module, name) in NAMED:
             continue
         its_package, its_folder = place(name)
         assert its_package in PACKAGES[package], f"{module} imports {name}"
