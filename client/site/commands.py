@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 POLICY = "site.toml"
-
-
 JOIN = ("--server", "HOST:PORT", "--ca", "CA", "--fingerprint", "FINGERPRINT")  # what a site needs
-
-
 JOIN_NOTE = "the operator has all three"
 
 

@@ -33,8 +33,6 @@ Kind = Literal[
 
 
 Action = Literal["redact", "mask", "pseudonymise", "block"]
-
-
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -10,8 +10,6 @@ from silotune.common.protocol.messages import Header
 from silotune.common.runtime.journal import Fact
 
 REQUESTS = ("describe", "train", "agree", "share", "endorse", "reveal")
-
-
 OTHER = "other"  # bytes that are no request
 
 

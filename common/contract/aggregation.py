@@ -72,8 +72,6 @@ class Robust(Frozen):
 # What the methods train of LoRA's factors, and what the server makes of it
 # (server/aggregation/mean.py).
 Method = Literal["ffa", "fedsvd", "rolora", "fedsa", "fedavg", "flexlora", "fedex"]
-
-
 BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 
 

@@ -21,11 +21,7 @@ from silotune.common.config.types import (
 )
 
 Unit = Literal["record", "entity"]
-
-
 Metric = Literal["loss", "accuracy", "unclipped"]
-
-
 Share = Annotated[float, Field(gt=0, le=0.5, strict=True)]
 
 

@@ -19,8 +19,6 @@ from silotune.common.config.types import (
 )
 
 LearningRate = Annotated[float, Field(gt=0, le=1e4, strict=True)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 

@@ -17,11 +17,7 @@ from silotune.common.errors import (
 )
 
 AT_LEAST_ONE = ("repeats", "cheap_repeats", "evaluate_every", "processes")
-
-
 REFUSED = ("compile",)  # as Performance says, so it is not offered
-
-
 OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
 
 
