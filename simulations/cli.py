@@ -44,7 +44,7 @@ def sim_ls(as_json: bool) -> None:
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Run a recipe, or a contract on a table of one's own, with all arms of a comparison.
 
-    Settings: epsilon, delta, repeats, cheap_repeats, evaluate_every, arms, processes, masked,
+    Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, arms, processes, masked,
     insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL), encoding
     and delimiter if it is a text file that is not UTF-8 or whose header does not show how it is
     divided, and site_column, or rows are dealt to the sites at random, and model, the folder of a

@@ -160,15 +160,15 @@ def behaviour() -> dict[str, Any]:
                     "trains": "head",
                     "rounds": 2,
                     "sampling_rate": 0.5,
-                    "budget": 0.5,
-                    "head_rate": 0.5,
+                    "budget_share": 0.5,
+                    "head_lr": 0.5,
                 },
                 {
                     "trains": "head",
                     "rounds": 2,
                     "sampling_rate": 0.3,
-                    "budget": 0.5,
-                    "head_rate": 0.2,
+                    "budget_share": 0.5,
+                    "head_lr": 0.2,
                 },
             ]
         )

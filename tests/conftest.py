@@ -46,13 +46,13 @@ kind = "one-hot"
 epsilon = 8.0
 delta = 1e-4
 clip_norm = 1.0
-expected_records = 50
+expected_units = 50
 
 [[phases]]
 trains = "head"
 rounds = 3
 sampling_rate = 0.5
-head_rate = 0.5
+head_lr = 0.5
 
 [[sites]]
 name = "north"
@@ -145,16 +145,16 @@ def lora_contract(table_contract: Contract) -> Contract:
                     "trains": "head",
                     "rounds": 1,
                     "sampling_rate": 0.5,
-                    "budget": 0.5,
-                    "head_rate": 0.5,
+                    "budget_share": 0.5,
+                    "head_lr": 0.5,
                 },
                 {
                     "trains": "head+adapter",
                     "rounds": 1,
                     "sampling_rate": 0.5,
-                    "budget": 0.5,
-                    "head_rate": 0.5,
-                    "adapter_rate": 0.1,
+                    "budget_share": 0.5,
+                    "head_lr": 0.5,
+                    "adapter_lr": 0.1,
                 },
             ],
         }

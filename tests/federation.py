@@ -86,11 +86,11 @@ def of_method(method: str, keys: dict[str, Keys], **more: Any) -> Contract:
     """Two phases, the second of four rounds that train LoRA."""
     plain = tiny.contract_of("classification", "bert")
     head, both = plain.model_dump(mode="json")["phases"]
-    rates = {"head_rate": 0.1, "adapter_rate": 3.0}
+    rates = {"head_lr": 0.1, "adapter_lr": 3.0}
     return plain.changed(
         sites=[{"name": site, "public_key": keys[site].public} for site in SITES],
         quorum=3,
         phases=[head, both | rates | {"rounds": 4}],
-        aggregation={"method": method, "momentum": 0.0, "average_from": 0.75},
+        aggregation={"method": method, "server_momentum": 0.0, "averaging_start": 0.75},
         **more,
     )

@@ -10,6 +10,8 @@ import sys
 import tomllib
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,29 @@ def test_imports_go_in_the_allowed_direction(module: str) -> None:
     if module.startswith(NO_TORCH):
         assert "torch" not in tops, f"{module} imports torch"
     assert not tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+def first_imports(body: list[ast.stmt]) -> Iterator[str]:
+    """What a module imports while it is being imported."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from first_imports([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            yield from first_imports(node.body)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {f"silotune.{m.removesuffix('.py').replace('/', '.')}": m for m in modules()}
+    graph = {
+        name: {i for i in first_imports(tree_of(m).body) if i in names and i != name}
+        for name, m in names.items()
+    }
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 def test_every_module_that_is_named_in_a_string_is_listed_once() -> None:

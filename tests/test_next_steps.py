@@ -107,7 +107,7 @@ class Scene:
             "--fingerprint",
             print_,
             "--set",
-            "data.repeated=keep",
+            "data.duplicate_records=keep",
         )
 
     # an operator

@@ -137,9 +137,9 @@ def contract_of(
     if kind in ("bi", "cross"):
         inputs = {"kind": "pair", "first": "question", "second": "answer", "by": kind}
     base: dict[str, Any] = {"name": "tiny", "max_tokens": 32}
-    phase: dict[str, Any] = {"rounds": 1, "sampling_rate": 1.0, "budget": 0.5}
-    head = phase | {"trains": "head", "head_rate": 1.0}
-    both = phase | {"trains": "head+adapter", "head_rate": 1.0, "adapter_rate": 1.0}
+    phase: dict[str, Any] = {"rounds": 1, "sampling_rate": 1.0, "budget_share": 0.5}
+    head = phase | {"trains": "head", "head_lr": 1.0}
+    both = phase | {"trains": "head+adapter", "head_lr": 1.0, "adapter_lr": 1.0}
     parts: dict[str, Any] = {"phases": [head, both]}
     if model == "one-hot":
         columns = [
@@ -158,7 +158,7 @@ def contract_of(
             },
         ]
         inputs = {"kind": "table", "columns": columns}
-        parts = {"phases": [head | {"budget": 1.0}], "model": {"kind": "one-hot"}}
+        parts = {"phases": [head | {"budget_share": 1.0}], "model": {"kind": "one-hot"}}
     else:
         base |= {"sha256": sha256(folder or folder_of(model))}
         base |= {"kind": "language-model" if kind == "language" else "encoder"}
@@ -166,11 +166,11 @@ def contract_of(
         parts |= {"model": base, "adapter": lora}
     if kind == "language":
         parts["phases"] = [
-            phase | {"trains": "adapter", "adapter_rate": 1.0, "rounds": 2, "budget": 1.0}
+            phase | {"trains": "adapter", "adapter_lr": 1.0, "rounds": 2, "budget_share": 1.0}
         ]
-    privacy: dict[str, Any] = {"clip_norm": 0.1, "expected_records": 16.0, "unit": unit}
+    privacy: dict[str, Any] = {"clip_norm": 0.1, "expected_units": 16.0, "unit": unit}
     if unit == "entity":
-        privacy["entity"] = {"key": ["person"], "cap": 3}
+        privacy["entity"] = {"key": ["person"], "max_records_per_entity": 3}
     return Contract.model_validate(
         {
             "format": 1,

@@ -172,7 +172,7 @@ def _hindrances(
     from silotune.client.privacy import record_ids
     from silotune.client.site.policy import Data
 
-    data = Data(file=file, key=policy.data.key, repeated=policy.data.repeated)
+    data = Data(file=file, key=policy.data.key, duplicate_records=policy.data.duplicate_records)
     judged = policy.model_copy(update={"data": data})
     found = record_ids.of_table(table, data.key, secret)
     return [

@@ -205,7 +205,9 @@ def join_(
 
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise UsageError(f"--set takes KEY=VALUE, such as data.repeated=keep, not '{wrong[0]}'.")
+        raise UsageError(
+            f"--set takes KEY=VALUE, such as data.duplicate_records=keep, not '{wrong[0]}'."
+        )
     found = contracts.load(contract)
     enrol(
         Site.at(config),

@@ -531,7 +531,9 @@ def _fix_of_records(site: Site, error: SilotuneError) -> str:
     if error.code == "E304":
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
     return "remove the copies, or " + _in_policy(
-        site, 'name the columns that tell records apart as key, or set repeated = "keep", in [data]'
+        site,
+        'name the columns that tell records apart as key, or set duplicate_records = "keep", '
+        "in [data]",
     )
 
 

@@ -193,7 +193,7 @@ def plan(contract: Contract, target: Target | None = None) -> list[Mechanism]:
         found: list[Mechanism] = []
         for phase in contract.phases:
             steps = phase.rounds * phase.local_steps
-            sigma = s * phase.sampling_rate * math.sqrt(steps / phase.budget)
+            sigma = s * phase.sampling_rate * math.sqrt(steps / phase.budget_share)
             if phase.noise_decay is None:
                 found.append(Mechanism(sigma, phase.sampling_rate, steps))
                 continue

@@ -40,7 +40,8 @@ def enrol(
     """Write all that into site.toml; the owner has to sign it then. UsageError, and nothing is
     written, unless the CA has the fingerprint that the operator read out and the policy is valid.
 
-    settings: further values, by dotted key, as TOML ('data.repeated' -> '"keep"'), or as text.
+    settings: further values, by dotted key, as TOML ('data.duplicate_records' -> '"keep"'), or as
+    text.
     """
     try:
         authority = x509.load_pem_x509_certificate(read_plain(ca).data)

@@ -54,8 +54,8 @@ class Data(Frozen):
     url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
     CoNLL files, a member of common/formats/encodings.py. delimiter: of CSV, found in the header if
     None.
-    key: the columns that identify a record, or the entity whose records they are; repeated: rows
-    that are the same record.
+    key: the columns that identify a record, or the entity whose records they are;
+    duplicate_records: rows that are the same record.
     """
 
     file: Path | None = None
@@ -64,7 +64,7 @@ class Data(Frozen):
     encoding: Annotated[str, AfterValidator(encoding_of)] = "utf-8"
     delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = None
     key: Annotated[tuple[str, ...], Distinct] = ()
-    repeated: Literal["refuse", "keep"] = "refuse"
+    duplicate_records: Literal["refuse", "keep"] = "refuse"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -137,12 +137,12 @@ class Permits(Frozen):
     aggregation alone; "auto": wherever it can be had, which is with three or more sites and without
     a rule that needs each site's update by itself. (Without masks a program at the relay can ask
     this site alone and so use up its lifetime budget; with them it needs the signatures of as many
-    sites as the threshold says.) colluders: from how many other sites, working with the server, it
-    must hide this site's update. set_changes: how often the set of sites in the masked sums of one
-    run may change (client/privacy/site_sets.py). The default lets ten absences with their returns
-    pass; the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
-    updates of one of n equal sites would without masks, three with four sites, of one a round
-    (simulations/benchmarks/differences.py).
+    sites as the threshold says.) max_colluding_sites: from how many other sites, working with the
+    server, it must hide this site's update. set_changes: how often the set of sites in the masked
+    sums of one run may change (client/privacy/site_sets.py). The default lets ten absences with
+    their returns pass; the 20 differences of neighbouring rounds that they give show at most what
+    20 / (2 n - 1) updates of one of n equal sites would without masks, three with four sites, of
+    one a round (simulations/benchmarks/differences.py).
     """
 
     contracts: Annotated[tuple[Sha256, ...], Distinct] = ()
@@ -154,7 +154,7 @@ class Permits(Frozen):
     min_sites: Count = 2
     min_quorum: Count = 2
     masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = "auto"
-    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
     set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 20
     allow_without_dp: Flag = False
     allow_inexact_clipping: Flag = False
@@ -219,13 +219,14 @@ class Policy(Frozen):
                     code="E304",
                 )
             )
-        if unit == "record" and found.repeated and self.data.repeated == "refuse":
+        if unit == "record" and found.repeated and self.data.duplicate_records == "refuse":
             problems.append(
                 DataError(
                     f"Rows of {self.data.source} are the same record more than once; the privacy "
                     "unit is one record. Name the columns that tell records apart in data.key, "
                     'remove the copies (duplicates = "drop" in [prepare], then `silotune site '
-                    'prepare`), or set data.repeated = "keep" if equal rows are different people.',
+                    'prepare`), or set data.duplicate_records = "keep" if equal rows are '
+                    "different people.",
                     code="E307",
                     local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} another one.",
                 )
@@ -239,7 +240,7 @@ class Policy(Frozen):
         Raises:
             RefusalError: E213 if this policy names other records than the worker has loaded.
         """
-        loaded = started.data.model_copy(update={"repeated": self.data.repeated})
+        loaded = started.data.model_copy(update={"duplicate_records": self.data.duplicate_records})
         if self.data != loaded:
             raise RefusalError(
                 "[data] of the policy that the owner signed last names other records than this "
@@ -333,9 +334,10 @@ class Policy(Frozen):
                 "--unmasked; or set permits.masked_only = false and sign",
             ),
             (
-                secure is not None and secure.colluders < permits.colluders,
-                f"secure_aggregation.colluders = {secure.colluders if secure else 0} is below "
-                f"permits.colluders = {permits.colluders}",
+                secure is not None and secure.max_colluding_sites < permits.max_colluding_sites,
+                "secure_aggregation.max_colluding_sites = "
+                f"{secure.max_colluding_sites if secure else 0} is below "
+                f"permits.max_colluding_sites = {permits.max_colluding_sites}",
             ),
             (
                 len(contract.sites) < permits.min_sites,
@@ -405,7 +407,7 @@ def permitting(
     budget = Budgets.Budget(epsilon=target.epsilon, delta=target.delta)
     return Policy(
         name=name,
-        data=Data(file=data, repeated="keep", key=p.entity.key if p.entity else ()),
+        data=Data(file=data, duplicate_records="keep", key=p.entity.key if p.entity else ()),
         model=Model(folder=model),
         budgets=Budgets(**{p.unit: budget}),
         performance=performance or Performance(),

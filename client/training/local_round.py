@@ -63,7 +63,7 @@ def train_round(
     trains = contract.trains_at(phase, place)
     names = trained_names(adapter, trains)
     with_adapter = phase.adapts
-    divisor = contract.privacy.expected_records * mechanism.sampling_rate
+    divisor = contract.privacy.expected_units * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
     measured = _Measured(contract, mechanism, model.objective, divisor, source)
 
@@ -134,9 +134,9 @@ def train_round(
                 if tensor.grad is None:
                     continue
                 # What has moved so far is made of noised sums: pulling it back costs nothing.
-                if phase.proximal:
+                if phase.proximal_mu:
                     away = moved[name] + pulled.get(name, 0.0)
-                    moved[name].grad = tensor.grad + phase.proximal * away
+                    moved[name].grad = tensor.grad + phase.proximal_mu * away
                 elif name in corrections:
                     moved[name].grad = tensor.grad + corrections[name]
             inner.step()

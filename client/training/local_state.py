@@ -2,10 +2,10 @@
 
 All of it is made of changes that `train_round` returned, so in mode "dp" of noised sums that the
 ledger charged: it is as private as what leaves, and a site may serve its own model to anybody.
-Assumption of "copies": the server takes what was sent. A reply that is lost on its way, or a round
-that the operator skips, leaves the copies' mean that much off the server's.
-The ledger names it with the reply that it belongs to, so that a round which was lost before its
-reply could leave has left nothing here either.
+Assumption of "mean-regularised": the server takes what was sent. A reply that is lost on its way,
+or a round that the operator skips, leaves the copies' mean that much off the server's. The ledger
+names it with the reply that it belongs to, so that a round which was lost before its reply could
+leave has left nothing here either.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Own:
         -rate (gradient + correction)."""
         phase, place = contract.phase_of(number), contract.place_in_phase(number)
         kept = list(change)
-        if phase.personal != "copies":
+        if phase.personal != "mean-regularised":
             kept = trained_names(change, contract.stays_at(phase, place))
         before = self.laid_over(asked)
         tensors = self.tensors | {name: before[name] + change[name] for name in kept}
@@ -95,7 +95,7 @@ class Own:
                 for n, a in tensors.items()
             }
         gradient = {}
-        if phase.control:
+        if phase.drift_correction:
             corrections = self.corrections(asked, change)
             for name in change:
                 way = np.float32(phase.local_steps * phase.rate(name, place))

@@ -1,7 +1,7 @@
 """Who is protected: which records are one privacy unit, and in what groups units are computed.
 
 With unit "record" each row is by itself. With unit "entity" the rows of one key are one unit: of
-them the first (or last) `cap` count, and their gradients become one (common/contract/privacy.py,
+them the first (or last) `max_records_per_entity` count, and their gradients become one (common/contract/privacy.py,
 Entity). Which rows those are, and in what order they are added, is a function of the entity's own
 rows.
 """
@@ -102,9 +102,11 @@ def of_entities(table: Table, entity: Entity) -> Units:
             code="E302",
         )
     kept = [
-        rows[: entity.cap] if entity.keep == "first" else rows[-entity.cap :]
+        rows[: entity.max_records_per_entity]
+        if entity.select == "first"
+        else rows[-entity.max_records_per_entity :]
         for rows in found.values()
     ]
     starts = torch.tensor([0, *(len(rows) for rows in kept)]).cumsum(0)
     members = torch.tensor([row for rows in kept for row in rows])
-    return Units(members, starts, entity.combine == "mean")
+    return Units(members, starts, entity.reduce == "mean")

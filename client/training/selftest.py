@@ -153,7 +153,7 @@ class _MadeUp:
         self.units = of_records(ROWS)
         if entity:
             starts = torch.tensor([0, 1, *range(2, ROWS + 1, 2)])
-            self.units = Units(torch.arange(ROWS), starts, entity.combine == "mean")
+            self.units = Units(torch.arange(ROWS), starts, entity.reduce == "mean")
         rng = np.random.default_rng(0)
         self.initial = model.initial_arrays()
         # Away from zero: a head of zeros would hide every gradient of the adapter behind it.

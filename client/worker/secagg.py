@@ -129,10 +129,10 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
         mechanism = mechanism_of(contract, plan, first)
         first += phase.rounds
         clip = contract.privacy.largest_clip_norm
-        divisor = contract.privacy.expected_records * mechanism.sampling_rate
+        divisor = contract.privacy.expected_units * mechanism.sampling_rate
         noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share) * clip / divisor
-        rates = [rate for rate in (phase.head_rate, phase.adapter_rate) if rate is not None]
-        gradients = 3 if phase.control else 1  # with a correction: two mean gradients more
+        rates = [rate for rate in (phase.head_lr, phase.adapter_lr) if rate is not None]
+        gradients = 3 if phase.drift_correction else 1  # with a correction: two mean gradients more
         if phase.adam is None:
             least = min(rates) * noise
             spread = SPREADS * mechanism.steps**0.5 * noise

@@ -236,7 +236,7 @@ class Worker:
         """ProtocolError E502 unless they are what the round needs: the adapter's, and with scaffold
         all or none of the mean gradients."""
         needed = {n: self.shapes[n] for n in tensors.needed_names(self.shapes, phase.trains)}
-        if phase.control and any(name.startswith(tensors.CONTROL) for name in arrays):
+        if phase.drift_correction and any(name.startswith(tensors.CONTROL) for name in arrays):
             trained = tensors.trained_names(self.shapes, self.contract.sends_at(phase, place))
             needed |= {tensors.CONTROL + name: self.shapes[name] for name in trained}
         tensors.check(arrays, needed, "The server's adapter")
@@ -248,7 +248,7 @@ class Worker:
             raise RefusalError("The request's clip norm is not what the contract says.")
         if p.adaptive is None or asked is None:
             return p.clip_norm
-        if not p.adaptive.lowest <= asked <= p.adaptive.highest:
+        if not p.adaptive.min_clip_norm <= asked <= p.adaptive.max_clip_norm:
             raise RefusalError("The request's clip norm is outside the contract's bounds.")
         return asked
 

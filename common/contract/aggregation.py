@@ -22,11 +22,11 @@ from silotune.common.contract.training import Fraction, LearningRate
 
 class Adaptive(Frozen):
     """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
-    heavy ball; both moments begin at zero, without correction. `rate` multiplies a step, `tau` is
+    heavy ball; both moments begin at zero, without correction. `lr` multiplies a step, `tau` is
     added to the root of the second moment."""
 
     kind: Literal["adam", "yogi"]
-    rate: LearningRate
+    lr: LearningRate
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
     tau: Annotated[float, Field(ge=1e-9, le=1e3, strict=True)] = 1e-3
@@ -42,30 +42,31 @@ class EarlyStop(Frozen):
 
 class PublicGate(Frozen):
     """Do not take a round's aggregate if the adapter that the server's step makes of it is worse by
-    `metric` on the operator's public rows than the adapter before, by more than `most`. It needs
-    the sum alone, so it goes with masks too. Nothing private has a part in what is compared but the
-    noised sum itself, so it costs no privacy; what the round's sum cost its sites stays spent.
+    `metric` on the operator's public rows than the adapter before, by more than `max_degradation`.
+    It needs the sum alone, so it goes with masks too. Nothing private has a part in what is
+    compared but the noised sum itself, so it costs no privacy; what the round's sum cost its sites
+    stays spent.
 
-    It bounds one round's harm. A lie of less than `most` a round passes it, and one that spoils
-    every round leaves no training at all."""
+    It bounds one round's harm. A lie of less than `max_degradation` a round passes it, and one that
+    spoils every round leaves no training at all."""
 
     metric: Name
-    most: Annotated[float, Field(ge=0, le=1e6, strict=True)]
+    max_degradation: Annotated[float, Field(ge=0, le=1e6, strict=True)]
 
 
 class Robust(Frozen):
     """A mean that up to `byzantine` of the sites cannot carry away (server/aggregation/robust.py).
-    Each of them needs to see the updates one by one, so it goes without masks; `most` is the norm
-    that "norm" cuts updates to."""
+    Each of them needs to see the updates one by one, so it goes without masks; `max_norm` is the
+    norm that "norm" cuts updates to."""
 
     rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"]
     byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
-    most: Positive | None = None
+    max_norm: Positive | None = None
 
     @model_validator(mode="after")
     def _bound(self) -> Self:
-        if (self.rule == "norm") != (self.most is not None):
-            raise ValueError('most goes with rule = "norm", and only with it')
+        if (self.rule == "norm") != (self.max_norm is not None):
+            raise ValueError('max_norm goes with rule = "norm", and only with it')
         return self
 
 
@@ -76,7 +77,8 @@ BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 
 
 class Aggregation(Frozen):
-    """Mean of the sites' updates with public weights, then the server's heavy ball, or `adaptive`.
+    """Mean of the sites' updates with public weights, then the server's heavy ball
+    (`server_momentum`), or `server_optimizer`.
 
     method, of LoRA's B A:
     ffa        A is frozen, the mean is B's (FFA-LoRA, arXiv 2403.12313)
@@ -88,18 +90,18 @@ class Aggregation(Frozen):
     fedex      both, averaged apart, and what that loses goes into the frozen weight (FedEx-LoRA,
                arXiv 2410.09432): exact, at the price of sending a matrix as large as the weight
 
-    A phase's result is the mean of its iterates from the fraction `average_from` on; where A moves,
-    a mean of factors would be no mean of products, and it is the last iterate. All act on noised
-    sums only, so they cost no privacy (post-processing). largest_norm: an unmasked update with a
-    larger L2 norm does not count.
+    A phase's result is the mean of its iterates from the fraction `averaging_start` on; where A
+    moves, a mean of factors would be no mean of products, and it is the last iterate. All act on
+    noised sums only, so they cost no privacy (post-processing). max_update_norm: an unmasked update
+    with a larger L2 norm does not count.
     """
 
     method: Method = "ffa"
     robust: Robust | None = None
-    momentum: Fraction = 0.9
-    adaptive: Adaptive | None = None
-    average_from: Fraction = 0.5
-    largest_norm: Positive | None = None
+    server_momentum: Fraction = 0.9
+    server_optimizer: Adaptive | None = None
+    averaging_start: Fraction = 0.5
+    max_update_norm: Positive | None = None
     early_stop: EarlyStop | None = None
     gate: PublicGate | None = None
 
@@ -117,11 +119,12 @@ class SecureAggregation(Frozen):
     (common/secagg/participant.py).
 
     threshold: how many sites must answer for a sum to open; by default floor(2 n / 3) + 1 of n.
-    colluders: how many sites may work with the server without seeing more than the sum; 2 x
-    threshold must exceed n + colluders. bound: the largest entry of an update; a site sends none
-    that exceeds it, and the ring's precision is the bound's (common/secagg/fixed_point.py).
+    max_colluding_sites: how many sites may work with the server without seeing more than the sum; 2
+    x threshold must exceed n + max_colluding_sites. bound: the largest entry of an update; a site
+    sends none that exceeds it, and the ring's precision is the bound's
+    (common/secagg/fixed_point.py).
     """
 
     threshold: Count | None = None
-    colluders: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
+    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
     bound: Bound = 16.0

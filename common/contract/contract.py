@@ -162,7 +162,7 @@ class Contract(Frozen):
         if secure is None or self.quorum < sites:
             return ()
         fewer = sites - 1
-        if key_agreement.problem_with(sites, fewer, secure.colluders):
+        if key_agreement.problem_with(sites, fewer, secure.max_colluding_sites):
             return (f"{all_needed}.",)
         return (
             f"{all_needed}. With quorum = {fewer} and secure_aggregation.threshold = {fewer} "
@@ -174,13 +174,15 @@ class Contract(Frozen):
         """What secure aggregation hides, in words."""
         if self.secure_aggregation is None:
             return "none: the server sees each site's update by itself"
-        colluders = self.secure_aggregation.colluders
+        max_colluding_sites = self.secure_aggregation.max_colluding_sites
         if self.privacy.mode == "none":
             return (
                 "without differential privacy they hide nothing from a server that chooses who "
                 "survives: sums of equal updates can be subtracted"
             )
-        helped = f", also with the help of {colluders} of them" if colluders else ""
+        helped = (
+            f", also with the help of {max_colluding_sites} of them" if max_colluding_sites else ""
+        )
         return (
             f"the server sees sums of at least {self.quorum} of {len(self.sites)} sites{helped}; "
             f"{self.threshold} open one"
@@ -197,7 +199,7 @@ class Contract(Frozen):
             first=first,
             rounds=min(key_agreement.MOST_ROUNDS, self.rounds - first + 1),
             threshold=self.threshold,
-            colluders=self.secure_aggregation.colluders,
+            max_colluding_sites=self.secure_aggregation.max_colluding_sites,
             fewest=self.quorum,
         )
 
@@ -230,7 +232,7 @@ class Contract(Frozen):
         """How that compares with the number of units that a site is expected to have."""
         if self.privacy.mode == "none":
             return "small"
-        return size_of_delta(self.largest_delta, self.privacy.expected_records)
+        return size_of_delta(self.largest_delta, self.privacy.expected_units)
 
     @property
     def delta_warnings(self) -> list[str]:
@@ -239,11 +241,11 @@ class Contract(Frozen):
         if self.size_of_delta == "small":
             return []
         return [
-            f"privacy.delta = {self.largest_delta:g} times expected_records = "
-            f"{p.expected_records:g} is {self.largest_delta * p.expected_records:.3g}, more than "
+            f"privacy.delta = {self.largest_delta:g} times expected_units = "
+            f"{p.expected_units:g} is {self.largest_delta * p.expected_units:.3g}, more than "
             f"0.1: that many whole {'records' if p.unit == 'record' else 'entities'} of a site "
             f"could be published within the guarantee. Set delta to "
-            f"{delta_for(p.expected_records):g}."
+            f"{delta_for(p.expected_units):g}."
         ]
 
     @cached_property
@@ -325,13 +327,13 @@ class Contract(Frozen):
     def keeps(self) -> bool:
         """Whether a round leaves something at its site for the next
         (client/training/local_state.py)."""
-        return self.personal or any(phase.control for phase in self.phases)
+        return self.personal or any(phase.drift_correction for phase in self.phases)
 
     def averages_in(self, round_number: int) -> bool:
         """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
         does: a mean of factors is not the factors of a mean."""
         phase, settings = self.phase_of(round_number), self.aggregation
-        late = self.place_in_phase(round_number) > phase.rounds * settings.average_from
+        late = self.place_in_phase(round_number) > phase.rounds * settings.averaging_start
         return late and (settings.method in ("ffa", "fedsvd") or not phase.adapts)
 
     def at(self, name: str) -> Contract:

@@ -80,7 +80,7 @@ class Answers(Frozen):
     query: str | None = None
     columns: tuple[Column, ...] = ()
     entity: tuple[str, ...] = ()
-    cap: Count = 10
+    max_records_per_entity: Count = 10
     sites: tuple[Name, ...] = Field(min_length=1)
     records: Annotated[int, Field(ge=1, le=100_000_000)]
     epsilon: Epsilon = 8.0

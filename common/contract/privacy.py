@@ -66,15 +66,16 @@ def size_of_delta(delta: float, units: float) -> DeltaSize:
 class Entity(Frozen):
     """The unit when somebody has several records: all rows with equal `key` columns are one entity.
 
-    Of an entity's rows the first (or last) `cap` in the file's order are used; which those are does
-    not depend on any other entity. Their gradients are averaged or added, and the result is clipped
+    Of an entity's rows the first (or last) `max_records_per_entity` in the file's order are used;
+    which those are does not depend on any other entity. Their gradients are averaged or added, and
+    the result is clipped
     once: whatever an entity's rows hold, it moves the sum by at most the clip norm.
     """
 
     key: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
-    cap: Count
-    keep: Literal["first", "last"] = "first"
-    combine: Literal["mean", "sum"] = "mean"
+    max_records_per_entity: Count
+    select: Literal["first", "last"] = "first"
+    reduce: Literal["mean", "sum"] = "mean"
 
 
 class AdaptiveClipping(Frozen):
@@ -83,15 +84,16 @@ class AdaptiveClipping(Frozen):
 
     Each site releases the noised share of units that were not clipped (`unclipped`), paid for with
     `share` of each step's budget. After a round the server multiplies the clip norm C by
-    exp(-rate (unclipped - quantile)), within [lowest, highest]. The first C is privacy.clip_norm.
+    exp(-lr (unclipped - quantile)), within [min_clip_norm, max_clip_norm]. The first C is
+    privacy.clip_norm.
     The guarantee holds for any C that a server asks for: the noise is a multiple of it.
     """
 
     quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
-    rate: Annotated[float, Field(gt=0, le=10, strict=True)] = 0.2
+    lr: Annotated[float, Field(gt=0, le=10, strict=True)] = 0.2
     share: Share = 0.05
-    lowest: Bound = 1e-3
-    highest: Bound = 1.0
+    min_clip_norm: Bound = 1e-3
+    max_clip_norm: Bound = 1.0
 
 
 class Privacy(Frozen):
@@ -99,11 +101,11 @@ class Privacy(Frozen):
 
     (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
     `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
-    noise, divided by the public constant `expected_records` (how many units a site is expected to
+    noise, divided by the public constant `expected_units` (how many units a site is expected to
     have: records or entities) times the sampling rate. mode "none" trains without clipping or
     noise, for comparison; a site refuses it unless its owner allows it.
 
-    allow_large_delta: permits a delta of 1 / expected_records or more, with which publishing one
+    allow_large_delta: permits a delta of 1 / expected_units or more, with which publishing one
     whole record of a site would satisfy the guarantee (`size_of_delta`).
     """
 
@@ -115,7 +117,7 @@ class Privacy(Frozen):
     allow_large_delta: Literal[True] | None = None
     clip_norm: Bound = 1.0
     adaptive: AdaptiveClipping | None = None
-    expected_records: Positive
+    expected_units: Positive
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -123,15 +125,18 @@ class Privacy(Frozen):
             raise ValueError('unit = "entity" and a table [privacy.entity] go together')
         if self.adaptive and self.mode == "none":
             raise ValueError('mode = "none" does not clip, so it has no adaptive clipping')
-        if self.adaptive and not (self.adaptive.lowest <= self.clip_norm <= self.adaptive.highest):
+        if self.adaptive and not (
+            self.adaptive.min_clip_norm <= self.clip_norm <= self.adaptive.max_clip_norm
+        ):
             raise ValueError(
-                "clip_norm must lie between adaptive.lowest and adaptive.highest: it is the first"
+                "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm: "
+                "it is the first"
             )
         return self
 
     @property
     def largest_clip_norm(self) -> float:
-        return self.adaptive.highest if self.adaptive else self.clip_norm
+        return self.adaptive.max_clip_norm if self.adaptive else self.clip_norm
 
 
 class Released(Frozen):

@@ -35,23 +35,24 @@ class Adam(Frozen):
 
 
 class Schedule(Frozen):
-    """What the rates of a phase are multiplied by, round by round: up from 0 over `warm_up` rounds,
-    then down towards `last` along a line or half a cosine, or not at all. `last` is what one more
+    """What the rates of a phase are multiplied by, round by round: up from 0 over `warmup_rounds`
+    rounds, then down towards `final_factor` along a line or half a cosine, or not at all.
+    `final_factor` is what one more
     round would have: a round at rate 0 would be paid for and change nothing."""
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    warm_up: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
-    last: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    warmup_rounds: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
+    final_factor: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
 
     def factor(self, place: int, rounds: int) -> float:
         """For the 1-based round `place` of a phase of `rounds`."""
-        if place <= self.warm_up:
-            return place / (self.warm_up + 1)
+        if place <= self.warmup_rounds:
+            return place / (self.warmup_rounds + 1)
         if self.shape == "constant":
             return 1.0
-        done = (place - self.warm_up - 1) / (rounds - self.warm_up)
+        done = (place - self.warmup_rounds - 1) / (rounds - self.warmup_rounds)
         left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.last + (1 - self.last) * left
+        return self.final_factor + (1 - self.final_factor) * left
 
 
 class Phase(Frozen):
@@ -59,71 +60,80 @@ class Phase(Frozen):
     probe on frozen features. A language model has no head: its phases train the adapter.
 
     Each round a site does `local_steps` steps; each takes every unit with probability
-    `sampling_rate`. `budget` is this phase's share of the privacy budget, nearly so where sampling
-    rates differ much (client/privacy/accountant.py, plan; `silotune privacy plan --contract` shows
-    it). With `noise_decay` each round has that multiple of the noise of the round before; together
-    they cost the same. A phase ends at the mean of its later iterates (`aggregation.average_from`);
-    the next starts there, at rest. `dropout` is the share of the head's inputs left out in a step:
-    the same for all its records, drawn from public numbers, so that no record has a part in it.
-    With `proximal` = mu each local step's gradient has mu times the way from what the server sent
-    added to it (FedProx, arXiv 1812.06127). With control = "scaffold" each step is corrected by how
-    the site's mean gradient of the round before differed from all sites' (SCAFFOLD, arXiv
-    1910.06378, option II); where all sites answer in both rounds the corrections add up to nothing,
-    and with them the noise that is in them. Both are post-processing of what is noised.
+    `sampling_rate`. `budget_share` is this phase's share of the privacy budget, nearly so where
+    sampling rates differ much (client/privacy/accountant.py, plan; `silotune privacy plan
+    --contract` shows it). With `noise_decay` each round has that multiple of the noise of the round
+    before; together they cost the same. A phase ends at the mean of its later iterates
+    (`aggregation.averaging_start`); the next starts there, at rest. `dropout` is the share of the
+    head's inputs left out in a step: the same for all its records, drawn from public numbers, so
+    that no record has a part in it. With `proximal_mu` = mu each local step's gradient has mu times
+    the way from what the server sent added to it (FedProx, arXiv 1812.06127). With drift_correction
+    = "scaffold" each step is corrected by how the site's mean gradient of the round before differed
+    from all sites' (SCAFFOLD, arXiv 1910.06378, option II); where all sites answer in both rounds
+    the corrections add up to nothing, and with them the noise that is in them. Both are
+    post-processing of what is noised.
 
     `personal`, in the last phase, leaves each site something of its own
-    (client/training/local_state.py), which is
-    clipped and noised with all else: "head" or "adapter" do not leave the site at all; with
-    "copies" a site has its own copy of all that is trained, sends how it changed, and `proximal`
-    pulls it to the mean: from a model for each (towards 0) to nearly one for all (MR-MTL, Liu, Hu,
-    Wu and Smith 2022, arXiv 2206.07902). Where a part stays, public metrics are of the rest.
+    (client/training/local_state.py), which is clipped and noised with all else: "head" or "adapter"
+    do not leave the site at all; with "mean-regularised" a site has its own copy of all that is
+    trained, sends how it changed, and `proximal_mu` pulls it to the mean: from a model for each
+    (towards 0) to nearly one for all (MR-MTL, Liu, Hu, Wu and Smith 2022, arXiv 2206.07902). Where
+    a part stays, public metrics are of the rest.
     """
 
     trains: Literal["head", "head+adapter", "adapter"]
     rounds: Count
     sampling_rate: SamplingRate
     local_steps: Count = 1
-    budget: Rate = 1.0
+    budget_share: Rate = 1.0
     noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = None
-    head_rate: LearningRate | None = None
-    adapter_rate: LearningRate | None = None
+    head_lr: LearningRate | None = None
+    adapter_lr: LearningRate | None = None
     adam: Adam | None = None
     schedule: Schedule | None = None
-    proximal: Positive | None = None
-    control: Literal["scaffold"] | None = None
-    personal: Literal["head", "adapter", "copies"] | None = None
+    proximal_mu: Positive | None = None
+    drift_correction: Literal["scaffold"] | None = None
+    personal: Literal["head", "adapter", "mean-regularised"] | None = None
     dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _rates(self) -> Self:
         for part, trained, rate in (
-            ("adapter", self.adapts, self.adapter_rate),
-            ("head", self.trains != "adapter", self.head_rate),
+            ("adapter", self.adapts, self.adapter_lr),
+            ("head", self.trains != "adapter", self.head_lr),
         ):
             if trained != (rate is not None):
                 raise ValueError(
-                    f"{part}_rate goes with a phase that trains the {part}, and only with it"
+                    f"{part}_lr goes with a phase that trains the {part}, and only with it"
                 )
-        if self.schedule and self.schedule.warm_up >= self.rounds:
-            raise ValueError("schedule.warm_up must be less than the phase's rounds")
-        if self.personal == "copies" and not self.proximal:
-            raise ValueError('personal = "copies" needs proximal, which pulls them to their mean')
-        if self.personal not in (None, "copies", *self.trains.split("+")):
+        if self.schedule and self.schedule.warmup_rounds >= self.rounds:
+            raise ValueError("schedule.warmup_rounds must be less than the phase's rounds")
+        if self.personal == "mean-regularised" and not self.proximal_mu:
+            raise ValueError(
+                'personal = "mean-regularised" needs proximal_mu, which pulls them to their mean'
+            )
+        if self.personal not in (None, "mean-regularised", *self.trains.split("+")):
             raise ValueError(f'personal = "{self.personal}" is not what this phase trains')
-        if self.proximal and self.local_steps == 1 and self.personal != "copies":
-            raise ValueError("proximal pulls back from the second local step on; there is one")
+        if self.proximal_mu and self.local_steps == 1 and self.personal != "mean-regularised":
+            raise ValueError("proximal_mu pulls back from the second local step on; there is one")
         # Beyond that a step passes what it is pulled to, and two of them could cancel: what a site
         # sends would lie on a float32 grid as coarse as the weights that a server chose for it.
-        if self.proximal and self.proximal * max(self.head_rate or 0, self.adapter_rate or 0) > 1:
-            raise ValueError("proximal times a rate is more than 1: a step would overshoot")
-        if self.adam and self.personal == "copies":
-            raise ValueError('adam would measure the pull of personal = "copies", not the gradient')
-        if self.control and (
-            self.local_steps == 1 or self.rounds == 1 or self.adam or self.proximal or self.personal
+        if self.proximal_mu and self.proximal_mu * max(self.head_lr or 0, self.adapter_lr or 0) > 1:
+            raise ValueError("proximal_mu times a rate is more than 1: a step would overshoot")
+        if self.adam and self.personal == "mean-regularised":
+            raise ValueError(
+                'adam would measure the pull of personal = "mean-regularised", not the gradient'
+            )
+        if self.drift_correction and (
+            self.local_steps == 1
+            or self.rounds == 1
+            or self.adam
+            or self.proximal_mu
+            or self.personal
         ):
             raise ValueError(
-                "control is for several rounds of several plain local steps from one "
-                "model: without adam, proximal and personal"
+                "drift_correction is for several rounds of several plain local steps from one "
+                "model: without adam, proximal_mu and personal"
             )
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
@@ -140,6 +150,6 @@ class Phase(Frozen):
 
     def rate(self, name: str, place: int) -> float:
         """What a step multiplies a tensor's gradient by, in the round at a 1-based place."""
-        rate = self.head_rate if name.startswith("head.") else self.adapter_rate
+        rate = self.head_lr if name.startswith("head.") else self.adapter_lr
         assert rate is not None
         return rate * (self.schedule.factor(place, self.rounds) if self.schedule else 1.0)

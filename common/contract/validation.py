@@ -59,10 +59,10 @@ def _of_delta(contract: Contract) -> Misfits:
     return [
         (
             "privacy",
-            f"delta = {largest:g} times expected_records = {p.expected_records:g} is "
-            f"{largest * p.expected_records:.3g}: with 1 or more, publishing a whole {p.unit} of "
+            f"delta = {largest:g} times expected_units = {p.expected_units:g} is "
+            f"{largest * p.expected_units:.3g}: with 1 or more, publishing a whole {p.unit} of "
             f"each site would satisfy the guarantee. Set delta to "
-            f"{delta_for(p.expected_records):g}, "
+            f"{delta_for(p.expected_units):g}, "
             "in [privacy] and wherever [[sites]] has one, or privacy.allow_large_delta = true if a "
             "larger one is meant",
         )
@@ -95,7 +95,7 @@ def _of_phases(contract: Contract) -> Misfits:
                 "phases that train only the head must come first: they use the frozen features",
             )
         )
-    if abs(sum(phase.budget for phase in contract.phases) - 1) > 1e-9:
+    if abs(sum(phase.budget_share for phase in contract.phases) - 1) > 1e-9:
         wrong.append(("phases", "the phases' budget shares must add up to 1"))
     return wrong
 
@@ -135,19 +135,19 @@ def _of_personal(contract: Contract) -> Misfits:
                 "nothing to federate",
             )
         )
-    if last.personal == "copies" and (
-        settings.momentum
-        or settings.adaptive
+    if last.personal == "mean-regularised" and (
+        settings.server_momentum
+        or settings.server_optimizer
         or settings.robust
-        or settings.largest_norm
+        or settings.max_update_norm
         or settings.gate
     ):
         wrong.append(
             (
                 "aggregation",
-                'personal = "copies" needs the plain mean of what is sent, or '
+                'personal = "mean-regularised" needs the plain mean of what is sent, or '
                 "the sites' copies would be pulled to where it is not: momentum = 0, and no "
-                "adaptive, robust, largest_norm or gate",
+                "adaptive, robust, max_update_norm or gate",
             )
         )
     if any(contract.stays_at(phase, 1) for phase in contract.phases) and (
@@ -160,9 +160,9 @@ def _of_personal(contract: Contract) -> Misfits:
                 "is no site's model: a part of it stays with each site",
             )
         )
-    controlled = any(phase.control and phase.adapts for phase in contract.phases)
+    controlled = any(phase.drift_correction and phase.adapts for phase in contract.phases)
     for what, wanted, methods in (
-        ("copies", last.personal == "copies", ("ffa", "fedavg")),
+        ("mean-regularised", last.personal == "mean-regularised", ("ffa", "fedavg")),
         ("adapter", last.personal == "adapter", ("ffa",)),
         ("scaffold", controlled, ("ffa", "fedavg")),
     ):
@@ -174,7 +174,7 @@ def _of_personal(contract: Contract) -> Misfits:
                     f"but with {' and '.join(methods)}",
                 )
             )
-    if any(phase.control for phase in contract.phases) and settings.robust:
+    if any(phase.drift_correction for phase in contract.phases) and settings.robust:
         wrong.append(
             (
                 "aggregation",
@@ -209,7 +209,7 @@ def _of_ranks(contract: Contract) -> Misfits:
     for what, there in (
         ('method = "fedex"', contract.aggregation.method == "fedex"),
         ("robust", contract.aggregation.robust is not None),
-        ("control", any(phase.control for phase in contract.phases)),
+        ("control", any(phase.drift_correction for phase in contract.phases)),
         ('personal = "head"', any(phase.personal == "head" for phase in contract.phases)),
     ):
         if there and min(ranks) < spec.rank:
@@ -271,12 +271,12 @@ def _of_aggregation(contract: Contract) -> Misfits:
     method, robust, sites = settings.method, settings.robust, len(contract.sites)
     if method != "ffa" and not isinstance(contract.adapter, Lora):
         wrong.append(f'method = "{method}" is about LoRA\'s two factors, and there is no LoRA')
-    if method in ("fedsvd", *BY_ONE) and settings.adaptive:
+    if method in ("fedsvd", *BY_ONE) and settings.server_optimizer:
         wrong.append(
             f'method = "{method}" turns the factors\' coordinates each round, and '
             "adaptive keeps a rate for each coordinate"
         )
-    if method in BY_ONE and settings.momentum:
+    if method in BY_ONE and settings.server_momentum:
         wrong.append(f'method = "{method}" sets the weights anew each round: momentum = 0')
     alone = robust.rule if robust else method if method in BY_ONE else None
     if alone and contract.secure_aggregation is not None:
@@ -311,7 +311,7 @@ def _of_masks(contract: Contract) -> Misfits:
         return []
     wrong = []
     keys = [site.public_key for site in contract.sites]
-    why = key_agreement.problem_with(sites, contract.threshold, secure.colluders)
+    why = key_agreement.problem_with(sites, contract.threshold, secure.max_colluding_sites)
     if why:
         wrong.append(("secure_aggregation", why))
     without = [
@@ -327,12 +327,12 @@ def _of_masks(contract: Contract) -> Misfits:
                 f"{', '.join(without)}",
             )
         )
-    if contract.aggregation.largest_norm is not None:
+    if contract.aggregation.max_update_norm is not None:
         wrong.append(
             (
                 "aggregation",
                 "nobody can see a masked update's norm: use "
-                "secure_aggregation.bound instead of aggregation.largest_norm",
+                "secure_aggregation.bound instead of aggregation.max_update_norm",
             )
         )
     weights = contract.weights().values()

@@ -44,23 +44,23 @@ def default_threshold(sites: int) -> int:
     return 2 * sites // 3 + 1
 
 
-def problem_with(sites: int, threshold: int, colluders: int) -> str:
+def problem_with(sites: int, threshold: int, max_colluding_sites: int) -> str:
     """Why these numbers give no guarantee; '' if they do."""
     if not LEAST_SITES <= sites <= fixed_point.MOST_SITES:
         return f"it needs {LEAST_SITES} to {fixed_point.MOST_SITES} sites, not {sites}"
-    if colluders < 0:
-        return f"colluders cannot be {colluders}"
+    if max_colluding_sites < 0:
+        return f"max_colluding_sites cannot be {max_colluding_sites}"
     if threshold > sites:
         return f"a threshold of {threshold} is more than the {sites} sites"
-    if 2 * threshold <= sites + colluders:
+    if 2 * threshold <= sites + max_colluding_sites:
         return (
-            f"2 × threshold must exceed sites + colluders, and 2 × {threshold} does not exceed "
-            f"{sites} + {colluders}"
+            f"2 × threshold must exceed sites + max_colluding_sites, and 2 × {threshold} does not "
+            f"exceed {sites} + {max_colluding_sites}"
         )
-    if threshold < colluders + 2:
+    if threshold < max_colluding_sites + 2:
         return (
-            f"a sum of {threshold} sites, of which {colluders} may collude, does not hide one "
-            "update among at least two"
+            f"a sum of {threshold} sites, of which {max_colluding_sites} may collude, does not "
+            "hide one update among at least two"
         )
     return ""
 
@@ -81,11 +81,11 @@ class Terms:
     first: int
     rounds: int
     threshold: int
-    colluders: int = 0
+    max_colluding_sites: int = 0
     fewest: int = 0
 
     def __post_init__(self) -> None:
-        why = problem_with(len(self.roster), self.threshold, self.colluders)
+        why = problem_with(len(self.roster), self.threshold, self.max_colluding_sites)
         if len({key.lower() for key in self.roster.values()}) < len(self.roster):
             why = "a key stands twice in the roster"
         if not 1 <= self.rounds <= MOST_ROUNDS:

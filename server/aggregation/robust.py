@@ -44,8 +44,8 @@ def _rule(vectors: Vectors, settings: Robust) -> NDArray[np.float64]:
     if settings.rule == "trimmed-mean":
         return trimmed_mean(vectors, f)
     if settings.rule == "norm":
-        assert settings.most is not None
-        return np.asarray(cut(vectors, settings.most).mean(axis=0))
+        assert settings.max_norm is not None
+        return np.asarray(cut(vectors, settings.max_norm).mean(axis=0))
     scores = krum_scores(vectors, f)
     best = np.argsort(scores, kind="stable")
     kept = best[: 1 if settings.rule == "krum" else len(vectors) - f]

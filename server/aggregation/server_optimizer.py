@@ -50,7 +50,7 @@ def adaptive_step(
             else (b2 * v + (1 - b2) * square)
         )
         with np.errstate(all="ignore"):  # the caller looks for what is not finite
-            x = adapter[name] + np.float32(settings.rate) * m / (np.sqrt(v) + settings.tau)
+            x = adapter[name] + np.float32(settings.lr) * m / (np.sqrt(v) + settings.tau)
         next_first[name], next_second[name], moved[name] = m, v, x.astype(np.float32)
     return moved, next_first, next_second
 
@@ -59,8 +59,8 @@ def next_clip_norm(clip_norm: float, unclipped: float, settings: AdaptiveClippin
     """C exp(-rate (mean of the sites' noised unclipped shares - quantile)), within the contract's
     bounds (arXiv 1905.03871, section 2.1, the geometric update)."""
     # A masked sum may hold what no honest site puts in.
-    step = math.exp(-settings.rate * (min(max(unclipped, 0.0), 1.0) - settings.quantile))
-    return min(max(clip_norm * step, settings.lowest), settings.highest)
+    step = math.exp(-settings.lr * (min(max(unclipped, 0.0), 1.0) - settings.quantile))
+    return min(max(clip_norm * step, settings.min_clip_norm), settings.max_clip_norm)
 
 
 def running_mean(mean: Arrays, count: int, latest: Arrays) -> Arrays:

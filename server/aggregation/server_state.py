@@ -93,16 +93,16 @@ class Iterate:
         round declined (a restart as in arXiv 1204.3982).
         """
         settings, second = self.contract.aggregation, Arrays()
-        if self.phase.personal == "copies":
+        if self.phase.personal == "mean-regularised":
             # Copies of sites that are not there have not moved: so much less does their mean.
             change = {name: np.float32(present) * array for name, array in change.items()}
-        if settings.adaptive:
+        if settings.server_optimizer:
             moved, velocity, second = server_optimizer.adaptive_step(
-                self.adapter, self._velocity, self._second, change, settings.adaptive
+                self.adapter, self._velocity, self._second, change, settings.server_optimizer
             )
         else:
             moved, velocity = server_optimizer.heavy_ball(
-                self.adapter, self._velocity, change, settings.momentum
+                self.adapter, self._velocity, change, settings.server_momentum
             )
         tensors.check(moved, self.shapes, "The aggregate")
         tensors.check(velocity, tensors.shapes_of(velocity), "The momentum")
@@ -112,7 +112,7 @@ class Iterate:
             return declined
         self.adapter, self._velocity, self._second = moved, velocity, second
         place, phase = self.contract.place_in_phase(self.number), self.phase
-        if phase.control and present == 1 and place < phase.rounds:
+        if phase.drift_correction and present == 1 and place < phase.rounds:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
             self._control_of, self._control = (
                 self.number,

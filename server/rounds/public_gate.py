@@ -42,7 +42,7 @@ class Acceptance:
         """Why not to go on from the adapter in place to this one; None if nothing is against it."""
         if self.gate is None:
             return None
-        metric, most = self.gate.metric, self.gate.most
+        metric, most = self.gate.metric, self.gate.max_degradation
         old, new = self._score_in_place(before, with_adapter), self._score(after, with_adapter)
         if old is not None and new is not None and worth(metric, old) - worth(metric, new) <= most:
             self._known = after, with_adapter, new

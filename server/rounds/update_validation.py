@@ -59,7 +59,7 @@ class Gate:
     def _check_norm(self, arrays: Arrays) -> None:
         """The L2 norm over all tensors, where the contract bounds it. Of a masked update only the
         site itself can hold the entries to a bound (secure_aggregation.bound)."""
-        most = self.contract.aggregation.largest_norm
+        most = self.contract.aggregation.max_update_norm
         norm = math.sqrt(
             sum(float(np.sum(np.square(a, dtype=np.float64))) for a in arrays.values())
         )

@@ -102,7 +102,7 @@ class Site:
         """By how much one record moves the weighted update, at most."""
         mechanism = accountant.mechanism_of(self.contract, self.worker.plan, number)
         phase, p = self.contract.phase_of(number), self.contract.privacy
-        divisor = p.expected_records * mechanism.sampling_rate
+        divisor = p.expected_units * mechanism.sampling_rate
         rate = phase.rate("head.weight", self.contract.place_in_phase(number))
         return self.weight * rate * mechanism.steps * p.clip_norm / divisor
 

@@ -231,14 +231,14 @@ def cached(case: Case, *, bf16: bool) -> Step:
                 "layers": case.layers,
                 "targets": TARGETS[case.model][case.targets],
             },
-            "privacy": {"expected_records": float(case.batch)},
+            "privacy": {"expected_units": float(case.batch)},
             "phases": [
                 {
                     "trains": "head+adapter",
                     "rounds": 1,
                     "sampling_rate": 1.0,
-                    "head_rate": 0.01,
-                    "adapter_rate": 0.01,
+                    "head_lr": 0.01,
+                    "adapter_lr": 0.01,
                 }
             ],
         }

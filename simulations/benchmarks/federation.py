@@ -247,14 +247,14 @@ def contract_of(case: Case, model: Path, keys: dict[str, str], rounds: int) -> C
                 "layers": case.layers,
                 "targets": case.targets,
             },
-            "privacy": {"mode": "none", "expected_records": float(len(TEXTS))},
+            "privacy": {"mode": "none", "expected_units": float(len(TEXTS))},
             "phases": [
                 {
                     "trains": "head+adapter",
                     "rounds": rounds,
                     "sampling_rate": 1.0,
-                    "head_rate": 1e-3,
-                    "adapter_rate": 1e-3,
+                    "head_lr": 1e-3,
+                    "adapter_lr": 1e-3,
                 }
             ],
             "secure_aggregation": {} if case.masked else None,

@@ -37,7 +37,7 @@ def contract(sha256: str, case: str, rounds: int, *, private: bool = False) -> A
 
     adapts = case == ADAPTER
     lora = {"rank": RANK, "alpha": ALPHA, "layers": len(LAYERS), "targets": TARGETS, "seed": 11}
-    phase = {"trains": "head+adapter", "adapter_rate": RATE} if adapts else {"trains": "head"}
+    phase = {"trains": "head+adapter", "adapter_lr": RATE} if adapts else {"trains": "head"}
     return Contract.model_validate(
         {
             "format": 1,
@@ -54,10 +54,10 @@ def contract(sha256: str, case: str, rounds: int, *, private: bool = False) -> A
                 "mode": "dp" if private else "none",
                 "epsilon": 8.0,
                 "delta": 1e-4,
-                "expected_records": float(TEXTS),
+                "expected_units": float(TEXTS),
             },
-            "phases": [phase | {"rounds": rounds, "sampling_rate": 1.0, "head_rate": RATE}],
-            "aggregation": {"momentum": 0.0},
+            "phases": [phase | {"rounds": rounds, "sampling_rate": 1.0, "head_lr": RATE}],
+            "aggregation": {"server_momentum": 0.0},
             "sites": [{"name": name} for name in WHO],
         }
     )

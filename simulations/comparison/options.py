@@ -16,7 +16,7 @@ from silotune.common.errors import (
     did_you_mean,
 )
 
-AT_LEAST_ONE = ("repeats", "cheap_repeats", "evaluate_every", "processes")
+AT_LEAST_ONE = ("repeats", "baseline_repeats", "evaluate_every", "processes")
 REFUSED = ("compile",)  # as Performance says, so it is not offered
 OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
 
@@ -28,7 +28,7 @@ class Options:
     epsilon: float | None = None
     delta: float | None = None
     repeats: int | None = None
-    cheap_repeats: int | None = None
+    baseline_repeats: int | None = None
     evaluate_every: int | None = None
     arms: list[str] = field(default_factory=list)
     processes: int = 0
@@ -48,7 +48,7 @@ class Options:
             "epsilon": float,
             "delta": float,
             "repeats": int,
-            "cheap_repeats": int,
+            "baseline_repeats": int,
             "evaluate_every": int,
             "processes": int,
             "insecure_seed": int,

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from silotune.simulations.comparison.run import _lines
-
 
 def commit() -> str:
     """The commit of the source tree this runs from, with + for changes; 'unknown' outside one."""
@@ -33,3 +31,7 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or sys.platform
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

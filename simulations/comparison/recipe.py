@@ -39,10 +39,11 @@ class Recipe:
     rows: Callable[[Path], Split]
 
     def at(self, epsilon: float) -> Recipe:
-        """The recipe with another ε, its learning rates under DP times what `rates` of recipe.toml
+        """The recipe with another ε, its learning rates under DP times what `lr_scale` of
+        recipe.toml
         says for it: with more noise they must be lower, of the arms beside the contract, too."""
         contract = self.contract.changed(privacy={"epsilon": epsilon})
-        factor = self.facts.get("rates", {}).get(f"{epsilon:g}")
+        factor = self.facts.get("lr_scale", {}).get(f"{epsilon:g}")
         if not factor:
             return replace(self, contract=contract)
         arms = {
@@ -97,7 +98,7 @@ def own_recipe(
         "metric": _metric(contract.task),
         "evaluate_every": 1,
         "repeats": OWN_REPEATS,
-        "cheap_repeats": OWN_REPEATS,
+        "baseline_repeats": OWN_REPEATS,
         "about": "A table of one's own, in a simulation: nothing left this machine.",
         "arms": {"no-dp": {"phases": phases}},
     }

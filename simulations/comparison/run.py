@@ -212,8 +212,8 @@ def _jobs(
     every = options.evaluate_every or facts["evaluate_every"]
     found = []
     for arm in arms:
-        repeats = (options.cheap_repeats if arm.cheap else options.repeats) or facts[
-            "cheap_repeats" if arm.cheap else "repeats"
+        repeats = (options.baseline_repeats if arm.cheap else options.repeats) or facts[
+            "baseline_repeats" if arm.cheap else "repeats"
         ]
         for repeat in range(repeats):
             for contract in arm.contracts:
@@ -309,7 +309,3 @@ def _set_aside(folder: Path) -> None:
     if folder.exists():
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
         folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -54,7 +54,7 @@ class Settings:
     steps: int = 700
     tokens: int = 4096
     rate: float = 1.5e-3
-    warm_up: float = 0.05  # of the steps
+    warmup_rounds: float = 0.05  # of the steps
     seed: int = 1998
     seconds: float = 5.0
 
@@ -212,7 +212,7 @@ def train(
     text, rest = Text.of(words[:cut], tokenizer), Text.of(words[cut:], tokenizer)
     model = Pretraining(settings, known)
     optimiser = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.98), weight_decay=0.01)
-    warm = max(int(settings.steps * settings.warm_up), 1)
+    warm = max(int(settings.steps * settings.warmup_rounds), 1)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimiser,
         [

@@ -97,7 +97,7 @@ def slower(contract: Contract, factor: float) -> Contract:
 
 def slowed(phases: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
     """Phases, as tables, with their learning rates times `factor`."""
-    rates = "head_rate", "adapter_rate"
+    rates = "head_lr", "adapter_lr"
     return [p | {k: p[k] * factor for k in rates if p.get(k)} for p in phases]
 
 
@@ -125,7 +125,7 @@ def pooled(contract: Contract) -> Contract:
     return contract.changed(
         sites=[{"name": POOLED}],
         quorum=1,
-        privacy={"expected_records": contract.privacy.expected_records * len(contract.sites)},
+        privacy={"expected_units": contract.privacy.expected_units * len(contract.sites)},
     )
 
 

@@ -27,16 +27,16 @@ Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 
 class StudyArm(Frozen):
-    """What differs from the recipe's contract; an empty section is left out. plain: what differs
-    besides without DP, where other rates are right. rates: what its phases' learning rates are
+    """What differs from the recipe's contract; an empty section is left out. no_dp: what differs
+    besides without DP, where other rates are right. lr_scale: what its phases' learning rates are
     multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the rows of
     all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract` sets
     it."""
 
     about: str = ""
     contract: dict[str, Any] = Field(default_factory=dict)
-    plain: dict[str, Any] = Field(default_factory=dict)
-    rates: dict[Annotated[float, Field(gt=0)], Positive] = Field(default_factory=dict)
+    no_dp: dict[str, Any] = Field(default_factory=dict)
+    lr_scale: dict[Annotated[float, Field(gt=0)], Positive] = Field(default_factory=dict)
     rows: Literal["federated", "alone", "pooled"] = "federated"
     epsilons: tuple[Budget, ...] = ()
     masked: bool = False
@@ -46,7 +46,7 @@ class StudyArm(Frozen):
     def _together(self) -> Self:
         if self.masked and self.rows != "federated":
             raise ValueError('masks are of sites together: rows = "federated"')
-        if not self.masked and "secure_aggregation" in {**self.contract, **self.plain}:
+        if not self.masked and "secure_aggregation" in {**self.contract, **self.no_dp}:
             raise ValueError("secure_aggregation goes with masked = true")
         if self.poison and self.rows != "federated":
             raise ValueError('poison is of one among others: rows = "federated"')
@@ -72,8 +72,10 @@ class Study(Frozen):
         if len(set(self.epsilons)) != len(self.epsilons):
             raise ValueError("an ε stands twice")
         for name, arm in self.arms.items():
-            if other := set(arm.rates) - set(arm.epsilons or self.epsilons):
-                raise ValueError(f"arm '{name}' has rates for ε {min(other):g}, at which it is not")
+            if other := set(arm.lr_scale) - set(arm.epsilons or self.epsilons):
+                raise ValueError(
+                    f"arm '{name}' has lr_scale for ε {min(other):g}, at which it is not"
+                )
         if self.sites and any(p.kind == "natural" for p in self.partitions.values()):
             raise ValueError("with sites rows cannot stay natural: name partitions of other kinds")
         return self
@@ -92,7 +94,9 @@ def rates_of(study: Study, factors: Sequence[float]) -> Study:
     arms = {
         f"{name} x{factor:g}": arm.model_copy(
             update={
-                "rates": {e: arm.rates.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons}
+                "lr_scale": {
+                    e: arm.lr_scale.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons
+                }
             }
         )
         for name, arm in study.arms.items()

@@ -96,15 +96,15 @@ def contracts_of(
         found |= {"sites": [{"name": name} for name in _numbered(sites)], "quorum": sites}
     plain = math.isinf(epsilon)
     privacy: dict[str, Any] = {"mode": "none", "adaptive": None} if plain else {"epsilon": epsilon}
-    for change in (arm.contract, arm.plain if plain else {}, {"privacy": privacy}):
+    for change in (arm.contract, arm.no_dp if plain else {}, {"privacy": privacy}):
         for key, value in change.items():
             merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
             found[key] = ({**found[key], **value} if merged else value) or None
     secure = found.pop("secure_aggregation")
     try:
         whole = Contract.model_validate(found)
-        if epsilon in arm.rates:
-            whole = slower(whole, arm.rates[epsilon])
+        if epsilon in arm.lr_scale:
+            whole = slower(whole, arm.lr_scale[epsilon])
     except ValidationError as error:
         raise contract_error(error, f"the study's arm '{name}'", Contract) from None
     if arm.masked:

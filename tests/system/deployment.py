@@ -197,7 +197,7 @@ class Member:
         text = template.read_text()
         for line, other in {
             "contracts = []": f"contracts = {json.dumps(hashes)}",
-            'repeated = "refuse"': 'repeated = "keep"',
+            'duplicate_records = "refuse"': 'duplicate_records = "keep"',
             "min_records = 100": "min_records = 10",
             "allow_without_dp = false": "allow_without_dp = true",
             "min_quorum = 2": "min_quorum = 1",

@@ -60,7 +60,7 @@ def plain(keys: dict[str, str]) -> Contract:
         quorum=len(keys),
         privacy={"mode": "none"},
         deadline_seconds=DEADLINE,
-        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
 
 
@@ -68,7 +68,7 @@ def masked(keys: dict[str, str]) -> Contract:
     return plain(keys).changed(
         quorum=3,
         secure_aggregation={"threshold": 3, "bound": 4.0},
-        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
 
 
@@ -122,7 +122,7 @@ def killed_at(process: str, point: str, number: int) -> Callable[[Deployment], s
         first(d).stop_at(point, number)
         other = list(d.members.values())[-1]
         if point == "endorse":  # a stage only if a site is missing
-            d.use(phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}])
+            d.use(phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_lr": 0.5}])
             other.stop_at("asked", number)
         name, run = d.begin()
         wait_for(first(d).stopped, f"round {number}, {point}", 150)
@@ -144,7 +144,7 @@ def killed_through(process: str) -> Callable[[Deployment], str]:
                     "trains": "head",
                     "rounds": len(POINTS) - 1,
                     "sampling_rate": 1.0,
-                    "head_rate": 0.5,
+                    "head_lr": 0.5,
                 }
             ]
         )
@@ -179,7 +179,7 @@ def joined_while_away(d: Deployment) -> str:
     each; the fourth joins at the next."""
     d.use(
         deadline_seconds=45.0,
-        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
     *three, fourth = d.members.values()
     for service in (fourth.node, fourth.worker):
@@ -290,7 +290,7 @@ def late(d: Deployment) -> str:
     d.use(
         deadline_seconds=15.0,
         quorum=1,
-        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
     first(d).stop_at("answered", 1)
     name, run = d.begin()
@@ -486,7 +486,7 @@ def full_at_the_server(d: Deployment) -> str:
 
 def corrupt(d: Deployment) -> str:
     """One bit of the last committed round: the round before is gone back to, and it is said."""
-    d.use(phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}])
+    d.use(phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}])
     first(d).stop_at("asked", 3)
     name, run = d.begin()
     wait_for(first(d).stopped, "round 3", 90)

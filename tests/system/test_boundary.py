@@ -136,7 +136,7 @@ class Deployment:
         self.contract_file.write_text(self.contract.model_dump_json())
         text = self.config.read_text()
         for old, new in (
-            ('repeated = "refuse"', 'repeated = "keep"'),
+            ('duplicate_records = "refuse"', 'duplicate_records = "keep"'),
             ("epsilon = 8.0", "epsilon = 30.0"),
             ("contracts = []", f'contracts = ["{self.contract.hash}"]'),
             ("min_sites = 2", "min_sites = 1"),
@@ -232,7 +232,7 @@ def contract(table_contract: Contract) -> Contract:
     return table_contract.changed(
         quorum=1,
         sites=[{"name": "north"}],
-        phases=[{"trains": "head", "rounds": ROUNDS, "sampling_rate": 0.5, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": ROUNDS, "sampling_rate": 0.5, "head_lr": 0.5}],
     )
 
 

@@ -44,7 +44,7 @@ def contract(table_contract: Contract) -> Contract:
                 "rounds": 20_000,
                 "sampling_rate": 0.5,
                 "local_steps": 2,
-                "head_rate": 0.5,
+                "head_lr": 0.5,
             }
         ],
     )

@@ -64,7 +64,7 @@ def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
         quorum=3,
         secure_aggregation={"threshold": 3, "bound": 4.0},
         deadline_seconds=20.0,
-        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_lr": 0.5}],
     )
     files = {s: write_rows(tmp_path / s / "rows.csv", 60, seed=i) for i, s in enumerate(SITES)}
     contract_file = tmp_path / "contract.json"

@@ -54,7 +54,7 @@ def site(
     write_rows(Path("my site/records.csv"), 120).chmod(0o600)
     found = Site(Path("my site/site.toml"))
     edit(found, "contracts = []", f'contracts = ["{table_contract.hash}"]')
-    edit(found, 'repeated = "refuse"', 'repeated = "keep"')
+    edit(found, 'duplicate_records = "refuse"', 'duplicate_records = "keep"')
     assert run("site", "sign", "--config", found.config)[0] == 0
     return found
 

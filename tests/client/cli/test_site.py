@@ -50,7 +50,7 @@ def site(run: Run, table_contract: Contract, write_rows: Rows, tmp_path: Path) -
     write_rows(tmp_path / "north" / "rows.csv", 120).chmod(0o600)
     found = Site(tmp_path / "north" / "site.toml")
     edit(found, "contracts = []", f'contracts = ["{table_contract.hash}"]')
-    edit(found, 'repeated = "refuse"', 'repeated = "keep"')
+    edit(found, 'duplicate_records = "refuse"', 'duplicate_records = "keep"')
     run("site", "sign", "--config", found.config)
     return found
 
@@ -255,7 +255,7 @@ def test_the_room_is_what_still_fits(run: Run, site: Site, table_contract: Contr
         other = table_contract.changed(
             name="other",
             privacy={"epsilon": epsilon},
-            phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}],
+            phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}],
         )
         Path("contract.json").write_text(other.model_dump_json())
         assert checks(run, site, code=1)["privacy budget"]["state"] == state
@@ -391,8 +391,8 @@ def test_a_sites_own_model(run: Run, site: Site, table_contract: Contract, tmp_p
     """What the run left here, in the place of what was released, for `silotune adapter` to use."""
     last = table_contract.model_dump(mode="json")["phases"][-1]
     contract = table_contract.changed(
-        phases=[last | {"personal": "copies", "proximal": 0.1, "budget": 1.0}],
-        aggregation={"momentum": 0.0},
+        phases=[last | {"personal": "mean-regularised", "proximal_mu": 0.1, "budget_share": 1.0}],
+        aggregation={"server_momentum": 0.0},
     )
     edit(site, table_contract.hash, contract.hash)
     run("site", "sign", "--config", site.config)

@@ -298,7 +298,7 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
         )
     connection.close()
     policy = permitting(table_contract, "north", sqlite, None)
-    data = Data(url=f"sqlite:///{sqlite}", query=QUERY, repeated="keep")
+    data = Data(url=f"sqlite:///{sqlite}", query=QUERY, duplicate_records="keep")
     worker = Worker(
         policy.model_copy(update={"data": data}), table_contract, Ledger.in_memory("north")
     )

@@ -100,8 +100,8 @@ def _with_phases(contract: Contract, phases: Sequence[tuple[int, int, float, flo
                 "rounds": r,
                 "local_steps": k,
                 "sampling_rate": q,
-                "budget": b,
-                "head_rate": 1.0,
+                "budget_share": b,
+                "head_lr": 1.0,
             }
             for r, k, q, b in phases
         ]

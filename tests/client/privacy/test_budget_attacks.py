@@ -319,7 +319,7 @@ def test_a_key_named_later(home: Home) -> None:
 def test_duplicated_records_stop_a_worker_that_wants_them_apart(home: Home) -> None:
     policy = home.policy(file=duplicated(home))
     policy = policy.model_copy(
-        update={"data": policy.data.model_copy(update={"repeated": "refuse"})}
+        update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
     with pytest.raises(DataError) as error:
         home.worker(policy=policy)
@@ -418,7 +418,7 @@ def test_forged_policy(home: Home) -> None:
 POLICY = """name = "north"
 [data]
 file = "rows.csv"
-repeated = "keep"
+duplicate_records = "keep"
 [budgets.record]
 epsilon = 8.0
 delta = 1e-4
@@ -703,7 +703,7 @@ def test_a_disk_without_room_for_the_reply_spends_nothing(
 def test_two_workers_at_once(home: Home) -> None:
     """Each with a ledger of its own on one folder: what both are granted stays in the limit."""
     contract = home.contract.changed(
-        phases=[{"trains": "head", "rounds": 24, "sampling_rate": 0.5, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 24, "sampling_rate": 0.5, "head_lr": 0.5}]
     )
     limit = Limit(9.5, contract.privacy.delta)
     budget = policies.Budgets.Budget(epsilon=limit.epsilon, delta=limit.delta)
@@ -755,7 +755,7 @@ def test_two_workers_of_two_contracts(home: Home) -> None:
 def test_the_number_of_a_receipt_does_not_tell_which_records_are_there(home: Home) -> None:
     """Two worlds that differ in one row of the second run's file, with one and the same asking."""
     contract = home.contract.changed(
-        phases=[{"trains": "head", "rounds": 12, "sampling_rate": 0.5, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 12, "sampling_rate": 0.5, "head_lr": 0.5}]
     )
     code(home.worker(contract), 1)
     world = home.folder.with_name("world")

@@ -22,12 +22,12 @@ ORDERS = [2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64]
 
 def entities(contract: Contract, cap: int) -> Contract:
     """`contract` for persons with up to `cap` rows, in two phases of unlike rates."""
-    phase = {"trains": "head", "head_rate": 0.5}
+    phase = {"trains": "head", "head_lr": 0.5}
     return contract.changed(
-        privacy={"unit": "entity", "entity": {"key": ["person"], "cap": cap}},
+        privacy={"unit": "entity", "entity": {"key": ["person"], "max_records_per_entity": cap}},
         phases=[
-            {**phase, "rounds": 4, "local_steps": 3, "sampling_rate": 0.3, "budget": 0.4},
-            {**phase, "rounds": 5, "sampling_rate": 0.1, "budget": 0.6, "noise_decay": 0.8},
+            {**phase, "rounds": 4, "local_steps": 3, "sampling_rate": 0.3, "budget_share": 0.4},
+            {**phase, "rounds": 5, "sampling_rate": 0.1, "budget_share": 0.6, "noise_decay": 0.8},
         ],
     )
 

@@ -484,14 +484,14 @@ def contract_of(task: str) -> Contract:
     return tiny.contract_of(
         task,
         "bert",
-        privacy={"clip_norm": 0.1, "expected_records": 16.0, "epsilon": LIMIT, "delta": 1e-4},
+        privacy={"clip_norm": 0.1, "expected_units": 16.0, "epsilon": LIMIT, "delta": 1e-4},
         phases=[
             {
                 "trains": "head+adapter",
                 "rounds": 2,
                 "sampling_rate": 1.0,
-                "head_rate": 1.0,
-                "adapter_rate": 1.0,
+                "head_lr": 1.0,
+                "adapter_lr": 1.0,
             }
         ],
     )

@@ -219,7 +219,7 @@ SITE = """
 name = "south"
 [data]
 file = "rows.csv"
-repeated = "keep"
+duplicate_records = "keep"
 [budgets.record]
 epsilon = 8.0
 delta = 1e-4
@@ -334,11 +334,11 @@ DECAY, STEPS = 0.8, 3
 
 @pytest.fixture
 def decaying(table_contract: Contract) -> Contract:
-    phase = {"trains": "head", "sampling_rate": 0.3, "head_rate": 0.5}
+    phase = {"trains": "head", "sampling_rate": 0.3, "head_lr": 0.5}
     return table_contract.changed(
         phases=[
-            {**phase, "rounds": 5, "local_steps": STEPS, "budget": 0.6, "noise_decay": DECAY},
-            {**phase, "rounds": 4, "local_steps": 2, "budget": 0.4},
+            {**phase, "rounds": 5, "local_steps": STEPS, "budget_share": 0.6, "noise_decay": DECAY},
+            {**phase, "rounds": 4, "local_steps": 2, "budget_share": 0.4},
         ]
     )
 
@@ -463,7 +463,7 @@ def test_noise_does_not_decay_to_nothing(
         "trains": "head",
         "rounds": rounds,
         "sampling_rate": 0.1,
-        "head_rate": 0.5,
+        "head_lr": 0.5,
         "noise_decay": decay,
     }
     if fits:
@@ -486,12 +486,12 @@ def test_the_shares_add_up_and_are_the_zcdp_budgets_without_sampling(
     table_contract: Contract,
 ) -> None:
     """At q = 1 the RDP of a Gaussian is linear in 1 / sigma^2: shares are exactly the budgets."""
-    phase = {"trains": "head", "sampling_rate": 1.0, "head_rate": 0.5}
+    phase = {"trains": "head", "sampling_rate": 1.0, "head_lr": 0.5}
     contract = table_contract.changed(
         phases=[
-            {**phase, "rounds": 2, "budget": 0.5},
-            {**phase, "rounds": 7, "budget": 0.3},
-            {**phase, "rounds": 4, "budget": 0.2, "noise_decay": 0.7},
+            {**phase, "rounds": 2, "budget_share": 0.5},
+            {**phase, "rounds": 7, "budget_share": 0.3},
+            {**phase, "rounds": 4, "budget_share": 0.2, "noise_decay": 0.7},
         ]
     )
     found = plan(contract)

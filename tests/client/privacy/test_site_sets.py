@@ -212,7 +212,7 @@ def with_absences(
 @pytest.fixture
 def long(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]) -> Federation:
     contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 12, "sampling_rate": 0.5, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 12, "sampling_rate": 0.5, "head_lr": 0.5}]
     )
     return Federation(contract, tmp_path, write_rows)
 

@@ -61,7 +61,7 @@ def test_what_is_agreed_is_written_and_signed(
     before = (folder / "north" / "site.toml").read_text()
     done = join(
         "--set",
-        "data.repeated=keep",
+        "data.duplicate_records=keep",
         "--set",
         "permits.min_records=20",
         "--set",
@@ -72,7 +72,7 @@ def test_what_is_agreed_is_written_and_signed(
     assert "policy number 1 of north" in done.output
     policy = policies.load(folder / "north" / "site.toml")
     assert policy.permits.contracts == (table_contract.hash,)
-    assert (policy.data.repeated, policy.data.key, policy.permits.min_records) == (
+    assert (policy.data.duplicate_records, policy.data.key, policy.permits.min_records) == (
         "keep",
         ("age",),
         20,
@@ -144,11 +144,11 @@ def test_a_link_to_the_policy_stays_one(folder: Path, join: Join) -> None:
 @pytest.mark.parametrize(
     ("setting", "kind"),
     [
-        ("data.repeated=sometimes", ContractError),
+        ("data.duplicate_records=sometimes", ContractError),
         ("data.nonsense=1", ContractError),
         ("permits.min_records=-1", ContractError),
         ("permits.contracts=[]", None),
-        ("data.repeated", UsageError),
+        ("data.duplicate_records", UsageError),
         ("name.x=1", UsageError),
         ("permits=1", UsageError),
     ],

@@ -63,7 +63,7 @@ def test_a_policy_is_read_and_its_paths_start_at_its_folder(tmp_path: Path) -> N
     assert found.limits == {"record": Limit(8.0, 1e-4)}
     # What is not said is the narrow choice.
     assert not found.permits.allow_without_dp
-    assert found.data.repeated == "refuse"
+    assert found.data.duplicate_records == "refuse"
     assert found.permits.max_clip_norm == 1.0
     assert found.permits.min_sites == found.permits.min_quorum == 2
 
@@ -106,7 +106,7 @@ def test_a_policy_is_read_and_its_paths_start_at_its_folder(tmp_path: Path) -> N
         (f'["{"a" * 64}"]', f'["{"A" * 64}"]', "permits.contracts.1"),
         (f'["{"a" * 64}"]', f'["{"a" * 63}"]', "permits.contracts.1"),
         ('key = ["patient"]', 'key = "patient"', "data.key"),
-        ('key = ["patient"]', 'repeated = "ignore"', "data.repeated"),
+        ('key = ["patient"]', 'duplicate_records = "ignore"', "data.duplicate_records"),
         ('name = "north"', 'name = "../north"', "'name'"),
         (".org:8000", ".org", "server.address"),
         ("[server]", "[serve]", "Unknown key 'serve'"),
@@ -278,7 +278,7 @@ def test_too_few_records_are_refused_without_their_number(policy: Policy) -> Non
 def test_repeated_records_are_refused_unless_the_owner_keeps_them(policy: Policy) -> None:
     policy.check_records(records(5, 4))
     refusing = policy.model_copy(
-        update={"data": policy.data.model_copy(update={"repeated": "refuse"})}
+        update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
     refusing.check_records(records(5, 5))
     with pytest.raises(DataError, match="the same record more than once") as error:
@@ -531,7 +531,7 @@ def test_a_contract_without_masks_is_refused_where_it_could_have_them(
 def test_a_method_that_needs_each_update_by_itself_goes_without_masks(
     lora_contract: Contract, method: str
 ) -> None:
-    contract = of_sites(lora_contract, 3, aggregation={"method": method, "momentum": 0.0})
+    contract = of_sites(lora_contract, 3, aggregation={"method": method, "server_momentum": 0.0})
     assert not contract.can_be_masked
     assert of_sites(lora_contract, 3).can_be_masked
 

@@ -56,10 +56,10 @@ def contract_with(table_contract: Contract, **adaptive: Any) -> Contract:
         },
         privacy={
             "clip_norm": 0.5,
-            "expected_records": float(N),
-            "adaptive": {"highest": 5.0} | adaptive,
+            "expected_units": float(N),
+            "adaptive": {"max_clip_norm": 5.0} | adaptive,
         },
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 1e-9}],
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 1e-9}],
     )
 
 
@@ -313,7 +313,7 @@ def test_a_broken_share_is_caught(
 
 # --- the server's update ---------------------------------------------------------------------
 
-SETTINGS = AdaptiveClipping(quantile=0.3, rate=0.5, lowest=0.01, highest=2.0)
+SETTINGS = AdaptiveClipping(quantile=0.3, lr=0.5, min_clip_norm=0.01, max_clip_norm=2.0)
 SHARES: dict[Metric, tuple[float, float]] = {"unclipped": (0.0, 1.0)}
 
 
@@ -352,12 +352,12 @@ def test_the_clip_norm_stays_within_its_bounds() -> None:
         up = next_clip_norm(up, 0.0, SETTINGS)
         down = next_clip_norm(down, 1.0, SETTINGS)
     assert (down, up) == (0.01, 2.0)
-    wild = SETTINGS.model_copy(update={"rate": 10.0})
+    wild = SETTINGS.model_copy(update={"lr": 10.0})
     assert next_clip_norm(0.5, 1.0, wild) == 0.01
 
 
 def test_the_largest_rate_goes_to_the_bound() -> None:
-    wild = SETTINGS.model_copy(update={"rate": 10.0})
+    wild = SETTINGS.model_copy(update={"lr": 10.0})
     assert next_clip_norm(0.5, 0.0, wild) == 2.0
 
 
@@ -381,7 +381,7 @@ def test_a_run_finds_the_quantile(
     bins = 20
     edges = list(range(1, bins))
     levels = (np.arange(bins) + 1) / (bins + 1)
-    contract = contract_with(table_contract, quantile=quantile, rate=0.6).changed(
+    contract = contract_with(table_contract, quantile=quantile, lr=0.6).changed(
         input={
             "columns": [
                 {
@@ -393,8 +393,8 @@ def test_a_run_finds_the_quantile(
                 }
             ]
         },
-        privacy={"expected_records": 200.0, "epsilon": 100.0, "clip_norm": 0.2},
-        phases=[{"trains": "head", "rounds": 40, "sampling_rate": 1.0, "head_rate": 1e-9}],
+        privacy={"expected_units": 200.0, "epsilon": 100.0, "clip_norm": 0.2},
+        phases=[{"trains": "head", "rounds": 40, "sampling_rate": 1.0, "head_lr": 1e-9}],
     )
     weight = np.zeros((2, bins + 1), np.float32)
     weight[1, :bins] = np.log(levels / (1 - levels)) / 2
@@ -493,7 +493,7 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
     """Everybody is clipped: twice the norm gives twice the sum."""
     monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     contract = adaptive.changed(
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 10.0}]
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 10.0}]
     )
     worker = make_worker(contract, everybody(tmp_path / "rows.csv"))
     monkeypatch.setattr(NoiseSource, "normal", lambda self, shape: np.zeros(shape))
@@ -567,15 +567,21 @@ def test_it_costs_what_the_plan_costs_without(
 @pytest.mark.parametrize(
     ("privacy", "told"),
     [
-        ({"clip_norm": 6.0}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
-        ({"clip_norm": 1e-4}, "clip_norm must lie between adaptive.lowest and adaptive.highest"),
+        (
+            {"clip_norm": 6.0},
+            "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm",
+        ),
+        (
+            {"clip_norm": 1e-4},
+            "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm",
+        ),
         ({"mode": "none"}, 'mode = "none" does not clip'),
         ({"adaptive": {"quantile": 1.0}}, "privacy.adaptive.quantile"),
         ({"adaptive": {"quantile": 0.0}}, "privacy.adaptive.quantile"),
         ({"adaptive": {"share": 0.0}}, "privacy.adaptive.share"),
         ({"adaptive": {"share": 0.51}}, "privacy.adaptive.share"),
-        ({"adaptive": {"rate": math.nan}}, "privacy.adaptive.rate"),
-        ({"adaptive": {"highest": math.inf}}, "privacy.adaptive.highest"),
+        ({"adaptive": {"lr": math.nan}}, "privacy.adaptive.lr"),
+        ({"adaptive": {"max_clip_norm": math.inf}}, "privacy.adaptive.max_clip_norm"),
     ],
 )
 def test_a_contract_that_means_nothing_is_refused(

@@ -146,7 +146,7 @@ CONTRACT: list[Contract] = []
 def contract(table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contract]:
     monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
     found = table_contract.changed(
-        privacy={"clip_norm": CLIP, "expected_records": EXPECTED},
+        privacy={"clip_norm": CLIP, "expected_units": EXPECTED},
         releases=[{"metric": "loss", "share": 0.19}],
         phases=[
             {
@@ -154,7 +154,7 @@ def contract(table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Itera
                 "rounds": 2,
                 "sampling_rate": 1.0,
                 "local_steps": STEPS,
-                "head_rate": RATE,
+                "head_lr": RATE,
                 "adam": {"beta1": BETA1, "beta2": BETA2, "floor": FLOOR},
             }
         ],

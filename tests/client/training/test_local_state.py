@@ -25,7 +25,7 @@ from silotune.server.storage.run_store import Registry
 from tests import tiny
 from tests.federation import EXACT, SITES, ask, of_method, play, team, worker_of
 
-PLAIN = {"mode": "none", "expected_records": 24.0}
+PLAIN = {"mode": "none", "expected_units": 24.0}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_reply_with_a_tensor_that_should_stay_does_not_leave(
 def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Path) -> None:
     """Two sites with the same rows and other noise: their own tensors are as far apart as the
     plan's noise says, and so is what they sent."""
-    contract = with_last(of_method("fedsa", keys), rounds=1, adapter_rate=1.0, head_rate=1.0)
+    contract = with_last(of_method("fedsa", keys), rounds=1, adapter_lr=1.0, head_lr=1.0)
     owns: list[Own] = []
     sent: list[Arrays] = []
     for seed in (0, 1):
@@ -147,7 +147,7 @@ def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Pa
         sent.append(reply.arrays)
     mechanism = mechanism_of(contract, worker.plan, contract.rounds)
     p = contract.privacy
-    step = mechanism.noise_multiplier * p.clip_norm / (p.expected_records * mechanism.sampling_rate)
+    step = mechanism.noise_multiplier * p.clip_norm / (p.expected_units * mechanism.sampling_rate)
     expected = math.sqrt(2 * mechanism.steps) * step
     for first, second in ((owns[0].tensors, owns[1].tensors), (sent[0], sent[1])):
         apart = np.concatenate([(first[n] - second[n]).ravel() for n in first])
@@ -159,11 +159,11 @@ def test_a_head_of_its_own_is_a_head_trained_alone(keys: dict[str, Keys], tmp_pa
     """With an adapter that stands still each site's head comes to what plain steps at the site by
     itself come to, and the mean of its later iterates is what is used."""
     plain = of_method("ffa", keys, privacy=PLAIN)
-    last = {"adapter_rate": 1e-9, "head_rate": 0.5, "rounds": 4}
+    last = {"adapter_lr": 1e-9, "head_lr": 0.5, "rounds": 4}
     shared = with_last(plain, personal="head", **last)
     shared = shared.changed(
-        phases=[shared.model_dump(mode="json")["phases"][1] | {"budget": 1.0}],
-        aggregation={"average_from": 0.5},
+        phases=[shared.model_dump(mode="json")["phases"][1] | {"budget_share": 1.0}],
+        aggregation={"averaging_start": 0.5},
     )
     run, workers, _ = run_of(shared, tmp_path / "shared", keys)
     single = with_last(shared, personal=None).changed(
@@ -195,13 +195,13 @@ def test_copies_go_from_each_alone_to_one_for_all(keys: dict[str, Keys], tmp_pat
     for place, pull in enumerate((1e-9, 1.0, 8.0)):
         contract = with_last(
             of_method("ffa", keys, privacy=PLAIN),
-            personal="copies",
-            proximal=pull,
-            head_rate=0.1,
-            adapter_rate=0.1,
+            personal="mean-regularised",
+            proximal_mu=pull,
+            head_lr=0.1,
+            adapter_lr=0.1,
             rounds=6,
             local_steps=2,
-        ).changed(aggregation={"average_from": 0.9})
+        ).changed(aggregation={"averaging_start": 0.9})
         run, workers, _ = run_of(contract, tmp_path / str(place), keys)
         copies = [own_of(worker).tensors for worker in workers.values()]
         released = run.registry.adapter()
@@ -292,8 +292,8 @@ def controlled(keys: dict[str, Keys], control: str | None = "scaffold", **more: 
         control=control,
         local_steps=4,
         rounds=5,
-        head_rate=0.3,
-        adapter_rate=0.1,
+        head_lr=0.3,
+        adapter_lr=0.1,
     )
     weights = {"north": 1.0, "south": 2.0, "east": 0.5}
     return contract.changed(
@@ -345,17 +345,17 @@ def test_scaffold_drifts_less(keys: dict[str, Keys], tmp_path: Path) -> None:
         contract = tiny.contract_of("classification", "one-hot").changed(
             privacy=PLAIN,
             quorum=3,
-            aggregation={"momentum": 0.0, "average_from": 0.9},
+            aggregation={"server_momentum": 0.0, "averaging_start": 0.9},
             sites=[{"name": site, "public_key": keys[site].public} for site in SITES],
             phases=[
                 {
                     "trains": "head",
                     "rounds": rounds,
                     "sampling_rate": 1.0,
-                    "budget": 1.0,
+                    "budget_share": 1.0,
                     "local_steps": steps,
-                    "head_rate": rate,
-                    "control": control,
+                    "head_lr": rate,
+                    "drift_correction": control,
                 }
             ],
         )
@@ -473,35 +473,60 @@ def test_sites_of_lower_rank_under_masks(keys: dict[str, Keys], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("method", "last", "more", "why"),
     [
-        ("ffa", {"personal": "copies"}, {}, "needs proximal"),
-        ("ffa", {"personal": "copies", "proximal": 0.1}, {"momentum": 0.9}, "plain mean"),
+        ("ffa", {"personal": "mean-regularised"}, {}, "needs proximal_mu"),
         (
             "ffa",
-            {"personal": "copies", "proximal": 0.1},
+            {"personal": "mean-regularised", "proximal_mu": 0.1},
+            {"server_momentum": 0.9},
+            "plain mean",
+        ),
+        (
+            "ffa",
+            {"personal": "mean-regularised", "proximal_mu": 0.1},
             {"robust": {"rule": "median"}},
             "plain mean",
         ),
-        ("ffa", {"personal": "copies", "proximal": 0.1}, {"largest_norm": 1.0}, "plain mean"),
         (
             "ffa",
-            {"personal": "copies", "proximal": 0.1},
-            {"gate": {"metric": "auc", "most": 0.1}},
+            {"personal": "mean-regularised", "proximal_mu": 0.1},
+            {"max_update_norm": 1.0},
             "plain mean",
         ),
-        ("ffa", {"personal": "copies", "proximal": 0.5}, {}, "overshoot"),
-        ("ffa", {"proximal": 0.5, "local_steps": 2}, {}, "overshoot"),
-        ("ffa", {"personal": "copies", "proximal": 0.1, "adam": {}}, {}, "not the gradient"),
-        ("fedsvd", {"personal": "copies", "proximal": 0.1}, {}, "does not go with"),
+        (
+            "ffa",
+            {"personal": "mean-regularised", "proximal_mu": 0.1},
+            {"gate": {"metric": "auc", "max_degradation": 0.1}},
+            "plain mean",
+        ),
+        ("ffa", {"personal": "mean-regularised", "proximal_mu": 0.5}, {}, "overshoot"),
+        ("ffa", {"proximal_mu": 0.5, "local_steps": 2}, {}, "overshoot"),
+        (
+            "ffa",
+            {"personal": "mean-regularised", "proximal_mu": 0.1, "adam": {}},
+            {},
+            "not the gradient",
+        ),
+        ("fedsvd", {"personal": "mean-regularised", "proximal_mu": 0.1}, {}, "does not go with"),
         ("fedavg", {"personal": "adapter"}, {}, "does not go with"),
-        ("fedsvd", {"control": "scaffold", "local_steps": 2}, {}, "does not go with"),
-        ("ffa", {"control": "scaffold", "local_steps": 2, "rounds": 1}, {}, "several rounds"),
-        ("ffa", {"control": "scaffold"}, {}, "several plain local steps"),
-        ("ffa", {"control": "scaffold", "local_steps": 2, "proximal": 0.1}, {}, "several plain"),
-        ("fedsa", {}, {"gate": {"metric": "auc", "most": 0.1}}, "no site's model"),
+        ("fedsvd", {"drift_correction": "scaffold", "local_steps": 2}, {}, "does not go with"),
+        (
+            "ffa",
+            {"drift_correction": "scaffold", "local_steps": 2, "rounds": 1},
+            {},
+            "several rounds",
+        ),
+        ("ffa", {"drift_correction": "scaffold"}, {}, "several plain local steps"),
+        (
+            "ffa",
+            {"drift_correction": "scaffold", "local_steps": 2, "proximal_mu": 0.1},
+            {},
+            "several plain",
+        ),
+        ("fedsa", {}, {"gate": {"metric": "auc", "max_degradation": 0.1}}, "no site's model"),
         ("ffa", {"personal": "head"}, {"early_stop": {"metric": "auc"}}, "no site's model"),
         (
             "ffa",
-            {"control": "scaffold", "local_steps": 2},
+            {"drift_correction": "scaffold", "local_steps": 2},
             {"robust": {"rule": "median"}},
             "add up",
         ),
@@ -521,17 +546,17 @@ def test_other_impossible_plans(keys: dict[str, Keys]) -> None:
     both = contract.model_dump(mode="json")["phases"][1]
     with pytest.raises(ContractError, match="last phase"):
         contract.changed(
-            phases=[both | {"personal": "head", "budget": 0.5}, both | {"budget": 0.5}]
+            phases=[both | {"personal": "head", "budget_share": 0.5}, both | {"budget_share": 0.5}]
         )
     with pytest.raises(ContractError, match="nothing to federate"):
-        contract.changed(phases=[head | {"personal": "head", "budget": 1.0}], adapter=None)
+        contract.changed(phases=[head | {"personal": "head", "budget_share": 1.0}], adapter=None)
     with pytest.raises(ContractError, match="not what this phase trains"):
-        contract.changed(phases=[head | {"personal": "adapter", "budget": 1.0}], adapter=None)
+        contract.changed(phases=[head | {"personal": "adapter", "budget_share": 1.0}], adapter=None)
     sites = [{"name": "north", "rank": 9}, {"name": "south"}, {"name": "east"}]
     with pytest.raises(ContractError, match="rank = 9"):
         contract.changed(sites=sites)
     with pytest.raises(ContractError, match="needs LoRA"):
-        contract.changed(sites=sites, adapter=None, phases=[head | {"budget": 1.0}])
+        contract.changed(sites=sites, adapter=None, phases=[head | {"budget_share": 1.0}])
 
 
 @pytest.mark.parametrize(
@@ -539,7 +564,7 @@ def test_other_impossible_plans(keys: dict[str, Keys]) -> None:
     [
         ("fedex", {}, {}),
         ("ffa", {}, {"robust": {"rule": "median"}}),
-        ("ffa", {"control": "scaffold", "local_steps": 2}, {}),
+        ("ffa", {"drift_correction": "scaffold", "local_steps": 2}, {}),
         ("ffa", {"personal": "head"}, {}),
     ],
 )
@@ -563,12 +588,12 @@ def test_the_mean_of_copies_holds_when_a_site_is_missing(
     """A copy that has not moved counts in the mean as it is."""
     contract = with_last(
         of_method("ffa", keys, privacy=PLAIN),
-        personal="copies",
-        proximal=1.0,
-        head_rate=0.2,
-        adapter_rate=0.2,
+        personal="mean-regularised",
+        proximal_mu=1.0,
+        head_lr=0.2,
+        adapter_lr=0.2,
         rounds=5,
-    ).changed(quorum=2, aggregation={"average_from": 0.9})
+    ).changed(quorum=2, aggregation={"averaging_start": 0.9})
     workers = team(contract, "classification", "bert", tmp_path / "w", keys)
     handles: dict[str, Any] = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()

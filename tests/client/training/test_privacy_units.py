@@ -92,8 +92,11 @@ def written(path: Path, rows: Rows, header: str = HEADER) -> Path:
 def by_entity(contract: Contract, **entity: Any) -> Contract:
     """`contract` protecting patients, with everybody sampled and one step a round."""
     return contract.changed(
-        privacy={"unit": "entity", "entity": {"key": ["patient"], "cap": 3} | entity},
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": RATE}],
+        privacy={
+            "unit": "entity",
+            "entity": {"key": ["patient"], "max_records_per_entity": 3} | entity,
+        },
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": RATE}],
         releases=RELEASES,
     )
 
@@ -196,7 +199,7 @@ def agree(found: Sum, expected: Sum) -> None:
 # --- properties that a mutation below must break ---------------------------------------------
 
 CHOICES = [
-    {"cap": cap, "keep": keep, "combine": combine}
+    {"max_records_per_entity": cap, "select": keep, "reduce": combine}
     for cap in (1, 2, 3, 9)
     for keep in ("first", "last")
     for combine in ("mean", "sum")
@@ -211,7 +214,11 @@ def the_released_sums_are_those_by_hand(released: Released) -> None:
 def an_entity_moves_the_gradients_by_at_most_the_clip_norm(released: Released) -> None:
     """Whoever is left out, and also somebody with many rows that all pull the same way."""
     crowd = [*ROWS, *[("z", 30, "yes", 0)] * 40]
-    for entity in ({"cap": 50, "combine": "sum"}, {"cap": 50}, {"cap": 2, "combine": "sum"}):
+    for entity in (
+        {"max_records_per_entity": 50, "reduce": "sum"},
+        {"max_records_per_entity": 50},
+        {"max_records_per_entity": 2, "reduce": "sum"},
+    ):
         whole = released(crowd, **entity)
         moved = []
         for patient in "acz":
@@ -246,7 +253,7 @@ def entities_are_sampled_whole(released: Released) -> None:
     contract = by_entity(released.contract, combine="sum").changed(
         privacy={"clip_norm": 100.0},
         releases=[],
-        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": RATE}],
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_lr": RATE}],
     )
     rows: Rows = [(f"p{k}", 70, "no", 1) for k in range(20)] * 3
     one = of_record(70, "no", 1)[0]
@@ -337,7 +344,9 @@ def no_cap(patch: Patch) -> None:
     patch.setattr(
         privacy_units,
         "of_entities",
-        lambda table_, entity: original(table_, entity.model_copy(update={"cap": 10**6})),
+        lambda table_, entity: original(
+            table_, entity.model_copy(update={"max_records_per_entity": 10**6})
+        ),
     )
 
 
@@ -346,7 +355,7 @@ def the_last_rows_for_the_first(patch: Patch) -> None:
     patch.setattr(
         privacy_units,
         "of_entities",
-        lambda table_, entity: original(table_, entity.model_copy(update={"keep": "last"})),
+        lambda table_, entity: original(table_, entity.model_copy(update={"select": "last"})),
     )
 
 
@@ -410,7 +419,7 @@ def grouped(found: Units) -> list[list[int]]:
 
 
 def entity(**changes: Any) -> Entity:
-    return Entity.model_validate({"key": ["patient"], "cap": 9} | changes)
+    return Entity.model_validate({"key": ["patient"], "max_records_per_entity": 9} | changes)
 
 
 def test_the_ways_of_writing_a_key_are_one_entity() -> None:
@@ -581,18 +590,18 @@ def test_rows_of_different_lengths_make_one_gradient(
             "input": {"kind": "text", "column": "note"},
             "task": lora_contract.model_dump(mode="json")["task"] | label,
             "privacy": {
-                "expected_records": 4.0,
+                "expected_units": 4.0,
                 "clip_norm": clip,
                 "unit": "entity",
-                "entity": {"key": ["patient"], "cap": 9, "combine": combine},
+                "entity": {"key": ["patient"], "max_records_per_entity": 9, "reduce": combine},
             },
             "phases": [
                 {
                     "trains": "head+adapter",
                     "rounds": 1,
                     "sampling_rate": 1.0,
-                    "head_rate": 1.0,
-                    "adapter_rate": 1.0,
+                    "head_lr": 1.0,
+                    "adapter_lr": 1.0,
                 }
             ],
         }
@@ -883,7 +892,7 @@ def test_rows_of_one_entity_are_no_repeated_records(entities: Contract, tmp_path
     path = written(tmp_path / "rows.csv", ROWS)
     policy = named(entities, path)
     refusing = policy.model_copy(
-        update={"data": policy.data.model_copy(update={"repeated": "refuse"})}
+        update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
     worker = Worker(refusing, entities, Ledger.in_memory("north"))
     with pytest.raises(DataError, match="the same record more than once"):

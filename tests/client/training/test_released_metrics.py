@@ -111,11 +111,11 @@ def test_without_noise_the_metrics_are_the_means_over_the_expected_batch(
 ) -> None:
     contract = measured.changed(
         privacy={"mode": "none"},
-        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
     rows = 40
     found = ask(make_worker(contract, write_rows(tmp_path / "rows.csv", rows))).metrics
-    share = rows / contract.privacy.expected_records
+    share = rows / contract.privacy.expected_units
     assert found["loss"] == pytest.approx(share * np.log(2), rel=1e-5)  # the head starts at zero
     assert 0 < found["accuracy"] < share
 

@@ -250,7 +250,9 @@ def test_so_it_is_with_whichever_factor_of_lora_is_trained(
 ) -> None:
     contract = tiny.contract_of(kind, model, unit=unit)
     phases = [p | {"rounds": 2} for p in contract.model_dump(mode="json")["phases"]]
-    contract = contract.changed(phases=phases, aggregation={"method": method, "momentum": 0.0})
+    contract = contract.changed(
+        phases=phases, aggregation={"method": method, "server_momentum": 0.0}
+    )
     head = "" if kind == "language" else "head+"
     assert f"{head}{trained}" in contract.trainings
     network = model_of(contract, model)
@@ -542,12 +544,12 @@ def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatc
     monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
     rows = tiny.rows_of("tokens", 16)
     plain = tiny.contract_of("tokens", "bert")
-    schedule = {"shape": "linear", "warm_up": 1, "last": 0.5}
+    schedule = {"shape": "linear", "warmup_rounds": 1, "final_factor": 0.5}
     contract = changed_phases(plain, dropout=0.5, schedule=schedule, rounds=4)
     model = model_of(contract, "bert")
     for place, factor in ((1, 0.5), (2, 1.0), (3, 5 / 6), (4, 2 / 3)):
         whole, rest = (change(contract, model, kept, place) for kept in (rows, rows[1:]))
-        moved = np.linalg.norm(whole - rest) * contract.privacy.expected_records
+        moved = np.linalg.norm(whole - rest) * contract.privacy.expected_units
         assert 0 < moved <= CLIP * factor * (1 + 1e-5)
         unscheduled = change(changed_phases(contract, schedule=None), model, rows, place)
         np.testing.assert_allclose(whole, factor * unscheduled, rtol=1e-5, atol=1e-9)

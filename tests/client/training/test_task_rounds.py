@@ -77,7 +77,7 @@ def test_metrics_that_a_contract_pays_for(
         kind,
         model,
         releases=[{"metric": m, "share": 0.1, "bound": 9.0} for m in released],
-    ).changed(privacy={"mode": "none", "expected_records": 24.0})
+    ).changed(privacy={"mode": "none", "expected_units": 24.0})
     worker = worker_of(contract, kind, model, tmp_path)
     arrays = tiny.moved(worker.model)
     number, trains = contract.rounds, contract.phases[-1].trains
@@ -102,13 +102,13 @@ def test_metrics_that_a_contract_pays_for(
 def test_without_noise_a_task_of_each_kind_is_learnt(tmp_path: Path) -> None:
     """The steps go downhill: the loss on the records themselves gets smaller."""
     for kind, model in tiny.CASES:
-        rates = {"head_rate": 0.2} | ({} if model == "one-hot" else {"adapter_rate": 0.1})
+        rates = {"head_lr": 0.2} | ({} if model == "one-hot" else {"adapter_lr": 0.1})
         contract = tiny.contract_of(kind, model).changed(
-            privacy={"mode": "none", "expected_records": 24.0}
+            privacy={"mode": "none", "expected_units": 24.0}
         )
         (*_, last) = contract.model_dump(mode="json")["phases"]
         rates = {k: v for k, v in rates.items() if last[k] is not None}
-        phase = last | rates | {"rounds": 1, "local_steps": 12, "budget": 1.0}
+        phase = last | rates | {"rounds": 1, "local_steps": 12, "budget_share": 1.0}
         contract = contract.changed(phases=[phase])
         worker = worker_of(contract, kind, model, tmp_path)
         arrays = worker.model.initial_arrays()
@@ -174,7 +174,7 @@ def test_a_run_of_each_method_and_what_averaging_loses(
     """Each round trains the factors that its method says; where all sites share one of them the
     mean of the products is the product of the means, and else it is not."""
     keys = {site: Keys.in_memory() for site in SITES}
-    contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+    contract = of_method(method, keys, privacy={"mode": "none", "expected_units": 24.0})
     adapter, facts, seen = play(contract, "classification", "bert", tmp_path / "run", keys)
     assert facts[0].residual is None  # the head's
     if method in ("flexlora", "fedex"):  # which lose nothing of it
@@ -205,9 +205,9 @@ def test_a_run_of_each_method_and_what_averaging_loses(
 def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path: Path) -> None:
     """After each round another server reads the files and goes on, to the same bits."""
     keys = {site: Keys.in_memory() for site in SITES}
-    contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
+    contract = of_method(method, keys, privacy={"mode": "none", "expected_units": 24.0})
     contract = contract.changed(
-        aggregation={"momentum": 0.0 if method in ("flexlora", "fedex") else 0.9}
+        aggregation={"server_momentum": 0.0 if method in ("flexlora", "fedex") else 0.9}
     )
     whole, _, _ = play(contract, "classification", "bert", tmp_path / "whole", keys)
     folder = tmp_path / "broken"
@@ -232,8 +232,8 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
     keys = {site: Keys.in_memory() for site in SITES}
     off = {}
     for method in ("fedex", "fedavg"):
-        contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
-        phase = contract.model_dump(mode="json")["phases"][1] | {"rounds": 1, "budget": 1.0}
+        contract = of_method(method, keys, privacy={"mode": "none", "expected_units": 24.0})
+        phase = contract.model_dump(mode="json")["phases"][1] | {"rounds": 1, "budget_share": 1.0}
         contract = contract.changed(phases=[phase])
         folder = tmp_path / method
         workers = team(contract, "classification", "bert", folder, keys)
@@ -282,8 +282,8 @@ def test_fedsvd_is_ffa_in_other_coordinates_through_real_workers(tmp_path: Path)
     keys = {site: Keys.in_memory() for site in SITES}
     adapters = []
     for method in ("ffa", "fedsvd"):
-        contract = of_method(method, keys, privacy={"mode": "none", "expected_records": 24.0})
-        contract = contract.changed(aggregation={"momentum": 0.9})
+        contract = of_method(method, keys, privacy={"mode": "none", "expected_units": 24.0})
+        contract = contract.changed(aggregation={"server_momentum": 0.9})
         adapters.append(play(contract, "classification", "bert", tmp_path / method, keys)[0])
     first, second = adapters
     for name in first:
@@ -321,7 +321,7 @@ def test_a_masked_run_of_a_method_of_sums(method: str, tmp_path: Path) -> None:
 def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> None:
     """One of three sends its change a thousand times over; the median does not follow."""
     keys = {site: Keys.in_memory() for site in SITES}
-    plain = of_method("ffa", keys, privacy={"mode": "none", "expected_records": 24.0})
+    plain = of_method("ffa", keys, privacy={"mode": "none", "expected_units": 24.0})
     robust = plain.changed(aggregation={"robust": {"rule": "median"}})
     found = {}
     for name, contract in (("plain", plain), ("robust", robust)):
@@ -352,20 +352,20 @@ def test_a_proximal_term_holds_local_steps_back(tmp_path: Path) -> None:
     way that came before, so that the round comes no further than one step."""
     keys = {site: Keys.in_memory() for site in SITES}
     moved = {}
-    for proximal in (None, 10.0):
-        contract = of_method("ffa", keys, privacy={"mode": "none", "expected_records": 24.0})
+    for proximal_mu in (None, 10.0):
+        contract = of_method("ffa", keys, privacy={"mode": "none", "expected_units": 24.0})
         phase = contract.model_dump(mode="json")["phases"][0] | {
-            "head_rate": 0.1,
+            "head_lr": 0.1,
             "local_steps": 8,
-            "budget": 1.0,
-            "proximal": proximal,
+            "budget_share": 1.0,
+            "proximal_mu": proximal_mu,
         }
         contract = contract.changed(phases=[phase], adapter=None)
-        folder = tmp_path / str(proximal)
+        folder = tmp_path / str(proximal_mu)
         folder.mkdir()
         worker = worker_of(contract, "classification", "bert", folder)
         reply = ask(worker, 1, worker.model.initial_arrays())
-        moved[proximal] = float(np.linalg.norm(reply.arrays["head.weight"]))
+        moved[proximal_mu] = float(np.linalg.norm(reply.arrays["head.weight"]))
     assert 0 < moved[10.0] < 0.3 * moved[None]
 
 
@@ -377,7 +377,7 @@ def test_blocks_are_filled_wherever_records_are_private(
     private they are not needed: the gradient is the same but for roundings, with fewer rows."""
     keys = {site: Keys.in_memory() for site in SITES}
     more: dict[str, Any] = (
-        {} if mode == "dp" else {"privacy": {"mode": "none", "expected_records": 24.0}}
+        {} if mode == "dp" else {"privacy": {"mode": "none", "expected_units": 24.0}}
     )
     contract = of_method("ffa", keys, **more)
     worker = worker_of(

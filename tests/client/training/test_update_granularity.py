@@ -58,7 +58,7 @@ def told_of(
         sites=[{"name": s, "public_key": keys[s].public, "weight": w} for s, w in WEIGHTS.items()],
         quorum=3,
         secure_aggregation={},
-        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_lr": 0.5}],
     )
     sent: list[packing.Vector] = []
     join = packing.join
@@ -129,16 +129,16 @@ def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
     contract = table_contract.changed(
         sites=[{"name": "north", "public_key": keys.public}],
         quorum=1,
-        aggregation={"momentum": 0.0},
+        aggregation={"server_momentum": 0.0},
         phases=[
             {
                 "trains": "head",
                 "rounds": 2,
                 "sampling_rate": 0.5,
-                "head_rate": 2.0,
+                "head_lr": 2.0,
                 "local_steps": steps,
-                "personal": "copies",
-                "proximal": pull / 2.0,
+                "personal": "mean-regularised",
+                "proximal_mu": pull / 2.0,
             }
         ],
     )

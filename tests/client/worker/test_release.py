@@ -180,7 +180,7 @@ def test_a_metric_that_is_not_finite_or_too_large_does_not_leave(
     assert str(value) not in sentence
 
 
-def test_the_largest_metric_and_the_largest_norm_may_leave(contract: Contract) -> None:
+def test_the_largest_metric_and_the_max_update_norm_may_leave(contract: Contract) -> None:
     largest = {**change(), "head.weight": np.zeros((2, 6), np.float32)}
     largest["head.weight"][0, 0] = 1e6
     assert update(contract, change=largest, metrics={"loss": -1e6})

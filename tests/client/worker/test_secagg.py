@@ -113,7 +113,7 @@ def released_contract(contract: Contract) -> Contract:
             {"metric": "loss", "share": 0.1, "bound": 2.0},
             {"metric": "accuracy", "share": 0.1},
         ],
-        privacy={"adaptive": {"highest": 2.0}},
+        privacy={"adaptive": {"max_clip_norm": 2.0}},
     )
 
 
@@ -257,7 +257,7 @@ def test_a_site_that_is_gone_is_asked_for_keys_less_and_less_often(
     table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
     long = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 70, "sampling_rate": 0.5, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 70, "sampling_rate": 0.5, "head_lr": 0.5}]
     )
     federation = Federation(long, tmp_path, write_rows)
     handles, asked = federation.handles(), []
@@ -636,18 +636,18 @@ def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
         ({"sites": 2}, "it needs 3 to 128 sites, not 2"),
         (
             {"threshold": 1},
-            "2 × threshold must exceed sites + colluders, and 2 × 1 does not exceed 4",
+            "2 × threshold must exceed sites + max_colluding_sites, and 2 × 1 does not exceed 4",
         ),
         ({"threshold": 2}, "2 × 2 does not exceed 4 + 0"),
-        ({"threshold": 3, "colluders": 2}, "2 × 3 does not exceed 4 + 2"),
-        ({"threshold": 4, "colluders": 3}, "does not hide one update among at least two"),
+        ({"threshold": 3, "max_colluding_sites": 2}, "2 × 3 does not exceed 4 + 2"),
+        ({"threshold": 4, "max_colluding_sites": 3}, "does not hide one update among at least two"),
         ({"threshold": 5}, "a threshold of 5 is more than the 4 sites"),
         ({"quorum": 2}, "quorum is 2, but 3 sites must answer for a masked sum to open"),
         ({"weights": (1.0, 1.0, 1.0, 10.1)}, "a weight may be at most 10 times another"),
         ({"keys": None}, "needs a public_key of each site's own"),
         ({"keys": "same"}, "needs a public_key of each site's own"),
         ({"bound": 0.0}, "'secure_aggregation.bound'"),
-        ({"colluders": -1}, "'secure_aggregation.colluders'"),
+        ({"max_colluding_sites": -1}, "'secure_aggregation.max_colluding_sites'"),
     ],
 )
 def test_a_contract_that_would_not_hide_an_update_is_none(
@@ -667,7 +667,9 @@ def test_a_contract_that_would_not_hide_an_update_is_none(
             ],
             quorum=changes.get("quorum", min(3, len(keys))),
             secure_aggregation={
-                k: v for k, v in changes.items() if k in ("threshold", "colluders", "bound")
+                k: v
+                for k, v in changes.items()
+                if k in ("threshold", "max_colluding_sites", "bound")
             },
         )
     assert any(says in problem for problem in caught.value.problems), caught.value.problems
@@ -683,11 +685,11 @@ def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federati
     assert not refusals(plain)
     assert not refusals(federation.contract, masked_only=True)
     assert "has no [secure_aggregation]" in refusals(plain, masked_only=True)[0]
-    two = with_keys(federation.contract, federation.keys, threshold=4, colluders=2)
-    assert not refusals(two, colluders=2)
+    two = with_keys(federation.contract, federation.keys, threshold=4, max_colluding_sites=2)
+    assert not refusals(two, max_colluding_sites=2)
     assert (
-        "colluders = 0 is below permits.colluders = 1"
-        in refusals(federation.contract, colluders=1)[0]
+        "max_colluding_sites = 0 is below permits.max_colluding_sites = 1"
+        in refusals(federation.contract, max_colluding_sites=1)[0]
     )
 
 
@@ -714,7 +716,7 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
     "more",
     [
         {},
-        {"control": "scaffold"},
+        {"drift_correction": "scaffold"},
         {"adam": {"floor": 0.05}},
     ],
     ids=["sgd", "control", "adam"],
@@ -723,13 +725,13 @@ def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
     federation: Federation, more: dict[str, Any]
 ) -> None:
     """The smallest bound, by hand: of the second phase, which moves most."""
-    plain = {"trains": "head", "sampling_rate": 0.5, "budget": 0.5}
+    plain = {"trains": "head", "sampling_rate": 0.5, "budget_share": 0.5}
     contract = federation.contract.changed(
         privacy={"clip_norm": 0.5},
         releases=[{"metric": "loss", "share": 0.2}],
         phases=[
-            plain | {"rounds": 2, "head_rate": 0.01},
-            plain | {"rounds": 3, "local_steps": 4, "head_rate": 0.3} | more,
+            plain | {"rounds": 2, "head_lr": 0.01},
+            plain | {"rounds": 3, "local_steps": 4, "head_lr": 0.3} | more,
         ],
     )
     plan = accountant.plan(contract, contract.target_of("north"))
@@ -748,7 +750,7 @@ def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
 def test_the_bound_must_hold_the_first_and_noisiest_round_of_a_phase_with_noise_decay(
     federation: Federation,
 ) -> None:
-    phase = {"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_rate": 0.01}
+    phase = {"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_lr": 0.01}
     contract = federation.contract.changed(
         privacy={"clip_norm": 0.5}, phases=[phase | {"noise_decay": 0.5}]
     )
@@ -792,7 +794,7 @@ def test_site_check_says_what_the_masks_hide(
         checks = preflight.check(Site(tmp_path / "site.toml"), file)
         return next(check for check in checks if check.name == "masks")
 
-    found = row(with_keys(federation.contract, federation.keys, colluders=1))
+    found = row(with_keys(federation.contract, federation.keys, max_colluding_sites=1))
     assert (found.state, found.result) == (
         "ok",
         "the server sees sums of at least 3 of 4 sites, also with the help of 1 of them; "

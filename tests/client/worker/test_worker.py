@@ -196,7 +196,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
     monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
     contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}]
     )
     once = write_rows(tmp_path / "once.csv", 60)
     header, *rows = once.read_text().splitlines()
@@ -232,11 +232,11 @@ def test_an_adaptive_server_stays_within_a_fixed_order(
     table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     """Rounds of two phases in any mixture: the filter's order bounds whatever was granted."""
-    phase = {"trains": "head", "head_rate": 0.1}
+    phase = {"trains": "head", "head_lr": 0.1}
     contract = table_contract.changed(
         phases=[
-            {**phase, "rounds": 6, "sampling_rate": 1.0, "budget": 0.7},
-            {**phase, "rounds": 4, "sampling_rate": 0.1, "budget": 0.3},
+            {**phase, "rounds": 6, "sampling_rate": 1.0, "budget_share": 0.7},
+            {**phase, "rounds": 4, "sampling_rate": 0.1, "budget_share": 0.3},
         ]
     )
     path = write_rows(tmp_path / "rows.csv", 20)
@@ -255,7 +255,7 @@ def test_an_empty_sample_answers_with_noise(
     table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
 ) -> None:
     contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-6, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-6, "head_lr": 0.5}]
     )
     update = ask(make_worker(contract, write_rows(tmp_path / "rows.csv", 5))).arrays
     assert all((a != 0).all() for a in update.values())

@@ -408,7 +408,7 @@ def test_validate_says_that_one_missing_site_stops_a_masked_run_and_how_to_preve
     followed = three_sites(tmp_path, 3, 2, "[secure_aggregation]", "threshold = 2")
     code, out, _ = run("contract", "validate", followed)
     assert (code, len(out.splitlines())) == (0, 1)
-    colluding = three_sites(tmp_path, 3, 3, "[secure_aggregation]", "colluders = 1")
+    colluding = three_sites(tmp_path, 3, 3, "[secure_aggregation]", "max_colluding_sites = 1")
     assert run("contract", "validate", colluding)[1].splitlines()[1:] == [
         "! all 3 sites must answer in every round: one missing site stops the run."
     ]

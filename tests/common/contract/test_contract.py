@@ -54,13 +54,13 @@ kind = "one-hot"
 epsilon = 8.0
 delta = 1e-4
 clip_norm = 1.0
-expected_records = 50
+expected_units = 50
 
 [[phases]]
 trains = "head"
 rounds = 3
 sampling_rate = 0.5
-head_rate = 0.5
+head_lr = 0.5
 
 [[sites]]
 name = "north"
@@ -110,7 +110,7 @@ def test_recipes_exist() -> None:
 
 def test_a_round_belongs_to_one_phase() -> None:
     two = dump()
-    two["phases"] = [two["phases"][0] | {"budget": 0.5, "rounds": n} for n in (2, 3)]
+    two["phases"] = [two["phases"][0] | {"budget_share": 0.5, "rounds": n} for n in (2, 3)]
     contract = Contract.model_validate(two)
     places = [contract.place_in_phase(r) for r in range(1, 6)]
     assert contract.rounds == 5
@@ -166,10 +166,10 @@ BAD = {
     "no quorum": ("quorum = 2", "quorum = 0", "quorum", ["'quorum'", "greater", "1", "got 0"]),
     "missing section": ("quorum = 2\n", "", None, ["Key 'quorum' is missing"]),
     "missing key": (
-        "expected_records = 50\n",
+        "expected_units = 50\n",
         "",
         "[privacy]",
-        ["Key 'privacy.expected_records' is missing"],
+        ["Key 'privacy.expected_units' is missing"],
     ),
     "epsilon negative": (
         "epsilon = 8.0",
@@ -285,21 +285,21 @@ PHASES = {
         "sampling_rate",
     ),
     "budget nan": (
-        "head_rate = 0.5",
-        "head_rate = 0.5\nbudget = nan",
-        ["'phases.1.budget'"],
-        "budget",
+        "head_lr = 0.5",
+        "head_lr = 0.5\nbudget_share = nan",
+        ["'phases.1.budget_share'"],
+        "budget_share",
     ),
     "unknown": (
-        "head_rate = 0.5",
-        "head_rate = 0.5\nbugdet = 1.0",
-        ["Unknown key 'phases.1.bugdet'", "Did you mean 'budget'?"],
-        "bugdet",
+        "head_lr = 0.5",
+        "head_lr = 0.5\nbudget_shear = 1.0",
+        ["Unknown key 'phases.1.budget_shear'", "Did you mean 'budget_share'?"],
+        "budget_shear",
     ),
-    "adapter_rate": (
-        "head_rate = 0.5",
-        "head_rate = 0.5\nadapter_rate = 0.1",
-        ["adapter_rate goes with"],
+    "adapter_lr": (
+        "head_lr = 0.5",
+        "head_lr = 0.5\nadapter_lr = 0.1",
+        ["adapter_lr goes with"],
         "[[phases]]",
     ),
     "trains": (
@@ -350,10 +350,12 @@ HEAD = """\
 trains = "head"
 rounds = 1
 sampling_rate = 0.5
-head_rate = 1.0
-budget = {}
+head_lr = 1.0
+budget_share = {}
 """
-BOTH = HEAD.replace('"head"', '"head+adapter"').replace("budget", "adapter_rate = 0.1\nbudget")
+BOTH = HEAD.replace('"head"', '"head+adapter"').replace(
+    "budget_share", "adapter_lr = 0.1\nbudget_share"
+)
 
 CROSS = {
     "quorum above roster": (swapped("quorum = 2", "quorum = 3"), ["quorum is 3", "2 sites"]),
@@ -416,7 +418,7 @@ def test_all_problems_at_once() -> None:
 
 def test_all_problems_at_once_when_settings_do_not_go_together() -> None:
     text = swapped('"south"', '"north"', swapped("quorum = 2", "quorum = 3"))
-    found = problems(swapped("head_rate = 0.5", "head_rate = 0.5\nbudget = 0.5", text))
+    found = problems(swapped("head_lr = 0.5", "head_lr = 0.5\nbudget_share = 0.5", text))
     assert len(found) == 3, found
 
 
@@ -584,7 +586,9 @@ def test_hash_ignores_key_order_comments_and_space(rng: random.Random) -> None:
 
 
 def test_hash_writes_defaults_out() -> None:
-    text = swapped("[[phases]]", '[aggregation]\nmethod = "ffa"\nmomentum = 0.9\n\n[[phases]]')
+    text = swapped(
+        "[[phases]]", '[aggregation]\nmethod = "ffa"\nserver_momentum = 0.9\n\n[[phases]]'
+    )
     assert parse(swapped("clip_norm = 1.0\n", "", text)).hash == parse(TEXT).hash
     assert parse(swapped("clip_norm = 1.0", "clip_norm = 1")).hash == parse(TEXT).hash
 
@@ -616,7 +620,7 @@ VARIANTS: dict[type, Callable[[Any], list[Any]]] = {
 
 
 # Fields that allow one value only, or change only together with another (tested below).
-FIXED = {"format", "kind", "unit", "method", "trains", "budget", "whiten"}
+FIXED = {"format", "kind", "unit", "method", "trains", "budget_share", "whiten"}
 
 
 @pytest.mark.parametrize("path", [*RECIPES, None], ids=lambda p: p.parent.name if p else "small")
@@ -833,21 +837,29 @@ ROBUST = {"robust": {"rule": "median"}}
             "there is no LoRA",
         ),
         (
-            {"aggregation": {"method": "fedsvd", "adaptive": {"kind": "adam", "rate": 0.1}}},
+            {
+                "aggregation": {
+                    "method": "fedsvd",
+                    "server_optimizer": {"kind": "adam", "lr": 0.1},
+                }
+            },
             "a rate for each coordinate",
         ),
         ({"aggregation": {"method": "flexlora"}}, "momentum = 0"),
         (
-            {"aggregation": {"method": "flexlora", "momentum": 0.0}, "secure_aggregation": {}},
+            {
+                "aggregation": {"method": "flexlora", "server_momentum": 0.0},
+                "secure_aggregation": {},
+            },
             "take out one of the two",
         ),
         ({"aggregation": ROBUST, "secure_aggregation": {}}, "take out one of the two"),
-        ({"aggregation": ROBUST | {"method": "flexlora", "momentum": 0.0}}, "is none"),
+        ({"aggregation": ROBUST | {"method": "flexlora", "server_momentum": 0.0}}, "is none"),
         ({"aggregation": {"robust": {"rule": "krum"}}}, "needs 5 updates"),
-        ({"aggregation": {"robust": {"rule": "norm"}}}, "most goes with"),
+        ({"aggregation": {"robust": {"rule": "norm"}}}, "max_norm goes with"),
         ({"aggregation": ROBUST, "releases": [{"metric": "loss", "share": 0.1}]}, "carry away"),
         (
-            {"aggregation": ROBUST, "privacy": {"expected_records": 9.0, "adaptive": {}}},
+            {"aggregation": ROBUST, "privacy": {"expected_units": 9.0, "adaptive": {}}},
             "carry away",
         ),
         ({"aggregation": {"method": "rolora"}}, "A is never trained"),

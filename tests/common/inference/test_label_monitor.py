@@ -45,8 +45,8 @@ def contract(task: dict[str, Any] | None = None) -> Contract:
                 ],
             },
             "model": {"kind": "one-hot"},
-            "privacy": {"expected_records": 10.0},
-            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
+            "privacy": {"expected_units": 10.0},
+            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_lr": 1.0}],
             "sites": [{"name": "a"}],
         }
     )

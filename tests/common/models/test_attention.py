@@ -392,8 +392,8 @@ def encoder_of(contract: Contract, folder: Path, **performance: Any) -> Encoder:
                 "trains": "head+adapter",
                 "rounds": 1,
                 "sampling_rate": 0.5,
-                "head_rate": 0.5,
-                "adapter_rate": 0.1,
+                "head_lr": 0.5,
+                "adapter_lr": 0.1,
             }
         ],
     }

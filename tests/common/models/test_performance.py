@@ -269,8 +269,8 @@ def update(
             Silent(site="x"),
             CLIP,
         )
-        assert phase.adapter_rate in (None, phase.head_rate)
-        scale = np.float32(contract.privacy.expected_records / phase.head_rate / CLIP)
+        assert phase.adapter_lr in (None, phase.head_lr)
+        scale = np.float32(contract.privacy.expected_units / phase.head_lr / CLIP)
         found[phase.trains] = {n: a * scale for n, a in change.items()}
     return found
 
@@ -279,8 +279,8 @@ def rates(contract: Contract) -> Contract:
     """With rates that make a step as large as the sum: float32 must not round it away."""
     phases = [
         p
-        | {"head_rate": 50.0, "sampling_rate": 1.0}
-        | ({"adapter_rate": 50.0} if p["adapter_rate"] else {})
+        | {"head_lr": 50.0, "sampling_rate": 1.0}
+        | ({"adapter_lr": 50.0} if p["adapter_lr"] else {})
         for p in contract.model_dump()["phases"]
     ]
     return contract.changed(phases=phases)

@@ -120,7 +120,7 @@ def test_a_contract(data: st.DataObject, contract: Contract) -> None:
     if found.secure_aggregation is not None:
         n, t = len(found.sites), found.threshold
         assert n >= 3
-        assert 2 * t > n + found.secure_aggregation.colluders
+        assert 2 * t > n + found.secure_aggregation.max_colluding_sites
         assert found.quorum >= t
 
 
@@ -136,7 +136,7 @@ def test_a_policy(data: st.DataObject) -> None:
     if not found.refusals(MASKED):  # then it agrees to this very contract, by name and hash
         assert MASKED.hash in found.permits.contracts
         assert found.name in MASKED.weights()
-        assert found.permits.colluders == 0
+        assert found.permits.max_colluding_sites == 0
 
 
 @FUZZ

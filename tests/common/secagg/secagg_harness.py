@@ -44,7 +44,7 @@ def signing_key(name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
 
 
-def terms(n: int, threshold: int, colluders: int = 0, **more: Any) -> Terms:
+def terms(n: int, threshold: int, max_colluding_sites: int = 0, **more: Any) -> Terms:
     roster = {m: signing_key(m).public_key().public_bytes_raw().hex() for m in names(n)}
     facts: dict[str, Any] = {
         "contract": "c" * 64,
@@ -53,7 +53,12 @@ def terms(n: int, threshold: int, colluders: int = 0, **more: Any) -> Terms:
         "first": 1,
         "rounds": 2,
     }
-    return Terms(roster=roster, threshold=threshold, colluders=colluders, **(facts | more))
+    return Terms(
+        roster=roster,
+        threshold=threshold,
+        max_colluding_sites=max_colluding_sites,
+        **(facts | more),
+    )
 
 
 def update(name: str, number: int = 1, size: int = SIZE) -> Floats:

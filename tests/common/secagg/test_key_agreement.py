@@ -63,7 +63,7 @@ def test_who_publishes_such_a_key_is_named_and_left_out(at: int) -> None:
         (0, 0, 0, "3 to 128"),
         (3, 1, 0, "must exceed"),
         (4, 2, 0, "must exceed"),
-        (4, 2, -1, "colluders cannot be -1"),
+        (4, 2, -1, "max_colluding_sites cannot be -1"),
         (5, 6, 0, "more than"),
         (6, 4, 2, "must exceed"),
         (4, 4, 3, "at least two"),
@@ -98,7 +98,7 @@ def test_terms_that_say_nothing_of_colluders_and_quorum_ask_for_no_more_than_the
 ):
     roster = terms(3, 2).roster
     found = Terms("0" * 64, roster, "run", 1, 1, 1, 2)
-    assert (found.least, found.colluders) == (2, 0)
+    assert (found.least, found.max_colluding_sites) == (2, 0)
 
 
 def test_every_fact_of_the_terms_is_signed() -> None:
@@ -112,7 +112,7 @@ def test_every_fact_of_the_terms_is_signed() -> None:
         "first": 2,
         "rounds": 3,
         "threshold": 4,
-        "colluders": 1,
+        "max_colluding_sites": 1,
         "fewest": 4,
         "roster": dict(first.roster) | {"a": "0" * 64},
     }

@@ -59,14 +59,16 @@ def truth(cast: Cast, among: list[str] | dict[str, bytes], number: int = 1) -> I
 @st.composite
 def plays(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.integers(3, 8))
-    colluders = draw(st.integers(0, n // 3))
-    threshold = draw(st.integers(max((n + colluders) // 2 + 1, colluders + 2), n))
+    max_colluding_sites = draw(st.integers(0, n // 3))
+    threshold = draw(
+        st.integers(max((n + max_colluding_sites) // 2 + 1, max_colluding_sites + 2), n)
+    )
     some = st.sets(st.sampled_from(names(n)), max_size=draw(st.integers(0, n)))
     few = st.sets(st.sampled_from(names(n)), max_size=2)
     return {
         "n": n,
         "threshold": threshold,
-        "colluders": colluders,
+        "max_colluding_sites": max_colluding_sites,
         "fewest": draw(st.integers(0, n)),
         "size": draw(st.integers(1, 50)),
         "seed": draw(st.integers(0, 999)),
@@ -83,13 +85,17 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
     play: dict[str, Any],
 ) -> None:
     n, size, rng = play["n"], play["size"], np.random.default_rng(play["seed"])
-    asked = terms(n, play["threshold"], play["colluders"], fewest=play["fewest"])
+    asked = terms(n, play["threshold"], play["max_colluding_sites"], fewest=play["fewest"])
     least = max(play["threshold"], play["fewest"])
     assert asked.least == least
 
     def agree(who: list[str], attempt: int) -> Cast | None:
         again = terms(
-            n, play["threshold"], play["colluders"], fewest=play["fewest"], attempt=attempt
+            n,
+            play["threshold"],
+            play["max_colluding_sites"],
+            fewest=play["fewest"],
+            attempt=attempt,
         )
         cast = Cast(again, who)
         if len(who) < least:
@@ -354,7 +360,7 @@ def test_the_default_threshold_holds_with_a_third_of_the_sites_colluding(n: int)
 
 
 @pytest.mark.parametrize(
-    ("n", "threshold", "colluders"),
+    ("n", "threshold", "max_colluding_sites"),
     [
         (1, 1, 0),
         (2, 2, 0),
@@ -372,10 +378,12 @@ def test_the_default_threshold_holds_with_a_third_of_the_sites_colluding(n: int)
         (4, 4, 3),
     ],
 )
-def test_numbers_without_a_guarantee_are_refused(n: int, threshold: int, colluders: int) -> None:
-    assert agreements.problem_with(n, threshold, colluders)
+def test_numbers_without_a_guarantee_are_refused(
+    n: int, threshold: int, max_colluding_sites: int
+) -> None:
+    assert agreements.problem_with(n, threshold, max_colluding_sites)
     if n < 27:  # names are letters
-        refused(lambda: terms(n, threshold, colluders))
+        refused(lambda: terms(n, threshold, max_colluding_sites))
 
 
 @pytest.mark.parametrize("rounds", [-1, 0, 65])
@@ -399,13 +407,13 @@ def test_a_roster_with_one_key_twice_is_refused() -> None:
         {"first": 2},
         {"rounds": 1},
         {"threshold": 4},
-        {"colluders": 1},
+        {"max_colluding_sites": 1},
         {"fewest": 4},
         {"roster": {**terms(4, 3).roster, "d": terms(5, 4).roster["e"]}},
     ],
 )
 def test_no_key_serves_other_terms_than_it_was_signed_for(change: dict[str, Any]) -> None:
-    base = {**vars(terms(4, 3)), "colluders": 0}
+    base = {**vars(terms(4, 3)), "max_colluding_sites": 0}
     other = Terms(**{**base, **change})
     assert other.digest() != Terms(**base).digest()
     keys = {**Cast(Terms(**base)).keys}

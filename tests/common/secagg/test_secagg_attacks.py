@@ -125,16 +125,16 @@ def sends_shares_back(member: type[Member]) -> Found:
 
 
 def uses_weak_terms(
-    member: type[Member], n: int, threshold: int, colluders: int, told_all: int
+    member: type[Member], n: int, threshold: int, max_colluding_sites: int, told_all: int
 ) -> Found:
     """`told_all` honest sites hear that all survived, the others that the first did not."""
-    cast = Cast(terms(n, threshold, colluders), member=member).agree()
-    return tells_two_tales(cast, max(colluders, 0), told_all)
+    cast = Cast(terms(n, threshold, max_colluding_sites), member=member).agree()
+    return tells_two_tales(cast, max(max_colluding_sites, 0), told_all)
 
 
-def tells_two_tales(cast: Cast, colluders: int, told_all: int) -> Found:
+def tells_two_tales(cast: Cast, max_colluding_sites: int, told_all: int) -> Found:
     n = len(cast.members)
-    honest, colluding = names(n)[: n - colluders], names(n)[n - colluders :]
+    honest, colluding = names(n)[: n - max_colluding_sites], names(n)[n - max_colluding_sites :]
     everyone_masks(cast)
     spy = Eavesdropper(cast, colluding=colluding)
     for name in honest[:told_all]:
@@ -381,7 +381,7 @@ CASES: dict[str, tuple[Attack, Weakness]] = {
     "spoilt-share": (spoils_a_share, weak.seeds_are_not_compared),
     **{
         f"terms-{what}": (
-            partial(uses_weak_terms, n=n, threshold=t, colluders=c, told_all=k),
+            partial(uses_weak_terms, n=n, threshold=t, max_colluding_sites=c, told_all=k),
             weak.terms_are_not_checked,
         )
         for what, (n, t, c, k) in WEAK.items()

@@ -157,7 +157,7 @@ def test_adaptive_steps_are_flowers(kind: str, monkeypatch: pytest.MonkeyPatch) 
         "b": rng.standard_normal(4).astype(np.float32),
     }
     chosen = Adaptive.model_validate(
-        {"kind": kind, "rate": 0.1, "beta1": 0.8, "beta2": 0.9, "tau": 0.01}
+        {"kind": kind, "lr": 0.1, "beta1": 0.8, "beta2": 0.9, "tau": 0.01}
     )
     flower = {"adam": FedAdam, "yogi": FedYogi}[kind](eta=0.1, beta_1=0.8, beta_2=0.9, tau=0.01)
     flower.current_arrays = {n: a.astype(np.float64) for n, a in x.items()}

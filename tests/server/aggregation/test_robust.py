@@ -70,7 +70,7 @@ def test_a_long_update_is_cut_and_a_short_one_is_not() -> None:
         "a": {"head.bias": np.array([30, 40], np.float32)},
         "b": {"head.bias": np.array([0, 0], np.float32)},
     }
-    mean = robust.combined(updates, Robust(rule="norm", most=1.0))["head.bias"]
+    mean = robust.combined(updates, Robust(rule="norm", max_norm=1.0))["head.bias"]
     np.testing.assert_allclose(mean, [0.3, 0.4], rtol=1e-6)
 
 

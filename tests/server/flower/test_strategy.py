@@ -160,7 +160,7 @@ Begin = Callable[..., SilotuneStrategy]
 
 def test_all_rounds_of_the_contract(start: Begin) -> None:
     grid = FakeGrid({11: site("north", 1.0), 22: site("south", 3.0)})
-    strategy = run_on(start(aggregation={"momentum": 0.0, "average_from": 0.9}), grid)
+    strategy = run_on(start(aggregation={"server_momentum": 0.0, "averaging_start": 0.9}), grid)
     assert strategy.run.done
     assert strategy.nodes == {11: "north", 22: "south"}
     assert committed(strategy) == [["north", "south"]] * 3
@@ -438,7 +438,7 @@ def test_an_absent_site_is_in_the_facts_of_every_round(start: Begin) -> None:
 
 def test_two_nodes_of_one_name_are_one_site(start: Begin) -> None:
     grid = FakeGrid({11: site("north", 1.0), 12: site("north", 9.0), 22: site("south", 1.0)})
-    strategy = run_on(start(aggregation={"momentum": 0.0, "average_from": 0.9}), grid)
+    strategy = run_on(start(aggregation={"server_momentum": 0.0, "averaging_start": 0.9}), grid)
     assert sorted(strategy.nodes.values()) == ["north", "south"]
     np.testing.assert_array_equal(strategy.run.registry.adapter()["head.bias"], [3.0, 3.0])
 

@@ -21,11 +21,17 @@ BEST = 3.0  # where the made-up metrics are at their best
 
 
 def gated(contract: Contract, most: float = 0.5, **more: Any) -> Contract:
-    aggregation = {"momentum": 0.0, "gate": {"metric": "loss", "most": most}}
+    aggregation = {"server_momentum": 0.0, "gate": {"metric": "loss", "max_degradation": most}}
     return contract.changed(
         aggregation=aggregation | more,
         phases=[
-            {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
+            {
+                "trains": "head",
+                "rounds": n,
+                "sampling_rate": 0.5,
+                "head_lr": 0.5,
+                "budget_share": 0.5,
+            }
             for n in (6, 2)
         ],
     )
@@ -50,7 +56,7 @@ def bias(run: Run) -> float:
 def test_a_sum_is_taken_up_to_what_the_metric_may_get_worse(
     table_contract: Contract, tmp_path: Path, metric: str
 ) -> None:
-    contract = gated(table_contract, gate={"metric": metric, "most": 0.5})
+    contract = gated(table_contract, gate={"metric": metric, "max_degradation": 0.5})
     run = begin(contract, tmp_path / "run")
     places = [
         (play(run, north=change, south=change).declined is None, bias(run))
@@ -63,7 +69,7 @@ def test_of_a_declined_sum_nothing_stays_but_what_it_cost(
     table_contract: Contract, tmp_path: Path
 ) -> None:
     adaptive = table_contract.changed(privacy={"adaptive": {}})
-    run = begin(gated(adaptive, momentum=0.9, average_from=0.0), tmp_path / "run")
+    run = begin(gated(adaptive, server_momentum=0.9, averaging_start=0.0), tmp_path / "run")
     half = {"metrics": {"unclipped": 0.5}}
     rounds = []
     for change, header in ((1.0, half), (9.0, {"metrics": {"unclipped": 1.0}}), (0.5, half)):
@@ -95,12 +101,14 @@ def test_of_a_declined_sum_nothing_stays_but_what_it_cost(
     np.testing.assert_allclose(run.released()["head.bias"], (1.0 + 1.5) / 2)
 
 
-@pytest.mark.parametrize("adaptive", [None, {"kind": "adam", "rate": 2.0, "beta1": 0.9}])
+@pytest.mark.parametrize("adaptive", [None, {"kind": "adam", "lr": 2.0, "beta1": 0.9}])
 def test_a_momentum_that_leads_past_the_gate_is_not_kept(
     table_contract: Contract, tmp_path: Path, adaptive: dict[str, Any] | None
 ) -> None:
     """Or it would have every later round declined, whatever the sites send."""
-    run = begin(gated(table_contract, 0.1, momentum=0.9, adaptive=adaptive), tmp_path / "run")
+    run = begin(
+        gated(table_contract, 0.1, server_momentum=0.9, adaptive=adaptive), tmp_path / "run"
+    )
     while run.number < 5 and play(run, north=2.0, south=2.0).declined is None:
         pass
     assert events(run, "declined")
@@ -112,7 +120,7 @@ def test_a_momentum_that_leads_past_the_gate_is_not_kept(
 def test_a_run_that_is_taken_up_again_declines_the_same(
     table_contract: Contract, tmp_path: Path
 ) -> None:
-    contract = gated(table_contract, momentum=0.5)
+    contract = gated(table_contract, server_momentum=0.5)
     changes = (2.0, -4.0, 1.0, 1.0, 2.0, -1.0, 0.5, 8.0)
     ends = []
     for killed in (False, True):
@@ -189,11 +197,11 @@ def test_a_contract_without_a_gate_keeps_its_hash(table_contract: Contract) -> N
 @pytest.mark.parametrize(
     ("gate", "why"),
     [
-        ({"metric": "rmse", "most": 0.1}, "gate.metric must be one of auc"),
-        ({"metric": "loss", "most": -0.1}, "most"),
-        ({"metric": "loss", "most": math.nan}, "most"),
+        ({"metric": "rmse", "max_degradation": 0.1}, "gate.metric must be one of auc"),
+        ({"metric": "loss", "max_degradation": -0.1}, "most"),
+        ({"metric": "loss", "max_degradation": math.nan}, "most"),
         ({"metric": "loss"}, "most"),
-        ({"metric": "loss", "most": 0.1, "patience": 2}, "patience"),
+        ({"metric": "loss", "max_degradation": 0.1, "patience": 2}, "patience"),
     ],
 )
 def test_impossible_gates_are_refused(

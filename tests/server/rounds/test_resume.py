@@ -43,15 +43,15 @@ def fresh(
                     "trains": "head",
                     "rounds": 2,
                     "sampling_rate": 0.5,
-                    "budget": 0.5,
-                    "head_rate": 0.5,
+                    "budget_share": 0.5,
+                    "head_lr": 0.5,
                 },
                 {
                     "trains": "head",
                     "rounds": 2,
                     "sampling_rate": 0.3,
-                    "budget": 0.5,
-                    "head_rate": 0.2,
+                    "budget_share": 0.5,
+                    "head_lr": 0.2,
                 },
             ]
         )
@@ -300,7 +300,7 @@ def test_the_stored_agreement_holds_what_passed_through_the_server_and_no_more(
 @pytest.fixture
 def masked(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Path]) -> Federation:
     contract = table_contract.changed(
-        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_rate": 0.5}]
+        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 0.5, "head_lr": 0.5}]
     )
     return Federation(contract, tmp_path, write_rows)
 

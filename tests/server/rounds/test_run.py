@@ -413,17 +413,17 @@ def test_the_order_of_replies_changes_no_bit(start: Start, table_contract: Contr
     assert len(set(released)) == 1
 
 
-def two_phases(contract: Contract, average_from: float) -> Contract:
+def two_phases(contract: Contract, averaging_start: float) -> Contract:
     phase = contract.phases[0].model_dump(mode="json")
     return contract.changed(
-        phases=[phase | {"rounds": n, "budget": 0.5} for n in (4, 3)],
-        aggregation={"momentum": 0.9, "average_from": average_from},
+        phases=[phase | {"rounds": n, "budget_share": 0.5} for n in (4, 3)],
+        aggregation={"server_momentum": 0.9, "averaging_start": averaging_start},
     )
 
 
-@pytest.mark.parametrize("average_from", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("averaging_start", [0.0, 0.25, 0.5, 0.9])
 def test_phases_end_at_their_mean_and_start_at_rest(
-    start: Start, table_contract: Contract, average_from: float
+    start: Start, table_contract: Contract, averaging_start: float
 ) -> None:
     """The rule of the contract's docstrings, written out for one number."""
     changes = [1.0, -0.5, 0.25, 2.0, 1.5, -1.0, 0.125]
@@ -433,10 +433,10 @@ def test_phases_end_at_their_mean_and_start_at_rest(
         for k in range(1, rounds + 1):
             v = 0.9 * v + changes[place]
             x, place = x + v, place + 1
-            later += [x] if k > rounds * average_from else []
+            later += [x] if k > rounds * averaging_start else []
             expected.append(float(np.mean(later)) if later else x)
         x = expected[-1]
-    run = start(two_phases(table_contract, average_from))
+    run = start(two_phases(table_contract, averaging_start))
     for change, value in zip(changes, expected, strict=True):
         play(run, north=change, south=change)
         came_to = run.adapter if run.number in (5, 8) else run.released()
@@ -658,7 +658,9 @@ def test_an_update_of_another_run_of_the_same_name_does_not_count(
 def test_a_norm_beyond_the_contracts_does_not_count(start: Start, table_contract: Contract) -> None:
     norm = float(np.sqrt(sum(np.sum(a**2) for a in filled(1.0).values())))
     for factor, counts in ((0.999, False), (1.0, True), (1.001, True)):
-        run = start(table_contract.changed(quorum=1, aggregation={"largest_norm": factor * norm}))
+        run = start(
+            table_contract.changed(quorum=1, aggregation={"max_update_norm": factor * norm})
+        )
         run.begin()
         run.accept("north", 1, update(run, "north", 1.0))
         assert [e["code"] for e in events(run, "rejected")] == ([] if counts else ["E502"])
@@ -721,7 +723,13 @@ def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
     return contract.changed(
         aggregation={"early_stop": {"metric": metric, "patience": patience}},
         phases=[
-            {"trains": "head", "rounds": n, "sampling_rate": 0.5, "head_rate": 0.5, "budget": 0.5}
+            {
+                "trains": "head",
+                "rounds": n,
+                "sampling_rate": 0.5,
+                "head_lr": 0.5,
+                "budget_share": 0.5,
+            }
             for n in (3, 6)
         ],
     )

@@ -38,7 +38,9 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
     ) -> np.ndarray:
         nonlocal count
         count += 1
-        contract = table_contract.changed(aggregation={"momentum": 0.0, "average_from": 0.9})
+        contract = table_contract.changed(
+            aggregation={"server_momentum": 0.0, "averaging_start": 0.9}
+        )
         federation = Federation(contract, tmp_path / str(count), write_rows, **SECURE | secure)
         if clear:
             # Without keys, for what `lying` sends is not signed anew.
@@ -117,8 +119,8 @@ def test_a_lie_of_the_sums_bound_needs_masks() -> None:
 
 @pytest.fixture
 def study() -> Study:
-    secure = {"bound": 8.0, "colluders": 1, "threshold": 5}
-    sign, gate = {"kind": "sign", "factor": 100.0}, {"metric": "accuracy", "most": 0.2}
+    secure = {"bound": 8.0, "max_colluding_sites": 1, "threshold": 5}
+    sign, gate = {"kind": "sign", "factor": 100.0}, {"metric": "accuracy", "max_degradation": 0.2}
     return Study.model_validate(
         {
             "title": "lies",
@@ -149,8 +151,8 @@ def recipe(tmp_path: Path) -> Recipe:
     """Smokers are ill here, so that there is something to learn."""
     source = split_where_smokers_are_ill(tmp_path / "rows")
     base = contract_of().changed(
-        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_rate": 2.0}],
-        aggregation={"momentum": 0.0},
+        phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_lr": 2.0}],
+        aggregation={"server_momentum": 0.0},
     )
     return Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
 
@@ -169,7 +171,7 @@ def test_arms_with_masks_are_run_with_them_and_asked_once(
     for job in ran:
         secure = job.contract.secure_aggregation
         assert secure is not None
-        assert (secure.bound, secure.colluders, secure.threshold) == (8.0, 1, 5)
+        assert (secure.bound, secure.max_colluding_sites, secure.threshold) == (8.0, 1, 5)
         assert set(job.keys) == set(job.contract.weights())
         rosters |= {site.public_key for site in job.contract.sites}
     (kept,) = next(cells_of(study, recipe)).contracts

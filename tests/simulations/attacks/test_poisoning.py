@@ -111,8 +111,8 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
     here, so that there is something to learn."""
     source = split_where_smokers_are_ill(tmp_path / "rows")
     base = contract_of().changed(
-        phases=[{"trains": "head", "rounds": 6, "sampling_rate": 1.0, "head_rate": 2.0}],
-        aggregation={"momentum": 0.0},
+        phases=[{"trains": "head", "rounds": 6, "sampling_rate": 1.0, "head_lr": 2.0}],
+        aggregation={"server_momentum": 0.0},
     )
     recipe = Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
     poison = {"kind": "sign", "factor": 100.0}

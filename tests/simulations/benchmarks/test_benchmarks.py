@@ -46,7 +46,7 @@ def test_the_difference_of_two_sums_has_the_noise_of_both(
     contract = table_contract.changed(
         sites=[{"name": name} for name in ("north", "south", "east")],
         quorum=3,
-        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_rate": 0.5}],
+        phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}],
     )
     sites = {
         name: differences.Site(contract, name, write_rows(tmp_path / f"{name}.csv", 60, i), None)

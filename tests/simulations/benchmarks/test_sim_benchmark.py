@@ -141,8 +141,8 @@ def test_the_contract_is_one_step_over_all_texts(case: str, private: bool) -> No
     assert contract.rounds == 3
     assert len(contract.sites) == sim.CLIENTS
     assert contract.privacy.mode == ("dp" if private else "none")
-    assert contract.privacy.expected_records == sim.TEXTS
+    assert contract.privacy.expected_units == sim.TEXTS
     assert (contract.adapter is not None) == (case == sim.ADAPTER)
     (phase,) = contract.phases
     assert (phase.sampling_rate, phase.local_steps, phase.adam) == (1.0, 1, None)
-    assert contract.aggregation.momentum == 0
+    assert contract.aggregation.server_momentum == 0

@@ -100,7 +100,7 @@ def test_three_commands(table: Path) -> None:
             "data=loans.csv",
             "site_column=branch",
             "repeats=1",
-            "cheap_repeats=1",
+            "baseline_repeats=1",
             "arms=pooled-no-dp",
             "--out",
             "run",
@@ -384,7 +384,7 @@ def few(table: Path, out: str, *settings: str) -> list[str | Path]:
         f"data={table}",
         "site_column=branch",
         "repeats=1",
-        "cheap_repeats=1",
+        "baseline_repeats=1",
         "arms=pooled-no-dp",
         "processes=1",
         *settings,
@@ -449,8 +449,8 @@ def test_masks_that_do_not_fit_stop_a_simulation_and_the_advice_works(
 ) -> None:
     """The masks are the simulation's own: `contract validate` has none to refuse."""
     file = contract_of(table)
-    rate = re.compile(r"^head_rate = .*$", re.MULTILINE)
-    file.write_text(rate.sub("head_rate = 9000.0", file.read_text()))
+    rate = re.compile(r"^head_lr = .*$", re.MULTILINE)
+    file.write_text(rate.sub("head_lr = 9000.0", file.read_text()))
     assert run("contract", "validate", file)[0] == 0
     code, _, wrong = run(*few(table, "run"))
     assert code == 1
@@ -479,7 +479,7 @@ def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
         f"model={folder}",
         "processes=1",
         "repeats=1",
-        "cheap_repeats=1",
+        "baseline_repeats=1",
         "--out",
         tmp_path / "run",
     )

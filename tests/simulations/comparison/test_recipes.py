@@ -64,7 +64,7 @@ def test_a_recipe_is_complete(name: str) -> None:
     assert recipe.name == recipe.contract.name == name
     assert recipe.facts["table"] in TABLES
     assert recipe.facts["metric"] in recipe.contract.task.metrics
-    assert {"title", "about", "repeats", "cheap_repeats", "evaluate_every"} <= set(recipe.facts)
+    assert {"title", "about", "repeats", "baseline_repeats", "evaluate_every"} <= set(recipe.facts)
     hidden, _ = masked(recipe.contract, 1, recipe.facts.get("bound"))
     check_bound(hidden, plan(hidden))  # or every site would refuse it
     entity = recipe.contract.privacy.entity
@@ -186,8 +186,8 @@ def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
         factor = 0.5 if private else 1.0
         for before, after, same in zip(own.phases, fewer.phases, other.phases, strict=True):
             assert same == before
-            assert after.head_rate == before.head_rate * factor
-            assert after.adapter_rate == (before.adapter_rate and before.adapter_rate * factor)
+            assert after.head_lr == before.head_lr * factor
+            assert after.adapter_lr == (before.adapter_lr and before.adapter_lr * factor)
 
 
 def test_an_unknown_recipe_is_named() -> None:
@@ -281,7 +281,7 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
             "make",
             "demo",
             f"OUT={tmp_path / 'demo'}",
-            "SETTINGS=repeats=1 cheap_repeats=1 arms=federated-head,federated-one-hot",
+            "SETTINGS=repeats=1 baseline_repeats=1 arms=federated-head,federated-one-hot",
         ],
         cwd=ROOT,
         capture_output=True,

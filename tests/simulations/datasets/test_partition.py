@@ -99,9 +99,9 @@ def test_what_cannot_be_dealt_is_said() -> None:
 
 
 def contract_of(unit: str = "record") -> Contract:
-    privacy: dict[str, object] = {"expected_records": 40.0, "unit": unit}
+    privacy: dict[str, object] = {"expected_units": 40.0, "unit": unit}
     if unit == "entity":
-        privacy["entity"] = {"key": ["who"], "cap": 3}
+        privacy["entity"] = {"key": ["who"], "max_records_per_entity": 3}
     return Contract.model_validate(
         {
             "format": 1,
@@ -124,7 +124,7 @@ def contract_of(unit: str = "record") -> Contract:
             },
             "model": {"kind": "one-hot"},
             "privacy": privacy,
-            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_rate": 1.0}],
+            "phases": [{"trains": "head", "rounds": 1, "sampling_rate": 1.0, "head_lr": 1.0}],
             "sites": [{"name": "a"}, {"name": "b"}],
         }
     )

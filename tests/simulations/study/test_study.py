@@ -41,7 +41,7 @@ about = "the contract as it is"
 rows = "alone"
 [arms.pooled]
 rows = "pooled"
-plain = { phases = [{ trains = "head", rounds = 2, sampling_rate = 1.0, head_rate = 2.0 }] }
+no_dp = { phases = [{ trains = "head", rounds = 2, sampling_rate = 1.0, head_lr = 2.0 }] }
 """
 
 
@@ -202,7 +202,7 @@ def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
     assert plain.phases == whole.phases
     (pooled,) = cells["pooled | ε inf | natural | 0"].contracts
     assert pooled.rounds == 2
-    assert pooled.privacy.expected_records == 2 * whole.privacy.expected_records
+    assert pooled.privacy.expected_units == 2 * whole.privacy.expected_units
     assert cells["pooled | ε 8 | natural | 0"].contracts[0].rounds == 1
     assert [c.sites[0].name for c in cells["alone | ε 8 | natural | 1"].contracts] == ["a", "b"]
 
@@ -212,7 +212,7 @@ def test_rates_are_chosen_without_the_public_rows(
 ) -> None:
     """Each arm once at each rate, where there is no public row left to look at."""
     shutil.rmtree(tmp_path / "rows" / "test")
-    faster = study.arms["together"].model_copy(update={"rates": {8.0: 3.0}})
+    faster = study.arms["together"].model_copy(update={"lr_scale": {8.0: 3.0}})
     small = study.model_copy(
         update={
             "partitions": {"natural": Partition()},
@@ -224,12 +224,12 @@ def test_rates_are_chosen_without_the_public_rows(
     assert {cell["repeat"] for cell in found["cells"].values()} == {0}
     assert len(ran) == 2 * 2 * (1 + 2 + 1)  # rates, ε, arms
     rates = {
-        (cell.arm, cell.epsilon): cell.contracts[0].phases[0].head_rate
+        (cell.arm, cell.epsilon): cell.contracts[0].phases[0].head_lr
         for cell in cells_of(asked, recipe)
     }
     assert rates["together x0.5", math.inf] == 0.5
     assert rates["together x2", 8.0] == 6.0
-    assert rates["pooled x2", math.inf] == 4.0  # of `plain`
+    assert rates["pooled x2", math.inf] == 4.0  # of `no_dp`
     text = report.markdown(found)
     assert "on a quarter of the training rows of `heart-diagnosis`; one run each; δ" in text
     assert "| pooled x0.5 | " in text
@@ -297,8 +297,8 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
     file.write_text(TOML.replace('rows = "alone"', "contract = { quorum = 9 }"))
     with pytest.raises(ContractError, match="the study's arm 'alone'"):
         list(cells_of(load_study(file), recipe))
-    file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\nrates = { 2 = 0.5 }'))
-    with pytest.raises(ContractError, match="arm 'alone' has rates for ε 2, at which it is not"):
+    file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\nlr_scale = { 2 = 0.5 }'))
+    with pytest.raises(ContractError, match="arm 'alone' has lr_scale for ε 2, at which it is not"):
         load_study(file)
     with pytest.raises(UsageError, match="There is no study 'nothing'"):
         study_file("nothing")
@@ -329,7 +329,7 @@ epsilons = [inf, 8.0]
 epsilons = [3.0]
 [arms.copies.contract]
 aggregation = { momentum = 0.0 }
-phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_rate = 2.0, personal = "copies", proximal = 0.1 }]
+phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_lr = 2.0, personal = "mean-regularised", proximal_mu = 0.1 }]
 """)  # noqa: E501 - a table stands on one line
     study = load_study(tmp_path / "own.toml")
     assert [(c.arm, c.epsilon) for c in cells_of(study, recipe) if c.repeat == 0] == [
