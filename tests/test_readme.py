@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_layout import FOLDERS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [
@@ -58,14 +60,18 @@ def test_every_command_of_the_readme_runs(commands: list[str], tmp_path: Path) -
         assert done.stdout.strip()
 
 
-def test_every_file_the_readme_names_exists() -> None:
-    house = README.split("## The house")[1].split("```")[1]
-    room = ""
-    for line in house.splitlines():
-        if not line.startswith(" ") and "/" in line:
-            room = line.split("/")[0]
-        for name in re.findall(r"\b([a-z_]+\.py)\b", line):
-            assert (ROOT / room / name).is_file(), f"{room}/{name}"
+def test_the_readme_names_each_folder_of_the_layout_in_its_order() -> None:
+    text, named, package = README.split("## Repository layout")[1].split("```")[1], {}, ""
+    for line in filter(None, text.splitlines()):
+        name = line.split()[0].rstrip("/")
+        if not line.startswith(" "):
+            package, named[name] = name, []
+        else:
+            named[package].append(name.removesuffix(".py"))
+            assert (ROOT / package / name).exists(), f"{package}/{name}"
+    for package, folders in FOLDERS.items():
+        listed = [name for name in named[package] if name in folders]
+        assert listed == [folder for folder in folders if folder], package
 
 
 def test_nothing_is_left_to_fill_in() -> None:

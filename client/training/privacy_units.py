@@ -1,9 +1,9 @@
 """Who is protected: which records are one privacy unit, and in what groups units are computed.
 
 With unit "record" each row is by itself. With unit "entity" the rows of one key are one unit: of
-them the first (or last) `max_records_per_entity` count, and their gradients become one (common/contract/privacy.py,
-Entity). Which rows those are, and in what order they are added, is a function of the entity's own
-rows.
+them the first (or last) `max_records_per_entity` count, and their gradients become one
+(common/contract/privacy.py, Entity). Which rows those are, and in what order they are added, is a
+function of the entity's own rows.
 """
 
 from __future__ import annotations

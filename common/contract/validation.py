@@ -146,8 +146,8 @@ def _of_personal(contract: Contract) -> Misfits:
             (
                 "aggregation",
                 'personal = "mean-regularised" needs the plain mean of what is sent, or '
-                "the sites' copies would be pulled to where it is not: momentum = 0, and no "
-                "adaptive, robust, max_update_norm or gate",
+                "the sites' copies would be pulled to where it is not: server_momentum = 0, and no "
+                "server_optimizer, robust, max_update_norm or gate",
             )
         )
     if any(contract.stays_at(phase, 1) for phase in contract.phases) and (
@@ -274,10 +274,10 @@ def _of_aggregation(contract: Contract) -> Misfits:
     if method in ("fedsvd", *BY_ONE) and settings.server_optimizer:
         wrong.append(
             f'method = "{method}" turns the factors\' coordinates each round, and '
-            "adaptive keeps a rate for each coordinate"
+            "server_optimizer keeps a rate for each coordinate"
         )
     if method in BY_ONE and settings.server_momentum:
-        wrong.append(f'method = "{method}" sets the weights anew each round: momentum = 0')
+        wrong.append(f'method = "{method}" sets the weights anew each round: server_momentum = 0')
     alone = robust.rule if robust else method if method in BY_ONE else None
     if alone and contract.secure_aggregation is not None:
         wrong.append(

@@ -473,7 +473,8 @@ def test_a_signed_policy_that_means_nothing_is_not_adopted(
     """Signed by an older version that let it pass, say."""
     written(home.config, TEXT.replace("8.0", "nan"))
     with monkeypatch.context() as patch:
-        patch.setattr(policies, "parse", lambda *_: None)
+        for module in (policies, signed_policy):
+            patch.setattr(module, "parse", lambda *_: None)
         home.sign()
     with pytest.raises(ContractError):
         home.adopt()

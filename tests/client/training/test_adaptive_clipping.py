@@ -18,7 +18,7 @@ from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism, plan
 from silotune.client.site.policy import permitting
-from silotune.client.training import dataset, dp_optimizer, local_round
+from silotune.client.training import dataset, dp_optimizer, local_round, released_metrics
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker.worker import Worker
@@ -107,7 +107,7 @@ def the_noises_together_are_the_mechanism_that_is_charged(
         ],
     )
     stds: list[tuple[tuple[int, ...], float]] = []
-    for module in (dp_optimizer, local_round):
+    for module in (dp_optimizer, released_metrics):
         inner = vars(module)["noised"]
 
         def spy(total: Tensor, std: float, source: NoiseSource, inner: Any = inner) -> Tensor:
@@ -225,7 +225,7 @@ Patch = pytest.MonkeyPatch
 
 
 def the_count_without_noise(patch: Patch) -> None:
-    patch.setattr(local_round, "noised", lambda total, std, source: total)
+    patch.setattr(released_metrics, "noised", lambda total, std, source: total)
 
 
 def the_count_with_half_the_noise(patch: Patch) -> None:

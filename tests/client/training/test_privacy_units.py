@@ -33,6 +33,7 @@ from silotune.client.training import (
     dp_optimizer,
     local_round,
     privacy_units,
+    released_metrics,
     selftest,
 )
 from silotune.client.training.local_round import train_round
@@ -336,7 +337,7 @@ def records_added_up_in_the_metrics(patch: Patch) -> None:
         for _, parts in groups:
             yield from map(of_rows, parts)
 
-    patch.setattr(local_round, "_of_units", broken)
+    patch.setattr(released_metrics, "_of_units", broken)
 
 
 def no_cap(patch: Patch) -> None:

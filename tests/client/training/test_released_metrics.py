@@ -59,7 +59,7 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
         return total(values, bound, noise_multiplier, source)
 
     monkeypatch.setattr(local_round, "CryptoNoiseOptimizer", spy_optimizer)
-    monkeypatch.setattr(local_round, "noisy_total", spy_total)
+    monkeypatch.setattr(released_metrics, "noisy_total", spy_total)
     worker = make_worker(measured, write_rows(tmp_path / "rows.csv", 50))
     ask(worker)
     assert len(found) == 1 + len(RELEASES)

@@ -342,7 +342,7 @@ def mean_of_the_batchs_tokens(patch: Patch) -> None:
         ).view(labels.shape)
         return losses.sum(dim=1) / (labels != token_classification.IGNORED).sum() * len(labels)
 
-    for module in ("tokens", "language"):
+    for module in ("token_classification", "language_modeling"):
         patch.setattr(f"silotune.common.tasks.{module}.per_example_loss", broken)
 
 

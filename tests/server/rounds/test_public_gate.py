@@ -107,7 +107,7 @@ def test_a_momentum_that_leads_past_the_gate_is_not_kept(
 ) -> None:
     """Or it would have every later round declined, whatever the sites send."""
     run = begin(
-        gated(table_contract, 0.1, server_momentum=0.9, adaptive=adaptive), tmp_path / "run"
+        gated(table_contract, 0.1, server_momentum=0.9, server_optimizer=adaptive), tmp_path / "run"
     )
     while run.number < 5 and play(run, north=2.0, south=2.0).declined is None:
         pass
@@ -198,9 +198,9 @@ def test_a_contract_without_a_gate_keeps_its_hash(table_contract: Contract) -> N
     ("gate", "why"),
     [
         ({"metric": "rmse", "max_degradation": 0.1}, "gate.metric must be one of auc"),
-        ({"metric": "loss", "max_degradation": -0.1}, "most"),
-        ({"metric": "loss", "max_degradation": math.nan}, "most"),
-        ({"metric": "loss"}, "most"),
+        ({"metric": "loss", "max_degradation": -0.1}, "max_degradation"),
+        ({"metric": "loss", "max_degradation": math.nan}, "max_degradation"),
+        ({"metric": "loss"}, "max_degradation"),
         ({"metric": "loss", "max_degradation": 0.1, "patience": 2}, "patience"),
     ],
 )

@@ -307,7 +307,7 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
 def test_the_shipped_studies_are_valid() -> None:
     from silotune.simulations.comparison.recipe import load_recipe
 
-    names = [p.stem for p in (Path(report.__file__).parent / "studies").glob("*.toml")]
+    names = [p.stem for p in (Path(report.__file__).parents[1] / "studies").glob("*.toml")]
     assert names
     for name in names:
         found = load_study(study_file(name))
@@ -328,7 +328,7 @@ epsilons = [inf, 8.0]
 [arms.together]
 epsilons = [3.0]
 [arms.copies.contract]
-aggregation = { momentum = 0.0 }
+aggregation = { server_momentum = 0.0 }
 phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_lr = 2.0, personal = "mean-regularised", proximal_mu = 0.1 }]
 """)  # noqa: E501 - a table stands on one line
     study = load_study(tmp_path / "own.toml")
