@@ -201,6 +201,8 @@ def copy_to(folder: Path) -> None:
     (folder / "path" / "silotune").mkdir(parents=True)
     for package in PACKAGES:
         (folder / "path" / "silotune" / package).symlink_to(folder / package)
+    for file in (folder / "simulations" / "api").iterdir():  # the package itself
+        (folder / "path" / "silotune" / file.name).symlink_to(file)
 
 
 def killed(mutant: Mutant, folder: Path) -> bool:

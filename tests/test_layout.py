@@ -26,6 +26,8 @@ PACKAGES = {
 # A folder imports itself and those above it in its package's list. A module that lies in no folder
 # (server/cli.py) has its own place in the list; FIRST stands for those of common/.
 FIRST = ""
+# The package `silotune` itself: its modules lie in a folder of the package that imports all.
+API = "simulations/api/"
 FOLDERS = {
     "common": [
         FIRST, "runtime", "formats", "config", "secagg", "contract", "protocol", "data", "tasks",
@@ -37,6 +39,7 @@ FOLDERS = {
     "server": ["storage", "aggregation", "rounds", "operations", "flower", "report", "cli"],
     "simulations": [
         "recipes", "datasets", "attacks", "execution", "comparison", "study", "benchmarks", "cli",
+        "api",
     ],
 }  # fmt: skip
 MOST_MODULES = 13  # of a folder
@@ -99,15 +102,24 @@ def named_in_strings(module: str) -> set[str]:
 def path_of(name: str) -> Path | None:
     """The file or folder of a name `silotune.….…`; None if there is none."""
     path = ROOT.joinpath(*name.split(".")[1:])
-    for found in (path.with_suffix(".py"), path):
+    in_api = ROOT.joinpath(API, *name.split(".")[1:]).with_suffix(".py")
+    for found in (path.with_suffix(".py"), path, in_api):
         if found.exists() and found != ROOT:
             return found
     return None
 
 
+def name_of(module: str) -> str:
+    """The name by which a file is imported."""
+    path = module.removeprefix(API).removesuffix(".py").removesuffix("__init__").rstrip("/")
+    return ".".join(["silotune", *filter(None, path.split("/"))])
+
+
 def place(name: str) -> tuple[str, str]:
     """Package and folder of a module's file or of its name."""
     parts = name.removesuffix(".py").split("/") if "/" in name else name.split(".")[1:]
+    if parts[0] not in PACKAGES:
+        return "simulations", "api"
     package, rest = parts[0], parts[1:]
     if rest and rest[0] in FOLDERS[package]:
         return package, rest[0]
@@ -151,7 +163,7 @@ def first_imports(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    names = {f"silotune.{m.removesuffix('.py').replace('/', '.')}": m for m in modules()}
+    names = {name_of(m): m for m in modules()}
     graph = {
         name: {i for i in first_imports(tree_of(m).body) if i in names and i != name}
         for name, m in names.items()
@@ -215,7 +227,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = {name.removeprefix("silotune/") for name in wheel.namelist()}
     files = {
-        str(path.relative_to(ROOT))
+        str(path.relative_to(ROOT)).removeprefix(API)
         for package in PACKAGES
         for pattern in ("*.py", "*.toml", "*.md", "*.j2", "py.typed")
         for path in (ROOT / package).rglob(pattern)
@@ -229,7 +241,7 @@ def test_every_package_is_listed() -> None:
         tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     )
     found = {
-        "silotune." + ".".join(path.parent.relative_to(ROOT).parts)
+        name_of(str(path.relative_to(ROOT)))
         for package in PACKAGES
         for path in (ROOT / package).rglob("__init__.py")
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -66,6 +66,12 @@ class Site(Frozen):
 
 
 class Contract(Frozen):
+    """What a federation runs on, validated: one value for each section of the contract's file.
+
+    Read one by `load`, draft one by `draft`; `changed` gives a copy with other sections. Two
+    contracts are the same if their `hash` is.
+    """
+
     format: Literal[1]
     name: Name
     task: Task
@@ -87,6 +93,87 @@ class Contract(Frozen):
         if wrong:
             raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
         return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Contract:
+        """Read and validate a contract's file.
+
+        Args:
+            path: A TOML file, or the contract.json of a run.
+
+        Returns:
+            The contract.
+
+        Raises:
+            UsageError: If the file cannot be read; as a ContractError if it is no valid contract,
+                with every problem, its line, and what is allowed.
+        """
+        return load(Path(path))
+
+    @classmethod
+    def draft(
+        cls,
+        header: Iterable[str],
+        *,
+        task: str,
+        label: str,
+        sites: Sequence[str],
+        records: int,
+        name: str = "draft",
+        labels: Sequence[object] = (),
+        columns: Mapping[str, Sequence[object]] | None = None,
+        text: str | None = None,
+        pair: tuple[str, str] | None = None,
+        query: str | None = None,
+        others: Sequence[object] = (),
+        bounds: tuple[float, float] | None = None,
+        log: bool = False,
+        entity: Sequence[str] = (),
+        max_records_per_entity: int = 10,
+        epsilon: float = 8.0,
+        delta: float | None = None,
+        secure_aggregation: bool = False,
+    ) -> Contract:
+        """A contract from a table's header and its owner's answers, as `silotune contract new`.
+
+        No value of the table has a part in it: labels, bin edges and numbers of records are what
+        the field knows, since whoever gets the contract may know all that it says. One of
+        `columns`, `text` and `pair` says what a model reads.
+
+        Args:
+            header: The names of the table's columns, of a DataFrame `df.columns`.
+            task: classification, multi-label, tokens, regression, ranking or language.
+            label: The column that holds what is to be learnt.
+            sites: The names of the sites.
+            records: How many records, or entities, a site is expected to have.
+            name: Of the contract.
+            labels: The values of the label column, or texts "name=value"; of a ranking those that
+                say that a pair belongs together.
+            columns: The columns of a table that the model reads: for a number its bin edges, for
+                a category the values it may have.
+            text: The column of text that the model reads.
+            pair: The two columns of text of a ranking.
+            query: Of a ranking, the column whose equal values are ranked together.
+            others: Of a ranking, the values that say that a pair does not belong together.
+            bounds: Of a regression, the lowest and the highest number.
+            log: Of a regression, whether its logarithm is learnt.
+            entity: The columns that identify a person with several records.
+            max_records_per_entity: The most records of an entity that a step takes.
+            epsilon: The ε of a run at each site.
+            delta: By default the largest power of ten that is at most 1e-4 and 1 / (10 records).
+            secure_aggregation: Whether the server sees sums of updates only.
+
+        Returns:
+            A valid contract.
+
+        Raises:
+            UsageError: If answers are missing, or do not go together.
+            DataError: If the header lacks a column that the answers name.
+        """
+        from silotune.common.contract import drafting  # which needs contracts
+
+        given = {key: value for key, value in locals().items() if key not in ("cls", "drafting")}
+        return drafting.contract_of(**given)
 
     @property
     def columns(self) -> tuple[str, ...]:

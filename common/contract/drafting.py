@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from silotune.common.config.diagnostics import contract_error
 from silotune.common.config.types import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.privacy import delta_for
-from silotune.common.errors import UsageError
+from silotune.common.errors import DataError, UsageError, did_you_mean
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 LANGUAGE = (
@@ -142,6 +144,46 @@ def draft(answers: Answers) -> str:
     )
     contracts.parse(text, "the draft")
     return text
+
+
+def contract_of(
+    header: Iterable[str],
+    *,
+    columns: Mapping[str, Sequence[object]] | None,
+    secure_aggregation: bool,
+    **given: Any,
+) -> contracts.Contract:
+    """The contract of `Contract.draft`, whose arguments these are."""
+    of_columns = [
+        Column.parse(f"{column}: {', '.join(map(str, _listed(column, values)))}")
+        for column, values in (columns or {}).items()
+    ]
+    lists = {key: _listed(key, given.pop(key)) for key in ("labels", "others", "sites", "entity")}
+    try:
+        answers = Answers.model_validate(
+            given
+            | {key: [str(value) for value in values] for key, values in lists.items()}
+            | {"columns": of_columns, "masked": secure_aggregation}
+        )
+    except ValidationError as error:
+        raise contract_error(error, "Contract.draft", Answers) from None
+    names = [str(name) for name in header]
+    absent = [name for name in answers.used if name not in names]
+    if absent:
+        raise DataError(
+            " ".join(f"Column '{name}' is not in the header." for name in absent),
+            code="E302",
+            local=f"it has: {', '.join(names[:40])}."
+            + "".join(did_you_mean(name, names) for name in absent),
+        )
+    return contracts.parse(draft(answers), "Contract.draft")
+
+
+def _listed(key: str, values: Sequence[object]) -> list[object]:
+    """UsageError for one text where a list belongs, whose letters would be taken as its members."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UsageError(f"'{key}' must be a list, got {values!r}. Write [{values!r}].")
+    return list(values)
 
 
 def _toml(value: Any) -> str:

@@ -58,9 +58,23 @@ class EscapingConsole(Console):
 class Progress:
     """Prints to the terminal; on anything else the same lines without the live one."""
 
-    def __init__(self, facts: dict[str, Any], contract: Contract, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        facts: dict[str, Any],
+        contract: Contract,
+        *,
+        quiet: bool = False,
+        stderr: bool = False,
+    ) -> None:
         self.facts, self.contract = facts, contract
-        self.console = EscapingConsole(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+        self.console = EscapingConsole(
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+            quiet=quiet,
+            stderr=stderr,
+            force_jupyter=False,
+        )
         if not self.console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
             self.console.width = WIDE
         self._live: Live | None = None

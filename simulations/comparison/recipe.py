@@ -14,8 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TableInput
+from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.task import Task
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError, UsageError, did_you_mean
@@ -85,13 +89,24 @@ def load_recipe(name: str) -> Recipe:
 def own_recipe(
     file: Path, table: Path, site_column: str | None, reading: Reading | None = None
 ) -> Recipe:
-    """A contract file and a file of records: every arm has the contract's plan, the figure is the
-    task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
-    drawn by a fixed seed. UsageError if there is no such file.
-    """
+    """`recipe_of` a contract's file. UsageError if there is no such file."""
     contract = contracts.load(file)
     if not table.is_file():
         raise UsageError(f"data={table} is no file. Name a file of records.")
+    return recipe_of(contract, file.stem, table, site_column, reading)
+
+
+def recipe_of(
+    contract: Contract,
+    name: str,
+    table: Path,
+    site_column: str | None,
+    reading: Reading | None = None,
+) -> Recipe:
+    """A contract and a file of records: every arm has the contract's plan, the figure is the
+    task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
+    drawn by a fixed seed. DataError if the file cannot be read.
+    """
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     facts: dict[str, Any] = {
         "title": table.name,
@@ -111,7 +126,48 @@ def own_recipe(
     except OSError as error:
         raise DataError(f"Data file {table} cannot be read: {error.strerror}.") from None
     source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
-    return Recipe(file.stem, contract, facts, source, rows)
+    return Recipe(name, contract, facts, source, rows)
+
+
+def with_baselines(recipe: Recipe) -> Recipe:
+    """The recipe with plans for the baselines that train a head alone, where it has none and they
+    make sense: its rounds that train the head alone, or all that train it, with the whole budget
+    and the contract's learning rates."""
+    plans, contract = dict(recipe.facts["arms"]), recipe.contract
+    phases = _head_phases(contract)
+    if not phases or contract.personal:
+        return recipe
+    if contract.adapter and _valid(contract, adapter=None, phases=phases):
+        plans.setdefault("head", {"phases": phases})
+    one_hot = {"adapter": None, "model": {"kind": "one-hot"}, "phases": phases}
+    if (
+        not isinstance(contract.model, OneHotModel)
+        and isinstance(contract.input, TableInput)
+        and _valid(contract, **one_hot)
+    ):
+        plans.setdefault("one-hot", {"phases": phases})
+    return replace(recipe, facts=recipe.facts | {"arms": plans})
+
+
+def _head_phases(contract: Contract) -> list[dict[str, Any]]:
+    phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
+    own = [p for p in phases if p["trains"] == "head"]
+    of_both = [p for p in phases if p["trains"] == "head+adapter"]
+    chosen = [p | {"trains": "head"} for p in own or of_both]
+    whole = sum(p["budget_share"] for p in chosen)
+    return [
+        {k: v for k, v in p.items() if k != "adapter_lr"}
+        | {"budget_share": p["budget_share"] / whole}
+        for p in chosen
+    ]
+
+
+def _valid(contract: Contract, **sections: Any) -> bool:
+    try:
+        Contract.model_validate(contract.model_dump(mode="json") | sections)
+    except ValidationError:
+        return False
+    return True
 
 
 def _metric(task: Task) -> str:

@@ -40,14 +40,24 @@ from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.comparison.summary import summarise
 from silotune.simulations.datasets import catalog as data
 from silotune.simulations.execution import worker_pool
+from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
 from silotune.simulations.execution.variants import Arm, Job, JobResult, arms_of
 
 
 def run(
-    recipe: Recipe, options: Options, folder: Path, command: str, *, quiet: bool = False
+    recipe: Recipe,
+    options: Options,
+    folder: Path,
+    command: str,
+    *,
+    quiet: bool = False,
+    stderr: bool = False,
 ) -> dict[str, Any]:
-    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result."""
+    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result.
+
+    quiet: nothing is shown meanwhile. stderr: what is shown goes to standard error.
+    """
     began = time.perf_counter()
     if options.epsilon is not None:
         recipe = recipe.at(options.epsilon)
@@ -57,7 +67,7 @@ def run(
     if options.masked and len(contract.sites) >= 3:
         contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
     arms = _chosen(arms_of(contract, recipe.facts["arms"]), options.arms)
-    progress = Progress(recipe.facts, contract, quiet=quiet)
+    progress = Progress(recipe.facts, contract, quiet=quiet, stderr=stderr)
     _set_aside(folder)
     with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
         counts, rows, notes = recipe.rows(folder)
@@ -256,7 +266,7 @@ def run_jobs(
 ) -> list[JobResult]:
     """All jobs over a pool of processes; each loads the base model once. checked: is called before
     the first one, and once it is known that no site would refuse any of them; None: nobody asks."""
-    context = mp.get_context("spawn")
+    context = PoolContext()
     channel = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // processes)
     results: list[JobResult] = []

@@ -1,0 +1,169 @@
+"""What a simulation found: its figures, report and adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.common.contract import contract as contracts
+from silotune.common.contract.contract import Contract
+from silotune.common.errors import UsageError
+from silotune.common.formats import strict_json
+from silotune.simulations.execution.variants import MAIN
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes a while to import
+
+SHOWN = 3  # metrics in a notebook; `table` has all
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished comparison of methods.
+
+    Attributes:
+        folder: Where the run's files are.
+        contract: What was run: the contract with the simulation's ε, δ and keys of masks.
+        content: The content of result.json; the report is made of nothing else.
+    """
+
+    folder: Path
+    contract: Contract = field(repr=False)
+    content: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunResult:
+        """Read the result of a run that has ended, also one of `silotune sim run`.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            Its result.
+
+        Raises:
+            UsageError: If the folder has no result.
+        """
+        folder = Path(folder)
+        try:
+            content = strict_json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UsageError(
+                f"{folder} has no readable result.json: name the folder of a run that has ended."
+            ) from None
+        return cls.of(folder, content)
+
+    @classmethod
+    def of(cls, folder: Path, content: Mapping[str, Any]) -> RunResult:
+        """The result in a folder, from the content of its result.json."""
+        contract = contracts.parse(content["contract_json"], str(folder / "contract.json"))
+        return cls(folder, contract, content)
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The contract's own method on the public test rows: each metric's mean over its runs;
+        None where the rows do not define it."""
+        own = next(arm for arm in self.content["arms"] if arm["main"])
+        return {name: found and found["mean"] for name, found in own["metrics"].items()}
+
+    @property
+    def adapter(self) -> Path:
+        """The file of the adapter that the first run of the contract's own method released."""
+        return self.folder / "arms" / f"{MAIN}-0" / "adapter.safetensors"
+
+    def table(self) -> pd.DataFrame:
+        """The methods and their figures.
+
+        Returns:
+            A row for each method, by its name. Columns: `label`; for each metric its mean over the
+            runs, and under the metric's name with `_sd` their standard deviation (missing for one
+            run); `runs`; `epsilon` and `delta`, which hold for each site and one run. Epsilon is
+            infinite without a guarantee, and missing where no record has a part in a method. The
+            unit and the accountant are in `attrs`.
+        """
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for arm in self.content["arms"]:
+            row = {"method": arm["name"], "label": arm["label"]}
+            for name, found in arm["metrics"].items():
+                row[name] = found["mean"] if found else math.nan
+                several = found is not None and len(found["values"]) > 1
+                row[f"{name}_sd"] = found["sd"] if several else math.nan
+            row |= {"runs": arm["repeats"], "epsilon": self._epsilon(arm)}
+            row["delta"] = math.nan if not math.isfinite(row["epsilon"]) else arm["delta"]
+            rows.append(row)
+        table = pd.DataFrame(rows).set_index("method")
+        privacy = self.content["privacy"]
+        table.attrs = {key: privacy[key] for key in ("unit", "adjacency", "accountant")}
+        return table
+
+    def _epsilon(self, arm: Mapping[str, Any]) -> float:
+        """Seeded noise is no guarantee."""
+        if not arm["private"] or (arm["epsilon"] and self.content["privacy"]["insecure"]):
+            return math.inf
+        return float(arm["epsilon"]) if arm["epsilon"] else math.nan
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report: one HTML file that loads nothing from elsewhere.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            UsageError: If the file cannot be written.
+        """
+        from silotune.server.report.report import write_report
+
+        path = Path(path)
+        try:
+            write_report(self.content, path)
+        except OSError as error:
+            raise UsageError(
+                f"The report {path} cannot be written: {error.strerror}. Name a file in a folder "
+                "that is there."
+            ) from None
+        return path
+
+    def _repr_html_(self) -> str:
+        from silotune.server.report.report import guarantee
+
+        figure = self.content["metric"]["name"]
+        others = [name for name in self.contract.task.metrics if name != figure]
+        names = [figure, *others][:SHOWN]
+        head = "".join(f"<th>{escape(t)}</th>" for t in ("method", *names, "guarantee"))
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f"<td>{escape(text)}</td>"
+                for text in (
+                    arm["label"],
+                    *(_figure(arm["metrics"].get(name)) for name in names),
+                    guarantee(self.content, arm["epsilon"], arm["delta"])
+                    if arm["private"]
+                    else "none",
+                )
+            )
+            + "</tr>"
+            for arm in self.content["arms"]
+        )
+        verdict = self.content["verdict"]
+        lines = [f"{self.contract.name}: {verdict['word']}", *verdict["warnings"]]
+        return (
+            "".join(f"<p>{escape(line)}</p>" for line in lines)
+            + f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
+
+
+def _figure(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "–"
+    spread = f" ±{found['sd']:.3f}" if len(found["values"]) > 1 else ""
+    return f"{found['mean']:.3f}{spread}"
