@@ -161,7 +161,7 @@ def default_of(value: Schema, required: bool, constant: object) -> str:
     return "its defaults" if isinstance(default, dict) else f"`{json.dumps(default)}`"
 
 
-def kind_of(value: Schema, defs: Schema) -> tuple[str, list[str], bool]:
+def kind_of(value: Schema, defs: Schema) -> tuple[str, list[str], bool]:  # noqa: PLR0911
     """A key's type and bounds in words, the tables it may be, and whether there may be several."""
     if "$ref" in value:
         return "table", [value["$ref"].rpartition("/")[2]], False
@@ -310,7 +310,7 @@ def cli() -> str:
                         if option.is_flag or not isinstance(default, str | int | float | Path)
                         else f"`{default}`"
                     )
-                    rows.append(f"| {names}{cell(kind)} | {shown} | {cell(option.help or '')} |")
+                    rows.append(f"| {names}{kind} | {shown} | {cell(option.help or '')} |")
                 made.append("\n".join(rows))
     return "\n\n".join(filter(None, made)) + "\n"
 
