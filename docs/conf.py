@@ -26,7 +26,6 @@ extensions = [
 exclude_patterns = ["project/progress.md"]
 html_theme = "furo"
 html_title = "Silotune"
-html_static_path = ["_static"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -45,3 +44,5 @@ def setup(app: Any) -> None:
     """Write the generated pages before Sphinx looks for files."""
     app.connect("builder-inited", lambda _: generate.write(HERE / "reference"))
     app.connect("autodoc-process-docstring", generate.docstring_as_rst)
+    app.connect("autodoc-process-signature", generate.short_signature)
+    app.connect("autodoc-skip-member", lambda *event: True if event[2] == "model_config" else None)

@@ -388,6 +388,13 @@ def docstring_as_rst(*event: Any) -> None:
         lines[:] = list(_as_rst(lines))
 
 
+def short_signature(*event: Any) -> tuple[str, None] | None:
+    """Sphinx's autodoc-process-signature: a configuration's keys are on pages of their own."""
+    found = event[3]
+    is_settings = isinstance(found, type) and issubclass(found, BaseModel)
+    return ("", None) if is_settings else None
+
+
 SECTION = re.compile(r"^(:\w+|\.\. )")
 
 
