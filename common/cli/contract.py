@@ -162,7 +162,13 @@ def named(name: Path) -> Contract:
     help="'age: 40, 50, 60' (bin edges) or 'sex: male, female' (values).",
 )
 @click.option("--entity", help="The columns that identify a person with several records.")
-@click.option("--cap", type=int, default=10, show_default=True, help="Most records of an entity.")
+@click.option(
+    "--max-records-per-entity",
+    type=int,
+    default=10,
+    show_default=True,
+    help="Most records of an entity.",
+)
 @click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
 @click.option("--records", type=int, help="How many records (or entities) a site is to have.")
 @click.option("--epsilon", type=float, default=8.0, show_default=True)

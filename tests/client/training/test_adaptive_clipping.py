@@ -231,7 +231,7 @@ def the_count_without_noise(patch: Patch) -> None:
 def the_count_with_half_the_noise(patch: Patch) -> None:
     """As if a unit moved it by 1/4."""
     patch.setattr(
-        local_round,
+        released_metrics,
         "noised",
         lambda total, std, source: dp_optimizer.noised(total, std / 2, source),
     )

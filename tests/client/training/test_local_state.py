@@ -289,7 +289,7 @@ def test_a_plain_run_leaves_nothing(keys: dict[str, Keys], tmp_path: Path) -> No
 def controlled(keys: dict[str, Keys], control: str | None = "scaffold", **more: Any) -> Contract:
     contract = with_last(
         of_method("ffa", keys, **more),
-        control=control,
+        drift_correction=control,
         local_steps=4,
         rounds=5,
         head_lr=0.3,

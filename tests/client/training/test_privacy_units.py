@@ -178,13 +178,16 @@ def of_record(age: int, smoker: str, outcome: int) -> tuple[NDArray[np.float64],
     )
 
 
-def by_hand(rows: Rows, *, cap: Any = 3, keep: Any = "first", combine: Any = "mean") -> Sum:
+def by_hand(
+    rows: Rows, *, max_records_per_entity: Any = 3, select: Any = "first", reduce: Any = "mean"
+) -> Sum:
     """Entity by entity: its rows within the cap, their gradients put together, clipped once."""
     total = Sum(np.zeros(14), 0.0, 0.0)
     for patient in dict.fromkeys(row[0] for row in rows):
         own = [of_record(*row[1:]) for row in rows if row[0] == patient]
-        own = own[:cap] if keep == "first" else own[-cap:]
-        g = np.sum([r[0] for r in own], axis=0) / (len(own) if combine == "mean" else 1)
+        most = max_records_per_entity
+        own = own[:most] if select == "first" else own[-most:]
+        g = np.sum([r[0] for r in own], axis=0) / (len(own) if reduce == "mean" else 1)
         total.gradient = total.gradient + g * min(1.0, CLIP / float(np.linalg.norm(g)))
         total.loss += min(float(np.mean([r[1] for r in own])), BOUND)
         total.accuracy += float(np.mean([r[2] for r in own]))
@@ -231,9 +234,9 @@ def an_entity_moves_the_gradients_by_at_most_the_clip_norm(released: Released) -
 
 def an_entity_moves_the_metrics_by_at_most_their_bounds(released: Released) -> None:
     crowd = [*ROWS, *[("z", 70, "no", 1)] * 40, *[("y", 70, "yes", 1)] * 40]
-    whole = released(crowd, cap=50)
+    whole = released(crowd, max_records_per_entity=50)
     for patient, of_loss in (("z", BOUND), ("y", BOUND), ("a", BOUND)):
-        rest = released([row for row in crowd if row[0] != patient], cap=50)
+        rest = released([row for row in crowd if row[0] != patient], max_records_per_entity=50)
         assert -1e-6 <= whole.loss - rest.loss <= of_loss + 1e-6
         assert -1e-6 <= whole.accuracy - rest.accuracy <= 1 + 1e-6
 
@@ -243,7 +246,9 @@ def rows_beyond_the_cap_change_nothing(released: Released) -> None:
     more: Rows = [("a", 70, "no", 1), ("c", 30, "yes", 1), ("d", 30, "no", 0)] * 3
     # 'c' and 'd' have three rows and 'a' four: all full, so what is added is beyond the cap.
     for keep, with_more in (("first", [*ROWS, *more]), ("last", [*more, *ROWS])):
-        few, many = (released(rows, keep=keep, cap=3) for rows in (ROWS, with_more))
+        few, many = (
+            released(rows, select=keep, max_records_per_entity=3) for rows in (ROWS, with_more)
+        )
         assert np.array_equal(few.gradient, many.gradient)
         assert (few.loss, few.accuracy) == (many.loss, many.accuracy)
 
@@ -251,7 +256,7 @@ def rows_beyond_the_cap_change_nothing(released: Released) -> None:
 def entities_are_sampled_whole(released: Released) -> None:
     """Twenty patients with three equal rows each, unclipped: k rows give k times one gradient, and
     of a patient all or none are there."""
-    contract = by_entity(released.contract, combine="sum").changed(
+    contract = by_entity(released.contract, reduce="sum").changed(
         privacy={"clip_norm": 100.0},
         releases=[],
         phases=[{"trains": "head", "rounds": 1, "sampling_rate": 0.5, "head_lr": RATE}],
@@ -457,7 +462,12 @@ def test_several_key_columns_are_one_key() -> None:
 )
 def test_the_cap_keeps_the_first_or_the_last(keep: str, expected: list[list[int]]) -> None:
     rows = [(p, 30, "yes", 1) for p in "abcacac"]
-    assert grouped(privacy_units.of_entities(table(rows), entity(cap=2, keep=keep))) == expected
+    assert (
+        grouped(
+            privacy_units.of_entities(table(rows), entity(max_records_per_entity=2, select=keep))
+        )
+        == expected
+    )
 
 
 def test_an_entitys_rows_do_not_depend_on_anybody_elses() -> None:
@@ -471,22 +481,28 @@ def test_an_entitys_rows_do_not_depend_on_anybody_elses() -> None:
             rest, rows = iter(rng.permutation(len(others)).tolist()), []
             for k in range(30):
                 rows.append(mine[places.index(k)] if k in places else others[next(rest)])
-            found = grouped(privacy_units.of_entities(table(rows), entity(cap=3, keep=keep)))
+            found = grouped(
+                privacy_units.of_entities(
+                    table(rows), entity(max_records_per_entity=3, select=keep)
+                )
+            )
             (hers,) = [g for g in found if rows[g[0]][0] == "p"]
             assert [rows[k][1] for k in hers] == kept
             assert all(len({rows[k][0] for k in g}) == 1 for g in found)
-        alone = privacy_units.of_entities(table(mine), entity(cap=3, keep=keep))
+        alone = privacy_units.of_entities(
+            table(mine), entity(max_records_per_entity=3, select=keep)
+        )
         assert [mine[k][1] for k in grouped(alone)[0]] == kept
 
 
 def test_the_order_of_other_entities_rows_changes_no_bit(released: Released) -> None:
     """Only 'a' keeps her order; all sums are exact, so the released ones are equal."""
     rng = np.random.default_rng(1)
-    first = released(ROWS, cap=2)
+    first = released(ROWS, max_records_per_entity=2)
     for _ in range(3):
         order: list[str] = rng.permutation([row[0] for row in ROWS]).tolist()
         own = {p: iter([row for row in ROWS if row[0] == p]) for p in "abcde"}
-        again = released([next(own[p]) for p in order], cap=2)
+        again = released([next(own[p]) for p in order], max_records_per_entity=2)
         assert np.array_equal(first.gradient, again.gradient)
         assert (first.loss, first.accuracy) == (again.loss, again.accuracy)
 
@@ -800,7 +816,9 @@ def test_a_charge_by_another_key_bounds_nothing_for_this_entity(
             ledger,
         )
     )
-    homes = by_entity(entities, key=["household"], cap=10).changed(privacy={"epsilon": 2.0})
+    homes = by_entity(entities, key=["household"], max_records_per_entity=10).changed(
+        privacy={"epsilon": 2.0}
+    )
     policy = named(entities, path, key=("household",))
     policy = policy.model_copy(update={"permits": named(homes, path).permits})
     with pytest.raises(RefusalError) as refusal:
@@ -989,7 +1007,7 @@ def test_an_older_entrys_bytes_still_parse() -> None:
 def test_the_self_test_sees_an_entity_that_is_not_clipped_as_a_whole(
     entities: Contract, combine: str, monkeypatch: Patch
 ) -> None:
-    contract = by_entity(entities, combine=combine)
+    contract = by_entity(entities, reduce=combine)
     model = build(contract, None)
     selftest.check(contract, model)
     selftest._passed.clear()

@@ -234,7 +234,7 @@ Keep = Literal["first", "last"]
 
 
 def entity(cap: int, combine: Combine, keep: Keep = "first") -> Entity:
-    return Entity(key=("person",), cap=cap, keep=keep, combine=combine)
+    return Entity(key=("person",), max_records_per_entity=cap, select=keep, reduce=combine)
 
 
 class People(Toy):

@@ -69,9 +69,10 @@ def test_a_workers_own_object_is_not_wrapped_again(written: Written) -> None:
 
 
 def test_what_a_relay_prints_is_text_also_if_it_looks_like_a_workers_line(written: Written) -> None:
-    written.journal.say(of_worker(), source="relay")
+    line = of_worker()
+    written.journal.say(line, source="relay")
     (event,) = written.events()
-    assert (event["from"], event["event"], event["text"]) == ("relay", "said", of_worker())
+    assert (event["from"], event["event"], event["text"]) == ("relay", "said", line)
 
 
 def test_an_object_of_another_source_is_text(written: Written) -> None:

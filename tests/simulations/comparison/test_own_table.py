@@ -131,7 +131,9 @@ def test_rows_are_split_by_entity(
     table: Path, tmp_path: Path, contract_of: Callable[..., Path], column: str | None
 ) -> None:
     """An owner's rows are all public or none; drawn sites also keep an owner together."""
-    contract = contracts.load(contract_of(table, "--entity", "owner", "--cap", "2"))
+    contract = contracts.load(
+        contract_of(table, "--entity", "owner", "--max-records-per-entity", "2")
+    )
     counts = of_file(table, contract, column, tmp_path / "split").counts
     assert sum(int(c["train"]) + int(c["test"]) for c in counts) == 240
     owners: dict[str, set[str]] = {}
