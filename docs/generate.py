@@ -69,6 +69,7 @@ class Setting(NamedTuple):
     kind: str
     default: str
     about: str
+    table: str  # what is said of the table that it is, if it is one
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -99,13 +100,14 @@ def described(doc: str, keys: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, start in enumerate(starts):
         end = starts[number + 1].start() if number + 1 < len(starts) else len(text)
-        about = text[start.end() : end].split(" ¶ ")[0].strip()
+        about = text[start.end() : end].split(" ¶ ")[0].strip(" ;,")
         for key in start.group(1).split(", "):
             found.setdefault(key, about)
-    sentences = re.split(r"(?<=[.!?]) (?=[A-Z`\[])| ¶ ", text)
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z`\[]|\w+ \")| ¶ ", text)
     for key in keys:
         for sentence in sentences:
-            if key not in found and f"`{key}`" in sentence:
+            named = f"`{key}`" in sentence or sentence.startswith(f'{key} "')
+            if key not in found and named:
                 found[key] = sentence
     return {key: about[:1].upper() + about[1:] for key, about in found.items()}
 
@@ -125,9 +127,12 @@ def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, list[Setting]]]
             constant = value.get("const")
             default = default_of(value, key in part.get("required", ()), constant)
             about_key = value.get("description") or about.get(key, "")
-            if constant is not None and not about_key:
+            if constant is not None and key == "kind" and not about_key:
                 about_key = "Which of the alternatives this table is."
-            rows.append(Setting(title, key, kind, default, about_key))
+            of_table = [defs[found].get("description", "") for found in references]
+            first = re.split(r"(?<=[.:]) |\n\n", of_table[0])[0] if len(of_table) == 1 else ""
+            first = first if first.endswith(".") else ""  # "name: …" is of a key, not of the table
+            rows.append(Setting(title, key, kind, default, about_key, first))
             for reference in references:
                 below.append((f"{path}.{key}".lstrip("."), reference, many))
         yield path, part.get("description", ""), rows
@@ -190,10 +195,14 @@ def kind_of(value: Schema, defs: Schema) -> tuple[str, list[str], bool]:  # noqa
     if pattern := value.get("pattern"):
         kind = "64 hexadecimal digits" if "{64}" in pattern else kind
     signs = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
-    bounds = [f"{sign}{value[key]:,g}" for key, sign in signs.items() if key in value]
+    bounds = [f"{sign}{number(value[key])}" for key, sign in signs.items() if key in value]
     if "maxLength" in value:
         bounds.append(f"{value.get('minLength', 0)} to {value['maxLength']} characters")
     return ", ".join([kind, *bounds]), [], False
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def cell(text: str) -> str:
@@ -211,8 +220,9 @@ def tables_of(model: type[BaseModel], top: str) -> str:
                     "| key | type and bounds | default | description |",
                     "|---|---|---|---|",
                     *(
-                        f"| `{s.key}` | {cell(s.kind)} | {cell(s.default)} | {cell(s.about)} |"
-                        for s in rows
+                        f"| `{row.key}` | {cell(row.kind)} | {cell(row.default)} | "
+                        f"{cell(row.about or row.table)} |"
+                        for row in rows
                     ),
                 ]
             )
