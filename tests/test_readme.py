@@ -69,6 +69,13 @@ def test_there_are_commands() -> None:
     assert "`make test`" in README
 
 
+def test_the_readme_in_chinese_has_the_same_commands() -> None:
+    text = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith(("silotune ", "make "))]
+    assert len(lines) >= 5
+    assert set(lines) <= set(README.splitlines())
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
@@ -141,7 +148,9 @@ NAMED = re.compile(
 LINK = re.compile(r"\]\(<?([^)>#\s][^)>#]*)(?:#[^)]*)?>?\)")
 
 
-@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in PAGES])
+@pytest.mark.parametrize(
+    "page", [*(path.relative_to(ROOT).as_posix() for path in PAGES), "README.zh-CN.md"]
+)
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     missing = [found for found in NAMED.findall(text) if not (ROOT / found).exists()]
