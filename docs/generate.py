@@ -434,7 +434,7 @@ def undescribed() -> Iterator[str]:
                     yield f"{file} {name or 'top level'} {setting.key}"
     for path, command in commands():
         for option in command.params:
-            if isinstance(option, click.Option) and not option.help:
+            if isinstance(option, click.Option) and not (option.help or option.hidden):
                 yield f"{' '.join(path)} {option.opts[0]}"
 
 
