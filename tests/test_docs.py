@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -71,6 +72,25 @@ def test_every_command_and_option_is_there(generate: ModuleType, pages: dict[str
 def test_every_key_has_a_row(pages: dict[str, str], page: str, keys: list[str]) -> None:
     for key in keys:
         assert f"| `{key}` |" in pages[page], key
+
+
+def test_every_key_of_a_result_is_on_its_page() -> None:
+    """The keys of the tables that `sim run` writes, from its source."""
+    page, found = (DOCS / "reference" / "result.md").read_text(encoding="utf-8"), set[str]()
+    for name in ("run.py", "summary.py"):
+        tree = ast.parse((ROOT / "simulations" / "comparison" / name).read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and function.name in (
+                "run",
+                "summarise",
+                "_arm_row",
+            ):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Dict):
+                        found |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
+    assert len(found) > 40
+    named = set(re.findall(r"`(\w+)`", page))
+    assert not found - named - {"site"}
 
 
 def test_every_page_is_in_the_contents_once() -> None:
