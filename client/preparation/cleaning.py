@@ -6,6 +6,7 @@ in one reading. All counts in here are of private records: they are for the site
 
 from __future__ import annotations
 
+import string
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,9 @@ from silotune.common.runtime.atomic_files import write_durably
 T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
 REPLACED, REWRITTEN = "replaced", "rewritten"
+# ASCII's alone: other white space may be a part of a letter whose bytes were read in a wrong
+# encoding, and those bytes must stay whole (client/privacy/record_ids.py).
+SPACE = string.whitespace
 
 
 @dataclass
@@ -194,7 +198,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
             if len(cells) != len(header):
                 ragged.add(line)
             else:
-                rows.append((line, [c.strip() for c in cells] if rules.trim else list(cells)))
+                rows.append((line, [c.strip(SPACE) for c in cells] if rules.trim else list(cells)))
                 places_read.append(read - 1)
         left_out = texts.clean(rows)
         for rule, misfits in columns.misfits(cells for _, cells in rows).items():
@@ -307,12 +311,18 @@ def _changed(prepared: Prepared) -> tuple[str, ...]:
         _, after = next(cleaned)
         for column, (one, other) in enumerate(zip(before, after, strict=True)):
             if column not in found and (
-                (one != other and record_ids.value(one) != record_ids.value(other))
-                or (foreign and not one.isascii())
+                (one != other and _is_another(one, other)) or (foreign and not one.isascii())
             ):
                 found.add(column)
         index = next(made_of, None)
     return tuple(sorted({record_ids.canonical(raw.header[column]) for column in found}))
+
+
+def _is_another(one: str, other: str) -> bool:
+    """Whether a cell has another value, or other decodings."""
+    if record_ids.value(one) != record_ids.value(other):
+        return True
+    return not one.isascii() and one.strip(SPACE) != other.strip(SPACE)
 
 
 def write(table: Table, path: Path) -> None:

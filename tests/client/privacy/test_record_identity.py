@@ -135,26 +135,37 @@ def table_of(rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> Table:
     return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding=encoding)
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Of the columns that the contract of a classification names."""
+    return Table(
+        "notes.csv", ["text", "label"], [(at, list(row)) for at, row in enumerate(rows, 2)]
+    )
+
+
 def declared(table: Table, written: str, read: str) -> Table:
     """The table as it is read if its file was written in one encoding and declared as another."""
-    rows = [[cell.encode(written).decode(read) for cell in cells] for _, cells in table.rows]
-    return table_of(rows, "utf-8" if read == "utf-8" else read)
+    rows = [
+        (line, [cell.encode(written).decode(read) for cell in cells]) for line, cells in table.rows
+    ]
+    return Table(table.source, table.header, rows, encoding=read)
 
 
 def saved(table: Table, taken_for: str) -> Table:
     """The table after a program took its UTF-8 for another encoding and saved it as Unicode; bytes
     for which that has nothing it keeps as control characters."""
-    return table_of(
-        [
+    rows = [
+        (
+            line,
             [
                 "".join(
                     bytes([byte]).decode(taken_for, "ignore") or chr(byte) for byte in cell.encode()
                 )
                 for cell in cells
-            ]
-            for _, cells in table.rows
-        ]
-    )
+            ],
+        )
+        for line, cells in table.rows
+    ]
+    return Table(table.source, table.header, rows)
 
 
 def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]) -> Prepared:
@@ -402,6 +413,35 @@ def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: 
     (overlap,) = overlaps(ledger, of_table(done.table, (), ledger.fingerprint_key)).values()
     assert int(overlap.sum()) in (1, 2)
     assert all_charged(ledger, Table("a.csv", header, [(2, rows[0])]))
+
+
+@pytest.mark.parametrize("word", ["Carrà", "douleur…", "à côté", "là”", "Å"])
+@pytest.mark.parametrize(
+    ("written", "read"), [("utf-8", "latin-1"), ("utf-8", "cp1252"), ("cp1252", "latin-1")]
+)
+def test_trimming_takes_no_part_of_a_letter(
+    contract: Contract, word: str, written: str, read: str
+) -> None:
+    """Its last byte can read as white space that is not ASCII's. What was misread was saved as
+    Unicode, and then prepared; a key is named later."""
+    raw = text_table([[f" {word} ", "a"], ["fever", "b"]])
+    misread = saved(raw, read) if written == "utf-8" else declared(raw, written, read)
+    misread = text_table([cells for _, cells in misread.rows])
+    done = prepare(misread, contract, Prepare(), ())
+    ledger = Ledger.in_memory("north")
+    ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
+    charge(ledger, of_table(raw, ["text"], ledger.fingerprint_key))
+    assert all_charged(ledger, done.table, ["text"])
+
+
+def test_a_cell_with_other_decodings_is_a_changed_cell() -> None:
+    """Even if its value is the same one."""
+    raw = table_of([["Carr\u00c3\u00a0", "x", "ill"]])
+    done = prepared_by(str.strip, raw, (0,))
+    assert record_ids.value(raw.rows[0][1][0]) == record_ids.value(done.table.rows[0][1][0])
+    assert origin(done, (), SECRET).changed == ("note",)
+    spaced = prepared_by(str.strip, table_of([[" Carrà\t", "x", "ill"]]), (0,))
+    assert origin(spaced, (), SECRET).changed == ()
 
 
 # The ledger keeps the links --------------------------------------------------------------------
