@@ -24,6 +24,7 @@ from silotune.client.preparation.column_checks import Columns, Rule
 from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.record_identity import Links, Origin, links_between
+from silotune.client.privacy.record_ids import Codes
 from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import command
 from silotune.common.contract.contract import Contract
@@ -293,13 +294,16 @@ def origin(prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
         )
         links[after.basis] = links_between(before, after, prepared.made_of)
     columns = tuple(sorted(set(map(record_ids.canonical, raw.header))))
-    return Origin(links, columns, _changed(prepared))
+    changed, cells = _changed(prepared, secret)
+    return Origin(links, columns, changed, cells)
 
 
-def _changed(prepared: Prepared) -> tuple[str, ...]:
+def _changed(prepared: Prepared, secret: bytes) -> tuple[tuple[str, ...], Codes]:
     """The columns of which a cell is another value since, or may have been read wrongly: text that
-    was decoded by a declared encoding is written as Unicode, and its bytes are lost with that."""
+    was decoded by a declared encoding is written as Unicode, and its bytes are lost with that. And
+    the codes of such cells, as they were and as they are."""
     raw = prepared.raw
+    cells: set[tuple[str, str]] = set()
     foreign = not raw.encoding.startswith("utf")
     found: set[int] = set()
     made_of = iter(prepared.made_of)
@@ -310,19 +314,20 @@ def _changed(prepared: Prepared) -> tuple[str, ...]:
             continue
         _, after = next(cleaned)
         for column, (one, other) in enumerate(zip(before, after, strict=True)):
-            if column not in found and (
-                (one != other and _is_another(one, other)) or (foreign and not one.isascii())
-            ):
+            if (one != other and _is_another(one, other)) or (foreign and not one.isascii()):
                 found.add(column)
+                cells |= {(one, raw.encoding), (other, "utf-8")}
         index = next(made_of, None)
-    return tuple(sorted({record_ids.canonical(raw.header[column]) for column in found}))
+    codes = {code for cell in cells for code in record_ids.cell_codes(*cell, secret)}
+    names = {record_ids.canonical(raw.header[column]) for column in found}
+    return tuple(sorted(names)), np.array(sorted(codes), np.uint64)
 
 
 def _is_another(one: str, other: str) -> bool:
     """Whether a cell has another value, or other decodings."""
     if record_ids.value(one) != record_ids.value(other):
         return True
-    return not one.isascii() and one.strip(SPACE) != other.strip(SPACE)
+    return not (one + other).isascii() and one.strip(SPACE) != other.strip(SPACE)
 
 
 def write(table: Table, path: Path) -> None:

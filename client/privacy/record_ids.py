@@ -52,11 +52,11 @@ import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import ROUND_FLOOR, Context, Decimal
 from functools import cache, cached_property, lru_cache
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import NamedTuple
 
 import numpy as np
@@ -210,7 +210,9 @@ class Lineage:
     """The records of one file: the basis and the sorted distinct fingerprints.
 
     `rows` counts the file's rows; it is larger than len(fingerprints) where records stand twice.
-    columns: the JSON list that `basis` is the digest of; "" where it is not known.
+    columns: the JSON list that `basis` is the digest of; "" where it is not known. holding: tells
+    for each record whether one of its cells is among these (`cell_codes`); None where only the
+    fingerprints are known.
     """
 
     basis: str
@@ -218,6 +220,9 @@ class Lineage:
     rows: int
     columns: str = ""
     decodings: Decodings = NO_DECODINGS
+    holding: Callable[[Codes], NDArray[np.bool_]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     @cached_property
     def id(self) -> str:
@@ -285,7 +290,52 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     new[1:] = (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])
     counts = np.bincount(owners[new], minlength=len(prints)).astype(np.uint32)
     decodings = Decodings(counts if len(codes) else found.decodings.counts[:0], codes[new])
-    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings)
+    places = _places(table, [name for name, _ in json.loads(found.columns)[1]])
+
+    def holding(codes: Codes) -> NDArray[np.bool_]:
+        has = np.zeros(len(prints), dtype=bool)
+        has[
+            record[_rows_with(table, sorted(chain(*places)), frozenset(codes.tolist()), secret)]
+        ] = True
+        return has
+
+    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings, holding)
+
+
+def cell_codes(cell: str, encoding: str, secret: bytes) -> frozenset[int]:
+    """A cell by itself, whatever its column is called, and what it may be elsewhere: 64 bits each.
+
+    Args:
+        encoding: in which it was decoded; "utf-8" where it came as Unicode.
+        secret: 32 bytes, the site's key for fingerprints.
+    """
+    forms = {value(cell), *(value(form) for (form,) in _forms_of((cell,), (0,), encoding))}
+    digests = (
+        hashlib.blake2b(form.encode(), key=secret, digest_size=8, person=b"cell") for form in forms
+    )
+    return frozenset(int.from_bytes(found.digest(), "little") for found in digests)
+
+
+def _rows_with(
+    table: Table, places: Sequence[int], codes: Collection[int], secret: bytes
+) -> list[int]:
+    """The indices of the rows that have a cell of these codes at one of the places."""
+
+    @lru_cache(maxsize=1 << 16)
+    def is_among(cell: str) -> bool:
+        return not cell_codes(cell, table.encoding, secret).isdisjoint(codes)
+
+    return [
+        at
+        for at, (_, cells) in enumerate(table.rows)
+        if any(is_among(cells[i] if i < len(cells) else "") for i in places)
+    ]
+
+
+def _places(table: Table, columns: Sequence[str]) -> list[list[int]]:
+    """Where each of these columns stands: a name that stands twice has two places."""
+    names = [canonical(name) for name in table.header]
+    return [[i for i, name in enumerate(names) if name == column] for column in columns]
 
 
 def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ()) -> list[str]:
@@ -302,9 +352,8 @@ def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ())
 
 def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) -> RowPrints:
     """Each row by the chosen columns (`basis_columns`). keyed: whether the owner named them."""
-    names = [canonical(name) for name in table.header]
     # A name that stands twice takes part with each of its columns, in a fixed order.
-    places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
+    places = _places(table, chosen)
     columns = json.dumps(
         [keyed, [[column, len(found)] for column, found in zip(chosen, places, strict=True)]]
     )

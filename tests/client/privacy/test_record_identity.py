@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from silotune.client.preparation.cleaning import Prepared, origin, prepare
 from silotune.client.privacy import record_identity, record_ids
-from silotune.client.privacy.budget import Budget, overlaps
+from silotune.client.privacy.budget import Budget, overlaps, untraceable
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.record_identity import Links, Origin, components
+from silotune.client.privacy.record_identity import Links, components
 from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
 from silotune.client.site.folder import Site
 from silotune.client.site.preparation_rules import Prepare
@@ -130,9 +130,12 @@ rows_of_text = st.lists(
 )
 
 
+HEADER = ["note", "place", "outcome"]
+
+
 def table_of(rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> Table:
     numbered = [(line, list(row)) for line, row in enumerate(rows, start=2)]
-    return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding=encoding)
+    return Table("notes.csv", HEADER, numbered, encoding=encoding)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> Table:
@@ -370,9 +373,88 @@ def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charge
     # A key that it did not change is as good as before.
     other = Ledger.in_memory("north")
     charge(other, of_table(raw, ["place"], other.fingerprint_key))
-    other.link(Origin({}, ("note", "outcome", "place"), ("note",)), source="notes.csv", rows=2)
+    other.link(origin(done, (), other.fingerprint_key), source="notes.csv", rows=2)
     assert not all_charged(other, table_of([["a b", "z", "well"]]), ["place"])
     assert all_charged(other, table_of([["<PERSON>", "x", "well"]]), ["place"])
+
+
+def view(table: Table, columns: dict[str, str]) -> Table:
+    """Columns of a table by other names: SELECT old AS new."""
+    places = [table.header.index(old) for old in columns.values()]
+    rows = [(line, [cells[i] for i in places]) for line, cells in table.rows]
+    return Table(table.source, list(columns), rows, encoding=table.encoding)
+
+
+NAMES_SINCE = ["note", "place", "outcome", "text", "ward", "label"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=rows_of_text,
+    changes=st.lists(
+        st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from([(0,), (1,), (0, 1)])),
+        min_size=1,
+        max_size=2,
+    ),
+    names=st.permutations(NAMES_SINCE),
+    chosen=st.lists(st.sampled_from(HEADER), min_size=1, unique=True),
+    keys=st.integers(0, 3),
+    prepared_by_key=st.booleans(),
+    raw_first=st.booleans(),
+)
+@example(
+    [("a b", "x", "ill")], [("redact", (0,))], [*NAMES_SINCE[3:], *HEADER], HEADER, 1, True, True
+)
+@example(
+    [("a b", "x", "ill")],
+    [("redact", (0,))],
+    ["place", *HEADER],
+    ["note", "outcome"],
+    0,
+    False,
+    True,
+)
+def test_columns_that_are_selected_or_renamed_since_are_no_fresh_budget(
+    rows: list[tuple[str, str, str]],
+    changes: list[tuple[str, tuple[int, ...]]],
+    names: list[str],
+    chosen: list[str],
+    keys: int,
+    prepared_by_key: bool,
+    raw_first: bool,
+) -> None:
+    """Each record and what was made of it, by fewer columns, other names and another key. Columns
+    that exchanged their names and nothing else are not covered."""
+    columns = dict(zip(names, chosen, strict=False))
+    assume(set(columns) != set(HEADER) or list(columns) == chosen)
+    ledger = Ledger.in_memory("north")
+    key = [chosen[0]] if prepared_by_key else []
+    forms = [table_of(rows)]
+    for what, where in changes:
+        done = prepared_by(CHANGES[what], forms[-1], where)
+        ledger.link(origin(done, key, ledger.fingerprint_key), source="notes.csv", rows=len(rows))
+        forms.append(done.table)
+    since = list(columns)[:keys]
+    views = [view(form, columns) for form in (forms[0], forms[-1])]
+    first, second = views if raw_first else views[::-1]
+    charge(ledger, of_table(first, since, ledger.fingerprint_key))
+    assert all_charged(ledger, second, since)
+
+
+def test_other_people_are_not_charged_by_a_preparation_of_other_columns() -> None:
+    """Only those with a cell that it changed."""
+    ledger = Ledger.in_memory("north")
+    january = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
+    charge(ledger, of_table(january, (), ledger.fingerprint_key))
+    letters = Table("letters.csv", ["letter", "city"], [(2, ["an a", "x"]), (3, ["b", "z"])])
+    done = prepared_by(CHANGES["redact"], letters, (0,))
+    ledger.link(origin(done, (), ledger.fingerprint_key), source="letters.csv", rows=2)
+    february = table_of([["c d", "x", "ill"], ["d", "y", "ill"], ["an a", "x", "ill"]])
+    found = of_table(february, (), ledger.fingerprint_key)
+    (overlap,) = overlaps(ledger, found).values()
+    assert int(overlap.sum()) == 1
+    assert untraceable(ledger, found).tolist() == overlap.tolist()
+    assert all_charged(ledger, january)
 
 
 def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key() -> None:
@@ -584,6 +666,13 @@ def rule(site: Site, action: str) -> None:
     site.config.write_text(text)
 
 
+def set_key(site: Site, key: str) -> None:
+    """data.key: this column, or none."""
+    lines = [line for line in site.config.read_text().splitlines() if not line.startswith("key = ")]
+    lines.insert(lines.index("[data]") + 1, f"key = {json.dumps([key] if key else [])}")
+    site.config.write_text("\n".join(lines) + "\n")
+
+
 def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8") -> None:
     lines = site.config.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("file = "))
@@ -760,6 +849,37 @@ def test_columns_renamed_after_a_preparation_are_not_new_records() -> None:
     ]
     charge(ledger, of_table(renamed[1], (), ledger.fingerprint_key))
     assert all_charged(ledger, renamed[0])
+
+
+@pytest.mark.parametrize("key", ["text", ""])
+def test_a_changed_column_by_another_name_is_no_fresh_budget(
+    tmp_path: Path, run: Callable[..., str], contract: Contract, key: str
+) -> None:
+    """Prepared as 'note' for one contract, then read as 'text' for another, which was the name of
+    a column that was not changed. With a key it is the key that has another name."""
+    of_note = tiny.contract_of("classification", "bert", input={"kind": "text", "column": "note"})
+    found = site_of(tmp_path, run, contract, "records.csv")
+    (tmp_path / "contract.json").write_text(of_note.model_dump_json(exclude_none=True))
+    frame = pd.DataFrame(raw_rows(), columns=["note", "label", "text"])
+    frame["text"] = [f"short {i % 9}" for i in range(ROWS)]
+    if key:
+        frame = frame.drop(columns="text")
+    frame.to_csv(tmp_path / "records.csv", index=False)
+    (tmp_path / "records.csv").chmod(0o600)
+    set_key(found, "note" if key else "")
+    rule(found, "pseudonymise")
+    run("prepare")
+    (tmp_path / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
+    prepared = pd.read_parquet(tmp_path / "prepared" / "records.parquet")
+    for name, form in (("raw.csv", frame), ("made.csv", prepared)):
+        renamed = form[["note", "label"]].rename(columns={"note": "text"})
+        renamed.to_csv(tmp_path / name, index=False)
+        (tmp_path / name).chmod(0o600)
+    set_key(found, key)
+    use(found, run, "raw.csv")
+    spend_all(found, contract)
+    use(found, run, "made.csv")
+    nothing_is_left(found, run, contract)
 
 
 @pytest.mark.parametrize("read", [name for name in READ_AS if name != "utf-8"])
