@@ -142,6 +142,28 @@ class Budget:
                 code="E210",
             )
 
+    def reasons(self) -> list[str]:
+        """Why records that were never used can count as spent, for their owner; no counts."""
+        other = dict.fromkeys(
+            entry.source
+            for entry in self.ledger.lineages().values()
+            if entry.basis != self.lineage.basis
+        )
+        found = []
+        if other:
+            found.append(
+                f"records of other columns or of another key were charged ({', '.join(other)}), "
+                "which cannot be compared and counts for all of these"
+            )
+        if untraceable(self.ledger, self.lineage).any():
+            made = dict.fromkeys(e.source for e in _without_links(self.ledger, self.lineage))
+            found.append(
+                "some of these have a cell that `silotune site prepare` changed in "
+                f"{', '.join(made)}, which was read by other columns or another key, so they may "
+                "be its rows and count as spent"
+            )
+        return found
+
     def longest_that_fits(
         self, plan: Sequence[Mechanism], order: float, limit: Limit
     ) -> list[Mechanism]:
@@ -187,18 +209,20 @@ def untraceable(ledger: Ledger, records: Lineage) -> NDArray[np.bool_]:
     or be what it was made of: those with a cell that it changed, as it was or as it is. The names
     of columns prove nothing: they may be other ones since."""
     lost = np.zeros(len(records.fingerprints), dtype=bool)
-    for entry in ledger.preparations:
-        if entry.changed and records.basis not in entry.bases and not lost.all():
-            cells = ledger.changed_cells(entry)
-            if cells is not None and records.holding is not None:
-                lost |= records.holding(cells)
-            elif not records.names or not records.names <= _unchanged(entry):
-                lost[:] = True
+    for entry in _without_links(ledger, records):
+        cells = ledger.changed_cells(entry)
+        if cells is not None and records.holding is not None:
+            lost |= records.holding(cells)
+        elif not records.names or not records.names <= set(entry.columns) - set(entry.changed):
+            lost[:] = True
     return lost
 
 
-def _unchanged(entry: Prepared) -> set[str]:
-    return set(entry.columns) - set(entry.changed)
+def _without_links(ledger: Ledger, records: Lineage) -> list[Prepared]:
+    """The preparations that changed a cell and have no links for the basis of `records`."""
+    return [
+        entry for entry in ledger.preparations if entry.changed and records.basis not in entry.bases
+    ]
 
 
 def mechanism_of(charge: Charged) -> Mechanism:
