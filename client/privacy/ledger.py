@@ -57,6 +57,7 @@ from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"
 BUSY_SECONDS = 30  # how long another program may hold the database
+ROW_OVERHEAD = 1 << 10  # bytes of a row beside what it keeps of a file
 LEAST_ROOM = 4 << 20  # bytes that the database and its log may need for an entry
 NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
@@ -208,17 +209,17 @@ class Ledger:
 
     def charge(self, lineage: Lineage, **facts: Any) -> Charged:
         """Append a charge on the records of `lineage`, within `writing`, and keep their
-        fingerprints. RefusalError if the request was charged before."""
+        fingerprints. RefusalError if the request was charged before, E217 if there are too many."""
         assert self._database.in_transaction
+        parts = (
+            lineage.fingerprints.tobytes(),
+            lineage.decodings.counts.tobytes(),
+            lineage.decodings.codes.tobytes(),
+        )
+        self._check_size(lineage.columns.encode(), *parts)
         self._database.execute(
             "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
-            (
-                lineage.id,
-                lineage.columns,
-                lineage.fingerprints.tobytes(),
-                lineage.decodings.counts.tobytes(),
-                lineage.decodings.codes.tobytes(),
-            ),
+            (lineage.id, lineage.columns, *parts),
         )
         facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
         return self.append(Charged, **facts)
@@ -249,6 +250,9 @@ class Ledger:
         Args:
             origin: what they were made of.
             source: what the raw records are called, for people.
+
+        Raises:
+            RefusalError: E217, there are too many of them; others as `writing`.
         """
         with self.writing():
             made = [
@@ -268,8 +272,20 @@ class Ledger:
     def _store(self, content: bytes) -> str:
         """Keep what a preparation names by its digest, within `writing`."""
         name = hashlib.sha256(content).hexdigest()
+        self._check_size(content)
         self._database.execute("INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content))
         return name
+
+    def _check_size(self, *parts: bytes) -> None:
+        """RefusalError E217 if SQLite cannot hold these in one row."""
+        largest = self._database.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
+        if sum(map(len, parts)) > largest - ROW_OVERHEAD:
+            raise RefusalError(
+                f"The file that [data] of site.toml names has too many rows: the ledger can store "
+                f"at most {largest:,} bytes about one file; nothing was written. Split the file "
+                "into parts of fewer rows, and prepare and use each part by itself.",
+                code="E217",
+            )
 
     def links(self, basis: str) -> list[Links]:
         """Those of every preparation between rows known by `basis`. RefusalError E212 if the file

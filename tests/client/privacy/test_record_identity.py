@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from silotune.client.preparation.cleaning import Prepared, origin, prepare
+from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import record_identity, record_ids
 from silotune.client.privacy.budget import Budget, overlaps, untraceable
 from silotune.client.privacy.ledger import Ledger
@@ -564,6 +566,37 @@ def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
     assert not (site.folder / "prepared" / "records.parquet").exists()
 
 
+def test_a_file_with_too_many_rows_for_the_ledger_is_refused_and_the_ledger_stays_whole(
+    site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's limit is lowered here; a charge has the same one."""
+    connect = ledgers._connect
+
+    def limited(path: Path) -> sqlite3.Connection:
+        database = connect(path)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 3_000)
+        return database
+
+    rule(site, "redact")
+    run("sign")
+    with monkeypatch.context() as patched:
+        patched.setattr(ledgers, "_connect", limited)
+        done = CliRunner().invoke(silotune, ["site", "prepare", "contract.json"])
+        assert getattr(done.exception, "code", "") == "E217"
+        assert "has too many rows" in str(done.exception)
+        assert "Split the file" in str(done.exception)
+        _, ledger, _ = site.open()
+        many = file_of(range(1, 500))
+        with pytest.raises(RefusalError, match="too many rows") as refusal:
+            charge(ledger, many)
+        assert refusal.value.code == "E217"
+        assert (ledger.preparations, ledger.charges) == ([], {})
+        ledger._database.close()
+    assert not (site.folder / "prepared" / "records.parquet").exists()
+    run("prepare")
+    assert len(site.open()[1].preparations) == 1
+
+
 def test_every_preparation_is_one_entry_whatever_it_changed(
     site: Site, run: Callable[..., str]
 ) -> None:
@@ -698,10 +731,16 @@ def answer(worker: Worker, number: int, run_id: str) -> Any:
     return messages.unpack(wire).header
 
 
+def budget_row() -> dict[str, str]:
+    """What `site check` says of the budget."""
+    done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
+    found: list[dict[str, str]] = json.loads(done.output)["checks"]
+    return next(row for row in found if row["name"] == "privacy budget")
+
+
 def nothing_is_left(site: Site, run: Callable[..., str], contract: Contract) -> None:
     """`site check` says so, and a worker does not start."""
-    done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
-    budget = next(c for c in json.loads(done.output)["checks"] if c["name"] == "privacy budget")
+    budget = budget_row()
     assert (budget["state"], budget["code"]) == ("problem", "E210")
     assert "spent before 8.00" in budget["result"]
     policy, ledger, _ = site.open()
@@ -880,6 +919,42 @@ def test_a_changed_column_by_another_name_is_no_fresh_budget(
     spend_all(found, contract)
     use(found, run, "made.csv")
     nothing_is_left(found, run, contract)
+
+
+def test_a_preparation_of_another_table_is_told_and_charges_only_equal_cells(
+    tmp_path: Path, run: Callable[..., str], contract: Contract
+) -> None:
+    """`site prepare` and `site check` say which table it was, and what to do."""
+    of_letters = tiny.contract_of(
+        "classification", "bert", input={"kind": "text", "column": "letter"}
+    )
+    found = site_of(tmp_path, run, contract, "january.csv")
+    for name, start in (("january.csv", 0), ("february.csv", 1000), ("march.csv", 2000)):
+        write_csv(tmp_path / name, [[f"pain {start + i}", "abc"[i % 3], "w"] for i in range(ROWS)])
+    letters = pd.DataFrame(raw_rows("w"), columns=["letter", "label", "city"])
+    letters.loc[0, "letter"] = "Mr Smith"
+    letters.to_csv(tmp_path / "letters.csv", index=False)
+    (tmp_path / "letters.csv").chmod(0o600)
+    run("sign")
+    use(found, run, "january.csv")
+    spend_all(found, contract)
+    use(found, run, "letters.csv")
+    rule(found, "redact")
+    (tmp_path / "contract.json").write_text(of_letters.model_dump_json(exclude_none=True))
+    said = run("prepare")
+    assert "cells of column 'letter' change here" in said
+    assert "(january.csv): new records of theirs that have a cell equal" in said
+    assert "name data.key in " in said
+    (tmp_path / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
+    use(found, run, "february.csv")
+    assert budget_row()["state"] == "ok"
+    rows = [[f"pain {2000 + i}", "abc"[i % 3], "w"] for i in range(ROWS)]
+    write_csv(tmp_path / "march.csv", [*rows, ["Mr Smith", "a", "w"]])
+    use(found, run, "march.csv")
+    row = budget_row()
+    assert row["code"] == "E210"
+    assert "a cell that `silotune site prepare` changed in letters.csv" in row["result"]
+    assert "data.key" in row["fix"]
 
 
 @pytest.mark.parametrize("read", [name for name in READ_AS if name != "utf-8"])
