@@ -54,6 +54,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from decimal import ROUND_FLOOR, Context, Decimal
 from functools import cache, cached_property, lru_cache
 from itertools import chain, groupby, product
@@ -92,11 +93,28 @@ MISSING_WORDS = frozenset(
         "-1.#qnan",
         "1.#qnan",
         "\\n",
+        # What JSON has no number for: pandas writes null.
+        "Infinity",
+        "-Infinity",
     }
 )
+YES_NO = {"true": "1", "false": "0"}
 # How a long number is rounded.
 DIGITS, DECIMALS = 12, 10
-LEAST = -6  # the power of ten from which decimals count: five of the digits and more are left
+LEAST = -15  # the power of ten from which decimals count; below, pandas' JSON has an exponent
+LEAST_LONG = 8  # digits of a number that may be a 32-bit one with the digits of a 64-bit one
+LEAST_SINGLE, MOST_SINGLE = 1e-37, 3e38
+ROUNDED = 0.501  # of a number's last digit, how far it may be from what it was rounded from
+NOISE = 1e-14  # of a number, what programs change in its last digits
+DOUBTFUL = 8  # of a row's numbers that may be 32-bit ones, how many are each left as they are
+# Dates: a row's moments are written in UTC and in their own zone, each time as they are, cut and
+# rounded to milliseconds; dates nearer to 1970 than LEAST_EPOCH milliseconds are known as such, and
+# whole numbers beyond as dates.
+MOMENTS = 6
+EPOCH, LEAST_EPOCH, MOST_EPOCH = datetime(1970, 1, 1), 10**11, 4_102_444_800_000
+MIDNIGHT = " 00:00:00"
+MILLISECOND = timedelta(milliseconds=1)
+LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59)
 EXACT = 1 << 53  # up to here a double holds every whole number
 HALF = Decimal("0.5")
 HALF_WAY = Decimal("0.001")  # as much as two digits in the fifteenth place are in the twelfth
@@ -165,6 +183,7 @@ _DATE = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[t ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?"
     r"(z|[+-][0-9]{2}:?[0-9]{2})?"
 )
+_TIME = re.compile(r"([0-9]{1,2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?")
 
 # UTF-8 as RFC 3629 has it, but for surrogates and what is longer than it need be.
 _UTF8 = re.compile(
@@ -309,7 +328,10 @@ def cell_codes(cell: str, encoding: str, secret: bytes) -> frozenset[int]:
         encoding: in which it was decoded; "utf-8" where it came as Unicode.
         secret: 32 bytes, the site's key for fingerprints.
     """
-    forms = {value(cell), *(value(form) for (form,) in _forms_of((cell,), (0,), encoding))}
+    forms = {
+        value(cell),
+        *(value(form) for (form,) in _forms_of((cell,), (0,), encoding, keyed=False)),
+    }
     digests = (
         hashlib.blake2b(form.encode(), key=secret, digest_size=8, person=b"cell") for form in forms
     )
@@ -368,8 +390,9 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         own = fingerprint(cells)
         prints += own
         others: set[bytes] = set()
-        if not "".join(cells).isascii() or any(map(_rounded, cells)):
-            others.update(map(fingerprint, _forms_of(cells, used, table.encoding)))
+        if not "".join(cells).isascii() or any(map(_ways, cells)):
+            forms = _forms_of(cells, used, table.encoding, keyed=keyed)
+            others.update(map(fingerprint, forms))
             others.discard(own)
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
@@ -392,25 +415,77 @@ def codes_of(fingerprints: Fingerprints) -> Codes:
 
 
 def _forms_of(
-    cells: Sequence[str], used: Collection[int], encoding: str
+    cells: Sequence[str], used: Collection[int], encoding: str, *, keyed: bool
 ) -> Iterator[Sequence[str]]:
-    """What a row may be elsewhere: itself rounded, and its other decodings, each of them rounded.
+    """What a row may be elsewhere: itself and its other decodings, each as programs write it.
 
     Args:
         used: the places of the cells that count.
         encoding: in which the cells were decoded; "utf-8" where they came as Unicode.
+        keyed: whether the owner named the columns: then they may identify people.
     """
     if not "".join(cells).isascii():
         found = set(_other_decodings(cells, used, encoding))
         found.discard(tuple(cells))
         for form in found:
-            yield from _rounded_forms(form, used) or {form}
-    yield from _rounded_forms(cells, used)
+            yield from _written_forms(form, used, keyed=keyed)
+    yield from _written_forms(cells, used, keyed=keyed)
+
+
+def _written_forms(
+    cells: Sequence[str], used: Collection[int], *, keyed: bool
+) -> set[tuple[str, ...]]:
+    """The row as programs write its values; itself where they have no other ways."""
+    found: set[tuple[str, ...]] = set()
+    for dated in _dated_forms(cells, used):
+        for row in _single_forms(dated, used, keyed=keyed):
+            found |= _rounded_forms(row, used) or {row}
+    return found
+
+
+def _dated_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
+    """The row and its forms with times in another zone or precision, or since 1970."""
+    found = {tuple(cells)}
+    ways = _ways_in(cells, used)
+    moments = {i: way.moments for i, way in ways.items() if way.moments}
+    for at in range(MOMENTS) if moments else ():
+        found.add(_with(cells, list(moments), [texts[at] for texts in moments.values()]))
+    epochs = {i: way.epoch for i, way in ways.items() if way.epoch}
+    if epochs:  # as JSON has them
+        cut = _with(cells, list(moments), [texts[1] for texts in moments.values()])
+        found.add(_with(cut, list(epochs), list(epochs.values())))
+    dates = {i: way.date for i, way in ways.items() if way.date}
+    free = list(dates)[:FREE]
+    if dates:
+        rest = _with(cells, list(dates), list(dates.values()))
+        for chosen in product(*((cells[i], dates[i]) for i in free)):
+            found.add(_with(rest, free, chosen))
+    return found
+
+
+def _ways_in(cells: Sequence[str], used: Collection[int]) -> dict[int, _Ways]:
+    """Of the used cells those that have other ways, by their places."""
+    return {i: ways for i in used if i < len(cells) and (ways := _ways(cells[i]))}
+
+
+def _single_forms(
+    cells: tuple[str, ...], used: Collection[int], *, keyed: bool
+) -> set[tuple[str, ...]]:
+    """The row, and the row with its 32-bit numbers by their shortest digits: all of them,
+    and all but one of which it is not certain that it is such a number."""
+    ways = _ways_in(cells, used)
+    singles = {i: way for i, way in ways.items() if way.single and not (keyed and way.whole)}
+    if not singles:
+        return {cells}
+    short = _with(cells, list(singles), [way.single for way in singles.values()])
+    doubtful = [i for i, way in singles.items() if not way.certain][:DOUBTFUL]
+    return {cells, short} | {_with(short, [i], [cells[i]]) for i in doubtful}
 
 
 def _rounded_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
     """The row with its long numbers rounded; nothing if it has none."""
-    long = {i: rounded for i in used if i < len(cells) and (rounded := _rounded(cells[i]))}
+    ways = _ways_in(cells, used)
+    long = {i: own.rounded for i, own in ways.items() if own.rounded}
     found: set[tuple[str, ...]] = set()
     for way in (0, 1) if long else ():
         free = [i for i, rounded in long.items() if len(rounded[way]) > 1][:FREE]
@@ -584,28 +659,139 @@ def _doubtful_bytes() -> re.Pattern[bytes]:
     )
 
 
+class _Ways(NamedTuple):
+    """How programs write a value otherwise.
+
+    rounded: a long number rounded to its digits, and then to its decimals, each time one text or
+    both nearest ones; () for others. single: its shortest digits, where it may be a 32-bit number
+    with the digits of a 64-bit one; certain: with so many that hardly another number has them.
+    moments: a time by each way of MOMENTS; () where they are all the value. epoch: a date near 1970
+    in milliseconds since then. date: a whole number that may be such milliseconds, as a date.
+    """
+
+    rounded: tuple[tuple[str, ...], ...] = ()
+    whole: bool = False
+    certain: bool = False
+    single: str = ""
+    moments: tuple[str, ...] = ()
+    epoch: str = ""
+    date: str = ""
+
+
 @lru_cache(maxsize=1 << 16)
-def _rounded(cell: str) -> tuple[tuple[str, ...], ...]:
-    """A long number rounded to its digits, and then to its decimals (see above); nothing for what
-    is none."""
+def _ways(cell: str) -> _Ways | None:
+    """None for a value that has no other ways."""
     text = value(cell)
-    if (len(text) <= DIGITS and "E" not in text) or not text[-1].isdigit() or " " in text:
-        return ()
+    if text[2:3] == ":" or (text[4:5] == "-" and text[:4].isdigit()):
+        found = _ways_of_moment(cell, text)
+    elif (len(text) < LEAST_LONG and "E" not in text) or not text[-1].isdigit() or " " in text:
+        return None
+    else:
+        try:
+            found = _ways_of_number(Decimal(text))
+        except ArithmeticError:  # no number, or one with an exponent beyond all measure
+            return None
+    return found if found.rounded or any(found[3:]) else None
+
+
+def _ways_of_number(number: Decimal) -> _Ways:
+    rounded: tuple[tuple[str, ...], ...]
+    if not number.is_finite():
+        return _Ways()
+    if abs(number) > EXACT:
+        double = float(number)
+        is_new = math.isfinite(double) and Decimal(repr(double)) != number
+        rounded = ((repr(double),),) * 2 if is_new else ()
+        return _Ways(rounded, whole=True, single=_single(number))
+    whole = number == number.to_integral_value()
+    if whole:
+        return _Ways(whole=True, single=_single(number), date=_date_of(int(number)))
+    digits, decimals = len(number.as_tuple().digits), -int(number.as_tuple().exponent)
+    rounded = ()
+    if digits > DIGITS or decimals > DECIMALS:
+        last = min(number.adjusted() - DIGITS + 1, 0)
+        least = -DECIMALS + (number.adjusted() if number.adjusted() < LEAST else 0)
+        of_digits = _nearest(number, last) if digits > DIGITS else (str(number),)
+        rounded = of_digits, _nearest(number, max(least, -decimals))
+    return _Ways(rounded, certain=digits > DIGITS, single=_single(number))
+
+
+def _single(number: Decimal) -> str:
+    """The shortest digits of the 32-bit number that this is, as far as its own digits tell; "" if
+    it is none, or has these digits already."""
+    digits, exponent = len(number.as_tuple().digits), int(number.as_tuple().exponent)
+    double = float(number)
+    if digits < LEAST_LONG or not LEAST_SINGLE < abs(double) < MOST_SINGLE:
+        return ""
+    single = np.float32(double)
+    tolerance = max(ROUNDED * 10.0**exponent, NOISE * abs(double)) if exponent < 0 else 0.0
+    if abs(float(single) - double) > tolerance:
+        return ""
+    short = str(single)
+    return short if Decimal(short) != number else ""
+
+
+def _ways_of_moment(cell: str, text: str) -> _Ways:
+    """Without its zone; with milliseconds (of a date cut off, or rounded); since 1970."""
+    at = _parsed(text) if text[4:5] == "-" else None
+    if at is None and _TIME.fullmatch(text) is None:
+        return _Ways()
+    local = text
+    if at is not None and (found := _DATE.fullmatch(canonical(cell))):
+        day, minute, second, fraction, _ = found.groups("")
+        local = _moment(day, minute, second, fraction, "")
+    moments = tuple(way(one) for one in (text, local) for way in (str, _cut, _near))
+    epoch = ""
+    if at is not None and abs(at - EPOCH) < LEAST_EPOCH * MILLISECOND:
+        epoch = str((at - EPOCH) // MILLISECOND)
+    return _Ways(moments=moments if len(set(moments)) > 1 else (), epoch=epoch)
+
+
+def _parsed(text: str) -> datetime | None:
+    """A date, or a date with a time to the microsecond; None where there is no such day."""
     try:
-        number = Decimal(text)
-        if not number.is_finite():
-            return ()
-        if abs(number) > EXACT:
-            double = float(number)
-            is_new = math.isfinite(double) and Decimal(repr(double)) != number
-            return ((repr(double),),) * 2 if is_new else ()
-        last = number.adjusted() - DIGITS + 1
-        if len(number.as_tuple().digits) <= DIGITS or number == number.to_integral_value():
-            return ()
-        decimals = max(last, -DECIMALS) if number.adjusted() >= LEAST else last
-        return _nearest(number, min(last, 0)), _nearest(number, min(decimals, 0))
-    except ArithmeticError:  # no number, or one with an exponent beyond all measure
-        return ()
+        found = datetime.fromisoformat(text[:26])
+    except ValueError:
+        return None
+    return found if found.tzinfo is None else None
+
+
+def _cut(text: str) -> str:
+    """A date's time cut to milliseconds; a time alone as it is, as JSON has it."""
+    before, point, fraction = text.partition(".")
+    if not point or len(fraction) <= 3 or text[4:5] != "-":
+        return text
+    return _joined(before, fraction[:3])
+
+
+def _near(text: str) -> str:
+    """A time rounded to milliseconds, as workbooks have it."""
+    before, point, fraction = text.partition(".")
+    if not point or len(fraction) <= 3:
+        return text
+    thousandths = (int(fraction[:4]) + 5) // 10
+    if thousandths < 1000:
+        return _joined(before, f"{thousandths:03d}")
+    alone = text[4:5] != "-"
+    start = _parsed(f"2000-01-01 {before}" if alone else before)
+    if start is None or start >= LAST_SECOND:
+        return text
+    after = str(start + timedelta(seconds=1))
+    return after[-8:] if alone else _joined(after, "")
+
+
+def _joined(before: str, fraction: str) -> str:
+    """A time with its fraction; a date alone for its midnight."""
+    fraction = fraction.rstrip("0")
+    return f"{before}.{fraction}" if fraction else before.removesuffix(MIDNIGHT)
+
+
+def _date_of(milliseconds: int) -> str:
+    """What so many milliseconds since 1970 are, if that is a date of this time."""
+    if not LEAST_EPOCH <= abs(milliseconds) < MOST_EPOCH:
+        return ""
+    at = EPOCH + milliseconds * MILLISECOND
+    return _joined(str(at)[:19], f"{at.microsecond // 1000:03d}")
 
 
 def _nearest(number: Decimal, exponent: int) -> tuple[str, ...]:
@@ -738,9 +924,10 @@ def _unescaped(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def value(cell: str) -> str:
-    """A cell's value: as `written`, and nothing for a word that stands for a missing value."""
+    """A cell's value: as `written`; yes and no as 1 and 0, and nothing for a word that stands for a
+    missing value."""
     text = written(cell)
-    return "" if text in MISSING_WORDS else text
+    return YES_NO.get(text, "" if text in MISSING_WORDS else text)
 
 
 def written(cell: str) -> str:
@@ -750,6 +937,8 @@ def written(cell: str) -> str:
         return ""
     if text[4:5] == "-" and (moment := _DATE.fullmatch(text)):
         return _moment(*moment.groups(""))
+    if ":" in text[1:3] and (time := _TIME.fullmatch(text)):
+        return _time(*time.groups(""))
     if " " in text:
         return text
     try:
@@ -760,9 +949,21 @@ def written(cell: str) -> str:
 
 
 def _moment(day: str, minute: str, second: str, fraction: str, zone: str) -> str:
-    """A date with a time as one text; a date alone for its midnight."""
+    """A date with a time as one text, in UTC if it has a zone; a date alone for its midnight."""
+    time = _time(minute, second, fraction)
+    if not re.fullmatch("z|[+-]00:?00|", zone):
+        hours, minutes = int(zone[1:3]), int(zone[-2:])
+        ahead = timedelta(hours=hours, minutes=minutes) * (-1 if zone[0] == "-" else 1)
+        clock, point, rest = time.partition(".")
+        try:
+            at = datetime.fromisoformat(f"{day} {clock}") - ahead
+        except (ValueError, OverflowError):  # there is no such day
+            return f"{day} {time}{zone}"
+        day, time = str(at.date()), f"{at.time()}{point}{rest}"
+    return f"{day} {time}".removesuffix(MIDNIGHT)
+
+
+def _time(minute: str, second: str, fraction: str) -> str:
+    """A time of day: 8:00 is 08:00:00.000."""
     fraction = fraction.rstrip("0")
-    time = f"{minute}:{second or '00'}" + f".{fraction}" * bool(fraction)
-    if re.fullmatch("z|[+-]00:?00", zone):
-        zone = ""
-    return day if time + zone == "00:00:00" else f"{day} {time}{zone}"
+    return f"{minute:0>5}:{second or '00'}" + f".{fraction}" * bool(fraction)
