@@ -107,10 +107,10 @@ LEAST_SINGLE, MOST_SINGLE = 1e-37, 3e38
 ROUNDED = 0.501  # of a number's last digit, how far it may be from what it was rounded from
 NOISE = 1e-14  # of a number, what programs change in its last digits
 DOUBTFUL = 8  # of a row's numbers that may be 32-bit ones, how many are each left as they are
-# Dates: a row's moments are written in UTC and in their own zone, each time as they are, cut and
-# rounded to milliseconds; dates nearer to 1970 than LEAST_EPOCH milliseconds are known as such, and
+# A row's times are written in UTC and in their own zone, each as they are, cut and rounded to
+# milliseconds; dates nearer to 1970 than LEAST_EPOCH milliseconds are known as such, and
 # whole numbers beyond as dates.
-MOMENTS = 6
+CUT = 1  # which of these is in UTC and cut
 EPOCH, LEAST_EPOCH, MOST_EPOCH = datetime(1970, 1, 1), 10**11, 4_102_444_800_000
 MIDNIGHT = " 00:00:00"
 MILLISECOND = timedelta(milliseconds=1)
@@ -181,7 +181,7 @@ _PLAIN = {
 _MARKS = _any_of(map(ord, _PLAIN))
 _DATE = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[t ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?"
-    r"(z|[+-][0-9]{2}:?[0-9]{2})?"
+    r"(z|[+-][0-9]{2}:?[0-9]{2}(?::[0-9]{2})?)?"
 )
 _TIME = re.compile(r"([0-9]{1,2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?")
 
@@ -448,11 +448,11 @@ def _dated_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, 
     found = {tuple(cells)}
     ways = _ways_in(cells, used)
     moments = {i: way.moments for i, way in ways.items() if way.moments}
-    for at in range(MOMENTS) if moments else ():
-        found.add(_with(cells, list(moments), [texts[at] for texts in moments.values()]))
+    for texts in set(zip(*moments.values(), strict=True)):
+        found.add(_with(cells, list(moments), texts))
     epochs = {i: way.epoch for i, way in ways.items() if way.epoch}
     if epochs:  # as JSON has them
-        cut = _with(cells, list(moments), [texts[1] for texts in moments.values()])
+        cut = _with(cells, list(moments), [texts[CUT] for texts in moments.values()])
         found.add(_with(cut, list(epochs), list(epochs.values())))
     dates = {i: way.date for i, way in ways.items() if way.date}
     free = list(dates)[:FREE]
@@ -665,8 +665,8 @@ class _Ways(NamedTuple):
     rounded: a long number rounded to its digits, and then to its decimals, each time one text or
     both nearest ones; () for others. single: its shortest digits, where it may be a 32-bit number
     with the digits of a 64-bit one; certain: with so many that hardly another number has them.
-    moments: a time by each way of MOMENTS; () where they are all the value. epoch: a date near 1970
-    in milliseconds since then. date: a whole number that may be such milliseconds, as a date.
+    moments: a time by each way to write it; () where they are all the value. epoch: a date near
+    1970 in milliseconds since then. date: a whole number that may be such milliseconds, as a date.
     """
 
     rounded: tuple[tuple[str, ...], ...] = ()
@@ -733,17 +733,17 @@ def _single(number: Decimal) -> str:
 
 def _ways_of_moment(cell: str, text: str) -> _Ways:
     """Without its zone; with milliseconds (of a date cut off, or rounded); since 1970."""
-    at = _parsed(text) if text[4:5] == "-" else None
-    if at is None and _TIME.fullmatch(text) is None:
-        return _Ways()
-    local = text
-    if at is not None and (found := _DATE.fullmatch(canonical(cell))):
-        day, minute, second, fraction, _ = found.groups("")
-        local = _moment(day, minute, second, fraction, "")
+    local, epoch = text, ""
+    if text[4:5] == "-":
+        if ":" in cell and (found := _DATE.fullmatch(canonical(cell))) and found[5]:
+            day, minute, second, fraction, _ = found.groups("")
+            local = _moment(day, minute, second, fraction, "")
+        if "1966" <= text[:4] <= "1973" and (at := _parsed(text)):
+            since = (at - EPOCH) // MILLISECOND
+            epoch = str(since) if abs(since) < LEAST_EPOCH else ""
+    if local == text and "." not in text:
+        return _Ways(epoch=epoch)
     moments = tuple(way(one) for one in (text, local) for way in (str, _cut, _near))
-    epoch = ""
-    if at is not None and abs(at - EPOCH) < LEAST_EPOCH * MILLISECOND:
-        epoch = str((at - EPOCH) // MILLISECOND)
     return _Ways(moments=moments if len(set(moments)) > 1 else (), epoch=epoch)
 
 
@@ -952,8 +952,9 @@ def _moment(day: str, minute: str, second: str, fraction: str, zone: str) -> str
     """A date with a time as one text, in UTC if it has a zone; a date alone for its midnight."""
     time = _time(minute, second, fraction)
     if not re.fullmatch("z|[+-]00:?00|", zone):
-        hours, minutes = int(zone[1:3]), int(zone[-2:])
-        ahead = timedelta(hours=hours, minutes=minutes) * (-1 if zone[0] == "-" else 1)
+        hours, minutes, *seconds = map(int, re.findall("[0-9]{2}", zone))
+        ahead = timedelta(hours=hours, minutes=minutes, seconds=sum(seconds))
+        ahead *= -1 if zone[0] == "-" else 1
         clock, point, rest = time.partition(".")
         try:
             at = datetime.fromisoformat(f"{day} {clock}") - ahead
