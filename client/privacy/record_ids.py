@@ -7,9 +7,11 @@ share fingerprints, and the overlap inherits every charge that either took part 
 What is one value (`value`): numbers by their value, not their digits; letter case, i with and
 without its dot; white space; control characters, also as the escapes that workbooks have for them
 (`_x000D_`), and invisible ones; Unicode's compatibility and composed forms; typographic quotes and
-dashes; an ISO date and its midnight, a time's `T`, zeros and UTC; the usual words for a missing
-value (MISSING_WORDS). What is not: dates in another format, decimal commas, separators of
-thousands, durations, pseudonyms that are new at each export.
+dashes; an ISO date and its midnight, a time's `T`, seconds and zeros, an instant in any zone; yes
+and no (true and false) and 1 and 0; the usual words for a missing value and infinity, for which
+JSON has no number (MISSING_WORDS). What is not: dates in another format, decimal commas, separators
+of thousands, durations, lists that pandas wrote as "['a' 'b']", pseudonyms that are new at each
+export.
 
 A row can have further fingerprints. One in common makes two rows one record.
 
@@ -28,10 +30,26 @@ forms that was once declared as cp932, big5 or cp950, and the other time as anot
 was converted to Unicode from another encoding than UTF-8.
 
 Rounding. Programs write a floating-point number with 17, 16 or 15 digits, and pandas' JSON with 10
-decimals. So a row with a number of more than 12 significant digits also has the fingerprint with
-such numbers rounded to 12, and one with them rounded to 10 decimals where five digits are left. No
-whole number below 2^53 is changed by that: such are identifiers. Numbers beyond are rounded to the
-nearest double. A number half-way is rounded both ways, the first FREE of them in a row.
+decimals. So a row with a number of more than 12 significant digits or 10 decimals also has the
+fingerprint with such numbers rounded to 12 digits, and one with them rounded to 10 decimals (below
+10^-15: 11 digits). No whole number below 2^53 is changed by that: such are identifiers. Numbers
+beyond are rounded to the nearest double. A number half-way is rounded both ways, the first FREE of
+them in a row. Not recognised: whole numbers beyond 2^53 that JSON cut to 11 digits, as
+1.23456789e+18.
+
+32 bits. Programs write a 32-bit number with its shortest digits, 0.1, or with those of the 64-bit
+number that it is, 0.10000000149011612. So a row with a number of the second kind also has the
+fingerprints with the shortest digits: of all such numbers, and of all but one where their few
+digits may be chance. Whole numbers only where there is no key. Not recognised: two or more other
+numbers in a row whose digits are a 32-bit number's by chance; 16-bit numbers that pandas saved as
+CSV.
+
+Times. Workbooks round times to milliseconds, JSON cuts those of dates and may write dates as
+milliseconds since 1970, and some databases keep an instant without its zone. So a row with finer
+times, or with a zone, also has the fingerprints with its times written so, and a row with whole
+numbers that may be dates those with dates in their place, of the first FREE in any combination.
+Not recognised: seconds or nanoseconds since 1970, or dates beyond 1840 to 2099 as milliseconds;
+instants that a program moved to another zone and then saved without one.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
