@@ -426,6 +426,9 @@ def test_any_changed_record_changes_the_id(
     before = {(n, record_ids.canonical(t)) for n, t in rows}
     after = {(n, record_ids.canonical(t)) for n, t in [*rows[:-1], changed]}
     cells = [[[str(n), t] for n, t in found] for found in (rows, [*rows[:-1], changed])]
+    # A column that only numbers the rows is left out.
+    numbered = [list(enumerate(found, 2)) for found in cells]
+    assume(not any(record_ids._numbering(Table("a.csv", ["n", "t"], found)) for found in numbered))
     one, other = (made(found, ["n", "t"]) for found in cells)
     assert (one.id == other.id) == (before == after)
     assert len(other.fingerprints) == len(after)
