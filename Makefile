@@ -1,4 +1,4 @@
-# The two commands a newcomer needs: `make demo` and `make test`.
+# `make help` lists the targets. A newcomer needs two: `make demo` and `make test`.
 PYTHON ?= python3
 SETTINGS ?=
 OUT ?= runs/demo
@@ -6,13 +6,21 @@ LOCK ?= --python-version 3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test nightly mutation soak recipes check lock bench-ledger bench-deidentify bench-dp bench-secagg bench-differences bench-rounds bench-sim install clean FORCE
+.PHONY: help demo test docs nightly mutation soak recipes check lock bench-ledger bench-deidentify bench-dp bench-secagg bench-differences bench-rounds bench-sim install clean FORCE
 
 demo: $(INSTALLED)  ## four hospitals fine-tune one model; writes runs/demo/report.html
 	$(BIN)/silotune sim run heart-diagnosis $(SETTINGS) --out $(OUT)
 
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
 test: check  ## everything that must hold
 	$(BIN)/pytest -n auto --dist loadgroup
+
+docs: $(INSTALLED)  ## the documentation as a site in build/docs; a warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --config-settings editable_mode=strict -e '.[dev,docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 nightly: $(INSTALLED) mutation  ## what takes minutes: two million rows, mutants
 	$(BIN)/pytest -m nightly

@@ -67,6 +67,9 @@ CODES: dict[str, str] = {
     "failing, or another program holds it. The ledger itself is not in question: restore nothing. "
     "Free space, close the other program or check the disk, then try again; the message says "
     "whether anything was spent.",
+    "E217": "A file has more rows than the site's ledger can keep fingerprints and links of in one "
+    "entry (SQLite stores about 10^9 bytes). Nothing was written or spent. Split the file, and use "
+    "each part by itself.",
     "E220": "Under secure aggregation the difference of two sums shows a site that is in one of "
     "them only. So a site gives shares for no sum of other sites that begins with an adapter it "
     "gave shares for before, and for no more changes of the set of sites within a run than "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from silotune.client.preparation.cleaning import Prepared
     from silotune.client.preparation.profile import Charged, Counts
     from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.record_identity import Origin
     from silotune.client.site.folder import Site
     from silotune.client.site.policy import Data, Policy
     from silotune.common.contract.contract import Contract
@@ -90,6 +91,7 @@ def _prepare(
     secret = ledger.fingerprint_key if ledger else bytes(32)
     origin = preparing.origin(prepared, data.key, secret)
     charged = profile.charged(prepared.table, data.key, ledger, origin.links)
+    warnings = prepared.warnings + _of_other_columns(ledger, origin, site)
     shown = {
         "site": policy.name,
         "contract": agreed.name,
@@ -97,7 +99,7 @@ def _prepare(
         "source": data.source,
         "file": str(file),
         "key": data.key,
-        "notes": (*raw.notes, *prepared.warnings),
+        "notes": (*raw.notes, *warnings),
         "charged": charged,
         "made_up": profile.made_up(agreed),
         "when": time.strftime("%Y-%m-%d %H:%M"),
@@ -116,7 +118,7 @@ def _prepare(
         ledger.link(origin, source=data.source, rows=found.rows)
         preparing.write(prepared.table, file)
         hindrances = _hindrances(policy, agreed, prepared.table, secret, file)
-    lines, lengths = _lines(data, raw, prepared, found, charged), found.lengths
+    lines, lengths = _lines(data, raw, prepared, found, charged, warnings), found.lengths
     lines += [f"! `silotune site check` would refuse these rows. {text}" for text in hindrances]
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
     if written:
@@ -135,7 +137,7 @@ def _prepare(
         "problems": [asdict(p) for p in prepared.problems],
         "charged": asdict(charged),
         "notes": raw.notes,
-        "warnings": prepared.warnings,
+        "warnings": warnings,
         "refused_by_check": hindrances,
         "cut": lengths.cut,
         "texts": lengths.texts,
@@ -218,8 +220,28 @@ def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{key} = {as_toml(value)}"
 
 
+def _of_other_columns(ledger: Ledger | None, origin: Origin, site: Site) -> list[str]:
+    """A warning where records are known that this preparation can make count as spent."""
+    charges = ledger.lineages().values() if ledger else ()
+    sources = dict.fromkeys(one.source for one in charges if one.basis not in origin.links)
+    if not sources or not origin.changed:
+        return []
+    return [
+        f"cells of column{'s' * (len(origin.changed) > 1)} {', '.join(map(repr, origin.changed))} "
+        "change here, and this ledger has charges on records of other columns or of another key "
+        f"({', '.join(sources)}): new records of theirs that have a cell equal to a changed one, "
+        f"such as an empty one, will count as spent; name data.key in {site.config}, the columns "
+        "that identify a record, the same ones from the first use"
+    ]
+
+
 def _lines(
-    data: Data, raw: Table, prepared: Prepared, found: Counts, charged: Charged
+    data: Data,
+    raw: Table,
+    prepared: Prepared,
+    found: Counts,
+    charged: Charged,
+    warnings: Sequence[str],
 ) -> list[str]:
     """The problems, and what is kept."""
     lines = []
@@ -229,7 +251,7 @@ def _lines(
     for p in prepared.problems:
         mark = MARKS.get(p.done, "!")
         lines.append(f"{mark} {p.sentence:<{wide}}  {p.count:>7,}  {p.done}: {p.places}")
-    lines += [f"! {note}" for note in (*raw.notes, *prepared.warnings)]
+    lines += [f"! {note}" for note in (*raw.notes, *warnings)]
     if data.query and not sql_source.ordered(data.query):
         lines.append("! the query has no ORDER BY: row numbers may change when it is read again")
     refused = prepared.refused

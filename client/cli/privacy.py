@@ -126,8 +126,8 @@ def plan(
 
     \b
     $ silotune privacy plan --epsilon 8 --delta 1e-4 --sampling-rate 0.25 --steps 30
-    30 steps, sampling rate 0.25, noise multiplier 1.0377
-      ε 8.00 (RDP) · 7.41 (PRV) at δ = 0.0001 per record, add or remove one
+    30 steps, sampling rate 0.25, noise multiplier 1.1067
+      ε 8.00 (RDP) · 7.05 (PRV) at δ = 0.0001 per record, add or remove one
     """
     from pydantic import TypeAdapter, ValidationError
 

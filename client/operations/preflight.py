@@ -599,13 +599,14 @@ def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) 
     try:
         purse.check(plan, order, limit, "this plan")
     except RefusalError as error:
-        return Check(
-            "privacy budget",
-            "problem",
-            text,
-            _alternatives(purse, plan, order, limit, policy, contract),
-            error.code,
-        )
+        fix = _alternatives(purse, plan, order, limit, policy, contract)
+        if reasons := purse.reasons():
+            text += "".join(f"; {reason}" for reason in reasons)
+            fix += (
+                "; records are compared if data.key names the same columns that identify a record "
+                "each time, from before they are first prepared or used"
+            )
+        return Check("privacy budget", "problem", text, fix, error.code)
     return Check("privacy budget", "ok", text)
 
 

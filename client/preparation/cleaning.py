@@ -6,6 +6,7 @@ in one reading. All counts in here are of private records: they are for the site
 
 from __future__ import annotations
 
+import string
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from silotune.client.preparation.column_checks import Columns, Rule
 from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.record_identity import Links, Origin, links_between
+from silotune.client.privacy.record_ids import Codes
 from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import command
 from silotune.common.contract.contract import Contract
@@ -39,6 +41,9 @@ from silotune.common.runtime.atomic_files import write_durably
 T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
 REPLACED, REWRITTEN = "replaced", "rewritten"
+# ASCII's alone: other white space may be a part of a letter whose bytes were read in a wrong
+# encoding, and those bytes must stay whole (client/privacy/record_ids.py).
+SPACE = string.whitespace
 
 
 @dataclass
@@ -194,7 +199,7 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
             if len(cells) != len(header):
                 ragged.add(line)
             else:
-                rows.append((line, [c.strip() for c in cells] if rules.trim else list(cells)))
+                rows.append((line, [c.strip(SPACE) for c in cells] if rules.trim else list(cells)))
                 places_read.append(read - 1)
         left_out = texts.clean(rows)
         for rule, misfits in columns.misfits(cells for _, cells in rows).items():
@@ -289,13 +294,16 @@ def origin(prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
         )
         links[after.basis] = links_between(before, after, prepared.made_of)
     columns = tuple(sorted(set(map(record_ids.canonical, raw.header))))
-    return Origin(links, columns, _changed(prepared))
+    changed, cells = _changed(prepared, secret)
+    return Origin(links, columns, changed, cells)
 
 
-def _changed(prepared: Prepared) -> tuple[str, ...]:
+def _changed(prepared: Prepared, secret: bytes) -> tuple[tuple[str, ...], Codes]:
     """The columns of which a cell is another value since, or may have been read wrongly: text that
-    was decoded by a declared encoding is written as Unicode, and its bytes are lost with that."""
+    was decoded by a declared encoding is written as Unicode, and its bytes are lost with that. And
+    the codes of such cells, as they were and as they are."""
     raw = prepared.raw
+    cells: set[tuple[str, str]] = set()
     foreign = not raw.encoding.startswith("utf")
     found: set[int] = set()
     made_of = iter(prepared.made_of)
@@ -306,13 +314,20 @@ def _changed(prepared: Prepared) -> tuple[str, ...]:
             continue
         _, after = next(cleaned)
         for column, (one, other) in enumerate(zip(before, after, strict=True)):
-            if column not in found and (
-                (one != other and record_ids.value(one) != record_ids.value(other))
-                or (foreign and not one.isascii())
-            ):
+            if (one != other and _is_another(one, other)) or (foreign and not one.isascii()):
                 found.add(column)
+                cells |= {(one, raw.encoding), (other, "utf-8")}
         index = next(made_of, None)
-    return tuple(sorted({record_ids.canonical(raw.header[column]) for column in found}))
+    codes = {code for cell in cells for code in record_ids.cell_codes(*cell, secret)}
+    names = {record_ids.canonical(raw.header[column]) for column in found}
+    return tuple(sorted(names)), np.array(sorted(codes), np.uint64)
+
+
+def _is_another(one: str, other: str) -> bool:
+    """Whether a cell has another value, or other decodings."""
+    if record_ids.value(one) != record_ids.value(other):
+        return True
+    return not (one + other).isascii() and one.strip(SPACE) != other.strip(SPACE)
 
 
 def write(table: Table, path: Path) -> None:

@@ -282,8 +282,8 @@ def mechanism_of(
     contract: Contract, mechanisms: Sequence[Mechanism], round_number: int
 ) -> Mechanism:
     """The mechanism of one round of a plan: its noise and rate, with the steps of one round."""
-    steps = contract.phase_of(round_number).local_steps
-    before = sum(contract.phase_of(n).local_steps for n in range(1, round_number))
+    steps = contract.round_plan(round_number).phase.local_steps
+    before = sum(contract.round_plan(n).phase.local_steps for n in range(1, round_number))
     for mechanism in mechanisms:
         if before < mechanism.steps:
             return mechanism._replace(steps=steps)
@@ -294,7 +294,7 @@ def mechanism_of(
 def rounds_in(contract: Contract, mechanisms: Sequence[Mechanism]) -> int:
     """How many whole rounds the beginning of a plan is long."""
     steps, rounds = sum(mechanism.steps for mechanism in mechanisms), 0
-    while rounds < contract.rounds and steps >= contract.phase_of(rounds + 1).local_steps:
+    while rounds < contract.rounds and steps >= contract.round_plan(rounds + 1).phase.local_steps:
         rounds += 1
-        steps -= contract.phase_of(rounds).local_steps
+        steps -= contract.round_plan(rounds).phase.local_steps
     return rounds

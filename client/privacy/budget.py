@@ -142,6 +142,28 @@ class Budget:
                 code="E210",
             )
 
+    def reasons(self) -> list[str]:
+        """Why records that were never used can count as spent, for their owner; no counts."""
+        other = dict.fromkeys(
+            entry.source
+            for entry in self.ledger.lineages().values()
+            if entry.basis != self.lineage.basis
+        )
+        found = []
+        if other:
+            found.append(
+                f"records of other columns or of another key were charged ({', '.join(other)}), "
+                "which cannot be compared and counts for all of these"
+            )
+        if untraceable(self.ledger, self.lineage).any():
+            made = dict.fromkeys(e.source for e in _without_links(self.ledger, self.lineage))
+            found.append(
+                "some of these have a cell that `silotune site prepare` changed in "
+                f"{', '.join(made)}, which was read by other columns or another key, so they may "
+                "be its rows and count as spent"
+            )
+        return found
+
     def longest_that_fits(
         self, plan: Sequence[Mechanism], order: float, limit: Limit
     ) -> list[Mechanism]:
@@ -165,14 +187,13 @@ def overlaps(
     ledger: Ledger, records: Lineage, more: Mapping[str, Links] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
     """For each set of records that was ever charged, by its lineage's name, which of `records` it
-    holds [R]. All of them where the bases differ, and where a preparation that has no links for
-    the basis of `records` changed one of their columns, or had other columns where `records`
-    are known by all of theirs: they may have been renamed since. more: links by basis that the
-    ledger does not have yet.
+    holds [R]. All of them where the bases differ; and each holds those that cannot be traced
+    (`untraceable`). more: links by basis that the ledger does not have yet.
     """
     charged = {name: ledger.lineage(entry) for name, entry in ledger.lineages().items()}
     everything = np.ones(len(records.fingerprints), dtype=bool)
-    if any(_untraceable(records, entry) for entry in ledger.preparations):
+    lost = untraceable(ledger, records) if charged else ~everything
+    if lost.all():
         return dict.fromkeys(charged, everything)
     alike = {name: other for name, other in charged.items() if other.basis == records.basis}
     links = ledger.links(records.basis)
@@ -180,16 +201,28 @@ def overlaps(
         links.append(more[records.basis])
     own, *others = record_identity.components([records, *alike.values()], links)
     found = dict(zip(alike, (np.isin(own, other) for other in others), strict=True))
-    return {name: found.get(name, everything) for name in charged}
+    return {name: found.get(name, everything) | lost for name in charged}
 
 
-def _untraceable(records: Lineage, entry: Prepared) -> bool:
-    if not entry.changed or records.basis in entry.bases:
-        return False
-    if records.keyed:
-        return bool(records.names & set(entry.changed))
-    unchanged = set(entry.columns) - set(entry.changed)
-    return not records.names or not records.names <= unchanged
+def untraceable(ledger: Ledger, records: Lineage) -> NDArray[np.bool_]:
+    """[R] which of `records` may have been made by a preparation that has no links for their basis,
+    or be what it was made of: those with a cell that it changed, as it was or as it is. The names
+    of columns prove nothing: they may be other ones since."""
+    lost = np.zeros(len(records.fingerprints), dtype=bool)
+    for entry in _without_links(ledger, records):
+        cells = ledger.changed_cells(entry)
+        if cells is not None and records.holding is not None:
+            lost |= records.holding(cells)
+        elif not records.names or not records.names <= set(entry.columns) - set(entry.changed):
+            lost[:] = True
+    return lost
+
+
+def _without_links(ledger: Ledger, records: Lineage) -> list[Prepared]:
+    """The preparations that changed a cell and have no links for the basis of `records`."""
+    return [
+        entry for entry in ledger.preparations if entry.changed and records.basis not in entry.bases
+    ]
 
 
 def mechanism_of(charge: Charged) -> Mechanism:

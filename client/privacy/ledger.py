@@ -29,6 +29,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from silotune.client.privacy.keys import Keys, make_private_folder
 from silotune.client.privacy.ledger_entries import (
     EXPORT,
@@ -47,7 +49,7 @@ from silotune.client.privacy.ledger_entries import (
     digest,
 )
 from silotune.client.privacy.record_identity import Links, Origin
-from silotune.client.privacy.record_ids import SIZE, Lineage, basis_of
+from silotune.client.privacy.record_ids import SIZE, Codes, Lineage, basis_of
 from silotune.common.errors import RefusalError, counted
 from silotune.common.protocol.messages import Receipt
 from silotune.common.runtime.atomic_files import is_full, write_durably
@@ -55,6 +57,7 @@ from silotune.common.signing import verifies
 
 FILE = "ledger.sqlite"
 BUSY_SECONDS = 30  # how long another program may hold the database
+ROW_OVERHEAD = 1 << 10  # bytes of a row beside what it keeps of a file
 LEAST_ROOM = 4 << 20  # bytes that the database and its log may need for an entry
 NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
@@ -206,17 +209,17 @@ class Ledger:
 
     def charge(self, lineage: Lineage, **facts: Any) -> Charged:
         """Append a charge on the records of `lineage`, within `writing`, and keep their
-        fingerprints. RefusalError if the request was charged before."""
+        fingerprints. RefusalError if the request was charged before, E217 if there are too many."""
         assert self._database.in_transaction
+        parts = (
+            lineage.fingerprints.tobytes(),
+            lineage.decodings.counts.tobytes(),
+            lineage.decodings.codes.tobytes(),
+        )
+        self._check_size(lineage.columns.encode(), *parts)
         self._database.execute(
             "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
-            (
-                lineage.id,
-                lineage.columns,
-                lineage.fingerprints.tobytes(),
-                lineage.decodings.counts.tobytes(),
-                lineage.decodings.codes.tobytes(),
-            ),
+            (lineage.id, lineage.columns, *parts),
         )
         facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
         return self.append(Charged, **facts)
@@ -247,14 +250,15 @@ class Ledger:
         Args:
             origin: what they were made of.
             source: what the raw records are called, for people.
+
+        Raises:
+            RefusalError: E217, there are too many of them; others as `writing`.
         """
         with self.writing():
-            made = []
-            for basis, found in origin.links.items():
-                content = found.content()
-                name = hashlib.sha256(content).hexdigest()
-                self._database.execute("INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content))
-                made.append(BasisLinks(basis=basis, links=name))
+            made = [
+                BasisLinks(basis=basis, links=self._store(found.content()))
+                for basis, found in origin.links.items()
+            ]
             return self.append(
                 Prepared,
                 source=source,
@@ -262,16 +266,42 @@ class Ledger:
                 columns=origin.columns,
                 changed=origin.changed,
                 made=tuple(made),
+                cells=self._store(origin.cells.astype("<u8").tobytes()),
+            )
+
+    def _store(self, content: bytes) -> str:
+        """Keep what a preparation names by its digest, within `writing`."""
+        name = hashlib.sha256(content).hexdigest()
+        self._check_size(content)
+        self._database.execute("INSERT OR IGNORE INTO links VALUES (?, ?)", (name, content))
+        return name
+
+    def _check_size(self, *parts: bytes) -> None:
+        """RefusalError E217 if SQLite cannot hold these in one row."""
+        largest = self._database.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
+        if sum(map(len, parts)) > largest - ROW_OVERHEAD:
+            raise RefusalError(
+                f"The file that [data] of site.toml names has too many rows: the ledger can store "
+                f"at most {largest:,} bytes about one file; nothing was written. Split the file "
+                "into parts of fewer rows, and prepare and use each part by itself.",
+                code="E217",
             )
 
     def links(self, basis: str) -> list[Links]:
         """Those of every preparation between rows known by `basis`. RefusalError E212 if the file
         does not have them."""
         return [
-            self._links(entry, entry.bases[basis])
+            Links.of_content(self._stored(entry, entry.bases[basis]))
             for entry in self.preparations
             if basis in entry.bases
         ]
+
+    def changed_cells(self, entry: Prepared) -> Codes | None:
+        """The cells that a preparation changed, before and after; None if it did not note them.
+        RefusalError E212 if the file does not have them."""
+        if entry.cells is None:
+            return None
+        return np.frombuffer(self._stored(entry, entry.cells), "<u8").astype(np.uint64)
 
     def _row(self, query: str, name: str) -> tuple[Any, ...] | None:
         with self._lock:
@@ -281,14 +311,14 @@ class Ledger:
                 raise _refusal(error, self._folder, NOTHING_SPENT) from None
         return found
 
-    def _links(self, entry: Prepared, name: str) -> Links:
+    def _stored(self, entry: Prepared, name: str) -> bytes:
         row = self._row("SELECT content FROM links WHERE digest = ?", name)
         if (
             row is not None
             and isinstance(row[0], bytes)
             and (hashlib.sha256(row[0]).hexdigest() == name)
         ):
-            return Links.of_content(row[0])
+            return row[0]
         raise damaged(f"the links of entry {entry.sequence} are not those it names")
 
     def release(self, charge: Charged, wire: bytes, own: bytes | None = None) -> None:
@@ -447,7 +477,8 @@ class Ledger:
             self.lineage(entry)
         for prepared in self.preparations:
             for name in prepared.bases.values():
-                self._links(prepared, name)
+                Links.of_content(self._stored(prepared, name))
+            self.changed_cells(prepared)
 
     def _remember(self, entry: Entry, body: str, mac: bytes) -> None:
         self.entries.append(entry)

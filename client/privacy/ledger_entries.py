@@ -120,9 +120,9 @@ class BasisLinks(Frozen):
 class Prepared(EntryBase):
     """Rows were made of the records of `source` (client/preparation/cleaning.py). columns: the
     records', by their canonical names; changed: those whose cells are other ones since; made: which
-    prepared row is of which raw one, for each basis by which both can be known. An entry for each
-    preparation,
-    also where nothing changed: their number depends on what the owner does, never on the records.
+    prepared row is of which raw one, for each basis by which both can be known; cells: SHA-256 of
+    the codes of the changed cells. An entry for each preparation, also where nothing changed: their
+    number depends on what the owner does, never on the records.
     """
 
     state: Literal["PREPARED"] = "PREPARED"
@@ -131,6 +131,7 @@ class Prepared(EntryBase):
     columns: tuple[str, ...]
     changed: tuple[str, ...]
     made: tuple[BasisLinks, ...]
+    cells: Sha256 | None = None
 
     @property
     def bases(self) -> dict[str, str]:

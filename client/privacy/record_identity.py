@@ -8,10 +8,12 @@ less.
 Guarantee: if `site prepare` made row p of row r, whatever cells it changed, then every
 charge of r counts for p and every charge of p for r, from the moment p is on disk: in any
 file format, after any number of preparations, in both orders. (A simulation's split of a file
-writes rows, too; it has no ledger, and changes no cell.) Assumption: the row is read by the
-columns by which it was prepared, by data.key or by all columns; where a preparation changed a
-column of another key, or the columns' names are other ones since, nothing can be compared and all
-records count as charged (client/privacy/budget.py).
+writes rows, too; it has no ledger, and changes no cell.) Read by the columns by which it was
+prepared, by data.key or by all columns, a row is linked. Read by others (another key, fewer
+columns, columns that were renamed or selected by other names) it cannot be: then a record with a
+cell that the preparation changed, as it was or as it is, counts as charged, whatever its column is
+called; a record without one is the same before and after (client/privacy/budget.py). Not covered:
+columns that took the names of others since, so that the names are those by which rows were linked.
 """
 
 from __future__ import annotations
@@ -58,11 +60,13 @@ class Links(NamedTuple):
 @dataclass(frozen=True)
 class Origin:
     """What prepared rows were made of: links by basis, all columns, and those that were changed, by
-    their canonical names."""
+    their canonical names. cells: the changed cells as they were and as they are, sorted
+    (`record_ids.cell_codes`)."""
 
     links: Mapping[str, Links]
     columns: tuple[str, ...]
     changed: tuple[str, ...]
+    cells: Codes
 
 
 def links_between(raw: RowPrints, prepared: RowPrints, made_of: Sequence[int]) -> Links:

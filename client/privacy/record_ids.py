@@ -7,9 +7,11 @@ share fingerprints, and the overlap inherits every charge that either took part 
 What is one value (`value`): numbers by their value, not their digits; letter case, i with and
 without its dot; white space; control characters, also as the escapes that workbooks have for them
 (`_x000D_`), and invisible ones; Unicode's compatibility and composed forms; typographic quotes and
-dashes; an ISO date and its midnight, a time's `T`, zeros and UTC; the usual words for a missing
-value (MISSING_WORDS). What is not: dates in another format, decimal commas, separators of
-thousands, durations, pseudonyms that are new at each export.
+dashes; an ISO date and its midnight, a time's `T`, seconds and zeros, an instant in any zone; yes
+and no (true and false) and 1 and 0; the usual words for a missing value and infinity, for which
+JSON has no number (MISSING_WORDS). What is not: dates in another format, decimal commas, separators
+of thousands, durations, lists that pandas wrote as "['a' 'b']", pseudonyms that are new at each
+export.
 
 A row can have further fingerprints. One in common makes two rows one record.
 
@@ -28,10 +30,26 @@ forms that was once declared as cp932, big5 or cp950, and the other time as anot
 was converted to Unicode from another encoding than UTF-8.
 
 Rounding. Programs write a floating-point number with 17, 16 or 15 digits, and pandas' JSON with 10
-decimals. So a row with a number of more than 12 significant digits also has the fingerprint with
-such numbers rounded to 12, and one with them rounded to 10 decimals where five digits are left. No
-whole number below 2^53 is changed by that: such are identifiers. Numbers beyond are rounded to the
-nearest double. A number half-way is rounded both ways, the first FREE of them in a row.
+decimals. So a row with a number of more than 12 significant digits or 10 decimals also has the
+fingerprint with such numbers rounded to 12 digits, and one with them rounded to 10 decimals (below
+10^-15: 11 digits). No whole number below 2^53 is changed by that: such are identifiers. Numbers
+beyond are rounded to the nearest double. A number half-way is rounded both ways, the first FREE of
+them in a row. Not recognised: whole numbers beyond 2^53 that JSON cut to 11 digits, as
+1.23456789e+18.
+
+32 bits. Programs write a 32-bit number with its shortest digits, 0.1, or with those of the 64-bit
+number that it is, 0.10000000149011612. So a row with a number of the second kind also has the
+fingerprints with the shortest digits: of all such numbers, and of all but one where their few
+digits may be chance. Whole numbers only where there is no key. Not recognised: two or more other
+numbers in a row whose digits are a 32-bit number's by chance; 16-bit numbers that pandas saved as
+CSV.
+
+Times. Workbooks round times to milliseconds, JSON cuts those of dates and may write dates as
+milliseconds since 1970, and some databases keep an instant without its zone. So a row with finer
+times, or with a zone, also has the fingerprints with its times written so, and a row with whole
+numbers that may be dates those with dates in their place, of the first FREE in any combination.
+Not recognised: seconds or nanoseconds since 1970, or dates beyond 1840 to 2099 as milliseconds;
+instants that a program moved to another zone and then saved without one.
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
@@ -52,11 +70,12 @@ import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from decimal import ROUND_FLOOR, Context, Decimal
 from functools import cache, cached_property, lru_cache
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import NamedTuple
 
 import numpy as np
@@ -92,11 +111,28 @@ MISSING_WORDS = frozenset(
         "-1.#qnan",
         "1.#qnan",
         "\\n",
+        # What JSON has no number for: pandas writes null.
+        "Infinity",
+        "-Infinity",
     }
 )
+YES_NO = {"true": "1", "false": "0"}
 # How a long number is rounded.
 DIGITS, DECIMALS = 12, 10
-LEAST = -6  # the power of ten from which decimals count: five of the digits and more are left
+LEAST = -15  # the power of ten from which decimals count; below, pandas' JSON has an exponent
+LEAST_LONG = 8  # digits of a number that may be a 32-bit one with the digits of a 64-bit one
+LEAST_SINGLE, MOST_SINGLE = 1e-37, 3e38
+ROUNDED = 0.501  # of a number's last digit, how far it may be from what it was rounded from
+NOISE = 1e-14  # of a number, what programs change in its last digits
+DOUBTFUL = 8  # of a row's numbers that may be 32-bit ones, how many are each left as they are
+# A row's times are written in UTC and in their own zone, each as they are, cut and rounded to
+# milliseconds; dates nearer to 1970 than LEAST_EPOCH milliseconds are known as such, and
+# whole numbers beyond as dates.
+CUT = 1  # which of these is in UTC and cut
+EPOCH, LEAST_EPOCH, MOST_EPOCH = datetime(1970, 1, 1), 10**11, 4_102_444_800_000
+MIDNIGHT = " 00:00:00"
+MILLISECOND = timedelta(milliseconds=1)
+LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59)
 EXACT = 1 << 53  # up to here a double holds every whole number
 HALF = Decimal("0.5")
 HALF_WAY = Decimal("0.001")  # as much as two digits in the fifteenth place are in the twelfth
@@ -163,8 +199,9 @@ _PLAIN = {
 _MARKS = _any_of(map(ord, _PLAIN))
 _DATE = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[t ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?"
-    r"(z|[+-][0-9]{2}:?[0-9]{2})?"
+    r"(z|[+-][0-9]{2}:?[0-9]{2}(?::[0-9]{2})?)?"
 )
+_TIME = re.compile(r"([0-9]{1,2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]+))?)?")
 
 # UTF-8 as RFC 3629 has it, but for surrogates and what is longer than it need be.
 _UTF8 = re.compile(
@@ -210,7 +247,9 @@ class Lineage:
     """The records of one file: the basis and the sorted distinct fingerprints.
 
     `rows` counts the file's rows; it is larger than len(fingerprints) where records stand twice.
-    columns: the JSON list that `basis` is the digest of; "" where it is not known.
+    columns: the JSON list that `basis` is the digest of; "" where it is not known. holding: tells
+    for each record whether one of its cells is among these (`cell_codes`); None where only the
+    fingerprints are known.
     """
 
     basis: str
@@ -218,6 +257,9 @@ class Lineage:
     rows: int
     columns: str = ""
     decodings: Decodings = NO_DECODINGS
+    holding: Callable[[Codes], NDArray[np.bool_]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     @cached_property
     def id(self) -> str:
@@ -285,7 +327,55 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
     new[1:] = (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])
     counts = np.bincount(owners[new], minlength=len(prints)).astype(np.uint32)
     decodings = Decodings(counts if len(codes) else found.decodings.counts[:0], codes[new])
-    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings)
+    places = _places(table, [name for name, _ in json.loads(found.columns)[1]])
+
+    def holding(codes: Codes) -> NDArray[np.bool_]:
+        has = np.zeros(len(prints), dtype=bool)
+        has[
+            record[_rows_with(table, sorted(chain(*places)), frozenset(codes.tolist()), secret)]
+        ] = True
+        return has
+
+    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings, holding)
+
+
+def cell_codes(cell: str, encoding: str, secret: bytes) -> frozenset[int]:
+    """A cell by itself, whatever its column is called, and what it may be elsewhere: 64 bits each.
+
+    Args:
+        encoding: in which it was decoded; "utf-8" where it came as Unicode.
+        secret: 32 bytes, the site's key for fingerprints.
+    """
+    forms = {
+        value(cell),
+        *(value(form) for (form,) in _forms_of((cell,), (0,), encoding, keyed=False)),
+    }
+    digests = (
+        hashlib.blake2b(form.encode(), key=secret, digest_size=8, person=b"cell") for form in forms
+    )
+    return frozenset(int.from_bytes(found.digest(), "little") for found in digests)
+
+
+def _rows_with(
+    table: Table, places: Sequence[int], codes: Collection[int], secret: bytes
+) -> list[int]:
+    """The indices of the rows that have a cell of these codes at one of the places."""
+
+    @lru_cache(maxsize=1 << 16)
+    def is_among(cell: str) -> bool:
+        return not cell_codes(cell, table.encoding, secret).isdisjoint(codes)
+
+    return [
+        at
+        for at, (_, cells) in enumerate(table.rows)
+        if any(is_among(cells[i] if i < len(cells) else "") for i in places)
+    ]
+
+
+def _places(table: Table, columns: Sequence[str]) -> list[list[int]]:
+    """Where each of these columns stands: a name that stands twice has two places."""
+    names = [canonical(name) for name in table.header]
+    return [[i for i, name in enumerate(names) if name == column] for column in columns]
 
 
 def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ()) -> list[str]:
@@ -302,9 +392,8 @@ def basis_columns(table: Table, key: Sequence[str], apart: Collection[str] = ())
 
 def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) -> RowPrints:
     """Each row by the chosen columns (`basis_columns`). keyed: whether the owner named them."""
-    names = [canonical(name) for name in table.header]
     # A name that stands twice takes part with each of its columns, in a fixed order.
-    places = [[i for i, name in enumerate(names) if name == column] for column in chosen]
+    places = _places(table, chosen)
     columns = json.dumps(
         [keyed, [[column, len(found)] for column, found in zip(chosen, places, strict=True)]]
     )
@@ -319,8 +408,9 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
         own = fingerprint(cells)
         prints += own
         others: set[bytes] = set()
-        if not "".join(cells).isascii() or any(map(_rounded, cells)):
-            others.update(map(fingerprint, _forms_of(cells, used, table.encoding)))
+        if not "".join(cells).isascii() or any(map(_ways, cells)):
+            forms = _forms_of(cells, used, table.encoding, keyed=keyed)
+            others.update(map(fingerprint, forms))
             others.discard(own)
         counts.append(len(others))
         codes.extend(sorted(int.from_bytes(other[:8], "little") for other in others))
@@ -343,25 +433,77 @@ def codes_of(fingerprints: Fingerprints) -> Codes:
 
 
 def _forms_of(
-    cells: Sequence[str], used: Collection[int], encoding: str
+    cells: Sequence[str], used: Collection[int], encoding: str, *, keyed: bool
 ) -> Iterator[Sequence[str]]:
-    """What a row may be elsewhere: itself rounded, and its other decodings, each of them rounded.
+    """What a row may be elsewhere: itself and its other decodings, each as programs write it.
 
     Args:
         used: the places of the cells that count.
         encoding: in which the cells were decoded; "utf-8" where they came as Unicode.
+        keyed: whether the owner named the columns: then they may identify people.
     """
     if not "".join(cells).isascii():
         found = set(_other_decodings(cells, used, encoding))
         found.discard(tuple(cells))
         for form in found:
-            yield from _rounded_forms(form, used) or {form}
-    yield from _rounded_forms(cells, used)
+            yield from _written_forms(form, used, keyed=keyed)
+    yield from _written_forms(cells, used, keyed=keyed)
+
+
+def _written_forms(
+    cells: Sequence[str], used: Collection[int], *, keyed: bool
+) -> set[tuple[str, ...]]:
+    """The row as programs write its values; itself where they have no other ways."""
+    found: set[tuple[str, ...]] = set()
+    for dated in _dated_forms(cells, used):
+        for row in _single_forms(dated, used, keyed=keyed):
+            found |= _rounded_forms(row, used) or {row}
+    return found
+
+
+def _dated_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
+    """The row and its forms with times in another zone or precision, or since 1970."""
+    found = {tuple(cells)}
+    ways = _ways_in(cells, used)
+    moments = {i: way.moments for i, way in ways.items() if way.moments}
+    for texts in set(zip(*moments.values(), strict=True)):
+        found.add(_with(cells, list(moments), texts))
+    epochs = {i: way.epoch for i, way in ways.items() if way.epoch}
+    if epochs:  # as JSON has them
+        cut = _with(cells, list(moments), [texts[CUT] for texts in moments.values()])
+        found.add(_with(cut, list(epochs), list(epochs.values())))
+    dates = {i: way.date for i, way in ways.items() if way.date}
+    free = list(dates)[:FREE]
+    if dates:
+        rest = _with(cells, list(dates), list(dates.values()))
+        for chosen in product(*((cells[i], dates[i]) for i in free)):
+            found.add(_with(rest, free, chosen))
+    return found
+
+
+def _ways_in(cells: Sequence[str], used: Collection[int]) -> dict[int, _Ways]:
+    """Of the used cells those that have other ways, by their places."""
+    return {i: ways for i in used if i < len(cells) and (ways := _ways(cells[i]))}
+
+
+def _single_forms(
+    cells: tuple[str, ...], used: Collection[int], *, keyed: bool
+) -> set[tuple[str, ...]]:
+    """The row, and the row with its 32-bit numbers by their shortest digits: all of them,
+    and all but one of which it is not certain that it is such a number."""
+    ways = _ways_in(cells, used)
+    singles = {i: way for i, way in ways.items() if way.single and not (keyed and way.whole)}
+    if not singles:
+        return {cells}
+    short = _with(cells, list(singles), [way.single for way in singles.values()])
+    doubtful = [i for i, way in singles.items() if not way.certain][:DOUBTFUL]
+    return {cells, short} | {_with(short, [i], [cells[i]]) for i in doubtful}
 
 
 def _rounded_forms(cells: Sequence[str], used: Collection[int]) -> set[tuple[str, ...]]:
     """The row with its long numbers rounded; nothing if it has none."""
-    long = {i: rounded for i in used if i < len(cells) and (rounded := _rounded(cells[i]))}
+    ways = _ways_in(cells, used)
+    long = {i: own.rounded for i, own in ways.items() if own.rounded}
     found: set[tuple[str, ...]] = set()
     for way in (0, 1) if long else ():
         free = [i for i, rounded in long.items() if len(rounded[way]) > 1][:FREE]
@@ -535,28 +677,139 @@ def _doubtful_bytes() -> re.Pattern[bytes]:
     )
 
 
+class _Ways(NamedTuple):
+    """How programs write a value otherwise.
+
+    rounded: a long number rounded to its digits, and then to its decimals, each time one text or
+    both nearest ones; () for others. single: its shortest digits, where it may be a 32-bit number
+    with the digits of a 64-bit one; certain: with so many that hardly another number has them.
+    moments: a time by each way to write it; () where they are all the value. epoch: a date near
+    1970 in milliseconds since then. date: a whole number that may be such milliseconds, as a date.
+    """
+
+    rounded: tuple[tuple[str, ...], ...] = ()
+    whole: bool = False
+    certain: bool = False
+    single: str = ""
+    moments: tuple[str, ...] = ()
+    epoch: str = ""
+    date: str = ""
+
+
 @lru_cache(maxsize=1 << 16)
-def _rounded(cell: str) -> tuple[tuple[str, ...], ...]:
-    """A long number rounded to its digits, and then to its decimals (see above); nothing for what
-    is none."""
+def _ways(cell: str) -> _Ways | None:
+    """None for a value that has no other ways."""
     text = value(cell)
-    if (len(text) <= DIGITS and "E" not in text) or not text[-1].isdigit() or " " in text:
-        return ()
+    if text[2:3] == ":" or (text[4:5] == "-" and text[:4].isdigit()):
+        found = _ways_of_moment(cell, text)
+    elif (len(text) < LEAST_LONG and "E" not in text) or not text[-1].isdigit() or " " in text:
+        return None
+    else:
+        try:
+            found = _ways_of_number(Decimal(text))
+        except ArithmeticError:  # no number, or one with an exponent beyond all measure
+            return None
+    return found if found.rounded or any(found[3:]) else None
+
+
+def _ways_of_number(number: Decimal) -> _Ways:
+    rounded: tuple[tuple[str, ...], ...]
+    if not number.is_finite():
+        return _Ways()
+    if abs(number) > EXACT:
+        double = float(number)
+        is_new = math.isfinite(double) and Decimal(repr(double)) != number
+        rounded = ((repr(double),),) * 2 if is_new else ()
+        return _Ways(rounded, whole=True, single=_single(number))
+    whole = number == number.to_integral_value()
+    if whole:
+        return _Ways(whole=True, single=_single(number), date=_date_of(int(number)))
+    digits, decimals = len(number.as_tuple().digits), -int(number.as_tuple().exponent)
+    rounded = ()
+    if digits > DIGITS or decimals > DECIMALS:
+        last = min(number.adjusted() - DIGITS + 1, 0)
+        least = -DECIMALS + (number.adjusted() if number.adjusted() < LEAST else 0)
+        of_digits = _nearest(number, last) if digits > DIGITS else (str(number),)
+        rounded = of_digits, _nearest(number, max(least, -decimals))
+    return _Ways(rounded, certain=digits > DIGITS, single=_single(number))
+
+
+def _single(number: Decimal) -> str:
+    """The shortest digits of the 32-bit number that this is, as far as its own digits tell; "" if
+    it is none, or has these digits already."""
+    digits, exponent = len(number.as_tuple().digits), int(number.as_tuple().exponent)
+    double = float(number)
+    if digits < LEAST_LONG or not LEAST_SINGLE < abs(double) < MOST_SINGLE:
+        return ""
+    single = np.float32(double)
+    tolerance = max(ROUNDED * 10.0**exponent, NOISE * abs(double)) if exponent < 0 else 0.0
+    if abs(float(single) - double) > tolerance:
+        return ""
+    short = str(single)
+    return short if Decimal(short) != number else ""
+
+
+def _ways_of_moment(cell: str, text: str) -> _Ways:
+    """Without its zone; with milliseconds (of a date cut off, or rounded); since 1970."""
+    local, epoch = text, ""
+    if text[4:5] == "-":
+        if ":" in cell and (found := _DATE.fullmatch(canonical(cell))) and found[5]:
+            day, minute, second, fraction, _ = found.groups("")
+            local = _moment(day, minute, second, fraction, "")
+        if "1966" <= text[:4] <= "1973" and (at := _parsed(text)):
+            since = (at - EPOCH) // MILLISECOND
+            epoch = str(since) if abs(since) < LEAST_EPOCH else ""
+    if local == text and "." not in text:
+        return _Ways(epoch=epoch)
+    moments = tuple(way(one) for one in (text, local) for way in (str, _cut, _near))
+    return _Ways(moments=moments if len(set(moments)) > 1 else (), epoch=epoch)
+
+
+def _parsed(text: str) -> datetime | None:
+    """A date, or a date with a time to the microsecond; None where there is no such day."""
     try:
-        number = Decimal(text)
-        if not number.is_finite():
-            return ()
-        if abs(number) > EXACT:
-            double = float(number)
-            is_new = math.isfinite(double) and Decimal(repr(double)) != number
-            return ((repr(double),),) * 2 if is_new else ()
-        last = number.adjusted() - DIGITS + 1
-        if len(number.as_tuple().digits) <= DIGITS or number == number.to_integral_value():
-            return ()
-        decimals = max(last, -DECIMALS) if number.adjusted() >= LEAST else last
-        return _nearest(number, min(last, 0)), _nearest(number, min(decimals, 0))
-    except ArithmeticError:  # no number, or one with an exponent beyond all measure
-        return ()
+        found = datetime.fromisoformat(text[:26])
+    except ValueError:
+        return None
+    return found if found.tzinfo is None else None
+
+
+def _cut(text: str) -> str:
+    """A date's time cut to milliseconds; a time alone as it is, as JSON has it."""
+    before, point, fraction = text.partition(".")
+    if not point or len(fraction) <= 3 or text[4:5] != "-":
+        return text
+    return _joined(before, fraction[:3])
+
+
+def _near(text: str) -> str:
+    """A time rounded to milliseconds, as workbooks have it."""
+    before, point, fraction = text.partition(".")
+    if not point or len(fraction) <= 3:
+        return text
+    thousandths = (int(fraction[:4]) + 5) // 10
+    if thousandths < 1000:
+        return _joined(before, f"{thousandths:03d}")
+    alone = text[4:5] != "-"
+    start = _parsed(f"2000-01-01 {before}" if alone else before)
+    if start is None or start >= LAST_SECOND:
+        return text
+    after = str(start + timedelta(seconds=1))
+    return after[-8:] if alone else _joined(after, "")
+
+
+def _joined(before: str, fraction: str) -> str:
+    """A time with its fraction; a date alone for its midnight."""
+    fraction = fraction.rstrip("0")
+    return f"{before}.{fraction}" if fraction else before.removesuffix(MIDNIGHT)
+
+
+def _date_of(milliseconds: int) -> str:
+    """What so many milliseconds since 1970 are, if that is a date of this time."""
+    if not LEAST_EPOCH <= abs(milliseconds) < MOST_EPOCH:
+        return ""
+    at = EPOCH + milliseconds * MILLISECOND
+    return _joined(str(at)[:19], f"{at.microsecond // 1000:03d}")
 
 
 def _nearest(number: Decimal, exponent: int) -> tuple[str, ...]:
@@ -689,9 +942,10 @@ def _unescaped(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def value(cell: str) -> str:
-    """A cell's value: as `written`, and nothing for a word that stands for a missing value."""
+    """A cell's value: as `written`; yes and no as 1 and 0, and nothing for a word that stands for a
+    missing value."""
     text = written(cell)
-    return "" if text in MISSING_WORDS else text
+    return YES_NO.get(text, "" if text in MISSING_WORDS else text)
 
 
 def written(cell: str) -> str:
@@ -701,6 +955,8 @@ def written(cell: str) -> str:
         return ""
     if text[4:5] == "-" and (moment := _DATE.fullmatch(text)):
         return _moment(*moment.groups(""))
+    if ":" in text[1:3] and (time := _TIME.fullmatch(text)):
+        return _time(*time.groups(""))
     if " " in text:
         return text
     try:
@@ -711,9 +967,22 @@ def written(cell: str) -> str:
 
 
 def _moment(day: str, minute: str, second: str, fraction: str, zone: str) -> str:
-    """A date with a time as one text; a date alone for its midnight."""
+    """A date with a time as one text, in UTC if it has a zone; a date alone for its midnight."""
+    time = _time(minute, second, fraction)
+    if not re.fullmatch("z|[+-]00:?00|", zone):
+        hours, minutes, *seconds = map(int, re.findall("[0-9]{2}", zone))
+        ahead = timedelta(hours=hours, minutes=minutes, seconds=sum(seconds))
+        ahead *= -1 if zone[0] == "-" else 1
+        clock, point, rest = time.partition(".")
+        try:
+            at = datetime.fromisoformat(f"{day} {clock}") - ahead
+        except (ValueError, OverflowError):  # there is no such day
+            return f"{day} {time}{zone}"
+        day, time = str(at.date()), f"{at.time()}{point}{rest}"
+    return f"{day} {time}".removesuffix(MIDNIGHT)
+
+
+def _time(minute: str, second: str, fraction: str) -> str:
+    """A time of day: 8:00 is 08:00:00.000."""
     fraction = fraction.rstrip("0")
-    time = f"{minute}:{second or '00'}" + f".{fraction}" * bool(fraction)
-    if re.fullmatch("z|[+-]00:?00", zone):
-        zone = ""
-    return day if time + zone == "00:00:00" else f"{day} {time}{zone}"
+    return f"{minute:0>5}:{second or '00'}" + f".{fraction}" * bool(fraction)

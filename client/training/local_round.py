@@ -29,6 +29,7 @@ from silotune.client.training.noise import NoiseSource
 from silotune.client.training.released_metrics import _Measured
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
+from silotune.common.contract.schedule import RoundPlan
 from silotune.common.contract.training import Phase
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
@@ -37,19 +38,18 @@ from silotune.common.protocol.tensors import trained_names
 
 def train_round(
     contract: Contract,
-    phase: Phase,
+    plan: RoundPlan,
     mechanism: Mechanism,
     model: Network,
     data: Dataset,
     adapter: Arrays,
     source: NoiseSource,
     clip_norm: float,
-    place: int = 1,
     own: Own = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
-    """The change of the phase's trained tensors after `mechanism.steps` private steps, and the
-    contract's released metrics (means over the steps of sum / expected batch). place: the round's,
-    1-based, in its phase. own: what the site has of its own, of earlier changes: it begins there.
+    """The change of the round's trained tensors after `mechanism.steps` private steps, and the
+    contract's released metrics (means over the steps of sum / expected batch). own: what the site
+    has of its own, of earlier changes: it begins there.
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
@@ -60,8 +60,8 @@ def train_round(
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
     values each one can be told (tests/client/training/test_update_granularity.py).
     """
-    trains = contract.trains_at(phase, place)
-    names = trained_names(adapter, trains)
+    phase = plan.phase
+    names = trained_names(adapter, plan.trains)
     with_adapter = phase.adapts
     divisor = contract.privacy.expected_units * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
@@ -89,7 +89,7 @@ def train_round(
         corrections = {
             name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
         }
-        rates = [{"params": [moved[name]], "lr": phase.rate(name, place)} for name in names]
+        rates = [{"params": [moved[name]], "lr": plan.learning_rate(name)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         inner: torch.optim.Optimizer
         if phase.adam:
@@ -108,7 +108,7 @@ def train_round(
                 divisor=divisor,
             )
         for step in range(mechanism.steps):
-            kept = _kept(phase, model, (place, step))
+            kept = _kept(phase, model, (plan.round_in_phase, step))
             drawn = torch.from_numpy(
                 source.poisson_sample(len(data.units), mechanism.sampling_rate)
             )
@@ -120,7 +120,7 @@ def train_round(
             )
             if optimizer is not None:
                 private_gradient(
-                    model.trained_modules(trains),
+                    model.trained_modules(plan.trains),
                     optimizer,
                     groups,
                     losses,

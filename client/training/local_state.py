@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from safetensors.numpy import load, save
 
-from silotune.common.contract.contract import Contract
+from silotune.common.contract.schedule import RoundPlan
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import CONTROL, fitted, shapes_of, trained_names
 
@@ -77,30 +77,29 @@ class Own:
             if CONTROL + name in asked and name in self.gradient
         }
 
-    def after(self, contract: Contract, number: int, asked: Arrays, change: Arrays) -> Self:
-        """What the site has of its own behind round `number`, of `asked` and the `change` that
+    def after(self, plan: RoundPlan, asked: Arrays, change: Arrays) -> Self:
+        """What the site has of its own behind a round, of `asked` and the `change` that
         train_round made of it. The mean noised gradient is what the change says it was: a step goes
         -rate (gradient + correction)."""
-        phase, place = contract.phase_of(number), contract.place_in_phase(number)
         kept = list(change)
-        if phase.personal != "mean-regularised":
-            kept = trained_names(change, contract.stays_at(phase, place))
+        if plan.phase.personal != "mean-regularised":
+            kept = trained_names(change, plan.stays)
         before = self.laid_over(asked)
         tensors = self.tensors | {name: before[name] + change[name] for name in kept}
         mean, averaged = self.mean, self.averaged
-        if kept and contract.averages_in(number):
+        if kept and plan.averaged:
             averaged += 1
             mean = {
                 n: mean.get(n, a) + (a - mean.get(n, a)) / np.float32(averaged)
                 for n, a in tensors.items()
             }
         gradient = {}
-        if phase.drift_correction:
+        if plan.phase.drift_correction:
             corrections = self.corrections(asked, change)
             for name in change:
-                way = np.float32(phase.local_steps * phase.rate(name, place))
+                way = np.float32(plan.phase.local_steps * plan.learning_rate(name))
                 gradient[name] = -change[name] / way - corrections.get(name, np.float32(0))
-        return type(self)(tensors, mean, gradient, averaged, number)
+        return type(self)(tensors, mean, gradient, averaged, plan.server_round)
 
 
 NOTHING = Own()

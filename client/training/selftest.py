@@ -33,6 +33,7 @@ from silotune.client.training.privacy_units import Group, Units, of_records
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput, TableInput
 from silotune.common.contract.model import OneHotModel
+from silotune.common.contract.schedule import TensorGroups, format_groups
 from silotune.common.contract.task import (
     Classification,
     Language,
@@ -66,6 +67,7 @@ class _Silent(NoiseSource):
 
 
 FORWARD_PASSED = "forward"
+HEAD_ALONE: TensorGroups = frozenset({"head"})
 # What has passed in this process, by contract: simulations build many workers on one model.
 _passed: WeakKeyDictionary[Network, set[str]] = WeakKeyDictionary()
 
@@ -82,8 +84,8 @@ def check(contract: Contract, model: Network) -> None:
             if contract.privacy.mode == "dp":
                 _check_noise()
                 made_up = _MadeUp(contract, model)
-                for trains in contract.trainings:
-                    made_up.check(trains)
+                for groups in contract.trainings:
+                    made_up.check(groups)
         passed.add(contract.hash)
 
 
@@ -110,7 +112,7 @@ def _check_noise() -> None:
         raise _broken("the noise", f"it has a standard deviation of {noise.std():.3g}, not 1")
 
 
-def _check_sum(trains: str, parameters: list[torch.nn.Parameter]) -> None:
+def _check_sum(groups: TensorGroups, parameters: list[torch.nn.Parameter]) -> None:
     """The clipped sum of the same gradients is the same to the bit in any order."""
     optimizer = CryptoNoiseOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
@@ -131,7 +133,7 @@ def _check_sum(trains: str, parameters: list[torch.nn.Parameter]) -> None:
         for p in parameters:
             p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
     if not all(torch.equal(a, b) for a, b in zip(*sums, strict=True)):
-        raise _broken(trains, "the sum depends on the order of what is added")
+        raise _broken(format_groups(groups), "the sum depends on the order of what is added")
 
 
 def _broken(what: str, why: str) -> RefusalError:
@@ -174,17 +176,17 @@ class _MadeUp:
                 if not all(torch.equal(a, b) for a, b in pairs):
                     raise _broken("the frozen layers", "a record's outputs depend on others")
 
-    def check(self, trains: str) -> None:
-        names = trained_names(self.initial, trains)
+    def check(self, groups: TensorGroups) -> None:
+        names = trained_names(self.initial, groups)
         with self.model.requiring(names):
-            self._check(trains, [self.model.named_tensors()[name] for name in names])
+            self._check(groups, [self.model.named_tensors()[name] for name in names])
 
-    def _check(self, trains: str, parameters: list[torch.nn.Parameter]) -> None:
+    def _check(self, groups: TensorGroups, parameters: list[torch.nn.Parameter]) -> None:
         model, engine = self.model, self.model.performance.gradients
         factors = torch.ones(ROWS)  # of the records' losses
 
         def losses(index: Tensor) -> Tensor:
-            outputs = model(self.encoded, index, adapter=trains != "head")
+            outputs = model(self.encoded, index, adapter=groups != HEAD_ALONE)
             targets = model.targets(self.encoded, self.labels, index).to(outputs.device)
             return model.objective.losses(outputs, targets) * factors[index].to(outputs.device)
 
@@ -208,9 +210,9 @@ class _MadeUp:
 
         def blocks(rows: Tensor) -> Iterator[Block]:
             for half in rows.tensor_split(2):
-                yield from model.micro_batches(self.encoded, half, adapter=trains != "head")
+                yield from model.micro_batches(self.encoded, half, adapter=groups != HEAD_ALONE)
 
-        def groups(order: Tensor) -> Iterator[Group]:
+        def unit_groups(order: Tensor) -> Iterator[Group]:
             """More than one, and of more than one block, also where one would hold all the rows."""
             for half in order.tensor_split(2):
                 yield from self.units.groups(half, blocks)
@@ -224,9 +226,9 @@ class _MadeUp:
                 divisor=1.0,
             )
             private_gradient(
-                model.trained_modules(trains),
+                model.trained_modules(groups),
                 optimizer,
-                groups(order),
+                unit_groups(order),
                 losses,
                 gradients=engine,
             )
@@ -238,39 +240,43 @@ class _MadeUp:
             error = float((found.double() - by_hand).norm()) / clip
             if not error <= tolerance:
                 raise _broken(
-                    trains, f"{what} is off by {error:.2g} clip norms (allowed: {tolerance:g})"
+                    format_groups(groups),
+                    f"{what} is off by {error:.2g} clip norms (allowed: {tolerance:g})",
                 )
 
         order = torch.arange(len(self.units))
         found = step(order)
         compare(found, torch.stack(clipped).sum(dim=0), "the private step")
         if engine != "ghost":
-            self._check_places(trains, losses)
-        _check_sum(trains, parameters)
+            self._check_places(groups, losses)
+        _check_sum(groups, parameters)
         factors[0] = torch.inf
         compare(step(order[:4]), torch.stack(clipped[1:4]).sum(dim=0), "a step that overflows")
 
-    def _check_places(self, trains: str, losses: Losses) -> None:
+    def _check_places(self, groups: TensorGroups, losses: Losses) -> None:
         """A record's gradient is the same to the bit wherever in a block it and others lie, and
         beside itself alone: among the shortest texts, and among the longest."""
         gradients = PER_EXAMPLE[self.model.performance.gradients]
-        linears = self.model.trained_modules(trains)
+        linears = self.model.trained_modules(groups)
         blocks = [
             block.rows
             for block in self.model.micro_batches(
-                self.encoded, torch.arange(ROWS), adapter=trains != "head"
+                self.encoded, torch.arange(ROWS), adapter=groups != HEAD_ALONE
             )
         ]
         for rows in {id(found): found for found in (blocks[0], blocks[-1])}.values():
             every = torch.arange(len(rows))
             places = [every.flip(0), torch.zeros_like(every)]
-            if trains == "head":  # where more of them cost nothing
+            if groups == HEAD_ALONE:  # where more of them cost nothing
                 places += [every.roll(shift) for shift in range(1, len(rows), 3)]
             first = gradients(linears, rows, losses)
             for others in places:
                 moved = gradients(linears, rows[others], losses)
                 if not all(torch.equal(g, first[p][others]) for p, g in moved.items()):
-                    raise _broken(trains, "a record's gradient depends on which others lie where")
+                    raise _broken(
+                        format_groups(groups),
+                        "a record's gradient depends on which others lie where",
+                    )
 
     def _members(self) -> Iterator[list[int]]:
         starts = self.units.starts.tolist()

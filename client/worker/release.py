@@ -114,7 +114,7 @@ def update(
         "epsilon": epsilon,
         "receipt": receipt,
     }
-    names = tensors.trained_names(shapes, contract.sends_in(charge.round))
+    names = tensors.trained_names(shapes, contract.round_plan(charge.round).sends)
     trained = {name: shapes[name] for name in names}
     if (mask is None) != (contract.secure_aggregation is None):
         raise ProtocolError("The contract says otherwise about masks.", code="E502")

@@ -42,7 +42,7 @@ class Masking:
     def keys(self, request: Agree) -> Blobs:
         """This site's signed public keys; the same ones when it is asked again."""
         try:
-            self.contract.phase_of(request.round)
+            self.contract.round_plan(request.round)
         except ValueError as error:
             raise RefusalError(str(error)) from None
         step = request.run, request.round, request.attempt

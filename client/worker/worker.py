@@ -35,7 +35,7 @@ from silotune.client.worker.secagg import Masking, check_bound
 from silotune.common.contract.adapter import Lora
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import epsilon_text
-from silotune.common.contract.training import Phase
+from silotune.common.contract.schedule import RoundPlan
 from silotune.common.data import records
 from silotune.common.errors import ProtocolError, RefusalError
 from silotune.common.models.base import Network
@@ -179,11 +179,10 @@ class Worker:
         # Receipt and shares may change from one sending to the next; what is asked does not.
         digest = messages.digest(request, arrays)
         try:
-            phase = self.contract.phase_of(request.round)
+            plan = self.contract.round_plan(request.round)
         except ValueError as error:
             raise RefusalError(str(error)) from None
-        place = self.contract.place_in_phase(request.round)
-        self._check_arrays(phase, place, arrays)
+        self._check_arrays(plan, arrays)
         asked = tensors.fitted(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
         mechanism = accountant.mechanism_of(self.contract, self.plan, request.round)
@@ -192,17 +191,16 @@ class Worker:
             return own
         change, metrics = train_round(
             self.contract,
-            phase,
+            plan,
             mechanism,
             self.model,
             self.data,
             asked,
             self.source,
             clip_norm,
-            place,
             own,
         )
-        stay = tensors.trained_names(change, self.contract.stays_at(phase, place))
+        stay = tensors.trained_names(change, plan.stays)
         sent = {name: array for name, array in change.items() if name not in stay}
         reply = release.update(
             self.contract,
@@ -219,7 +217,7 @@ class Worker:
         )
         kept = None
         if self.contract.keeps:
-            kept = own.after(self.contract, request.round, asked, change).content()
+            kept = own.after(plan, asked, change).content()
         self.ledger.release(charge, reply, kept)
         return reply
 
@@ -232,12 +230,14 @@ class Worker:
         # A mean gradient of longer ago is not what the server's is of.
         return found if found.round == before - 1 else replace(found, gradient={})
 
-    def _check_arrays(self, phase: Phase, place: int, arrays: Arrays) -> None:
+    def _check_arrays(self, plan: RoundPlan, arrays: Arrays) -> None:
         """ProtocolError E502 unless they are what the round needs: the adapter's, and with scaffold
         all or none of the mean gradients."""
-        needed = {n: self.shapes[n] for n in tensors.needed_names(self.shapes, phase.trains)}
-        if phase.drift_correction and any(name.startswith(tensors.CONTROL) for name in arrays):
-            trained = tensors.trained_names(self.shapes, self.contract.sends_at(phase, place))
+        needed = {
+            n: self.shapes[n] for n in tensors.needed_names(self.shapes, adapts=plan.phase.adapts)
+        }
+        if plan.phase.drift_correction and any(name.startswith(tensors.CONTROL) for name in arrays):
+            trained = tensors.trained_names(self.shapes, plan.sends)
             needed |= {tensors.CONTROL + name: self.shapes[name] for name in trained}
         tensors.check(arrays, needed, "The server's adapter")
 

@@ -41,6 +41,13 @@ from silotune.common.contract.privacy import (
     delta_for,
     size_of_delta,
 )
+from silotune.common.contract.schedule import (
+    RoundPlan,
+    TensorGroups,
+    format_groups,
+    kinds_of_round,
+    round_plan,
+)
 from silotune.common.contract.task import Task
 from silotune.common.contract.training import Phase
 from silotune.common.contract.validation import misfits
@@ -188,7 +195,7 @@ class Contract(Frozen):
     @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
-        trained = " and ".join(self.sendings)
+        trained = " and ".join(map(format_groups, self.sendings))
         if self.privacy.mode == "none":
             return f"updates of {trained}, AS TRAINED: they can give records away"
         metrics = ", ".join(self.metrics)
@@ -347,63 +354,23 @@ class Contract(Frozen):
     def rounds(self) -> int:
         return sum(phase.rounds for phase in self.phases)
 
-    def phase_of(self, round_number: int) -> Phase:
-        """The phase of a 1-based round; ValueError outside the plan."""
-        if round_number >= 1:
-            last = 0
-            for phase in self.phases:
-                last += phase.rounds
-                if round_number <= last:
-                    return phase
-        raise ValueError(f"round {round_number} is not in the plan of {self.rounds} rounds")
+    def round_plan(self, server_round: int) -> RoundPlan:
+        """What a 1-based round does. ValueError outside the plan."""
+        return round_plan(self.phases, self.aggregation, server_round)
 
-    def place_in_phase(self, round_number: int) -> int:
-        """The 1-based place of a round within its phase."""
-        for phase in self.phases:
-            if round_number <= phase.rounds:
-                return round_number
-            round_number -= phase.rounds
-        raise ValueError(f"the plan has {self.rounds} rounds")
-
-    def trains_at(self, phase: Phase, place: int) -> str:
-        """What the round at a 1-based place of a phase trains: "head", "adapter" (LoRA's B, or all
-        of another adapter) and "A" (LoRA's A), joined by "+"."""
-        method = self.aggregation.method
-        if not phase.adapts or method in ("ffa", "fedsvd"):
-            return phase.trains
-        if method == "rolora":
-            return phase.trains if place % 2 else phase.trains.replace("adapter", "A")
-        return f"{phase.trains}+A"
-
-    def stays_at(self, phase: Phase, place: int) -> str:
-        """What of it is each site's own and does not leave it."""
-        own = {phase.personal, "adapter" if self.aggregation.method == "fedsa" else None}
-        return "+".join(p for p in self.trains_at(phase, place).split("+") if p in own)
-
-    def sends_at(self, phase: Phase, place: int) -> str:
-        """What of it leaves a site."""
-        own = self.stays_at(phase, place).split("+")
-        return "+".join(p for p in self.trains_at(phase, place).split("+") if p not in own)
-
-    def sends_in(self, round_number: int) -> str:
-        """The same of a 1-based round; ValueError outside the plan."""
-        return self.sends_at(self.phase_of(round_number), self.place_in_phase(round_number))
-
-    def _planned(self) -> Iterator[tuple[str, str]]:
-        """What some round trains, and what of it is sent."""
-        for phase in self.phases:
-            for place in range(1, min(phase.rounds, 2) + 1):
-                yield self.trains_at(phase, place), self.sends_at(phase, place)
+    def kinds_of_round(self) -> Iterator[RoundPlan]:
+        """A plan of each kind that the contract has."""
+        return kinds_of_round(self.phases, self.aggregation)
 
     @property
-    def trainings(self) -> tuple[str, ...]:
+    def trainings(self) -> tuple[TensorGroups, ...]:
         """All that is trained together in some round of the plan."""
-        return tuple(dict.fromkeys(trained for trained, _ in self._planned()))
+        return tuple(dict.fromkeys(plan.trains for plan in self.kinds_of_round()))
 
     @property
-    def sendings(self) -> tuple[str, ...]:
+    def sendings(self) -> tuple[TensorGroups, ...]:
         """All that leaves a site together in some round of the plan."""
-        return tuple(dict.fromkeys(sent for _, sent in self._planned()))
+        return tuple(dict.fromkeys(plan.sends for plan in self.kinds_of_round()))
 
     @property
     def personal(self) -> bool:
@@ -415,13 +382,6 @@ class Contract(Frozen):
         """Whether a round leaves something at its site for the next
         (client/training/local_state.py)."""
         return self.personal or any(phase.drift_correction for phase in self.phases)
-
-    def averages_in(self, round_number: int) -> bool:
-        """Whether a round's iterate counts in the mean that its phase comes to. Where A moves none
-        does: a mean of factors is not the factors of a mean."""
-        phase, settings = self.phase_of(round_number), self.aggregation
-        late = self.place_in_phase(round_number) > phase.rounds * settings.averaging_start
-        return late and (settings.method in ("ffa", "fedsvd") or not phase.adapts)
 
     def at(self, name: str) -> Contract:
         """The contract as a site's own model has it: LoRA of the site's rank, scaled alike. It is

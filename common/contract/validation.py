@@ -127,7 +127,7 @@ def _of_personal(contract: Contract) -> Misfits:
                 "a model that no site has",
             )
         )
-    if "" in contract.sendings:
+    if frozenset() in contract.sendings:
         wrong.append(
             (
                 "phases",
@@ -150,7 +150,7 @@ def _of_personal(contract: Contract) -> Misfits:
                 "server_optimizer, robust, max_update_norm or gate",
             )
         )
-    if any(contract.stays_at(phase, 1) for phase in contract.phases) and (
+    if any(plan.stays for plan in contract.kinds_of_round()) and (
         settings.gate or settings.early_stop
     ):
         wrong.append(

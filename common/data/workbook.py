@@ -34,6 +34,11 @@ LONG = (
     "a number beyond 2^53 with more than 12 digits, as identifiers have: workbooks keep 15 to "
     "17 digits of a number, so it may be another one by now"
 )
+MOST_CHARACTERS = 32_767  # of a cell, in UTF-16 units: programs cut what is longer without a word
+CUT = (
+    "a text of 32,767 characters, the most that a cell of a workbook can hold, so its end may have "
+    "been cut off"
+)
 ERROR = "an error of Excel's, such as #N/A, or a formula without a value, where a value is expected"
 
 
@@ -43,7 +48,8 @@ def rows(path: Path, _: object) -> Iterator[Row]:
 
     Raises:
         DataError: it is no workbook, has several sheets with cells in them, or cells that hold an
-            error, a formula that was never computed, or a number so long that digits may be lost.
+            error, a formula that was never computed, a number so long that digits may be lost, or
+            a text so long that its end may be.
     """
     try:
         with warnings.catch_warnings():
@@ -81,9 +87,10 @@ def _rows(path: Path) -> list[Row]:
         found: dict[str, list[Row]] = {}
         wrong: list[int] = []
         long: list[int] = []
+        cut: list[int] = []
         for sheet in book.worksheets:
             beside = formulas[sheet.title] if formulas is not None else None
-            own = _rows_of(sheet, beside, wrong, long)
+            own = _rows_of(sheet, beside, wrong, long, cut)
             if own:
                 found[sheet.title] = own
     finally:
@@ -99,6 +106,7 @@ def _rows(path: Path) -> list[Row]:
         )
     _refuse(path, wrong, ERROR, "Correct those cells.")
     _refuse(path, long, LONG, "Write that column as text, from the source that had all digits.")
+    _refuse(path, cut, CUT, "Save the records as .csv or .parquet, from the source that has all.")
     return next(iter(found.values()), [])
 
 
@@ -113,9 +121,12 @@ def _refuse(path: Path, lines: list[int], what: str, remedy: str) -> None:
         )
 
 
-def _rows_of(sheet: Any, formulas: Any, wrong: list[int], long: list[int]) -> list[Row]:
+def _rows_of(
+    sheet: Any, formulas: Any, wrong: list[int], long: list[int], cut: list[int]
+) -> list[Row]:
     """formulas: the same sheet with formulas in place of their values, if it has any. wrong takes
-    the numbers of rows with a cell that has no value, long those of rows with a number too long."""
+    the numbers of rows with a cell that has no value, long those of rows with a number too long,
+    cut those of rows with a text that may have been cut."""
     found: list[Row] = []
     width = 0
     sheet.reset_dimensions()  # some programs write them wrongly
@@ -133,6 +144,8 @@ def _rows_of(sheet: Any, formulas: Any, wrong: list[int], long: list[int]) -> li
             wrong.append(line)
         if any(_may_have_lost_digits(one.value) for one in cells):
             long.append(line)
+        if any(_may_be_cut(one.value) for one in cells):
+            cut.append(line)
         while row and not row[-1] and (len(row) > width or not found):
             row.pop()
         if not any(row) and not bad:
@@ -146,6 +159,14 @@ def _may_have_lost_digits(value: object) -> bool:
     if not isinstance(value, int | float) or not LARGEST < abs(value) < math.inf:
         return False
     return len(Decimal(repr(value)).normalize().as_tuple().digits) > DIGITS
+
+
+def _may_be_cut(value: object) -> bool:
+    """Also where the last one would have been half of a character of two units."""
+    if not isinstance(value, str) or 2 * len(value) < MOST_CHARACTERS - 1:
+        return False
+    units = len(value.encode("utf-16-le", "surrogatepass")) // 2
+    return units >= MOST_CHARACTERS - (units > len(value))
 
 
 def _text(one: Any) -> str:

@@ -9,7 +9,7 @@ Shapes: U texts, n of them in a block, T tokens, H hidden size, r rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from silotune.common.contract.adapter import Lora
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import LanguageModel, OneHotModel
+from silotune.common.contract.schedule import TensorGroup
 from silotune.common.errors import DataError
 from silotune.common.models import adapters, backbone
 from silotune.common.models.activation_cache import allocate
@@ -64,7 +65,7 @@ class Adapted(Network):
         self.first_adapted, self.top, self.virtual = adapt(contract, base, performance)
         self.requires_grad_(False)
         tensors = self.named_tensors()
-        for name in trained_names(tensors, "head+adapter"):
+        for name in trained_names(tensors, {"head", "adapter"}):
             tensors[name].requires_grad_()
         self.eval()
         self.to(self.device)
@@ -84,11 +85,11 @@ class Adapted(Network):
             found["prompt.tokens"] = self.virtual.tokens
         return found
 
-    def trained_modules(self, trains: str) -> list[nn.Module]:
-        found, parts = super().trained_modules(trains), trains.split("+")
-        if "A" in parts:
+    def trained_modules(self, groups: Collection[TensorGroup]) -> list[nn.Module]:
+        found = super().trained_modules(groups)
+        if "A" in groups:
             found += adapters.downs_of(self.top)
-        if "adapter" in parts:
+        if "adapter" in groups:
             found += adapters.parts_of(self.top)
             found += [self.virtual] if self.virtual is not None else []
         return found

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from silotune.common.contract.compute import Performance
+from silotune.common.contract.schedule import TensorGroup
 from silotune.common.contract.task import Task
 from silotune.common.data.records import Inputs
 from silotune.common.errors import DataError
@@ -160,9 +161,9 @@ class Network(nn.Module):
         """The adapter's tensors by their public names (common/protocol/tensors.py)."""
         return {f"head.{name}": p for name, p in self.head.named_parameters()}
 
-    def trained_modules(self, trains: str) -> list[nn.Module]:
-        """The modules whose parameters a round trains (Contract.trains_at)."""
-        if "head" not in trains.split("+"):
+    def trained_modules(self, groups: Collection[TensorGroup]) -> list[nn.Module]:
+        """The modules whose parameters a round trains (common/contract/schedule.py)."""
+        if "head" not in groups:
             return []
         return [module for module in self.head.modules() if isinstance(module, nn.Linear)]
 

@@ -8,7 +8,7 @@ Names: `head.weight` [L, F], `head.bias` [L]; for each adapted Linear `m` of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,9 @@ def digest(arrays: Arrays) -> str:
     return hashed.hexdigest()
 
 
-def trained_names(arrays: Mapping[str, object], trains: str) -> list[str]:
-    """Which tensors a round changes, in sorted order; trains: see Contract.trains_at."""
-    parts = trains.split("+")
-    return sorted(name for name in arrays if _part(name) in parts)
+def trained_names(arrays: Mapping[str, object], groups: Collection[str]) -> list[str]:
+    """Which tensors belong to these groups (common/contract/schedule.py), in sorted order."""
+    return sorted(name for name in arrays if _part(name) in groups)
 
 
 def _part(name: str) -> str:
@@ -79,9 +78,9 @@ def fitted(arrays: Arrays, shapes: Shapes) -> Arrays:
     return found
 
 
-def needed_names(arrays: Mapping[str, object], trains: str) -> list[str]:
+def needed_names(arrays: Mapping[str, object], *, adapts: bool) -> list[str]:
     """Which tensors a site needs for a round: the head alone while the adapter is still zero."""
-    return sorted(n for n in arrays if n.startswith("head.") or trains != "head")
+    return sorted(n for n in arrays if adapts or n.startswith("head."))
 
 
 LARGEST = 1e6  # of any entry; weights that train are below 100

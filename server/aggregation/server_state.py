@@ -13,6 +13,7 @@ import numpy as np
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
+from silotune.common.contract.schedule import RoundPlan
 from silotune.common.contract.training import Phase
 from silotune.common.protocol import tensors
 from silotune.common.protocol.messages import Arrays
@@ -54,19 +55,24 @@ class Iterate:
         self._ended = True
 
     @property
+    def plan(self) -> RoundPlan:
+        """Of the open round."""
+        return self.contract.round_plan(self.number)
+
+    @property
     def phase(self) -> Phase:
-        return self.contract.phase_of(self.number)
+        return self.plan.phase
 
     @property
     def sent_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors whose change the sites send this round."""
-        names = tensors.trained_names(self.shapes, self.contract.sends_in(self.number))
+        names = tensors.trained_names(self.shapes, self.plan.sends)
         return {name: self.shapes[name] for name in names}
 
     def asked(self) -> Arrays:
         """What a site needs for this round; with scaffold also the mean gradient of the round
         before, if all sites had a part in it: then their corrections add up to nothing."""
-        needed = tensors.needed_names(self.adapter, self.phase.trains)
+        needed = tensors.needed_names(self.adapter, adapts=self.phase.adapts)
         found = {name: self.adapter[name] for name in needed}
         if self._control_of == self.number - 1:
             found |= {tensors.CONTROL + name: a for name, a in self._control.items()}
@@ -92,8 +98,9 @@ class Iterate:
         the server is at rest: a momentum that leads past the gate by itself would have every later
         round declined (a restart as in arXiv 1204.3982).
         """
-        settings, second = self.contract.aggregation, Arrays()
-        if self.phase.personal == "mean-regularised":
+        settings, second, plan = self.contract.aggregation, Arrays(), self.plan
+        phase = plan.phase
+        if phase.personal == "mean-regularised":
             # Copies of sites that are not there have not moved: so much less does their mean.
             change = {name: np.float32(present) * array for name, array in change.items()}
         if settings.server_optimizer:
@@ -106,25 +113,24 @@ class Iterate:
             )
         tensors.check(moved, self.shapes, "The aggregate")
         tensors.check(velocity, tensors.shapes_of(velocity), "The momentum")
-        declined = why_not(self.adapter, moved, self.phase.adapts)
+        declined = why_not(self.adapter, moved, phase.adapts)
         if declined is not None:
             self._velocity, self._second = {}, {}
             return declined
         self.adapter, self._velocity, self._second = moved, velocity, second
-        place, phase = self.contract.place_in_phase(self.number), self.phase
-        if phase.drift_correction and present == 1 and place < phase.rounds:
+        if phase.drift_correction and present == 1 and not plan.ends_phase:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
             self._control_of, self._control = (
                 self.number,
                 {
-                    name: -array / np.float32(phase.local_steps * phase.rate(name, place))
+                    name: -array / np.float32(phase.local_steps * plan.learning_rate(name))
                     for name, array in change.items()
                 },
             )
-        if self.contract.averages_in(self.number):
+        if plan.averaged:
             self._mean = server_optimizer.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
-        if settings.method == "fedsvd" and self.phase.adapts:
+        if settings.method == "fedsvd" and phase.adapts:
             self.adapter, self._velocity, self._mean = lora.turned(
                 self.adapter, self._velocity, self._mean
             )
@@ -136,7 +142,7 @@ class Iterate:
 
     def next(self) -> None:
         """Go on to the next round, and to the next phase where this was the last of one."""
-        if self.contract.place_in_phase(self.number) == self.phase.rounds:
+        if self.plan.ends_phase:
             self.adapter, self._mean, self._averaged = self.released(), {}, 0
             self._velocity, self._second = {}, {}
         self.number += 1

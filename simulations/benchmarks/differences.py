@@ -83,14 +83,13 @@ class Site:
         contract, worker = self.contract, self.worker
         change, _ = train_round(
             contract,
-            contract.phase_of(number),
+            contract.round_plan(number),
             accountant.mechanism_of(contract, worker.plan, number),
             worker.model,
             worker.data,
             adapter,
             worker.source if noise else self._silent,
             contract.privacy.clip_norm,
-            contract.place_in_phase(number),
         )
         return {name: np.float32(self.weight) * array for name, array in change.items()}
 
@@ -101,9 +100,9 @@ class Site:
     def one_record(self, number: int) -> float:
         """By how much one record moves the weighted update, at most."""
         mechanism = accountant.mechanism_of(self.contract, self.worker.plan, number)
-        phase, p = self.contract.phase_of(number), self.contract.privacy
+        plan, p = self.contract.round_plan(number), self.contract.privacy
         divisor = p.expected_units * mechanism.sampling_rate
-        rate = phase.rate("head.weight", self.contract.place_in_phase(number))
+        rate = plan.learning_rate("head.weight")
         return self.weight * rate * mechanism.steps * p.clip_norm / divisor
 
 

@@ -263,7 +263,7 @@ def cached(case: Case, *, bf16: bool) -> Step:
         return found
 
     blocks = list(model.micro_batches(encoded, torch.arange(case.batch), adapter=True))
-    modules = model.trained_modules("head+adapter")
+    modules = model.trained_modules({"head", "adapter"})
     parameters = [p for module in modules for p in module.parameters()]
     return _private(modules, parameters, blocks, losses, case.batch)
 

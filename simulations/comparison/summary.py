@@ -85,7 +85,7 @@ def summarise(
         "curve": [
             {
                 "round": f.round,
-                "phase": contract.phase_of(f.round).trains,
+                "phase": contract.round_plan(f.round).phase.trains,
                 "metric": f.metrics.get(metric),
                 "loss": f.metrics.get("loss"),
                 "seconds": f.seconds,

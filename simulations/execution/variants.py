@@ -66,7 +66,7 @@ class Job:
 
     def cost_of(self, round_number: int) -> float:
         """The same for one round."""
-        phase = self.contract.phase_of(round_number)
+        phase = self.contract.round_plan(round_number).phase
         if not phase.adapts:
             return 0.15
         return 0.3 + 1.5 * phase.sampling_rate * len(self.contract.sites)

@@ -1,4 +1,5 @@
-"""The README's ten commands, run as printed: four parties, seven users, two-user sites, masks."""
+"""The ten commands of docs/tutorials/three-hospitals.md, run as printed: four parties, seven users,
+two-user sites, masks."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ USERS = [
     for who in ("operator", "cleveland", "hungary", "va-long-beach")
     for relay in ("", "-relay")
 ]
-# As the README says; `wait` gives the exit code of each, which `set -e` looks at.
+# As the page says; `wait` gives the exit code of each, which `set -e` looks at.
 STOP = "all=$(jobs -p); kill $all; for job in $all; do wait $job; done"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
@@ -40,7 +41,8 @@ pytestmark = [
 
 
 def commands() -> list[str]:
-    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    page = (ROOT / "docs" / "tutorials" / "three-hospitals.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(.*?)```", page, re.S)
     assert block is not None
     return block.group(1).splitlines()
 

@@ -189,11 +189,11 @@ def trains_first() -> None:
         assert isinstance(asked, Train)
         if (self.contract.hash, asked.run, asked.round, asked.attempt) in self.ledger.charges:
             return original(self, message)
-        train_round, phase = workers.train_round, self.contract.phase_of(asked.round)
+        train_round, plan = workers.train_round, self.contract.round_plan(asked.round)
         mechanism = accountant.mechanism_of(self.contract, self.plan, asked.round)
         found = train_round(
             self.contract,
-            phase,
+            plan,
             mechanism,
             self.model,
             self.data,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from silotune.client.preparation.cleaning import Prepared, origin, prepare
+from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import record_identity, record_ids
-from silotune.client.privacy.budget import Budget, overlaps
+from silotune.client.privacy.budget import Budget, overlaps, untraceable
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.record_identity import Links, Origin, components
+from silotune.client.privacy.record_identity import Links, components
 from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
 from silotune.client.site.folder import Site
 from silotune.client.site.preparation_rules import Prepare
@@ -130,31 +132,45 @@ rows_of_text = st.lists(
 )
 
 
+HEADER = ["note", "place", "outcome"]
+
+
 def table_of(rows: Sequence[Sequence[str]], encoding: str = "utf-8") -> Table:
     numbered = [(line, list(row)) for line, row in enumerate(rows, start=2)]
-    return Table("notes.csv", ["note", "place", "outcome"], numbered, encoding=encoding)
+    return Table("notes.csv", HEADER, numbered, encoding=encoding)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Of the columns that the contract of a classification names."""
+    return Table(
+        "notes.csv", ["text", "label"], [(at, list(row)) for at, row in enumerate(rows, 2)]
+    )
 
 
 def declared(table: Table, written: str, read: str) -> Table:
     """The table as it is read if its file was written in one encoding and declared as another."""
-    rows = [[cell.encode(written).decode(read) for cell in cells] for _, cells in table.rows]
-    return table_of(rows, "utf-8" if read == "utf-8" else read)
+    rows = [
+        (line, [cell.encode(written).decode(read) for cell in cells]) for line, cells in table.rows
+    ]
+    return Table(table.source, table.header, rows, encoding=read)
 
 
 def saved(table: Table, taken_for: str) -> Table:
     """The table after a program took its UTF-8 for another encoding and saved it as Unicode; bytes
     for which that has nothing it keeps as control characters."""
-    return table_of(
-        [
+    rows = [
+        (
+            line,
             [
                 "".join(
                     bytes([byte]).decode(taken_for, "ignore") or chr(byte) for byte in cell.encode()
                 )
                 for cell in cells
-            ]
-            for _, cells in table.rows
-        ]
-    )
+            ],
+        )
+        for line, cells in table.rows
+    ]
+    return Table(table.source, table.header, rows)
 
 
 def prepared_by(change: Callable[[str], str], raw: Table, columns: Sequence[int]) -> Prepared:
@@ -359,9 +375,88 @@ def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charge
     # A key that it did not change is as good as before.
     other = Ledger.in_memory("north")
     charge(other, of_table(raw, ["place"], other.fingerprint_key))
-    other.link(Origin({}, ("note", "outcome", "place"), ("note",)), source="notes.csv", rows=2)
+    other.link(origin(done, (), other.fingerprint_key), source="notes.csv", rows=2)
     assert not all_charged(other, table_of([["a b", "z", "well"]]), ["place"])
     assert all_charged(other, table_of([["<PERSON>", "x", "well"]]), ["place"])
+
+
+def view(table: Table, columns: dict[str, str]) -> Table:
+    """Columns of a table by other names: SELECT old AS new."""
+    places = [table.header.index(old) for old in columns.values()]
+    rows = [(line, [cells[i] for i in places]) for line, cells in table.rows]
+    return Table(table.source, list(columns), rows, encoding=table.encoding)
+
+
+NAMES_SINCE = ["note", "place", "outcome", "text", "ward", "label"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=rows_of_text,
+    changes=st.lists(
+        st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from([(0,), (1,), (0, 1)])),
+        min_size=1,
+        max_size=2,
+    ),
+    names=st.permutations(NAMES_SINCE),
+    chosen=st.lists(st.sampled_from(HEADER), min_size=1, unique=True),
+    keys=st.integers(0, 3),
+    prepared_by_key=st.booleans(),
+    raw_first=st.booleans(),
+)
+@example(
+    [("a b", "x", "ill")], [("redact", (0,))], [*NAMES_SINCE[3:], *HEADER], HEADER, 1, True, True
+)
+@example(
+    [("a b", "x", "ill")],
+    [("redact", (0,))],
+    ["place", *HEADER],
+    ["note", "outcome"],
+    0,
+    False,
+    True,
+)
+def test_columns_that_are_selected_or_renamed_since_are_no_fresh_budget(
+    rows: list[tuple[str, str, str]],
+    changes: list[tuple[str, tuple[int, ...]]],
+    names: list[str],
+    chosen: list[str],
+    keys: int,
+    prepared_by_key: bool,
+    raw_first: bool,
+) -> None:
+    """Each record and what was made of it, by fewer columns, other names and another key. Columns
+    that exchanged their names and nothing else are not covered."""
+    columns = dict(zip(names, chosen, strict=False))
+    assume(set(columns) != set(HEADER) or list(columns) == chosen)
+    ledger = Ledger.in_memory("north")
+    key = [chosen[0]] if prepared_by_key else []
+    forms = [table_of(rows)]
+    for what, where in changes:
+        done = prepared_by(CHANGES[what], forms[-1], where)
+        ledger.link(origin(done, key, ledger.fingerprint_key), source="notes.csv", rows=len(rows))
+        forms.append(done.table)
+    since = list(columns)[:keys]
+    views = [view(form, columns) for form in (forms[0], forms[-1])]
+    first, second = views if raw_first else views[::-1]
+    charge(ledger, of_table(first, since, ledger.fingerprint_key))
+    assert all_charged(ledger, second, since)
+
+
+def test_other_people_are_not_charged_by_a_preparation_of_other_columns() -> None:
+    """Only those with a cell that it changed."""
+    ledger = Ledger.in_memory("north")
+    january = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
+    charge(ledger, of_table(january, (), ledger.fingerprint_key))
+    letters = Table("letters.csv", ["letter", "city"], [(2, ["an a", "x"]), (3, ["b", "z"])])
+    done = prepared_by(CHANGES["redact"], letters, (0,))
+    ledger.link(origin(done, (), ledger.fingerprint_key), source="letters.csv", rows=2)
+    february = table_of([["c d", "x", "ill"], ["d", "y", "ill"], ["an a", "x", "ill"]])
+    found = of_table(february, (), ledger.fingerprint_key)
+    (overlap,) = overlaps(ledger, found).values()
+    assert int(overlap.sum()) == 1
+    assert untraceable(ledger, found).tolist() == overlap.tolist()
+    assert all_charged(ledger, january)
 
 
 def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key() -> None:
@@ -404,6 +499,35 @@ def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: 
     assert all_charged(ledger, Table("a.csv", header, [(2, rows[0])]))
 
 
+@pytest.mark.parametrize("word", ["Carrà", "douleur…", "à côté", "là”", "Å"])
+@pytest.mark.parametrize(
+    ("written", "read"), [("utf-8", "latin-1"), ("utf-8", "cp1252"), ("cp1252", "latin-1")]
+)
+def test_trimming_takes_no_part_of_a_letter(
+    contract: Contract, word: str, written: str, read: str
+) -> None:
+    """Its last byte can read as white space that is not ASCII's. What was misread was saved as
+    Unicode, and then prepared; a key is named later."""
+    raw = text_table([[f" {word} ", "a"], ["fever", "b"]])
+    misread = saved(raw, read) if written == "utf-8" else declared(raw, written, read)
+    misread = text_table([cells for _, cells in misread.rows])
+    done = prepare(misread, contract, Prepare(), ())
+    ledger = Ledger.in_memory("north")
+    ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
+    charge(ledger, of_table(raw, ["text"], ledger.fingerprint_key))
+    assert all_charged(ledger, done.table, ["text"])
+
+
+def test_a_cell_with_other_decodings_is_a_changed_cell() -> None:
+    """Even if its value is the same one."""
+    raw = table_of([["Carr\u00c3\u00a0", "x", "ill"]])
+    done = prepared_by(str.strip, raw, (0,))
+    assert record_ids.value(raw.rows[0][1][0]) == record_ids.value(done.table.rows[0][1][0])
+    assert origin(done, (), SECRET).changed == ("note",)
+    spaced = prepared_by(str.strip, table_of([[" Carrà\t", "x", "ill"]]), (0,))
+    assert origin(spaced, (), SECRET).changed == ()
+
+
 # The ledger keeps the links --------------------------------------------------------------------
 
 
@@ -440,6 +564,37 @@ def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
     monkeypatch.setattr(Ledger, "link", fails)
     assert run("prepare", fails=True) == "E216"
     assert not (site.folder / "prepared" / "records.parquet").exists()
+
+
+def test_a_file_with_too_many_rows_for_the_ledger_is_refused_and_the_ledger_stays_whole(
+    site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's limit is lowered here; a charge has the same one."""
+    connect = ledgers._connect
+
+    def limited(path: Path) -> sqlite3.Connection:
+        database = connect(path)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 3_000)
+        return database
+
+    rule(site, "redact")
+    run("sign")
+    with monkeypatch.context() as patched:
+        patched.setattr(ledgers, "_connect", limited)
+        done = CliRunner().invoke(silotune, ["site", "prepare", "contract.json"])
+        assert getattr(done.exception, "code", "") == "E217"
+        assert "has too many rows" in str(done.exception)
+        assert "Split the file" in str(done.exception)
+        _, ledger, _ = site.open()
+        many = file_of(range(1, 500))
+        with pytest.raises(RefusalError, match="too many rows") as refusal:
+            charge(ledger, many)
+        assert refusal.value.code == "E217"
+        assert (ledger.preparations, ledger.charges) == ([], {})
+        ledger._database.close()
+    assert not (site.folder / "prepared" / "records.parquet").exists()
+    run("prepare")
+    assert len(site.open()[1].preparations) == 1
 
 
 def test_every_preparation_is_one_entry_whatever_it_changed(
@@ -544,6 +699,13 @@ def rule(site: Site, action: str) -> None:
     site.config.write_text(text)
 
 
+def set_key(site: Site, key: str) -> None:
+    """data.key: this column, or none."""
+    lines = [line for line in site.config.read_text().splitlines() if not line.startswith("key = ")]
+    lines.insert(lines.index("[data]") + 1, f"key = {json.dumps([key] if key else [])}")
+    site.config.write_text("\n".join(lines) + "\n")
+
+
 def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8") -> None:
     lines = site.config.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("file = "))
@@ -569,10 +731,16 @@ def answer(worker: Worker, number: int, run_id: str) -> Any:
     return messages.unpack(wire).header
 
 
+def budget_row() -> dict[str, str]:
+    """What `site check` says of the budget."""
+    done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
+    found: list[dict[str, str]] = json.loads(done.output)["checks"]
+    return next(row for row in found if row["name"] == "privacy budget")
+
+
 def nothing_is_left(site: Site, run: Callable[..., str], contract: Contract) -> None:
     """`site check` says so, and a worker does not start."""
-    done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
-    budget = next(c for c in json.loads(done.output)["checks"] if c["name"] == "privacy budget")
+    budget = budget_row()
     assert (budget["state"], budget["code"]) == ("problem", "E210")
     assert "spent before 8.00" in budget["result"]
     policy, ledger, _ = site.open()
@@ -720,6 +888,73 @@ def test_columns_renamed_after_a_preparation_are_not_new_records() -> None:
     ]
     charge(ledger, of_table(renamed[1], (), ledger.fingerprint_key))
     assert all_charged(ledger, renamed[0])
+
+
+@pytest.mark.parametrize("key", ["text", ""])
+def test_a_changed_column_by_another_name_is_no_fresh_budget(
+    tmp_path: Path, run: Callable[..., str], contract: Contract, key: str
+) -> None:
+    """Prepared as 'note' for one contract, then read as 'text' for another, which was the name of
+    a column that was not changed. With a key it is the key that has another name."""
+    of_note = tiny.contract_of("classification", "bert", input={"kind": "text", "column": "note"})
+    found = site_of(tmp_path, run, contract, "records.csv")
+    (tmp_path / "contract.json").write_text(of_note.model_dump_json(exclude_none=True))
+    frame = pd.DataFrame(raw_rows(), columns=["note", "label", "text"])
+    frame["text"] = [f"short {i % 9}" for i in range(ROWS)]
+    if key:
+        frame = frame.drop(columns="text")
+    frame.to_csv(tmp_path / "records.csv", index=False)
+    (tmp_path / "records.csv").chmod(0o600)
+    set_key(found, "note" if key else "")
+    rule(found, "pseudonymise")
+    run("prepare")
+    (tmp_path / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
+    prepared = pd.read_parquet(tmp_path / "prepared" / "records.parquet")
+    for name, form in (("raw.csv", frame), ("made.csv", prepared)):
+        renamed = form[["note", "label"]].rename(columns={"note": "text"})
+        renamed.to_csv(tmp_path / name, index=False)
+        (tmp_path / name).chmod(0o600)
+    set_key(found, key)
+    use(found, run, "raw.csv")
+    spend_all(found, contract)
+    use(found, run, "made.csv")
+    nothing_is_left(found, run, contract)
+
+
+def test_a_preparation_of_another_table_is_told_and_charges_only_equal_cells(
+    tmp_path: Path, run: Callable[..., str], contract: Contract
+) -> None:
+    """`site prepare` and `site check` say which table it was, and what to do."""
+    of_letters = tiny.contract_of(
+        "classification", "bert", input={"kind": "text", "column": "letter"}
+    )
+    found = site_of(tmp_path, run, contract, "january.csv")
+    for name, start in (("january.csv", 0), ("february.csv", 1000), ("march.csv", 2000)):
+        write_csv(tmp_path / name, [[f"pain {start + i}", "abc"[i % 3], "w"] for i in range(ROWS)])
+    letters = pd.DataFrame(raw_rows("w"), columns=["letter", "label", "city"])
+    letters.loc[0, "letter"] = "Mr Smith"
+    letters.to_csv(tmp_path / "letters.csv", index=False)
+    (tmp_path / "letters.csv").chmod(0o600)
+    run("sign")
+    use(found, run, "january.csv")
+    spend_all(found, contract)
+    use(found, run, "letters.csv")
+    rule(found, "redact")
+    (tmp_path / "contract.json").write_text(of_letters.model_dump_json(exclude_none=True))
+    said = run("prepare")
+    assert "cells of column 'letter' change here" in said
+    assert "(january.csv): new records of theirs that have a cell equal" in said
+    assert "name data.key in " in said
+    (tmp_path / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
+    use(found, run, "february.csv")
+    assert budget_row()["state"] == "ok"
+    rows = [[f"pain {2000 + i}", "abc"[i % 3], "w"] for i in range(ROWS)]
+    write_csv(tmp_path / "march.csv", [*rows, ["Mr Smith", "a", "w"]])
+    use(found, run, "march.csv")
+    row = budget_row()
+    assert row["code"] == "E210"
+    assert "a cell that `silotune site prepare` changed in letters.csv" in row["result"]
+    assert "data.key" in row["fix"]
 
 
 @pytest.mark.parametrize("read", [name for name in READ_AS if name != "utf-8"])

@@ -150,7 +150,7 @@ def unclipped(
         [
             train_round(
                 contract,
-                contract.phases[0],
+                contract.round_plan(1),
                 Mechanism(sigma, rate, steps),
                 model,
                 data,

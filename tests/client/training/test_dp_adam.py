@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,7 @@ def a_round(sigma: float) -> NDArray[np.float64]:
     data = dataset.load(table, contract, model)
     change, _ = train_round(
         contract,
-        contract.phases[0],
+        contract.round_plan(1),
         Mechanism(sigma, 1.0, STEPS),
         model,
         data,
@@ -349,7 +350,9 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
 ) -> None:
     """mode "none": no noise to take off. Compared with torch's own optimizer put in its place."""
     plain = contract.changed(privacy={"mode": "none"}, releases=[])
-    phase = plain.phases[0].model_copy(update={"adam": Adam(beta1=BETA1, beta2=BETA2, floor=1e-10)})
+    of_torch = plain.phases[0].model_copy(
+        update={"adam": Adam(beta1=BETA1, beta2=BETA2, floor=1e-10)}
+    )
     model = build(plain, None)
     table = Table(
         "rows.csv",
@@ -369,7 +372,7 @@ def test_without_privacy_a_round_is_torchs_adam_on_the_plain_mean(
         changes.append(
             train_round(
                 plain,
-                phase,
+                replace(plain.round_plan(1), phase=of_torch),
                 Mechanism(0.0, 1.0, STEPS),
                 model,
                 data,
@@ -418,7 +421,7 @@ def test_the_noise_it_takes_off_is_the_noise_that_is_there(
     rate = 1e-6
     train_round(
         contract,
-        contract.phases[0],
+        contract.round_plan(1),
         Mechanism(1.5, rate, 400),
         model,
         data,

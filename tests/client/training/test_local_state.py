@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.training.local_state import Own
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.schedule import RoundPlan
 from silotune.common.errors import ContractError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
@@ -97,7 +99,7 @@ def test_what_is_a_sites_own_does_not_leave(
         differ = any(not np.array_equal(models[0][name], other[name]) for other in models[1:])
         assert differ == any(part in name for part in stays), name
     assert set(contract.sendings) == {
-        contract.sends_in(number) for number in range(1, contract.rounds + 1)
+        contract.round_plan(number).sends for number in range(1, contract.rounds + 1)
     }
 
 
@@ -114,10 +116,13 @@ def test_a_reply_with_a_tensor_that_should_stay_does_not_leave(
         "north",
         Ledger.in_memory("north", keys["north"]),
     )
-    monkeypatch.setattr(Contract, "stays_at", lambda *_: "")
+    planned = Contract.round_plan
+    monkeypatch.setattr(
+        Contract, "round_plan", lambda self, n: replace(planned(self, n), stays=frozenset())
+    )
     reply = ask(worker, contract.rounds, tiny.moved(worker.model))
     assert isinstance(reply.header, Update)  # then the contract says that it is sent
-    monkeypatch.setattr(Contract, "sends_in", lambda *_: "head+A")
+    monkeypatch.setattr(RoundPlan, "sends", frozenset({"head", "A"}))
     reply = ask(worker, contract.rounds - 1, tiny.moved(worker.model))
     assert isinstance(reply.header, Refusal)
 

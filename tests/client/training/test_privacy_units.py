@@ -269,7 +269,7 @@ def entities_are_sampled_whole(released: Released) -> None:
     for seed in range(60):
         change, _ = train_round(
             contract,
-            contract.phases[0],
+            contract.round_plan(1),
             Mechanism(1e-6, 0.5, 1),
             model,
             data,
@@ -641,7 +641,7 @@ def test_rows_of_different_lengths_make_one_gradient(
         assert data.encoded.starts is not None
         found, _ = train_round(
             contract,
-            contract.phases[0],
+            contract.round_plan(1),
             Mechanism(1e-3, 1.0, 1),
             model,
             data,

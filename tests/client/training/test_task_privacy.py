@@ -4,6 +4,7 @@ part of it by as much as a rounding; and rounds of real workers carry it out."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.schedule import TensorGroups
 from silotune.common.errors import DataError, RefusalError
 from silotune.common.models.adapted import Adapted
 from silotune.common.models.base import Network
@@ -58,19 +60,19 @@ def model_of(contract: Contract, kind: str, performance: Performance = EXACT) ->
     return build(contract, None if kind == "one-hot" else tiny.folder_of(kind), performance)
 
 
-def phases_of(contract: Contract) -> tuple[str, ...]:
+def phases_of(contract: Contract) -> tuple[TensorGroups, ...]:
     return contract.trainings
 
 
 def clipped_sum(
     model: Network,
     data: Dataset,
-    trains: str,
+    trains: TensorGroups,
     units: list[int] | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
-    tensors, with_adapter = model.named_tensors(), trains != "head"
+    tensors, with_adapter = model.named_tensors(), trains != {"head"}
     names = trained_names(tensors, trains)
     with model.requiring(names):  # Opacus' optimizer takes no others
         optimizer = Summed(
@@ -253,8 +255,8 @@ def test_so_it_is_with_whichever_factor_of_lora_is_trained(
     contract = contract.changed(
         phases=phases, aggregation={"method": method, "server_momentum": 0.0}
     )
-    head = "" if kind == "language" else "head+"
-    assert f"{head}{trained}" in contract.trainings
+    head = set() if kind == "language" else {"head"}
+    assert head | set(trained.split("+")) in contract.trainings
     network = model_of(contract, model)
     check_sensitivity(contract, network, kind)
     selftest.check(contract, network)
@@ -496,14 +498,13 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
             seen.clear()
             train_round(
                 contract,
-                contract.phases[-1],
+                replace(contract.round_plan(contract.rounds), round_in_phase=place),
                 Mechanism(1e-3, 1.0, 3),
                 network,
                 data,
                 adapter,
                 Silent(site="x"),
                 CLIP,
-                place,
             )
             steps: list[Tensor] = []
             for mask in seen:
@@ -517,7 +518,7 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     assert not any(torch.equal(a, b) for a, b in zip(masks[0], masks[1], strict=True))
     values = torch.cat([mask for steps in masks[:2] for mask in steps])
     assert set(np.round(values.tolist(), 5)) == {0.0, 1.33333}
-    (head,) = network.trained_modules("head")[:1]
+    (head,) = network.trained_modules({"head"})[:1]
     assert len(masks[0][0]) == head.in_features
     if len(values) >= 96:
         assert 0.1 < float((values == 0).float().mean()) < 0.4
@@ -528,14 +529,13 @@ def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArra
     data = tiny.load(rows, contract, model)
     found, _ = train_round(
         contract,
-        contract.phases[-1],
+        replace(contract.round_plan(contract.rounds), round_in_phase=place),
         Mechanism(1e-3, 1.0, 1),
         model,
         data,
         tiny.moved(model),
         Silent(site="x"),
         CLIP,
-        place,
     )
     return np.concatenate([found[n].astype(float).ravel() for n in sorted(found)])
 

@@ -36,11 +36,11 @@ def test_a_run_of_every_task(kind: str, model: str, unit: str, tmp_path: Path) -
     worker = worker_of(contract, kind, model, tmp_path)
     arrays = worker.model.initial_arrays()
     for number in range(1, contract.rounds + 1):
-        phase = contract.phase_of(number)
-        sent = {n: a for n, a in arrays.items() if n.startswith("head.") or phase.adapts}
+        plan = contract.round_plan(number)
+        sent = {n: a for n, a in arrays.items() if n.startswith("head.") or plan.phase.adapts}
         reply = ask(worker, number, sent)
         assert isinstance(reply.header, Update)
-        assert sorted(reply.arrays) == trained_names(arrays, phase.trains)
+        assert sorted(reply.arrays) == trained_names(arrays, plan.trains)
         if kind == "language":
             assert all(name.endswith(".lora_B") for name in reply.arrays)
         for name, change in reply.arrays.items():
@@ -149,7 +149,7 @@ def test_a_masked_run_gives_the_adapter_of_an_unmasked_one(
     # A unit of the ring a site and round, and what momentum makes of it.
     off = 3 * 2.8 * len(SITES) / 2 / packing.factor(masked, 1.0) + 1e-6
     initial = build(plain, tiny.folder_of(model), EXACT).initial_arrays()
-    for name in trained_names(initial, plain.phases[-1].trains):
+    for name in trained_names(initial, plain.round_plan(plain.rounds).trains):
         assert float(np.abs(first[name] - second[name]).max()) <= off
         assert float(np.abs(second[name] - initial[name]).max()) > 10 * off
 

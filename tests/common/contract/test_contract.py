@@ -112,15 +112,15 @@ def test_a_round_belongs_to_one_phase() -> None:
     two = dump()
     two["phases"] = [two["phases"][0] | {"budget_share": 0.5, "rounds": n} for n in (2, 3)]
     contract = Contract.model_validate(two)
-    places = [contract.place_in_phase(r) for r in range(1, 6)]
+    places = [contract.round_plan(r).round_in_phase for r in range(1, 6)]
     assert contract.rounds == 5
     assert places == [1, 2, 1, 2, 3]
-    assert [contract.phase_of(r).rounds for r in range(1, 6)] == [2, 2, 3, 3, 3]
+    assert [contract.round_plan(r).phase.rounds for r in range(1, 6)] == [2, 2, 3, 3, 3]
     for outside in (-1, 0, 6):
         with pytest.raises(ValueError, match="round"):
-            contract.phase_of(outside)
+            contract.round_plan(outside)
     with pytest.raises(ValueError, match="5 rounds"):
-        contract.place_in_phase(6)
+        contract.round_plan(6)
 
 
 # What is not: one sentence a problem, with file, line, key, value and mend

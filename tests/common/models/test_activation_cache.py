@@ -270,7 +270,7 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
         changes.append(
             train_round(
                 lora_contract,
-                lora_contract.phases[1],
+                lora_contract.round_plan(2),
                 Mechanism(1.0, 1.0, 2),
                 model,
                 data,

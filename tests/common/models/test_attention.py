@@ -447,7 +447,7 @@ def test_the_encoder_equals_the_stock_model(
     encoder = encoder_of(lora_contract, folder, **performance)
     expected = stock_features(encoder, folder)
     encoded = encoder.encode(TEXTS)
-    linears = encoder.trained_modules("head+adapter") if views else []
+    linears = encoder.trained_modules({"head", "adapter"}) if views else []
     assert len(linears) == (1 + 2 * 6 if views else 0)
     for block, n in encoder.micro_batches(encoded, torch.arange(len(TEXTS)), adapter=True):
         with expanded(linears, len(block)):

@@ -98,7 +98,7 @@ def test_a_records_gradient_does_not_see_its_companions(encoder: Encoder) -> Non
 
     def gradients(index: torch.Tensor) -> dict[int, torch.Tensor]:
         found = {}
-        linears = encoder.trained_modules("head+adapter")
+        linears = encoder.trained_modules({"head", "adapter"})
         for block, n in encoder.micro_batches(encoded, index, adapter=True):
             parts = by_expanding(linears, block, losses).values()
             flat = torch.cat([g.flatten(1) for g in parts], dim=1)
@@ -121,7 +121,7 @@ def test_per_example_gradients_equal_a_loop_on_the_real_model(encoder: Encoder) 
     def losses(index: torch.Tensor) -> torch.Tensor:
         return per_example_loss(encoder(encoded, index, adapter=True), labels[index])
 
-    linears = encoder.trained_modules("head+adapter")
+    linears = encoder.trained_modules({"head", "adapter"})
     block, n = next(encoder.micro_batches(encoded, torch.arange(37), adapter=True))
     found = by_expanding(linears, block, losses)
     parameters = [p for linear in linears for p in linear.parameters()]
@@ -146,7 +146,7 @@ def test_the_initial_adapter_changes_nothing_and_a_is_orthonormal(encoder: Encod
 def test_only_head_and_b_are_trained(encoder: Encoder) -> None:
     wanted = {p for p in encoder.parameters() if p.requires_grad}
     assert wanted == {
-        p for linear in encoder.trained_modules("head+adapter") for p in linear.parameters()
+        p for linear in encoder.trained_modules({"head", "adapter"}) for p in linear.parameters()
     }
 
 

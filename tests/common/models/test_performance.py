@@ -258,10 +258,13 @@ def update(
     model = build(contract, folder, Performance.model_validate(settings))
     data = dataset.load(rows, contract, model)
     found: dict[str, Arrays] = {}
-    for phase in contract.phases:
+    for plan in contract.kinds_of_round():
+        phase = plan.phase
+        if plan.round_in_phase > 1:
+            continue
         change, _ = train_round(
             contract,
-            phase,
+            plan,
             Mechanism(1e-3, 1.0, 1),
             model,
             data,
