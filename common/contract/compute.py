@@ -30,14 +30,44 @@ class Performance(Frozen):
     `cache_folder` that no other user can open and that ends with the process.
     """
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
-    bf16: Literal["auto", "on", "off"] = "auto"
-    gradients: Literal["expanded", "hooks", "ghost"] = "expanded"
-    checkpointing: Flag = False
-    compile: Flag = False
-    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
-    cache_megabytes: Count = 4096
-    cache_folder: Path | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = Field(
+        default="auto",
+        description='"cpu", "cuda" or "cuda:0" and so on; "auto" is the first CUDA device, or the '
+        "CPU without one.",
+    )
+    bf16: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description='Whether matrix products of frozen and adapted layers run in bfloat16; "auto" '
+        "where the device supports it.",
+    )
+    gradients: Literal["expanded", "hooks", "ghost"] = Field(
+        default="expanded",
+        description='How per-example gradients are computed; "hooks" and "ghost" are Opacus\' '
+        "methods, in float32 only.",
+    )
+    checkpointing: Flag = Field(
+        default=False,
+        description="Whether activations are recomputed in the backward pass (activation "
+        "checkpointing): less memory, more time.",
+    )
+    compile: Flag = Field(
+        default=False,
+        description="Must be false: torch.compile would make a record's rounding depend on other "
+        "records.",
+    )
+    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
+        default=16,
+        description="Number of records that are computed at once; every block has exactly so many "
+        "rows.",
+    )
+    cache_megabytes: Count = Field(
+        default=4096,
+        description="Memory in megabytes for the frozen layers' outputs; what exceeds it goes to "
+        "a file.",
+    )
+    cache_folder: Path | None = Field(
+        default=None, description="Folder of the cache's file; state/ beside site.toml if absent."
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
