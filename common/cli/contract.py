@@ -73,7 +73,7 @@ def show(contract: Path, as_json: bool) -> None:
 @contract.command()
 @CONTRACT
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
     exit code 2 if there is any.
@@ -138,7 +138,12 @@ def named(name: Path) -> Contract:
     type=click.Path(path_type=Path),
     help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The .toml file to write, which must not exist.",
+)
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option(
     "--task", help="classification, multi-label, tokens, regression, ranking or language."
@@ -154,7 +159,7 @@ def named(name: Path) -> Contract:
 @click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
 @click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
 @click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
-@click.option("--text", help="The column of text.")
+@click.option("--text", help="The column that holds the input text.")
 @click.option(
     "--column",
     "columns",
@@ -167,25 +172,35 @@ def named(name: Path) -> Contract:
     type=int,
     default=10,
     show_default=True,
-    help="Most records of an entity.",
+    help="Largest number of an entity's records that are used.",
 )
-@click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
+@click.option("--site", "sites", multiple=True, help="Name of a site; given once for each site.")
 @click.option("--records", type=int, help="How many records (or entities) a site is to have.")
-@click.option("--epsilon", type=float, default=8.0, show_default=True)
+@click.option(
+    "--epsilon",
+    type=float,
+    default=8.0,
+    show_default=True,
+    help="ε of the guarantee, for each unit of a site and one run.",
+)
 @click.option(
     "--delta",
     type=float,
-    help="By default the largest power of ten that is at most "
+    help="δ of the guarantee. By default the largest power of ten that is at most "
     "1 / (10 x records), and at most 1e-4.",
 )
-@click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
+@click.option(
+    "--masked",
+    is_flag=True,
+    help="Whether updates leave by secure aggregation: adds [secure_aggregation].",
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
     help="The base model's folder: texts are then counted in its own tokens.",
 )
 @reading_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def new(
     data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
 ) -> None:
