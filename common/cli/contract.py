@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -19,16 +20,21 @@ from silotune.common.cli.main import (
     reading_words,
     warning_lines,
 )
+from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
-from silotune.common.runtime.terminal import busy
+from silotune.common.runtime.terminal import busy, echo
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
+
+
+# Named, not imported: a site's side loads only when its file's schema is asked for.
+SITE_POLICY = "silotune.client.site.policy"
 
 
 @click.group()
@@ -98,6 +104,26 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
             ]
         ),
     )
+
+
+@contract.command()
+@click.argument("file", default="contract", type=click.Choice(["contract", "site"]))
+def schema(file: str) -> None:
+    """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
+
+    An editor that knows it completes and checks keys while a file is written. What depends on
+    several keys at once is checked by `silotune contract validate` alone.
+
+    \b
+    $ silotune contract schema > contract.schema.json
+    $ silotune contract schema site > site.schema.json
+    """
+    if file == "site":
+        policy = importlib.import_module(SITE_POLICY).Policy
+        found = types.json_schema(policy, "site.toml of a Silotune site")
+    else:
+        found = types.json_schema(contracts.Contract, "Contract of a Silotune federation")
+    echo(json.dumps(found, indent=1))
 
 
 def named(name: Path) -> Contract:

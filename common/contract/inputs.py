@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from silotune.common.config.types import Frozen, Number
 
@@ -13,6 +13,23 @@ from silotune.common.config.types import Frozen, Number
 def _pairs(values: Any) -> Any:
     """A TOML table as ordered pairs: the order numbers the choices, so it must not be lost."""
     return tuple(values.items()) if isinstance(values, dict) else values
+
+
+TABLE_OR_PAIRS = {  # in TOML and in JSON, in a JSON Schema
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 2},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [{"type": "string"}, {"type": "string"}],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+            "minItems": 2,
+        },
+    ]
+}
 
 
 class NumberColumn(Frozen):
@@ -62,7 +79,9 @@ class CategoryColumn(Frozen):
     )
     name: str = Field(description="Name of the column in the records' header.")
     phrase: str = Field(description="Words that name the column in the text that the model reads.")
-    values: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)] = Field(
+    values: Annotated[
+        tuple[tuple[str, str], ...], BeforeValidator(_pairs), WithJsonSchema(TABLE_OR_PAIRS)
+    ] = Field(
         min_length=2,
         description="Each raw value and the words that stand for it, in an order that the hash "
         "covers.",
