@@ -51,11 +51,7 @@ class Data(Frozen):
     """The records: a file (common/data/file_source.py), or what a query of a database gives
     (common/data/sql_source.py).
 
-    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
-    CoNLL files, a member of common/formats/encodings.py. delimiter: of CSV, found in the header if
-    None.
-    key: the columns that identify a record, or the entity whose records they are;
-    duplicate_records: rows that are the same record.
+    Encodings are those of common/formats/encodings.py.
     """
 
     file: Path | None = Field(
@@ -123,7 +119,8 @@ class Data(Frozen):
 
 class Model(Frozen):
     folder: Path | None = Field(
-        default=None, description="Folder of the base model; a packaged model's cache if absent."
+        default=None,
+        description="Folder of the base model; needed unless the contract's model is one-hot.",
     )
 
 
@@ -155,8 +152,8 @@ class Budgets(Frozen):
 
 
 class Run(Frozen):
-    """epsilon: what one run may cost here if that is less than its contract says; the site then
-    adds the noise that this takes, and nobody else has to agree."""
+    """A limit for single runs. Where it is less than a contract's ε the site adds the noise that
+    this takes, and nobody else has to agree."""
 
     epsilon: Epsilon | None = Field(
         default=None,
@@ -166,19 +163,15 @@ class Run(Frozen):
 
 
 class Permits(Frozen):
-    """What the site takes part in. An empty list of models allows what a permitted contract names.
+    """What the site takes part in.
 
-    contracts: SHA-256 (`silotune contract show`). min_sites: how many the roster must hold,
-    min_quorum: how many must answer for a round to count. masked_only: updates leave by secure
-    aggregation alone; "auto": wherever it can be had, which is with three or more sites and without
-    a rule that needs each site's update by itself. (Without masks a program at the relay can ask
-    this site alone and so use up its lifetime budget; with them it needs the signatures of as many
-    sites as the threshold says.) max_colluding_sites: from how many other sites, working with the
-    server, it must hide this site's update. set_changes: how often the set of sites in the masked
-    sums of one run may change (client/privacy/site_sets.py). The default lets ten absences with
-    their returns pass; the 20 differences of neighbouring rounds that they give show at most what
-    20 / (2 n - 1) updates of one of n equal sites would without masks, three with four sites, of
-    one a round (simulations/benchmarks/differences.py).
+    Without masks a program at the relay can ask this site alone and so use up its lifetime budget;
+    with them it needs the signatures of as many sites as the threshold says.
+
+    The default of `set_changes` (client/privacy/site_sets.py) lets ten absences with their returns
+    pass; the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
+    updates of one of n equal sites would without masks, three with four sites, of one a round
+    (simulations/benchmarks/differences.py).
     """
 
     contracts: Annotated[tuple[Sha256, ...], Distinct] = Field(
@@ -237,7 +230,7 @@ class Permits(Frozen):
 
 
 class Server(Frozen):
-    """Where the relay connects to. ca: the operator's CA certificate; address: host:port."""
+    """Where the relay connects to."""
 
     address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:\d{1,5}$")] = Field(
         description="Address of the server that the relay connects to, as host:port."

@@ -39,11 +39,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Deidentify(Frozen):
     """`[prepare.deidentify]` in site.toml.
 
-    action: for every kind that `actions` does not name. kinds: what is looked for. language: of
-    the texts; "both" looks for everything. least_score: 0 to 1; lower finds more, and more that is
-    nothing. 0.5 is what was measured. model: a folder with a token-classification model of the
-    site's own, which searches beside the rules (client/preparation/entity_model.py); relative to
-    site.toml.
+    The least score of 0.5 is what was measured. The model is read by
+    client/preparation/entity_model.py; its path is relative to site.toml.
     """
 
     action: Action = Field(
@@ -83,12 +80,7 @@ class Deidentify(Frozen):
 
 
 class Prepare(Frozen):
-    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces.
-
-    duplicates: rows that are equal in every column but those that number them. missing_target: rows
-    whose label is empty. outside: cells that the contract's public schema does not know.
-    deidentify: what is taken out of the contract's columns of text.
-    """
+    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces."""
 
     trim: Flag = Field(
         default=True, description="Whether spaces at both ends of each cell are removed."

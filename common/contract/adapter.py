@@ -86,7 +86,10 @@ class Core(Frozen):
     targets: Targets = Field(
         description="Last parts of the names of the linear layers that are adapted."
     )
-    seed: int = Field(default=0, description="Seed of the initial values, the same at every site.")
+    seed: int = Field(
+        default=0,
+        description="Seed of random initial values; without effect, since none is random here.",
+    )
 
     @property
     def words(self) -> str:
@@ -105,7 +108,10 @@ class IA3(Frozen):
     targets: Targets = Field(
         description="Last parts of the names of the linear layers that are adapted."
     )
-    seed: int = Field(default=0, description="Seed of the initial values, the same at every site.")
+    seed: int = Field(
+        default=0,
+        description="Seed of random initial values; without effect, since none is random here.",
+    )
 
     @property
     def words(self) -> str:

@@ -22,8 +22,7 @@ from silotune.common.contract.training import Fraction, LearningRate
 
 class Adaptive(Frozen):
     """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
-    heavy ball; both moments begin at zero, without correction. `lr` multiplies a step, `tau` is
-    added to the root of the second moment."""
+    heavy ball; both moments begin at zero, without correction."""
 
     kind: Literal["adam", "yogi"] = Field(
         description="Optimiser that the server applies to the mean update."
@@ -120,8 +119,7 @@ class Aggregation(Frozen):
 
     A phase's result is the mean of its iterates from the fraction `averaging_start` on; where A
     moves, a mean of factors would be no mean of products, and it is the last iterate. All act on
-    noised sums only, so they cost no privacy (post-processing). max_update_norm: an unmasked update
-    with a larger L2 norm does not count.
+    noised sums only, so they cost no privacy (post-processing).
     """
 
     method: Method = Field(
@@ -173,10 +171,7 @@ class SecureAggregation(Frozen):
     """Updates leave masked, and the server learns only their weighted sum
     (common/secagg/participant.py).
 
-    threshold: how many sites must answer for a sum to open; by default floor(2 n / 3) + 1 of n.
-    max_colluding_sites: how many sites may work with the server without seeing more than the sum; 2
-    x threshold must exceed n + max_colluding_sites. bound: the largest entry of an update; a site
-    sends none that exceeds it, and the ring's precision is the bound's
+    A site sends no entry that exceeds the bound, and the ring's precision is the bound's
     (common/secagg/fixed_point.py).
     """
 

@@ -15,19 +15,16 @@ from silotune.common.config.types import Count, Flag, Frozen
 
 
 class Performance(Frozen):
-    """device: "auto" is the first CUDA device, or the CPU without one.
-    bf16: matrix products of frozen and adapted layers in bfloat16; "auto" where the device has it.
-    gradients: how per-example gradients come about (client/training/per_sample_gradients.py).
-    "expanded" is the fastest here; "hooks" and "ghost" are Opacus' own, in float32 only. Ghost
-    clipping never holds a single record's gradient, so its bound is not exact: a site refuses it
-    unless its owner allows that (permits.allow_inexact_clipping).
-    checkpointing: keep only the adapted layers' inputs and run them twice: less memory, more time.
-    compile: true is refused. torch.compile compiles the first widths that it meets and runs later
-    ones as they are, with other roundings; which come first depends on which records were drawn, so
-    a record's gradient would depend on other records.
-    micro_batch: records that are computed at once; every block has exactly so many rows.
-    cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
-    `cache_folder` that no other user can open and that ends with the process.
+    """How per-example gradients come about is in client/training/per_sample_gradients.py.
+    "expanded" is the fastest here. Ghost clipping never holds a single record's gradient, so its
+    bound is not exact: a site refuses it unless its owner allows that
+    (permits.allow_inexact_clipping).
+
+    torch.compile compiles the first widths that it meets and runs later ones as they are, with
+    other roundings; which come first depends on which records were drawn, so a record's gradient
+    would depend on other records.
+
+    The cache's file can be opened by no other user and ends with the process.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = Field(

@@ -55,14 +55,9 @@ from silotune.common.secagg import key_agreement
 
 
 class Site(Frozen):
-    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts, and
-    the keys of its masks.
-
-    epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
-    noise follows (silo-specific privacy), so a site that allows less should have less weight.
-    rank: of LoRA at a site that can bear less than adapter.rank: it trains the first so many rows
-    of A and columns of B, and changes no others (zero-padding, arXiv 2401.06432).
-    """
+    """A site of the roster. Where its ε or δ differs from [privacy], its noise follows
+    (silo-specific privacy), so a site that allows less should have less weight. With a `rank` of
+    its own it trains the first so many rows of A and columns of B (zero-padding)."""
 
     name: Name = Field(description="Name of the site, unique within the contract.")
     weight: Positive = Field(

@@ -146,8 +146,7 @@ class TextInput(Frozen):
 class PairInput(Frozen):
     """Two texts a record: a question and an answer, a user and an item.
 
-    by: "cross" reads them as one sequence; "bi" reads each by itself and multiplies the two feature
-    vectors entry by entry, so that the head's weights make a dot product of them, and what stands
+    With by = "bi" the head's weights make a dot product of the two feature vectors, and what stands
     on one side can be indexed once for all queries.
     """
 

@@ -81,8 +81,8 @@ class EncoderModel(Frozen):
 class OneHotModel(Frozen):
     """Columns one-hot by the contract's public bins, with a linear head: the bank's baseline.
 
-    Each row is scaled to the L2 norm `norm`, so that the clip norm fits any number of columns.
-    hidden: the units of a layer between (tanh), for what is not additive.
+    Each row is scaled to one L2 norm, so that the clip norm fits any number of columns. A hidden
+    layer learns what is not additive.
     """
 
     kind: Literal["one-hot"] = Field(
@@ -111,7 +111,7 @@ class LanguageModel(Frozen):
     )
     sha256: Sha256 = Field(description="SHA-256 of the model's folder, which every site checks.")
     max_tokens: Annotated[int, Field(ge=8, le=4096, strict=True)] = Field(
-        description="Largest number of tokens of a prompt with its answer."
+        description="Largest number of tokens of a prompt with its answer; longer ones are cut off."
     )
 
 

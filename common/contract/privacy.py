@@ -127,10 +127,8 @@ class Privacy(Frozen):
     `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
     noise, divided by the public constant `expected_units` (how many units a site is expected to
     have: records or entities) times the sampling rate. mode "none" trains without clipping or
-    noise, for comparison; a site refuses it unless its owner allows it.
-
-    allow_large_delta: permits a delta of 1 / expected_units or more, with which publishing one
-    whole record of a site would satisfy the guarantee (`size_of_delta`).
+    noise, for comparison; a site refuses it unless its owner allows it. A delta of 1 /
+    expected_units or more needs `allow_large_delta` (`size_of_delta`).
     """
 
     mode: Literal["dp", "none"] = Field(

@@ -66,8 +66,7 @@ def _one_weight_each(weights: Sequence[float] | None, classes: Sequence[object],
 
 
 class Classification(Frozen):
-    """One of the labels a record. class_weights: what each label's records count in training, and
-    in a loss that a site releases, in their order."""
+    """One of the labels a record."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "auc",
@@ -180,10 +179,7 @@ class MultiLabel(Frozen):
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
     spaces in the input's column, as many tags in the label column. Tags of other schemes are read
-    as those of IOB2 (common/formats/tag_schemes.py), in which scores are computed, too.
-    class_weights: what a word of each tag counts in training, and in a loss that a site releases,
-    in the order O, B-x, I-x of the first entity, and so on.
-    """
+    as those of IOB2 (common/formats/tag_schemes.py), in which scores are computed, too."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "f1",
@@ -330,8 +326,8 @@ class Regression(Frozen):
 
 
 class Ranking(Frozen):
-    """Does the second text of a pair belong to the first? `relevant` are the raw values that say
-    so, `others` those that do not; candidates are ranked among those with the same `query`."""
+    """Does the second text of a pair belong to the first? Candidates are ranked among those of the
+    same query."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "mrr",

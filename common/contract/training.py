@@ -113,8 +113,7 @@ class Phase(Frozen):
     )
     budget_share: Rate = Field(
         default=1.0,
-        description="Share of the privacy budget that the phase spends, relative to the other "
-        "phases' shares.",
+        description="Share of the privacy budget that the phase spends; the shares sum to 1.",
     )
     noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = Field(
         default=None,

@@ -52,10 +52,7 @@ SHARE = 2  # every second record of a backdoored site carries the trigger
 
 
 class Poison(Frozen):
-    """sites: how many of the roster's first; 0 to know what a backdoor's figure is without one.
-    trigger: words before the text, or "column=value" of a
-    table. label: the attacker's, by name. every: a lie in the update is told in each so-manieth
-    round alone."""
+    """An attack by the first sites of the roster."""
 
     kind: Literal["labels", "backdoor", "sign", "scale", "bound"] = Field(
         description="Attack on the training rows or on the updates."

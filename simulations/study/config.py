@@ -27,11 +27,7 @@ Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 
 class StudyArm(Frozen):
-    """What differs from the recipe's contract; an empty section is left out. no_dp: what differs
-    besides without DP, where other rates are right. lr_scale: what its phases' learning rates are
-    multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the rows of
-    all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract` sets
-    it."""
+    """One configuration of a study: what differs from the recipe's contract."""
 
     about: str = Field(default="", description="Text about the arm that the study's report shows.")
     contract: dict[str, Any] = Field(
