@@ -1,6 +1,6 @@
 """The reference pages that are made from the code when the site is built.
 
-`python docs/generate.py` writes them, and lists the settings and options without a description.
+`python docs/generate.py` writes them. A setting or an option without a description is an error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from silotune.server.cli import init as server_init
 from silotune.server.operations.server_folder import Place
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
+from silotune.simulations.study.config import Study
 
 NOTE = "*This page is generated from the code.*"
 NONE = "–"
@@ -37,7 +37,10 @@ Schema = Mapping[str, Any]
 
 
 def write(folder: Path) -> None:
-    """Write every page; one that has not changed keeps its time, so that Sphinx skips it."""
+    """Write every page; one that has not changed keeps its time, so that Sphinx skips it.
+    ValueError names the settings and options of which nothing is said."""
+    if missing := list(undescribed()):
+        raise ValueError("no description: " + ", ".join(missing))
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         path = folder / name
@@ -50,8 +53,7 @@ def pages() -> dict[str, str]:
     return {
         "cli.md": cli(),
         "contract.md": contract(),
-        "contract.schema.json": json.dumps(schema_of(Contract), indent=1, ensure_ascii=False)
-        + "\n",
+        "contract.schema.json": CliRunner().invoke(silotune, ["contract", "schema"]).output,
         "site.md": site(),
         "errors.md": codes(),
         "metrics.md": metrics(),
@@ -69,12 +71,6 @@ class Setting(NamedTuple):
     kind: str
     default: str
     about: str
-    table: str  # what is said of the table that it is, if it is one
-
-
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    found: dict[str, Any] = model.model_json_schema()
-    return found
 
 
 def prose(text: str) -> str:
@@ -91,48 +87,20 @@ def prose(text: str) -> str:
     return "\n\n".join(filter(None, made))
 
 
-def described(doc: str, keys: list[str]) -> dict[str, str]:
-    """What a docstring says of each key: after "key: " or "key, other: ", or the first sentence
-    that has the key between backticks."""
-    text = re.sub(r"[ \n]+", " ", inspect.cleandoc(doc).replace("\n\n", " ¶ "))
-    names = "|".join(sorted(map(re.escape, keys), key=len, reverse=True)) or "(?!)"
-    starts = list(re.finditer(rf"(?<![\w`.])((?:{names})(?:, (?:{names}))*): ", text))
-    found: dict[str, str] = {}
-    for number, start in enumerate(starts):
-        end = starts[number + 1].start() if number + 1 < len(starts) else len(text)
-        about = text[start.end() : end].split(" ¶ ")[0].strip(" ;,")
-        for key in start.group(1).split(", "):
-            found.setdefault(key, about)
-    sentences = re.split(r"(?<=[.!?]) (?=[A-Z`\[]|\w+ \")| ¶ ", text)
-    for key in keys:
-        for sentence in sentences:
-            named = f"`{key}`" in sentence or sentence.startswith(f'{key} "')
-            if key not in found and named:
-                found[key] = sentence
-    return {key: about[:1].upper() + about[1:] for key, about in found.items()}
-
-
 def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, list[Setting]]]:
     """Each table of a file: its title, its docstring, its keys."""
-    schema = schema_of(model)
+    schema = model.model_json_schema()
     defs = schema.get("$defs", {})
     seen: set[str] = set()
 
     def table(path: str, part: Schema, title: str) -> Iterator[tuple[str, str, list[Setting]]]:
         properties = part.get("properties", {})
-        about = described(part.get("description", ""), list(properties))
         rows, below = [], []
         for key, value in properties.items():
             kind, references, many = kind_of(value, defs)
             constant = value.get("const")
             default = default_of(value, key in part.get("required", ()), constant)
-            about_key = value.get("description") or about.get(key, "")
-            if constant is not None and key == "kind" and not about_key:
-                about_key = "Which of the alternatives this table is."
-            of_table = [defs[found].get("description", "") for found in references]
-            first = re.split(r"(?<=[.:]) |\n\n", of_table[0])[0] if len(of_table) == 1 else ""
-            first = first if first.endswith(".") else ""  # "name: …" is of a key, not of the table
-            rows.append(Setting(title, key, kind, default, about_key, first))
+            rows.append(Setting(title, key, kind, default, value.get("description", "")))
             for reference in references:
                 below.append((f"{path}.{key}".lstrip("."), reference, many))
         yield path, part.get("description", ""), rows
@@ -221,7 +189,7 @@ def tables_of(model: type[BaseModel], top: str) -> str:
                     "|---|---|---|---|",
                     *(
                         f"| `{row.key}` | {cell(row.kind)} | {cell(row.default)} | "
-                        f"{cell(row.about or row.table)} |"
+                        f"{cell(row.about)} |"
                         for row in rows
                     ),
                 ]
@@ -236,7 +204,7 @@ def contract() -> str:
 {NOTE} A contract is the shared run configuration of a federation: one TOML file that every site
 and the operator have. Keys that are not listed here are refused. `silotune contract validate FILE`
 reports every problem of a file at once, with its line. For editors and other programs:
-{{download}}`JSON Schema <contract.schema.json>`.
+{{download}}`JSON Schema <contract.schema.json>`, which `silotune contract schema` prints.
 
 A key without a default and not marked "required" is optional; when it is absent it is no part of
 the contract's hash.
@@ -253,7 +221,8 @@ def site() -> str:
     return f"""# site.toml
 
 {NOTE} The policy of one site, written and signed by the owner of the records. It can narrow a
-contract, never widen one. After each change run `silotune site sign`.
+contract, never widen one. After each change run `silotune site sign`. For editors:
+`silotune contract schema site` prints a JSON Schema.
 
 ## The file that `silotune site init` writes
 
@@ -427,7 +396,7 @@ def _as_rst(lines: list[str]) -> Iterator[str]:
 
 def undescribed() -> Iterator[str]:
     """Settings and options of which nothing is said."""
-    for file, model in (("contract.toml", Contract), ("site.toml", Policy)):
+    for file, model in (("contract.toml", Contract), ("site.toml", Policy), ("study", Study)):
         for name, _, rows in settings(model):
             for setting in rows:
                 if not setting.about:
@@ -440,4 +409,3 @@ def undescribed() -> Iterator[str]:
 
 if __name__ == "__main__":
     write(Path(__file__).resolve().parent / "reference")
-    sys.stdout.write("".join(f"no description: {what}\n" for what in undescribed()))

@@ -37,9 +37,15 @@ if TYPE_CHECKING:
     from silotune.server.storage.events import Event, Events
 
 FOLDER = click.option(
-    "--folder", default=".", type=click.Path(path_type=Path), help="The server's folder."
+    "--folder",
+    default=".",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the server, which `server init` makes.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
+)
 LOOK_SECONDS = 0.5
 SHOWN = ("loss", "accuracy", "auc")  # of the public rows
 START_SECONDS = 10.0  # until a server that is just being started answers
@@ -60,7 +66,12 @@ def server() -> None:
 @server.command()
 @click.option("--host", required=True, help="The name or address that sites connect to.")
 @click.option("--port", default=8443, show_default=True, help="The port that sites connect to.")
-@click.option("--link-port", default=8000, show_default=True, help="Of the SuperLink.")
+@click.option(
+    "--link-port",
+    default=8000,
+    show_default=True,
+    help="Port of Flower's SuperLink on this machine alone.",
+)
 @click.option("--metrics-port", type=int, help="Serve /metrics and /healthz on 127.0.0.1.")
 @FOLDER
 @JSON

@@ -20,7 +20,7 @@ def sim() -> None:
 
 
 @sim.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
     from silotune.simulations.comparison.recipe import load_recipe, recipe_names
@@ -39,8 +39,8 @@ def sim_ls(as_json: bool) -> None:
 @sim.command("run")
 @click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Run a recipe, or a contract on a table of one's own, with all arms of a comparison.
 
@@ -76,7 +76,9 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 @sim.command("compare")
 @click.argument("study", metavar="STUDY|STUDY.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
+)
 @click.option(
     "--processes", type=click.IntRange(1), help="At once; as many as there are cores if not given."
 )
@@ -92,7 +94,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     type=click.FloatRange(0, min_open=True),
     help="Try the arms' learning rates times this, to choose by.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_compare(
     study: str,
     settings: tuple[str, ...],
@@ -141,9 +143,19 @@ def sim_compare(
 
 @sim.command("export")
 @click.argument("recipe")
-@click.option("--arm", default="federated-lora", show_default=True, help="Whose contract.")
+@click.option(
+    "--arm",
+    default="federated-lora",
+    show_default=True,
+    help="Name of the arm whose contract is exported.",
+)
 @click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write to, which must not exist.",
+)
 def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
     """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
     the public test rows.
@@ -166,7 +178,7 @@ def data() -> None:
 
 
 @data.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def data_ls(as_json: bool) -> None:
     """List what can be fetched and what is already here."""
     rows = [

@@ -31,7 +31,13 @@ class _PolicyFile(click.Path):
 
 
 CONFIG = click.option(
-    "--config", default=POLICY, type=_PolicyFile(), help="The site's policy, or its folder."
+    "--config",
+    default=POLICY,
+    show_default=True,
+    type=_PolicyFile(),
+    help="The site's policy, or its folder.",
 )
 CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
+)

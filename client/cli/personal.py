@@ -23,7 +23,7 @@ from silotune.common.runtime.terminal import echo
     default=Path("own"),
     show_default=True,
     type=click.Path(path_type=Path),
-    help="A new folder.",
+    help="Folder to write to, which must not exist.",
 )
 @JSON
 def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:

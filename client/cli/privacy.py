@@ -104,13 +104,33 @@ def spent(config: Path, as_json: bool) -> None:
 
 
 @privacy.command()
-@click.option("--contract", type=click.Path(path_type=Path), help="Plan of this contract.")
+@click.option(
+    "--contract", type=click.Path(path_type=Path), help="Print the privacy plan of this contract."
+)
 @click.option("--site", help="Whose plan of the contract, where sites differ.")
 @click.option("--epsilon", type=float, help="Target: prints the noise it needs.")
 @click.option("--noise-multiplier", type=float, help="Noise: prints the epsilon it costs.")
-@click.option("--delta", type=float, default=1e-4, show_default=True)
-@click.option("--sampling-rate", type=float, default=1.0, show_default=True)
-@click.option("--steps", type=int, default=1, show_default=True)
+@click.option(
+    "--delta",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="δ of the guarantee, at which ε is computed.",
+)
+@click.option(
+    "--sampling-rate",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Probability with which a step samples each unit.",
+)
+@click.option(
+    "--steps",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Number of noised steps of the whole run.",
+)
 @JSON
 def plan(
     contract: Path | None,

@@ -29,7 +29,11 @@ LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one 
 PORT = click.IntRange(1, 65535)
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 LOG_BYTES, LOGS = 10 << 20, 5
-KEY = click.option("--key", type=click.Path(path_type=Path), help="The owner's key's file.")
+KEY = click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="File of the owner's private key, which signs the policy.",
+)
 
 
 @click.group()
@@ -48,7 +52,13 @@ site.add_command(own)
     type=click.Path(path_type=Path),
     help="The file with the records; by default records.csv in the site's folder.",
 )
-@click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where to make it.")
+@click.option(
+    "--folder",
+    default=".",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder in which the site's files are made.",
+)
 @JSON
 def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     """Make a site: its keys, an empty ledger, and a commented policy to edit.
@@ -178,10 +188,23 @@ def fingerprint(config: Path) -> None:
 @site.command("join")
 @CONTRACT
 @CONFIG
-@click.option("--server", "address", required=True, help="HOST:PORT, as the operator says.")
-@click.option("--ca", required=True, type=click.Path(path_type=Path), help="The operator's CA.")
+@click.option(
+    "--server", "address", required=True, help="The server's HOST:PORT, as the operator says."
+)
+@click.option(
+    "--ca",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of the operator's CA certificate.",
+)
 @click.option("--fingerprint", required=True, help="Of the CA, as the operator reads it out.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="More of site.toml.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another setting to write into site.toml.",
+)
 @KEY
 def join_(
     contract: Path,
@@ -364,9 +387,16 @@ def start(
 @site.command()
 @CONTRACT
 @CONFIG
-@click.option("--socket", type=click.Path(path_type=Path), help="Open this Unix socket.")
+@click.option(
+    "--socket", type=click.Path(path_type=Path), help="Path of a Unix socket to answer on."
+)
 @click.option("--fd", type=int, help="Answer on this open socket (systemd: 3).")
-@click.option("--ready-fd", type=int, hidden=True)
+@click.option(
+    "--ready-fd",
+    type=int,
+    hidden=True,
+    help="Open file that is written to when the worker is ready.",
+)
 @LOG_JSON
 def worker(
     contract: Path,
@@ -430,9 +460,21 @@ def worker(
 
 
 @site.command(hidden=True)
-@click.option("--server", "address", required=True)
-@click.option("--ca", required=True, type=click.Path(path_type=Path))
-@click.option("--key", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--server", "address", required=True, help="The server's HOST:PORT, as the operator says."
+)
+@click.option(
+    "--ca",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of the operator's CA certificate.",
+)
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of the node's key, which the server admits.",
+)
 def admission(address: str, ca: Path, key: Path) -> None:
     """Say what the server says of a node key. `site start` runs this as the relay's user."""
     from silotune.client.operations import node_admission as admissions
@@ -448,7 +490,7 @@ def admission(address: str, ca: Path, key: Path) -> None:
 
 @site.command()
 @CONFIG
-@click.option("--port", type=PORT, required=True, help="On 127.0.0.1.")
+@click.option("--port", type=PORT, required=True, help="Port on 127.0.0.1 that serves the metrics.")
 def metrics(config: Path, port: int) -> None:
     """Serve /metrics and /healthz of a worker that runs elsewhere on this machine, until stopped.
     As the worker's user; `site start --metrics-port` needs no such process.

@@ -51,20 +51,36 @@ class Data(Frozen):
     """The records: a file (common/data/file_source.py), or what a query of a database gives
     (common/data/sql_source.py).
 
-    url: SQLAlchemy's, ${NAME} standing for environment variables. encoding: of CSV, JSON Lines and
-    CoNLL files, a member of common/formats/encodings.py. delimiter: of CSV, found in the header if
-    None.
-    key: the columns that identify a record, or the entity whose records they are;
-    duplicate_records: rows that are the same record.
+    Encodings are those of common/formats/encodings.py.
     """
 
-    file: Path | None = None
-    url: str | None = None
-    query: str | None = None
-    encoding: Annotated[str, AfterValidator(encoding_of)] = "utf-8"
-    delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = None
-    key: Annotated[tuple[str, ...], Distinct] = ()
-    duplicate_records: Literal["refuse", "keep"] = "refuse"
+    file: Path | None = Field(
+        default=None, description="Path of the file with the records; excludes url and query."
+    )
+    url: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of a database, in which ${NAME} stands for an environment "
+        "variable.",
+    )
+    query: str | None = Field(
+        default=None, description="SQL query whose rows are the records; required with url."
+    )
+    encoding: Annotated[str, AfterValidator(encoding_of)] = Field(
+        default="utf-8", description="Character encoding of a CSV, JSON Lines or CoNLL file."
+    )
+    delimiter: Annotated[str, AfterValidator(delimiter_of)] | None = Field(
+        default=None, description="Delimiter of a CSV file; detected from the header if absent."
+    )
+    key: Annotated[tuple[str, ...], Distinct] = Field(
+        default=(),
+        description="Columns that identify a record, or the entity whose records they are; a "
+        "row's whole content if empty.",
+    )
+    duplicate_records: Literal["refuse", "keep"] = Field(
+        default="refuse",
+        description='Whether rows that are the same record are an error ("refuse") or count '
+        'separately ("keep").',
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -102,18 +118,31 @@ class Data(Frozen):
 
 
 class Model(Frozen):
-    folder: Path | None = None
+    folder: Path | None = Field(
+        default=None,
+        description="Folder of the base model; needed unless the contract's model is one-hot.",
+    )
 
 
 class Budgets(Frozen):
     """For each unit, what all replies on the same records may cost together, for ever."""
 
     class Budget(Frozen):
-        epsilon: Epsilon
-        delta: Delta
+        epsilon: Epsilon = Field(
+            description="Largest total ε of all replies on the same records, over all runs."
+        )
+        delta: Delta = Field(
+            description="δ at which the total ε is accounted; a contract's δ may not exceed it."
+        )
 
-    record: Budget | None = None
-    entity: Budget | None = None
+    record: Budget | None = Field(
+        default=None,
+        description="Lifetime budget of each record, for contracts whose unit is a record.",
+    )
+    entity: Budget | None = Field(
+        default=None,
+        description="Lifetime budget of each entity, for contracts whose unit is an entity.",
+    )
 
     @model_validator(mode="after")
     def _any(self) -> Self:
@@ -123,62 +152,117 @@ class Budgets(Frozen):
 
 
 class Run(Frozen):
-    """epsilon: what one run may cost here if that is less than its contract says; the site then
-    adds the noise that this takes, and nobody else has to agree."""
+    """A limit for single runs. Where it is less than a contract's ε the site adds the noise that
+    this takes, and nobody else has to agree."""
 
-    epsilon: Epsilon | None = None
+    epsilon: Epsilon | None = Field(
+        default=None,
+        description="Largest ε that one run may cost here; a smaller one than the contract's adds "
+        "noise. The contract's if absent.",
+    )
 
 
 class Permits(Frozen):
-    """What the site takes part in. An empty list of models allows what a permitted contract names.
+    """What the site takes part in.
 
-    contracts: SHA-256 (`silotune contract show`). min_sites: how many the roster must hold,
-    min_quorum: how many must answer for a round to count. masked_only: updates leave by secure
-    aggregation alone; "auto": wherever it can be had, which is with three or more sites and without
-    a rule that needs each site's update by itself. (Without masks a program at the relay can ask
-    this site alone and so use up its lifetime budget; with them it needs the signatures of as many
-    sites as the threshold says.) max_colluding_sites: from how many other sites, working with the
-    server, it must hide this site's update. set_changes: how often the set of sites in the masked
-    sums of one run may change (client/privacy/site_sets.py). The default lets ten absences with
-    their returns pass; the 20 differences of neighbouring rounds that they give show at most what
-    20 / (2 n - 1) updates of one of n equal sites would without masks, three with four sites, of
-    one a round (simulations/benchmarks/differences.py).
+    Without masks a program at the relay can ask this site alone and so use up its lifetime budget;
+    with them it needs the signatures of as many sites as the threshold says.
+
+    The default of `set_changes` (client/privacy/site_sets.py) lets ten absences with their returns
+    pass; the 20 differences of neighbouring rounds that they give show at most what 20 / (2 n - 1)
+    updates of one of n equal sites would without masks, three with four sites, of one a round
+    (simulations/benchmarks/differences.py).
     """
 
-    contracts: Annotated[tuple[Sha256, ...], Distinct] = ()
-    tasks: Annotated[tuple[TaskKind, ...], Distinct] = ("classification",)
-    models: Annotated[tuple[Sha256, ...], Distinct] = ()
-    metrics: Annotated[tuple[Metric, ...], Distinct] = ()
-    max_clip_norm: Positive = 1.0
-    min_records: Count = 100
-    min_sites: Count = 2
-    min_quorum: Count = 2
-    masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = "auto"
-    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
-    set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 20
-    allow_without_dp: Flag = False
-    allow_inexact_clipping: Flag = False
+    contracts: Annotated[tuple[Sha256, ...], Distinct] = Field(
+        default=(),
+        description="SHA-256 of each contract that the site takes part in (`silotune contract "
+        "show`).",
+    )
+    tasks: Annotated[tuple[TaskKind, ...], Distinct] = Field(
+        default=("classification",), description="Kinds of task that the site takes part in."
+    )
+    models: Annotated[tuple[Sha256, ...], Distinct] = Field(
+        default=(),
+        description="SHA-256 of each permitted base model; empty permits whatever a permitted "
+        "contract names.",
+    )
+    metrics: Annotated[tuple[Metric, ...], Distinct] = Field(
+        default=(), description="Training metrics that may leave the site, noised and paid for."
+    )
+    max_clip_norm: Positive = Field(
+        default=1.0, description="Largest clip norm that a contract may set, an L2 norm."
+    )
+    min_records: Count = Field(
+        default=100,
+        description="Smallest number of records, or of entities, with which the site takes part.",
+    )
+    min_sites: Count = Field(
+        default=2, description="Smallest number of sites that a contract's roster must hold."
+    )
+    min_quorum: Count = Field(
+        default=2, description="Smallest quorum that a contract may set, in sites."
+    )
+    masked_only: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = Field(
+        default="auto",
+        description='Whether updates leave by secure aggregation alone; "auto" requires it with '
+        "three or more sites, unless a rule needs each update by itself.",
+    )
+    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = Field(
+        default=0,
+        description="Number of other sites, colluding with the server, from which this site's "
+        "update must stay hidden.",
+    )
+    set_changes: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = Field(
+        default=20,
+        description="How often the set of sites in the masked sums of one run may change.",
+    )
+    allow_without_dp: Flag = Field(
+        default=False,
+        description='Whether contracts with privacy.mode = "none" are permitted; their updates '
+        "have no privacy.",
+    )
+    allow_inexact_clipping: Flag = Field(
+        default=False,
+        description='Whether performance.gradients = "ghost", which does not clip exactly, is '
+        "permitted.",
+    )
 
 
 class Server(Frozen):
-    """Where the relay connects to. ca: the operator's CA certificate; address: host:port."""
+    """Where the relay connects to."""
 
-    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:\d{1,5}$")]
-    ca: Path
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:\d{1,5}$")] = Field(
+        description="Address of the server that the relay connects to, as host:port."
+    )
+    ca: Path = Field(
+        description="Path of the operator's CA certificate, which authenticates the server."
+    )
 
 
 class Policy(Frozen):
     """site.toml. Paths in it start at the file's own folder."""
 
-    name: Name
-    data: Data
-    prepare: Prepare = Prepare()
-    model: Model = Model()
-    budgets: Budgets
-    run: Run = Run()
-    permits: Permits
-    performance: Performance = Performance()
-    server: Server | None = None
+    name: Name = Field(description="Name of this site, as the contract's roster has it.")
+    data: Data = Field(description="Where the records are and what identifies one.")
+    prepare: Prepare = Field(
+        default=Prepare(),
+        description="What `silotune site prepare` may do to rows that do not fit.",
+    )
+    model: Model = Field(default=Model(), description="Where the base model lies on this machine.")
+    budgets: Budgets = Field(description="Lifetime privacy budgets, one for each privacy unit.")
+    run: Run = Field(default=Run(), description="Privacy limits of a single run at this site.")
+    permits: Permits = Field(
+        description="Which contracts the site takes part in, and under which conditions."
+    )
+    performance: Performance = Field(
+        default=Performance(),
+        description="How this machine computes; nothing in it changes a guarantee.",
+    )
+    server: Server | None = Field(
+        default=None,
+        description="The server that the relay connects to; `silotune site join` writes it.",
+    )
 
     @property
     def limits(self) -> dict[Unit, Limit]:

@@ -39,19 +39,35 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Deidentify(Frozen):
     """`[prepare.deidentify]` in site.toml.
 
-    action: for every kind that `actions` does not name. kinds: what is looked for. language: of
-    the texts; "both" looks for everything. least_score: 0 to 1; lower finds more, and more that is
-    nothing. 0.5 is what was measured. model: a folder with a token-classification model of the
-    site's own, which searches beside the rules (client/preparation/entity_model.py); relative to
-    site.toml.
+    The least score of 0.5 is what was measured. The model is read by
+    client/preparation/entity_model.py; its path is relative to site.toml.
     """
 
-    action: Action = "redact"
-    actions: dict[Kind, Action] = Field(default_factory=dict)
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1), Distinct] = KINDS
-    language: Literal["en", "zh", "both"] = "both"
-    least_score: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.5
-    model: Path | None = None
+    action: Action = Field(
+        default="redact",
+        description="What is done with a finding of any kind that actions does not name.",
+    )
+    actions: dict[Kind, Action] = Field(
+        default_factory=dict, description="Action for single kinds, instead of the one in action."
+    )
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1), Distinct] = Field(
+        default=KINDS,
+        description="Kinds of identifying detail that are searched for; all if absent.",
+    )
+    language: Literal["en", "zh", "both"] = Field(
+        default="both",
+        description='Language of the texts, by which rules are chosen; "both" applies all of them.',
+    )
+    least_score: Annotated[float, Field(gt=0, le=1, strict=True)] = Field(
+        default=0.5,
+        description="Smallest score of a finding, above 0 and at most 1; lower values find more, "
+        "false positives included.",
+    )
+    model: Path | None = Field(
+        default=None,
+        description="Folder of the site's own token-classification model, which searches beside "
+        "the rules; none if absent.",
+    )
 
     @model_validator(mode="after")
     def _looked_for(self) -> Self:
@@ -64,15 +80,26 @@ class Deidentify(Frozen):
 
 
 class Prepare(Frozen):
-    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces.
+    """What `silotune site prepare` may do with rows that do not fit, beyond trimming spaces."""
 
-    duplicates: rows that are equal in every column but those that number them. missing_target: rows
-    whose label is empty. outside: cells that the contract's public schema does not know.
-    deidentify: what is taken out of the contract's columns of text.
-    """
-
-    trim: Flag = True
-    duplicates: Literal["report", "drop"] = "report"
-    missing_target: Literal["refuse", "drop"] = "refuse"
-    outside: Literal["refuse", "missing"] = "refuse"
-    deidentify: Deidentify | None = None
+    trim: Flag = Field(
+        default=True, description="Whether spaces at both ends of each cell are removed."
+    )
+    duplicates: Literal["report", "drop"] = Field(
+        default="report",
+        description="Whether rows that are equal in every column but row numbers are only counted "
+        "or dropped.",
+    )
+    missing_target: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="Whether rows with an empty target stop the preparation or are dropped.",
+    )
+    outside: Literal["refuse", "missing"] = Field(
+        default="refuse",
+        description="Whether values outside the contract's public schema stop the preparation or "
+        "become missing.",
+    )
+    deidentify: Deidentify | None = Field(
+        default=None,
+        description="De-identification of the contract's columns of text; none if absent.",
+    )

@@ -33,7 +33,9 @@ _model = click.option(
     type=click.Path(path_type=Path),
     help="Folder of the base model, if it is no packaged one.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
+)
 
 
 @adapter.command()
@@ -54,7 +56,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     default=Path("watch"),
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder of the result.",
+    help="Folder that the result is written to.",
 )
 @_json
 def watch(
@@ -123,7 +125,13 @@ def watch(
 @click.argument("queries", nargs=-1, required=True)
 @_model
 @reading_options
-@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Items a query.")
+@click.option(
+    "-k",
+    default=10,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of items to list for each query.",
+)
 @click.option(
     "--index",
     type=click.Path(path_type=Path),
@@ -173,9 +181,17 @@ def search(
 @_data
 @_model
 @reading_options
-@click.option("--rows", type=click.IntRange(1), help="The first rows alone.")
 @click.option(
-    "--most", default=64, show_default=True, type=click.IntRange(1), help="Tokens of an answer."
+    "--rows",
+    type=click.IntRange(1),
+    help="Number of rows to answer, from the first; all if absent.",
+)
+@click.option(
+    "--most",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Largest number of tokens of an answer.",
 )
 @_json
 def answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -19,16 +20,21 @@ from silotune.common.cli.main import (
     reading_words,
     warning_lines,
 )
+from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
-from silotune.common.runtime.terminal import busy
+from silotune.common.runtime.terminal import busy, echo
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
+
+
+# Named, not imported: a site's side loads only when its file's schema is asked for.
+SITE_POLICY = "silotune.client.site.policy"
 
 
 @click.group()
@@ -73,7 +79,7 @@ def show(contract: Path, as_json: bool) -> None:
 @contract.command()
 @CONTRACT
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
     exit code 2 if there is any.
@@ -98,6 +104,26 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
             ]
         ),
     )
+
+
+@contract.command()
+@click.argument("file", default="contract", type=click.Choice(["contract", "site"]))
+def schema(file: str) -> None:
+    """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
+
+    An editor that knows it completes and checks keys while a file is written. What depends on
+    several keys at once is checked by `silotune contract validate` alone.
+
+    \b
+    $ silotune contract schema > contract.schema.json
+    $ silotune contract schema site > site.schema.json
+    """
+    if file == "site":
+        policy = importlib.import_module(SITE_POLICY).Policy
+        found = types.json_schema(policy, "site.toml of a Silotune site")
+    else:
+        found = types.json_schema(contracts.Contract, "Contract of a Silotune federation")
+    echo(json.dumps(found, indent=1))
 
 
 def named(name: Path) -> Contract:
@@ -138,7 +164,12 @@ def named(name: Path) -> Contract:
     type=click.Path(path_type=Path),
     help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .toml file.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The .toml file to write, which must not exist.",
+)
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option(
     "--task", help="classification, multi-label, tokens, regression, ranking or language."
@@ -154,7 +185,7 @@ def named(name: Path) -> Contract:
 @click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
 @click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
 @click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
-@click.option("--text", help="The column of text.")
+@click.option("--text", help="The column that holds the input text.")
 @click.option(
     "--column",
     "columns",
@@ -167,25 +198,35 @@ def named(name: Path) -> Contract:
     type=int,
     default=10,
     show_default=True,
-    help="Most records of an entity.",
+    help="Largest number of an entity's records that are used.",
 )
-@click.option("--site", "sites", multiple=True, help="Name of a site; once each.")
+@click.option("--site", "sites", multiple=True, help="Name of a site; given once for each site.")
 @click.option("--records", type=int, help="How many records (or entities) a site is to have.")
-@click.option("--epsilon", type=float, default=8.0, show_default=True)
+@click.option(
+    "--epsilon",
+    type=float,
+    default=8.0,
+    show_default=True,
+    help="ε of the guarantee, for each unit of a site and one run.",
+)
 @click.option(
     "--delta",
     type=float,
-    help="By default the largest power of ten that is at most "
+    help="δ of the guarantee. By default the largest power of ten that is at most "
     "1 / (10 x records), and at most 1e-4.",
 )
-@click.option("--masked", is_flag=True, help="Updates leave by secure aggregation.")
+@click.option(
+    "--masked",
+    is_flag=True,
+    help="Whether updates leave by secure aggregation: adds [secure_aggregation].",
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
     help="The base model's folder: texts are then counted in its own tokens.",
 )
 @reading_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def new(
     data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
 ) -> None:

@@ -84,15 +84,15 @@ class Nouns(click.Group):
     epilog="Example:  silotune sim run heart-diagnosis",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="silotune")
+@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+@click.version_option(package_name="silotune", help="Print the version of Silotune and exit.")
 def silotune(debug: bool) -> None:
     """Federated, differentially private fine-tuning across institutions."""
 
 
 @silotune.command()
 @click.argument("code")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def explain(code: str, as_json: bool) -> None:
     """Explain an error code, offline."""
     code = code.upper()

@@ -65,6 +65,7 @@ class Frozen(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def as_toml(value: Any) -> str:
@@ -83,6 +84,27 @@ def kind_or(default: str) -> Callable[[Any], str | None]:
         return default if found is None else str(found)
 
     return kind
+
+
+def json_schema(model: type[BaseModel], title: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration file, for editors and other programs.
+
+    Of tables whose `kind` may be left out several can fit (`kind_or`): it is anyOf, not oneOf.
+    """
+    found = {"$schema": DIALECT, **model.model_json_schema(), "title": title}
+    return {key: _any_fits(value) for key, value in found.items()}
+
+
+def _any_fits(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_any_fits(value) for value in part]
+    if not isinstance(part, dict):
+        return part
+    made = {key: _any_fits(value) for key, value in part.items()}
+    if "oneOf" in made and "discriminator" not in made:
+        alternatives = made.pop("oneOf")
+        made["anyOf"] = [v for at, v in enumerate(alternatives) if v not in alternatives[:at]]
+    return made
 
 
 def read_text(path: Path, what: str) -> str:

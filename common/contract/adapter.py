@@ -29,13 +29,31 @@ class Lora(Frozen):
     B A x is scaled by alpha / rank; by alpha / sqrt(rank) with kind = "rslora" (arXiv 2312.03732).
     """
 
-    kind: Literal["lora", "rslora"] | None = None
-    rank: Count = 8
-    alpha: Positive = 32.0
-    layers: Count = 2
-    targets: Targets
-    seed: int = 0
-    initial: Literal["kaiming"] | None = None
+    kind: Literal["lora", "rslora"] | None = Field(
+        default=None,
+        description='"lora" scales B A x by alpha / rank, "rslora" by alpha / sqrt(rank) (arXiv '
+        '2312.03732); "lora" if absent.',
+    )
+    rank: Count = Field(
+        default=8, description="Rank r of the low-rank factors A [r, in] and B [out, r]."
+    )
+    alpha: Positive = Field(
+        default=32.0, description="Numerator of the factor by which B A x is scaled."
+    )
+    layers: Count = Field(
+        default=2, description="Number of layers that are adapted, counted from the top."
+    )
+    targets: Targets = Field(
+        description="Last parts of the names of the linear layers that are adapted."
+    )
+    seed: int = Field(
+        default=0, description="Seed of the initial factor A, the same at every site."
+    )
+    initial: Literal["kaiming"] | None = Field(
+        default=None,
+        description='Initial A: "kaiming" draws it uniformly as PEFT does; orthonormal rows if '
+        "absent.",
+    )
 
     @property
     def scale(self) -> float:
@@ -55,12 +73,23 @@ class Core(Frozen):
     numbers take less noise than r (in + out).
     """
 
-    kind: Literal["core"]
-    rank: Count = 16
-    alpha: Positive = 16.0
-    layers: Count = 2
-    targets: Targets
-    seed: int = 0
+    kind: Literal["core"] = Field(
+        description="LoRA-XS: frozen singular vectors with a trained core between them."
+    )
+    rank: Count = Field(default=16, description="Rank r of the trained core R [r, r].")
+    alpha: Positive = Field(
+        default=16.0, description="Numerator of the factor alpha / rank by which B R A x is scaled."
+    )
+    layers: Count = Field(
+        default=2, description="Number of layers that are adapted, counted from the top."
+    )
+    targets: Targets = Field(
+        description="Last parts of the names of the linear layers that are adapted."
+    )
+    seed: int = Field(
+        default=0,
+        description="Seed of random initial values; without effect, since none is random here.",
+    )
 
     @property
     def words(self) -> str:
@@ -70,10 +99,19 @@ class Core(Frozen):
 class IA3(Frozen):
     """Outputs of the targets, times 1 + a trained vector (arXiv 2205.05638)."""
 
-    kind: Literal["ia3"]
-    layers: Count = 2
-    targets: Targets
-    seed: int = 0
+    kind: Literal["ia3"] = Field(
+        description="IA3: the targets' outputs are rescaled by trained vectors."
+    )
+    layers: Count = Field(
+        default=2, description="Number of layers that are adapted, counted from the top."
+    )
+    targets: Targets = Field(
+        description="Last parts of the names of the linear layers that are adapted."
+    )
+    seed: int = Field(
+        default=0,
+        description="Seed of random initial values; without effect, since none is random here.",
+    )
 
     @property
     def words(self) -> str:
@@ -83,10 +121,16 @@ class IA3(Frozen):
 class Prefix(Frozen):
     """`length` trained keys and values before those of each adapted layer (arXiv 2101.00190)."""
 
-    kind: Literal["prefix"]
-    layers: Count = 2
-    length: Annotated[int, Field(ge=1, le=128, strict=True)] = 8
-    seed: int = 0
+    kind: Literal["prefix"] = Field(
+        description="Prefix tuning: trained keys and values before those of each adapted layer."
+    )
+    layers: Count = Field(
+        default=2, description="Number of layers that are adapted, counted from the top."
+    )
+    length: Annotated[int, Field(ge=1, le=128, strict=True)] = Field(
+        default=8, description="Number of trained keys and values before each adapted layer's own."
+    )
+    seed: int = Field(default=0, description="Seed of the initial values, the same at every site.")
 
     @property
     def words(self) -> str:
@@ -97,10 +141,17 @@ class Prompt(Frozen):
     """`length` trained tokens before the first of the top `layers` layers; before the text itself
     where those are all (arXiv 2104.08691)."""
 
-    kind: Literal["prompt"]
-    layers: Count = 2
-    length: Annotated[int, Field(ge=1, le=128, strict=True)] = 8
-    seed: int = 0
+    kind: Literal["prompt"] = Field(
+        description="Prompt tuning: trained tokens before the first of the adapted layers."
+    )
+    layers: Count = Field(
+        default=2,
+        description="Number of layers that read the trained tokens, counted from the top.",
+    )
+    length: Annotated[int, Field(ge=1, le=128, strict=True)] = Field(
+        default=8, description="Number of trained tokens before the first adapted layer."
+    )
+    seed: int = Field(default=0, description="Seed of the initial values, the same at every site.")
 
     @property
     def words(self) -> str:

@@ -22,22 +22,35 @@ from silotune.common.contract.training import Fraction, LearningRate
 
 class Adaptive(Frozen):
     """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
-    heavy ball; both moments begin at zero, without correction. `lr` multiplies a step, `tau` is
-    added to the root of the second moment."""
+    heavy ball; both moments begin at zero, without correction."""
 
-    kind: Literal["adam", "yogi"]
-    lr: LearningRate
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.99
-    tau: Annotated[float, Field(ge=1e-9, le=1e3, strict=True)] = 1e-3
+    kind: Literal["adam", "yogi"] = Field(
+        description="Optimiser that the server applies to the mean update."
+    )
+    lr: LearningRate = Field(description="Learning rate of the server's step on the mean update.")
+    beta1: Fraction = Field(
+        default=0.9, description="Decay rate of the first moment of mean updates."
+    )
+    beta2: Fraction = Field(
+        default=0.99, description="Decay rate of the second moment of mean updates."
+    )
+    tau: Annotated[float, Field(ge=1e-9, le=1e3, strict=True)] = Field(
+        default=1e-3, description="Constant τ that is added to the root of the second moment."
+    )
 
 
 class EarlyStop(Frozen):
     """End a run in its last phase when `metric` on the operator's public rows has not been better
     for `patience` evaluations in a row. Nothing private has a part in it."""
 
-    metric: Name
-    patience: Count = 5
+    metric: Name = Field(
+        description="Metric on the operator's public rows that decides about stopping."
+    )
+    patience: Count = Field(
+        default=5,
+        description="Number of evaluations in a row without an improvement after which the run "
+        "ends.",
+    )
 
 
 class PublicGate(Frozen):
@@ -50,8 +63,14 @@ class PublicGate(Frozen):
     It bounds one round's harm. A lie of less than `max_degradation` a round passes it, and one that
     spoils every round leaves no training at all."""
 
-    metric: Name
-    max_degradation: Annotated[float, Field(ge=0, le=1e6, strict=True)]
+    metric: Name = Field(
+        description="Metric on the operator's public rows that accepts or rejects a round's "
+        "aggregate."
+    )
+    max_degradation: Annotated[float, Field(ge=0, le=1e6, strict=True)] = Field(
+        description="Largest loss in the metric that one round's aggregate may cause, in the "
+        "metric's own unit."
+    )
 
 
 class Robust(Frozen):
@@ -59,9 +78,17 @@ class Robust(Frozen):
     Each of them needs to see the updates one by one, so it goes without masks; `max_norm` is the
     norm that "norm" cuts updates to."""
 
-    rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"]
-    byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
-    max_norm: Positive | None = None
+    rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"] = Field(
+        description="Robust aggregation rule that replaces the weighted mean."
+    )
+    byzantine: Annotated[int, Field(ge=1, le=1000, strict=True)] = Field(
+        default=1, description="Number of arbitrarily wrong sites that the rule tolerates."
+    )
+    max_norm: Positive | None = Field(
+        default=None,
+        description='L2 norm to which rule = "norm" clips each update; required with that rule, '
+        "and only with it.",
+    )
 
     @model_validator(mode="after")
     def _bound(self) -> Self:
@@ -92,18 +119,44 @@ class Aggregation(Frozen):
 
     A phase's result is the mean of its iterates from the fraction `averaging_start` on; where A
     moves, a mean of factors would be no mean of products, and it is the last iterate. All act on
-    noised sums only, so they cost no privacy (post-processing). max_update_norm: an unmasked update
-    with a larger L2 norm does not count.
+    noised sums only, so they cost no privacy (post-processing).
     """
 
-    method: Method = "ffa"
-    robust: Robust | None = None
-    server_momentum: Fraction = 0.9
-    server_optimizer: Adaptive | None = None
-    averaging_start: Fraction = 0.5
-    max_update_norm: Positive | None = None
-    early_stop: EarlyStop | None = None
-    gate: PublicGate | None = None
+    method: Method = Field(
+        default="ffa",
+        description="Which LoRA factors are trained, and how the server combines them.",
+    )
+    robust: Robust | None = Field(
+        default=None,
+        description="Robust aggregation against wrong updates, without secure aggregation only; "
+        "the weighted mean if absent.",
+    )
+    server_momentum: Fraction = Field(
+        default=0.9,
+        description="Momentum of the server's heavy ball on the mean update; 0 is plain averaging.",
+    )
+    server_optimizer: Adaptive | None = Field(
+        default=None,
+        description="Adaptive server optimiser instead of the heavy ball; none if absent.",
+    )
+    averaging_start: Fraction = Field(
+        default=0.5,
+        description="Fraction of a phase's rounds after which its iterates enter the mean that "
+        "the phase ends with.",
+    )
+    max_update_norm: Positive | None = Field(
+        default=None,
+        description="Largest L2 norm of an unmasked update that counts; no limit if absent.",
+    )
+    early_stop: EarlyStop | None = Field(
+        default=None,
+        description="Rule that ends a run once its public metric stops improving; none if absent.",
+    )
+    gate: PublicGate | None = Field(
+        default=None,
+        description="Rule that rejects a round's aggregate if a public metric degrades; none if "
+        "absent.",
+    )
 
     def of_other_tasks(self, known: Sequence[str]) -> list[str]:
         """What is wrong with settings that look at a metric on public rows: it is none of these."""
@@ -118,13 +171,22 @@ class SecureAggregation(Frozen):
     """Updates leave masked, and the server learns only their weighted sum
     (common/secagg/participant.py).
 
-    threshold: how many sites must answer for a sum to open; by default floor(2 n / 3) + 1 of n.
-    max_colluding_sites: how many sites may work with the server without seeing more than the sum; 2
-    x threshold must exceed n + max_colluding_sites. bound: the largest entry of an update; a site
-    sends none that exceeds it, and the ring's precision is the bound's
+    A site sends no entry that exceeds the bound, and the ring's precision is the bound's
     (common/secagg/fixed_point.py).
     """
 
-    threshold: Count | None = None
-    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = 0
-    bound: Bound = 16.0
+    threshold: Count | None = Field(
+        default=None,
+        description="Number of sites that must answer for a sum to open; floor(2 n / 3) + 1 of n "
+        "sites if absent.",
+    )
+    max_colluding_sites: Annotated[int, Field(ge=0, le=126, strict=True)] = Field(
+        default=0,
+        description="Number of sites that may collude with the server without seeing more than "
+        "the sum; 2 threshold must exceed n + max_colluding_sites.",
+    )
+    bound: Bound = Field(
+        default=16.0,
+        description="Largest absolute entry of an update; it also sets the precision of the "
+        "fixed-point ring.",
+    )

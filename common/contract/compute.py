@@ -15,29 +15,56 @@ from silotune.common.config.types import Count, Flag, Frozen
 
 
 class Performance(Frozen):
-    """device: "auto" is the first CUDA device, or the CPU without one.
-    bf16: matrix products of frozen and adapted layers in bfloat16; "auto" where the device has it.
-    gradients: how per-example gradients come about (client/training/per_sample_gradients.py).
-    "expanded" is the fastest here; "hooks" and "ghost" are Opacus' own, in float32 only. Ghost
-    clipping never holds a single record's gradient, so its bound is not exact: a site refuses it
-    unless its owner allows that (permits.allow_inexact_clipping).
-    checkpointing: keep only the adapted layers' inputs and run them twice: less memory, more time.
-    compile: true is refused. torch.compile compiles the first widths that it meets and runs later
-    ones as they are, with other roundings; which come first depends on which records were drawn, so
-    a record's gradient would depend on other records.
-    micro_batch: records that are computed at once; every block has exactly so many rows.
-    cache_megabytes: memory for the frozen layers' outputs; what is larger goes to a file in
-    `cache_folder` that no other user can open and that ends with the process.
+    """How per-example gradients come about is in client/training/per_sample_gradients.py.
+    "expanded" is the fastest here. Ghost clipping never holds a single record's gradient, so its
+    bound is not exact: a site refuses it unless its owner allows that
+    (permits.allow_inexact_clipping).
+
+    torch.compile compiles the first widths that it meets and runs later ones as they are, with
+    other roundings; which come first depends on which records were drawn, so a record's gradient
+    would depend on other records.
+
+    The cache's file can be opened by no other user and ends with the process.
     """
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
-    bf16: Literal["auto", "on", "off"] = "auto"
-    gradients: Literal["expanded", "hooks", "ghost"] = "expanded"
-    checkpointing: Flag = False
-    compile: Flag = False
-    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
-    cache_megabytes: Count = 4096
-    cache_folder: Path | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = Field(
+        default="auto",
+        description='"cpu", "cuda" or "cuda:0" and so on; "auto" is the first CUDA device, or the '
+        "CPU without one.",
+    )
+    bf16: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description='Whether matrix products of frozen and adapted layers run in bfloat16; "auto" '
+        "where the device supports it.",
+    )
+    gradients: Literal["expanded", "hooks", "ghost"] = Field(
+        default="expanded",
+        description='How per-example gradients are computed; "hooks" and "ghost" are Opacus\' '
+        "methods, in float32 only.",
+    )
+    checkpointing: Flag = Field(
+        default=False,
+        description="Whether activations are recomputed in the backward pass (activation "
+        "checkpointing): less memory, more time.",
+    )
+    compile: Flag = Field(
+        default=False,
+        description="Must be false: torch.compile would make a record's rounding depend on other "
+        "records.",
+    )
+    micro_batch: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
+        default=16,
+        description="Number of records that are computed at once; every block has exactly so many "
+        "rows.",
+    )
+    cache_megabytes: Count = Field(
+        default=4096,
+        description="Memory in megabytes for the frozen layers' outputs; what exceeds it goes to "
+        "a file.",
+    )
+    cache_folder: Path | None = Field(
+        default=None, description="Folder of the cache's file; state/ beside site.toml if absent."
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

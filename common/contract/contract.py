@@ -55,21 +55,34 @@ from silotune.common.secagg import key_agreement
 
 
 class Site(Frozen):
-    """public_key: the Ed25519 key (32 bytes, hexadecimal) by which the site signs its receipts, and
-    the keys of its masks.
+    """A site of the roster. Where its ε or δ differs from [privacy], its noise follows
+    (silo-specific privacy), so a site that allows less should have less weight. With a `rank` of
+    its own it trains the first so many rows of A and columns of B (zero-padding)."""
 
-    epsilon, delta: what a run may cost this site's units where that differs from [privacy]. Its
-    noise follows (silo-specific privacy), so a site that allows less should have less weight.
-    rank: of LoRA at a site that can bear less than adapter.rank: it trains the first so many rows
-    of A and columns of B, and changes no others (zero-padding, arXiv 2401.06432).
-    """
-
-    name: Name
-    weight: Positive = 1.0
-    public_key: Sha256 | None = None
-    epsilon: Epsilon | None = None
-    delta: Delta | None = None
-    rank: Count | None = None
+    name: Name = Field(description="Name of the site, unique within the contract.")
+    weight: Positive = Field(
+        default=1.0,
+        description="Public weight of the site's update in the mean, relative to the other sites' "
+        "weights.",
+    )
+    public_key: Sha256 | None = Field(
+        default=None,
+        description="Ed25519 public key (32 bytes, hexadecimal) that verifies the site's receipts "
+        "and mask keys.",
+    )
+    epsilon: Epsilon | None = Field(
+        default=None,
+        description="ε that one run may cost each unit of this site, where it differs from "
+        "privacy.epsilon.",
+    )
+    delta: Delta | None = Field(
+        default=None, description="δ of this site's guarantee, where it differs from privacy.delta."
+    )
+    rank: Count | None = Field(
+        default=None,
+        description="LoRA rank that this site trains, at most adapter.rank; the remaining rows "
+        "and columns stay unchanged (arXiv 2401.06432).",
+    )
 
 
 class Contract(Frozen):
@@ -79,20 +92,56 @@ class Contract(Frozen):
     contracts are the same if their `hash` is.
     """
 
-    format: Literal[1]
-    name: Name
-    task: Task
-    input: Input
-    model: Model
-    adapter: Adapter | None = None
-    privacy: Privacy
-    phases: tuple[Phase, ...] = Field(min_length=1)
-    releases: tuple[Released, ...] = ()
-    aggregation: Aggregation = Aggregation()
-    secure_aggregation: SecureAggregation | None = None
-    quorum: Count
-    deadline_seconds: Positive = 600.0
-    sites: tuple[Site, ...] = Field(min_length=1)
+    format: Literal[1] = Field(
+        description="Version of the contract's file format; 1 is the only one."
+    )
+    name: Name = Field(description="Name of the contract, shown in reports and part of its hash.")
+    task: Task = Field(
+        description="The learning task, its target column and its public labels or bounds."
+    )
+    input: Input = Field(
+        description="The input columns and the public schema by which they are read."
+    )
+    model: Model = Field(description="The frozen base model and how an input becomes features.")
+    adapter: Adapter | None = Field(
+        default=None,
+        description="The parameter-efficient adapter that is trained in the base model's layers; "
+        "without it only the head is trained.",
+    )
+    privacy: Privacy = Field(
+        description="The differential privacy guarantee that every site gives, and how gradients "
+        "are clipped."
+    )
+    phases: tuple[Phase, ...] = Field(
+        min_length=1,
+        description="The training phases, one after the other; each trains the same tensors in "
+        "all its rounds.",
+    )
+    releases: tuple[Released, ...] = Field(
+        default=(),
+        description="Training metrics that leave a site with its update, bounded, noised and paid "
+        "for.",
+    )
+    aggregation: Aggregation = Field(
+        default=Aggregation(),
+        description="How the server combines the sites' updates and applies the mean.",
+    )
+    secure_aggregation: SecureAggregation | None = Field(
+        default=None,
+        description="Secure aggregation of the updates; without it the server sees each site's "
+        "update.",
+    )
+    quorum: Count = Field(
+        description="Number of sites that must answer for a round to count, at most the number of "
+        "sites."
+    )
+    deadline_seconds: Positive = Field(
+        default=600.0,
+        description="Seconds that the server waits for the sites' answers in one round.",
+    )
+    sites: tuple[Site, ...] = Field(
+        min_length=1, description="The sites that take part: the roster."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

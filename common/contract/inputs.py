@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from silotune.common.config.types import Frozen, Number
 
@@ -15,6 +15,23 @@ def _pairs(values: Any) -> Any:
     return tuple(values.items()) if isinstance(values, dict) else values
 
 
+TABLE_OR_PAIRS = {  # in TOML and in JSON, in a JSON Schema
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 2},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [{"type": "string"}, {"type": "string"}],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+            "minItems": 2,
+        },
+    ]
+}
+
+
 class NumberColumn(Frozen):
     """A number told in words by public bin edges.
 
@@ -22,12 +39,21 @@ class NumberColumn(Frozen):
     len(edges) + 1. Values below `lowest` count as missing (a cholesterol of 0, say).
     """
 
-    kind: Literal["number"] = "number"
-    name: str
-    phrase: str
-    edges: tuple[Number, ...] = Field(min_length=1)
-    words: tuple[str, ...]
-    lowest: Number | None = None
+    kind: Literal["number"] = Field(
+        default="number", description="A numeric column, which public bin edges turn into words."
+    )
+    name: str = Field(description="Name of the column in the records' header.")
+    phrase: str = Field(description="Words that name the column in the text that the model reads.")
+    edges: tuple[Number, ...] = Field(
+        min_length=1,
+        description="Public bin edges in increasing order; a value belongs to the bin above the "
+        "last edge that it reaches.",
+    )
+    words: tuple[str, ...] = Field(description="Words for each bin, one more than there are edges.")
+    lowest: Number | None = Field(
+        default=None,
+        description="Smallest valid value; smaller ones count as missing. All are valid if absent.",
+    )
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
@@ -48,10 +74,18 @@ class NumberColumn(Frozen):
 class CategoryColumn(Frozen):
     """A category: raw value -> the words that stand for it, in an order that the hash covers."""
 
-    kind: Literal["category"] = "category"
-    name: str
-    phrase: str
-    values: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)] = Field(min_length=2)
+    kind: Literal["category"] = Field(
+        default="category", description="A categorical column, whose raw values map to words."
+    )
+    name: str = Field(description="Name of the column in the records' header.")
+    phrase: str = Field(description="Words that name the column in the text that the model reads.")
+    values: Annotated[
+        tuple[tuple[str, str], ...], BeforeValidator(_pairs), WithJsonSchema(TABLE_OR_PAIRS)
+    ] = Field(
+        min_length=2,
+        description="Each raw value and the words that stand for it, in an order that the hash "
+        "covers.",
+    )
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -80,9 +114,16 @@ Column = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
 class TableInput(Frozen):
     """Rows of a table. `missing` is the word for an absent value; "" leaves the column out."""
 
-    kind: Literal["table"] = "table"
-    columns: tuple[Column, ...] = Field(min_length=1)
-    missing: str = "unknown"
+    kind: Literal["table"] = Field(
+        default="table", description="The input is a table, each row of which becomes a text."
+    )
+    columns: tuple[Column, ...] = Field(
+        min_length=1, description="The input columns and how their values become words."
+    )
+    missing: str = Field(
+        default="unknown",
+        description='Word for an absent value; "" leaves the column out of the text.',
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -96,22 +137,30 @@ class TableInput(Frozen):
 class TextInput(Frozen):
     """Free text in one column: a message, a sentence's words between spaces, a question."""
 
-    kind: Literal["text"] = "text"
-    column: str
+    kind: Literal["text"] = Field(
+        default="text", description="The input is free text in a single column."
+    )
+    column: str = Field(description="Name of the column that holds the text.")
 
 
 class PairInput(Frozen):
     """Two texts a record: a question and an answer, a user and an item.
 
-    by: "cross" reads them as one sequence; "bi" reads each by itself and multiplies the two feature
-    vectors entry by entry, so that the head's weights make a dot product of them, and what stands
+    With by = "bi" the head's weights make a dot product of the two feature vectors, and what stands
     on one side can be indexed once for all queries.
     """
 
-    kind: Literal["pair"] = "pair"
-    first: str
-    second: str
-    by: Literal["cross", "bi"] = "cross"
+    kind: Literal["pair"] = Field(
+        default="pair",
+        description="The input is a pair of texts, such as a question and an answer.",
+    )
+    first: str = Field(description="Name of the column that holds the first text.")
+    second: str = Field(description="Name of the column that holds the second text.")
+    by: Literal["cross", "bi"] = Field(
+        default="cross",
+        description='"cross" encodes both texts as one sequence; "bi" encodes each separately and '
+        "multiplies the two feature vectors entry by entry.",
+    )
 
     @model_validator(mode="after")
     def _two(self) -> Self:

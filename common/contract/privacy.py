@@ -72,10 +72,20 @@ class Entity(Frozen):
     once: whatever an entity's rows hold, it moves the sum by at most the clip norm.
     """
 
-    key: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
-    max_records_per_entity: Count
-    select: Literal["first", "last"] = "first"
-    reduce: Literal["mean", "sum"] = "mean"
+    key: Annotated[tuple[str, ...], Field(min_length=1), Distinct] = Field(
+        description="Columns whose equal values mark the rows of one entity."
+    )
+    max_records_per_entity: Count = Field(
+        description="Largest number of an entity's rows that are used; further rows are left out."
+    )
+    select: Literal["first", "last"] = Field(
+        default="first",
+        description="Which of an entity's rows are used, in the file's order, if it has more.",
+    )
+    reduce: Literal["mean", "sum"] = Field(
+        default="mean",
+        description="How the gradients of an entity's rows are combined before they are clipped.",
+    )
 
 
 class AdaptiveClipping(Frozen):
@@ -89,11 +99,25 @@ class AdaptiveClipping(Frozen):
     The guarantee holds for any C that a server asks for: the noise is a multiple of it.
     """
 
-    quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
-    lr: Annotated[float, Field(gt=0, le=10, strict=True)] = 0.2
-    share: Share = 0.05
-    min_clip_norm: Bound = 1e-3
-    max_clip_norm: Bound = 1.0
+    quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = Field(
+        default=0.5, description="Target share of units whose gradients are not clipped."
+    )
+    lr: Annotated[float, Field(gt=0, le=10, strict=True)] = Field(
+        default=0.2,
+        description="Learning rate of the clip norm's geometric update after each round.",
+    )
+    share: Share = Field(
+        default=0.05,
+        description="Share of each step's privacy budget that pays for the noised share of "
+        "unclipped units.",
+    )
+    min_clip_norm: Bound = Field(
+        default=1e-3, description="Lower bound of the clip norm, an L2 norm."
+    )
+    max_clip_norm: Bound = Field(
+        default=1.0,
+        description="Upper bound of the clip norm, which sites compare with permits.max_clip_norm.",
+    )
 
 
 class Privacy(Frozen):
@@ -103,21 +127,50 @@ class Privacy(Frozen):
     `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
     noise, divided by the public constant `expected_units` (how many units a site is expected to
     have: records or entities) times the sampling rate. mode "none" trains without clipping or
-    noise, for comparison; a site refuses it unless its owner allows it.
-
-    allow_large_delta: permits a delta of 1 / expected_units or more, with which publishing one
-    whole record of a site would satisfy the guarantee (`size_of_delta`).
+    noise, for comparison; a site refuses it unless its owner allows it. A delta of 1 /
+    expected_units or more needs `allow_large_delta` (`size_of_delta`).
     """
 
-    mode: Literal["dp", "none"] = "dp"
-    unit: Unit = "record"
-    entity: Entity | None = None
-    epsilon: Epsilon = 8.0
-    delta: Delta = 1e-4
-    allow_large_delta: Literal[True] | None = None
-    clip_norm: Bound = 1.0
-    adaptive: AdaptiveClipping | None = None
-    expected_units: Positive
+    mode: Literal["dp", "none"] = Field(
+        default="dp",
+        description='"dp" clips and noises; "none" does neither and gives no guarantee, for '
+        "comparison alone.",
+    )
+    unit: Unit = Field(
+        default="record",
+        description="Privacy unit: what is added or removed between two neighbouring data sets.",
+    )
+    entity: Entity | None = Field(
+        default=None,
+        description='How rows belong to entities; required with unit = "entity", and only then.',
+    )
+    epsilon: Epsilon = Field(
+        default=8.0,
+        description="ε of the guarantee: an upper bound on the privacy loss of one run for each "
+        "unit of a site.",
+    )
+    delta: Delta = Field(
+        default=1e-4,
+        description="δ of the guarantee; at most 1 / (10 expected_units) is recommended.",
+    )
+    allow_large_delta: Literal[True] | None = Field(
+        default=None,
+        description="true permits a δ of 1 / expected_units or more, with which publishing one "
+        "whole record would satisfy the guarantee; refused if absent.",
+    )
+    clip_norm: Bound = Field(
+        default=1.0,
+        description="Largest L2 norm of a unit's gradient; the first one with adaptive clipping.",
+    )
+    adaptive: AdaptiveClipping | None = Field(
+        default=None,
+        description="Adaptive clipping, where the clip norm follows a quantile of gradient norms; "
+        "constant if absent.",
+    )
+    expected_units: Positive = Field(
+        description="Public number of units that a site is expected to have; noised sums are "
+        "divided by it times the sampling rate."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -148,6 +201,12 @@ class Released(Frozen):
     over the public expected batch.
     """
 
-    metric: Literal["loss", "accuracy"]
-    share: Share
-    bound: Bound = 1.0
+    metric: Literal["loss", "accuracy"] = Field(
+        description="Metric of the sampled units that is released with each update."
+    )
+    share: Share = Field(
+        description="Share of each step's privacy budget that pays for this metric."
+    )
+    bound: Bound = Field(
+        default=1.0, description="Upper bound to which each unit's value is clipped."
+    )

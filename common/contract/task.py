@@ -43,8 +43,10 @@ def worth(metric: str, value: float) -> float:
 class Label(Frozen):
     """One public class: its name and the raw values in the label column that mean it."""
 
-    name: Name
-    values: Annotated[tuple[str, ...], Field(min_length=1), Cells]
+    name: Name = Field(description="Name of the class, as reports and predictions show it.")
+    values: Annotated[tuple[str, ...], Field(min_length=1), Cells] = Field(
+        description="Raw values in the label column that stand for this class."
+    )
 
 
 def _distinct(labels: tuple[Label, ...]) -> None:
@@ -64,8 +66,7 @@ def _one_weight_each(weights: Sequence[float] | None, classes: Sequence[object],
 
 
 class Classification(Frozen):
-    """One of the labels a record. class_weights: what each label's records count in training, and
-    in a loss that a site releases, in their order."""
+    """One of the labels a record."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "auc",
@@ -75,11 +76,25 @@ class Classification(Frozen):
         "calibration",
         "loss",
     )
-    kind: Literal["classification"] = "classification"
-    label_column: str
-    labels: tuple[Label, ...] = Field(min_length=2)
-    class_weights: tuple[Positive, ...] | None = None
-    label_smoothing: Smoothing | None = None
+    kind: Literal["classification"] = Field(
+        default="classification",
+        description="Single-label classification: each record has exactly one of the labels; the "
+        "default kind.",
+    )
+    label_column: str = Field(description="Name of the column that holds the record's label.")
+    labels: tuple[Label, ...] = Field(
+        min_length=2, description="The public classes, in the order of the model's outputs."
+    )
+    class_weights: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="Weight of each label's records in training and in a released loss, in the "
+        "order of labels; equal if absent.",
+    )
+    label_smoothing: Smoothing | None = Field(
+        default=None,
+        description="Share of the target probability that is spread evenly over all labels; none "
+        "if absent.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -113,10 +128,19 @@ class MultiLabel(Frozen):
         "exact_match",
         "loss",
     )
-    kind: Literal["multi-label"] = "multi-label"
-    label_column: str
-    labels: tuple[Label, ...] = Field(min_length=2)
-    separator: Annotated[str, Field(min_length=1, max_length=4)] = "|"
+    kind: Literal["multi-label"] = Field(
+        default="multi-label",
+        description="Multi-label classification: each record has any number of the labels.",
+    )
+    label_column: str = Field(
+        description="Name of the column that holds the record's labels, joined by the separator."
+    )
+    labels: tuple[Label, ...] = Field(
+        min_length=2, description="The public labels, in the order of the model's outputs."
+    )
+    separator: Annotated[str, Field(min_length=1, max_length=4)] = Field(
+        default="|", description="Text between two labels in one cell of the label column."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,10 +179,7 @@ class MultiLabel(Frozen):
 class Tokens(Frozen):
     """A label for each word: the tags B-x and I-x of the entities, and O. Words stand between
     spaces in the input's column, as many tags in the label column. Tags of other schemes are read
-    as those of IOB2 (common/formats/tag_schemes.py), in which scores are computed, too.
-    class_weights: what a word of each tag counts in training, and in a loss that a site releases,
-    in the order O, B-x, I-x of the first entity, and so on.
-    """
+    as those of IOB2 (common/formats/tag_schemes.py), in which scores are computed, too."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "f1",
@@ -167,10 +188,21 @@ class Tokens(Frozen):
         "accuracy",
         "loss",
     )
-    kind: Literal["tokens"] = "tokens"
-    label_column: str
-    entities: tuple[Name, ...] = Field(min_length=1)
-    class_weights: tuple[Bound, ...] | None = Field(default=None, min_length=1)
+    kind: Literal["tokens"] = Field(
+        default="tokens", description="Token classification: each word of a text has a tag."
+    )
+    label_column: str = Field(
+        description="Name of the column that holds one tag for each word, between spaces."
+    )
+    entities: tuple[Name, ...] = Field(
+        min_length=1, description="Entity types; each has the tags B-x and I-x."
+    )
+    class_weights: tuple[Bound, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Weight of each tag's words in training and in a released loss, in the order "
+        "O, B-x, I-x of the first entity, and so on; equal if absent.",
+    )
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -223,11 +255,22 @@ class Regression(Frozen):
         "rmse",
         "loss",
     )
-    kind: Literal["regression"] = "regression"
-    label_column: str
-    lowest: Number
-    highest: Number
-    log: Flag | None = None
+    kind: Literal["regression"] = Field(
+        default="regression",
+        description="Regression: each record has a number between public bounds.",
+    )
+    label_column: str = Field(description="Name of the column that holds the number to predict.")
+    lowest: Number = Field(
+        description="Public lower bound of the target; smaller values count as it."
+    )
+    highest: Number = Field(
+        description="Public upper bound of the target; larger values count as it."
+    )
+    log: Flag | None = Field(
+        default=None,
+        description="Whether the model learns log(1 + number) instead of the number; false if "
+        "absent.",
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -283,8 +326,8 @@ class Regression(Frozen):
 
 
 class Ranking(Frozen):
-    """Does the second text of a pair belong to the first? `relevant` are the raw values that say
-    so, `others` those that do not; candidates are ranked among those with the same `query`."""
+    """Does the second text of a pair belong to the first? Candidates are ranked among those of the
+    same query."""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "mrr",
@@ -293,11 +336,22 @@ class Ranking(Frozen):
         "auc",
         "loss",
     )
-    kind: Literal["ranking"] = "ranking"
-    label_column: str
-    query_column: str
-    relevant: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells]
-    others: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells]
+    kind: Literal["ranking"] = Field(
+        default="ranking",
+        description="Ranking: the candidates of each query are ordered by relevance.",
+    )
+    label_column: str = Field(
+        description="Name of the column that says whether a pair is relevant."
+    )
+    query_column: str = Field(
+        description="Name of the column whose equal values group the candidates of one query."
+    )
+    relevant: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells] = Field(
+        description="Raw values in the label column that mark a relevant pair."
+    )
+    others: Annotated[tuple[str, ...], Field(min_length=1), Distinct, Cells] = Field(
+        description="Raw values in the label column that mark a pair as not relevant."
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
@@ -335,9 +389,16 @@ class Language(Frozen):
         "perplexity",
         "loss",
     )
-    kind: Literal["language"] = "language"
-    label_column: str
-    system: str | None = None
+    kind: Literal["language"] = Field(
+        default="language",
+        description="Language modelling: a causal language model learns an answer to each prompt.",
+    )
+    label_column: str = Field(description="Name of the column that holds the answer to learn.")
+    system: str | None = Field(
+        default=None,
+        description="System message before every prompt, put into the model's chat template; none "
+        "if absent.",
+    )
 
     @property
     def answers(self) -> str:

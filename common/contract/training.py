@@ -29,9 +29,17 @@ class Adam(Frozen):
     squared (client/training/dp_adam.py). It needs several local steps to be of use.
     """
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    floor: Annotated[float, Field(ge=1e-15, le=1e6, strict=True)] = 1e-3
+    beta1: Fraction = Field(
+        default=0.9, description="Decay rate of the first moment, the mean of gradients."
+    )
+    beta2: Fraction = Field(
+        default=0.999, description="Decay rate of the second moment, the mean of squared gradients."
+    )
+    floor: Annotated[float, Field(ge=1e-15, le=1e6, strict=True)] = Field(
+        default=1e-3,
+        description="Lower bound of the root of the second moment after the noise's variance is "
+        "subtracted.",
+    )
 
 
 class Schedule(Frozen):
@@ -40,9 +48,21 @@ class Schedule(Frozen):
     `final_factor` is what one more
     round would have: a round at rate 0 would be paid for and change nothing."""
 
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_rounds: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
-    final_factor: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    shape: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="Course of the learning rates after the warmup: constant, linear decay or "
+        "cosine decay.",
+    )
+    warmup_rounds: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = Field(
+        default=0,
+        description="Rounds in which the learning rates rise linearly from 0; fewer than the "
+        "phase's rounds.",
+    )
+    final_factor: Annotated[float, Field(ge=0, le=1, strict=True)] = Field(
+        default=0.0,
+        description="Factor of the learning rates that one more round after the phase's last "
+        "would have.",
+    )
 
     def factor(self, place: int, rounds: int) -> float:
         """For the 1-based round `place` of a phase of `rounds`."""
@@ -81,20 +101,65 @@ class Phase(Frozen):
     a part stays, public metrics are of the rest.
     """
 
-    trains: Literal["head", "head+adapter", "adapter"]
-    rounds: Count
-    sampling_rate: SamplingRate
-    local_steps: Count = 1
-    budget_share: Rate = 1.0
-    noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = None
-    head_lr: LearningRate | None = None
-    adapter_lr: LearningRate | None = None
-    adam: Adam | None = None
-    schedule: Schedule | None = None
-    proximal_mu: Positive | None = None
-    drift_correction: Literal["scaffold"] | None = None
-    personal: Literal["head", "adapter", "mean-regularised"] | None = None
-    dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    trains: Literal["head", "head+adapter", "adapter"] = Field(
+        description="Tensors that are trained: the head, the adapter, or both."
+    )
+    rounds: Count = Field(description="Number of rounds of the phase, at least one.")
+    sampling_rate: SamplingRate = Field(
+        description="Probability with which each local step samples each unit (Poisson sampling)."
+    )
+    local_steps: Count = Field(
+        default=1, description="Number of gradient steps that a site takes in a round."
+    )
+    budget_share: Rate = Field(
+        default=1.0,
+        description="Share of the privacy budget that the phase spends; the shares sum to 1.",
+    )
+    noise_decay: Annotated[float, Field(ge=0.5, le=1, strict=True)] | None = Field(
+        default=None,
+        description="Ratio of each round's noise multiplier to that of the round before; constant "
+        "noise if absent.",
+    )
+    head_lr: LearningRate | None = Field(
+        default=None,
+        description="Learning rate of the head; required where the head is trained, and only "
+        "there.",
+    )
+    adapter_lr: LearningRate | None = Field(
+        default=None,
+        description="Learning rate of the adapter; required where the adapter is trained, and "
+        "only there.",
+    )
+    adam: Adam | None = Field(
+        default=None,
+        description="Adam within a round, corrected for the noise's variance; plain gradient "
+        "steps if absent.",
+    )
+    schedule: Schedule | None = Field(
+        default=None,
+        description="Learning rate schedule over the phase's rounds; constant rates if absent.",
+    )
+    proximal_mu: Positive | None = Field(
+        default=None,
+        description="Strength μ of FedProx's proximal term, which pulls each local step towards "
+        "the received model; none if absent.",
+    )
+    drift_correction: Literal["scaffold"] | None = Field(
+        default=None,
+        description='"scaffold" corrects each local step for client drift (arXiv 1910.06378, '
+        "option II); none if absent.",
+    )
+    personal: Literal["head", "adapter", "mean-regularised"] | None = Field(
+        default=None,
+        description='What each site keeps for itself in the last phase: its "head", its '
+        '"adapter", or with "mean-regularised" a copy of all that is trained; nothing '
+        "if absent.",
+    )
+    dropout: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
+        default=None,
+        description="Share of the head's inputs that are dropped in a step, the same inputs for "
+        "all its records; none if absent.",
+    )
 
     @model_validator(mode="after")
     def _rates(self) -> Self:

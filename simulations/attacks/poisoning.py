@@ -52,17 +52,31 @@ SHARE = 2  # every second record of a backdoored site carries the trigger
 
 
 class Poison(Frozen):
-    """sites: how many of the roster's first; 0 to know what a backdoor's figure is without one.
-    trigger: words before the text, or "column=value" of a
-    table. label: the attacker's, by name. every: a lie in the update is told in each so-manieth
-    round alone."""
+    """An attack by the first sites of the roster."""
 
-    kind: Literal["labels", "backdoor", "sign", "scale", "bound"]
-    sites: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
-    factor: Positive = 10.0
-    trigger: Annotated[str, Field(min_length=1)] | None = None
-    label: Annotated[str, Field(min_length=1)] | None = None
-    every: Count | None = None
+    kind: Literal["labels", "backdoor", "sign", "scale", "bound"] = Field(
+        description="Attack on the training rows or on the updates."
+    )
+    sites: Annotated[int, Field(ge=0, le=1000, strict=True)] = Field(
+        default=1,
+        description="Number of attacking sites, the first of the roster; 0 measures a backdoor "
+        "without an attacker.",
+    )
+    factor: Positive = Field(
+        default=10.0, description="Factor by which an update is scaled in the attacks on updates."
+    )
+    trigger: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description='Backdoor trigger: words before the text, or "column=value" of a table.',
+    )
+    label: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Name of the label that the attacker wants triggered rows to get."
+    )
+    every: Count | None = Field(
+        default=None,
+        description="Number of rounds from one attack on an update to the next; each round if "
+        "absent.",
+    )
 
     @property
     def by(self) -> float:

@@ -37,9 +37,20 @@ class Partition(Frozen):
     quantity  the sites' sizes are shares from Dirichlet(alpha), the rows drawn at random
     """
 
-    kind: Literal["natural", "iid", "labels", "column", "quantity"] = "natural"
-    alpha: Positive | None = None
-    column: Annotated[str, Field(min_length=1)] | None = None
+    kind: Literal["natural", "iid", "labels", "column", "quantity"] = Field(
+        default="natural",
+        description="How the training rows are dealt to the sites; as in the recipe's data by "
+        "default.",
+    )
+    alpha: Positive | None = Field(
+        default=None,
+        description="Concentration α of the Dirichlet distribution; smaller is more skewed. Only "
+        'with "labels", "column" and "quantity".',
+    )
+    column: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description='Input column by whose values rows are dealt; only with kind = "column".',
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> Self:

@@ -27,20 +27,38 @@ Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 
 class StudyArm(Frozen):
-    """What differs from the recipe's contract; an empty section is left out. no_dp: what differs
-    besides without DP, where other rates are right. lr_scale: what its phases' learning rates are
-    multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the rows of
-    all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract` sets
-    it."""
+    """One configuration of a study: what differs from the recipe's contract."""
 
-    about: str = ""
-    contract: dict[str, Any] = Field(default_factory=dict)
-    no_dp: dict[str, Any] = Field(default_factory=dict)
-    lr_scale: dict[Annotated[float, Field(gt=0)], Positive] = Field(default_factory=dict)
-    rows: Literal["federated", "alone", "pooled"] = "federated"
-    epsilons: tuple[Budget, ...] = ()
-    masked: bool = False
-    poison: Poison | None = None
+    about: str = Field(default="", description="Text about the arm that the study's report shows.")
+    contract: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings that differ from the recipe's contract; an empty section is left "
+        "out.",
+    )
+    no_dp: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings that also differ in the arm without differential privacy, such as "
+        "learning rates.",
+    )
+    lr_scale: dict[Annotated[float, Field(gt=0)], Positive] = Field(
+        default_factory=dict,
+        description="Factor of the phases' learning rates at an ε; 1 where an ε is absent.",
+    )
+    rows: Literal["federated", "alone", "pooled"] = Field(
+        default="federated",
+        description="Who trains: all sites together, each alone, or one with all sites' rows.",
+    )
+    epsilons: tuple[Budget, ...] = Field(
+        default=(), description="Values of ε at which the arm runs; all of the study's if empty."
+    )
+    masked: bool = Field(
+        default=False,
+        description="Whether updates are sent by secure aggregation, with the settings in "
+        "contract.",
+    )
+    poison: Poison | None = Field(
+        default=None, description="Attack by some of the sites; all are honest if absent."
+    )
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -54,18 +72,40 @@ class StudyArm(Frozen):
 
 
 class Study(Frozen):
-    title: str
-    recipe: Name
-    repeats: Count = 5
-    evaluate_every: Count = 5
-    sites: Count | None = None  # so many instead of the recipe's: the rows must be dealt anew
-    by_site: bool = False  # whether the table has each site's own rows, too
-    validation: bool = False  # scored on a quarter of the training rows: rates are chosen by that
-    epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
-    partitions: dict[Name, Partition] = Field(
-        default_factory=lambda: {"natural": Partition()}, min_length=1
+    title: str = Field(description="Title of the study, as its report shows it.")
+    recipe: Name = Field(description="Name of the recipe whose contract and data the study varies.")
+    repeats: Count = Field(
+        default=5, description="Number of runs of each cell, which differ in their seeds."
     )
-    arms: dict[Name, StudyArm] = Field(min_length=1)
+    evaluate_every: Count = Field(
+        default=5, description="Number of rounds between two evaluations on the public test rows."
+    )
+    sites: Count | None = Field(
+        default=None,
+        description="Number of sites among which the rows are dealt; the recipe's sites if absent.",
+    )
+    by_site: bool = Field(
+        default=False,
+        description="Whether the table also shows the metric on each site's own rows.",
+    )
+    validation: bool = Field(
+        default=False,
+        description="Whether runs are scored on a quarter of the training rows, to choose "
+        "learning rates by.",
+    )
+    epsilons: tuple[Budget, ...] = Field(
+        default=(math.inf, 8.0, 3.0, 1.0),
+        min_length=1,
+        description="Values of ε at which each arm runs; infinity is without differential privacy.",
+    )
+    partitions: dict[Name, Partition] = Field(
+        default_factory=lambda: {"natural": Partition()},
+        min_length=1,
+        description="Ways of dealing the training rows to the sites, by name.",
+    )
+    arms: dict[Name, StudyArm] = Field(
+        min_length=1, description="The compared configurations, by name; at least one."
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
