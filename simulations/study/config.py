@@ -28,10 +28,10 @@ Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 class StudyArm(Frozen):
     """What differs from the recipe's contract; an empty section is left out. no_dp: what differs
-    besides without DP, where other rates are right. lr_scale: what its phases' learning rates are
-    multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the rows of
-    all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract` sets
-    it."""
+    in addition without DP, where other rates are right. lr_scale: what its phases' learning rates
+    are multiplied by at an ε. rows: who trains, all sites together, each alone, or one with the
+    rows of all. epsilons: if not all of the study's. masked: with secure aggregation, as `contract`
+    sets it."""
 
     about: str = ""
     contract: dict[str, Any] = Field(default_factory=dict)
@@ -58,7 +58,7 @@ class Study(Frozen):
     recipe: Name
     repeats: Count = 5
     evaluate_every: Count = 5
-    sites: Count | None = None  # so many instead of the recipe's: the rows must be dealt anew
+    sites: Count | None = None  # so many instead of the recipe's: the rows must be re-partitioned
     by_site: bool = False  # whether the table has each site's own rows, too
     validation: bool = False  # scored on a quarter of the training rows: rates are chosen by that
     epsilons: tuple[Budget, ...] = Field(default=(math.inf, 8.0, 3.0, 1.0), min_length=1)
