@@ -236,6 +236,9 @@ contract, never widen one. After each change run `silotune site sign`. For edito
 
 # The command line
 
+# click keeps a command's help option as it is first asked for it, for the whole process.
+SETTINGS: dict[str, Any] = dict(silotune.context_settings)
+
 
 def commands(
     command: click.Command = silotune, path: tuple[str, ...] = ("silotune",)
@@ -243,7 +246,7 @@ def commands(
     """Every command with its path, groups included."""
     yield path, command
     if isinstance(command, click.Group):
-        with click.Context(command) as context:
+        with click.Context(command, **SETTINGS) as context:
             for name in command.list_commands(context):
                 found = command.get_command(context, name)
                 if found is not None and not found.hidden:
@@ -269,7 +272,7 @@ def cli() -> str:
         "says what to do, and [Error codes](errors.md) lists all of them.",
     ]
     for path, command in commands():
-        with click.Context(command, info_name=" ".join(path)) as context:
+        with click.Context(command, info_name=" ".join(path), **SETTINGS) as context:
             depth = "##" if len(path) <= 2 else "###"
             made.append(f"{depth} {' '.join(path)}")
             usage = " ".join(command.collect_usage_pieces(context))

@@ -39,11 +39,11 @@ def spent(config: Path, as_json: bool) -> None:
     limits = policy.limits
     rows: list[dict[str, Any]] = []
     for entry in ledger.lineages().values():
-        purse = Budget(ledger, ledger.lineage(entry), entry.unit)
+        budget = Budget(ledger, ledger.lineage(entry), entry.unit)
         # Without a budget for the unit any more: at the one that there is.
         limit = limits.get(entry.unit) or next(iter(limits.values()))
         charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
-        epsilon = purse.spent(limit.delta)
+        epsilon = budget.spent(limit.delta)
         rows.append(
             {
                 "records": entry.source,
@@ -55,8 +55,8 @@ def spent(config: Path, as_json: bool) -> None:
                 "rounds": len(charges),
                 "not_released": sum(c.sequence not in ledger.releases for c in charges),
                 "epsilon_rdp": _finite(epsilon),
-                "epsilon_prv": _finite(purse.tight(limit.delta)),
-                "room": purse.room(limit),
+                "epsilon_prv": _finite(budget.tight(limit.delta)),
+                "room": budget.room(limit),
             }
         )
     facts = {

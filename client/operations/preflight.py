@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from silotune.client.operations.server_probe import shake
-from silotune.client.privacy import accountant, budget, record_ids
-from silotune.client.privacy.budget import Budget, Limit
+from silotune.client.privacy import accountant, record_ids
+from silotune.client.privacy.budget import Budget, Limit, order_of
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_ids import Lineage
@@ -586,10 +586,10 @@ def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) 
             "nothing is left of any budget for these records",
         )
     unit = contract.privacy.unit
-    limit, purse = policy.limits[unit], Budget(ledger, found, unit)
+    limit, budget = policy.limits[unit], Budget(ledger, found, unit)
     plan = accountant.plan(contract, policy.target(contract))
-    order = ledger.order or budget.order_of(plan, limit)
-    spent, together = purse.spent(limit.delta), purse.together(plan, order, limit.delta)
+    order = ledger.order or order_of(plan, limit)
+    spent, together = budget.spent(limit.delta), budget.together(plan, order, limit.delta)
     text = (
         f"this plan {epsilon_text(accountant.epsilon(plan, limit.delta))} · "
         f"spent before {epsilon_text(spent)} · "
@@ -597,10 +597,10 @@ def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) 
         f"limit {epsilon_text(limit.epsilon)}"
     )
     try:
-        purse.check(plan, order, limit, "this plan")
+        budget.check(plan, order, limit, "this plan")
     except RefusalError as error:
-        fix = _alternatives(purse, plan, order, limit, policy, contract)
-        if reasons := purse.reasons():
+        fix = _alternatives(budget, plan, order, limit, policy, contract)
+        if reasons := budget.reasons():
             text += "".join(f"; {reason}" for reason in reasons)
             fix += (
                 "; records are compared if data.key names the same columns that identify a record "
@@ -611,7 +611,7 @@ def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) 
 
 
 def _alternatives(
-    purse: Budget,
+    budget: Budget,
     plan: list[accountant.Mechanism],
     order: float,
     limit: Limit,
@@ -619,7 +619,7 @@ def _alternatives(
     contract: Contract,
 ) -> str:
     """What would fit instead: fewer rounds at this noise, or more noise over these rounds."""
-    kept = purse.longest_that_fits(plan, order, limit)
+    kept = budget.longest_that_fits(plan, order, limit)
     rounds = accountant.rounds_in(contract, kept)
     if not rounds:
         return "nothing fits: this site cannot take part with these records"
@@ -629,12 +629,12 @@ def _alternatives(
 
     low, high = 1.0, 2.0
     while high < accountant.MOST_NOISE and (
-        purse.together(louder(high), order, limit.delta) > limit.epsilon
+        budget.together(louder(high), order, limit.delta) > limit.epsilon
     ):
         low, high = high, high * 2
     while high / low > 1.001:
         middle = (low * high) ** 0.5
-        fits = purse.together(louder(middle), order, limit.delta) <= limit.epsilon
+        fits = budget.together(louder(middle), order, limit.delta) <= limit.epsilon
         low, high = (low, middle) if fits else (middle, high)
     smaller = accountant.epsilon(louder(high), policy.target(contract).delta)
     if smaller < 0.01:

@@ -125,7 +125,8 @@ class Model(Frozen):
 
 
 class Budgets(Frozen):
-    """For each unit, what all replies on the same records may cost together, for ever."""
+    """For each unit, what all replies on the same records may cost together, over their
+    lifetime."""
 
     class Budget(Frozen):
         epsilon: Epsilon = Field(

@@ -109,7 +109,7 @@ class Aggregation(Frozen):
 
     method, of LoRA's B A:
     ffa        A is frozen, the mean is B's (FFA-LoRA, arXiv 2403.12313)
-    fedsvd     the same, and after each round B A is factored anew by SVD (arXiv 2505.12805)
+    fedsvd     the same, and after each round B A is re-factorised by SVD (arXiv 2505.12805)
     rolora     B in odd rounds of a phase, A in even ones (RoLoRA, arXiv 2409.02346)
     fedsa      both; A is averaged, each site's B is its own (FedSA-LoRA, arXiv 2410.01463)
     fedavg     both, averaged apart: the mean of products is not the product of means

@@ -84,14 +84,14 @@ class Phase(Frozen):
     sampling rates differ much (client/privacy/accountant.py, plan; `silotune privacy plan
     --contract` shows it). With `noise_decay` each round has that multiple of the noise of the round
     before; together they cost the same. A phase ends at the mean of its later iterates
-    (`aggregation.averaging_start`); the next starts there, at rest. `dropout` is the share of the
-    head's inputs left out in a step: the same for all its records, drawn from public numbers, so
-    that no record has a part in it. With `proximal_mu` = mu each local step's gradient has mu times
-    the way from what the server sent added to it (FedProx, arXiv 1812.06127). With drift_correction
-    = "scaffold" each step is corrected by how the site's mean gradient of the round before differed
-    from all sites' (SCAFFOLD, arXiv 1910.06378, option II); where all sites answer in both rounds
-    the corrections add up to nothing, and with them the noise that is in them. Both are
-    post-processing of what is noised.
+    (`aggregation.averaging_start`); the next starts there, with reset optimizer state. `dropout` is
+    the share of the head's inputs left out in a step: the same for all its records, drawn from
+    public numbers, so that no record has a part in it. With `proximal_mu` = mu each local step's
+    gradient has mu times the way from what the server sent added to it (FedProx, arXiv 1812.06127).
+    With drift_correction = "scaffold" each step is corrected by how the site's mean gradient of the
+    round before differed from all sites' (SCAFFOLD, arXiv 1910.06378, option II); where all sites
+    answer in both rounds the corrections add up to nothing, and with them the noise that is in
+    them. Both are post-processing of what is noised.
 
     `personal`, in the last phase, leaves each site something of its own
     (client/training/local_state.py), which is clipped and noised with all else: "head" or "adapter"

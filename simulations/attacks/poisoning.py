@@ -15,8 +15,8 @@ holds it is the sum: one beyond +-2^22 of the ring, which is the bound on the me
 and the run stops (common/secagg/fixed_point.py). Where the others' part of the mean is s, a lie can
 put an entry of the mean anywhere in [-bound, bound], so it shifts it by up to bound + |s|; by
 bound, where an honest site of weight w could do w bound, if the others sent nothing. Beyond that it
-is a denial of service. The liars here leave room for the others, of whom each knows only what it
-computed itself.
+is a denial of service. The malicious sites here leave room for the others, of whom each knows only
+what it computed itself.
 """
 
 from __future__ import annotations

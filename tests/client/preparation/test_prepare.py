@@ -38,6 +38,18 @@ from silotune.common.data.records import Table
 from silotune.common.errors import DataError, UsageError
 from tests.common.data.test_text_decoding import TOKENS
 
+CHARGE: dict[str, Any] = {  # facts of a charge, whatever its records
+    "contract": "0" * 64,
+    "run": "r",
+    "round": 1,
+    "attempt": 1,
+    "request": "0" * 64,
+    "unit": "record",
+    "noise_multiplier": 1.0,
+    "sampling_rate": 0.5,
+    "steps": 1,
+    "order": 4.0,
+}
 CANARY = "Kanarienvogel77"
 HEADER = ["age", "smoker", "outcome"]
 CLEAN = Prepare(duplicates="drop", missing_target="drop", outside="missing")
@@ -476,16 +488,7 @@ def test_records_that_were_charged_are_counted(site: Site) -> None:
         ledger.charge(
             before,
             source="a.csv",
-            contract="0" * 64,
-            run="r",
-            round=1,
-            attempt=1,
-            request="0" * 64,
-            unit="record",
-            noise_multiplier=1.0,
-            sampling_rate=0.5,
-            steps=1,
-            order=4.0,
+            **CHARGE,
         )
     done = run()
     assert "3 records, 2 charged before" in done.output
@@ -606,16 +609,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
         ledger.charge(
             raw,
             source="records.conll",
-            contract="0" * 64,
-            run="r",
-            round=1,
-            attempt=1,
-            request="0" * 64,
-            unit="record",
-            noise_multiplier=1.0,
-            sampling_rate=0.5,
-            steps=1,
-            order=4.0,
+            **CHARGE,
         )
     prepared = of_table(found, (), ledger.fingerprint_key)
     (overlap,) = budget.overlaps(ledger, prepared).values()
