@@ -42,17 +42,17 @@ def sim_ls(as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run a recipe, or a contract on a table of one's own, with all arms of a comparison.
+    """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
 
-    Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, arms, processes, masked,
-    insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL), encoding
-    and delimiter if it is a text file that is not UTF-8 or whose header does not show how it is
-    divided, and site_column, or rows are dealt to the sites at random, and model, the folder of a
-    base model that is not packaged; and how to compute: device, bf16, gradients, checkpointing,
-    micro_batch, cache_megabytes, cache_folder.
+    Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
+    masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
+    encoding and delimiter if it is a text file that is not UTF-8 or whose header does not show how
+    it is divided, and site_column, or rows are dealt to the sites at random, and model, the folder
+    of a base model that is not packaged; and how to compute: device, bf16, gradients,
+    checkpointing, micro_batch, cache_megabytes, cache_folder.
 
     \b
-    $ silotune sim run heart-diagnosis epsilon=3 arms=alone,federated-head
+    $ silotune sim run heart-diagnosis epsilon=3 variants=alone,federated-head
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
@@ -92,7 +92,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     "--rates",
     multiple=True,
     type=click.FloatRange(0, min_open=True),
-    help="Try the arms' learning rates times this, to choose by.",
+    help="Try the variants' learning rates times this, to choose by.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_compare(
@@ -104,13 +104,13 @@ def sim_compare(
     rates: tuple[float, ...],
     as_json: bool,
 ) -> None:
-    """Run a study: arms × ε × partitions × seeds of a recipe. It goes on where it was stopped.
+    """Run a study: variants × ε × partitions × seeds of a recipe. It goes on where it was stopped.
 
     It writes study.json, a table (study.md) and pictures: the metric by ε, and by round and bytes
     where it was evaluated on the way, with 95 % intervals; and who has which rows.
 
-    With --rates each arm is run once at each of them and scored on a quarter of the training rows,
-    so that what is chosen by that was not chosen by the rows of the study's own table.
+    With --rates each variant is run once at each of them and scored on a quarter of the training
+    rows, so that what is chosen by that was not chosen by the rows of the study's own table.
 
     Settings say how to compute, as those of `sim run` do: device, bf16, micro_batch and so on.
 
@@ -144,10 +144,10 @@ def sim_compare(
 @sim.command("export")
 @click.argument("recipe")
 @click.option(
-    "--arm",
+    "--variant",
     default="federated-lora",
     show_default=True,
-    help="Name of the arm whose contract is exported.",
+    help="Name of the variant whose contract is exported.",
 )
 @click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
 @click.option(
@@ -156,18 +156,18 @@ def sim_compare(
     type=click.Path(path_type=Path),
     help="Folder to write to, which must not exist.",
 )
-def sim_export(recipe: str, arm: str, rounds: int | None, out: Path) -> None:
+def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
     """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
     the public test rows.
 
     \b
-    $ silotune sim export heart-diagnosis --arm federated-one-hot --rounds 5 --out data
+    $ silotune sim export heart-diagnosis --variant federated-one-hot --rounds 5 --out data
     ✓ data/contract.json  ✓ data/records/{cleveland,hungary,…}.csv  ✓ data/test.csv
     """
     from silotune.simulations.comparison.export import export
     from silotune.simulations.comparison.recipe import load_recipe
 
-    sites = export(load_recipe(recipe), arm, rounds, out)
+    sites = export(load_recipe(recipe), variant, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"
     echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
 

@@ -83,7 +83,7 @@ def test_every_key_of_a_result_is_on_its_page() -> None:
             if isinstance(function, ast.FunctionDef) and function.name in (
                 "run",
                 "summarise",
-                "_arm_row",
+                "_variant_row",
             ):
                 for node in ast.walk(function):
                     if isinstance(node, ast.Dict):

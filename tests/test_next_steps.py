@@ -364,7 +364,7 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     progress.finish(
         {
             "verdict": {"word": "usable", "lines": [], "warnings": []},
-            "arms": [],
+            "variants": [],
             "seconds": 1.0,
             "metric": {"name": "auc", "label": "AUC"},
             "privacy": {"sites": []},
@@ -382,15 +382,20 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
 
 def main_job(scene: Scene, contract: Contract, model: Path | None, rows: str = "") -> Job:
     """A job that was carried out, on rows of the kind of task `rows`."""
-    arm, split = scene.folder / "a run" / "arms" / "federated-lora-0", scene.folder / "a split"
+    variant, split = (
+        scene.folder / "a run" / "variants" / "federated-lora-0",
+        scene.folder / "a split",
+    )
     initial = build(contract, model).initial_arrays()
-    Registry.create(arm, contract).release(initial)
+    Registry.create(variant, contract).release(initial)
     (split / "test").mkdir(parents=True)
     if rows:
         tiny.write(split / "test" / "north.csv", tiny.rows_of(rows, 40))
     else:
         scene.write_rows(split / "test" / "north.csv", 40)
-    return Job("federated-lora", 0, contract, arm, model, split, federated=True, evaluate_every=1)
+    return Job(
+        "federated-lora", 0, contract, variant, model, split, federated=True, evaluate_every=1
+    )
 
 
 def used_adapter(scene: Scene) -> None:

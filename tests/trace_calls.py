@@ -85,7 +85,8 @@ def request(folder: Path) -> dict[str, int]:
 
 
 def simulation(folder: Path) -> dict[str, int]:
-    """The main arm of `sim run heart-diagnosis`, one round a phase, without its process pool."""
+    """The main variant of `sim run heart-diagnosis`, one round a phase, without its process
+    pool."""
     return traced(lambda: recipe_adapter("heart-diagnosis", folder))
 
 

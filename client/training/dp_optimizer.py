@@ -212,7 +212,7 @@ def _add_ghost(
 def plain_gradient(
     parameters: Iterable[nn.Parameter], groups: Iterable[Group], losses: Losses, divisor: float
 ) -> None:
-    """The same sum without clipping and noise: NO privacy, for the arms that show its price."""
+    """The same sum without clipping and noise: NO privacy, for the variants that show its price."""
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p)

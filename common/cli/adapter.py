@@ -25,7 +25,7 @@ def adapter() -> None:
 
 
 ADAPTER, MODEL = "adapter.safetensors", "--model FOLDER"
-MOST_NAMED = 8  # arms, in an error
+MOST_NAMED = 8  # variants, in an error
 _run = click.argument("run", type=click.Path(path_type=Path))
 _data = click.argument("data", type=click.Path(path_type=Path))
 _model = click.option(
@@ -75,8 +75,8 @@ def watch(
     What it writes is computed from the rows without noise: it stays where they are.
 
     \b
-    $ silotune adapter watch runs/market-sentiment/arms/federated-lora-0 stream.csv --model MODEL
-    earnings  row 1,607: 61 % → 30 % since row 1,498
+    $ silotune adapter watch runs/market-sentiment/variants/federated-lora-0 stream.csv --model
+    MODEL earnings  row 1,607: 61 % → 30 % since row 1,498
     """
     from silotune.common.data import records
     from silotune.common.inference import drift
@@ -152,8 +152,8 @@ def search(
     input.by = "bi". DATA has a column of the items' texts, named as in the contract.
 
     \b
-    $ silotune adapter search runs/recommend/arms/federated-lora-0 films.csv "woman, teens, artist"
-    1.92  Schindler's List (1993): Drama, War
+    $ silotune adapter search runs/recommend/variants/federated-lora-0 films.csv "woman, teens,
+    artist" 1.92  Schindler's List (1993): Drama, War
     """
     from silotune.common.data import records
     from silotune.common.inference.retrieval import Index, check_contract
@@ -236,13 +236,15 @@ def answer(
 
 
 def _contract(run: Path) -> Contract:
-    """The contract of the run; UsageError that names its arms for a folder of `sim run`."""
-    arms = [file.parent for file in sorted((run / "arms").glob(f"*/{ADAPTER}"))]
-    if arms and not (run / ADAPTER).is_file():
-        arms.sort(key=lambda arm: not arm.name.startswith("federated"))  # what a run is about
-        more = ", …" if len(arms) > MOST_NAMED else ""
-        named = ", ".join(map(str, arms[:MOST_NAMED]))
-        raise UsageError(f"{run} has no adapter of its own, its arms have: {named}{more}.")
+    """The contract of the run; UsageError that names its variants for a folder of `sim run`."""
+    variants = [file.parent for file in sorted((run / "variants").glob(f"*/{ADAPTER}"))]
+    if variants and not (run / ADAPTER).is_file():
+        variants.sort(
+            key=lambda variant: not variant.name.startswith("federated")
+        )  # what a run is about
+        more = ", …" if len(variants) > MOST_NAMED else ""
+        named = ", ".join(map(str, variants[:MOST_NAMED]))
+        raise UsageError(f"{run} has no adapter of its own, its variants have: {named}{more}.")
     return contracts.load(run / "contract.json")
 
 

@@ -141,7 +141,7 @@ def named(name: Path) -> Contract:
     }
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
-    if (name / "arms").is_dir():
+    if (name / "variants").is_dir():
         raise UsageError(
             f"{name} is a `silotune sim run` that has not ended, or was stopped: it has no "
             "contract.json and no result. A new one begins again."

@@ -1,4 +1,5 @@
-"""The plots of a report: metric by round, epsilon by round, arms by site. Inline SVG, no script."""
+"""The plots of a report: metric by round, epsilon by round, variants by site. Inline SVG, no
+script."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ def rows_of(result: Mapping[str, Any], *keys: str) -> Sequence[Mapping[str, Any]
     return found or []
 
 
-def main_arm(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    arms = rows_of(result, "arms")
-    return next((arm for arm in arms if arm.get("main")), arms[0] if arms else {})
+def main_variant(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    variants = rows_of(result, "variants")
+    return next(
+        (variant for variant in variants if variant.get("main")), variants[0] if variants else {}
+    )
 
 
 def metric_of(result: Mapping[str, Any]) -> tuple[str, str]:
@@ -46,7 +49,9 @@ def metric_of(result: Mapping[str, Any]) -> tuple[str, str]:
 def site_names(result: Mapping[str, Any]) -> list[str]:
     """Every site that is named anywhere, in the order of the data."""
     listed = [s.get("site") for k in ("data", "privacy") for s in rows_of(result, k, "sites")]
-    scored = [site for arm in rows_of(result, "arms") for site in arm.get("sites") or {}]
+    scored = [
+        site for variant in rows_of(result, "variants") for site in variant.get("sites") or {}
+    ]
     return [str(site) for site in dict.fromkeys([*listed, *scored]) if site is not None]
 
 
@@ -102,7 +107,7 @@ def draw(result: Mapping[str, Any]) -> list[Plot]:
         "ytick.major.size": 0,
     }
     plots = []
-    for make in (_draw_curve, _draw_epsilon, _draw_arms):
+    for make in (_draw_curve, _draw_epsilon, _draw_variants):
         # The salt makes ids reproducible, and distinct between figures of one page.
         salted = style | {"svg.hashsalt": make.__name__}
         with matplotlib.rc_context(salted), warnings.catch_warnings():
@@ -114,7 +119,7 @@ def draw(result: Mapping[str, Any]) -> list[Plot]:
 
 def _draw_curve(result: Mapping[str, Any]) -> Plot:
     curve, (_, label) = rows_of(result, "curve"), metric_of(result)
-    title = f"{label} by round, {main_arm(result).get('label') or 'main arm'}"
+    title = f"{label} by round, {main_variant(result).get('label') or 'main variant'}"
     points = points_of((row.get("round"), row.get("metric")) for row in curve)
     if not points:
         return Plot(title, "No round of this run was evaluated, so there is nothing to plot.")
@@ -207,21 +212,31 @@ def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
     return Plot(title, alt, svg_of(figure, NAMES))
 
 
-def _draw_arms(result: Mapping[str, Any]) -> Plot:
-    """One small panel for each site, one row for each arm: nothing depends on telling colours."""
-    arms, main, (metric, label) = rows_of(result, "arms"), main_arm(result), metric_of(result)
-    panels = [("All test rows", [(arm.get("metrics") or {}).get(metric) for arm in arms])]
-    panels += [(s, [(arm.get("sites") or {}).get(s) for arm in arms]) for s in site_names(result)]
+def _draw_variants(result: Mapping[str, Any]) -> Plot:
+    """One small panel for each site, one row for each variant: nothing depends on telling
+    colours."""
+    variants, main, (metric, label) = (
+        rows_of(result, "variants"),
+        main_variant(result),
+        metric_of(result),
+    )
+    panels = [
+        ("All test rows", [(variant.get("metrics") or {}).get(metric) for variant in variants])
+    ]
+    panels += [
+        (s, [(variant.get("sites") or {}).get(s) for variant in variants])
+        for s in site_names(result)
+    ]
     panels = [(s, cells) for s, cells in panels if any(finite(mean_of(c)) for c in cells)]
-    title = f"{label} of each arm, over all test rows and by site"
+    title = f"{label} of each variant, over all test rows and by site"
     if len(panels) > MAX_PANELS:
         title += f" (the first {MAX_PANELS - 1} of {len(panels) - 1} sites; the table has all)"
         panels = panels[:MAX_PANELS]
     if not panels:
-        return Plot(title, "No arm was evaluated, so there is nothing to plot.")
+        return Plot(title, "No variant was evaluated, so there is nothing to plot.")
     rows = math.ceil(len(panels) / 3)
     columns = math.ceil(len(panels) / rows)
-    inches = rows * (0.24 * len(arms) + 0.75) + 0.2
+    inches = rows * (0.24 * len(variants) + 0.75) + 0.2
     figure = _figure(inches)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(
@@ -238,8 +253,8 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
         axes.set_title(short(name, 20), fontsize=9, weight="bold", loc="left", pad=6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(labelbottom=True)
-        for y, (arm, cell) in enumerate(zip(arms, cells, strict=True)):
-            if arm is main:
+        for y, (variant, cell) in enumerate(zip(variants, cells, strict=True)):
+            if variant is main:
                 axes.axhspan(y - 0.5, y + 0.5, color=PAINT["band"], linewidth=0)
             if not finite(mean_of(cell)):
                 axes.text(
@@ -252,9 +267,9 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
                     transform=axes.get_yaxis_transform(),
                 )
                 continue
-            colour = PAINT["accent" if arm is main else "muted"]
-            noised = arm.get("private") and arm.get("epsilon") is not None
-            spread = cell.get("sd") if cell and (arm.get("repeats") or 1) > 1 else None
+            colour = PAINT["accent" if variant is main else "muted"]
+            noised = variant.get("private") and variant.get("epsilon") is not None
+            spread = cell.get("sd") if cell and (variant.get("repeats") or 1) > 1 else None
             axes.errorbar(
                 [mean_of(cell)],
                 [y],
@@ -262,30 +277,30 @@ def _draw_arms(result: Mapping[str, Any]) -> Plot:
                 fmt="o",
                 color=colour,
                 capsize=2.5,
-                markersize=5.5 if arm is main else 4.5,
+                markersize=5.5 if variant is main else 4.5,
                 elinewidth=1.3,
                 zorder=3,
                 markerfacecolor=colour if noised else PAINT["paper"],
             )
-            if arm is main:
+            if variant is main:
                 axes.axvline(mean_of(cell), color=colour, linewidth=0.9, linestyle=(0, (2, 2)))
     grid[0, 0].set_yticks(
-        range(len(arms)), [short(a.get("label") or a.get("name"), 32) for a in arms]
+        range(len(variants)), [short(a.get("label") or a.get("name"), 32) for a in variants]
     )
     for axes in grid[:, 0]:
-        for tick, arm in zip(axes.get_yticklabels(), arms, strict=True):
-            tick.set(color=PAINT["ink"], weight="bold" if arm is main else "normal")
-    grid[0, 0].set_ylim(len(arms) - 0.5, -0.5)
+        for tick, variant in zip(axes.get_yticklabels(), variants, strict=True):
+            tick.set(color=PAINT["ink"], weight="bold" if variant is main else "normal")
+    grid[0, 0].set_ylim(len(variants) - 0.5, -0.5)
     grid[0, 0].margins(x=0.12)
     low, high = grid[0, 0].get_xlim()
-    widen = max(0.0, 0.1 - (high - low)) / 2  # arms that are equal should look equal
+    widen = max(0.0, 0.1 - (high - low)) / 2  # variants that are equal should look equal
     grid[0, 0].set_xlim(low - widen, high + widen)
     grid[0, 0].locator_params(axis="x", nbins=4)
     figure.supxlabel(
         short(label, 60), fontsize=9, color=PAINT["muted"], y=0.01, x=(2.15 / WIDTH + 0.99) / 2
     )
     alt = (
-        f"Dot plot with error bars of {label} for {len(arms)} arms, in panels for "
+        f"Dot plot with error bars of {label} for {len(variants)} variants, in panels for "
         f"{', '.join(name for name, _ in panels)}. The numbers stand in the table below."
     )
     return Plot(title, alt, svg_of(figure, NAMES))

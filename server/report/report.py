@@ -21,7 +21,7 @@ from silotune.common.errors import DataError
 from silotune.server.report.formatting import DASH, duration, number, size, small
 from silotune.server.report.plots import (
     draw,
-    main_arm,
+    main_variant,
     metric_of,
     rows_of,
     site_names,
@@ -58,22 +58,22 @@ def render(result: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     env.filters |= {"number": number, "size": size, "duration": duration, "small": small}
-    arms = result.get("arms") or []
+    variants = result.get("variants") or []
     labels = dict([metric_of(result)])
-    for name in (name for arm in arms for name in arm.get("metrics") or {}):
+    for name in (name for variant in variants for name in variant.get("metrics") or {}):
         labels.setdefault(name, KNOWN_METRICS.get(name, name.replace("_", " ")))
     return env.get_template("report.html.j2").render(
         {
             **result,
             "metric": result.get("metric") or {},
             "privacy": result.get("privacy") or {},
-            "main": main_arm(result),
+            "main": main_variant(result),
             "metric_names": labels,
             "site_names": site_names(result),
             "guarantee": lambda epsilon, delta: guarantee(result, epsilon, delta),
             "stated": stated(result),
             "plots": draw(result),
-            "repeated": any((arm.get("repeats") or 1) > 1 for arm in arms),
+            "repeated": any((variant.get("repeats") or 1) > 1 for variant in variants),
             "train": total(result, "train"),
             "test": total(result, "test"),
             # A deployment does not know how many records a site has.

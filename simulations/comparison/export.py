@@ -14,28 +14,30 @@ from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.split import split
 from silotune.simulations.datasets.tables import TABLES
-from silotune.simulations.execution.variants import arms_of
+from silotune.simulations.execution.variants import variants_of
 
 
-def export(recipe: Recipe, arm: str, rounds: int | None, folder: Path) -> list[str]:
+def export(recipe: Recipe, variant: str, rounds: int | None, folder: Path) -> list[str]:
     """Write contract.json, records/<site>.csv and test.csv; returns the sites' names.
 
     A site's name is in lower case with dashes, fit for a file and a user. rounds: of the last
-    phase, whose budget stays the same. UsageError for an unknown arm, or a folder that is there.
+    phase, whose budget stays the same. UsageError for an unknown variant, or a folder that is
+    there.
     """
-    arms = {
+    variants = {
         a.name: a.contracts[0]
-        for a in arms_of(recipe.contract, recipe.facts["arms"])
+        for a in variants_of(recipe.contract, recipe.facts["variants"])
         if len(a.contracts) == 1 and a.private
     }
-    if arm not in arms:
+    if variant not in variants:
         raise UsageError(
-            f"There is no federated arm '{arm}'.{did_you_mean(arm, arms)} Known: {', '.join(arms)}."
+            f"There is no federated variant '{variant}'."
+            f"{did_you_mean(variant, variants)} Known: {', '.join(variants)}."
         )
     if folder.exists():
         raise UsageError(f"{folder} is there already. Choose another folder.")
     catalog.fetch(TABLES[recipe.facts["table"]].source)
-    contract = arms[arm]
+    contract = variants[variant]
     slugs = {site.name: _slug(site.name) for site in contract.sites}
     phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]
     if rounds:

@@ -30,7 +30,7 @@ class Options:
     repeats: int | None = None
     baseline_repeats: int | None = None
     evaluate_every: int | None = None
-    arms: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
     processes: int = 0
     insecure_seed: int | None = None
     masked: bool = True
@@ -52,7 +52,7 @@ class Options:
             "evaluate_every": int,
             "processes": int,
             "insecure_seed": int,
-            "arms": lambda text: text.split(","),
+            "variants": lambda text: text.split(","),
             "masked": _flag,
             "data": Path,
             "site_column": str,

@@ -125,7 +125,7 @@ class Progress:
         if c.secure_aggregation:
             say(f"       updates masked: the server sees sums of at least {c.quorum} sites")
         say(
-            f"       {len(jobs)} runs to compare {len({j.arm for j in jobs})} arms, "
+            f"       {len(jobs)} runs to compare {len({j.variant for j in jobs})} variants, "
             f"{processes} at a time"
         )
         if jobs[0].insecure_seed is not None:
@@ -135,7 +135,7 @@ class Progress:
             f"Round  sites  loss   {self._metric_label():<8} (public test)  "
             f"ε of {epsilon_text(p.epsilon)}           left"
         )
-        self._jobs, self._main = jobs, (jobs[0].arm, jobs[0].repeat)
+        self._jobs, self._main = jobs, (jobs[0].variant, jobs[0].repeat)
         self._cost_all = sum(job.cost for job in jobs)
         self._began = self._started = time.monotonic()
         if self.console.is_terminal:
@@ -147,19 +147,19 @@ class Progress:
             )
             self._live.start(refresh=True)
 
-    def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None:
+    def round(self, variant: str, repeat: int, cost: float, facts: RoundFacts) -> None:
         """One committed round of any run; those of the main run become lines."""
         if not self._cost_done:
             self._began = time.monotonic()  # loading models is over; the rate counts from here
         self._cost_done += cost
-        if (arm, repeat) == self._main:
+        if (variant, repeat) == self._main:
             self.console.print(self._line(facts))
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
         if not self.console.is_terminal:
             self.console.print(
-                f"done {self._finished}/{len(self._jobs)}: {result.arm}, repeat "
+                f"done {self._finished}/{len(self._jobs)}: {result.variant}, repeat "
                 f"{result.repeat + 1}, {', '.join(result.sites)} ({result.seconds:.0f} s)"
             )
 
@@ -197,7 +197,7 @@ class Progress:
         return (
             f"Stopped: {self._finished} of {len(self._jobs)} runs were done, and their comparison "
             "is lost: a new `silotune sim run` begins again. What they wrote is in "
-            f"{folder / 'arms'}."
+            f"{folder / 'variants'}."
         )
 
     def _metric_label(self) -> str:
@@ -278,22 +278,25 @@ def _pm(found: dict[str, Any] | None, repeats: int) -> str:
 def result_tables(result: dict[str, Any], width: int) -> list[Table]:
     """The figures of a result, none of them broken over two lines.
 
-    One table if `width` characters hold it: a row for each arm, a column for each site. Otherwise
-    one of the arms without sites, and one with a row for each site and a column for each arm; each
-    in as many parts as it takes.
+    One table if `width` characters hold it: a row for each variant, a column for each site.
+    Otherwise one of the variants without sites, and one with a row for each site and a column for
+    each variant; each in as many parts as it takes.
     """
-    metric, arms = result["metric"], result["arms"]
+    metric, variants = result["metric"], result["variants"]
     sites = [s["site"] for s in result["privacy"]["sites"]]
-    labels, bold = [arm["label"] for arm in arms], {i for i, arm in enumerate(arms) if arm["main"]}
+    labels, bold = (
+        [variant["label"] for variant in variants],
+        {i for i, variant in enumerate(variants) if variant["main"]},
+    )
     overall: Columns = [
         (
             f"{metric['label']}, all",
-            [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in arms],
+            [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in variants],
         ),
-        ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in arms]),
+        ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in variants]),
     ]
     of_sites: Columns = [
-        (site, [_pm(a["sites"][site], a["repeats"]) for a in arms]) for site in sites
+        (site, [_pm(a["sites"][site], a["repeats"]) for a in variants]) for site in sites
     ]
     cost: Columns = [
         (
@@ -302,22 +305,22 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
                 f"{a['epsilon']:g} ({a['delta']:g})"
                 if a["epsilon"]
                 else ("–" if a["private"] else "∞")
-                for a in arms
+                for a in variants
             ],
         ),
-        ("kB up", [_kilobytes(a["bytes_up"]) for a in arms]),
-        ("kB down", [_kilobytes(a["bytes_down"]) for a in arms]),
-        ("seconds", [f"{a['seconds']:.0f}" for a in arms]),
+        ("kB up", [_kilobytes(a["bytes_up"]) for a in variants]),
+        ("kB down", [_kilobytes(a["bytes_down"]) for a in variants]),
+        ("seconds", [f"{a['seconds']:.0f}" for a in variants]),
     ]
     whole = [*overall, *of_sites, *cost]
-    if not sites or sum(_width(column) for column in [("Arm", labels), *whole]) - GAP <= width:
-        return _parts("Arm", labels, whole, width, bold)
-    of_arms: Columns = [
+    if not sites or sum(_width(column) for column in [("Variant", labels), *whole]) - GAP <= width:
+        return _parts("Variant", labels, whole, width, bold)
+    of_variants: Columns = [
         (label, [cells[place] for _, cells in of_sites]) for place, label in enumerate(labels)
     ]
     return [
-        *_parts("Arm", labels, [*overall, *cost], width, bold),
-        *_parts("Site", sites, of_arms, width, set()),
+        *_parts("Variant", labels, [*overall, *cost], width, bold),
+        *_parts("Site", sites, of_variants, width, set()),
     ]
 
 

@@ -45,16 +45,19 @@ class Recipe:
     def at(self, epsilon: float) -> Recipe:
         """The recipe with another ε, its learning rates under DP times what `lr_scale` of
         recipe.toml
-        says for it: with more noise they must be lower, of the arms beside the contract, too."""
+        says for it: with more noise they must be lower, of the variants beside the contract,
+        too."""
         contract = self.contract.changed(privacy={"epsilon": epsilon})
         factor = self.facts.get("lr_scale", {}).get(f"{epsilon:g}")
         if not factor:
             return replace(self, contract=contract)
-        arms = {
+        variants = {
             name: plan | ({} if name == "no-dp" else {"phases": slowed(plan["phases"], factor)})
-            for name, plan in self.facts["arms"].items()
+            for name, plan in self.facts["variants"].items()
         }
-        return replace(self, contract=slower(contract, factor), facts=self.facts | {"arms": arms})
+        return replace(
+            self, contract=slower(contract, factor), facts=self.facts | {"variants": variants}
+        )
 
 
 def recipe_names() -> list[str]:
@@ -103,7 +106,7 @@ def recipe_of(
     site_column: str | None,
     reading: Reading | None = None,
 ) -> Recipe:
-    """A contract and a file of records: every arm has the contract's plan, the figure is the
+    """A contract and a file of records: every variant has the contract's plan, the figure is the
     task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
     drawn by a fixed seed. DataError if the file cannot be read.
     """
@@ -115,7 +118,7 @@ def recipe_of(
         "repeats": OWN_REPEATS,
         "baseline_repeats": OWN_REPEATS,
         "about": "A table of one's own, in a simulation: nothing left this machine.",
-        "arms": {"no-dp": {"phases": phases}},
+        "variants": {"no-dp": {"phases": phases}},
     }
 
     def rows(folder: Path) -> Split:
@@ -133,7 +136,7 @@ def with_baselines(recipe: Recipe) -> Recipe:
     """The recipe with plans for the baselines that train a head alone, where it has none and they
     make sense: its rounds that train the head alone, or all that train it, with the whole budget
     and the contract's learning rates."""
-    plans, contract = dict(recipe.facts["arms"]), recipe.contract
+    plans, contract = dict(recipe.facts["variants"]), recipe.contract
     phases = _head_phases(contract)
     if not phases or contract.personal:
         return recipe
@@ -146,7 +149,7 @@ def with_baselines(recipe: Recipe) -> Recipe:
         and _valid(contract, **one_hot)
     ):
         plans.setdefault("one-hot", {"phases": phases})
-    return replace(recipe, facts=recipe.facts | {"arms": plans})
+    return replace(recipe, facts=recipe.facts | {"variants": plans})
 
 
 def _head_phases(contract: Contract) -> list[dict[str, Any]]:

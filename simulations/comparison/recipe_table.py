@@ -36,7 +36,7 @@ from silotune.simulations.comparison.recipe import Recipe, load_recipe, recipe_n
 from silotune.simulations.comparison.run import run_jobs
 from silotune.simulations.datasets import catalog
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
-from silotune.simulations.execution.variants import Arm, Job, JobResult, alone, arms_of
+from silotune.simulations.execution.variants import Job, JobResult, Variant, alone, variants_of
 
 RESULTS = Path("simulations/studies")
 EPSILONS = (8.0, 3.0)
@@ -51,15 +51,15 @@ class Lines:
 
     def done(self, result: JobResult) -> None:
         scores = {k: round(v, 3) for k, v in result.scores[""].items() if v is not None}
-        echo(f"  {result.arm} {result.repeat} ({result.seconds:.0f} s) {scores}")
+        echo(f"  {result.variant} {result.repeat} ({result.seconds:.0f} s) {scores}")
 
 
 def with_baseline(recipe: Recipe) -> list[Recipe]:
     """The recipe, and its one-hot regression as one of its own where recipe.toml has a plan."""
     one_hot = [
-        arm.contracts[0]
-        for arm in arms_of(recipe.contract, recipe.facts["arms"])
-        if arm.name == "federated-one-hot"
+        variant.contracts[0]
+        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        if variant.name == "federated-one-hot"
     ]
     return [recipe] + [
         replace(
@@ -70,7 +70,7 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
             | {
                 "expect": None,
                 "rates": {},
-                "arms": {
+                "variants": {
                     "no-dp": {
                         "phases": contract.model_dump(mode="json", exclude_none=True)["phases"]
                     }
@@ -82,9 +82,9 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
 
 
 class Column(NamedTuple):
-    """One of COLUMNS: its arm, the keys if it is masked, and a hash of what was asked for."""
+    """One of COLUMNS: its variant, the keys if it is masked, and a hash of what was asked for."""
 
-    arm: Arm
+    variant: Variant
     keys: SigningKeys
     asked: str
 
@@ -95,11 +95,13 @@ class Column(NamedTuple):
         if private and len(contracts[0].sites) >= 3:
             contract, keys = masked(contracts[0], None, bound)
             contracts = (contract,)
-        return cls(Arm(name, name, private, False, contracts), keys, asked)
+        return cls(Variant(name, name, private, False, contracts), keys, asked)
 
 
 def columns_of(recipe: Recipe) -> list[Column]:
-    found = {arm.name: arm for arm in arms_of(recipe.contract, recipe.facts["arms"])}
+    found = {
+        variant.name: variant for variant in variants_of(recipe.contract, recipe.facts["variants"])
+    }
     plain = found["federated-no-dp"].contracts[0]
     private = [
         Column.of(
@@ -125,21 +127,21 @@ def row(
     contract, repeats = recipe.contract, recipe.facts["repeats"]
     columns = columns_of(recipe)
     kept = {
-        column.arm.name: before
+        column.variant.name: before
         for column in columns
-        if (before := known.get("columns", {}).get(column.arm.name))
+        if (before := known.get("columns", {}).get(column.variant.name))
         and (before["asked"], before["repeats"]) == (column.asked, repeats)
     }
-    missing = [column for column in columns if column.arm.name not in kept]
+    missing = [column for column in columns if column.variant.name not in kept]
     model = None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
     with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
         counts, table, _ = recipe.rows(Path(folder))
         jobs = [
             Job(
-                arm.name,
+                variant.name,
                 repeat,
                 own,
-                Path(folder) / f"{arm.name}-{repeat}-{at}",
+                Path(folder) / f"{variant.name}-{repeat}-{at}",
                 model,
                 table,
                 federated=len(own.sites) > 1,
@@ -147,19 +149,19 @@ def row(
                 keys=keys,
                 performance=performance,
             )
-            for arm, keys, _ in missing
+            for variant, keys, _ in missing
             for repeat in range(repeats)
-            for at, own in enumerate(arm.contracts)
+            for at, own in enumerate(variant.contracts)
         ]
         results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, Lines())
     made = {
-        column.arm.name: {
+        column.variant.name: {
             "asked": column.asked,
             "repeats": repeats,
             "commit": commit(),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(sum(r.seconds for r in results if r.arm == column.arm.name)),
-            "metrics": _figures(contract, results, column.arm.name),
+            "seconds": round(sum(r.seconds for r in results if r.variant == column.variant.name)),
+            "metrics": _figures(contract, results, column.variant.name),
             "machine": machine(results[0].gpu),
         }
         for column in missing
@@ -182,7 +184,7 @@ def _figures(contract: Contract, results: list[JobResult], column: str) -> dict[
         of_repeat: dict[int, list[float]] = {}
         for result in results:
             value = result.scores[""].get(metric)
-            if result.arm == column and value is not None:
+            if result.variant == column and value is not None:
                 of_repeat.setdefault(result.repeat, []).append(value)
         values = [statistics.fmean(own) for _, own in sorted(of_repeat.items())]
         if values:

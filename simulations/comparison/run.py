@@ -1,4 +1,4 @@
-"""`silotune sim run`: every arm of a recipe, live progress, a verdict, a table and a report."""
+"""`silotune sim run`: every variant of a recipe, live progress, a verdict, a table and a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from silotune.simulations.datasets import catalog as data
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
-from silotune.simulations.execution.variants import Arm, Job, JobResult, arms_of
+from silotune.simulations.execution.variants import Job, JobResult, Variant, variants_of
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
         contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
-    arms = _chosen(arms_of(contract, recipe.facts["arms"]), options.arms)
+    variants = _chosen(variants_of(contract, recipe.facts["variants"]), options.variants)
     progress = Progress(recipe.facts, contract, quiet=quiet, stderr=stderr)
     _set_aside(folder)
     with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
@@ -82,7 +82,7 @@ def run(
             model_folder = options.model or data.fetch(contract.model.name)
     measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
-    jobs = list(_jobs(recipe, options, arms, folder, model_folder, rows, keys))
+    jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, keys))
     results = _results(
         jobs,
         processes,
@@ -94,7 +94,7 @@ def run(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
-    result = summarise(contract, arms, results, recipe.facts, rows, measured)
+    result = summarise(contract, variants, results, recipe.facts, rows, measured)
     result |= {
         "format": 1,
         "recipe": recipe.name,
@@ -167,15 +167,21 @@ def _results(
         progress.stop()
 
 
-def _chosen(arms: list[Arm], names: Sequence[str]) -> list[Arm]:
-    """The main arm and those that are named; all of them if none is. UsageError: no such arm."""
-    known = [arm.name for arm in arms]
+def _chosen(variants: list[Variant], names: Sequence[str]) -> list[Variant]:
+    """The main variant and those that are named; all of them if none is. UsageError: no such
+    variant."""
+    known = [variant.name for variant in variants]
     for name in names:
         if name not in known:
             raise UsageError(
-                f"There is no arm '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}."
+                f"There is no variant '{name}'.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
             )
-    return [arm for arm in arms if arm.main or arm.name in names] if names else arms
+    return (
+        [variant for variant in variants if variant.main or variant.name in names]
+        if names
+        else variants
+    )
 
 
 def _check_figure(metric: str, contract: Contract, split: Path) -> None:
@@ -211,48 +217,50 @@ def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
 def _jobs(
     recipe: Recipe,
     options: Options,
-    arms: list[Arm],
+    variants: list[Variant],
     folder: Path,
     model_folder: Path | None,
     rows: Path,
     keys: SigningKeys,
 ) -> Iterator[Job]:
-    """The main arm's first run first, so that it can be watched; then the costly ones."""
+    """The main variant's first run first, so that it can be watched; then the costly ones."""
     facts = recipe.facts
     every = options.evaluate_every or facts["evaluate_every"]
     found = []
-    for arm in arms:
-        repeats = (options.baseline_repeats if arm.cheap else options.repeats) or facts[
-            "baseline_repeats" if arm.cheap else "repeats"
+    for variant in variants:
+        repeats = (options.baseline_repeats if variant.cheap else options.repeats) or facts[
+            "baseline_repeats" if variant.cheap else "repeats"
         ]
         for repeat in range(repeats):
-            for contract in arm.contracts:
-                place = f"{arm.name}-{repeat}"
-                if len(arm.contracts) > 1:
+            for contract in variant.contracts:
+                place = f"{variant.name}-{repeat}"
+                if len(variant.contracts) > 1:
                     place += f"-{contract.sites[0].name.replace(' ', '-')}"
                 found.append(
                     Job(
-                        arm.name,
+                        variant.name,
                         repeat,
                         contract,
-                        folder / "arms" / place,
+                        folder / "variants" / place,
                         model_folder,
                         rows,
                         # One site has nothing to federate; no message needs to travel.
                         federated=len(contract.sites) > 1,
-                        evaluate_every=every if arm.main and repeat == 0 else contract.rounds,
+                        evaluate_every=every if variant.main and repeat == 0 else contract.rounds,
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
                         keys=keys,
                     )
                 )
-    yield from sorted(found, key=lambda job: (job.arm != arms[0].name or job.repeat > 0, -job.cost))
+    yield from sorted(
+        found, key=lambda job: (job.variant != variants[0].name or job.repeat > 0, -job.cost)
+    )
 
 
 class Watcher(Protocol):
     """Who is told of the rounds and the ends of jobs."""
 
-    def round(self, arm: str, repeat: int, cost: float, facts: RoundFacts) -> None: ...
+    def round(self, variant: str, repeat: int, cost: float, facts: RoundFacts) -> None: ...
 
     def done(self, result: JobResult) -> None: ...
 
@@ -308,10 +316,10 @@ def _name_settings_as_typed(error: SilotuneError) -> None:
 def _drain(channel: Any, progress: Watcher) -> None:
     while True:
         try:
-            arm, repeat, cost, facts = channel.get_nowait()
+            variant, repeat, cost, facts = channel.get_nowait()
         except queue.Empty:
             return
-        progress.round(arm, repeat, cost, facts)
+        progress.round(variant, repeat, cost, facts)
 
 
 def _set_aside(folder: Path) -> None:

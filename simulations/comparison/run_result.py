@@ -67,13 +67,13 @@ class RunResult:
     def metrics(self) -> dict[str, float | None]:
         """The contract's own method on the public test rows: each metric's mean over its runs;
         None where the rows do not define it."""
-        own = next(arm for arm in self.content["arms"] if arm["main"])
+        own = next(variant for variant in self.content["variants"] if variant["main"])
         return {name: found and found["mean"] for name, found in own["metrics"].items()}
 
     @property
     def adapter(self) -> Path:
         """The file of the adapter that the first run of the contract's own method released."""
-        return self.folder / "arms" / f"{MAIN}-0" / "adapter.safetensors"
+        return self.folder / "variants" / f"{MAIN}-0" / "adapter.safetensors"
 
     def table(self) -> pd.DataFrame:
         """The methods and their figures.
@@ -88,25 +88,25 @@ class RunResult:
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        for arm in self.content["arms"]:
-            row = {"method": arm["name"], "label": arm["label"]}
-            for name, found in arm["metrics"].items():
+        for variant in self.content["variants"]:
+            row = {"method": variant["name"], "label": variant["label"]}
+            for name, found in variant["metrics"].items():
                 row[name] = found["mean"] if found else math.nan
                 several = found is not None and len(found["values"]) > 1
                 row[f"{name}_sd"] = found["sd"] if several else math.nan
-            row |= {"runs": arm["repeats"], "epsilon": self._epsilon(arm)}
-            row["delta"] = math.nan if not math.isfinite(row["epsilon"]) else arm["delta"]
+            row |= {"runs": variant["repeats"], "epsilon": self._epsilon(variant)}
+            row["delta"] = math.nan if not math.isfinite(row["epsilon"]) else variant["delta"]
             rows.append(row)
         table = pd.DataFrame(rows).set_index("method")
         privacy = self.content["privacy"]
         table.attrs = {key: privacy[key] for key in ("unit", "adjacency", "accountant")}
         return table
 
-    def _epsilon(self, arm: Mapping[str, Any]) -> float:
+    def _epsilon(self, variant: Mapping[str, Any]) -> float:
         """Seeded noise is no guarantee."""
-        if not arm["private"] or (arm["epsilon"] and self.content["privacy"]["insecure"]):
+        if not variant["private"] or (variant["epsilon"] and self.content["privacy"]["insecure"]):
             return math.inf
-        return float(arm["epsilon"]) if arm["epsilon"] else math.nan
+        return float(variant["epsilon"]) if variant["epsilon"] else math.nan
 
     def report(self, path: str | Path) -> Path:
         """Write the report: one HTML file that loads nothing from elsewhere.
@@ -144,15 +144,15 @@ class RunResult:
             + "".join(
                 f"<td>{escape(text)}</td>"
                 for text in (
-                    arm["label"],
-                    *(_figure(arm["metrics"].get(name)) for name in names),
-                    guarantee(self.content, arm["epsilon"], arm["delta"])
-                    if arm["private"]
+                    variant["label"],
+                    *(_figure(variant["metrics"].get(name)) for name in names),
+                    guarantee(self.content, variant["epsilon"], variant["delta"])
+                    if variant["private"]
                     else "none",
                 )
             )
             + "</tr>"
-            for arm in self.content["arms"]
+            for variant in self.content["variants"]
         )
         verdict = self.content["verdict"]
         lines = [f"{self.contract.name}: {verdict['word']}", *verdict["warnings"]]

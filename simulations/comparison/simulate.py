@@ -25,7 +25,7 @@ from silotune.simulations.comparison.recipe import (
 )
 from silotune.simulations.comparison.run import run
 from silotune.simulations.comparison.run_result import RunResult
-from silotune.simulations.execution.variants import MAIN, arms_of, trained
+from silotune.simulations.execution.variants import MAIN, trained, variants_of
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -115,7 +115,7 @@ def simulate(
     )
     reading = Reading.of(encoding, delimiter, "{key}={value!r}")
     with _recipe(contract, data, site, reading) as recipe, _local_notes():
-        options.arms = _arms(recipe, baselines)
+        options.variants = _variants(recipe, baselines)
         place = Path("runs") / recipe.name if folder is None else Path(folder)
         command = _command(recipe, options, baselines)
         content = run(recipe, options, place, command, quiet=not progress, stderr=True)
@@ -238,8 +238,8 @@ def _joined(
     return pd.concat(parts, ignore_index=True), column
 
 
-def _arms(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
-    """The arms that the names mean; no name at all means every arm.
+def _variants(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
+    """The variants that the names mean; no name at all means every variant.
 
     What the contract itself trains is its own method: "head" of a contract without an adapter adds
     nothing to it.
@@ -248,8 +248,12 @@ def _arms(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
         return []
     if isinstance(baselines, str):
         raise UsageError(f"baselines must be a list, got {baselines!r}. Write [{baselines!r}].")
-    arms = [arm.name for arm in arms_of(recipe.contract, recipe.facts["arms"]) if arm.name != MAIN]
-    known = {_short(name): name for name in arms}
+    variants = [
+        variant.name
+        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        if variant.name != MAIN
+    ]
+    known = {_short(name): name for name in variants}
     own = {MAIN}
     if recipe.contract.adapter is None:
         own |= {"head", "federated-head", trained(recipe.contract)}
@@ -257,7 +261,7 @@ def _arms(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
     for name in baselines:
         if name in own:
             continue
-        if name not in arms and name not in known:
+        if name not in variants and name not in known:
             raise UsageError(
                 f"baselines has {name!r}, which is no method of this contract."
                 f"{did_you_mean(str(name), known)} Known: {', '.join(known)}."
@@ -266,8 +270,8 @@ def _arms(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _short(arm: str) -> str:
-    return "pooled" if arm == "pooled-no-dp" else arm.removeprefix("federated-")
+def _short(variant: str) -> str:
+    return "pooled" if variant == "pooled-no-dp" else variant.removeprefix("federated-")
 
 
 def _command(recipe: Recipe, options: Options, baselines: Sequence[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""From the runs of all arms to one result: means, spreads and curves."""
+"""From the runs of all variants to one result: means, spreads and curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from silotune.common.data.records import Records
 from silotune.common.tasks.metrics import METRICS, Scores, constant, score
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.comparison.verdict import verdict
-from silotune.simulations.execution.variants import Arm, JobResult
+from silotune.simulations.execution.variants import JobResult, Variant
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 def summarise(
     contract: Contract,
-    arms: list[Arm],
+    variants: list[Variant],
     results: list[JobResult],
     facts: dict[str, Any],
     split: Path,
@@ -46,12 +46,14 @@ def summarise(
         site: records.read(split / "test" / f"{site}.csv", contract) for site in sites
     }
     rows = [
-        _arm_row(arm, [r for r in results if r.arm == arm.name], sites, metric, contract)
-        for arm in arms
+        _variant_row(
+            variant, [r for r in results if r.variant == variant.name], sites, metric, contract
+        )
+        for variant in variants
     ]
     same = _same_answer(public, contract, metric)
     rows = [same, *rows] if same else rows
-    main = min((r for r in results if r.arm == arms[0].name), key=lambda r: r.repeat)
+    main = min((r for r in results if r.variant == variants[0].name), key=lambda r: r.repeat)
     last = main.rounds[-1]
     return {
         "privacy": {
@@ -81,7 +83,7 @@ def summarise(
             len({query for found in public.values() for query in found.queries}),
             lengths,
         ),
-        "arms": rows,
+        "variants": rows,
         "curve": [
             {
                 "round": f.round,
@@ -97,11 +99,11 @@ def summarise(
     }
 
 
-def _arm_row(
-    arm: Arm, runs: list[JobResult], sites: list[str], metric: str, contract: Contract
+def _variant_row(
+    variant: Variant, runs: list[JobResult], sites: list[str], metric: str, contract: Contract
 ) -> dict[str, Any]:
     repeats = sorted({r.repeat for r in runs})
-    alone = len(arm.contracts) > 1
+    alone = len(variant.contracts) > 1
     # A site alone is judged on the rows like its own; pooled figures would mix four models.
     by_site = {
         s: spread([r.scores[s][metric] for r in runs if not alone or r.sites == (s,)])
@@ -119,15 +121,15 @@ def _arm_row(
         means.append(statistics.fmean(known) if known else None)
     per_site_up = [sum(f.bytes_up for f in r.rounds) / len(r.sites) for r in runs]
     per_site_down = [sum(f.bytes_down for f in r.rounds) / len(r.sites) for r in runs]
-    federated = arm.contracts[0].rounds and len(arm.contracts[0].sites) > 1
+    federated = variant.contracts[0].rounds and len(variant.contracts[0].sites) > 1
     return {
-        "name": arm.name,
-        "label": arm.label,
-        "main": arm.main,
-        "private": arm.private,
+        "name": variant.name,
+        "label": variant.label,
+        "main": variant.main,
+        "private": variant.private,
         "repeats": len(repeats),
-        "epsilon": contract.privacy.epsilon if arm.private else None,
-        "delta": contract.privacy.delta if arm.private else None,
+        "epsilon": contract.privacy.epsilon if variant.private else None,
+        "delta": contract.privacy.delta if variant.private else None,
         "metrics": {name: spread(_overall(runs, repeats, name)) for name in contract.task.metrics},
         "sites": by_site,
         "sites_mean": spread(means),

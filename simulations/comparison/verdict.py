@@ -37,8 +37,8 @@ def verdict(
     queries: int = 0,
     lengths: Lengths = Lengths(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """rows: the arms of result.json; labels: the public rows' targets; queries: how many there are
-    to rank for; lengths: of the texts. Word, lines and warnings.
+    """rows: the variants of result.json; labels: the public rows' targets; queries: how many there
+    are to rank for; lengths: of the texts. Word, lines and warnings.
 
     word: "useless" if the metric is not better than always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
@@ -46,7 +46,7 @@ def verdict(
     by_name = {row["name"]: row for row in rows}
     means = {name: row["metrics"][metric]["mean"] for name, row in by_name.items()}
     main, here, name = by_name[MAIN], means[MAIN], METRICS[metric]
-    runs = [r for r in results if r.arm == MAIN]
+    runs = [r for r in results if r.variant == MAIN]
     sign = -1 if metric in LOWER_IS_BETTER else 1
 
     def lead(other: float) -> float:
@@ -61,7 +61,9 @@ def verdict(
             contract.task.kind, "always the same"
         )
         parts.append(f"{what} {same:.3f}")
-    parts += [f"{words} {means[arm]:.3f}" for arm, words in OTHERS.items() if arm in means]
+    parts += [
+        f"{words} {means[variant]:.3f}" for variant, words in OTHERS.items() if variant in means
+    ]
     error = standard_error(metric, here, labels, queries)
     lines, warnings = [" · ".join(parts)], []
     if error is not None:
@@ -70,10 +72,15 @@ def verdict(
             f"{error:.3f} on each figure besides."
         )
 
-    alone = {arm: by_name[arm] for arm in ("alone", "alone-tuned") if arm in by_name}
+    alone = {
+        variant: by_name[variant] for variant in ("alone", "alone-tuned") if variant in by_name
+    }
     if alone and all(row["sites_mean"] for row in (main, *alone.values())):
         defined = sum(cell is not None for cell in main["sites"].values())
-        own = {arm: row["sites_mean"]["mean"] for arm, row in {**alone, main["name"]: main}.items()}
+        own = {
+            variant: row["sites_mean"]["mean"]
+            for variant, row in {**alone, main["name"]: main}.items()
+        }
         lines.append(
             f"On the public rows like its own a site gets {name} {own[main['name']]:.3f} from the "
             f"federation (mean of {defined} of {len(contract.sites)} sites whose rows define it); "
@@ -83,7 +90,7 @@ def verdict(
             + ", ".join(f"{means[a]:.3f} {SHORT[a]}" for a in alone)
             + "."
         )
-        best = max(alone, key=lambda arm: sign * own[arm])
+        best = max(alone, key=lambda variant: sign * own[variant])
         noise = max(row["sites_mean"]["sd"] for row in (main, alone[best]))
         if sign * (own[main["name"]] - own[best]) <= noise:
             warnings.append(
@@ -99,9 +106,11 @@ def verdict(
             else f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}."
         )
     lines += [
-        _against(trained(contract), words, lead(means[arm]), main, by_name[arm], metric, error)
-        for arm, words in BASELINES.items()
-        if arm in means
+        _against(
+            trained(contract), words, lead(means[variant]), main, by_name[variant], metric, error
+        )
+        for variant, words in BASELINES.items()
+        if variant in means
     ]
     ranking = contract.task.kind == "ranking"
     one_class = [r for r in runs if r.scores[""]["predicted_classes"] == 1 and not ranking]
@@ -126,10 +135,10 @@ def verdict(
         lines.append(
             f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
             f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. The other "
-            "arms and repeats compare on public data; on real records each would cost as much "
+            "variants and repeats compare on public data; on real records each would cost as much "
             "again, and so would choosing the learning rates."
         )
-    weak = bool(one_class) or any(lead(means[arm]) <= 0 for arm in alone)
+    weak = bool(one_class) or any(lead(means[variant]) <= 0 for variant in alone)
     return {
         "word": "useless" if useless else "weak" if weak else "usable",
         "lines": lines,
@@ -157,8 +166,8 @@ def _against(
     metric: str,
     error: float | None,
 ) -> str:
-    """The main arm against a baseline. A lead must exceed the spread over runs and the standard
-    error of the public rows (which is cautious: both arms are judged on the same rows)."""
+    """The main variant against a baseline. A lead must exceed the spread over runs and the standard
+    error of the public rows (which is cautious: both variants are judged on the same rows)."""
     noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"], error or 0.0)
     won = "beats" if gain > noise else "does not beat"
     subject = ours if ours == "LoRA" else f"The {ours}"

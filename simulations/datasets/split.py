@@ -38,7 +38,7 @@ class Split(NamedTuple):
 
 def split(table_name: str, folder: Path) -> list[dict[str, int | str]]:
     """Write `folder`/{train,test}/<site>.csv: by site, a quarter drawn by a fixed seed is public.
-    `pooled.csv` holds all training rows, for the arms that have no silos.
+    `pooled.csv` holds all training rows, for the variants that have no silos.
 
     Where a table has persons (Table.entity) a quarter of them is drawn, with all their rows; where
     its source has a split of its own, that is taken. The public rows stand in for the operator's

@@ -63,7 +63,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     run = Run(
         contract,
         Registry.create(job.folder, contract),
-        f"{job.arm}-{job.repeat}",
+        f"{job.variant}-{job.repeat}",
         model.initial_arrays(),
         evaluate=test.metrics,
         evaluate_every=job.evaluate_every,
@@ -103,7 +103,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         adapter = run.registry.adapter()
         scores[TRIGGERED] = triggered.scores(adapter, with_adapter=with_adapter)[""]
     return JobResult(
-        job.arm,
+        job.variant,
         job.repeat,
         tuple(site.name for site in contract.sites),
         scores,
@@ -147,5 +147,5 @@ def _public_test(model: Network, contract: Contract, folder: Path) -> PublicTest
 
 
 def training_file(data: Path, site: str) -> Path:
-    """The site's own rows; for the pooled arm the file with the rows of all."""
+    """The site's own rows; for the pooled variant the file with the rows of all."""
     return data / ("pooled.csv" if site == POOLED else f"train/{site}.csv")

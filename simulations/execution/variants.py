@@ -1,4 +1,5 @@
-"""The arms of a comparison: each is a contract of its own, run by the same worker and server code.
+"""The variants of a comparison: each is a contract of its own, run by the same worker and server
+code.
 
 federated-lora      the recipe's contract, also where it trains a head alone
 alone               the same plan and epsilon, each site by itself; scored on its own test rows
@@ -30,7 +31,7 @@ POOLED = "all sites"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     name: str
     label: str
     private: bool
@@ -44,9 +45,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one contract of an arm."""
+    """One run of one contract of a variant."""
 
-    arm: str
+    variant: str
     repeat: int
     contract: Contract
     folder: Path
@@ -78,7 +79,7 @@ class JobResult:
     is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
     own, the same of that model, by site. gpu: its name, where one computed."""
 
-    arm: str
+    variant: str
     repeat: int
     sites: tuple[str, ...]
     scores: Mapping[str, Mapping[str, float | None]]
@@ -129,34 +130,42 @@ def pooled(contract: Contract) -> Contract:
     )
 
 
-def arms_of(contract: Contract, plans: dict[str, Any]) -> list[Arm]:
-    """All arms of a recipe; `plans` holds the phases of the baselines (recipe.toml, [arms])."""
+def variants_of(contract: Contract, plans: dict[str, Any]) -> list[Variant]:
+    """All variants of a recipe; `plans` holds the phases of the baselines (recipe.toml,
+    [variants])."""
     what = trained(contract)
     private = "DP-LoRA" if what == "LoRA" else f"DP {what}"
-    arms = [Arm(MAIN, f"Federated {private}", True, False, (contract,))]
+    variants = [Variant(MAIN, f"Federated {private}", True, False, (contract,))]
     by_itself = {"alone": (f"Alone, {private}, same plan", contract)}
     if "alone-tuned" in plans:
         tuned = contract.changed(phases=plans["alone-tuned"]["phases"])
         by_itself["alone-tuned"] = (f"Alone, {private}, own rates", tuned)
     for name, (label, plan) in by_itself.items():
-        arms.append(Arm(name, label, True, False, alone(plan)))
+        variants.append(Variant(name, label, True, False, alone(plan)))
     if "head" in plans:
         head = contract.changed(adapter=None, phases=plans["head"]["phases"])
-        arms.append(Arm("federated-head", "Federated DP head", True, True, (head,)))
+        variants.append(Variant("federated-head", "Federated DP head", True, True, (head,)))
     if "one-hot" in plans:
         one_hot = Contract.model_validate(
             contract.model_dump(mode="json")
             | plans["one-hot"]
             | {"adapter": None, "model": {"kind": "one-hot"}}
         )
-        arms.append(Arm("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,)))
-    # Without noise an adapter may pay that with it does not: [arms.no-dp] may have one of its own.
+        variants.append(
+            Variant("federated-one-hot", "Federated DP one-hot", True, True, (one_hot,))
+        )
+    # Without noise an adapter may pay that with it does not: [variants.no-dp] may have one of its
+    # own.
     plain = contract.changed(
         privacy={"mode": "none", "adaptive": None},
         secure_aggregation=None,
         **plans["no-dp"],
     )
     what = trained(plain)
-    arms.append(Arm("federated-no-dp", f"Federated {what} without DP", False, False, (plain,)))
-    arms.append(Arm("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled(plain),)))
-    return arms
+    variants.append(
+        Variant("federated-no-dp", f"Federated {what} without DP", False, False, (plain,))
+    )
+    variants.append(
+        Variant("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled(plain),))
+    )
+    return variants

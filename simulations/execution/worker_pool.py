@@ -46,5 +46,5 @@ def work(job: Job) -> JobResult:
     from silotune.simulations.execution.job import run_job
 
     return run_job(
-        job, lambda j, facts: _channel.put((j.arm, j.repeat, j.cost_of(facts.round), facts))
+        job, lambda j, facts: _channel.put((j.variant, j.repeat, j.cost_of(facts.round), facts))
     )

@@ -15,7 +15,7 @@ from silotune.common.errors import UsageError
 from silotune.simulations.attacks.poisoning import Poison
 from silotune.simulations.datasets.partition import Partition
 
-REPLACED = ("adapter", "model", "phases", "sites")  # sections that an arm gives whole
+REPLACED = ("adapter", "model", "phases", "sites")  # sections that a variant gives whole
 
 
 def _finite(epsilon: float) -> float | None:
@@ -26,10 +26,12 @@ def _finite(epsilon: float) -> float | None:
 Budget = Annotated[float, Field(gt=0), PlainSerializer(_finite)]
 
 
-class StudyArm(Frozen):
+class StudyVariant(Frozen):
     """One configuration of a study: what differs from the recipe's contract."""
 
-    about: str = Field(default="", description="Text about the arm that the study's report shows.")
+    about: str = Field(
+        default="", description="Text about the variant that the study's report shows."
+    )
     contract: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings that differ from the recipe's contract; an empty section is left "
@@ -37,8 +39,8 @@ class StudyArm(Frozen):
     )
     no_dp: dict[str, Any] = Field(
         default_factory=dict,
-        description="Settings that also differ in the arm without differential privacy, such as "
-        "learning rates.",
+        description="Settings that also differ in the variant without differential privacy, "
+        "such as learning rates.",
     )
     lr_scale: dict[Annotated[float, Field(gt=0)], Positive] = Field(
         default_factory=dict,
@@ -49,7 +51,8 @@ class StudyArm(Frozen):
         description="Who trains: all sites together, each alone, or one with all sites' rows.",
     )
     epsilons: tuple[Budget, ...] = Field(
-        default=(), description="Values of ε at which the arm runs; all of the study's if empty."
+        default=(),
+        description="Values of ε at which the variant runs; all of the study's if empty.",
     )
     masked: bool = Field(
         default=False,
@@ -96,14 +99,15 @@ class Study(Frozen):
     epsilons: tuple[Budget, ...] = Field(
         default=(math.inf, 8.0, 3.0, 1.0),
         min_length=1,
-        description="Values of ε at which each arm runs; infinity is without differential privacy.",
+        description="Values of ε at which each variant runs; infinity is without "
+        "differential privacy.",
     )
     partitions: dict[Name, Partition] = Field(
         default_factory=lambda: {"natural": Partition()},
         min_length=1,
         description="Ways of dealing the training rows to the sites, by name.",
     )
-    arms: dict[Name, StudyArm] = Field(
+    variants: dict[Name, StudyVariant] = Field(
         min_length=1, description="The compared configurations, by name; at least one."
     )
 
@@ -111,10 +115,10 @@ class Study(Frozen):
     def _apart(self) -> Self:
         if len(set(self.epsilons)) != len(self.epsilons):
             raise ValueError("an ε stands twice")
-        for name, arm in self.arms.items():
-            if other := set(arm.lr_scale) - set(arm.epsilons or self.epsilons):
+        for name, variant in self.variants.items():
+            if other := set(variant.lr_scale) - set(variant.epsilons or self.epsilons):
                 raise ValueError(
-                    f"arm '{name}' has lr_scale for ε {min(other):g}, at which it is not"
+                    f"variant '{name}' has lr_scale for ε {min(other):g}, at which it is not"
                 )
         if self.sites and any(p.kind == "natural" for p in self.partitions.values()):
             raise ValueError("with sites rows cannot stay natural: name partitions of other kinds")
@@ -128,24 +132,25 @@ def load_study(file: Path) -> Study:
 
 
 def rates_of(study: Study, factors: Sequence[float]) -> Study:
-    """The study by which rates are chosen: each arm with its learning rates times each of these,
-    once, scored on a quarter of the training rows. With three quarters of the rows and the whole
-    noise, rates that are right here are a little low for all rows."""
-    arms = {
-        f"{name} x{factor:g}": arm.model_copy(
+    """The study by which rates are chosen: each variant with its learning rates times each of
+    these, once, scored on a quarter of the training rows. With three quarters of the rows and the
+    whole noise, rates that are right here are a little low for all rows."""
+    variants = {
+        f"{name} x{factor:g}": variant.model_copy(
             update={
                 "lr_scale": {
-                    e: arm.lr_scale.get(e, 1.0) * factor for e in arm.epsilons or study.epsilons
+                    e: variant.lr_scale.get(e, 1.0) * factor
+                    for e in variant.epsilons or study.epsilons
                 }
             }
         )
-        for name, arm in study.arms.items()
+        for name, variant in study.variants.items()
         for factor in factors
     }
     return study.model_copy(
         update={
             "title": f"{study.title}: rates",
-            "arms": arms,
+            "variants": variants,
             "repeats": 1,
             "validation": True,
         }

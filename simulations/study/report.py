@@ -44,19 +44,19 @@ def epsilons_of(found: dict[str, Any]) -> list[float]:
     return [math.inf if e is None else float(e) for e in found["study"]["epsilons"]]
 
 
-def values_of(found: dict[str, Any], arm: str, epsilon: float, partition: str) -> list[float]:
+def values_of(found: dict[str, Any], variant: str, epsilon: float, partition: str) -> list[float]:
     """The metric of each repeat that is there."""
     asked = None if math.isinf(epsilon) else epsilon
     return [
         cell["scores"][found["metric"]]
         for cell in found["cells"].values()
-        if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
+        if (cell["variant"], cell["epsilon"], cell["partition"]) == (variant, asked, partition)
         and found["metric"] in cell["scores"]
     ]
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """A table for each partition: arms by ε, mean ± half the 95 % interval."""
+    """A table for each partition: variants by ε, mean ± half the 95 % interval."""
     study, metric = found["study"], METRICS[found["metric"]]
     epsilons = epsilons_of(found)
     commits = sorted({cell["commit"] for cell in found["cells"].values()})
@@ -75,7 +75,7 @@ def markdown(found: dict[str, Any]) -> str:
     whole = (
         study["repeats"]
         * len(study["partitions"])
-        * sum(len(arm.get("epsilons") or epsilons) for arm in study["arms"].values())
+        * sum(len(variant.get("epsilons") or epsilons) for variant in study["variants"].values())
     )
     lines = [
         f"# {found['title']}",
@@ -91,40 +91,44 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             f"**{partition}**",
             "",
-            "| arm | "
+            "| variant | "
             + " | ".join("no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons)
             + " |",
             "|---" * (len(epsilons) + 1) + "|",
         ]
-        for arm in study["arms"]:
+        for variant in study["variants"]:
             cells = []
             for epsilon in epsilons:
-                cells.append(_told(values_of(found, arm, epsilon, partition)))
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
+                cells.append(_told(values_of(found, variant, epsilon, partition)))
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
     fooled = {
-        arm: [
+        variant: [
             c["triggered"]["accuracy"]
             for c in found["cells"].values()
-            if c["arm"] == arm and c.get("triggered", {}).get("accuracy") is not None
+            if c["variant"] == variant and c.get("triggered", {}).get("accuracy") is not None
         ]
-        for arm in study["arms"]
+        for variant in study["variants"]
     }
-    if study.get("by_site") or any(arm["rows"] != "federated" for arm in study["arms"].values()):
+    if study.get("by_site") or any(
+        variant["rows"] != "federated" for variant in study["variants"].values()
+    ):
         lines += _of_sites(found, epsilons)
     lines += _gains(found, epsilons)
     if any(fooled.values()):
         lines += [
             "",
             "Rows with the backdoor's trigger that are told as the attacker's label (all "
-            "ε and partitions; of honest arms what the trigger does by itself): "
+            "ε and partitions; of honest variants what the trigger does by itself): "
             + ", ".join(
-                f"{arm} {statistics.fmean(values):.0%}" for arm, values in fooled.items() if values
+                f"{variant} {statistics.fmean(values):.0%}"
+                for variant, values in fooled.items()
+                if values
             )
             + ".",
         ]
     declined = {
-        arm: [c["declined"] for c in found["cells"].values() if c["arm"] == arm]
-        for arm, settings in study["arms"].items()
+        variant: [c["declined"] for c in found["cells"].values() if c["variant"] == variant]
+        for variant, settings in study["variants"].items()
         if "gate" in settings["contract"].get("aggregation", {})
     }
     if any(declined.values()):
@@ -133,8 +137,8 @@ def markdown(found: dict[str, Any]) -> str:
             "Rounds of a run whose sum the gate did not take (mean over all ε and "
             "partitions): "
             + ", ".join(
-                f"{arm} {statistics.fmean(values):.1f}"
-                for arm, values in declined.items()
+                f"{variant} {statistics.fmean(values):.1f}"
+                for variant, values in declined.items()
                 if values
             )
             + ".",
@@ -145,7 +149,7 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             "What averaging the factors apart makes wrong, as a share of a round's step "
             "(largest of any round): "
-            + ", ".join(f"{arm} {value:.2g}" for arm, value in lost.items())
+            + ", ".join(f"{variant} {value:.2g}" for variant, value in lost.items())
             + ".",
         ]
     return "\n".join(lines) + "\n"
@@ -163,21 +167,21 @@ def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                 "",
                 f"**{partition}, each site's own rows, {title}**",
                 "",
-                "| arm | " + " | ".join(sites) + " |",
+                "| variant | " + " | ".join(sites) + " |",
                 "|---" * (len(sites) + 1) + "|",
             ]
-            for arm in study["arms"]:
+            for variant in study["variants"]:
                 cells = []
                 for site in sites:
                     values = [
                         value
                         for cell in found["cells"].values()
-                        if (cell["arm"], cell["epsilon"], cell["partition"])
-                        == (arm, asked, partition)
+                        if (cell["variant"], cell["epsilon"], cell["partition"])
+                        == (variant, asked, partition)
                         and (value := cell["sites"].get(site, {}).get(found["metric"])) is not None
                     ]
                     cells.append(_told(values))
-                lines.append(f"| {arm} | {' | '.join(cells)} |")
+                lines.append(f"| {variant} | {' | '.join(cells)} |")
     return lines
 
 
@@ -189,11 +193,11 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
         "",
         "**What a site's own model gains over the released one, on the site's rows**",
         "",
-        "| arm | " + " | ".join([*sites, "mean"]) + " |",
+        "| variant | " + " | ".join([*sites, "mean"]) + " |",
         "|---" * (len(sites) + 2) + "|",
     ]
     for partition in found["study"]["partitions"]:
-        for arm in found["study"]["arms"]:
+        for variant in found["study"]["variants"]:
             for epsilon in epsilons:
                 asked = None if math.isinf(epsilon) else epsilon
                 gains = [
@@ -204,7 +208,8 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                     }
                     for cell in cells
                     if cell.get("released")
-                    and (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, asked, partition)
+                    and (cell["variant"], cell["epsilon"], cell["partition"])
+                    == (variant, asked, partition)
                 ]
                 if not gains:
                     continue
@@ -212,56 +217,59 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                 columns.append([statistics.fmean(g.values()) for g in gains])
                 budget = "no DP" if asked is None else f"ε {epsilon:g}"
                 lines.append(
-                    f"| {arm}, {partition}, {budget} | " + " | ".join(map(_told, columns)) + " |"
+                    f"| {variant}, {partition}, {budget} | "
+                    + " | ".join(map(_told, columns))
+                    + " |"
                 )
     return lines if sites else []
 
 
 def residuals(found: dict[str, Any]) -> dict[str, float]:
-    """The largest residual of each arm that has any."""
+    """The largest residual of each variant that has any."""
     largest: dict[str, float] = {}
     for cell in found["cells"].values():
         values = [p["residual"] for p in cell["curve"] if p.get("residual") is not None]
         if values:
-            largest[cell["arm"]] = max(largest.get(cell["arm"], 0.0), *values)
+            largest[cell["variant"]] = max(largest.get(cell["variant"], 0.0), *values)
     return largest
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """epsilon.svg: the metric by ε; rounds.svg and bytes.svg: its way there at the largest finite
     ε, if it was evaluated on the way. A panel for each partition; bands are 95 % intervals, on the
-    way only of three runs and more: that of two is wider than all else. Of more arms than lines can
-    be told apart epsilon.svg has a row for each, and the others a row of panels for every few."""
+    way only of three runs and more: that of two is wider than all else. Of more variants than lines
+    can be told apart epsilon.svg has a row for each, and the others a row of panels for every
+    few."""
     import matplotlib
     from matplotlib.figure import Figure
 
     files, study = [], found["study"]
-    arms, partitions = list(study["arms"]), list(study["partitions"])
+    variants, partitions = list(study["variants"]), list(study["partitions"])
     most = max((e for e in epsilons_of(found) if math.isfinite(e)), default=0.0)
     ways = [
-        arm
-        for arm in arms
+        variant
+        for variant in variants
         if len(
             {
                 point["round"]
                 for cell in found["cells"].values()
                 for point in cell["curve"]
-                if (cell["arm"], cell["epsilon"]) == (arm, most)
+                if (cell["variant"], cell["epsilon"]) == (variant, most)
             }
         )
         > 1
     ]
-    many = len(arms) > MOST_LINES
-    for kind, shown in {"epsilon": arms, "rounds": ways, "bytes": ways}.items():
+    many = len(variants) > MOST_LINES
+    for kind, shown in {"epsilon": variants, "rounds": ways, "bytes": ways}.items():
         if not shown:  # also one of before
             (folder / f"{kind}.svg").unlink(missing_ok=True)
             continue
         dots = many and kind == "epsilon"
-        rows = [arms]  # also those without a way: an arm has one colour in all pictures
+        rows = [variants]  # also those without a way: a variant has one colour in all pictures
         if many and not dots:
             rows = [shown[at : at + LINES] for at in range(0, len(shown), LINES)]
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": kind}):
-            height = 0.24 * len(arms) + 1 if dots else 3.6 * len(rows)
+            height = 0.24 * len(variants) + 1 if dots else 3.6 * len(rows)
             figure = Figure(figsize=(4.6 * len(partitions) + 1.6, height), layout="constrained")
             grid = figure.subplots(
                 len(rows), len(partitions), sharex=True, sharey=True, squeeze=False
@@ -300,26 +308,26 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 def _by_epsilon(axes: Axes, found: dict[str, Any], partition: str) -> None:
     epsilons = sorted(epsilons_of(found), reverse=True)
-    for place, arm in enumerate(found["study"]["arms"]):
+    for place, variant in enumerate(found["study"]["variants"]):
         points = [
             (x, *interval(values))
             for x, epsilon in enumerate(epsilons)
-            if (values := values_of(found, arm, epsilon, partition))
+            if (values := values_of(found, variant, epsilon, partition))
         ]
-        _band(axes, points, arm, place, marked=True)
+        _band(axes, points, variant, place, marked=True)
     axes.set_xticks(
         range(len(epsilons)), ["no DP" if math.isinf(e) else f"ε {e:g}" for e in epsilons]
     )
 
 
 def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
-    arms = list(found["study"]["arms"])
+    variants = list(found["study"]["variants"])
     epsilons = epsilons_of(found)
     for place, epsilon in enumerate(epsilons):
         points = [
             (y, *interval(values))
-            for y, arm in enumerate(arms)
-            if (values := values_of(found, arm, epsilon, partition))
+            for y, variant in enumerate(variants)
+            if (values := values_of(found, variant, epsilon, partition))
         ]
         if points:
             y, mean, half = zip(*points, strict=True)
@@ -334,24 +342,25 @@ def _dots(axes: Axes, found: dict[str, Any], partition: str) -> None:
                 color=COLOURS[place % len(COLOURS)],
                 label="no DP" if math.isinf(epsilon) else f"ε {epsilon:g}",
             )
-    axes.set_yticks(range(len(arms)), arms, fontsize=8)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_yticks(range(len(variants)), variants, fontsize=8)
+    axes.set_ylim(len(variants) - 0.5, -0.5)
 
 
 def _by_way(
     axes: Axes,
     found: dict[str, Any],
-    arms: Sequence[str],
+    variants: Sequence[str],
     partition: str,
     kind: str,
     epsilon: float,
 ) -> None:
     metric = found["metric"]
-    for place, arm in enumerate(arms):
+    for place, variant in enumerate(variants):
         curves = [
             cell["curve"]
             for cell in found["cells"].values()
-            if (cell["arm"], cell["epsilon"], cell["partition"]) == (arm, epsilon, partition)
+            if (cell["variant"], cell["epsilon"], cell["partition"])
+            == (variant, epsilon, partition)
         ]
         at: dict[int, list[dict[str, Any]]] = {}
         for point in (p for curve in curves for p in curve):
@@ -362,7 +371,7 @@ def _by_way(
             mean, half = interval([p["scores"][metric] for p in own])
             x = number if kind == "rounds" else own[0]["kilobytes"] / 1000
             points.append((x, mean, half if len(own) > 2 else 0.0))
-        _band(axes, points, arm, place)
+        _band(axes, points, variant, place)
     axes.set_xlabel(
         f"round, at ε {epsilon:g}" if kind == "rounds" else f"MB up and down, at ε {epsilon:g}"
     )

@@ -28,8 +28,8 @@ class Kept:
         self.cells()
 
     def cells(self) -> dict[str, Any]:
-        """All that are there, also of arms that the study has no more. Where a cell does not say on
-        which machine it was made, it was the file's."""
+        """All that are there, also of variants that the study has no more. Where a cell does not
+        say on which machine it was made, it was the file's."""
         if not self.file.exists():
             return {}
         try:

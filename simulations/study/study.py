@@ -1,8 +1,8 @@
-"""A study: a recipe's arms × ε × partitions × seeds, each cell run once, kept, and compared.
+"""A study: a recipe's variants × ε × partitions × seeds, each cell run once, kept, and compared.
 
 A cell's result is written as soon as it is there, with a hash of what was asked for: a study that
 was stopped goes on, and one that was changed runs what is new in it. Each repeat has fresh noise;
-repeat s of a partition is dealt by seed s, and is the same for all arms.
+repeat s of a partition is dealt by seed s, and is the same for all variants.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from silotune.simulations.datasets import catalog, split
 from silotune.simulations.datasets.partition import draw, repartition
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
 from silotune.simulations.execution.variants import Job, JobResult, alone, pooled, slower
-from silotune.simulations.study.config import REPLACED, Study, StudyArm, _finite
+from silotune.simulations.study.config import REPLACED, Study, StudyVariant, _finite
 from silotune.simulations.study.store import Kept
 
 
 class Cell(NamedTuple):
     """One value of the grid, of one repeat. contracts: one for each site that trains locally."""
 
-    arm: str
+    variant: str
     epsilon: float
     partition: str
     repeat: int
@@ -49,7 +49,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        return f"{self.arm} | ε {self.epsilon:g} | {self.partition} | {self.repeat}"
+        return f"{self.variant} | ε {self.epsilon:g} | {self.partition} | {self.repeat}"
 
 
 class Shown:
@@ -60,17 +60,17 @@ class Shown:
     ) -> None:
         self.cells, self.left = cells, sum(job.cost for job in jobs)
         self.whole, self.take, self.began = self.left, take, datetime.now(UTC)
-        self.costs = {(job.arm, job.contract.sites[0].name): job.cost for job in jobs}
+        self.costs = {(job.variant, job.contract.sites[0].name): job.cost for job in jobs}
 
     def round(self, *_: object) -> None:
         pass
 
     def done(self, result: JobResult) -> None:
         self.take(result)
-        self.left -= self.costs[result.arm, result.sites[0]]
+        self.left -= self.costs[result.variant, result.sites[0]]
         spent = (datetime.now(UTC) - self.began).total_seconds()
         minutes = spent * self.left / max(self.whole - self.left, 1e-9) / 60
-        key = self.cells[int(result.arm)].key
+        key = self.cells[int(result.variant)].key
         echo(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left")
 
 
@@ -78,16 +78,16 @@ def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
     """The grid, repeat by repeat: what is stopped half way has fewer repeats of everything."""
     for repeat in range(study.repeats):
         for partition in study.partitions:
-            for name, arm in study.arms.items():
-                for epsilon in arm.epsilons or study.epsilons:
-                    found = contracts_of(recipe, arm, epsilon, name, study.sites)
+            for name, variant in study.variants.items():
+                for epsilon in variant.epsilons or study.epsilons:
+                    found = contracts_of(recipe, variant, epsilon, name, study.sites)
                     yield Cell(name, epsilon, partition, repeat, found)
 
 
 def contracts_of(
-    recipe: Recipe, arm: StudyArm, epsilon: float, name: str, sites: int | None = None
+    recipe: Recipe, variant: StudyVariant, epsilon: float, name: str, sites: int | None = None
 ) -> tuple[Contract, ...]:
-    """The contracts of an arm at an ε. ContractError that names the arm if one is not valid.
+    """The contracts of a variant at an ε. ContractError that names the variant if one is not valid.
 
     Where they are masked the roster's keys are those of a fixed seed, so that a cell asks for the
     same thing each time; a job gets others, and nobody knows those (_jobs)."""
@@ -96,22 +96,22 @@ def contracts_of(
         found |= {"sites": [{"name": name} for name in _numbered(sites)], "quorum": sites}
     plain = math.isinf(epsilon)
     privacy: dict[str, Any] = {"mode": "none", "adaptive": None} if plain else {"epsilon": epsilon}
-    for change in (arm.contract, arm.no_dp if plain else {}, {"privacy": privacy}):
+    for change in (variant.contract, variant.no_dp if plain else {}, {"privacy": privacy}):
         for key, value in change.items():
             merged = isinstance(value, dict) and key not in REPLACED and found.get(key)
             found[key] = ({**found[key], **value} if merged else value) or None
     secure = found.pop("secure_aggregation")
     try:
         whole = Contract.model_validate(found)
-        if epsilon in arm.lr_scale:
-            whole = slower(whole, arm.lr_scale[epsilon])
+        if epsilon in variant.lr_scale:
+            whole = slower(whole, variant.lr_scale[epsilon])
     except ValidationError as error:
-        raise contract_error(error, f"the study's arm '{name}'", Contract) from None
-    if arm.masked:
+        raise contract_error(error, f"the study's variant '{name}'", Contract) from None
+    if variant.masked:
         whole = masked(whole, 0)[0].changed(secure_aggregation=secure or {})
-    if arm.rows == "federated":
+    if variant.rows == "federated":
         return (whole,)
-    return alone(whole) if arm.rows == "alone" else (pooled(whole),)
+    return alone(whole) if variant.rows == "alone" else (pooled(whole),)
 
 
 def _numbered(sites: int) -> list[str]:
@@ -120,7 +120,7 @@ def _numbered(sites: int) -> list[str]:
 
 def asked(cell: Cell, study: Study, rows: str) -> str:
     """A hash of what a cell asks for. rows: the SHA-256 of the recipe's split."""
-    partition, poison = study.partitions[cell.partition], study.arms[cell.arm].poison
+    partition, poison = study.partitions[cell.partition], study.variants[cell.variant].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
     parts += [rows, str(study.evaluate_every)]
     if poison:  # what was asked before there was `every` is asked still
@@ -181,7 +181,7 @@ def _complete(
     rows = _digest(natural)
     wanted = {key: asked(cell, study, rows) for key, cell in cells.items()}
     found = {key: c for key, c in kept.cells().items() if wanted.get(key) == c["asked"]}
-    # A job's `arm` is the place of its cell here.
+    # A job's `variant` is the place of its cell here.
     missing = [
         cell
         for key, cell in cells.items()
@@ -192,9 +192,9 @@ def _complete(
     revision = commit()
 
     def take(result: JobResult) -> None:
-        own = parts.setdefault(result.arm, [])
+        own = parts.setdefault(result.variant, [])
         own.append(result)
-        cell = missing[int(result.arm)]
+        cell = missing[int(result.variant)]
         if len(own) == len(cell.contracts):
             made = {"asked": wanted[cell.key], "commit": revision} | _facts(cell, own)
             found[cell.key] = made
@@ -226,7 +226,7 @@ def _jobs(
     sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
     places: dict[tuple[str, int], Path] = {}
     for number, cell in enumerate(cells):
-        contract, poison = cell.contracts[0], study.arms[cell.arm].poison
+        contract, poison = cell.contracts[0], study.variants[cell.variant].poison
         model = (
             None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
         )
@@ -272,7 +272,7 @@ def _jobs(
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     """What is kept of a cell: scores on all scored rows (where each site has a model of its own the
     mean over them), by site (`released`: where the site's own model stands in `sites`), and the
-    curve of arms that train together."""
+    curve of variants that train together."""
     first = results[0]
     models = {site: result.scores for result in results for site in result.sites}
     if len(results) == 1:
@@ -285,7 +285,7 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
                 overall.setdefault(metric, []).append(value)
     by_site = {site: dict(scores[site]) for site, scores in models.items() if site in scores}
     return {
-        "arm": cell.arm,
+        "variant": cell.variant,
         "epsilon": _finite(cell.epsilon),
         "partition": cell.partition,
         "repeat": cell.repeat,

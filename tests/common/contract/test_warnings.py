@@ -77,10 +77,10 @@ def test_a_simulation(draft: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def job(contract: contracts.Contract) -> Job:
     return Job(
-        arm="a",
+        variant="a",
         repeat=0,
         contract=contract,
-        folder=Path("arm"),
+        folder=Path("variant"),
         model_folder=None,
         data=Path("rows"),
         federated=True,

@@ -208,7 +208,7 @@ def test_a_packaged_model_is_found_in_the_cache_and_another_one_asked_for(
 ) -> None:
     folder = tiny.folder_of("bert")
     made = tiny.contract_of("classification", "bert", folder)
-    run = tmp_path / "runs" / "arms" / "federated-lora-0"
+    run = tmp_path / "runs" / "variants" / "federated-lora-0"
     run.mkdir(parents=True)
     (run / "contract.json").write_text(made.model_dump_json())
     save_file(models.build(made, folder).initial_arrays(), run / "adapter.safetensors")

@@ -18,8 +18,15 @@ from silotune.common.inference.retrieval import Index
 from silotune.common.models import factory as models
 from tests import tiny
 
-ITEMS = ["pain in the chest", "burn left arm", "no pain today", "right arm", "pain", "the burn"]
-QUERIES = ["chest pain", "arm", "today"]
+ITEMS = [
+    "pain in the chest",
+    "burn left variant",
+    "no pain today",
+    "right variant",
+    "pain",
+    "the burn",
+]
+QUERIES = ["chest pain", "variant", "today"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -46,7 +53,7 @@ def test_more_than_there_are_and_equal_ones(tmp_path: Path) -> None:
     contract = tiny.contract_of("bi", "bert")
     model = models.build(contract, tiny.folder_of("bert"))
     index = Index(contract, model, tiny.moved(model))
-    index.read(["pain", "arm", "pain"])
+    index.read(["pain", "variant", "pain"])
     (found,) = index.search(["chest"], 10)
     assert len(found) == 3
     places = [f.item for f in found]
@@ -103,7 +110,7 @@ def test_the_command_ranks_each_text_once(tmp_path: Path) -> None:
             str(run),
             str(items),
             "chest pain",
-            "arm",
+            "variant",
             "--model",
             str(folder),
             "-k",
@@ -116,7 +123,7 @@ def test_the_command_ranks_each_text_once(tmp_path: Path) -> None:
     )
     assert done.exception is None, done.exception
     found = json.loads(done.output)
-    assert [one["query"] for one in found] == ["chest pain", "arm"]
+    assert [one["query"] for one in found] == ["chest pain", "variant"]
     for one in found:
         assert len({item["text"] for item in one["items"]}) == 2
     assert (tmp_path / "kept").is_file()

@@ -23,7 +23,7 @@ def stat(mean: float | None, sd: float | None) -> dict[str, Any]:
     return {"mean": mean, "sd": sd, "values": [mean]}
 
 
-def arm(name: str, *, private: bool, main: bool = False, repeats: int = 3) -> dict[str, Any]:
+def variant(name: str, *, private: bool, main: bool = False, repeats: int = 3) -> dict[str, Any]:
     return {
         "name": name,
         "label": f"The {name}",
@@ -76,9 +76,9 @@ def result() -> dict[str, Any]:
         },
         "metric": {"name": "auc", "label": "AUC", "higher_is_better": True},
         "verdict": {"word": "usable", "lines": ["AUC 0.89"], "warnings": ["Few test rows."]},
-        "arms": [
-            arm("majority", private=False, repeats=1),
-            arm("federated-lora", private=True, main=True),
+        "variants": [
+            variant("majority", private=False, repeats=1),
+            variant("federated-lora", private=True, main=True),
         ],
         "curve": [
             {
@@ -119,7 +119,7 @@ class Page(HTMLParser):
 def without_epsilon(result: dict[str, Any]) -> dict[str, Any]:
     """`result` as a run without privacy writes it."""
     result["privacy"] |= {"epsilon": None, "delta": None, "accountant": None, "sites": []}
-    for one in result["arms"]:
+    for one in result["variants"]:
         one |= {"private": False, "epsilon": None, "delta": None}
     for row in result["curve"]:
         row["epsilon"] = dict.fromkeys(SITES)
@@ -155,7 +155,7 @@ def test_the_verdict_comes_first(result: dict[str, Any]) -> None:
         "Runs",
         "by round",
         "Privacy spent",
-        "of each arm",
+        "of each variant",
         "Unit",
         "Left each site",
         "Training records",
@@ -183,8 +183,8 @@ def hostile(value: Any, key: str = "") -> Any:
 def test_hostile_text_stays_text(result: dict[str, Any]) -> None:
     evil = hostile(result)
     evil["metric"]["name"] = "auc"
-    evil["arms"][0]["metrics"][HOSTILE] = stat(0.5, 0.1)
-    evil["arms"][0] |= {"seconds": HOSTILE, "bytes_up": HOSTILE}
+    evil["variants"][0]["metrics"][HOSTILE] = stat(0.5, 0.1)
+    evil["variants"][0] |= {"seconds": HOSTILE, "bytes_up": HOSTILE}
     evil["data"]["sites"][0]["test"] = HOSTILE
     evil["versions"] = {HOSTILE: HOSTILE}
     page = Page(render(evil))
@@ -286,7 +286,7 @@ def test_a_run_without_privacy_says_so(result: dict[str, Any]) -> None:
 
 
 def test_an_epsilon_of_the_contract_does_not_make_a_run_private(result: dict[str, Any]) -> None:
-    result["arms"][1] |= {"private": False, "epsilon": None, "delta": None}
+    result["variants"][1] |= {"private": False, "epsilon": None, "delta": None}
     text = Page(render(result)).text.replace("\u00a0", " ")
     assert "trained without differential privacy" in text
     assert "ε ≤" not in text
@@ -319,19 +319,19 @@ def test_the_same_result_gives_the_same_bytes(result: dict[str, Any]) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-def test_spread_is_shown_for_repeated_arms_only(result: dict[str, Any]) -> None:
+def test_spread_is_shown_for_repeated_variants_only(result: dict[str, Any]) -> None:
     text = Page(render(result)).text
-    assert text.count("0.893 ± 0.004") == 3  # at a glance, in the arms, in the sites' last row
+    assert text.count("0.893 ± 0.004") == 3  # at a glance, in the variants, in the sites' last row
     assert "The majority none 0.893 0.700 – 1" in text
-    result["arms"] = [arm("federated-lora", private=True, main=True, repeats=1)]
+    result["variants"] = [variant("federated-lora", private=True, main=True, repeats=1)]
     assert "± 0" not in Page(render(result)).text
 
 
-def test_one_site_and_one_arm_in_a_deployment(result: dict[str, Any]) -> None:
-    result["arms"] = result["arms"][1:]
+def test_one_site_and_one_variant_in_a_deployment(result: dict[str, Any]) -> None:
+    result["variants"] = result["variants"][1:]
     result["data"]["sites"] = [{"site": "Cleveland", "train": None, "test": 76}]
     result["privacy"]["sites"] = result["privacy"]["sites"][:1]
-    result["arms"][0]["sites"] = {"Cleveland": stat(0.8934, 0.01)}
+    result["variants"][0]["sites"] = {"Cleveland": stat(0.8934, 0.01)}
     result["curve"] = [{**result["curve"][0], "epsilon": {"Cleveland": 7.99}}]
     page = Page(render(result))
     assert "known to the site only" in page.text
@@ -342,8 +342,8 @@ def test_one_site_and_one_arm_in_a_deployment(result: dict[str, Any]) -> None:
 def test_many_sites_fill_one_page_and_the_table_has_them_all(result: dict[str, Any]) -> None:
     names = [f"hospital-{i:02}" for i in range(30)]
     result["data"]["sites"] = [{"site": name, "train": 10, "test": 5} for name in names]
-    result["privacy"]["sites"], result["arms"][0]["sites"] = [], {}
-    result["arms"][1]["sites"] = {name: stat(0.8, 0.01) for name in names}
+    result["privacy"]["sites"], result["variants"][0]["sites"] = [], {}
+    result["variants"][1]["sites"] = {name: stat(0.8, 0.01) for name in names}
     for row in result["curve"]:
         row["epsilon"] = {name: row["round"] + i / 100 for i, name in enumerate(names)}
     page = Page(render(result))

@@ -20,7 +20,7 @@ from silotune.common.errors import ContractError, DataError, SilotuneError, Usag
 from silotune.server.report.report import guarantee
 from silotune.simulations.comparison import simulate as module
 from silotune.simulations.comparison.recipe import load_recipe, recipe_of, with_baselines
-from silotune.simulations.comparison.simulate import _arms, _joined
+from silotune.simulations.comparison.simulate import _joined, _variants
 from tests import tiny
 
 SCRIPT = """
@@ -200,7 +200,7 @@ def test_the_settings_are_those_of_the_command(
     )
     options = asked[0]["options"]
     assert (options.epsilon, options.delta, options.repeats, options.processes) == (3, 1e-5, 2, 1)
-    assert (options.arms, options.masked) == (["federated-lora"], False)
+    assert (options.variants, options.masked) == (["federated-lora"], False)
     assert options.performance.micro_batch == 8
     assert (asked[0]["quiet"], asked[0]["stderr"]) == (True, True)
     assert asked[0]["command"] == (
@@ -211,8 +211,8 @@ def test_the_settings_are_those_of_the_command(
 
 def test_names_of_baselines() -> None:
     recipe = load_recipe("heart-diagnosis")
-    assert _arms(recipe, None) == []
-    assert _arms(recipe, ["head", "alone", "pooled", "no-dp", "federated-one-hot"]) == [
+    assert _variants(recipe, None) == []
+    assert _variants(recipe, ["head", "alone", "pooled", "no-dp", "federated-one-hot"]) == [
         "federated-lora",
         "federated-head",
         "alone",
@@ -221,9 +221,9 @@ def test_names_of_baselines() -> None:
         "federated-one-hot",
     ]
     with pytest.raises(UsageError, match=r"'haed', .* Did you mean 'head'\? Known: alone, alone-t"):
-        _arms(recipe, ["haed"])
+        _variants(recipe, ["haed"])
     with pytest.raises(UsageError, match=r"must be a list, got 'head'\. Write \['head'\]"):
-        _arms(recipe, "head")
+        _variants(recipe, "head")
 
 
 def test_a_contract_of_ones_own_gets_a_head_and_a_one_hot_baseline(
@@ -231,20 +231,20 @@ def test_a_contract_of_ones_own_gets_a_head_and_a_one_hot_baseline(
 ) -> None:
     table = write_rows(tmp_path / "rows.csv", 20)
     recipe = with_baselines(recipe_of(lora_contract, "own", table, None))
-    assert _arms(recipe, ["head", "one-hot"]) == [
+    assert _variants(recipe, ["head", "one-hot"]) == [
         "federated-lora",
         "federated-head",
         "federated-one-hot",
     ]
-    head = recipe.facts["arms"]["head"]["phases"]
+    head = recipe.facts["variants"]["head"]["phases"]
     assert [(p["trains"], p["rounds"], p["budget_share"]) for p in head] == [("head", 1, 1.0)]
     last = lora_contract.model_dump(mode="json")["phases"][-1] | {"budget_share": 1.0}
     both = lora_contract.changed(phases=[last])
     recipe = with_baselines(recipe_of(both, "own", table, None))
-    (head,) = recipe.facts["arms"]["head"]["phases"]
+    (head,) = recipe.facts["variants"]["head"]["phases"]
     assert (head["trains"], "adapter_lr" in head, head["budget_share"]) == ("head", False, 1.0)
     answers = tiny.contract_of("language", "llama")
-    assert "head" not in with_baselines(recipe_of(answers, "own", table, None)).facts["arms"]
+    assert "head" not in with_baselines(recipe_of(answers, "own", table, None)).facts["variants"]
 
 
 WRONG: list[tuple[dict[str, Any], type[SilotuneError], str]] = [
@@ -322,7 +322,7 @@ def test_a_result_as_a_table() -> None:
     assert math.isinf(table.loc["federated-lora", "epsilon"])
 
 
-def _arm(name: str, label: str, values: list[float], epsilon: float | None) -> dict[str, Any]:
+def _variant(name: str, label: str, values: list[float], epsilon: float | None) -> dict[str, Any]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {
         "name": name,
@@ -338,10 +338,10 @@ def _arm(name: str, label: str, values: list[float], epsilon: float | None) -> d
 
 CONTENT: dict[str, Any] = {
     "metric": {"name": "accuracy", "label": "Accuracy"},
-    "arms": [
-        _arm("majority", "Always the majority class", [0.5], None),
-        _arm("federated-lora", "Federated <LoRA>", [0.6, 0.7, 0.8], 8.0),
-        _arm("federated-no-dp", "Without DP", [0.9], None),
+    "variants": [
+        _variant("majority", "Always the majority class", [0.5], None),
+        _variant("federated-lora", "Federated <LoRA>", [0.6, 0.7, 0.8], 8.0),
+        _variant("federated-no-dp", "Without DP", [0.9], None),
     ],
     "verdict": {"word": "usable", "warnings": []},
     "privacy": {

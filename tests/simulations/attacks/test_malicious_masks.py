@@ -129,7 +129,7 @@ def study() -> Study:
             "sites": 5,
             "epsilons": [50.0],
             "partitions": {"alike": {"kind": "iid"}},
-            "arms": {
+            "variants": {
                 "honest": {"masked": True, "contract": {"secure_aggregation": secure}},
                 "sign": {
                     "masked": True,
@@ -157,16 +157,16 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
 
 
-def test_arms_with_masks_are_run_with_them_and_asked_once(
+def test_variants_with_masks_are_run_with_them_and_asked_once(
     study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
     found = compare(study, tmp_path / "out", 1, recipe)
-    cells = {cell["arm"]: cell for cell in found["cells"].values()}
-    accuracy = {arm: cell["scores"]["accuracy"] for arm, cell in cells.items()}
+    cells = {cell["variant"]: cell for cell in found["cells"].values()}
+    accuracy = {variant: cell["scores"]["accuracy"] for variant, cell in cells.items()}
     assert accuracy["honest"] == 1.0
     assert accuracy["sign"] < 0.5
     assert accuracy["gate"] == 1.0
-    assert [cells[arm]["declined"] for arm in cells] == [2, 0, 0]  # gate, honest, sign
+    assert [cells[variant]["declined"] for variant in cells] == [2, 0, 0]  # gate, honest, sign
     rosters = set()
     for job in ran:
         secure = job.contract.secure_aggregation
@@ -187,26 +187,26 @@ def test_what_a_cell_asks_for_is_the_bound_and_not_the_keys(study: Study, recipe
         return [asked(cell, study, "rows") for cell in cells_of(study, recipe)]
 
     wide = study.model_dump()
-    wide["arms"]["sign"]["contract"]["secure_aggregation"]["bound"] = 9.0
+    wide["variants"]["sign"]["contract"]["secure_aggregation"]["bound"] = 9.0
     assert hashes(study) == hashes(study)
     same = [a == b for a, b in zip(hashes(study), hashes(Study.model_validate(wide)), strict=True)]
     assert same == [True, False, True]
 
 
 @pytest.mark.parametrize(
-    ("arm", "why"),
+    ("variant", "why"),
     [
         ({"masked": True, "rows": "alone"}, "masks are of sites together"),
         ({"contract": {"secure_aggregation": {"bound": 1.0}}}, "goes with masked = true"),
     ],
 )
-def test_arms_that_cannot_be_masked_are_refused(arm: dict[str, Any], why: str) -> None:
+def test_variants_that_cannot_be_masked_are_refused(variant: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        Study.model_validate({"title": "x", "recipe": "small", "arms": {"one": arm}})
+        Study.model_validate({"title": "x", "recipe": "small", "variants": {"one": variant}})
 
 
 def test_masks_that_a_contract_cannot_have_are_told(study: Study, recipe: Recipe) -> None:
     data = study.model_dump()
-    data["arms"]["sign"]["contract"]["aggregation"] = {"robust": {"rule": "median"}}
+    data["variants"]["sign"]["contract"]["aggregation"] = {"robust": {"rule": "median"}}
     with pytest.raises(ContractError, match="needs each site's update by itself"):
         list(cells_of(Study.model_validate(data), recipe))

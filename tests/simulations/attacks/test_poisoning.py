@@ -125,7 +125,7 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
             "sites": 7,
             "epsilons": [float("inf")],
             "partitions": {"alike": {"kind": "iid"}},
-            "arms": {
+            "variants": {
                 "honest": {},
                 "plain": {"poison": poison},
                 "median": {"contract": robust, "poison": poison},
@@ -133,6 +133,6 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
         }
     )
     cells = compare(study, tmp_path / "out", 1, recipe)["cells"]
-    accuracy = {cell["arm"]: cell["scores"]["accuracy"] for cell in cells.values()}
+    accuracy = {cell["variant"]: cell["scores"]["accuracy"] for cell in cells.values()}
     assert accuracy["honest"] == accuracy["median"] == 1.0
     assert accuracy["plain"] < 0.5

@@ -35,9 +35,12 @@ def test_a_contract_without_keys_and_the_records_of_each_site(tmp_path: Path) ->
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     recipe = load_recipe("heart-diagnosis")
-    for arm, said in (("federated-onehot", "Did you mean 'federated-one-hot'"), ("alone", "Known")):
+    for variant, said in (
+        ("federated-onehot", "Did you mean 'federated-one-hot'"),
+        ("alone", "Known"),
+    ):
         with pytest.raises(UsageError, match=said):
-            export(recipe, arm, None, tmp_path / "data")
+            export(recipe, variant, None, tmp_path / "data")
     (tmp_path / "data").mkdir()
     with pytest.raises(UsageError, match="is there already"):
         export(recipe, "federated-lora", None, tmp_path / "data")

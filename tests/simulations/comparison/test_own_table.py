@@ -101,7 +101,7 @@ def test_three_commands(table: Path) -> None:
             "site_column=branch",
             "repeats=1",
             "baseline_repeats=1",
-            "arms=pooled-no-dp",
+            "variants=pooled-no-dp",
             "--out",
             "run",
             "--json",
@@ -118,10 +118,10 @@ def test_three_commands(table: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert {s["site"] for s in result["data"]["sites"]} == {"bank-a", "bank-b", "bank-c"}
-    federated = next(arm for arm in result["arms"] if arm["main"])
+    federated = next(variant for variant in result["variants"] if variant["main"])
     assert federated["metrics"]["auc"]["mean"] > 0.6
     assert max(s["epsilon"] for s in result["privacy"]["sites"]) <= 8.0
-    adapter = load_file(table.parent / "run/arms/federated-lora-0/adapter.safetensors")
+    adapter = load_file(table.parent / "run/variants/federated-lora-0/adapter.safetensors")
     assert adapter["head.weight"].shape == (2, 8)
     assert adapter["head.weight"].any()
 
@@ -387,7 +387,7 @@ def few(table: Path, out: str, *settings: str) -> list[str | Path]:
         "site_column=branch",
         "repeats=1",
         "baseline_repeats=1",
-        "arms=pooled-no-dp",
+        "variants=pooled-no-dp",
         "processes=1",
         *settings,
         "--out",
@@ -405,7 +405,7 @@ def test_a_device_that_is_not_there_stops_a_simulation_before_it_computes(
     assert code == 1
     assert "E309 device is 'cuda'" in wrong
     assert "Plan" not in said
-    assert not (table.parent / "run" / "arms").exists()
+    assert not (table.parent / "run" / "variants").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -430,7 +430,7 @@ def test_a_simulation_that_is_stopped_says_how_many_of_its_runs_are_lost(
     assert code == 130
     assert re.fullmatch(
         r"Stopped: 1 of \d+ runs were done, and their comparison is lost: a new `silotune sim run` "
-        rf"begins again\. What they wrote is in {table.parent / 'run' / 'arms'}\.",
+        rf"begins again\. What they wrote is in {table.parent / 'run' / 'variants'}\.",
         wrong.strip(),
     )
     code, _, wrong = run("contract", "show", table.parent / "run")
@@ -458,7 +458,7 @@ def test_masks_that_do_not_fit_stop_a_simulation_and_the_advice_works(
     assert code == 1
     assert "E205 secure_aggregation.bound = 16 does not fit" in wrong
     assert "masked=false runs without" in wrong
-    assert not (table.parent / "run" / "arms").exists()
+    assert not (table.parent / "run" / "variants").exists()
     file.write_text(re.sub(r"(?m)^rounds = .*$", "rounds = 1", file.read_text()))
     assert run(*few(table, "second", "masked=false"))[0] == 0
 
@@ -466,7 +466,8 @@ def test_masks_that_do_not_fit_stop_a_simulation_and_the_advice_works(
 def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
     tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
-    """The first arms have no adapter: they would be trained, and the adapter's arms then fail."""
+    """The first variants have no adapter: they would be trained, and the adapter's variants then
+    fail."""
     folder = tiny.folder_of("bert")
     made = tiny.contract_of("classification", "bert", folder)
     contract = made.changed(adapter={"targets": ["value", "qeury"]})
@@ -487,4 +488,4 @@ def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
     )
     assert code == 1
     assert "E310 adapter.targets names 'qeury'" in wrong
-    assert not (tmp_path / "run" / "arms").exists()
+    assert not (tmp_path / "run" / "variants").exists()

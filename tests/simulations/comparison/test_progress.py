@@ -39,10 +39,10 @@ LETTERS = st.sampled_from("abcZ -_é中国")
 NAMES = st.text(LETTERS, min_size=1, max_size=64).map(str.strip).filter(bool)
 
 
-def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) -> dict[str, Any]:
+def result_of(sites: tuple[str, ...], variants: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """A result as simulations/comparison/summary.py makes it, each figure of it another."""
     order = 1 + np.random.default_rng(seed).permutation(999)  # 0.000 stands in a δ of 0.0001
-    numbers = iter(order[: (2 + len(sites)) * arms].tolist())
+    numbers = iter(order[: (2 + len(sites)) * variants].tolist())
 
     def figure() -> dict[str, float]:
         return {"mean": next(numbers) / 1000, "sd": 0.012}
@@ -50,7 +50,7 @@ def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) ->
     return {
         "metric": {"name": "auc", "label": "AUC"},
         "privacy": {"sites": [{"site": site} for site in sites]},
-        "arms": [
+        "variants": [
             {
                 "label": label,
                 "repeats": repeats,
@@ -65,7 +65,7 @@ def result_of(sites: tuple[str, ...], arms: int, repeats: int, seed: int = 0) ->
                 "bytes_down": 12_269_000,
                 "seconds": 1021.0,
             }
-            for place, label in enumerate(LABELS[:arms])
+            for place, label in enumerate(LABELS[:variants])
         ],
     }
 
@@ -82,35 +82,39 @@ def lines_of(result: dict[str, Any], width: int) -> list[str]:
 
 def figures_of(result: dict[str, Any]) -> list[str]:
     found = []
-    for arm in result["arms"]:
-        for figure in (arm["metrics"]["auc"], arm["sites_mean"], *arm["sites"].values()):
-            found.append(f"{figure['mean']:.3f}" + " ±0.012" * (arm["repeats"] > 1))
+    for variant in result["variants"]:
+        for figure in (
+            variant["metrics"]["auc"],
+            variant["sites_mean"],
+            *variant["sites"].values(),
+        ):
+            found.append(f"{figure['mean']:.3f}" + " ±0.012" * (variant["repeats"] > 1))
     return found
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     width=st.integers(40, 220),
-    arms=st.integers(1, len(LABELS)),
+    variants=st.integers(1, len(LABELS)),
     repeats=st.sampled_from((1, 3)),
     sites=st.lists(NAMES, max_size=12, unique=True).map(tuple),
     seed=st.integers(0, 9),
 )
-@example(width=80, arms=8, repeats=3, sites=HOSPITALS, seed=0)
-@example(width=100, arms=8, repeats=3, sites=HOSPITALS, seed=0)
-@example(width=120, arms=8, repeats=3, sites=HOSPITALS, seed=0)
-@example(width=40, arms=8, repeats=3, sites=("x" * 64, "seconds", "mean of sites"), seed=0)
+@example(width=80, variants=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=100, variants=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=120, variants=8, repeats=3, sites=HOSPITALS, seed=0)
+@example(width=40, variants=8, repeats=3, sites=("x" * 64, "seconds", "mean of sites"), seed=0)
 def test_every_figure_stands_whole_on_a_line_that_fits(
-    width: int, arms: int, repeats: int, sites: tuple[str, ...], seed: int
+    width: int, variants: int, repeats: int, sites: tuple[str, ...], seed: int
 ) -> None:
-    result = result_of(sites, arms, repeats, seed)
+    result = result_of(sites, variants, repeats, seed)
     lines = lines_of(result, width)
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)
     for figure in figures_of(result):
         assert text.count(figure) == 1, figure
     for whole in ("8 (0.0001)", "1,536", "12,269", "1021"):
-        assert text.count(whole) >= arms // 2, whole
+        assert text.count(whole) >= variants // 2, whole
     assert all(site.split()[0][:6] in text for site in sites)  # the rest may be on another line
 
 
@@ -120,7 +124,7 @@ def test_sites_are_rows_where_columns_do_not_fit(width: int) -> None:
     lines = lines_of(result, width)
     assert not any("Cleveland" in line and "Hungary" in line for line in lines)
     for site in HOSPITALS:
-        figures = [f"{a['sites'][site]['mean']:.3f} ±0.012" for a in result["arms"]]
+        figures = [f"{a['sites'][site]['mean']:.3f} ±0.012" for a in result["variants"]]
         of_site = [line for line in lines if line.startswith(site)]
         assert all(any(figure in line for line in of_site) for figure in figures)
 
@@ -165,7 +169,7 @@ def job_of(contract: Contract) -> Job:
         "federated-lora",
         0,
         contract,
-        Path("arm"),
+        Path("variant"),
         None,
         Path("split"),
         federated=True,

@@ -1,4 +1,4 @@
-"""The shipped recipes, their arms, and the settings of `sim run`."""
+"""The shipped recipes, their variants, and the settings of `sim run`."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
 from silotune.simulations.execution.roster_keys import masked
-from silotune.simulations.execution.variants import Job, arms_of
+from silotune.simulations.execution.variants import Job, variants_of
 from tests.conftest import Ran
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_arm_of_a_recipe_is_a_contract_within_its_budget(name: str) -> None:
+def test_every_variant_of_a_recipe_is_a_contract_within_its_budget(name: str) -> None:
     recipe = load_recipe(name)
-    arms = arms_of(recipe.contract, recipe.facts["arms"])
-    assert arms[0].main
-    names = {arm.name for arm in arms}
+    variants = variants_of(recipe.contract, recipe.facts["variants"])
+    assert variants[0].main
+    names = {variant.name for variant in variants}
     assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
-    # A contract that trains a head alone is its own head arm, and a one-hot one its own one-hot.
+    # A contract that trains a head alone is its own head variant, and a one-hot one its own
+    # one-hot.
     adapts = recipe.contract.adapter is not None
     has_head = recipe.contract.task.kind != "language"
     assert "federated-head" not in names or (adapts and has_head)
     one_hot = isinstance(recipe.contract.model, OneHotModel)
     is_table = isinstance(recipe.contract.input, TableInput)
     assert "federated-one-hot" not in names or (is_table and not one_hot)
-    assert ("LoRA" in arms[0].label) == adapts
-    for arm in arms:
-        for contract in arm.contracts:
-            assert (contract.privacy.mode == "dp") == arm.private
-            if arm.private:
+    assert ("LoRA" in variants[0].label) == adapts
+    for variant in variants:
+        for contract in variant.contracts:
+            assert (contract.privacy.mode == "dp") == variant.private
+            if variant.private:
                 assert contract.privacy.epsilon == recipe.contract.privacy.epsilon
                 assert contract.privacy.delta == recipe.contract.privacy.delta
                 spent = epsilon(plan(contract), contract.privacy.delta)
@@ -173,12 +174,15 @@ def test_how_to_compute_is_all_that_a_study_can_be_told() -> None:
 def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
     recipe = load_recipe("service-sentiment")
     assert recipe.at(recipe.contract.privacy.epsilon).contract.hash == recipe.contract.hash
-    arms = [
-        {arm.name: arm.contracts[0] for arm in arms_of(one.contract, one.facts["arms"])}
+    variants = [
+        {
+            variant.name: variant.contracts[0]
+            for variant in variants_of(one.contract, one.facts["variants"])
+        }
         for one in (recipe, recipe.at(3.0), recipe.at(2.0))
     ]
-    for name, own in arms[0].items():
-        fewer, other = arms[1][name], arms[2][name]
+    for name, own in variants[0].items():
+        fewer, other = variants[1][name], variants[2][name]
         private = own.privacy.mode == "dp"
         assert private == (name not in ("federated-no-dp", "pooled-no-dp"))
         if private:
@@ -207,7 +211,7 @@ def silotune(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "setting", ["epsilon=nan", "epsilon=-1", "delta=0", "arms=nobody", "epsilon=1e9"]
+    "setting", ["epsilon=nan", "epsilon=-1", "delta=0", "variants=nobody", "epsilon=1e9"]
 )
 def test_a_setting_out_of_bounds_is_a_usage_error(setting: str, tmp_path: Path) -> None:
     done = silotune("sim", "run", "heart-diagnosis", setting, "--out", str(tmp_path / "run"))
@@ -250,7 +254,7 @@ def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> 
         "run",
         "heart-diagnosis",
         "repeats=1",
-        "arms=federated-one-hot",
+        "variants=federated-one-hot",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -281,7 +285,7 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
             "make",
             "demo",
             f"OUT={tmp_path / 'demo'}",
-            "SETTINGS=repeats=1 baseline_repeats=1 arms=federated-head,federated-one-hot",
+            "SETTINGS=repeats=1 baseline_repeats=1 variants=federated-head,federated-one-hot",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -291,7 +295,7 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
-    main = next(arm for arm in result["arms"] if arm["main"])
+    main = next(variant for variant in result["variants"] if variant["main"])
     assert main["metrics"]["auc"]["mean"] >= 0.88
     assert len(result["curve"]) == 30
     assert "30/30" in done.stdout

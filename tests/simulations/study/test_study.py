@@ -35,11 +35,11 @@ epsilons = [inf, 8.0]
 [partitions.skewed]
 kind = "labels"
 alpha = 1.0
-[arms.together]
+[variants.together]
 about = "the contract as it is"
-[arms.alone]
+[variants.alone]
 rows = "alone"
-[arms.pooled]
+[variants.pooled]
 rows = "pooled"
 no_dp = { phases = [{ trains = "head", rounds = 2, sampling_rate = 1.0, head_lr = 2.0 }] }
 """
@@ -61,7 +61,7 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
     found = compare(study, tmp_path / "out", 1, recipe)
-    assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, arms, ε
+    assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, variants, ε
     assert len(ran) == 2 * 2 * 2 * (1 + 2 + 1)  # two sites alone are two jobs
     alone = found["cells"]["alone | ε 8 | natural | 0"]
     assert alone["machine"] == machine("")
@@ -85,8 +85,12 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     ran.clear()
     changed = study.model_copy(
         update={
-            "arms": study.arms
-            | {"together": study.arms["together"].model_copy(update={"contract": {"quorum": 2}})}
+            "variants": study.variants
+            | {
+                "together": study.variants["together"].model_copy(
+                    update={"contract": {"quorum": 2}}
+                )
+            }
         }
     )
     compare(changed, tmp_path / "out", 1, recipe)
@@ -110,7 +114,7 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     assert machine("H100").endswith(" cores, H100")
     assert "| together | " in text
     assert "**skewed**" in text
-    assert "**natural, each site's own rows, ε 8**\n\n| arm | a | b |" in text
+    assert "**natural, each site's own rows, ε 8**\n\n| variant | a | b |" in text
     for cell in found["cells"].values():  # a way of two rounds
         cell["curve"] += [point | {"round": 2, "kilobytes": 2000} for point in cell["curve"]]
     files = report.draw(found, tmp_path / "out")
@@ -142,7 +146,7 @@ def test_lines_have_a_point_for_each_round_that_is_known(
     assert ("alone", []) in drawn  # each goes its own way
 
 
-def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
+def test_many_variants_have_a_row_each_and_a_few_lines_a_panel(
     study: Study, recipe: Recipe, tmp_path: Path
 ) -> None:
     many = study.model_copy(
@@ -150,7 +154,9 @@ def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
             "repeats": 1,
             "epsilons": (8.0,),
             "partitions": {"natural": Partition()},
-            "arms": {f"arm {k}": study.arms["together"] for k in range(report.MOST_LINES + 1)},
+            "variants": {
+                f"variant {k}": study.variants["together"] for k in range(report.MOST_LINES + 1)
+            },
         }
     )
     found = compare(many, tmp_path / "out", 1, recipe)
@@ -160,18 +166,18 @@ def test_many_arms_have_a_row_each_and_a_few_lines_a_panel(
         cell["curve"].append(cell["curve"][0] | {"round": 2, "kilobytes": 2000})
     files = report.draw(found, tmp_path / "out")
     assert [f.name for f in files] == ["epsilon.svg", "rounds.svg", "bytes.svg"]
-    # Of a study that is not whole the arms that are there are drawn; without any ways none is.
+    # Of a study that is not whole the variants that are there are drawn; without any ways none is.
     (tmp_path / "part").mkdir()
-    part = {key: cell for key, cell in found["cells"].items() if cell["arm"] == "arm 12"}
+    part = {key: cell for key, cell in found["cells"].items() if cell["variant"] == "variant 12"}
     report.draw(found | {"cells": part}, tmp_path / "part")
     text = (tmp_path / "part" / "rounds.svg").read_text()
-    assert ">arm 12<" in text
-    assert ">arm 1<" not in text
+    assert ">variant 12<" in text
+    assert ">variant 1<" not in text
     assert len(report.draw(found | {"cells": {}}, tmp_path / "part")) == 1
     assert not (tmp_path / "part" / "rounds.svg").exists()
     for file in files:
         text = file.read_text()
-        assert all(f">arm {k}<" in text for k in range(report.MOST_LINES + 1))
+        assert all(f">variant {k}<" in text for k in range(report.MOST_LINES + 1))
         assert text.count(">natural<") == (1 if file.stem == "epsilon" else 2)
 
 
@@ -193,7 +199,7 @@ def test_other_rows_or_rounds_of_evaluation_are_run_anew(
         compare(small, tmp_path / "out", 1, recipe)
 
 
-def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
+def test_variants_differ_as_they_say(study: Study, recipe: Recipe) -> None:
     cells = {cell.key: cell for cell in cells_of(study, recipe)}
     (whole,) = cells["together | ε 8 | natural | 0"].contracts
     assert (whole.privacy.epsilon, whole.privacy.mode) == (8.0, "dp")
@@ -210,21 +216,21 @@ def test_arms_differ_as_they_say(study: Study, recipe: Recipe) -> None:
 def test_rates_are_chosen_without_the_public_rows(
     study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
 ) -> None:
-    """Each arm once at each rate, where there is no public row left to look at."""
+    """Each variant once at each rate, where there is no public row left to look at."""
     shutil.rmtree(tmp_path / "rows" / "test")
-    faster = study.arms["together"].model_copy(update={"lr_scale": {8.0: 3.0}})
+    faster = study.variants["together"].model_copy(update={"lr_scale": {8.0: 3.0}})
     small = study.model_copy(
         update={
             "partitions": {"natural": Partition()},
-            "arms": study.arms | {"together": faster},
+            "variants": study.variants | {"together": faster},
         }
     )
     asked = rates_of(small, [0.5, 2.0])
     found = compare(asked, tmp_path / "out", 1, recipe)
     assert {cell["repeat"] for cell in found["cells"].values()} == {0}
-    assert len(ran) == 2 * 2 * (1 + 2 + 1)  # rates, ε, arms
+    assert len(ran) == 2 * 2 * (1 + 2 + 1)  # rates, ε, variants
     rates = {
-        (cell.arm, cell.epsilon): cell.contracts[0].phases[0].head_lr
+        (cell.variant, cell.epsilon): cell.contracts[0].phases[0].head_lr
         for cell in cells_of(asked, recipe)
     }
     assert rates["together x0.5", math.inf] == 0.5
@@ -257,7 +263,9 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
     with pytest.raises(UsageError, match="--only 'together' is like no cell"):
         compare(small, tmp_path / "out", 1, recipe, only=["* | ε 8 | *", "together"])
     # Of another grid in the same folder: both are kept, and each tells its own.
-    other = small.model_copy(update={"arms": {"pooled": study.arms["pooled"]}, "repeats": 1})
+    other = small.model_copy(
+        update={"variants": {"pooled": study.variants["pooled"]}, "repeats": 1}
+    )
     third = compare(other, tmp_path / "out", 1, recipe)
     assert set(third["cells"]) == {"pooled | ε inf | natural | 0", "pooled | ε 8 | natural | 0"}
     assert compare(small, tmp_path / "out", 1, recipe, only=["pooled *"]) == second
@@ -273,7 +281,7 @@ def test_no_cell_is_lost_where_several_write(tmp_path: Path) -> None:
 
 
 def test_repeats_come_one_after_the_other(study: Study, recipe: Recipe) -> None:
-    """So that a study that is stopped has all arms, with fewer repeats."""
+    """So that a study that is stopped has all variants, with fewer repeats."""
     repeats = [cell.repeat for cell in cells_of(study, recipe)]
     assert repeats == sorted(repeats)
 
@@ -295,10 +303,12 @@ def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) ->
     with pytest.raises(ContractError, match="poison is of one among others"):
         load_study(file)
     file.write_text(TOML.replace('rows = "alone"', "contract = { quorum = 9 }"))
-    with pytest.raises(ContractError, match="the study's arm 'alone'"):
+    with pytest.raises(ContractError, match="the study's variant 'alone'"):
         list(cells_of(load_study(file), recipe))
     file.write_text(TOML.replace('rows = "alone"', 'rows = "alone"\nlr_scale = { 2 = 0.5 }'))
-    with pytest.raises(ContractError, match="arm 'alone' has lr_scale for ε 2, at which it is not"):
+    with pytest.raises(
+        ContractError, match="variant 'alone' has lr_scale for ε 2, at which it is not"
+    ):
         load_study(file)
     with pytest.raises(UsageError, match="There is no study 'nothing'"):
         study_file("nothing")
@@ -318,21 +328,21 @@ def test_the_shipped_studies_are_valid() -> None:
 
 def test_a_model_of_each_sites_own_and_what_it_gains(recipe: Recipe, tmp_path: Path) -> None:
     """By site stands the site's own model, beside it what was released; overall the mean over the
-    sites' models. An arm may have its own ε."""
+    sites' models. A variant may have its own ε."""
     (tmp_path / "own.toml").write_text("""
 title = "Own"
 recipe = "heart-diagnosis"
 repeats = 2
 by_site = true
 epsilons = [inf, 8.0]
-[arms.together]
+[variants.together]
 epsilons = [3.0]
-[arms.copies.contract]
+[variants.copies.contract]
 aggregation = { server_momentum = 0.0 }
 phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_lr = 2.0, personal = "mean-regularised", proximal_mu = 0.1 }]
 """)  # noqa: E501 - a table stands on one line
     study = load_study(tmp_path / "own.toml")
-    assert [(c.arm, c.epsilon) for c in cells_of(study, recipe) if c.repeat == 0] == [
+    assert [(c.variant, c.epsilon) for c in cells_of(study, recipe) if c.repeat == 0] == [
         ("together", 3.0),
         ("copies", math.inf),
         ("copies", 8.0),
@@ -340,14 +350,14 @@ phases = [{ trains = "head", rounds = 3, sampling_rate = 1.0, head_lr = 2.0, per
     found = compare(study, tmp_path / "out", 1, recipe)
     for cell in found["cells"].values():
         assert set(cell["sites"]) == {"a", "b"}
-        assert set(cell["released"]) == ({"a", "b"} if cell["arm"] == "copies" else set())
+        assert set(cell["released"]) == ({"a", "b"} if cell["variant"] == "copies" else set())
     plain = found["cells"]["copies | ε inf | natural | 0"]
     assert any(plain["sites"][site]["loss"] != plain["released"][site]["loss"] for site in "ab")
     text = report.markdown(found)
     gain = [
         sum(c["sites"][s]["accuracy"] - c["released"][s]["accuracy"] for s in "ab") / 2
         for c in found["cells"].values()
-        if (c["arm"], c["epsilon"]) == ("copies", 8.0)
+        if (c["variant"], c["epsilon"]) == ("copies", 8.0)
     ]
     shown = next(line for line in text.splitlines() if line.startswith("| copies, natural, ε 8"))
     assert shown.split("|")[-2].strip().startswith(f"{sum(gain) / 2:.3f} ±")
