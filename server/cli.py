@@ -24,7 +24,7 @@ from silotune.common.cli.main import (
 )
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.model import OneHotModel
-from silotune.common.errors import PeerError, RunError, UsageError
+from silotune.common.errors import ErrorCode, PeerError, RunError, UsageError
 from silotune.common.model_files import model_folder, model_source
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal
@@ -173,7 +173,9 @@ def fingerprint(folder: Path) -> None:
     try:
         echo(certificate_authority.fingerprint(types.read_text(path, "Certificate").encode()))
     except ValueError:
-        raise UsageError(f"{path} holds no PEM certificate.", code="E102") from None
+        raise UsageError(
+            f"{path} holds no PEM certificate.", code=ErrorCode.CONFIG_UNREADABLE
+        ) from None
 
 
 @server.command("contract")
@@ -539,7 +541,9 @@ def _reach(place: Place) -> None:
             said = True
         if time.monotonic() > end:
             echo(next_step(*words, note="in another terminal; it runs until it is stopped"))
-            raise PeerError(f"No server answers at {place.link}.", code="E406")
+            raise PeerError(
+                f"No server answers at {place.link}.", code=ErrorCode.SERVER_UNREACHABLE
+            )
         time.sleep(LOOK_SECONDS)
 
 
@@ -559,13 +563,13 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
     said = events.Events(where).new()
     end, begun = _end_of(said, token)
     if end is None and begun and not run_store.held(where):
-        end = {"event": "failed", "code": "E603", "why": DIED}
+        end = {"event": "failed", "code": ErrorCode.RUN_INTERRUPTED, "why": DIED}
     if not number and not begun and end is None:
         return f"Detached before the run {name} had a number; it may have begun: " + command(
             "status"
         )
     if end is None and not begun and (why := _ended_in_flower(place, number)):
-        end = {"event": "refused", "code": "E605", "why": why}
+        end = {"event": "refused", "code": ErrorCode.RUN_NOT_BEGUN, "why": why}
         events.append(
             where, **{"what" if k == "event" else k: v for k, v in end.items()}, token=token
         )
@@ -641,14 +645,15 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
                 raise RunError(event["why"], code=event["code"])
         if not ours and time.monotonic() > end:
             late = no_room(where.parent) or RunError(
-                "Flower did not begin the run; see what the server says.", code="E605"
+                "Flower did not begin the run; see what the server says.",
+                code=ErrorCode.RUN_NOT_BEGUN,
             )
             with contextlib.suppress(OSError):  # so that `server status` shows it
                 append(where, "refused", code=late.code, why=str(late), token=token)
             raise late
         alone = alone + 1 if ours and not held(where) else 0
         if alone > 2:  # what it said last has been read since
-            raise no_room(where) or RunError(DIED, code="E603")
+            raise no_room(where) or RunError(DIED, code=ErrorCode.RUN_INTERRUPTED)
         time.sleep(LOOK_SECONDS)
 
 

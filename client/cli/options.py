@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from silotune.client.site.commands import POLICY
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 
 
 class _PolicyFile(click.Path):
@@ -25,7 +25,7 @@ class _PolicyFile(click.Path):
             raise UsageError(
                 f"--config {path} is a folder without {POLICY}. Name a site's {POLICY}, or the "
                 "folder that holds it.",
-                code="E102",
+                code=ErrorCode.CONFIG_UNREADABLE,
             )
         return path / POLICY
 

@@ -16,7 +16,7 @@ from silotune.common.cli.main import command, emit, next_step
 from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts
 from silotune.common.data import sql_source
-from silotune.common.errors import DataError, SilotuneError, UsageError, counted
+from silotune.common.errors import DataError, ErrorCode, SilotuneError, UsageError, counted
 from silotune.common.runtime.terminal import busy
 
 if TYPE_CHECKING:
@@ -192,13 +192,13 @@ def _failure(
         return DataError(
             f"{data.source} has {counted(len(refused), 'kind')} of problem: nothing was prepared. "
             f"{remedies}. [prepare] is in {config}.",
-            code="E313",
+            code=ErrorCode.RECORDS_NOT_PREPARED,
         )
     if not len(prepared.table.rows):
         return DataError(
             f"No row of {data.source} is left; nothing was prepared. Correct the rows, or "
             f"[prepare] in {config}, which left them out.",
-            code="E304",
+            code=ErrorCode.TOO_FEW_ROWS,
         )
     if ledger is None:
         made = command("site", "init", "--name", name, "--folder", "FOLDER")
@@ -206,7 +206,7 @@ def _failure(
             f"Nothing was prepared: {site.keys} does not exist, and only this site's ledger can "
             "remember which record a prepared row is. Make keys, ledger and site.toml in a new "
             f"folder, and copy [data] and [prepare] into that site.toml: {made}",
-            code="E214",
+            code=ErrorCode.KEY_UNUSABLE,
         )
     return None
 

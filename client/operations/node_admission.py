@@ -22,7 +22,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from silotune.client.operations.server_probe import within
 from silotune.client.site.policy import Server
-from silotune.common.errors import DataError, PeerError
+from silotune.common.errors import DataError, ErrorCode, PeerError
 
 KNOWN = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL  # the only thing wrong was the interval
 UNKNOWN = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED  # with this interval: no such key
@@ -55,7 +55,7 @@ def check(server: Server, node_key: Path) -> str:
         raise PeerError(
             f"{server.address} does not know this site's node key: the site is not admitted. The "
             "operator adds its request (silotune server add) and starts the server again.",
-            code="E405",
+            code=ErrorCode.NODE_UNKNOWN,
         )
     raise PeerError(f"{server.address} could not be asked about this site's node key ({found}).")
 

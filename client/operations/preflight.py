@@ -37,7 +37,7 @@ from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import Unit, delta_for, epsilon_text, size_of_delta
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Records
-from silotune.common.errors import DataError, RefusalError, SilotuneError, counted
+from silotune.common.errors import DataError, ErrorCode, RefusalError, SilotuneError, counted
 from silotune.common.model_files.model_source import SOURCES
 from silotune.common.tokenization import token_lengths
 
@@ -55,7 +55,7 @@ class Check:
     state: Literal["ok", "warning", "problem"]
     result: str
     fix: str = ""
-    code: str = ""
+    code: ErrorCode | Literal[""] = ""
     local: str = ""
 
 
@@ -157,7 +157,7 @@ def _fix_of_keys(site: Site) -> str:
 
 
 def _fix_of_ledger(site: Site, error: SilotuneError) -> str:
-    if error.code == "E216":
+    if error.code == ErrorCode.LEDGER_UNAVAILABLE:
         return "free space on the disk or close the other program, then run this again"
     return f"restore the newest backup of {site.state} and {site.keys / 'head'}, then: " + command(
         "privacy", "verify", "--config", site.config
@@ -193,7 +193,7 @@ def _check_server(table: _Table, policy: Policy, site: Site, contract_file: Path
 def _fix_of_node_key(site: Site, policy: Policy, error: SilotuneError) -> str:
     if isinstance(error, DataError):
         return f"restore {site.relay / 'node.key'} from this site's backup"
-    if error.code == "E405":
+    if error.code == ErrorCode.NODE_UNKNOWN:
         return f"send {site.folder / policy.name}.request.json to the operator"
     return "run this again; if it stays so, ask the operator whether the server runs"
 
@@ -325,7 +325,7 @@ def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
             "problem",
             f"'{policy.name}' is not in it",
             "the operator adds the site to the contract",
-            "E201",
+            ErrorCode.CONTRACT_NOT_ACCEPTED,
         )
     if entry.public_key is None:
         return Check(
@@ -340,7 +340,7 @@ def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
             "problem",
             f"the key {entry.public_key[:12]}… is not this site's",
             _fix_of_roster(policy, keys),
-            "E201",
+            ErrorCode.CONTRACT_NOT_ACCEPTED,
         )
     return Check("roster", "ok", f"{policy.name}, key {entry.public_key[:12]}…")
 
@@ -375,7 +375,7 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
         raise DataError(
             f"The contract needs the model '{contract.model.name}', and folder in "
             "[model] is not set.",
-            code="E305",
+            code=ErrorCode.HASH_MISMATCH,
         )
     from silotune.common.models import compatibility
 
@@ -389,7 +389,7 @@ def _fix_of_model(site: Site, policy: Policy, contract: Contract, error: Silotun
     assert not isinstance(contract.model, OneHotModel)
     name = contract.model.name
     if policy.model.folder is not None:
-        if error.code == "E310":
+        if error.code == ErrorCode.MODEL_UNSUITABLE:
             return "ask the operator to correct [model] and [adapter] of the contract"
         return _in_policy(site, f"name the folder of '{name}' as folder in [model]")
     sources = importlib.import_module(SOURCES)
@@ -419,7 +419,7 @@ def _access(file: Path, site: Site) -> Check:
     """Whether the file is there, and for this user alone; the remedy is that of the cause."""
 
     def problem(what: str, fix: str) -> Check:
-        return Check("data access", "problem", what, fix, "E301")
+        return Check("data access", "problem", what, fix, ErrorCode.DATA_UNREADABLE)
 
     absent = _in_policy(site, "put the records there, or correct file in [data]")
     try:
@@ -509,7 +509,14 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
     fix = "ask the operator to raise model.max_tokens in the contract, or split the texts"
     if lengths_.all_lost:
         return [
-            Check("lengths", "problem", f"{text}, and each entity lies there", fix, "E315", local)
+            Check(
+                "lengths",
+                "problem",
+                f"{text}, and each entity lies there",
+                fix,
+                ErrorCode.ENTITIES_BEYOND_TEXT,
+                local,
+            )
         ]
     return [Check("lengths", "warning", text, fix, "", local)]
 
@@ -528,7 +535,7 @@ def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
 
 
 def _fix_of_records(site: Site, error: SilotuneError) -> str:
-    if error.code == "E304":
+    if error.code == ErrorCode.TOO_FEW_ROWS:
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
     return "remove the copies, or " + _in_policy(
         site,
@@ -569,7 +576,7 @@ def _deltas(found: Lineage, policy: Policy, contract: Contract, site: Site) -> l
                 f"{delta:g} is large for this site's number of {what}: some of them could be "
                 "published whole within the guarantee",
                 fix,
-                "E205" if refused else "",
+                ErrorCode.POLICY_VIOLATED if refused else "",
                 f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
                 f"{fitting:g}.",
             )

@@ -42,7 +42,7 @@ from silotune.client.relay import transport
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Server
 from silotune.client.site.safe_read import read_plain
-from silotune.common.errors import PeerError, RefusalError, UsageError
+from silotune.common.errors import ErrorCode, PeerError, RefusalError, UsageError
 from silotune.common.runtime import prometheus, subprocesses
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal
@@ -77,7 +77,7 @@ class Users:
                 "Worker and relay need two users (--worker-user, --relay-user; as root), so that "
                 "code which arrives with a Flower app cannot read the records. To try things out "
                 "on public data: --one-user.",
-                code="E207",
+                code=ErrorCode.SHARED_USER,
             )
         if os.geteuid() != 0:
             raise UsageError(
@@ -153,7 +153,7 @@ class Supervisor:
             for path, refusal in wanted.items():
                 descriptor = try_lock(path)
                 if descriptor is None:
-                    raise UsageError(refusal, code="E104")
+                    raise UsageError(refusal, code=ErrorCode.SITE_ALREADY_RUNNING)
                 held.callback(os.close, descriptor)
             yield
 
@@ -404,7 +404,7 @@ class Supervisor:
                 f"User {os.geteuid() if user is None else user} may not run {command[0]} or its "
                 f"Python ({sys.base_prefix}). Install Silotune where that user can run it, for "
                 "example in /opt/silotune.",
-                code="E105",
+                code=ErrorCode.FILE_ACCESS_DENIED,
             ) from None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ from silotune.common.data import records
 from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
 from silotune.common.data.records import Table
 from silotune.common.data.text_table import BLOCK_ROWS, Builder, Row
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.formats import tag_schemes
 from silotune.common.runtime.atomic_files import write_durably
 
@@ -56,7 +56,7 @@ class Problem:
     column: str
     what: str
     done: str
-    code: str = ""
+    code: ErrorCode | Literal[""] = ""
     remedy: str = ""
     count: int = 0
     rows: list[int] = field(default_factory=list)
@@ -184,7 +184,13 @@ class _Texts:
 
 def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) -> Prepared:
     columns, header = Columns(contract, table.header), table.header
-    ragged = Problem("", f"{len(header)} fields are expected", REFUSED, "E302", "correct the rows")
+    ragged = Problem(
+        "",
+        f"{len(header)} fields are expected",
+        REFUSED,
+        ErrorCode.SCHEMA_MISMATCH,
+        "correct the rows",
+    )
     found = {
         rule: Problem(rule.column, rule.what, _done(rule, rules), rule.code, rule.remedy)
         for rule in columns.rules
@@ -243,7 +249,9 @@ def _without_copies(found: Prepared, rules: Prepare, apart: Sequence[str]) -> Pr
     """Rows that are equal in every column stand once, if the owner says so. Columns that only
     number the rows do not tell them apart, unless they are named."""
     table, drop = found.table, rules.duplicates == "drop"
-    copies = Problem("", "rows repeat an earlier one", DROPPED if drop else LEFT, "E307")
+    copies = Problem(
+        "", "rows repeat an earlier one", DROPPED if drop else LEFT, ErrorCode.DUPLICATE_RECORDS
+    )
     while not (first := _first(table, apart)).all():
         builder = Builder()
         for (line, cells), is_first in zip(table.rows, first.tolist(), strict=True):

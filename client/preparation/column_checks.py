@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import pandera.pandas as pandera
@@ -20,6 +20,7 @@ from silotune.common.contract.inputs import NumberColumn, TableInput, TextInput
 from silotune.common.contract.task import Regression, Tokens
 from silotune.common.data import featurize
 from silotune.common.data.records import REMEMBERED
+from silotune.common.errors import ErrorCode
 from silotune.common.formats import tag_schemes
 from silotune.common.formats.cell_values import UNREAD, unread
 
@@ -40,7 +41,7 @@ class Rule(NamedTuple):
 
     column: str
     kind: str
-    code: str
+    code: ErrorCode | Literal[""]
     what: str
 
     @property
@@ -60,7 +61,7 @@ class Columns:
         for column in spec.columns if isinstance(spec, TableInput) else ():
             checks = [
                 self._cells(
-                    Rule(column.name, "outside", "E302", f"allows {allowed}"),
+                    Rule(column.name, "outside", ErrorCode.SCHEMA_MISMATCH, f"allows {allowed}"),
                     partial(_not_read_as, partial(featurize.misfit, column), f"allows {allowed}"),
                 )
                 for allowed in featurize.allowed(column)
@@ -96,10 +97,15 @@ class Columns:
         columns[label] = pandera.Column(
             checks=[
                 *bounds,
-                self._cells(Rule(label, "no target", "E303", "is empty"), _filled),
+                self._cells(Rule(label, "no target", ErrorCode.LABEL_UNKNOWN, "is empty"), _filled),
                 *(
                     self._cells(
-                        Rule(label, "target", "E303", f"allows {task.answers}{written}"),
+                        Rule(
+                            label,
+                            "target",
+                            ErrorCode.LABEL_UNKNOWN,
+                            f"allows {task.answers}{written}",
+                        ),
                         partial(self._is_target, written),
                     )
                     for written in (("", UNREAD) if isinstance(task, Regression) else ("",))
@@ -109,7 +115,12 @@ class Columns:
         entity = contract.privacy.entity
         for name in header if entity else ():
             if entity and record_ids.canonical(name) in map(record_ids.canonical, entity.key):
-                rule = Rule(name, "key", "E302", "is empty, and it is the privacy unit's key")
+                rule = Rule(
+                    name,
+                    "key",
+                    ErrorCode.SCHEMA_MISMATCH,
+                    "is empty, and it is the privacy unit's key",
+                )
                 check = self._cells(rule, _filled)
                 if name in columns:
                     columns[name].checks.append(check)
@@ -117,7 +128,12 @@ class Columns:
                     columns[name] = pandera.Column(checks=check)
         whole = []
         if isinstance(task, Tokens) and isinstance(spec, TextInput):
-            rule = Rule(label, "words", "E303", f"needs as many tags as '{spec.column}' has words")
+            rule = Rule(
+                label,
+                "words",
+                ErrorCode.LABEL_UNKNOWN,
+                f"needs as many tags as '{spec.column}' has words",
+            )
             whole.append(
                 pandera.Check(
                     lambda rows: (

@@ -40,7 +40,7 @@ from typing import Any
 
 from silotune.client.preparation.person_names import simplified_characters
 from silotune.client.site.preparation_rules import KINDS, Deidentify, Kind
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ErrorCode, UsageError
 
 # Between findings of equal score and length the earlier of these names them.
 _RANK = {kind: rank for rank, kind in enumerate(("resident_id", "iban", "card", "ssn", *KINDS))}
@@ -231,7 +231,7 @@ def _engine(settings: Deidentify) -> Any:
         raise UsageError(
             "[prepare.deidentify] needs Presidio, which is not installed: `pip install "
             "presidio-analyzer`, or install Silotune with its extra 'deidentify'.",
-            code="E103",
+            code=ErrorCode.CONFIG_INVALID,
         )
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import NoOpNlpEngine
@@ -251,7 +251,7 @@ def _engine(settings: Deidentify) -> Any:
         raise UsageError(
             f"[prepare.deidentify] kinds {', '.join(settings.kinds)} are not of language "
             f"'{settings.language}': nothing would be looked for.",
-            code="E103",
+            code=ErrorCode.CONFIG_INVALID,
         )
     engine = AnalyzerEngine(
         registry=RecognizerRegistry(found, supported_languages=[LANGUAGE]),

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from silotune.client.preparation.recognisers import LANGUAGE
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 
 _LABELS = {  # kind → what models call it (CoNLL, OntoNotes, i2b2/n2c2 and frequent spellings)
     "person": "PER PERSON PERS PS NAME PATIENT DOCTOR STAFF HCW NAME_PATIENT NAME_DOCTOR FIRSTNAME "
@@ -201,5 +201,5 @@ def _refused(folder: Path, why: str) -> UsageError:
     return UsageError(
         f"[prepare.deidentify] in site.toml: the model folder {folder} {why}. Name a folder with a "
         "token-classification model whose labels are personal details, or leave `model` out.",
-        code="E103",
+        code=ErrorCode.CONFIG_INVALID,
     )

@@ -23,7 +23,7 @@ from scipy.special import gammaln, logsumexp
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Target
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 
 ALPHAS = (
     *(1 + x / 10 for x in range(1, 100)),
@@ -258,7 +258,7 @@ def _smallest(at: Callable[[float], list[Mechanism]], target: float, delta: floa
             f"multiplier of {MOST_NOISE:,.0f}, the largest that is accounted for, this plan costs "
             f"{_rounded_up(least):g}. Set epsilon to at least {_rounded_up(least):g}"
             + (", or plan fewer steps." if epsilon(fewer, delta) <= target else "."),
-            code="E103",
+            code=ErrorCode.CONFIG_INVALID,
         )
     high = 1.0
     while epsilon(at(high), delta) > target:

@@ -35,7 +35,7 @@ from silotune.client.privacy.ledger_entries import Charged, Prepared
 from silotune.client.privacy.record_identity import Links
 from silotune.client.privacy.record_ids import Lineage
 from silotune.common.contract.privacy import Unit, epsilon_text
-from silotune.common.errors import RefusalError
+from silotune.common.errors import ErrorCode, RefusalError
 
 UNBOUNDED = Mechanism(0.0, 1.0, 1)
 
@@ -133,13 +133,13 @@ class Budget:
                 raise RefusalError(
                     f"These records were charged by {by} before; what that cost a unit "
                     f"'{self.unit}' of this plan has no bound. Keep to one unit and one key.",
-                    code="E210",
+                    code=ErrorCode.BUDGET_EXCEEDED,
                 )
             raise RefusalError(
                 f"{what} exceeds the lifetime budget of these records: spent before "
                 f"{epsilon_text(self.spent(limit.delta))} · together {epsilon_text(after)} "
                 f"(RDP, δ = {limit.delta:g}) · limit {epsilon_text(limit.epsilon)}.",
-                code="E210",
+                code=ErrorCode.BUDGET_EXCEEDED,
             )
 
     def reasons(self) -> list[str]:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.runtime.atomic_files import write_durably
 
 
@@ -46,7 +46,7 @@ class Keys:
             raise UsageError(
                 f"{folder} already holds keys. With other keys the ledger beside them could not "
                 "be read: choose another folder, or keep these.",
-                code="E214",
+                code=ErrorCode.KEY_UNUSABLE,
             )
         owner = Ed25519PrivateKey.generate()
         for name, data in (
@@ -67,7 +67,7 @@ class Keys:
             raise UsageError(
                 f"{folder} belongs to the user {owner_id}, who alone may use it: "
                 f"setpriv --reuid={owner_id} --regid={owner_id} --clear-groups silotune …",
-                code="E214",
+                code=ErrorCode.KEY_UNUSABLE,
             )
         secret, signing, owner = (
             _read_key(folder / name) for name in ("secret.key", "site.key", "owner.pub")
@@ -99,7 +99,7 @@ class Keys:
             raise UsageError(
                 f"{path} is missing or damaged: without it nobody can tell whether the ledger was "
                 "rolled back. Restore it from the site's backup, together with the ledger.",
-                code="E212",
+                code=ErrorCode.LEDGER_DAMAGED,
             ) from None
 
     def write_head(self, number: int, head: str) -> None:
@@ -119,16 +119,16 @@ def _read_key(path: Path) -> bytes:
     except OSError as error:
         raise UsageError(
             f"Key {path} cannot be read: {error.strerror}. Restore it from the site's backup.",
-            code="E214",
+            code=ErrorCode.KEY_UNUSABLE,
         ) from None
     if mode & 0o077:
         raise UsageError(
             f"Key {path} is open to other users (mode {mode & 0o777:o}). Close it with "
             f"chmod 600 {path}, and make new keys if somebody may have read it.",
-            code="E214",
+            code=ErrorCode.KEY_UNUSABLE,
         )
     if len(data) != 32:
-        raise UsageError(f"Key {path} has {len(data)} bytes, not 32.", code="E214")
+        raise UsageError(f"Key {path} has {len(data)} bytes, not 32.", code=ErrorCode.KEY_UNUSABLE)
     return data
 
 

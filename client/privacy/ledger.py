@@ -50,7 +50,7 @@ from silotune.client.privacy.ledger_entries import (
 )
 from silotune.client.privacy.record_identity import Links, Origin
 from silotune.client.privacy.record_ids import SIZE, Codes, Lineage, basis_of
-from silotune.common.errors import RefusalError, counted
+from silotune.common.errors import ErrorCode, RefusalError, counted
 from silotune.common.protocol.messages import Receipt
 from silotune.common.runtime.atomic_files import is_full, write_durably
 from silotune.common.signing import verifies
@@ -87,7 +87,9 @@ class Ledger:
         make_private_folder(folder)
         path = folder / FILE
         if path.exists() or (keys.folder is not None and (keys.folder / "head").exists()):
-            raise RefusalError(f"{folder} or its keys already belong to a ledger.", code="E212")
+            raise RefusalError(
+                f"{folder} or its keys already belong to a ledger.", code=ErrorCode.LEDGER_DAMAGED
+            )
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         make_private_folder(folder / "replies")
         return cls(_connect(path), keys, folder)._begin(site)
@@ -284,7 +286,7 @@ class Ledger:
                 f"The file that [data] of site.toml names has too many rows: the ledger can store "
                 f"at most {largest:,} bytes about one file; nothing was written. Split the file "
                 "into parts of fewer rows, and prepare and use each part by itself.",
-                code="E217",
+                code=ErrorCode.TOO_MANY_ROWS,
             )
 
     def links(self, basis: str) -> list[Links]:
@@ -332,7 +334,7 @@ class Ledger:
             name, kept = self._keep(wire), None if own is None else self._keep(own)
         with self.writing(outcome):
             if charge.sequence in self.releases:
-                raise RefusalError("This charge has its reply already.", code="E204")
+                raise RefusalError("This charge has its reply already.", code=ErrorCode.REPLY_LOST)
             self.append(Released, charge=charge.sequence, reply=name, own=kept)
 
     def check_room(self, size: int) -> None:
@@ -346,7 +348,8 @@ class Ledger:
         wire = self._kept(released.reply)
         if wire is None:
             raise RefusalError(
-                f"The reply of entry {released.sequence} is not on disk any more.", code="E204"
+                f"The reply of entry {released.sequence} is not on disk any more.",
+                code=ErrorCode.REPLY_LOST,
             )
         return wire
 
@@ -412,7 +415,7 @@ class Ledger:
             raise RefusalError(
                 "The server showed a receipt that this site's key did not sign. The ledger is not "
                 "in question: ask the operator, or tell why the site has new keys.",
-                code="E503",
+                code=ErrorCode.MESSAGE_MISMATCH,
             )
         with self._lock:
             if receipt.sequence > len(self.entries):
@@ -425,7 +428,7 @@ class Ledger:
                 f"The server holds a receipt for entry {receipt.sequence} that this ledger "
                 f"({entries}) did not give: it was rolled back, copied or replaced. "
                 "Restore the newest ledger and head; what it lacks cannot be spent anew.",
-                code="E211",
+                code=ErrorCode.LEDGER_ROLLED_BACK,
             )
 
     def export(self) -> Iterator[str]:
@@ -518,7 +521,7 @@ class Ledger:
                 raise _full(self._folder, outcome) from None
             raise RefusalError(
                 f"The disk of this site cannot be written ({error.strerror}). {outcome}",
-                code="E216",
+                code=ErrorCode.LEDGER_UNAVAILABLE,
             ) from None
 
     @contextlib.contextmanager
@@ -582,13 +585,13 @@ def _refusal(
         return RefusalError(
             f"Another program has held the ledger in {folder} for {BUSY_SECONDS} seconds. "
             f"{outcome} Close that program (a database browser, a backup), then try again.",
-            code="E216",
+            code=ErrorCode.LEDGER_UNAVAILABLE,
         )
     if code == sqlite3.SQLITE_IOERR:
         return RefusalError(
             f"The disk that holds the ledger in {folder} reports a failure to read or write. "
             f"{outcome} Look at the system's log and check the disk, then try again.",
-            code="E216",
+            code=ErrorCode.LEDGER_UNAVAILABLE,
         )
     return damaged(f"{what}({type(error).__name__})" if what else type(error).__name__)
 
@@ -601,5 +604,5 @@ def _full(folder: Path | None, outcome: str) -> RefusalError:
     return RefusalError(
         f"The disk of this site is full: {folder} has no room left. {outcome} Free space there; "
         "the site then goes on.",
-        code="E216",
+        code=ErrorCode.LEDGER_UNAVAILABLE,
     )

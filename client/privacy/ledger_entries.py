@@ -24,7 +24,7 @@ from silotune.common.config.types import (
     Sha256,
 )
 from silotune.common.contract.privacy import Unit
-from silotune.common.errors import RefusalError
+from silotune.common.errors import ErrorCode, RefusalError
 from silotune.common.formats import strict_json
 from silotune.common.protocol.messages import Receipt, Round, RunId
 from silotune.common.signing import verifies
@@ -157,7 +157,7 @@ def damaged(why: str) -> RefusalError:
     return RefusalError(
         f"The ledger cannot be trusted: {why}. Nothing is computed. Restore the newest state/ and "
         "keys/head of this site together; a ledger cannot be begun anew on records it knew.",
-        code="E212",
+        code=ErrorCode.LEDGER_DAMAGED,
     )
 
 

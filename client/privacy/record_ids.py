@@ -83,7 +83,7 @@ from numpy.typing import NDArray
 
 from silotune.common.data.records import Table
 from silotune.common.data.workbook import unescaped
-from silotune.common.errors import DataError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, did_you_mean
 from silotune.common.formats.encodings import ENCODINGS
 
 SIZE = 16
@@ -846,12 +846,15 @@ def _key_columns(table: Table, key: Sequence[str]) -> list[str]:
         if column not in names:
             raise DataError(
                 f"Key column '{given}' is not in {table.source} (site.toml, data.key).",
-                code="E302",
+                code=ErrorCode.SCHEMA_MISMATCH,
                 local=f"it has: {', '.join(table.header[:20])}."
                 + did_you_mean(given, table.header),
             )
         if names.count(column) > 1:
-            raise DataError(f"Key column '{given}' stands twice in {table.source}.", code="E302")
+            raise DataError(
+                f"Key column '{given}' stands twice in {table.source}.",
+                code=ErrorCode.SCHEMA_MISMATCH,
+            )
     return columns
 
 

@@ -23,7 +23,7 @@ from collections.abc import Collection
 
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Settled
-from silotune.common.errors import RefusalError
+from silotune.common.errors import ErrorCode, RefusalError
 
 
 class SiteSets:
@@ -98,7 +98,7 @@ class SiteSets:
                     f"{', '.join(entry.sites)}. The difference of two sums from one adapter shows "
                     "the update of a site that is in one of them only: a sum of other sites is "
                     "refused. The run goes on when the same sites take part.",
-                    code="E220",
+                    code=ErrorCode.SITE_SET_REFUSED,
                 )
 
     def _check_changes(self, run: str, number: int, sites: Collection[str]) -> None:
@@ -109,7 +109,7 @@ class SiteSets:
                 f"The set of sites in the sums of run {run} has changed {self.changes(run)} times, "
                 f"which is all that permits.set_changes = {self._most_changes} in site.toml "
                 "allows. Another run begins at zero.",
-                code="E220",
+                code=ErrorCode.SITE_SET_REFUSED,
             )
 
     @staticmethod

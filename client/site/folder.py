@@ -11,7 +11,7 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
 from silotune.common.cli.main import command
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.protocol.join_request import JoinRequest
 
 
@@ -31,12 +31,12 @@ class Site:
             raise UsageError(
                 f"There is no site at {config}. Name its site.toml with --config, or make a site: "
                 f"{remedy}",
-                code="E102",
+                code=ErrorCode.CONFIG_UNREADABLE,
             ) from None
         except OSError as error:
             raise UsageError(
                 f"Policy {config} cannot be read: {error.strerror}. Run this as the site's user.",
-                code="E102",
+                code=ErrorCode.CONFIG_UNREADABLE,
             ) from None
         return cls(config)
 

@@ -37,7 +37,7 @@ from silotune.common.data import file_source, records
 from silotune.common.data import sql_source as queries
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading, delimiter_of
-from silotune.common.errors import DataError, RefusalError, counted
+from silotune.common.errors import DataError, ErrorCode, RefusalError, counted
 from silotune.common.formats.encodings import encoding_of
 
 
@@ -301,7 +301,7 @@ class Policy(Frozen):
                 DataError(
                     f"{self.data.source} has fewer {what} than permits.min_records = "
                     f"{self.permits.min_records}. Add records, or lower permits.min_records.",
-                    code="E304",
+                    code=ErrorCode.TOO_FEW_ROWS,
                 )
             )
         if unit == "record" and found.repeated and self.data.duplicate_records == "refuse":
@@ -312,7 +312,7 @@ class Policy(Frozen):
                     'remove the copies (duplicates = "drop" in [prepare], then `silotune site '
                     'prepare`), or set data.duplicate_records = "keep" if equal rows are '
                     "different people.",
-                    code="E307",
+                    code=ErrorCode.DUPLICATE_RECORDS,
                     local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} another one.",
                 )
             )
@@ -330,7 +330,7 @@ class Policy(Frozen):
             raise RefusalError(
                 "[data] of the policy that the owner signed last names other records than this "
                 "worker has loaded. Start the worker again.",
-                code="E213",
+                code=ErrorCode.POLICY_NOT_SIGNED,
             )
         return self.model_copy(update={"model": started.model, "performance": started.performance})
 
@@ -338,11 +338,11 @@ class Policy(Frozen):
         """Every reason why this site does not take part in `contract`; empty if it does."""
         p, permits, secure = contract.privacy, self.permits, contract.secure_aggregation
         limit, entity, target = self.limits.get(p.unit), p.entity, self.target(contract)
-        found: list[tuple[str, str]] = []
+        found: list[tuple[ErrorCode, str]] = []
         if contract.hash not in permits.contracts:
             found.append(
                 (
-                    "E201",
+                    ErrorCode.CONTRACT_NOT_ACCEPTED,
                     f"The contract '{contract.name}' ({contract.hash}) is not among the contracts "
                     "this site permits. If you agree to it, add its hash to permits.contracts and "
                     "sign.",
@@ -351,7 +351,7 @@ class Policy(Frozen):
         if self.name not in contract.weights():
             found.append(
                 (
-                    "E201",
+                    ErrorCode.CONTRACT_NOT_ACCEPTED,
                     f"'{self.name}' is not in the contract's sites: "
                     f"{', '.join(contract.weights())}.",
                 )
@@ -359,7 +359,7 @@ class Policy(Frozen):
         if p.mode == "none" and not permits.allow_without_dp:
             found.append(
                 (
-                    "E203",
+                    ErrorCode.DP_REQUIRED,
                     f"The contract '{contract.name}' trains without differential privacy and "
                     f"{self.name} does not allow that (allow_without_dp = false).",
                 )
@@ -435,10 +435,12 @@ class Policy(Frozen):
             ),
         ):
             if wrong:
-                found.append(("E205", f"The contract '{contract.name}': {what}."))
+                found.append(
+                    (ErrorCode.POLICY_VIOLATED, f"The contract '{contract.name}': {what}.")
+                )
         found += [
             (
-                "E206",
+                ErrorCode.METRIC_NOT_PERMITTED,
                 f"The contract '{contract.name}' asks for the metric '{metric}', which is not in "
                 "permits.metrics.",
             )

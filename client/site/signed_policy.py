@@ -19,7 +19,7 @@ from silotune.common.config.types import (
     Frozen,
     Sha256,
 )
-from silotune.common.errors import RefusalError
+from silotune.common.errors import ErrorCode, RefusalError
 from silotune.common.formats import strict_json
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.signing import verifies
@@ -62,20 +62,26 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     try:
         found = Signature.model_validate(strict_json.loads(signature_file(path).read_bytes()))
     except (OSError, ValueError, RecursionError):
-        raise RefusalError(f"{path} is not signed. {remedy}", code="E213") from None
+        raise RefusalError(
+            f"{path} is not signed. {remedy}", code=ErrorCode.POLICY_NOT_SIGNED
+        ) from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     if found.policy != digest:
-        raise RefusalError(f"{path} has changed since its owner signed it. {remedy}", code="E213")
+        raise RefusalError(
+            f"{path} has changed since its owner signed it. {remedy}",
+            code=ErrorCode.POLICY_NOT_SIGNED,
+        )
     statement = Signature.statement(digest, found.serial)
     if not verifies(owner.hex(), found.signature, statement):
         raise RefusalError(
-            f"{path} carries a signature that is not the owner's. {remedy}", code="E213"
+            f"{path} carries a signature that is not the owner's. {remedy}",
+            code=ErrorCode.POLICY_NOT_SIGNED,
         )
     policy = parse(text, path)
     if policy.name != ledger.site:
         raise RefusalError(
             f"{path} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
-            code="E213",
+            code=ErrorCode.POLICY_NOT_SIGNED,
         )
     with ledger.writing():
         last = ledger.policy
@@ -92,7 +98,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
             raise RefusalError(
                 f"{path} is an older policy (number {found.serial}); the ledger has "
                 f"adopted number {last.serial}. {remedy}",
-                code="E213",
+                code=ErrorCode.POLICY_NOT_SIGNED,
             )
     return policy
 
@@ -109,7 +115,7 @@ def adopted(ledger: Ledger) -> Policy:
         raise RefusalError(
             "The text of the policy adopted last is not in state/ any more. Start the worker "
             "again.",
-            code="E213",
+            code=ErrorCode.POLICY_NOT_SIGNED,
         )
     folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site/folder.py
     return parse(text, folder / "site.toml")

@@ -19,7 +19,7 @@ from silotune.client.privacy import record_ids
 from silotune.common.contract.privacy import Entity
 from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
 from silotune.common.data.records import Table
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.models.batching import Block
 
 GROUP = 32  # entities whose gradients are held at once, each as large as all trained tensors
@@ -99,7 +99,7 @@ def of_entities(table: Table, entity: Entity) -> Units:
         raise DataError(
             f"{table.source}: the key of the privacy unit ({', '.join(entity.key)}) is empty: "
             f"{shown}. Give these rows a key, or remove them.",
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
         )
     kept = [
         rows[: entity.max_records_per_entity]

@@ -43,7 +43,7 @@ from silotune.common.contract.task import (
 )
 from silotune.common.data import featurize
 from silotune.common.data.records import Inputs
-from silotune.common.errors import RefusalError
+from silotune.common.errors import ErrorCode, RefusalError
 from silotune.common.models.base import Encoded, Network
 from silotune.common.models.batching import Block
 from silotune.common.protocol.tensors import trained_names
@@ -139,7 +139,7 @@ def _check_sum(groups: TensorGroups, parameters: list[torch.nn.Parameter]) -> No
 def _broken(what: str, why: str) -> RefusalError:
     return RefusalError(
         f"The self-test of {what} failed: {why}. Nothing is trained with such an engine.",
-        code="E208",
+        code=ErrorCode.SELFTEST_FAILED,
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
-from silotune.common.errors import CODES, ProtocolError, SilotuneError
+from silotune.common.errors import CODES, ErrorCode, ProtocolError, SilotuneError
 from silotune.common.protocol import messages, packing, tensors
 from silotune.common.protocol.messages import (
     MASKED,
@@ -59,7 +59,7 @@ def description(contract: Contract, site: str, challenge: str, sign: Sign) -> by
 def refusal(contract: Contract, site: str, error: Exception) -> bytes:
     """A code and an incident id; what happened stands in the site's own log under that id."""
     known = isinstance(error, SilotuneError) and error.code in CODES
-    code = error.code if isinstance(error, SilotuneError) and known else "E500"
+    code = error.code if isinstance(error, SilotuneError) and known else ErrorCode.UNEXPECTED
     incident = secrets.token_hex(8)
     log.error("incident %s (%s): %s", incident, code, error, exc_info=None if known else error)
     header = Refusal(contract=contract.hash, site=site, code=code, incident=incident)
@@ -71,7 +71,9 @@ def step(
 ) -> bytes:
     """A reply of a stage of secure aggregation: bytes by the names of sites."""
     if not set(blobs) <= set(contract.weights()) or contract.secure_aggregation is None:
-        raise ProtocolError("The reply is not one of secure aggregation.", code="E502")
+        raise ProtocolError(
+            "The reply is not one of secure aggregation.", code=ErrorCode.UPDATE_INVALID
+        )
     return _pack(Message(kind(contract=contract.hash, site=site), blobs=blobs), {})
 
 
@@ -96,14 +98,18 @@ def update(
     """
     p = contract.privacy
     if charge.contract != contract.hash or (p.mode == "dp") != (charge.noise_multiplier > 0):
-        raise ProtocolError("The reply is not what was charged.", code="E502")
+        raise ProtocolError("The reply is not what was charged.", code=ErrorCode.UPDATE_INVALID)
     most = contract.target_of(site).epsilon
     if (epsilon is None) != (p.mode == "none") or (epsilon or 0.0) > most:
-        raise ProtocolError("The reply's ε is outside the contract.", code="E502")
+        raise ProtocolError("The reply's ε is outside the contract.", code=ErrorCode.UPDATE_INVALID)
     if set(metrics) != set(contract.metrics):
-        raise ProtocolError("The reply's metrics are not the contract's.", code="E502")
+        raise ProtocolError(
+            "The reply's metrics are not the contract's.", code=ErrorCode.UPDATE_INVALID
+        )
     if not all(np.isfinite(v) and abs(v) <= LARGEST_METRIC for v in metrics.values()):
-        raise ProtocolError("A metric of the reply is not finite or too large.", code="E502")
+        raise ProtocolError(
+            "A metric of the reply is not finite or too large.", code=ErrorCode.UPDATE_INVALID
+        )
     facts: dict[str, Any] = {
         "contract": contract.hash,
         "site": site,
@@ -117,7 +123,9 @@ def update(
     names = tensors.trained_names(shapes, contract.round_plan(charge.round).sends)
     trained = {name: shapes[name] for name in names}
     if (mask is None) != (contract.secure_aggregation is None):
-        raise ProtocolError("The contract says otherwise about masks.", code="E502")
+        raise ProtocolError(
+            "The contract says otherwise about masks.", code=ErrorCode.UPDATE_INVALID
+        )
     if mask is None:
         _check(change, trained)
         clear = Message(Update(**facts, metrics=metrics), change)
@@ -129,7 +137,9 @@ def update(
     _check(kept, trained)
     blob = mask(kept, metrics)
     if len(blob) != fixed_point.WIDTH * packing.size(contract, trained):
-        raise ProtocolError("The masked reply has another length than its update.", code="E502")
+        raise ProtocolError(
+            "The masked reply has another length than its update.", code=ErrorCode.UPDATE_INVALID
+        )
     masked = Message(Masked(**facts, agreement=agreement or ""), blobs={MASKED: blob})
     return messages.pack(messages.signed(masked, sign))
 
@@ -143,4 +153,6 @@ def _check(arrays: Arrays, shapes: Shapes) -> None:
     tensors.check(arrays, shapes, "The reply")
     norm = float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in arrays.values())))
     if norm > tensors.LARGEST:
-        raise ProtocolError(f"The reply's norm is beyond {tensors.LARGEST:g}.", code="E502")
+        raise ProtocolError(
+            f"The reply's norm is beyond {tensors.LARGEST:g}.", code=ErrorCode.UPDATE_INVALID
+        )

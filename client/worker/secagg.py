@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from silotune.client.privacy.accountant import Mechanism, mechanism_of
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
-from silotune.common.errors import ProtocolError, RefusalError
+from silotune.common.errors import ErrorCode, ProtocolError, RefusalError
 from silotune.common.protocol import packing
 from silotune.common.protocol.messages import (
     Agree,
@@ -66,7 +66,9 @@ class Masking:
         """ProtocolError unless the round can be masked. Takes in the other members' shares."""
         member = self._member(request.agreement)
         if member.terms.run != request.run:
-            raise ProtocolError("The agreement on keys is of another run.", code="E504")
+            raise ProtocolError(
+                "The agreement on keys is of another run.", code=ErrorCode.SECAGG_STEP_REFUSED
+            )
         if not member.ready:
             member.receive(shares)
         member.check_can_mask(request.round)
@@ -115,7 +117,8 @@ class Masking:
 
 def _unknown() -> RefusalError:
     return RefusalError(
-        "There are no secrets here of the agreement that the request names.", code="E506"
+        "There are no secrets here of the agreement that the request names.",
+        code=ErrorCode.SECAGG_SECRETS_LOST,
     )
 
 
@@ -146,5 +149,5 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
             raise RefusalError(
                 f"secure_aggregation.bound = {bound:g} does not fit this plan's updates and "
                 f"noise: it must lie between {largest:.2g} and {widest:.2g}.",
-                code="E205",
+                code=ErrorCode.POLICY_VIOLATED,
             )

@@ -37,7 +37,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import epsilon_text
 from silotune.common.contract.schedule import RoundPlan
 from silotune.common.data import records
-from silotune.common.errors import ProtocolError, RefusalError
+from silotune.common.errors import ErrorCode, ProtocolError, RefusalError
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
@@ -81,7 +81,10 @@ class Worker:
             raise refusal
         key = next(site.public_key for site in contract.sites if site.name == policy.name)
         if None not in (key, ledger.public) and key != ledger.public:
-            raise RefusalError("The contract names another key for this site.", code="E201")
+            raise RefusalError(
+                "The contract names another key for this site.",
+                code=ErrorCode.CONTRACT_NOT_ACCEPTED,
+            )
         self.policy, self.contract, self.ledger = policy, contract, ledger
         self.adopted = ledger.policy
         self.unit, self.target = contract.privacy.unit, policy.target(contract)
@@ -91,7 +94,10 @@ class Worker:
         self.masking = None
         if contract.secure_aggregation is not None:
             if key != ledger.public:
-                raise RefusalError("This site's key is not in the contract's roster.", code="E201")
+                raise RefusalError(
+                    "This site's key is not in the contract's roster.",
+                    code=ErrorCode.CONTRACT_NOT_ACCEPTED,
+                )
             self.masking = Masking(contract, policy.name, ledger.sign)
         self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
@@ -137,7 +143,9 @@ class Worker:
 
     def _answer(self, request: Message) -> bytes:
         if request.header.contract != self.contract.hash:
-            raise RefusalError("The request is for another contract.", code="E201")
+            raise RefusalError(
+                "The request is for another contract.", code=ErrorCode.CONTRACT_NOT_ACCEPTED
+            )
         if isinstance(request.header, Describe):
             return release.description(
                 self.contract, self.policy.name, request.header.challenge, self.ledger.sign
@@ -323,7 +331,7 @@ class Worker:
                 f"Round {request.round} was charged for another request (entry {charge.sequence}). "
                 "Under [secure_aggregation] a site charges a round once, whatever the attempt: "
                 "the charge stands, and the run goes on with the next round.",
-                code="E204",
+                code=ErrorCode.REPLY_LOST,
             )
         released = self.ledger.releases.get(charge.sequence)
         if released is None:
@@ -335,7 +343,7 @@ class Worker:
                     if masked
                     else "another attempt is a new charge."
                 ),
-                code="E204",
+                code=ErrorCode.REPLY_LOST,
             )
         return self.ledger.reply(released)
 
@@ -358,7 +366,7 @@ class Worker:
             raise RefusalError(
                 "The owner has signed another policy since this worker started, and this run has "
                 "not begun here. Start the worker again.",
-                code="E213",
+                code=ErrorCode.POLICY_NOT_SIGNED,
             )
         later = signed_policy.adopted(self.ledger).for_worker_of(self.policy)
         for refusal in later.refusals(self.contract):
@@ -385,7 +393,7 @@ class Worker:
                 raise RefusalError(
                     f"Run {request.run} began at another noise: [run] in site.toml has changed "
                     "since. Put it back, or let the server start another run.",
-                    code="E213",
+                    code=ErrorCode.POLICY_NOT_SIGNED,
                 )
         bound = accountant.epsilon_at(self.run_order, [*so_far, mechanism], delta)
         if not bound <= epsilon * (1 + 1e-9):
@@ -393,7 +401,7 @@ class Worker:
                 f"One more round would bring this run's ε to {epsilon_text(bound)} of "
                 f"{epsilon_text(epsilon)} at "
                 f"δ = {delta:g}.",
-                code="E210",
+                code=ErrorCode.BUDGET_EXCEEDED,
             )
         if so_far:
             self._check_budget([mechanism], "This round", policy)

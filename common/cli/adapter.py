@@ -10,7 +10,7 @@ import click
 
 from silotune.common.cli.main import emit, reading_options
 from silotune.common.contract import contract as contracts
-from silotune.common.errors import DataError, ProtocolError, UsageError
+from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError
 from silotune.common.model_files.model_source import required
 from silotune.common.protocol.tensors import check, load
 
@@ -256,5 +256,7 @@ def _arrays(run: Path, network: Any) -> Any:
     try:
         check(arrays, shapes, str(file))
     except ProtocolError as error:
-        raise DataError(f"{error} The contract beside it asks for another.", code="E305") from None
+        raise DataError(
+            f"{error} The contract beside it asks for another.", code=ErrorCode.HASH_MISMATCH
+        ) from None
     return arrays

@@ -22,6 +22,7 @@ from silotune.common.errors import (
     CODES,
     ContractError,
     DataError,
+    ErrorCode,
     SilotuneError,
     UsageError,
     did_you_mean,
@@ -101,7 +102,8 @@ def explain(code: str, as_json: bool) -> None:
             f"There is no code '{code}'.{did_you_mean(code, CODES, CLOSE_CODE)} "
             f"Known: {', '.join(CODES)}."
         )
-    emit({"code": code, "text": CODES[code]}, as_json, f"{code}  {CODES[code]}")
+    text = CODES[ErrorCode(code)]
+    emit({"code": code, "text": text}, as_json, f"{code}  {text}")
 
 
 def reading_options(command: F) -> F:
@@ -143,8 +145,8 @@ def _show_traceback(*error: Any) -> None:
 
 def _say_unexpected(error: Exception) -> None:
     echo(
-        f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to see "
-        "where.",
+        f"✗ {ErrorCode.UNEXPECTED} An unexpected failure ({type(error).__name__}). Run again with "
+        "--debug to see where.",
         err=True,
     )
 
@@ -208,7 +210,8 @@ def main() -> None:
         else:
             file = escaped(os.fsdecode(error.filename), lines=False)
             echo(
-                f"✗ E105 {file}: {error.strerror}. This command runs as user {os.geteuid()}.",
+                f"✗ {ErrorCode.FILE_ACCESS_DENIED} {file}: {error.strerror}. This command runs as "
+                f"user {os.geteuid()}.",
                 err=True,
             )
         sys.exit(1)

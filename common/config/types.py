@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from silotune.common.config.diagnostics import contract_error, key_lines
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.formats import strict_json
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
@@ -112,9 +112,13 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{what} {path} cannot be read: {error.strerror}.", code="E102") from None
+        raise UsageError(
+            f"{what} {path} cannot be read: {error.strerror}.", code=ErrorCode.CONFIG_UNREADABLE
+        ) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{what} {path} is not UTF-8 text.", code="E102") from None
+        raise UsageError(
+            f"{what} {path} is not UTF-8 text.", code=ErrorCode.CONFIG_UNREADABLE
+        ) from None
 
 
 def parse(text: str, source: str, model: type[Model]) -> Model:
@@ -124,7 +128,9 @@ def parse(text: str, source: str, model: type[Model]) -> Model:
         data = strict_json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         why = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise UsageError(f"{source} is not valid {kind}: {why}.", code="E102") from None
+        raise UsageError(
+            f"{source} is not valid {kind}: {why}.", code=ErrorCode.CONFIG_UNREADABLE
+        ) from None
     try:
         return model.model_validate(data)
     except ValidationError as error:

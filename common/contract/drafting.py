@@ -21,7 +21,7 @@ from silotune.common.config.diagnostics import contract_error
 from silotune.common.config.types import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.privacy import delta_for
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 LANGUAGE = (
@@ -172,7 +172,7 @@ def contract_of(
     if absent:
         raise DataError(
             " ".join(f"Column '{name}' is not in the header." for name in absent),
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
             local=f"it has: {', '.join(names[:40])}."
             + "".join(did_you_mean(name, names) for name in absent),
         )

@@ -36,7 +36,7 @@ import pyarrow as pa
 from silotune.common.data import workbook
 from silotune.common.data.text_decoding import DELIMITERS, Reading, decoded, wrong_encoding
 from silotune.common.data.text_table import BLOCK_ROWS, Builder, Row, Rows
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.formats.cell_values import C1_CONTROL, CONTROL, NotTextError, cell, header_of
 from silotune.common.formats.encodings import WINDOWS_ENCODINGS
 
@@ -52,10 +52,10 @@ class Problems:
     """What is wrong with which rows; values are kept apart from what may be logged."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], int] = {}
-        self.shown: dict[tuple[str, str], list[tuple[int, str]]] = {}
+        self.counts: dict[tuple[ErrorCode | None, str], int] = {}
+        self.shown: dict[tuple[ErrorCode | None, str], list[tuple[int, str]]] = {}
 
-    def add(self, code: str, what: str, line: int, value: str) -> None:
+    def add(self, code: ErrorCode | None, what: str, line: int, value: str) -> None:
         kind = (code, what)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= SHOWN_ROWS:
@@ -160,7 +160,9 @@ def header(path: Path, reading: Reading = Reading()) -> Contents:  # noqa: B008 
 def _header(path: Path, row: Row | None, reading: Reading, kind: _Kind) -> list[str]:
     """The names in a source's first row."""
     if row is None:
-        raise DataError(f"Data file {path.name} is empty: it has no header.", code="E304")
+        raise DataError(
+            f"Data file {path.name} is empty: it has no header.", code=ErrorCode.TOO_FEW_ROWS
+        )
     names = header_of(row[1])
     text = "\n".join(names)
     if kind.name in TEXT and reading.encoding in WINDOWS_ENCODINGS and re.search(C1_CONTROL, text):
@@ -266,22 +268,26 @@ def _json_lines(path: Path, reading: Reading) -> Iterator[Row]:
             except (ValueError, RecursionError):
                 found = None
             if not isinstance(found, _Pairs):
-                problems.add("E311", "a line is no JSON object", line, text[:80].strip())
+                problems.add(
+                    ErrorCode.NOT_A_TABLE, "a line is no JSON object", line, text[:80].strip()
+                )
                 continue
             row = dict(found)
             if len(row) < len(found):
-                problems.add("E311", "a key stands twice in a line", line, ", ".join(row))
+                problems.add(
+                    ErrorCode.NOT_A_TABLE, "a key stands twice in a line", line, ", ".join(row)
+                )
                 continue
             if row and not header:
                 try:
                     header = [cell(name) for name in row]
                 except NotTextError as error:
-                    problems.add("E311", f"a key holds {error}", line, "")
+                    problems.add(ErrorCode.NOT_A_TABLE, f"a key holds {error}", line, "")
                     continue
                 yield line, header
             if not header or row.keys() != set(header):
                 problems.add(
-                    "E311",
+                    ErrorCode.NOT_A_TABLE,
                     "a line has other keys than the first one",
                     line,
                     ", ".join(sorted(row.keys() ^ set(header))),
@@ -290,7 +296,7 @@ def _json_lines(path: Path, reading: Reading) -> Iterator[Row]:
             try:
                 cells = [cell(row[name]) for name in header]
             except NotTextError as error:
-                problems.add("E311", str(error), line, "")
+                problems.add(ErrorCode.NOT_A_TABLE, str(error), line, "")
                 continue
             yield line, cells
     problems.raise_if_any(f"Data file {path.name} cannot be read", "Correct those lines.")
@@ -317,14 +323,17 @@ def _conll(path: Path, reading: Reading) -> Iterator[Row]:
             fields = fields or len(parts)
             if len(parts) != fields or fields < 2:
                 problems.add(
-                    "E311",
+                    ErrorCode.NOT_A_TABLE,
                     "a line has not a word and its tag, or not as many fields as the first",
                     line,
                     text[:80].strip(),
                 )
             elif len(parts[0].split()) != 1 or len(parts[-1].split()) != 1:
                 problems.add(
-                    "E311", "a word or tag is empty or has a space in it", line, text[:80].strip()
+                    ErrorCode.NOT_A_TABLE,
+                    "a word or tag is empty or has a space in it",
+                    line,
+                    text[:80].strip(),
                 )
             if not words:
                 start = line
@@ -354,7 +363,7 @@ def _parquet(path: Path, _: Reading) -> Iterator[Row]:
                 raise DataError(
                     f"Data file {path.name} has columns that are neither one value a row nor a "
                     f"list of words: {', '.join(nested)}. Leave them out, or write them as text.",
-                    code="E311",
+                    code=ErrorCode.NOT_A_TABLE,
                 )
             yield 0, list(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=BLOCK_ROWS):
@@ -431,7 +440,7 @@ def _list_as_text(value: object, line: int, problems: Problems) -> str:
     try:
         return cell(value)
     except NotTextError as error:
-        problems.add("E311", str(error), line, "")
+        problems.add(ErrorCode.NOT_A_TABLE, str(error), line, "")
         return ""
 
 

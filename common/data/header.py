@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from silotune.common.contract.drafting import Answers
 from silotune.common.data.text_decoding import DELIMITERS
-from silotune.common.errors import DataError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, did_you_mean
 
 
 def columns_like(names: Sequence[str], header: Sequence[str]) -> str:
@@ -38,6 +38,6 @@ def check_header(names: Sequence[str], answers: Answers, source: str) -> None:
     if absent:
         raise DataError(
             " ".join(f"Column '{name}' is not in {source}." for name in absent),
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
             local=f"its first line has: {', '.join(names[:40])}." + columns_like(absent, names),
         )

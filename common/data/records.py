@@ -29,7 +29,7 @@ from silotune.common.data.file_source import Problems
 from silotune.common.data.header import columns_like
 from silotune.common.data.text_decoding import Reading
 from silotune.common.data.text_table import Row
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 
 REMEMBERED = 1 << 16  # cells of a column, and rows of choices: what is often there is made once
 
@@ -85,7 +85,7 @@ def named_by(contract: Contract, table: Table) -> Table:
         raise DataError(
             f"{table.source} holds words and their tags, and '{contract.name}' is a task of "
             f"{contract.task.kind}. A table is read from .csv, .tsv, .jsonl, .parquet or .xlsx.",
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
         )
     names = [contract.input.column, contract.task.label_column]
     return replace(table, header=names, named=True)
@@ -108,7 +108,7 @@ def column(table: Table, name: str) -> list[str]:
     if name not in table.header:
         raise DataError(
             f"Column '{name}' is not in {table.source}.",
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
             local=f"it has: {', '.join(table.header[:20])}." + columns_like([name], table.header),
         )
     problems, at = Problems(), table.header.index(name)
@@ -136,16 +136,18 @@ def parse(table: Table, contract: Contract) -> Records:
             labels.append(target(label))
         except ValueError as error:
             labels.append(None)
-            problems.add("E303", f"column '{task.label_column}' allows {error}", line, label)
+            problems.add(
+                ErrorCode.LABEL_UNKNOWN, f"column '{task.label_column}' allows {error}", line, label
+            )
         for at, note in notice:
             if what := note(cells[at]):
-                notes.add("", f"column '{header[at]}' {what}", line, "")
+                notes.add(None, f"column '{header[at]}' {what}", line, "")
         if query:
             queries.append(cells[query_at].strip())
         inputs.append(inputs_of(line, cells))
         if isinstance(task, Tokens) and len(inputs[-1].split()) != len(labels[-1] or ()):
             problems.add(
-                "E303",
+                ErrorCode.LABEL_UNKNOWN,
                 f"column '{task.label_column}' needs as many tags as "
                 f"'{contract.columns[0]}' has words",
                 line,
@@ -171,18 +173,21 @@ def _check_columns(table: Table, contract: Contract, wanted: Sequence[str]) -> N
             " ".join(f"Column '{c}' is not in {source}." for c in absent)
             + f" The contract '{contract.name}' names its columns in [input] and [task]. "
             "Rename the columns of the file, or agree on another contract.",
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
             # A file without a header has a record there.
             local=f"it has: {', '.join(header[:20])}." + columns_like(absent, header),
         )
     twice = [c for c in needed if header.count(c) > 1]
     if twice:
-        raise DataError(f"Column '{twice[0]}' stands twice in the header of {source}.", code="E302")
+        raise DataError(
+            f"Column '{twice[0]}' stands twice in the header of {source}.",
+            code=ErrorCode.SCHEMA_MISMATCH,
+        )
     if not table.rows:
         raise DataError(
             f"{source} has no rows: a site without records cannot take part. Add the records, or "
             "ask the operator to remove the site from the contract.",
-            code="E304",
+            code=ErrorCode.TOO_FEW_ROWS,
         )
 
 
@@ -193,7 +198,9 @@ def _whole(table: Table, problems: Problems) -> Iterator[Row]:
         if len(cells) == fields:
             yield line, cells
         else:
-            problems.add("E302", f"{fields} fields are expected", line, ",".join(cells))
+            problems.add(
+                ErrorCode.SCHEMA_MISMATCH, f"{fields} fields are expected", line, ",".join(cells)
+            )
 
 
 def _targets(task: Task) -> Callable[[str], Target]:
@@ -236,7 +243,7 @@ def _inputs(
             try:
                 found.append(read(cells[at]))
             except featurize.OutsideSchemaError as error:
-                problems.add("E302", str(error), line, error.value)
+                problems.add(ErrorCode.SCHEMA_MISMATCH, str(error), line, error.value)
         return tuple(found)
 
     return choices

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from silotune.common.data.text_table import BLOCK_ROWS, Builder, Rows
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.formats.cell_values import NotTextError, cell
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def read(
                 execution_options={"stream_results": True, "no_parameters": True},
             )
             if not result.returns_rows:
-                raise DataError(f"{SOURCE} gives no rows: it is no SELECT.", code="E312")
+                raise DataError(
+                    f"{SOURCE} gives no rows: it is no SELECT.", code=ErrorCode.DATABASE_UNREADABLE
+                )
             header = list(result.keys())
             # By a method: as an option it does not count for statements that are text.
             for rows in result.yield_per(BLOCK_ROWS).partitions():
@@ -110,7 +112,7 @@ def read(
         raise DataError(
             f"{SOURCE} gives {error}: row {line}. Name the columns that are text, numbers, times "
             "or yes and no, or cast the others.",
-            code="E311",
+            code=ErrorCode.NOT_A_TABLE,
         ) from None
     except Exception as error:  # drivers raise what they like, and quote rows in it
         raise _told(error, line) from None
@@ -125,7 +127,8 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
         from sqlalchemy import exc, pool
     except ModuleNotFoundError:
         raise DataError(
-            "To read from a database install SQLAlchemy: pip install 'silotune[sql]'.", code="E312"
+            "To read from a database install SQLAlchemy: pip install 'silotune[sql]'.",
+            code=ErrorCode.DATABASE_UNREADABLE,
         ) from None
     try:
         found = _expanded(url, environment)
@@ -136,7 +139,7 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
             if not Path(path).is_file():
                 raise DataError(
                     "The database file that data.url names does not exist.",
-                    code="E312",
+                    code=ErrorCode.DATABASE_UNREADABLE,
                     local=f"it looked for {path}",
                 )
             return sqlalchemy.create_engine(
@@ -153,19 +156,19 @@ def _engine(url: str, environment: Mapping[str, str]) -> Engine:
         raise DataError(
             "SQLAlchemy has no driver of the name that data.url in site.toml begins with. Such URLs"
             " are postgresql+psycopg://user:${PASSWORD}@host/database and sqlite:///file.db.",
-            code="E312",
+            code=ErrorCode.DATABASE_UNREADABLE,
         ) from None
     except ModuleNotFoundError as error:
         raise DataError(
             f"The driver that data.url names is not installed ({error.name}); PostgreSQL's comes "
             "with: pip install 'silotune[sql]'.",
-            code="E312",
+            code=ErrorCode.DATABASE_UNREADABLE,
         ) from None
     except (exc.ArgumentError, ValueError):
         raise DataError(
             "data.url in site.toml is no URL of a database, such as "
             "postgresql+psycopg://user:${PASSWORD}@host/database or sqlite:///file.db.",
-            code="E312",
+            code=ErrorCode.DATABASE_UNREADABLE,
         ) from None
 
 
@@ -177,7 +180,7 @@ def _expanded(url: str, environment: Mapping[str, str]) -> URL:
         raise DataError(
             f"data.url in site.toml names ${{{missing[0]}}}, which is not set in this process's "
             "environment.",
-            code="E312",
+            code=ErrorCode.DATABASE_UNREADABLE,
         )
 
     def put(text: str | None) -> str | None:
@@ -220,4 +223,8 @@ def _told(error: Exception, line: int) -> DataError:
     )
     what = type(cause).__name__ + (f", SQLSTATE {state}" if state else "")
     read_ = f" Rows read before: {line - 1:,}." if line > 1 else ""
-    return DataError(f"{SOURCE}: {why} ({what}).{read_}", code="E312", local=str(cause).strip())
+    return DataError(
+        f"{SOURCE}: {why} ({what}).{read_}",
+        code=ErrorCode.DATABASE_UNREADABLE,
+        local=str(cause).strip(),
+    )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.common.data.text_table import Row
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.formats.cell_values import NotTextError, cell
 
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
@@ -101,7 +101,7 @@ def _rows(path: Path) -> list[Row]:
         raise DataError(
             f"Data file {path.name} has {len(found)} sheets with cells in them: keep the one with "
             "the records, or save it as .csv.",
-            code="E311",
+            code=ErrorCode.NOT_A_TABLE,
             local=f"sheets: {', '.join(found)}",
         )
     _refuse(path, wrong, ERROR, "Correct those cells.")
@@ -117,7 +117,7 @@ def _refuse(path: Path, lines: list[int], what: str, remedy: str) -> None:
         raise DataError(
             f"Data file {path.name} has {what}: row{'s' * (len(lines) > 1)} "
             f"{', '.join(map(str, lines[:10]))}{more}. {remedy}",
-            code="E311",
+            code=ErrorCode.NOT_A_TABLE,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 
 FALSE_ALARMS = 0.01  # ADWIN's delta; chance rows raise fewer, for its bound is no tight one
 LEAST = 100  # rows before the first alarm
@@ -47,7 +47,7 @@ def alerts(values: Mapping[str, Sequence[float]], delta: float = FALSE_ALARMS) -
         raise UsageError(
             "Changes are found by River, which is not installed: `pip install river`, or install "
             "Silotune with its extra 'monitor'.",
-            code="E103",
+            code=ErrorCode.CONFIG_INVALID,
         )
     found = [alert for label, own in values.items() for alert in _of(label, own, delta)]
     return sorted(found, key=lambda alert: alert.row)

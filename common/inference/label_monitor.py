@@ -21,7 +21,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import Classification, MultiLabel, Regression
 from silotune.common.data import records
 from silotune.common.data.records import Inputs, Table
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.common.inference.drift import Alert
 from silotune.common.models.base import Network
 
@@ -47,7 +47,7 @@ def ordered(table: Table, column: str) -> Table:
             f"Column '{column}' of {table.source} does not put the rows in order: each needs a "
             "number, or each a time as 2026-11-22 or 2026-11-22T14:05:00, all with a zone or all "
             "without.",
-            code="E302",
+            code=ErrorCode.SCHEMA_MISMATCH,
         )
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return Table(table.source, table.header, [table.rows[row] for row in order])

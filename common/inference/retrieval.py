@@ -23,7 +23,7 @@ from torch import nn
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
 from silotune.common.runtime.atomic_files import write_durably
@@ -59,7 +59,7 @@ class Index:
         texts, adapter and contract, else made and written there; True if they were taken.
         UsageError if what is there is no index: it is left as it is."""
         if not items:
-            raise DataError("There is no item to index.", code="E304")
+            raise DataError("There is no item to index.", code=ErrorCode.TOO_FEW_ROWS)
         made_from = self._fingerprint(items)
         if file is not None and (kept := _load(file, made_from, len(items))) is not None:
             self.vectors = kept

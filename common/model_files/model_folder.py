@@ -27,7 +27,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 
 CONFIG, TOKENIZER_CONFIG, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
@@ -160,7 +160,7 @@ def _compare(folder: Path, found: Manifest, sha256: str, remedy: str | None = No
         raise DataError(
             f"Model folder {folder} is another model than the contract's: its files have the "
             f"SHA-256 {found.sha256[:12]}…, and model.sha256 is {sha256[:12]}…. {remedy}",
-            code="E305",
+            code=ErrorCode.HASH_MISMATCH,
         )
 
 
@@ -181,20 +181,20 @@ def _names(folder: Path) -> list[str]:
         raise DataError(
             f"Model folder {folder} has no {WEIGHTS}. Weights in another format are not read: load "
             "the model with transformers where you trust it, and save_pretrained writes this file.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     for what, either in ((CONFIG, {CONFIG}), ("tokenizer", TOKENIZERS)):
         if not either & set(names):
             raise DataError(
                 f"Model folder {folder} has no {what}: it needs {' or '.join(sorted(either))}.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
     links = [e.name for e in models if not e.is_file(follow_symlinks=False)]
     if links:
         raise DataError(
             f"Model folder {folder} holds links or special files: {_listed(links)}. Copy the "
             f"files themselves: cp -rL {folder} NEW-FOLDER.",
-            code="E305",
+            code=ErrorCode.HASH_MISMATCH,
         )
     others = [
         e.name
@@ -205,7 +205,7 @@ def _names(folder: Path) -> list[str]:
         raise DataError(
             f"Model folder {folder} holds what could change the model and its hash does not cover: "
             f"{_listed(others)}. Move that out of the folder.",
-            code="E305",
+            code=ErrorCode.HASH_MISMATCH,
         )
     return names
 
@@ -231,12 +231,14 @@ def _check_settings(folder: Path, name: str, content: bytes) -> None:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise DataError(f"Model file {folder / name} is no JSON object.", code="E310")
+        raise DataError(
+            f"Model file {folder / name} is no JSON object.", code=ErrorCode.MODEL_UNSUITABLE
+        )
     for key, why in _forbidden(settings):
         raise DataError(
             f"Model file {folder / name} has '{key}': {why}. Take the key out, if the model is "
             "right without it, or use another model.",
-            code="E305",
+            code=ErrorCode.HASH_MISMATCH,
         )
 
 

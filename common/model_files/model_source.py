@@ -8,7 +8,7 @@ from pathlib import Path
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 
 # Named, not imported: it is loaded where it is asked alone.
 SOURCES = "silotune.simulations.datasets.catalog"
@@ -38,6 +38,6 @@ def required(contract: Contract, named: Path | None, option: str) -> Path | None
         raise DataError(
             f"The folder of model '{contract.model.name}' is not known: it is not in the cache. "
             f"Name it with {option}.",
-            code="E314",
+            code=ErrorCode.MODEL_FOLDER_UNKNOWN,
         )
     return found

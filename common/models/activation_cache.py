@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 
 
 def allocate(
@@ -39,6 +39,6 @@ def allocate(
             f"The frozen layers' outputs need a file of {size >> 20:,} MB in {place}, which cannot "
             f"be had: {error.strerror}. Make room there, name another folder "
             "(performance.cache_folder), or allow more memory (performance.cache_megabytes).",
-            code="E308",
+            code=ErrorCode.NO_ROOM_FOR_CACHE,
         ) from None
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)

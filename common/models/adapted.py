@@ -22,7 +22,7 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import LanguageModel, OneHotModel
 from silotune.common.contract.schedule import TensorGroup
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.models import adapters, backbone
 from silotune.common.models.activation_cache import allocate
 from silotune.common.models.backbone import Around, Backbone
@@ -215,13 +215,13 @@ def adapt(
         raise DataError(
             f"'{spec.name}' reads both ways; a task of language needs a model that writes from "
             "left to right (llama, mistral, qwen2).",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     first = len(base.layers) - (adapter.layers if adapter else 0)
     if first < 0:
         raise DataError(
             f"adapter.layers is more than the {len(base.layers)} layers of '{spec.name}'.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     positions = getattr(base.base.config, "max_position_embeddings", None)
     if positions is not None and _width_of(spec.max_tokens) > positions - base.unused_places:
@@ -229,7 +229,7 @@ def adapt(
             f"model.max_tokens = {spec.max_tokens} is too long: texts are padded to "
             f"{_width_of(spec.max_tokens)} tokens, and '{spec.name}' is made for at most "
             f"{positions - base.unused_places}.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     top = nn.ModuleList(_sharing(layer) for layer in list(base.layers)[first:])
     if adapter is None:
@@ -238,7 +238,7 @@ def adapt(
         raise DataError(
             f'performance.gradients = "{performance.gradients}" (Opacus) knows Linear layers '
             f'alone; adapter.kind = "{adapter.kind}" needs "expanded".',
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     virtual = adapters.inject(adapter, top, base.size)
     if contract.aggregation.method == "fedex":

@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from silotune.common.contract.adapter import IA3, Adapter, Core, Lora, Prefix, Prompt
-from silotune.common.errors import DataError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, did_you_mean
 from silotune.common.models.aligned_linear import ALIGNED
 from silotune.common.models.attention import fuse_lora
 from silotune.common.protocol.messages import Arrays
@@ -191,7 +191,7 @@ def targeted(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
         raise DataError(
             f"adapter.targets names {', '.join(repr(target) for target in unknown)}, which no "
             f"adapted layer of this model is called.{hints} Known: {', '.join(known)}.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     return [name for name in linears if name in found]
 
@@ -211,7 +211,7 @@ def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
         raise DataError(
             f"adapter.rank = {adapter.rank} is more than the {most} inputs or outputs of a layer "
             "it is for. Lower it, or take that layer out of adapter.targets.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
 
 

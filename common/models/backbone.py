@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.model_files import model_folder
 from silotune.common.models.attention import register_attention
 
@@ -149,7 +149,8 @@ class Llama(Backbone):
             return tied
         if self.output is None:
             raise DataError(
-                f"The model's weights lack '{OUTPUT}': it cannot write answers.", code="E310"
+                f"The model's weights lack '{OUTPUT}': it cannot write answers.",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
         return self.output
 
@@ -188,7 +189,7 @@ def read(folder: Path, sha256: str, device: torch.device) -> Backbone:
         raise DataError(
             f"The weights in {folder} lack {len(missing)} tensors of this model, the first is "
             f"'{missing[0]}'. Fetch the folder again.",
-            code="E310",
+            code=ErrorCode.MODEL_UNSUITABLE,
         )
     output = None if config.tie_word_embeddings else state.get(OUTPUT)
     base.requires_grad_(False).eval().to(device)
@@ -224,7 +225,8 @@ def _understood(folder: Path) -> Iterator[None]:
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"transformers cannot load the model in {folder}: {reason}", code="E310"
+            f"transformers cannot load the model in {folder}: {reason}",
+            code=ErrorCode.MODEL_UNSUITABLE,
         ) from None
 
 
@@ -241,13 +243,13 @@ def _weights(folder: Path, contents: dict[str, bytes]) -> dict[str, Tensor]:
             found = load(contents.pop(name))
         except SafetensorError as error:
             raise DataError(
-                f"Model file {folder / name} is damaged: {error}.", code="E310"
+                f"Model file {folder / name} is damaged: {error}.", code=ErrorCode.MODEL_UNSUITABLE
             ) from None
         if twice := found.keys() & state.keys():
             raise DataError(
                 f"Two weight files in {folder} hold '{min(twice)}': there is more than one model "
                 "in it.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
         while found:
             key, tensor = found.popitem()
@@ -267,7 +269,7 @@ def _configured(folder: Path, contents: Mapping[str, bytes]) -> tuple[type[Backb
             raise DataError(
                 f"The model in {folder} is of type '{config.model_type}'; adapters and private "
                 f"gradients are known to be right for {', '.join(KINDS)}.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
         tokenizer = AutoTokenizer.from_pretrained(
             own, local_files_only=True, trust_remote_code=False

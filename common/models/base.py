@@ -23,7 +23,7 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.schedule import TensorGroup
 from silotune.common.contract.task import Task
 from silotune.common.data.records import Inputs
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.models.aligned_linear import align
 from silotune.common.models.batching import Block, blocks_of
 from silotune.common.protocol.messages import Arrays
@@ -43,7 +43,7 @@ def device_of(performance: Performance) -> torch.device:
         raise DataError(
             f"performance.device is '{name}', but torch can use {torch.cuda.device_count()} CUDA "
             'devices on this machine. Set "auto" or "cpu".',
-            code="E309",
+            code=ErrorCode.DEVICE_MISSING,
         )
     return device
 

@@ -9,7 +9,7 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import LanguageModel, OneHotModel
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 from silotune.common.models.base import Network
 from silotune.common.models.one_hot import OneHot
 
@@ -37,7 +37,7 @@ def build(
             raise DataError(
                 f"The folder of model '{contract.model.name}' is not known: set model.folder in "
                 "site.toml.",
-                code="E314",
+                code=ErrorCode.MODEL_FOLDER_UNKNOWN,
             )
         else:
             # PEFT and transformers load longer than all else, and a one-hot model needs neither.

@@ -10,7 +10,7 @@ Replies  (site -> server):  Description, Update, Refusal; with it Masked instead
 A message may have `arrays` (float32: an adapter, an update) and `blobs` (bytes by a site's name:
 keys, sealed shares, signatures, a masked update); which kind may have which is in `_BODIES`.
 
-A reply carries no text of the site's making: a Refusal is a code of `errors.CODES` and a random
+A reply carries no text of the site's making: a Refusal is an `ErrorCode` and a random
 incident id. A count or a name of a record has no field to travel in, and a loss only as one of the
 contract's releases.
 """
@@ -32,7 +32,7 @@ from safetensors.numpy import save as save_tensors
 
 from silotune.common.config.types import Bound, Frozen, Name, Number, Sha256
 from silotune.common.contract.privacy import Metric
-from silotune.common.errors import CODES, ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 from silotune.common.signing import Sign
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -213,7 +213,7 @@ class Revealed(_Said):
 class Refusal(_Header):
     kind: Literal["refusal"] = "refusal"
     site: Name
-    code: Annotated[str, Field(pattern=r"^E\d{3}$")]
+    code: ErrorCode
     incident: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
@@ -316,7 +316,7 @@ def unpack(wire: bytes) -> Message:
             if name != "__metadata__" and (facts["dtype"] != kind or kind not in bodies):
                 raise ProtocolError(
                     f"A {header.kind} has a tensor that it may not have, or of another type.",
-                    code="E502",
+                    code=ErrorCode.UPDATE_INVALID,
                 )
         tensors = load_tensors(wire)
     except (
@@ -330,8 +330,6 @@ def unpack(wire: bytes) -> Message:
     ):
         # What the sender wrote is not repeated: it may be anything.
         raise ProtocolError("A message is not in Silotune's format.") from None
-    if isinstance(header, Refusal) and header.code not in CODES:
-        raise ProtocolError("A refusal has an unknown code.")
     blobs = {n: a.tobytes() for n, a in tensors.items() if n.startswith(_BLOB)}
     message = Message(
         header,

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from silotune.common.errors import DataError, ProtocolError, UsageError
+from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError
 from silotune.common.protocol.messages import Arrays, hash_arrays
 
 # Before the name of a tensor: all sites' mean gradient in it, in the round before (scaffold).
@@ -93,21 +93,28 @@ def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
     if set(arrays) != set(shapes):
         missing, extra = set(shapes) - set(arrays), set(arrays) - set(shapes)
         raise ProtocolError(
-            f"{what} has {len(missing)} tensors missing and {len(extra)} unknown.", code="E502"
+            f"{what} has {len(missing)} tensors missing and {len(extra)} unknown.",
+            code=ErrorCode.UPDATE_INVALID,
         )
     for name, shape in shapes.items():
         array = arrays[name]
         if array.shape != tuple(shape):
             raise ProtocolError(
                 f"{what}: '{name}' has shape {array.shape}, the contract says {tuple(shape)}.",
-                code="E502",
+                code=ErrorCode.UPDATE_INVALID,
             )
         if array.dtype != np.float32:
-            raise ProtocolError(f"{what}: '{name}' is {array.dtype}, not float32.", code="E502")
+            raise ProtocolError(
+                f"{what}: '{name}' is {array.dtype}, not float32.", code=ErrorCode.UPDATE_INVALID
+            )
         if not np.isfinite(array).all():
-            raise ProtocolError(f"{what}: '{name}' has values that are not finite.", code="E502")
+            raise ProtocolError(
+                f"{what}: '{name}' has values that are not finite.", code=ErrorCode.UPDATE_INVALID
+            )
         if array.size and np.abs(array).max() > LARGEST:
-            raise ProtocolError(f"{what}: '{name}' has values beyond {LARGEST:g}.", code="E502")
+            raise ProtocolError(
+                f"{what}: '{name}' has values beyond {LARGEST:g}.", code=ErrorCode.UPDATE_INVALID
+            )
 
 
 def load(file: Path) -> Arrays:
@@ -117,7 +124,9 @@ def load(file: Path) -> Arrays:
     try:
         arrays: Arrays = load_file(file)
     except SafetensorError:
-        raise DataError(f"{file} is damaged: copy it again.", code="E305") from None
+        raise DataError(
+            f"{file} is damaged: copy it again.", code=ErrorCode.HASH_MISMATCH
+        ) from None
     return arrays
 
 

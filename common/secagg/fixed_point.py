@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 
 Words = NDArray[np.uint32]
 Mask = tuple[bytes, bool]  # a key of 32 bytes, used once; whether the mask is taken off
@@ -45,7 +45,7 @@ def quantise(values: NDArray[np.float32], factor: float, bound: float) -> Words:
         raise ProtocolError(
             "The update has values that are not finite, or beyond secure_aggregation.bound = "
             f"{bound:g}.",
-            code="E502",
+            code=ErrorCode.UPDATE_INVALID,
         )
     scaled = np.multiply(values, factor, dtype=np.float64)
     return np.rint(scaled, out=scaled).astype("<i4").view("<u4")
@@ -76,7 +76,7 @@ class Total:
         if len(packed) != WIDTH * len(self.words):
             raise ProtocolError(
                 f"A masked update has {len(packed)} bytes, not {WIDTH * len(self.words)}.",
-                code="E502",
+                code=ErrorCode.UPDATE_INVALID,
             )
         for start, part in self._parts():
             their = _unpack(packed[WIDTH * start : WIDTH * (start + len(part))])
@@ -96,7 +96,7 @@ class Total:
                 raise ProtocolError(
                     "The sum is beyond what the contract's bound allows: a mask is left on it, or "
                     "a site did not keep to the bound.",
-                    code="E505",
+                    code=ErrorCode.MASKED_SUM_INVALID,
                 )
             found[start : start + len(part)] = np.divide(centred, factor, dtype=np.float64)
         return found

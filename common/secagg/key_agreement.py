@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 from silotune.common.secagg import fixed_point, shamir
 from silotune.common.signing import verifies
 
@@ -36,7 +36,7 @@ _LOW_ORDER = {
 
 
 def refused(why: str) -> ProtocolError:
-    return ProtocolError(f"Secure aggregation: {why}.", code="E504")
+    return ProtocolError(f"Secure aggregation: {why}.", code=ErrorCode.SECAGG_STEP_REFUSED)
 
 
 def default_threshold(sites: int) -> int:

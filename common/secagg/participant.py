@@ -82,7 +82,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 from silotune.common.secagg import fixed_point, shamir
 from silotune.common.secagg.key_agreement import (
     Agreement,
@@ -205,7 +205,7 @@ class Member:
         if len(data) != 2 * shamir.SIZE * self.terms.rounds:
             raise ProtocolError(
                 f"Secure aggregation: what {sender} sealed for this site does not open.",
-                code="E507",
+                code=ErrorCode.SEALED_SHARE_INVALID,
             )
         return data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.tasks.objective import Objective
 
 
@@ -15,4 +15,4 @@ class Place(Objective):
         return (outputs[:, 0] - targets).square() / 2
 
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        raise UsageError("a regression has no accuracy", code="E101")
+        raise UsageError("a regression has no accuracy", code=ErrorCode.UNKNOWN_NAME)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from statistics import fmean
 
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 KINDS = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}
@@ -19,7 +19,7 @@ def require_rouge() -> None:
         raise UsageError(
             "Answers are compared by rouge-score, which is not installed: `pip install "
             "rouge-score`, or install Silotune with its extra 'llm'.",
-            code="E103",
+            code=ErrorCode.CONFIG_INVALID,
         )
 
 

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import LanguageModel
 from silotune.common.contract.task import Language
-from silotune.common.errors import DataError
+from silotune.common.errors import DataError, ErrorCode
 
 ANSWER_SHARE = 2  # an answer takes at most this part of the room, so that some prompt is left
 
@@ -31,13 +31,13 @@ class Prompts:
             raise DataError(
                 f"The tokenizer of '{contract.model.name}' names no eos_token, by which an answer "
                 "ends.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer of '{contract.model.name}' does not say where in a text its tokens "
                 "stand; one with a tokenizer.json does.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
         self._system_role = self._has_system_role()
         frame, room = len(self.prompt("")), self.max_tokens - self.max_tokens // ANSWER_SHARE
@@ -46,7 +46,7 @@ class Prompts:
                 f"task.system and the chat template of the model take {frame} tokens, and of "
                 f"model.max_tokens = {self.max_tokens} a prompt has {room} beside a long answer. "
                 "Raise model.max_tokens, or shorten task.system.",
-                code="E310",
+                code=ErrorCode.MODEL_UNSUITABLE,
             )
 
     def prompt(self, text: str, most: int | None = None) -> list[int]:
@@ -95,7 +95,8 @@ class Prompts:
             )
         except TemplateError as error:
             raise DataError(
-                f"The model's chat template cannot be used: {error}", code="E310"
+                f"The model's chat template cannot be used: {error}",
+                code=ErrorCode.MODEL_UNSUITABLE,
             ) from None
         return found
 

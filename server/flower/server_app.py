@@ -13,7 +13,7 @@ from flwr.supercore.run import RunNotRunningException
 
 from silotune.common.contract import contract as contracts
 from silotune.common.data.text_decoding import Reading
-from silotune.common.errors import RunError, SilotuneError
+from silotune.common.errors import ErrorCode, RunError, SilotuneError
 from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.run import Run
@@ -71,12 +71,12 @@ def main(grid: Grid, context: Context) -> None:
 def _told(error: BaseException, folder: Path) -> tuple[str, str]:
     """The code and the sentence about what ended a run."""
     if isinstance(error, RunNotRunningException):  # what Flower raises after `flwr stop`
-        return "E603", STOPPED
+        return ErrorCode.RUN_INTERRUPTED, STOPPED
     if not isinstance(error, SilotuneError) and (full := no_room(folder, error)):
         error = full
-    return (error.code if isinstance(error, SilotuneError) else "E500"), str(error)
+    return (error.code if isinstance(error, SilotuneError) else ErrorCode.UNEXPECTED), str(error)
 
 
 def _stop(*_: object) -> None:
     """The round in hand is given up; what its sites have answered they will answer again."""
-    raise RunError(STOPPED, code="E603")
+    raise RunError(STOPPED, code=ErrorCode.RUN_INTERRUPTED)

@@ -13,15 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from silotune.common.errors import PeerError, ProtocolError
+from silotune.common.errors import ErrorCode, PeerError, ProtocolError
 from silotune.common.protocol.messages import RECORD, WIRE
-from silotune.server.rounds import exchange as replies
 from silotune.server.rounds.arrivals import Arrivals
-from silotune.server.rounds.exchange import Reply, Stages
+from silotune.server.rounds.exchange import NoReply, Reply, Stages
 from silotune.server.rounds.run import RoundFacts, Run
 
 log = logging.getLogger(__name__)
@@ -163,10 +162,10 @@ class SilotuneStrategy(Strategy):
         if len(found.nodes) < contract.quorum:
             raise PeerError(
                 f"{len(found.nodes)} of {len(contract.sites)} sites answered, the quorum is "
-                f"{contract.quorum}. Missing: {found.missing_in_words(replies.ABSENT)}.",
-                code="E402",
+                f"{contract.quorum}. Missing: {found.missing_in_words(ErrorCode.SITE_ABSENT)}.",
+                code=ErrorCode.NO_ANSWER,
             )
-        self.run.exchange.absent = found.absent(replies.ABSENT)
+        self.run.exchange.absent = found.absent(ErrorCode.SITE_ABSENT)
         if found.missing:
             self.run.registry.event("absent", sites=self.run.exchange.absent)
         return found.nodes
@@ -186,10 +185,10 @@ class SilotuneStrategy(Strategy):
 def _wire(reply: Message) -> Reply:
     """The bytes in a reply, or the code that says why there are none."""
     if reply.has_error():
-        offline = reply.error.code == ErrorCode.NODE_UNAVAILABLE
-        return replies.OFFLINE if offline else replies.BROKEN
+        offline = reply.error.code == FlowerErrorCode.NODE_UNAVAILABLE
+        return NoReply(ErrorCode.CONNECTION_LOST if offline else ErrorCode.UNEXPECTED)
     try:
         wire = reply.content[RECORD][WIRE]
     except (KeyError, TypeError):
-        return "E501"
-    return wire if isinstance(wire, bytes) else "E501"
+        wire = None
+    return wire if isinstance(wire, bytes) else NoReply(ErrorCode.MESSAGE_UNREADABLE)

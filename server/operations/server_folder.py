@@ -20,7 +20,7 @@ from silotune.common.config import types
 from silotune.common.config.types import Frozen
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.protocol import join_request
 from silotune.common.protocol.join_request import JoinRequest
 from silotune.common.protocol.messages import MAX_WIRE
@@ -66,7 +66,7 @@ class Place:
             raise UsageError(
                 f"{folder} holds no server: there is no server.toml that can be read. Name the "
                 "server's folder with --folder, or make a server: `silotune server init`.",
-                code="E102",
+                code=ErrorCode.CONFIG_UNREADABLE,
             )
         return cls(folder)
 

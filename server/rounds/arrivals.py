@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from silotune.common.errors import ErrorCode
+
 SAY_SECONDS = 15.0  # between two events about the same missing sites
 
 
@@ -20,8 +22,8 @@ class Arrivals:
     def __init__(self, roster: Collection[str]) -> None:
         self._roster = frozenset(roster)
         self.nodes: dict[int, str] = {}
-        self._refused: dict[str, str] = {}
-        self._unnamed: dict[int, str] = {}
+        self._refused: dict[str, ErrorCode] = {}
+        self._unnamed: dict[int, ErrorCode] = {}
         self._said: tuple[float, dict[str, Any]] | None = None
 
     @property
@@ -37,7 +39,7 @@ class Arrivals:
         self.nodes[node] = site
         return True
 
-    def failed(self, node: int, site: str | None, code: str) -> None:
+    def failed(self, node: int, site: str | None, code: ErrorCode) -> None:
         """Note the code that a node answered, and the site it says it is (nothing proves it)."""
         if site in self._roster:
             self._refused[str(site)] = code
@@ -45,11 +47,11 @@ class Arrivals:
         else:
             self._unnamed[node] = code
 
-    def absent(self, code: str) -> dict[str, str]:
+    def absent(self, code: ErrorCode) -> dict[str, ErrorCode]:
         """Each missing site with the code it answered, or `code` if it answered nothing."""
         return {site: self._refused.get(site, code) for site in self.missing}
 
-    def missing_in_words(self, code: str) -> str:
+    def missing_in_words(self, code: ErrorCode) -> str:
         """All that is known of the missing sites; `code` is for one that answered nothing."""
         return in_words(self._facts() | {"refused": self.absent(code)})
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import (
     Blobs,
@@ -18,14 +19,18 @@ from silotune.common.protocol.messages import (
     Shares,
 )
 
-# A site's reply: its bytes, or the code that says why there is none.
-Reply = bytes | str
-SILENT = "E402"
-BROKEN = "E500"
-ABSENT = "E403"  # not connected, or without an answer, when the run began
-OFFLINE = "E404"  # Flower lost the connection to the site's relay
-NO_WORKER = "E401"  # the relay's answer when it could not reach its worker
-NO_REPLY = (SILENT, BROKEN, OFFLINE)
+
+@dataclass(frozen=True)
+class NoReply:
+    """Why a site gave no bytes."""
+
+    code: ErrorCode
+
+
+Reply = bytes | NoReply
+SILENT = NoReply(ErrorCode.NO_ANSWER)
+# Of sites that said nothing themselves, and answer when they are asked the same again.
+NO_REPLY_CODES = (ErrorCode.NO_ANSWER, ErrorCode.UNEXPECTED, ErrorCode.CONNECTION_LOST)
 
 Result = TypeVar("Result")
 # Yields what to ask which site, is sent what came back, returns a result.
@@ -35,14 +40,16 @@ Said = type[Keys] | type[Shares] | type[Endorsement] | type[Revealed]
 
 def read(contract: Contract, reply: Reply) -> Message:
     """A reply's message. ProtocolError for none, another contract's, or a refusal."""
-    if isinstance(reply, str):
-        raise ProtocolError("There is no reply.", code=reply)
+    if isinstance(reply, NoReply):
+        raise ProtocolError("There is no reply.", code=reply.code)
     if not reply:
-        raise ProtocolError("The relay got no answer from its worker.", code=NO_WORKER)
+        raise ProtocolError(
+            "The relay got no answer from its worker.", code=ErrorCode.WORKER_UNREACHABLE
+        )
     message = messages.unpack(reply)
     header = message.header
     if header.contract != contract.hash:
-        raise ProtocolError("The message is for another contract.", code="E503")
+        raise ProtocolError("The message is for another contract.", code=ErrorCode.MESSAGE_MISMATCH)
     if isinstance(header, Refusal):
         raise ProtocolError(
             f"{header.site} refuses ({header.code}, incident {header.incident}).", code=header.code
@@ -56,17 +63,17 @@ class Exchange:
     absent: sites that take no part in any round, with the code of the reason.
     """
 
-    def __init__(self, contract: Contract, on_failure: Callable[[str, str], None]) -> None:
+    def __init__(self, contract: Contract, on_failure: Callable[[str, ErrorCode], None]) -> None:
         self.contract, self._on_failure = contract, on_failure
-        self.absent: Mapping[str, str] = {}
+        self.absent: Mapping[str, ErrorCode] = {}
         self.begin()
 
     def begin(self) -> None:
         """A round begins: nothing was sent, nobody has failed but those who are absent."""
         self.bytes_up = self.bytes_down = 0
-        self.failed: dict[str, str] = dict(self.absent)
+        self.failed: dict[str, ErrorCode] = dict(self.absent)
 
-    def fail(self, site: str, code: str) -> None:
+    def fail(self, site: str, code: ErrorCode) -> None:
         """Note that a site does not count, with the code of the reason."""
         self.failed[site] = code
         self._on_failure(site, code)
@@ -91,7 +98,9 @@ class Exchange:
             came = yield requests
             for site, wire in requests.items():
                 self._read(site, len(wire), came.get(site, SILENT), kind, found)
-            requests = {s: wire for s, wire in requests.items() if self.failed.get(s) in NO_REPLY}
+            requests = {
+                s: wire for s, wire in requests.items() if self.failed.get(s) in NO_REPLY_CODES
+            }
             if len(found) >= enough or not requests:
                 break
         return found
@@ -103,7 +112,9 @@ class Exchange:
         try:
             message = read(self.contract, reply)
             if not isinstance(message.header, kind) or message.header.site != site:
-                raise ProtocolError("The reply is not this site's to this stage.", code="E503")
+                raise ProtocolError(
+                    "The reply is not this site's to this stage.", code=ErrorCode.MESSAGE_MISMATCH
+                )
         except ProtocolError as error:
             self.fail(site, error.code)
         else:

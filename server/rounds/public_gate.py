@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import worth
-from silotune.common.errors import RunError
+from silotune.common.errors import ErrorCode, RunError
 from silotune.common.protocol.messages import Arrays
 
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
@@ -27,7 +27,7 @@ class Acceptance:
             raise RunError(
                 "The contract's early_stop and gate look at a metric on public rows: "
                 "name them (silotune server run --test FILE).",
-                code="E301",
+                code=ErrorCode.DATA_UNREADABLE,
             )
         self.gate, self._evaluate = settings.gate, evaluate
         self._known: tuple[Arrays, bool, float | None] | None = None  # of the adapter in place
@@ -35,7 +35,7 @@ class Acceptance:
             raise RunError(
                 f"The public rows do not define {self.gate.metric}, the gate's metric: "
                 "name others.",
-                code="E301",
+                code=ErrorCode.DATA_UNREADABLE,
             )
 
     def why_not(self, before: Arrays, after: Arrays, with_adapter: bool) -> str | None:

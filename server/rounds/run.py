@@ -17,7 +17,7 @@ from silotune.common.contract.aggregation import BY_ONE
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
 from silotune.common.contract.task import worth
-from silotune.common.errors import ProtocolError, RunError
+from silotune.common.errors import ErrorCode, ProtocolError, RunError
 from silotune.common.protocol import messages
 from silotune.common.protocol import tensors as adapter
 from silotune.common.protocol.messages import (
@@ -38,8 +38,6 @@ from silotune.server.aggregation.server_state import Iterate
 from silotune.server.rounds import exchange
 from silotune.server.rounds.public_gate import Acceptance, Evaluate
 from silotune.server.rounds.secagg import (
-    CHARGED,
-    OTHER_SITES,
     LostSumError,
     MaskedRound,
     Masking,
@@ -131,15 +129,17 @@ class Run:
         signed by the site's key in the roster (where it has one)."""
         header = exchange.read(self.contract, wire).header
         if not isinstance(header, Description):
-            raise ProtocolError("The reply is no description.", code="E503")
+            raise ProtocolError("The reply is no description.", code=ErrorCode.MESSAGE_MISMATCH)
         public = self.gate.public_key(header.site)
         statement = Description.statement(header.contract, header.site, self._challenge)
         if public is not None and not verifies(public, header.signature, statement):
-            raise ProtocolError("The description is not signed by that site's key.", code="E503")
+            raise ProtocolError(
+                "The description is not signed by that site's key.", code=ErrorCode.MESSAGE_MISMATCH
+            )
         return header.site
 
     @staticmethod
-    def refused(wire: exchange.Reply) -> tuple[str | None, str] | None:
+    def refused(wire: exchange.Reply) -> tuple[str, ErrorCode] | None:
         """The site that a reply says it comes from, and the code by which it refuses; None if it is
         no refusal. Nothing proves the name: it is for people to read."""
         try:
@@ -167,7 +167,7 @@ class Run:
         ):
             # Under new keys, without those whose charge for this round was under the old ones.
             for site in list(self._open):
-                self.fail(site, CHARGED)
+                self.fail(site, ErrorCode.REPLY_LOST)
             self._open.clear()
             yield from self._train(uncharged)
         if not self._enough(self._open):
@@ -193,7 +193,7 @@ class Run:
                 "a sum with them from this adapter, and then give none for another set (E220). "
                 "Resume the run when all are connected; with --skip-round it goes on without them "
                 "if no site has given a share yet.",
-                "E402",
+                ErrorCode.NO_ANSWER,
             )
 
     def _too_few(self) -> RunError:
@@ -206,7 +206,7 @@ class Run:
                 f" {', '.join(sorted(missing))} must be among them: sites may have given shares "
                 "for a sum with them from this adapter, and then give none for another set (E220)."
             )
-        return self._stopped(why, "E402")
+        return self._stopped(why, ErrorCode.NO_ANSWER)
 
     def _enough(self, sites: Collection[str]) -> bool:
         """Whether a sum of these sites counts."""
@@ -219,11 +219,11 @@ class Run:
         return [
             site
             for site in sites
-            if failed.get(site) != CHARGED
+            if failed.get(site) != ErrorCode.REPLY_LOST
             and (
                 site in masking.lost
                 or site not in masking.members
-                or failed.get(site) == OTHER_SITES
+                or failed.get(site) == ErrorCode.SITE_SET_REFUSED
             )
         ]
 
@@ -231,7 +231,9 @@ class Run:
         """Whether no later try of this round can bring enough updates together: under these keys
         sites that have lost their secrets or were charged are missing for good, under other keys
         all that were charged."""
-        charged = {site for site, code in self.exchange.failed.items() if code == CHARGED}
+        charged = {
+            site for site, code in self.exchange.failed.items() if code == ErrorCode.REPLY_LOST
+        }
         same_keys = set(masking.members) - masking.lost
         other_keys = set(self.contract.weights()) - set(self._open) - charged
         return not self._enough(same_keys) and not self._enough(other_keys)
@@ -243,7 +245,7 @@ class Run:
             raise self._stopped(
                 f"this round and the one before it are lost: {why}. Find out why sites fail after "
                 "they were charged; resumed, the run goes on without this round.",
-                "E402",
+                ErrorCode.NO_ANSWER,
             )
         self._gave_up = True
         return self._leave_out(why)
@@ -273,7 +275,7 @@ class Run:
                 self.exchange,
             )
             yield from self._ask(asked, 1)
-            silent = [s for s in asked if self.exchange.failed.get(s) in exchange.NO_REPLY]
+            silent = [s for s in asked if self.exchange.failed.get(s) in exchange.NO_REPLY_CODES]
             if silent and not self._enough(self._open):
                 # The same bytes again cost nothing; a site says so if it was charged and lost them.
                 yield from self._ask(silent, 1)
@@ -295,7 +297,9 @@ class Run:
         """Sites that lost a charged reply in a crash and are needed for the quorum: another attempt
         is a new charge, which they pay or refuse. Only without masks."""
         missing = self.contract.quorum - len(self._open)
-        lost = sorted(site for site, code in self.exchange.failed.items() if code == CHARGED)
+        lost = sorted(
+            site for site, code in self.exchange.failed.items() if code == ErrorCode.REPLY_LOST
+        )
         return lost[:missing] if 0 < missing <= len(lost) else []
 
     def _or_stop(self, stages: exchange.Stages[T]) -> exchange.Stages[T]:
@@ -357,7 +361,7 @@ class Run:
                 self.iterate.sent_shapes,
             )
             if site in self._open:
-                raise ProtocolError("The site answered twice.", code="E503")
+                raise ProtocolError("The site answered twice.", code=ErrorCode.MESSAGE_MISMATCH)
             if isinstance(update, Masked):
                 self._take_masked(site, update, message.blobs)
         except ProtocolError as error:
@@ -369,16 +373,16 @@ class Run:
                 self._metrics[site] = update.metrics
             self.exchange.failed.pop(site, None)
 
-    def fail(self, site: str, code: str) -> None:
+    def fail(self, site: str, code: ErrorCode) -> None:
         """Note that a site does not count this round, with the code of the reason."""
         self.exchange.fail(site, code)
 
-    def _has_failed(self, site: str, code: str) -> None:
+    def _has_failed(self, site: str, code: ErrorCode) -> None:
         self.registry.event("rejected", round=self.number, site=site, code=code)
         if self.masking is not None:
             self.masking.has_failed(site, code)
 
-    def _stopped(self, why: str, code: str) -> RunError:
+    def _stopped(self, why: str, code: ErrorCode) -> RunError:
         self.registry.event(
             "stopped", round=self.number, code=code, why=why, failed=self.exchange.failed
         )
@@ -414,7 +418,7 @@ class Run:
                 change, figures, self._acceptance.why_not, present=self._present()
             )
         except ProtocolError as error:
-            raise self._stopped(str(error), "E502") from None
+            raise self._stopped(str(error), ErrorCode.UPDATE_INVALID) from None
         metrics: Mapping[str, float | None] = {}
         if self._evaluate and (self.iterate.final or self.number % self._every == 0):
             with_adapter = self.iterate.phase.adapts
@@ -509,7 +513,7 @@ class Run:
         forgotten: if sites have given shares for it, they refuse another set by themselves."""
         self.begin()
         self.registry.forget_survivors()
-        self.exchange.failed = dict.fromkeys(self.contract.weights(), "E402")
+        self.exchange.failed = dict.fromkeys(self.contract.weights(), ErrorCode.NO_ANSWER)
         return self._leave_out("the operator left it out")
 
     def _leave_out(self, why: str) -> RoundFacts:
@@ -534,6 +538,8 @@ class Run:
         assert self.masking is not None
         assert self._masked is not None
         if set(blobs) != {MASKED} or update.agreement != self.masking.transcript:
-            raise ProtocolError("The update is masked for another agreement.", code="E503")
+            raise ProtocolError(
+                "The update is masked for another agreement.", code=ErrorCode.MESSAGE_MISMATCH
+            )
         self._masked.take(site, blobs[MASKED])
         self.masking.has_answered(site)

@@ -13,7 +13,7 @@ from typing import Any
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
-from silotune.common.errors import ProtocolError, RunError
+from silotune.common.errors import ErrorCode, ProtocolError, RunError
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import (
     Agree,
@@ -34,10 +34,15 @@ from silotune.common.secagg.key_agreement import Agreement, check_keys
 from silotune.server.rounds.exchange import Exchange, Stages
 from silotune.server.storage.stored_agreement import Agreed
 
-CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
-NO_SECRETS = (CHARGED, "E504", "E506", "E507")  # a member needs another agreement: it started again
-OTHER_SITES = "E220"  # a site takes no part in a sum of these sites (client/privacy/site_sets.py)
-LOST_AT_OPENING = (*NO_SECRETS, OTHER_SITES)  # a survivor will give no share of this round, ever
+# A member has nothing for this agreement: it was charged under another one, or started again.
+NO_SECRETS = (
+    ErrorCode.REPLY_LOST,
+    ErrorCode.SECAGG_STEP_REFUSED,
+    ErrorCode.SECAGG_SECRETS_LOST,
+    ErrorCode.SEALED_SHARE_INVALID,
+)
+# A survivor will give no share of this round, ever.
+LOST_AT_OPENING = (*NO_SECRETS, ErrorCode.SITE_SET_REFUSED)
 ATTEMPTS = 900_000  # a run that is begun again must not repeat what its sites were asked before
 LONGEST_WAIT = 16  # rounds until a site that was left out is asked again
 
@@ -105,7 +110,7 @@ class Masking:
                     s: terms.sealed_size for s in keys if s != site
                 }:
                     continue
-                self._exchange.fail(site, "E504")
+                self._exchange.fail(site, ErrorCode.SECAGG_STEP_REFUSED)
             there = [s for s in shared if s not in self._exchange.failed]
             if len(there) == len(keys):
                 agreed, self._published = Agreement(terms, keys), keys
@@ -118,7 +123,7 @@ class Masking:
             raise RunError(
                 f"{len(keys)} of {len(self.contract.sites)} sites agreed on keys "
                 f"({self._exchange.reasons()}), secure aggregation needs {terms.least}.",
-                code="E402",
+                code=ErrorCode.NO_ANSWER,
             )
         for site in out | (set(sites) - set(self.members)):
             wait = min(2 * self._waits.get(site, (0, 0))[1] or 1, LONGEST_WAIT)
@@ -182,7 +187,7 @@ class Masking:
         self._answered.add(site)
         self._waits.pop(site, None)
 
-    def has_failed(self, site: str, code: str) -> None:
+    def has_failed(self, site: str, code: ErrorCode) -> None:
         """A member that is there but has no secrets waits for another agreement."""
         if code in NO_SECRETS:
             self.lost.add(site)
@@ -232,7 +237,7 @@ class MaskedRound:
                 if self.agreement.endorses(site, blobs.get(site, b""), self.number, survivors):
                     signed[site] = blobs[site]
                 else:
-                    self._exchange.fail(site, "E504")
+                    self._exchange.fail(site, ErrorCode.SECAGG_STEP_REFUSED)
             there = list(signed)
             if len(signed) < threshold:
                 raise self._closed(f"{len(signed)} sites endorsed the survivors, {threshold} must")
@@ -247,7 +252,7 @@ class MaskedRound:
         total /= sum(self.contract.weight_share(site) for site in survivors)
         return packing.split(self.contract, self._shapes, total)
 
-    def _closed(self, why: str, code: str = "E402") -> RunError:
+    def _closed(self, why: str, code: ErrorCode = ErrorCode.NO_ANSWER) -> RunError:
         failed = self._exchange.failed
         left = [s for s in self._sum.survivors if failed.get(s) not in LOST_AT_OPENING]
         kind = LostSumError if len(left) < self.contract.threshold else RunError

@@ -9,7 +9,7 @@ import numpy as np
 
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
-from silotune.common.errors import ProtocolError
+from silotune.common.errors import ErrorCode, ProtocolError
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Arrays, Masked, Message, Receipt, Update
 from silotune.common.protocol.tensors import Shapes
@@ -35,19 +35,24 @@ class Gate:
         update = message.header
         kind = Masked if self.contract.secure_aggregation else Update
         if not isinstance(update, kind):
-            raise ProtocolError("The reply is no update.", code="E503")
+            raise ProtocolError("The reply is no update.", code=ErrorCode.MESSAGE_MISMATCH)
         assert isinstance(update, Update | Masked)
         if site not in self.contract.weights():
-            raise ProtocolError("The site is not in the roster.", code="E503")
+            raise ProtocolError("The site is not in the roster.", code=ErrorCode.MESSAGE_MISMATCH)
         expected = (site, self.run_id, number, attempt, request)
         answered = (update.site, update.run, update.round, update.attempt, update.request)
         if answered != expected:
-            raise ProtocolError("The update is for another site, round or request.", code="E503")
+            raise ProtocolError(
+                "The update is for another site, round or request.", code=ErrorCode.MESSAGE_MISMATCH
+            )
         public = self.public_key(site)
         if public is not None and not verifies(
             public, update.signature, messages.update_statement(message)
         ):
-            raise ProtocolError("The update is not signed by the site's roster key.", code="E503")
+            raise ProtocolError(
+                "The update is not signed by the site's roster key.",
+                code=ErrorCode.MESSAGE_MISMATCH,
+            )
         if isinstance(update, Update):
             tensors.check(message.arrays, shapes, "The update")
             self._check_norm(message.arrays)
@@ -64,7 +69,9 @@ class Gate:
             sum(float(np.sum(np.square(a, dtype=np.float64))) for a in arrays.values())
         )
         if most is not None and norm > most:
-            raise ProtocolError(f"The update's norm is beyond {most:g}.", code="E502")
+            raise ProtocolError(
+                f"The update's norm is beyond {most:g}.", code=ErrorCode.UPDATE_INVALID
+            )
 
     def _check_epsilon(self, site: str, epsilon: float | None) -> None:
         """A site reports what it spent: within the contract's budget, or nothing without DP."""
@@ -76,13 +83,15 @@ class Gate:
         )
         if not fits:
             raise ProtocolError(
-                "The update reports an ε that the contract does not allow.", code="E502"
+                "The update reports an ε that the contract does not allow.",
+                code=ErrorCode.UPDATE_INVALID,
             )
 
     def _check_metrics(self, metrics: Mapping[Metric, float]) -> None:
         if set(metrics) != set(self.contract.metrics):
             raise ProtocolError(
-                "The update's metrics are not those the contract releases.", code="E502"
+                "The update's metrics are not those the contract releases.",
+                code=ErrorCode.UPDATE_INVALID,
             )
 
     def _take_receipt(self, site: str, receipt: Receipt) -> None:
@@ -97,7 +106,10 @@ class Gate:
             return
         statement = Receipt.statement(site, receipt.sequence, receipt.head)
         if not verifies(public, receipt.signature, statement):
-            raise ProtocolError("The receipt is not signed by the site's roster key.", code="E503")
+            raise ProtocolError(
+                "The receipt is not signed by the site's roster key.",
+                code=ErrorCode.MESSAGE_MISMATCH,
+            )
         last = self.registry.receipt(public)
         if last is None or receipt.sequence > last.sequence:
             self.registry.keep_receipt(public, receipt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from silotune.common.errors import RunError
+from silotune.common.errors import ErrorCode, RunError
 from silotune.common.runtime.atomic_files import is_full
 
 LEAST_FREE = 1 << 20  # bytes
@@ -23,5 +23,5 @@ def no_room(folder: Path, error: BaseException | None = None) -> RunError | None
     return RunError(
         f"The disk of {folder} is full ({free >> 20} MB free). What was committed is kept and "
         "nothing more is asked of the sites: free space, then resume the run.",
-        code="E604",
+        code=ErrorCode.DISK_FULL,
     )

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save
 
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import RunError
+from silotune.common.errors import ErrorCode, RunError
 from silotune.common.protocol.messages import Arrays, Receipt
 from silotune.common.runtime.atomic_files import rename_durably, write_durably
 from silotune.common.runtime.process_lock import try_lock
@@ -99,7 +99,7 @@ class Registry:
                 raise RunError(
                     f"Another server is carrying out the run in {self.folder}. Wait, or stop it "
                     "first.",
-                    code="E602",
+                    code=ErrorCode.RUN_IN_PROGRESS,
                 )
             time.sleep(0.05)
         self._locked = found

@@ -23,6 +23,7 @@ from silotune.common.contract.model import OneHotModel
 from silotune.common.data import records
 from silotune.common.errors import (
     DataError,
+    ErrorCode,
     RefusalError,
     RunError,
     SilotuneError,
@@ -74,7 +75,9 @@ def run(
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
     if unknown:
-        raise RunError(f"The data has no rows of: {', '.join(sorted(unknown))}.", code="E304")
+        raise RunError(
+            f"The data has no rows of: {', '.join(sorted(unknown))}.", code=ErrorCode.TOO_FEW_ROWS
+        )
     _check_figure(recipe.facts["metric"], contract, rows)
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
@@ -157,9 +160,10 @@ def _results(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(progress.interrupted(folder)) from None
     except RefusalError as error:
-        if error.code == "E205" and own_masks:
+        if error.code == ErrorCode.POLICY_VIOLATED and own_masks:
             raise RefusalError(
-                f"{error} The masks are the simulation's: masked=false runs without.", code="E205"
+                f"{error} The masks are the simulation's: masked=false runs without.",
+                code=ErrorCode.POLICY_VIOLATED,
             ) from None
         raise
     finally:
@@ -198,7 +202,7 @@ def _check_figure(metric: str, contract: Contract, split: Path) -> None:
             f"The {len(labels):,} rows that are held back for tests do not define "
             f"{METRICS[metric]}: column '{contract.task.label_column}' is the same in all of them. "
             "More rows are needed, or others.",
-            code="E304",
+            code=ErrorCode.TOO_FEW_ROWS,
         )
 
 

