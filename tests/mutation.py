@@ -47,11 +47,29 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "client/privacy/ledger.py": (
         "client/privacy/test_ledger.py",
+        "client/privacy/test_ledger_export.py",
+        "client/privacy/test_receipts.py",
+        "client/privacy/test_reply_store.py",
         "client/privacy/test_record_identity.py",
         "client/privacy/test_budget_attacks.py",
     ),
+    "client/privacy/reply_store.py": (
+        "client/privacy/test_reply_store.py",
+        "client/privacy/test_ledger.py",
+        "client/privacy/test_budget_attacks.py",
+    ),
+    "client/privacy/stored_files.py": (
+        "client/privacy/test_reply_store.py",
+        "client/privacy/test_budget_attacks.py",
+        "client/site/test_policy.py",
+    ),
+    "client/privacy/site_identity.py": (
+        "client/privacy/test_site_identity.py",
+        "client/privacy/test_receipts.py",
+    ),
     "client/privacy/ledger_entries.py": (
         "client/privacy/test_ledger.py",
+        "client/privacy/test_ledger_export.py",
         "client/site/test_policy.py",
     ),
     "client/privacy/budget.py": (

@@ -40,6 +40,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     """
     from safetensors.numpy import save
 
+    from silotune.client.privacy.reply_store import ReplyStore
     from silotune.client.site.folder import Site
     from silotune.client.training.local_state import Own
     from silotune.common.runtime.atomic_files import write_durably
@@ -57,7 +58,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     if name not in left:
         known = ", ".join(left) or "none: the contract leaves nothing, or the site had no part"
         raise UsageError(f"Name the run with --run; runs that left something here: {known}.")
-    found = Own.read(ledger.own(c for c in charges if c.run == name))
+    found = Own.read(ReplyStore(ledger).own(c for c in charges if c.run == name))
     arrays = load(released / "adapter.safetensors")
     own_names = sorted(set(found.tensors) & set(arrays))
     if out.exists():

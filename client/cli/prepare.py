@@ -84,11 +84,11 @@ def _prepare(
     report = folder / "report.html"
     _keep_what_is_there(data, file, report, command(*again, "--out", "FOLDER"))
     ledger = _ledger(site)
-    pseudonyms = ledger.pseudonyms_key if ledger else None
+    pseudonyms = ledger.identity.pseudonyms_key if ledger else None
     raw = data.table()
     prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
     found = profile.count(prepared.table, agreed, policy.model.folder)
-    secret = ledger.fingerprint_key if ledger else bytes(32)
+    secret = ledger.identity.fingerprint_key if ledger else bytes(32)
     origin = preparing.origin(prepared, data.key, secret)
     charged = profile.charged(prepared.table, data.key, ledger, origin.links)
     warnings = prepared.warnings + _of_other_columns(ledger, origin, site)

@@ -242,7 +242,7 @@ def _check_records(
             ]
             if policy.model.folder is not None:
                 table.rows += _lengths(parsed, contract, policy.model.folder)
-    secret = ledger.fingerprint_key if ledger else bytes(32)
+    secret = ledger.identity.fingerprint_key if ledger else bytes(32)
     records_ = table.attempt(
         "record key",
         _in_policy(site, "correct key in [data]"),

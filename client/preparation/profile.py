@@ -165,7 +165,9 @@ def charged(
 ) -> Charged:
     """links: to the raw rows, by basis (client/preparation/cleaning.py). DataError: no such key
     column."""
-    found = record_ids.of_table(table, key, ledger.fingerprint_key if ledger else bytes(32))
+    found = record_ids.of_table(
+        table, key, ledger.identity.fingerprint_key if ledger else bytes(32)
+    )
     if ledger is None:
         return Charged(len(found.fingerprints), None, "")
     before = np.zeros(len(found.fingerprints), dtype=bool)

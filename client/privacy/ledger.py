@@ -21,11 +21,10 @@ import hashlib
 import hmac
 import json
 import os
-import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -50,15 +49,22 @@ from silotune.client.privacy.ledger_entries import (
 )
 from silotune.client.privacy.record_identity import Links, Origin
 from silotune.client.privacy.record_ids import SIZE, Codes, Lineage, basis_of
+from silotune.client.privacy.site_identity import SiteIdentity
+from silotune.client.privacy.stored_files import (
+    FOLDER,
+    LEAST_ROOM,
+    StoredFiles,
+    disk_full,
+    free_bytes,
+    storing,
+)
 from silotune.common.errors import ErrorCode, RefusalError, counted
 from silotune.common.protocol.messages import Receipt
-from silotune.common.runtime.atomic_files import is_full, write_durably
-from silotune.common.signing import verifies
+from silotune.common.runtime.atomic_files import is_full
 
 FILE = "ledger.sqlite"
 BUSY_SECONDS = 30  # how long another program may hold the database
 ROW_OVERHEAD = 1 << 10  # bytes of a row beside what it keeps of a file
-LEAST_ROOM = 4 << 20  # bytes that the database and its log may need for an entry
 NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
 
@@ -72,9 +78,9 @@ class Ledger:
         self._lock = threading.RLock()
         self._macs: list[bytes] = []
         self._digests = [FIRST]  # one more than entries
-        self.public = None if folder is None else keys.public
+        self._in_roster = True
+        self.files = StoredFiles(folder)
         self._head = 0  # the entry that keys/head was seen to name
-        self._replies: dict[str, bytes] = {}  # in memory only, when there is no folder
         self.entries: list[Entry] = []
         self.charges: dict[RequestKey, Charged] = {}
         self.releases: dict[int, Released] = {}
@@ -91,7 +97,7 @@ class Ledger:
                 f"{folder} or its keys already belong to a ledger.", code=ErrorCode.LEDGER_DAMAGED
             )
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        make_private_folder(folder / "replies")
+        make_private_folder(folder / FOLDER)
         return cls(_connect(path), keys, folder)._begin(site)
 
     @classmethod
@@ -100,7 +106,7 @@ class Ledger:
         a contract's roster names them."""
         database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         ledger = cls(database, keys or Keys.in_memory(), None)
-        ledger.public = None if keys is None else keys.public
+        ledger._in_roster = keys is not None
         return ledger._begin(site)
 
     def _begin(self, site: str) -> Self:
@@ -134,19 +140,11 @@ class Ledger:
         return self._folder
 
     @property
-    def fingerprint_key(self) -> bytes:
-        return self._keys.derive("fingerprints")
-
-    @property
-    def pseudonyms_key(self) -> bytes:
-        """For client/preparation/deidentify.py."""
-        return self._keys.derive("pseudonyms")
-
-    @property
-    def site(self) -> str:
+    def identity(self) -> SiteIdentity:
+        """The site whose ledger this is."""
         first = self.entries[0]
         assert isinstance(first, Opened)
-        return first.site
+        return SiteIdentity(first.site, self._keys, in_roster=self._in_roster)
 
     @property
     def order(self) -> float | None:
@@ -182,9 +180,10 @@ class Ledger:
                     raise _refusal(error, self._folder, outcome) from None
                 raise
             if len(self.entries) > self._head:
-                with self._storing(
+                with storing(
+                    self._folder,
                     f"The ledger's entries up to {len(self.entries)} stand, so what they charged "
-                    "is spent; their number was not stored. Let the server ask again."
+                    "is spent; their number was not stored. Let the server ask again.",
                 ):
                     self._keys.write_head(len(self.entries), self._digests[-1])
                 self._head = len(self.entries)
@@ -323,95 +322,15 @@ class Ledger:
             return row[0]
         raise damaged(f"the links of entry {entry.sequence} are not those it names")
 
-    def release(self, charge: Charged, wire: bytes, own: bytes | None = None) -> None:
-        """Make a reply, and what stays at the site, durable; then say that the reply may leave.
-        Only then may it."""
-        outcome = (
-            f"Entry {charge.sequence} of the ledger stands, so what it charged is spent; its reply "
-            "was not stored."
-        )
-        with self._storing(outcome):
-            name, kept = self._keep(wire), None if own is None else self._keep(own)
-        with self.writing(outcome):
-            if charge.sequence in self.releases:
-                raise RefusalError("This charge has its reply already.", code=ErrorCode.REPLY_LOST)
-            self.append(Released, charge=charge.sequence, reply=name, own=kept)
-
-    def check_room(self, size: int) -> None:
-        """RefusalError E216 unless the disk has room for replies of `size` bytes: asked before a
-        charge, so that a full disk spends nothing."""
-        if self._folder is not None and shutil.disk_usage(self._folder).free < size + LEAST_ROOM:
-            raise _full(self._folder, NOTHING_SPENT)
-
-    def reply(self, released: Released) -> bytes:
-        """The bytes that were released; RefusalError E204 if they are not there any more."""
-        wire = self._kept(released.reply)
-        if wire is None:
-            raise RefusalError(
-                f"The reply of entry {released.sequence} is not on disk any more.",
-                code=ErrorCode.REPLY_LOST,
-            )
-        return wire
-
-    def own(self, charges: Iterable[Charged]) -> bytes | None:
-        """What stayed at the site with the latest round of these that was released; None if there
-        is none. RefusalError E212 if it is not there any more."""
-        last = max(
-            (c for c in charges if self._left(c)), default=None, key=lambda c: (c.round, c.sequence)
-        )
-        if last is None:
-            return None
-        found = self._kept(self._left(last) or "")
-        if found is None:
-            raise damaged(f"what entry {last.sequence} left at the site is not on disk any more")
-        return found
-
-    def _left(self, charge: Charged) -> str | None:
-        released = self.releases.get(charge.sequence)
-        return None if released is None else released.own
-
-    def _keep(self, content: bytes) -> str:
-        name = hashlib.sha256(content).hexdigest()
-        if self._folder is None:
-            self._replies[name] = content
-        else:
-            write_durably(self._folder / "replies" / name, content)
-        return name
-
-    def _kept(self, name: str) -> bytes | None:
-        """The content of that digest, None if it is not there."""
-        if self._folder is None:
-            return self._replies.get(name)
-        with contextlib.suppress(OSError):
-            content = (self._folder / "replies" / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() == name:
-                return content
-        return None
-
-    def keep_policy(self, text: str) -> None:
-        """Make the text of a policy durable, before it is adopted."""
-        self._keep(text.encode())
-
-    def policy_text(self) -> str | None:
-        """The text of the policy adopted last; None if there is none, or it is not on disk."""
-        found = None if self.policy is None else self._kept(self.policy.policy)
-        return None if found is None else found.decode()
-
     def receipt(self) -> Receipt:
         """Where this ledger stands now, signed, for a server to keep."""
         with self._lock:
             sequence, head = len(self.entries), self._digests[-1]
-        signed = self.sign(Receipt.statement(self.site, sequence, head))
-        return Receipt(sequence=sequence, head=head, signature=signed.hex())
-
-    def sign(self, statement: bytes) -> bytes:
-        """By the site's key. A statement begins with a line that says what it is."""
-        return self._keys.signing.sign(statement)
+        return self.identity.receipt(sequence, head)
 
     def check_receipt(self, receipt: Receipt) -> None:
         """RefusalError unless this site signed it (E503) and has the entry it names (E211)."""
-        statement = Receipt.statement(self.site, receipt.sequence, receipt.head)
-        if not verifies(self._keys.public, receipt.signature, statement):
+        if not self.identity.has_signed(receipt):
             raise RefusalError(
                 "The server showed a receipt that this site's key did not sign. The ledger is not "
                 "in question: ask the operator, or tell why the site has new keys.",
@@ -512,19 +431,6 @@ class Ledger:
         return hmac.digest(self._mac_key, body.encode(), "sha256")
 
     @contextlib.contextmanager
-    def _storing(self, outcome: str) -> Iterator[None]:
-        """Files that follow on a committed entry. outcome: what is true where they cannot be."""
-        try:
-            yield
-        except OSError as error:
-            if is_full(error):
-                raise _full(self._folder, outcome) from None
-            raise RefusalError(
-                f"The disk of this site cannot be written ({error.strerror}). {outcome}",
-                code=ErrorCode.LEDGER_UNAVAILABLE,
-            ) from None
-
-    @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if self._database.in_transaction:  # the file lock would wait for itself
             raise RuntimeError("the ledger is being written by this thread already")
@@ -540,7 +446,7 @@ class Ledger:
             descriptor = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             if is_full(error):
-                raise _full(self._folder, outcome) from None
+                raise disk_full(self._folder, outcome) from None
             raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -580,7 +486,7 @@ def _refusal(
     (E212). outcome: what is true of the charge, as this was not committed."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _has_no_room(folder)):
-        return _full(folder, outcome)
+        return disk_full(folder, outcome)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RefusalError(
             f"Another program has held the ledger in {folder} for {BUSY_SECONDS} seconds. "
@@ -597,12 +503,4 @@ def _refusal(
 
 
 def _has_no_room(folder: Path | None) -> bool:
-    return folder is not None and shutil.disk_usage(folder).free < LEAST_ROOM
-
-
-def _full(folder: Path | None, outcome: str) -> RefusalError:
-    return RefusalError(
-        f"The disk of this site is full: {folder} has no room left. {outcome} Free space there; "
-        "the site then goes on.",
-        code=ErrorCode.LEDGER_UNAVAILABLE,
-    )
+    return folder is not None and free_bytes(folder) < LEAST_ROOM

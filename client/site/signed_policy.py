@@ -78,9 +78,9 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
             code=ErrorCode.POLICY_NOT_SIGNED,
         )
     policy = parse(text, path)
-    if policy.name != ledger.site:
+    if policy.name != ledger.identity.name:
         raise RefusalError(
-            f"{path} is for '{policy.name}', but the ledger is that of '{ledger.site}'.",
+            f"{path} is for '{policy.name}', but the ledger is that of '{ledger.identity.name}'.",
             code=ErrorCode.POLICY_NOT_SIGNED,
         )
     with ledger.writing():
@@ -90,7 +90,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
                 UnitLimit(unit=unit, epsilon=limit.epsilon, delta=limit.delta)
                 for unit, limit in policy.limits.items()
             ]
-            ledger.keep_policy(text)
+            ledger.files.store(text.encode())
             ledger.append(
                 Adopted, serial=found.serial, policy=digest, others=tuple(others), **vars(first)
             )
@@ -110,12 +110,12 @@ def adopted(ledger: Ledger) -> Policy:
     Raises:
         RefusalError: E213 if that copy is not on disk.
     """
-    text = ledger.policy_text()
-    if text is None:
+    content = None if ledger.policy is None else ledger.files.read(ledger.policy.policy)
+    if content is None:
         raise RefusalError(
             "The text of the policy adopted last is not in state/ any more. Start the worker "
             "again.",
             code=ErrorCode.POLICY_NOT_SIGNED,
         )
     folder = Path() if ledger.folder is None else ledger.folder.parent  # client/site/folder.py
-    return parse(text, folder / "site.toml")
+    return parse(content.decode(), folder / "site.toml")

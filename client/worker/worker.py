@@ -22,6 +22,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.privacy.site_sets import SiteSets
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
@@ -80,12 +81,14 @@ class Worker:
         for refusal in policy.refusals(contract):
             raise refusal
         key = next(site.public_key for site in contract.sites if site.name == policy.name)
-        if None not in (key, ledger.public) and key != ledger.public:
+        identity = ledger.identity
+        if None not in (key, identity.public) and key != identity.public:
             raise RefusalError(
                 "The contract names another key for this site.",
                 code=ErrorCode.CONTRACT_NOT_ACCEPTED,
             )
         self.policy, self.contract, self.ledger = policy, contract, ledger
+        self.identity, self.replies = identity, ReplyStore(ledger)
         self.adopted = ledger.policy
         self.unit, self.target = contract.privacy.unit, policy.target(contract)
         self.limit = policy.limits[self.unit]
@@ -93,12 +96,12 @@ class Worker:
         check_bound(contract, self.plan)
         self.masking = None
         if contract.secure_aggregation is not None:
-            if key != ledger.public:
+            if key != identity.public:
                 raise RefusalError(
                     "This site's key is not in the contract's roster.",
                     code=ErrorCode.CONTRACT_NOT_ACCEPTED,
                 )
-            self.masking = Masking(contract, policy.name, ledger.sign)
+            self.masking = Masking(contract, policy.name, identity.sign)
         self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accountant.best_order(self.plan, self.target.delta)
@@ -106,7 +109,7 @@ class Worker:
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         # Once: what is fingerprinted is what is trained on.
         table = records.named_by(contract, policy.data.table())
-        self.lineage = record_ids.of_table(table, policy.data.key, ledger.fingerprint_key)
+        self.lineage = record_ids.of_table(table, policy.data.key, identity.fingerprint_key)
         narrowed = contract.at(policy.name)
         self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
         self.data = dataset.load(table, contract, self.model)
@@ -148,7 +151,7 @@ class Worker:
             )
         if isinstance(request.header, Describe):
             return release.description(
-                self.contract, self.policy.name, request.header.challenge, self.ledger.sign
+                self.contract, self.policy.name, request.header.challenge, self.identity.sign
             )
         if isinstance(request.header, Train):
             with self._lock:
@@ -219,14 +222,14 @@ class Worker:
             self.shapes,
             epsilon=self._run_epsilon(request.run),
             receipt=self.ledger.receipt(),
-            sign=self.ledger.sign,
+            sign=self.identity.sign,
             agreement=request.agreement,
             mask=partial(self.masking.mask, request, digest) if self.masking else None,
         )
         kept = None
         if self.contract.keeps:
             kept = own.after(plan, asked, change).content()
-        self.ledger.release(charge, reply, kept)
+        self.replies.release(charge, reply, kept)
         return reply
 
     def own(self, run: str, before: int) -> Own:
@@ -234,7 +237,7 @@ class Worker:
         if not self.contract.keeps:
             return NOTHING
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
-        found = Own.read(self.ledger.own(charges))
+        found = Own.read(self.replies.own(charges))
         # A mean gradient of longer ago is not what the server's is of.
         return found if found.round == before - 1 else replace(found, gradient={})
 
@@ -294,7 +297,7 @@ class Worker:
                 raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism, policy)
             own = self.own(request.run, request.round)  # refused before anything is charged
-            self.ledger.check_room(self._reply_room)
+            self.replies.check_room(self._reply_room)
             return self.ledger.charge(
                 self.lineage,
                 source=self.source_name,
@@ -345,7 +348,7 @@ class Worker:
                 ),
                 code=ErrorCode.REPLY_LOST,
             )
-        return self.ledger.reply(released)
+        return self.replies.reply(released)
 
     def _policy_for(self, run: str) -> Policy:
         """What the next round of `run` is held to, beside the policy this worker started with: the

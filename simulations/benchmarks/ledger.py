@@ -24,6 +24,7 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.record_ids import SIZE, Lineage
+from silotune.client.privacy.reply_store import ReplyStore
 
 RESULTS = Path("simulations/benchmarks/results")
 ROUNDS = 500
@@ -68,7 +69,7 @@ def rounds(folder: Path, records: Lineage, reply: bytes) -> tuple[list[float], l
     for number in range(1, ROUNDS + 1):
         wire = reply + number.to_bytes(4)
         began = time.perf_counter()
-        ledger.release(charges(ledger, records, number, number, 1), wire)
+        ReplyStore(ledger).release(charges(ledger, records, number, number, 1), wire)
         ours.append(time.perf_counter() - began)
         began = time.perf_counter()
         write_and_sync(folder / "limit", wire)

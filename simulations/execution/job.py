@@ -84,7 +84,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
             if contract.secure_aggregation is None:
                 handles[site] = lying(handles[site], job.poison)
             else:
-                sign = workers[site].ledger.sign
+                sign = workers[site].identity.sign
                 workers[site].masking = LyingMasking(contract, site, sign, job.poison)
         with lanes:
             while not run.done:

@@ -21,8 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from silotune.client.privacy import accountant
-from silotune.client.privacy import ledger as ledgers
+from silotune.client.privacy import accountant, stored_files
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Released
@@ -119,14 +118,14 @@ def in_training() -> None:
 
 def in_reply_file() -> None:
     """Half of the reply is written."""
-    original = ledgers.write_durably
+    original = stored_files.write_durably
 
     def write(path: Path, data: bytes) -> None:
         if path.parent.name == "replies":
             _half_written()
         original(path, data)
 
-    ledgers.write_durably = write
+    stored_files.write_durably = write
 
 
 def before_rename() -> None:

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.relay import transport as wire
 from silotune.client.site.folder import Site
 from silotune.client.training.local_state import Own
@@ -409,7 +410,7 @@ def test_a_sites_own_model(run: Run, site: Site, table_contract: Contract, tmp_p
     assert "own model of r: 2 of 3 tensors" in run(*words).output
     found = load_file(tmp_path / "own" / "adapter.safetensors")
     charges = site.open()[1].charges.values()
-    kept = Own.read(site.open()[1].own(charges))
+    kept = Own.read(ReplyStore(site.open()[1]).own(charges))
     assert kept.averaged
     for name in zeros:
         assert np.array_equal(found[name], kept.mean[name])

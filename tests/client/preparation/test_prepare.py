@@ -483,7 +483,7 @@ def test_another_encoding_is_converted(site: Site) -> None:
 def test_records_that_were_charged_are_counted(site: Site) -> None:
     keys = Keys.load(site.keys)
     ledger = Ledger.open(site.state, keys)
-    before = of_table(table(GOOD[0], GOOD[2]), (), ledger.fingerprint_key)
+    before = of_table(table(GOOD[0], GOOD[2]), (), ledger.identity.fingerprint_key)
     with ledger.writing():
         ledger.charge(
             before,
@@ -603,7 +603,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
     raw = of_table(
         records.named_by(parse(TOKENS), records.table(Path("records.conll"))),
         (),
-        (ledger := Ledger.open(state, Keys.load(Path("keys")))).fingerprint_key,
+        (ledger := Ledger.open(state, Keys.load(Path("keys")))).identity.fingerprint_key,
     )
     with ledger.writing():
         ledger.charge(
@@ -611,7 +611,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
             source="records.conll",
             **CHARGE,
         )
-    prepared = of_table(found, (), ledger.fingerprint_key)
+    prepared = of_table(found, (), ledger.identity.fingerprint_key)
     (overlap,) = budget.overlaps(ledger, prepared).values()
     assert overlap.all()
 

@@ -20,6 +20,7 @@ from silotune.client.privacy.budget import Budget, Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import FILE, Ledger
 from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.folder import Site
@@ -637,12 +638,12 @@ def test_clock_change(home: Home, monkeypatch: pytest.MonkeyPatch, now: float) -
 def test_crash_between_charge_and_release(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, computed = home.worker(), []
 
-    def fails(self: Ledger, charge: Charged, reply: bytes, own: bytes | None) -> None:
+    def fails(self: ReplyStore, charge: Charged, reply: bytes, own: bytes | None) -> None:
         computed.append(reply)
         raise OSError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "release", fails)
+        patch.setattr(ReplyStore, "release", fails)
         assert code(worker) == "E500"
     assert len(home.charges()) == 1
     for asked in (worker, home.worker()):
@@ -677,7 +678,7 @@ def test_a_full_disk_lets_nothing_leave(home: Home, monkeypatch: pytest.MonkeyPa
 
     worker = home.worker()
     with monkeypatch.context() as patch:
-        patch.setattr("silotune.client.privacy.ledger.write_durably", fails)
+        patch.setattr("silotune.client.privacy.stored_files.write_durably", fails)
         assert code(worker) == "E216"
     assert code(worker) == "E204"
     with monkeypatch.context() as patch:

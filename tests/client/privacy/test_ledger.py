@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import hashlib
 import hmac
 import json
 import math
@@ -36,109 +33,18 @@ from silotune.client.privacy.ledger_entries import (
     digest,
     verify_export,
 )
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.reply_store import ReplyStore
 from silotune.common.errors import RefusalError, UsageError
-from silotune.common.protocol.messages import Receipt
-
-FACTS: dict[str, Any] = {
-    "source": "rows.csv",
-    "unit": "record",
-    "contract": "1" * 64,
-    "run": "r",
-    "round": 1,
-    "request": "2" * 64,
-    "order": 3.5,
-    "noise_multiplier": 1.25,
-    "sampling_rate": 0.5,
-    "steps": 3,
-}
-HASH = "ab" * 32
-ALL_FACTS = {**FACTS, "attempt": 9, "lineage": HASH, "basis": "basis", "rows": 3}
-
-
-def lineage_of(*numbers: int) -> Lineage:
-    found = b"".join(number.to_bytes(16, "big") for number in sorted(numbers))
-    return Lineage.of_bytes("basis", found, len(numbers))
-
-
-def charge(ledger: Ledger, attempt: int, records: Lineage, **facts: Any) -> Charged:
-    with ledger.writing():
-        return ledger.charge(records, attempt=attempt, **{**FACTS, **facts})
-
-
-@dataclasses.dataclass
-class Home:
-    """A site's folder with keys and a ledger in it."""
-
-    folder: Path
-
-    @classmethod
-    def begin(cls, folder: Path, charges: int = 3) -> Home:
-        """Opened, `charges` charges on two sets of records, of which the first was released."""
-        home = cls(folder)
-        ledger = Ledger.create(home.state, Keys.create(home.keys), "north")
-        for i in range(charges):
-            paid = charge(ledger, i + 1, lineage_of(*range(5 - i % 2)))
-            if i == 0:
-                ledger.release(paid, b"the reply")
-        close(ledger)
-        return home
-
-    @property
-    def keys(self) -> Path:
-        return self.folder / "keys"
-
-    @property
-    def state(self) -> Path:
-        return self.folder / "state"
-
-    @property
-    def file(self) -> Path:
-        return self.state / FILE
-
-    def open(self) -> Ledger:
-        return Ledger.open(self.state, Keys.load(self.keys))
-
-    @contextlib.contextmanager
-    def tampering(self) -> Iterator[sqlite3.Connection]:
-        """The database as somebody with a text book and no key writes to it."""
-        database = sqlite3.connect(self.file, isolation_level=None)
-        try:
-            database.execute("PRAGMA synchronous = OFF")
-            yield database
-        finally:
-            database.close()
-
-    def rows(self) -> list[tuple[int, str, bytes]]:
-        with self.tampering() as database:
-            return database.execute("SELECT * FROM entries ORDER BY sequence").fetchall()
-
-    def refuses(self) -> bool:
-        """Whether opening is refused with E212; anything but that or success is an error."""
-        try:
-            close(self.open())
-        except RefusalError as refusal:
-            if refusal.code != "E212":
-                raise
-            return True
-        return False
-
-
-def close(ledger: Ledger) -> None:
-    ledger._database.close()
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home.begin(tmp_path / "site")
-
-
-def put(database: sqlite3.Connection, sequence: int, body: bytes, mac: bytes) -> None:
-    database.execute(
-        "UPDATE entries SET body = CAST(? AS TEXT), mac = ? WHERE sequence = ?",
-        (body, mac, sequence),
-    )
-
+from tests.client.privacy.ledger_home import (
+    ALL_FACTS,
+    FACTS,
+    HASH,
+    Home,
+    charge,
+    close,
+    lineage_of,
+    put,
+)
 
 # What a ledger is
 
@@ -148,10 +54,10 @@ def test_a_ledger_opens_with_the_entries_it_was_left_with(home: Home) -> None:
     kinds = [type(entry) for entry in ledger.entries]
     assert kinds == [Opened, Charged, Released, Charged, Charged]
     assert [entry.sequence for entry in ledger.entries] == list(range(1, 6))
-    assert ledger.site == "north"
+    assert ledger.identity.name == "north"
     assert ledger.policy is None
     assert set(ledger.charges) == {("1" * 64, "r", 1, attempt) for attempt in (1, 2, 3)}
-    assert ledger.reply(ledger.releases[2]) == b"the reply"
+    assert ReplyStore(ledger).reply(ledger.releases[2]) == b"the reply"
     five, four = lineage_of(*range(5)), lineage_of(*range(4))
     found = ledger.lineages()
     assert [(name, first.sequence, first.rows) for name, first in found.items()] == [
@@ -179,8 +85,8 @@ def test_a_ledger_in_memory_leaves_nothing_on_disk(
     monkeypatch.chdir(tmp_path)
     ledger = Ledger.in_memory("north")
     paid = charge(ledger, 1, lineage_of(1, 2))
-    ledger.release(paid, b"reply")
-    assert ledger.reply(ledger.releases[paid.sequence]) == b"reply"
+    ReplyStore(ledger).release(paid, b"reply")
+    assert ReplyStore(ledger).reply(ledger.releases[paid.sequence]) == b"reply"
     assert not list(tmp_path.iterdir())
 
 
@@ -236,28 +142,6 @@ def test_a_second_ledger_is_not_made_beside_the_first(home: Home, tmp_path: Path
     home.file.unlink()
     with pytest.raises(RefusalError, match="already belong"):
         Ledger.create(home.state, held, "north")
-
-
-def test_a_charge_has_one_reply(home: Home) -> None:
-    ledger = home.open()
-    before = len(ledger.entries)
-    with pytest.raises(RefusalError, match="has its reply already") as refusal:
-        ledger.release(ledger.charges["1" * 64, "r", 1, 1], b"another reply")
-    assert refusal.value.code == "E204"
-    assert len(ledger.entries) == before
-
-
-@pytest.mark.parametrize("how", ["edited", "removed"])
-def test_a_reply_that_is_not_the_one_released_does_not_leave(home: Home, how: str) -> None:
-    ledger = home.open()
-    released = ledger.releases[2]
-    file = home.state / "replies" / released.reply
-    file.unlink()
-    if how == "edited":
-        file.write_bytes(b"the reply!")
-    with pytest.raises(RefusalError, match="not on disk any more") as refusal:
-        ledger.reply(released)
-    assert refusal.value.code == "E204"
 
 
 # Edits
@@ -612,33 +496,6 @@ def test_one_exchanged_key_does_not_open_it(home: Home, tmp_path: Path, name: st
     assert home.refuses()
 
 
-@pytest.mark.parametrize("name", ["secret.key", "site.key", "owner.pub"])
-@pytest.mark.parametrize("how", ["missing", "short", "open", "folder"])
-def test_a_key_that_is_missing_damaged_or_open_to_others_is_refused(
-    home: Home, name: str, how: str
-) -> None:
-    path = home.keys / name
-    if how == "short":
-        path.write_bytes(bytes(31))
-    elif how == "open":
-        path.chmod(0o640)
-    else:
-        path.unlink()
-        if how == "folder":
-            path.mkdir(mode=0o700)
-    with pytest.raises(UsageError) as error:
-        home.open()
-    assert error.value.code == "E214"
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_keys_are_made_once(home: Home) -> None:
-    before = {path.name: path.read_bytes() for path in home.keys.iterdir()}
-    with pytest.raises(UsageError, match="already holds keys"):
-        Keys.create(home.keys)
-    assert {path.name: path.read_bytes() for path in home.keys.iterdir()} == before
-
-
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
 def test_only_the_site_itself_can_read_what_is_made(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
@@ -748,7 +605,7 @@ def test_writing_within_writing_is_refused_and_waits_for_nobody(home: Home) -> N
         with pytest.raises(RuntimeError, match="written by this thread already"):
             charge(ledger, 9, lineage_of(2))
         with pytest.raises(RuntimeError, match="written by this thread already"):
-            ledger.release(paid, b"must not leave yet")
+            ReplyStore(ledger).release(paid, b"must not leave yet")
     # The outer one is whole, and nothing of the inner ones is there.
     assert [entry.sequence for entry in home.open().charges.values()] == [2, 4, 5, 6]
     assert set(home.open().releases) == {2}
@@ -821,7 +678,7 @@ def test_a_trigger_that_swallows_entries_is_noticed(home: Home) -> None:
     ledger = home.open()
     paid = charge(ledger, 9, lineage_of(*range(5)))
     with pytest.raises(RefusalError) as refusal:
-        ledger.release(paid, b"must not leave")
+        ReplyStore(ledger).release(paid, b"must not leave")
     assert refusal.value.code == "E212"
     close(ledger)
     assert home.refuses()
@@ -919,220 +776,6 @@ def test_what_was_committed_survives_a_kill_and_a_killed_writer_blocks_nobody(
     assert Home(without).refuses()
 
 
-# Receipts
-
-
-def test_a_receipt_of_any_entry_is_known_again(home: Home) -> None:
-    ledger = home.open()
-    receipts = [ledger.receipt()]
-    for attempt in range(4, 7):
-        charge(ledger, attempt, lineage_of(*range(5)))
-        receipts.append(ledger.receipt())
-    assert [receipt.sequence for receipt in receipts] == [5, 6, 7, 8]
-    for receipt in receipts:
-        home.open().check_receipt(receipt)
-        ledger.check_receipt(receipt)
-
-
-def forged(ledger: Ledger, **changes: Any) -> Receipt:
-    """A receipt with other content, rightly signed."""
-    wanted = ledger.receipt().model_copy(update=changes)
-    statement = Receipt.statement(ledger.site, wanted.sequence, wanted.head)
-    signature = ledger._keys.signing.sign(statement).hex()
-    return wanted.model_copy(update={"signature": signature})
-
-
-def test_a_receipt_this_ledger_did_not_give_is_refused(home: Home, tmp_path: Path) -> None:
-    ledger = home.open()
-    right = ledger.receipt()
-    flipped = f"{int(right.signature[:2], 16) ^ 1:02x}" + right.signature[2:]
-    wrong = {
-        "forged signature": right.model_copy(update={"signature": flipped}),
-        "no signature": right.model_copy(update={"signature": "0" * 128}),
-        "number only": right.model_copy(update={"sequence": 4}),
-        "signed, the last MAC": forged(ledger, head=home.rows()[4][2].hex()),
-        "signed, other head": forged(ledger, head="0" * 64),
-        "signed, other number": forged(ledger, sequence=4),
-        "signed, beyond the end": forged(ledger, sequence=6),
-        "signed, far beyond": forged(ledger, sequence=10**18),
-        "another site's": Home.begin(tmp_path / "other").open().receipt(),
-    }
-    ledger.check_receipt(forged(ledger))
-    for what, receipt in wrong.items():
-        foreign = what in ("forged signature", "no signature", "number only", "another site's")
-        says = "did not sign" if foreign else "rolled back, copied or"
-        with pytest.raises(RefusalError, match=says) as refusal:
-            ledger.check_receipt(receipt)
-        assert refusal.value.code == ("E503" if foreign else "E211"), what
-
-
-def test_a_rolled_back_ledger_with_its_head_is_told_by_a_receipt(
-    home: Home, tmp_path: Path
-) -> None:
-    shutil.copytree(home.folder, copy := tmp_path / "copy")
-    ledger = home.open()
-    charge(ledger, 9, lineage_of(*range(5)))
-    receipt = ledger.receipt()
-    close(ledger)
-    shutil.rmtree(home.folder)
-    copy.rename(home.folder)
-    back = home.open()
-    with pytest.raises(RefusalError) as refusal:
-        back.check_receipt(receipt)
-    assert refusal.value.code == "E211"
-    # Spending again up to the same number does not make it the same ledger.
-    charge(back, 10, lineage_of(*range(5)))
-    with pytest.raises(RefusalError):
-        back.check_receipt(receipt)
-
-
-def test_a_receipt_that_another_process_gave_is_known(home: Home) -> None:
-    one, other = home.open(), home.open()
-    charge(one, 9, lineage_of(*range(5)))
-    right = one.receipt()
-    charge(one, 10, lineage_of(*range(5)))
-    for wrong in (forged(one, head="0" * 64), forged(one, sequence=9)):
-        with pytest.raises(RefusalError) as refusal:
-            other.check_receipt(wrong)
-        assert refusal.value.code == "E211"
-    for receipt in (right, one.receipt()):
-        other.check_receipt(receipt)
-        home.open().check_receipt(receipt)
-    assert other.entries == one.entries
-
-
-def test_a_receipt_of_another_process_does_not_hide_a_forged_entry(home: Home) -> None:
-    """Catching up verifies what it takes up."""
-    one, other = home.open(), home.open()
-    charge(one, 9, lineage_of(*range(5)))
-    with home.tampering() as database:
-        database.execute("UPDATE entries SET mac = zeroblob(32) WHERE sequence = 6")
-    with pytest.raises(RefusalError) as refusal:
-        other.check_receipt(one.receipt())
-    assert refusal.value.code == "E212"
-    assert len(other.entries) == 5
-
-
-# Exports
-
-
-@pytest.fixture
-def exported(home: Home) -> tuple[list[str], str]:
-    return list(home.open().export()), Keys.load(home.keys).public
-
-
-def test_an_export_verifies(home: Home, exported: tuple[list[str], str]) -> None:
-    lines, public = exported
-    assert verify_export(lines, public) == verify_export(lines) == home.open().entries
-
-
-@pytest.mark.parametrize("public", ["0" * 64, "x", "00" * 31])
-def test_an_export_is_of_the_key_the_auditor_knows(
-    exported: tuple[list[str], str], public: str
-) -> None:
-    with pytest.raises(RefusalError) as refusal:
-        verify_export(exported[0], public)
-    assert refusal.value.code == "E212"
-
-
-def exports_refused(lines: list[str], public: str) -> bool:
-    try:
-        verify_export(lines, public)
-    except RefusalError as refusal:
-        if refusal.code != "E212":
-            raise
-        return True
-    return False
-
-
-def test_no_line_of_an_export_can_be_taken_out_doubled_or_moved(
-    exported: tuple[list[str], str],
-) -> None:
-    lines, public = exported
-    for i in range(len(lines)):
-        assert exports_refused(lines[:i] + lines[i + 1 :], public)
-        assert exports_refused([*lines[: i + 1], *lines[i:]], public)
-        assert exports_refused([*lines[:i], "", *lines[i:]], public)
-        if i:
-            assert exports_refused([*lines[:i], "[1, 2]", *lines[i + 1 :]], public)
-        for k in range(i):
-            moved = list(lines)
-            moved[i], moved[k] = lines[k], lines[i]
-            assert exports_refused(moved, public)
-    for wrong in ([], lines[:1], [lines[0], lines[-1]], ["{}", "{}"]):
-        assert exports_refused(wrong, public)
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        '{"silotune": "ledger 2"}',
-        "[1, 2]",
-        "{}",
-        "null",
-        '"KEY"',
-        '{"public": "KEY"}',
-        '{"silotune": "ledger 1"}',
-        '{"silotune": "ledger 2", "public": "KEY"}',
-        '{"silotune": "ledger 1", "public": "KEY", "more": 1}',
-        '{"silotune": "ledger 1", "public": ["KEY"]}',
-    ],
-)
-def test_the_first_line_of_an_export_says_what_it_is(
-    exported: tuple[list[str], str], first: str
-) -> None:
-    lines, public = exported
-    first = first.replace("KEY", public)
-    assert exports_refused([first, *lines[1:]], public)
-    with pytest.raises(RefusalError):
-        verify_export([first, *lines[1:]])
-
-
-def test_no_field_of_an_exported_entry_can_be_changed(exported: tuple[list[str], str]) -> None:
-    lines, public = exported
-    for i in range(1, len(lines) - 1):
-        row = json.loads(lines[i])
-        body = json.loads(row["body"])
-        changed = [{**row, "mac": "00" * 32}]
-        for name, value in body.items():
-            other = value + 1 if isinstance(value, int | float) else HASH
-            changed.append({**row, "body": json.dumps({**body, name: other})})
-        for content in changed:
-            edited = [*lines[:i], json.dumps(content), *lines[i + 1 :]]
-            assert exports_refused(edited, public), content
-
-
-def test_the_last_exported_entry_cannot_be_made_cheaper(exported: tuple[list[str], str]) -> None:
-    """No other follows on it; the receipt signs its body as well as its MAC."""
-    lines, public = exported
-    row = json.loads(lines[-2])
-    row["body"] = json.dumps({**json.loads(row["body"]), "steps": 1, "noise_multiplier": 99.0})
-    assert exports_refused([*lines[:-2], json.dumps(row), lines[-1]], public)
-
-
-def test_the_receipt_of_an_export_cannot_be_changed(exported: tuple[list[str], str]) -> None:
-    lines, public = exported
-    right = json.loads(lines[-1])
-    for name, value in (("sequence", 4), ("head", "0" * 64), ("signature", "0" * 128)):
-        assert exports_refused([*lines[:-1], json.dumps({**right, name: value})], public)
-
-
-def test_the_key_an_export_names_is_the_one_it_was_opened_with(
-    exported: tuple[list[str], str], tmp_path: Path
-) -> None:
-    """Somebody signs the last entry with a key of their own and names that in the first line."""
-    lines, _ = exported
-    own = Keys.create(tmp_path / "own")
-    receipt = json.loads(lines[-1])
-    statement = Receipt.statement("north", receipt["sequence"], receipt["head"])
-    receipt["signature"] = own.signing.sign(statement).hex()
-    first = json.dumps({**json.loads(lines[0]), "public": own.public})
-    edited = [first, *lines[1:-1], json.dumps(receipt)]
-    assert exports_refused(edited, own.public)
-    with pytest.raises(RefusalError):
-        verify_export(edited)
-
-
 # Later versions
 
 
@@ -1171,7 +814,7 @@ def test_a_field_this_version_does_not_know_is_refused(home: Home) -> None:
     assert refusal.value.code == "E212"
 
 
-# No room, or in use ------------------------------------------------------------------------------
+# No room, or in use
 
 
 def entries_on_disk(home: Home) -> int:
@@ -1251,84 +894,6 @@ def test_what_an_error_of_the_database_means(
     assert ("is full" in str(found)) == no_room
     assert ("estore" in str(found)) == (meant == "E212")
     assert ("It is spent." in str(found)) == (meant == "E216")
-
-
-def test_a_reply_that_cannot_be_stored_leaves_the_charge(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And says so: it is spent."""
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    ledger = home.open()
-    made = charge(ledger, 20, lineage_of(1))
-    monkeypatch.setattr(ledgers, "write_durably", full)
-    with pytest.raises(RefusalError, match=rf"Entry {made.sequence} of the ledger stands") as no:
-        ledger.release(made, b"reply")
-    assert no.value.code == "E216"
-    assert "what it charged is spent" in str(no.value)
-    assert made.sequence not in ledger.releases
-    monkeypatch.undo()
-    ledger.release(made, b"reply")
-    close(ledger)
-
-
-@pytest.mark.parametrize("fault", ["no room", "in use"])
-def test_a_release_that_the_database_does_not_take_leaves_the_charge(
-    home: Home, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    """The disk fills up, or another program locks the ledger, while the round is computed: the
-    sentence must not say that nothing was spent."""
-    monkeypatch.setattr(ledgers, "BUSY_SECONDS", 0.1)
-    ledger = home.open()
-    made = [charge(ledger, 20 + number, lineage_of(1)) for number in range(40)]  # some pages
-    other = sqlite3.connect(home.file, isolation_level=None)
-    if fault == "in use":
-        other.execute("BEGIN IMMEDIATE")
-    else:
-        (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
-        ledger._database.execute(f"PRAGMA max_page_count = {pages}")
-
-    def release_all() -> None:
-        for one in made:
-            ledger.release(one, b"reply")
-
-    with pytest.raises(RefusalError, match="of the ledger stands, so what it charged") as no:
-        release_all()
-    lost = next(one for one in made if one.sequence not in ledger.releases)
-    assert no.value.code == "E216"
-    assert f"Entry {lost.sequence} of the ledger stands" in str(no.value)
-    assert "nothing was spent" not in str(no.value)
-    other.close()
-    close(ledger)
-    again = home.open()
-    again.release(lost, b"reply")
-    close(again)
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
-    tmp_path: Path, on_disk: bool
-) -> None:
-    keys = Keys.create(tmp_path / "keys")
-    ledger = (
-        Ledger.create(tmp_path / "state", keys, "north")
-        if on_disk
-        else Ledger.in_memory("north", keys)
-    )
-    charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
-    assert ledger.own(charges) is None
-    for paid, own in zip(charges, (b"first", b"second", None), strict=True):
-        ledger.release(paid, b"the reply", own)
-    assert ledger.own(charges) == b"second"
-    assert ledger.own(charges[:1]) == b"first"
-    if on_disk:
-        (tmp_path / "state" / "replies" / hashlib.sha256(b"second").hexdigest()).unlink()
-        with pytest.raises(RefusalError, match="is not on disk any more") as refusal:
-            ledger.own(charges)
-        assert refusal.value.code == "E212"
-    close(ledger)
 
 
 def test_a_number_written_as_text_is_not_in_the_ledgers_form(tmp_path: Path) -> None:

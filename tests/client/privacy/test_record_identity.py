@@ -224,7 +224,7 @@ def charge(ledger: Ledger, found: Lineage) -> None:
 
 
 def all_charged(ledger: Ledger, table: Table, key: Sequence[str] = ()) -> bool:
-    found = of_table(table, key, ledger.fingerprint_key)
+    found = of_table(table, key, ledger.identity.fingerprint_key)
     (overlap,) = overlaps(ledger, found).values()
     return bool(overlap.all())
 
@@ -253,14 +253,14 @@ def test_every_form_of_a_charged_table_is_charged(
         else:
             raw = data.draw(st.sampled_from(forms))
             done = prepared_by(CHANGES[what], raw, where)
-            made = origin(done, (), ledger.fingerprint_key)
+            made = origin(done, (), ledger.identity.fingerprint_key)
             ledger.link(made, source="notes.csv", rows=len(rows))
             forms.append(done.table)
             true = done.table
             if any(raw is one for one in misread):
                 misread.append(true)
     first = data.draw(st.integers(0, len(forms) - 1))
-    charge(ledger, of_table(forms[first], (), ledger.fingerprint_key))
+    charge(ledger, of_table(forms[first], (), ledger.identity.fingerprint_key))
     for form in forms:
         assert all_charged(ledger, form)
 
@@ -290,7 +290,7 @@ def test_a_wrong_encoding_then_the_right_one_is_no_fresh_budget(
     for one in (right, misread, unicode):
         for other in (right, misread, unicode):
             ledger = Ledger.in_memory("north")
-            charge(ledger, of_table(one, (), ledger.fingerprint_key))
+            charge(ledger, of_table(one, (), ledger.identity.fingerprint_key))
             assert all_charged(ledger, other)
 
 
@@ -311,7 +311,7 @@ def test_text_that_a_tool_decoded_wrongly_and_saved_as_unicode_is_known() -> Non
             ]
             for one, other in ((right, table_of(wrong)), (table_of(wrong), right)):
                 ledger = Ledger.in_memory("north")
-                charge(ledger, of_table(one, (), ledger.fingerprint_key))
+                charge(ledger, of_table(one, (), ledger.identity.fingerprint_key))
                 assert all_charged(ledger, other)
 
 
@@ -344,7 +344,7 @@ SAME_CELL = {
 def test_ways_to_write_a_cell_are_no_fresh_budget(how: str) -> None:
     one, other = SAME_CELL[how]
     ledger = Ledger.in_memory("north")
-    charge(ledger, of_table(table_of([[one, "x", "ill"]]), (), ledger.fingerprint_key))
+    charge(ledger, of_table(table_of([[one, "x", "ill"]]), (), ledger.identity.fingerprint_key))
     assert all_charged(ledger, table_of([[other, "x", "ill"]]))
     assert not all_charged(ledger, table_of([["another note", "x", "ill"]]))
 
@@ -354,10 +354,10 @@ def test_other_records_are_not_charged_by_a_link() -> None:
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b é", "y", "well"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     ledger.link(made, source="notes.csv", rows=2)
-    charge(ledger, of_table(table_of([["a b", "x", "ill"]]), (), ledger.fingerprint_key))
-    found = of_table(done.table, (), ledger.fingerprint_key)
+    charge(ledger, of_table(table_of([["a b", "x", "ill"]]), (), ledger.identity.fingerprint_key))
+    found = of_table(done.table, (), ledger.identity.fingerprint_key)
     (overlap,) = overlaps(ledger, found).values()
     assert int(overlap.sum()) == 1
 
@@ -366,16 +366,16 @@ def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charge
     """Prepared without a key, then known by a column that it changed: nothing can be compared."""
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b a", "y", "well"]])
-    charge(ledger, of_table(raw, ["note"], ledger.fingerprint_key))
+    charge(ledger, of_table(raw, ["note"], ledger.identity.fingerprint_key))
     done = prepared_by(CHANGES["redact"], raw, (0,))
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     assert made.changed == ("note",)
     ledger.link(made, source="notes.csv", rows=2)
     assert all_charged(ledger, done.table, ["note"])
     # A key that it did not change is as good as before.
     other = Ledger.in_memory("north")
-    charge(other, of_table(raw, ["place"], other.fingerprint_key))
-    other.link(origin(done, (), other.fingerprint_key), source="notes.csv", rows=2)
+    charge(other, of_table(raw, ["place"], other.identity.fingerprint_key))
+    other.link(origin(done, (), other.identity.fingerprint_key), source="notes.csv", rows=2)
     assert not all_charged(other, table_of([["a b", "z", "well"]]), ["place"])
     assert all_charged(other, table_of([["<PERSON>", "x", "well"]]), ["place"])
 
@@ -434,12 +434,14 @@ def test_columns_that_are_selected_or_renamed_since_are_no_fresh_budget(
     forms = [table_of(rows)]
     for what, where in changes:
         done = prepared_by(CHANGES[what], forms[-1], where)
-        ledger.link(origin(done, key, ledger.fingerprint_key), source="notes.csv", rows=len(rows))
+        ledger.link(
+            origin(done, key, ledger.identity.fingerprint_key), source="notes.csv", rows=len(rows)
+        )
         forms.append(done.table)
     since = list(columns)[:keys]
     views = [view(form, columns) for form in (forms[0], forms[-1])]
     first, second = views if raw_first else views[::-1]
-    charge(ledger, of_table(first, since, ledger.fingerprint_key))
+    charge(ledger, of_table(first, since, ledger.identity.fingerprint_key))
     assert all_charged(ledger, second, since)
 
 
@@ -447,12 +449,12 @@ def test_other_people_are_not_charged_by_a_preparation_of_other_columns() -> Non
     """Only those with a cell that it changed."""
     ledger = Ledger.in_memory("north")
     january = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
-    charge(ledger, of_table(january, (), ledger.fingerprint_key))
+    charge(ledger, of_table(january, (), ledger.identity.fingerprint_key))
     letters = Table("letters.csv", ["letter", "city"], [(2, ["an a", "x"]), (3, ["b", "z"])])
     done = prepared_by(CHANGES["redact"], letters, (0,))
-    ledger.link(origin(done, (), ledger.fingerprint_key), source="letters.csv", rows=2)
+    ledger.link(origin(done, (), ledger.identity.fingerprint_key), source="letters.csv", rows=2)
     february = table_of([["c d", "x", "ill"], ["d", "y", "ill"], ["an a", "x", "ill"]])
-    found = of_table(february, (), ledger.fingerprint_key)
+    found = of_table(february, (), ledger.identity.fingerprint_key)
     (overlap,) = overlaps(ledger, found).values()
     assert int(overlap.sum()) == 1
     assert untraceable(ledger, found).tolist() == overlap.tolist()
@@ -464,10 +466,10 @@ def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key()
     ledger = Ledger.in_memory("north")
     true = table_of([["Ärger", "x", "ill"], ["Öl", "y", "well"]])
     done = prepared_by(CHANGES["nothing"], declared(true, "utf-8", "cp850"), (0,))
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     assert made.changed == ("note",)
     ledger.link(made, source="notes.csv", rows=2)
-    charge(ledger, of_table(true, ["note"], ledger.fingerprint_key))
+    charge(ledger, of_table(true, ["note"], ledger.identity.fingerprint_key))
     assert all_charged(ledger, done.table, ["note"])
 
 
@@ -475,9 +477,9 @@ def test_a_preparation_before_any_charge_costs_nothing() -> None:
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     ledger.link(made, source="notes.csv", rows=1)
-    found = of_table(done.table, (), ledger.fingerprint_key)
+    found = of_table(done.table, (), ledger.identity.fingerprint_key)
     assert overlaps(ledger, found) == {}
     assert Budget(ledger, found, "record").spent(1e-4) == 0
 
@@ -491,10 +493,15 @@ def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: 
     rules = Prepare(duplicates="drop", outside="missing")
     done = prepare(raw, table_contract, rules, ())
     assert [row for _, row in done.table.rows] == [["71", "", "1"], ["20", "yes", "0"]]
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     ledger.link(made, source="a.csv", rows=2)
-    charge(ledger, of_table(Table("a.csv", header, [(2, rows[1])]), (), ledger.fingerprint_key))
-    (overlap,) = overlaps(ledger, of_table(done.table, (), ledger.fingerprint_key)).values()
+    charge(
+        ledger,
+        of_table(Table("a.csv", header, [(2, rows[1])]), (), ledger.identity.fingerprint_key),
+    )
+    (overlap,) = overlaps(
+        ledger, of_table(done.table, (), ledger.identity.fingerprint_key)
+    ).values()
     assert int(overlap.sum()) in (1, 2)
     assert all_charged(ledger, Table("a.csv", header, [(2, rows[0])]))
 
@@ -513,8 +520,8 @@ def test_trimming_takes_no_part_of_a_letter(
     misread = text_table([cells for _, cells in misread.rows])
     done = prepare(misread, contract, Prepare(), ())
     ledger = Ledger.in_memory("north")
-    ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
-    charge(ledger, of_table(raw, ["text"], ledger.fingerprint_key))
+    ledger.link(origin(done, (), ledger.identity.fingerprint_key), source="notes.csv", rows=2)
+    charge(ledger, of_table(raw, ["text"], ledger.identity.fingerprint_key))
     assert all_charged(ledger, done.table, ["text"])
 
 
@@ -745,7 +752,7 @@ def nothing_is_left(site: Site, run: Callable[..., str], contract: Contract) -> 
     assert "spent before 8.00" in budget["result"]
     policy, ledger, _ = site.open()
     table = records.named_by(contract, policy.data.table())
-    found = of_table(table, policy.data.key, ledger.fingerprint_key)
+    found = of_table(table, policy.data.key, ledger.identity.fingerprint_key)
     for overlap in overlaps(ledger, found).values():
         assert overlap.all()  # every record, not only one that no rule touched
 
@@ -882,11 +889,11 @@ def test_columns_renamed_after_a_preparation_are_not_new_records() -> None:
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
-    ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
+    ledger.link(origin(done, (), ledger.identity.fingerprint_key), source="notes.csv", rows=2)
     renamed = [
         Table(table.source, ["text", "ward", "label"], table.rows) for table in (raw, done.table)
     ]
-    charge(ledger, of_table(renamed[1], (), ledger.fingerprint_key))
+    charge(ledger, of_table(renamed[1], (), ledger.identity.fingerprint_key))
     assert all_charged(ledger, renamed[0])
 
 
@@ -970,7 +977,7 @@ def test_words_of_conll_read_in_a_wrong_encoding_keep_their_bytes(
     except DataError:  # it is no text, or a word has white space in it: nothing is charged
         return
     ledger = Ledger.in_memory("north")
-    charge(ledger, of_table(wrong, (), ledger.fingerprint_key))
+    charge(ledger, of_table(wrong, (), ledger.identity.fingerprint_key))
     assert all_charged(ledger, records.table(path, Reading(encoding="utf-8")))
 
 
@@ -1012,7 +1019,7 @@ def test_values_set_to_missing_are_known(
     _, ledger, _ = found.open()
     forms = [records.table(tmp_path / name) for name in ("records.csv", "prepared/records.parquet")]
     first, second = forms if raw_first else forms[::-1]
-    charge(ledger, of_table(first, (), ledger.fingerprint_key))
+    charge(ledger, of_table(first, (), ledger.identity.fingerprint_key))
     assert all_charged(ledger, second)
 
 
@@ -1021,10 +1028,10 @@ def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
     ledger = Ledger.in_memory("north")
     raw = table_of([["a b", "x", "ill"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
-    charge(ledger, of_table(raw, (), ledger.fingerprint_key))
-    budget = Budget(ledger, of_table(done.table, (), ledger.fingerprint_key), "record")
+    charge(ledger, of_table(raw, (), ledger.identity.fingerprint_key))
+    budget = Budget(ledger, of_table(done.table, (), ledger.identity.fingerprint_key), "record")
     assert budget.spent(1e-4) == 0
-    made = origin(done, (), ledger.fingerprint_key)
+    made = origin(done, (), ledger.identity.fingerprint_key)
     ledger.link(made, source="notes.csv", rows=1)
     assert budget.spent(1e-4) > 0
 
@@ -1032,7 +1039,7 @@ def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
 def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_decodings() -> None:
     ledger = Ledger.in_memory("north")
     right = table_of([["Ärger", "x", "ill"], ["plain", "x", "ill"]])
-    found = of_table(declared(right, "utf-8", "cp850"), (), ledger.fingerprint_key)
+    found = of_table(declared(right, "utf-8", "cp850"), (), ledger.identity.fingerprint_key)
     assert sorted(found.decodings.counts.tolist())[0] == 0
     assert max(found.decodings.counts) > 3
     charge(ledger, found)

@@ -639,9 +639,8 @@ def test_a_request_that_asks_again_gets_the_same_bytes(
     assert isinstance(messages.unpack(asked(first, 2)).header, Update)
     assert own_of(worker, "r").content() == kept.content()
     charges = len(worker.ledger.charges)
-    worker.ledger._replies = {
-        name: content for name, content in worker.ledger._replies.items() if content == last
-    }
+    files = worker.ledger.files
+    files._in_memory = {n: content for n, content in files._in_memory.items() if content == last}
     assert asked(first + 1) == last
     assert isinstance(messages.unpack(asked(first + 2)).header, Refusal)
     assert len(worker.ledger.charges) == charges

@@ -335,7 +335,7 @@ def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> N
                 return messages.pack(reply)
             arrays = {n: np.float32(1000) * a for n, a in reply.arrays.items()}
             return messages.pack(
-                messages.signed(Message(reply.header, arrays), workers[site].ledger.sign)
+                messages.signed(Message(reply.header, arrays), workers[site].ledger.identity.sign)
             )
 
         handles = {site: workers[site].handle for site in SITES} | {"east": poisoned}

@@ -59,7 +59,7 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
                 handles[site] = lying(handles[site], poison)
             else:
                 federation.workers[site].masking = LyingMasking(
-                    federation.contract, site, federation.ledgers[site].sign, poison
+                    federation.contract, site, federation.ledgers[site].identity.sign, poison
                 )
         run = federation.run(evaluate=None)
         for _ in range(rounds):
