@@ -25,6 +25,7 @@ from silotune.client.privacy import accountant, stored_files
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Released
+from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.site.policy import permitting
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker import worker as workers
@@ -211,13 +212,13 @@ def trains_first() -> None:
 
 def sends_first() -> None:
     """Sends the reply, then makes it durable and releases it."""
-    original = Ledger.release
+    original = ReplyStore.release
 
-    def release(self: Ledger, charge: Charged, wire: bytes, own: bytes | None) -> None:
+    def release(self: ReplyStore, charge: Charged, wire: bytes, own: bytes | None) -> None:
         say(f"reply {charge.round}.{charge.attempt} {wire.hex()}")
         original(self, charge, wire, own)
 
-    Ledger.release = release  # type: ignore[method-assign]
+    ReplyStore.release = release  # type: ignore[method-assign]
 
 
 MUTANTS = {mutant.__name__: mutant for mutant in (trains_first, sends_first)}

@@ -106,7 +106,7 @@ def test_a_round_whose_reply_was_lost_is_not_charged_again_under_other_keys(
         raise OSError("no room")
 
     for site in SITES:
-        monkeypatch.setattr(federation.ledgers[site], "release", lost)
+        monkeypatch.setattr(federation.workers[site].replies, "release", lost)
     run = cheating(federation, "lost")
     assert not opened(run, federation, ALL)
     monkeypatch.undo()

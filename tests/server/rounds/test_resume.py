@@ -317,11 +317,10 @@ def losing(federation: Federation, lost: dict[int, set[str]]) -> dict[str, Answe
         def full(*_: object) -> None:
             raise OSError("no room")
 
-        federation.ledgers[site].release = full  # type: ignore[method-assign]
+        federation.workers[site].replies.release = full  # type: ignore[method-assign]
         try:
             return federation.workers[site].handle(wire)
         finally:
-            del federation.ledgers[site].release  # type: ignore[method-assign]
             federation.restart(site)
 
     return {site: lambda wire, s=site: answer(s, wire) for site in SITES}
