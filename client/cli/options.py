@@ -41,3 +41,4 @@ CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
 )
+LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import logging.handlers
 import os
-import resource
-import socket as sockets
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
 import click
 
-from silotune.client.cli.options import CONFIG, CONTRACT, JSON
+from silotune.client.cli import checks
+from silotune.client.cli.options import CONFIG, CONTRACT, JSON, LOG_JSON
 from silotune.client.cli.personal import own
 from silotune.client.cli.prepare import prepare
+from silotune.client.cli.worker import worker
 from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.common.cli.main import command, emit, next_step
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import SilotuneError, UsageError
 from silotune.common.runtime.journal import Journal
-from silotune.common.runtime.terminal import busy, echo
+from silotune.common.runtime.terminal import echo
 
-LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
 PORT = click.IntRange(1, 65535)
-SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
-LOG_BYTES, LOGS = 10 << 20, 5
 KEY = click.option(
     "--key",
     type=click.Path(path_type=Path),
@@ -43,6 +37,7 @@ def site() -> None:
 
 site.add_command(prepare)
 site.add_command(own)
+site.add_command(worker)
 
 
 @site.command()
@@ -308,7 +303,7 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
     ✗ data access      notes.csv is open to other users (mode 644).    chmod 600 notes.csv
     Not ready: 1 problem, 0 warnings. No record was sent, nothing was spent.
     """
-    _stop_unless(_preflight(config, contract, as_json=as_json, local=True, network=True))
+    checks.stop_unless(checks.show(config, contract, as_json=as_json, local=True, network=True))
     if as_json:
         return
     from silotune.client.site import policy as policies  # loads torch
@@ -371,7 +366,7 @@ def start(
         )
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
-        _stop_unless(_preflight(config, contract, say=journal.say))
+        checks.stop_unless(checks.show(config, contract, say=journal.say))
     file = contract.resolve()
     secrets = sql_source.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
@@ -382,81 +377,6 @@ def start(
         )
     found = Site(config.resolve())
     sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
-
-
-@site.command()
-@CONTRACT
-@CONFIG
-@click.option(
-    "--socket", type=click.Path(path_type=Path), help="Path of a Unix socket to answer on."
-)
-@click.option("--fd", type=int, help="Answer on this open socket (systemd: 3).")
-@click.option(
-    "--ready-fd",
-    type=int,
-    hidden=True,
-    help="Open file that is written to when the worker is ready.",
-)
-@LOG_JSON
-def worker(
-    contract: Path,
-    config: Path,
-    socket: Path | None,
-    fd: int | None,
-    ready_fd: int | None,
-    log_json: bool,
-) -> None:
-    """Check, then answer the relay until stopped. `site start` and systemd run this.
-
-    \b
-    $ silotune site worker heart.toml --config hospital-a/site.toml --socket run/worker.sock
-    hospital-a is ready
-    train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
-    """
-    from silotune.client.operations import telemetry as metrics
-    from silotune.client.relay import transport
-    from silotune.client.site.folder import Site
-    from silotune.client.worker import request_outcome
-    from silotune.common.runtime import subprocesses
-
-    if (socket is None) == (fd is None):
-        raise UsageError("Give one of --socket and --fd.")
-    if ready_fd is not None:
-        subprocesses.end_with_parent()
-    os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
-    journal = Journal("worker", as_json=log_json)
-    _stop_unless(_preflight(config, contract, say=journal.say))
-    from silotune.client.worker.worker import Worker  # torch: not before the cheap checks
-
-    found = Site(config)
-    policy, ledger, _ = found.open()
-    handler = logging.handlers.RotatingFileHandler(
-        found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    log = logging.getLogger("silotune")
-    log.addHandler(handler)
-    log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
-    tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
-
-    def told(answered: request_outcome.Answered) -> None:
-        tally.note(answered)
-        if answered.kind == request_outcome.OTHER:
-            return  # counted; of its lines whoever reaches the socket could make any number
-        journal.say(answered.text, "answered", answered.facts)
-
-    answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
-    listener = transport.listen(socket) if socket is not None else sockets.socket(fileno=fd)
-
-    def say() -> None:
-        tally.ready()
-        journal.say(f"{policy.name} is ready", "ready")
-        if ready_fd is not None:
-            os.write(ready_fd, transport.READY)
-            os.close(ready_fd)
-
-    transport.serve(answering.handle, listener, say)
 
 
 @site.command(hidden=True)
@@ -512,49 +432,3 @@ def metrics(config: Path, port: int) -> None:
     served = prometheus.serve(port, shown.collect, shown.health)
     echo(f"http://{prometheus.HOST}:{served.port}/metrics")
     served.wait()
-
-
-def _preflight(
-    config: Path,
-    contract: Path,
-    *,
-    say: Callable[[str], None] = echo,
-    as_json: bool = False,
-    local: bool = False,
-    network: bool = False,
-) -> bool:
-    """Print the table; True when there is no problem. local: also what no log may hold; network:
-    also whether the server can be reached."""
-    with busy(f"checking {config} against {contract}"):
-        from silotune.client.operations.preflight import (
-            check as rows_of,  # loads torch: after the line
-        )
-        from silotune.client.site.folder import Site
-
-        rows = rows_of(Site.at(config), contract, network=network)
-    problems = sum(row.state == "problem" for row in rows)
-    warnings = sum(row.state == "warning" for row in rows)
-    wide = max(len(row.name) for row in rows)
-    lines = [f"  {'Check':<{wide}}  Result"]
-    for row in rows:
-        lines.append(f"{SIGNS[row.state]} {row.name:<{wide}}  {row.result}")
-        if row.local and local:
-            lines.append(f"  {'':<{wide}}  on your screen only: {row.local}")
-        if row.fix and row.state != "ok":
-            lines.append(f"  {'':<{wide}}  → {row.fix}")
-    lines.append(
-        f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
-        f"{warnings} warning{'s' * (warnings != 1)}. No record was sent, nothing was spent."
-    )
-    shown = [row if local else replace(row, local="") for row in rows]
-    if as_json:
-        emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
-    else:
-        for line in lines:
-            say(line)
-    return not problems
-
-
-def _stop_unless(ready: bool) -> None:
-    if not ready:
-        sys.exit(1)

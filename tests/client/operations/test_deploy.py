@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from silotune.client.cli.site import metrics, worker
+from silotune.client.cli.site import metrics
+from silotune.client.cli.worker import worker
 from silotune.client.operations.telemetry import FILE
 
 DEPLOY = Path(__file__).parents[3] / "client" / "deploy"
