@@ -26,6 +26,7 @@ from silotune.client.training.dp_optimizer import (
 )
 from silotune.client.training.local_state import NOTHING, Own
 from silotune.client.training.noise import NoiseSource
+from silotune.client.training.privacy_units import Group
 from silotune.client.training.released_metrics import _Measured
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
@@ -60,91 +61,135 @@ def train_round(
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
     values each one can be told (tests/client/training/test_update_granularity.py).
     """
-    phase = plan.phase
     names = trained_names(adapter, plan.trains)
-    with_adapter = phase.adapts
-    divisor = contract.privacy.expected_units * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
-    measured = _Measured(contract, mechanism, model.objective, divisor, source)
-
-    kept: Tensor | None = None  # of the head's inputs, where the phase has dropout
-
-    def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
-        targets = model.targets(data.encoded, data.labels, index).to(outputs.device)
-        measured.see(index, outputs, targets)
-        return model.objective.losses(outputs, targets)
-
     with model.lock, model.requiring(names), model.unmixed(private):
+        trainer = LocalTrainer(
+            contract, plan, mechanism, model, data, adapter, source, clip_norm, own
+        )
+        for number in range(mechanism.steps):
+            trainer.step(number)
+        return trainer.change(), trainer.measured.means
+
+
+class LocalTrainer:
+    """The steps of one round, on a model that is locked and whose trained tensors require gradients
+    (`train_round`, which says what the arguments are)."""
+
+    def __init__(
+        self,
+        contract: Contract,
+        plan: RoundPlan,
+        mechanism: Mechanism,
+        model: Network,
+        data: Dataset,
+        adapter: Arrays,
+        source: NoiseSource,
+        clip_norm: float,
+        own: Own,
+    ) -> None:
+        self.plan, self.mechanism, self.model, self.data = plan, mechanism, model, data
+        self.source = source
+        self.divisor = contract.privacy.expected_units * mechanism.sampling_rate
+        self.measured = _Measured(contract, mechanism, model.objective, self.divisor, source)
+        self._dropout: Tensor | None = None  # of the head's inputs, in the step that is being done
         model.load(own.laid_over(adapter))
-        known = model.named_tensors()
-        tensors = {name: known[name] for name in names}
-        start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        pulled = {
-            name: start[name] - _tensor(adapter[name], model)
+        known, names = model.named_tensors(), trained_names(adapter, plan.trains)
+        self.tensors = {name: known[name] for name in names}
+        self._start = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        self._moved = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
+        self._pulled = {
+            name: self._start[name] - _tensor(adapter[name], model)
             for name in own.tensors
-            if name in start
+            if name in self._start
         }
-        corrections = {
+        self._corrections = {
             name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
         }
-        rates = [{"params": [moved[name]], "lr": plan.learning_rate(name)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
-        inner: torch.optim.Optimizer
-        if phase.adam:
-            inner = NoiseCorrectedAdam(
-                rates, phase.adam, noise_std=gradient_noise * clip_norm / divisor
-            )
-        else:
-            inner = torch.optim.SGD(rates)
-        optimizer = None
-        if private:
-            optimizer = CryptoNoiseOptimizer(
-                torch.optim.SGD(tensors.values()),
+        self._inner = self._optimizer(gradient_noise * clip_norm / self.divisor)
+        self._private = None
+        if contract.privacy.mode == "dp":
+            self._private = CryptoNoiseOptimizer(
+                torch.optim.SGD(self.tensors.values()),
                 source=source,
                 noise_multiplier=gradient_noise,
                 clip_norm=clip_norm,
-                divisor=divisor,
+                divisor=self.divisor,
             )
-        for step in range(mechanism.steps):
-            kept = _kept(phase, model, (plan.round_in_phase, step))
-            drawn = torch.from_numpy(
-                source.poisson_sample(len(data.units), mechanism.sampling_rate)
+
+    def _optimizer(self, noise_std: float) -> torch.optim.Optimizer:
+        """What makes steps of the noised gradients; noise_std: of one of their entries."""
+        rates = [
+            {"params": [moved], "lr": self.plan.learning_rate(name)}
+            for name, moved in self._moved.items()
+        ]
+        if self.plan.phase.adam:
+            return NoiseCorrectedAdam(rates, self.plan.phase.adam, noise_std=noise_std)
+        return torch.optim.SGD(rates)
+
+    def step(self, number: int) -> None:
+        """One step on a new Poisson sample. number: from 0 in the round."""
+        self._dropout = _kept(self.plan.phase, self.model, (self.plan.round_in_phase, number))
+        groups = self._sample()
+        self._gradient(groups)
+        self.measured.step(groups, self._private)
+        for name, tensor in self.tensors.items():
+            self._moved[name].grad = self._corrected(name, tensor.grad)
+        self._inner.step()
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(self._start[name] + self._moved[name])
+
+    def change(self) -> Arrays:
+        """The sum of the steps so far, by the tensors' names."""
+        return {
+            name: np.asarray(moved.cpu().numpy(), order="C") for name, moved in self._moved.items()
+        }
+
+    def _sample(self) -> list[Group]:
+        """A Poisson sample of the privacy units, in batches that the model takes at a time."""
+        units = self.data.units
+        drawn = self.source.poisson_sample(len(units), self.mechanism.sampling_rate)
+        return list(
+            units.groups(
+                torch.from_numpy(drawn),
+                lambda rows: self.model.micro_batches(
+                    self.data.encoded, rows, adapter=self.plan.phase.adapts
+                ),
             )
-            groups = list(
-                data.units.groups(
-                    drawn,
-                    lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter),
-                )
-            )
-            if optimizer is not None:
-                private_gradient(
-                    model.trained_modules(plan.trains),
-                    optimizer,
-                    groups,
-                    losses,
-                    gradients=model.performance.gradients,
-                )
-            else:
-                plain_gradient(tensors.values(), groups, losses, divisor)
-            measured.step(groups, optimizer)
-            for name, tensor in tensors.items():
-                moved[name].grad = tensor.grad
-                if tensor.grad is None:
-                    continue
-                # What has moved so far is made of noised sums: pulling it back costs nothing.
-                if phase.proximal_mu:
-                    away = moved[name] + pulled.get(name, 0.0)
-                    moved[name].grad = tensor.grad + phase.proximal_mu * away
-                elif name in corrections:
-                    moved[name].grad = tensor.grad + corrections[name]
-            inner.step()
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    tensor.copy_(start[name] + moved[name])
-    change = {name: np.asarray(found.cpu().numpy(), order="C") for name, found in moved.items()}
-    return change, measured.means
+        )
+
+    def _gradient(self, groups: list[Group]) -> None:
+        """Put the sample's gradient into the tensors' `grad`: clipped and noised under DP."""
+        if self._private is None:
+            plain_gradient(self.tensors.values(), groups, self._losses, self.divisor)
+            return
+        private_gradient(
+            self.model.trained_modules(self.plan.trains),
+            self._private,
+            groups,
+            self._losses,
+            gradients=self.model.performance.gradients,
+        )
+
+    def _losses(self, index: Tensor) -> Tensor:
+        encoded = self.data.encoded
+        outputs = self.model(encoded, index, adapter=self.plan.phase.adapts, kept=self._dropout)
+        targets = self.model.targets(encoded, self.data.labels, index).to(outputs.device)
+        self.measured.see(index, outputs, targets)
+        return self.model.objective.losses(outputs, targets)
+
+    def _corrected(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """A tensor's gradient with the pull of FedProx, or the correction of SCAFFOLD."""
+        if gradient is None:
+            return None
+        if mu := self.plan.phase.proximal_mu:
+            # What has moved so far is made of noised sums: pulling it back costs nothing.
+            return gradient + mu * (self._moved[name] + self._pulled.get(name, 0.0))
+        if name in self._corrections:
+            return gradient + self._corrections[name]
+        return gradient
 
 
 def _tensor(array: np.ndarray, model: Network) -> Tensor:
