@@ -56,6 +56,7 @@ from silotune.common.protocol.messages import (
     Shares,
     Train,
 )
+from silotune.common.signing import Sign
 
 ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a mean gradient
 
@@ -65,7 +66,8 @@ class Worker:
 
     insecure_seed: for simulations and tests only (client/training/noise.py). on_answer: is told of
     each request before its reply leaves, and must not raise. lane: workers of one process that
-    answer at the same time need models of their own (common/models/factory.py).
+    answer at the same time need models of their own (common/models/factory.py). masking: makes the
+    site's side of secure aggregation, where the contract has it; another one is a malicious site's.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Worker:
         insecure_seed: int | None = None,
         on_answer: Callable[[Answered], object] | None = None,
         lane: int = 0,
+        masking: Callable[[Contract, str, Sign], Masking] = Masking,
     ) -> None:
         for refusal in policy.refusals(contract):
             raise refusal
@@ -94,14 +97,14 @@ class Worker:
         self.limit = policy.limits[self.unit]
         self.plan = accountant.plan(contract, self.target)
         check_bound(contract, self.plan)
-        self.masking = None
+        self.masking: Masking | None = None
         if contract.secure_aggregation is not None:
             if key != identity.public:
                 raise RefusalError(
                     "This site's key is not in the contract's roster.",
                     code=ErrorCode.CONTRACT_NOT_ACCEPTED,
                 )
-            self.masking = Masking(contract, policy.name, identity.sign)
+            self.masking = masking(contract, policy.name, identity.sign)
         self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
         # Fixed before the first request, so that the stops below hold for an adaptive server.
         self.run_order = accountant.best_order(self.plan, self.target.delta)

@@ -72,7 +72,8 @@ class Run:
     """One run: `describe`, `identify`; then `stages` each round.
 
     evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
-    evaluate_every: rounds between evaluations (the last is always one).
+    evaluate_every: rounds between evaluations (the last is always one). masking: makes the server's
+    side of secure aggregation, where the contract has it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Run:
         evaluate: Evaluate | None = None,
         evaluate_every: int = 1,
         on_round: Callable[[RoundFacts], None] | None = None,
+        masking: Callable[[Contract, str, exchange.Exchange], Masking] = Masking,
     ) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
         self.iterate = Iterate(contract, initial)
@@ -99,7 +101,7 @@ class Run:
         self._began = time.perf_counter()
         self.exchange = exchange.Exchange(contract, self._has_failed)
         self.masking = (
-            Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
+            masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
         self._masked: MaskedRound | None = None
         self._needed: set[str] = set()  # whose masked updates must all be in the round's sum

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -176,6 +177,16 @@ def liars(contract: Contract, poison: Poison | None) -> list[str]:
     if poison.kind == "bound" and contract.secure_aggregation is None:
         raise UsageError('A poison of kind "bound" is about masked sums: it needs masks.')
     return list(contract.weights())[: poison.sites]
+
+
+def masking_of(
+    site: str, contract: Contract, poison: Poison | None
+) -> Callable[[Contract, str, Sign], Masking]:
+    """What makes a site's side of secure aggregation: a malicious one's masks what it did not
+    compute."""
+    if poison is not None and site in liars(contract, poison):
+        return partial(LyingMasking, poison=poison)
+    return Masking
 
 
 def _target(task: Classification, poison: Poison) -> int:

@@ -26,7 +26,7 @@ from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.rounds.exchange import carry_out
 from silotune.server.rounds.run import RoundFacts, Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.attacks.poisoning import TRIGGERED, LyingMasking, liars, lying
+from silotune.simulations.attacks.poisoning import TRIGGERED, liars, lying, masking_of
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.execution.site_threads import Lanes
 from silotune.simulations.execution.variants import POOLED, Job, JobResult
@@ -48,7 +48,12 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
             contract, site, training_file(job.data, site), job.model_folder, job.performance
         )
         workers[site] = Worker(
-            policy, contract, _ledger(job, site), insecure_seed=seed, lane=lanes.of[site]
+            policy,
+            contract,
+            _ledger(job, site),
+            insecure_seed=seed,
+            lane=lanes.of[site],
+            masking=masking_of(site, contract, job.poison),
         )
         _give_back_freed_memory()
     test = _public_test(model, contract, job.data / "test")
@@ -83,9 +88,6 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
             assert job.poison is not None
             if contract.secure_aggregation is None:
                 handles[site] = lying(handles[site], job.poison)
-            else:
-                sign = workers[site].identity.sign
-                workers[site].masking = LyingMasking(contract, site, sign, job.poison)
         with lanes:
             while not run.done:
                 carry_out(run.stages(handles), handles, partial(lanes.ask, handles))

@@ -19,9 +19,9 @@ from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
-from silotune.server.rounds.exchange import Reply, carry_out
+from silotune.server.rounds.exchange import Reply, Stages, carry_out
 from silotune.server.rounds.run import RoundFacts, Run
-from silotune.server.rounds.secagg import LostSumError
+from silotune.server.rounds.secagg import LostSumError, Masking
 from silotune.server.storage.run_store import Registry
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from
 
@@ -51,11 +51,17 @@ class CheatingRun(Run):
         super().accept(site, sent, reply, self.attempt)
 
 
-def cheating(federation: Federation, name: str, attempt: int = 1) -> CheatingRun:
+def cheating(
+    federation: Federation, name: str, attempt: int = 1, masking: type[Masking] = Masking
+) -> CheatingRun:
     registry = Registry.create(federation.folder / name, federation.contract)
     registry.survivors = lambda _: None  # type: ignore[method-assign]
     run = CheatingRun(
-        federation.contract, registry, "run-1", build(federation.contract, None).initial_arrays()
+        federation.contract,
+        registry,
+        "run-1",
+        build(federation.contract, None).initial_arrays(),
+        masking=masking,
     )
     run.attempt = attempt
     return run
@@ -127,21 +133,24 @@ def standing_still(run: Run) -> Run:
     return run
 
 
-def rekeyed(run: Run) -> Run:
-    """The same run, whose server has the sites agree on keys for the next round."""
-    assert run.masking is not None
-    run.masking.agreement = None
-    return run
+class RekeyingMasking(Masking):
+    """A server that has the sites agree on other keys for each round."""
+
+    def agree(
+        self, sites: Collection[str], number: int, needed: Collection[str] = ()
+    ) -> Stages[bool]:
+        self.agreement = None
+        return super().agree(sites, number, needed)
 
 
 def test_a_second_sum_from_one_adapter_without_a_site_is_refused_before_it_is_charged(
     federation: Federation,
 ) -> None:
-    run = standing_still(cheating(federation, "run"))
+    run = standing_still(cheating(federation, "run", masking=RekeyingMasking))
     assert opened(run, federation, ALL)
     seen: list[tuple[str, str]] = []
     with pytest.raises(RunError, match="E220"):
-        opened(rekeyed(run), federation, THREE, **codes(federation, seen))
+        opened(run, federation, THREE, **codes(federation, seen))
     assert set(seen) == {(site, "E220") for site in THREE}
     assert charged(federation) == [(1, 1)]
 
@@ -160,9 +169,9 @@ def test_a_second_sum_from_one_adapter_is_not_opened_when_a_site_drops_out(
 def test_a_second_sum_from_one_adapter_with_one_site_more_is_not_opened(
     federation: Federation,
 ) -> None:
-    run = standing_still(cheating(federation, "run"))
+    run = standing_still(cheating(federation, "run", masking=RekeyingMasking))
     assert opened(run, federation, THREE)
-    assert not opened(rekeyed(run), federation, ALL)
+    assert not opened(run, federation, ALL)
     assert run.number == 3
 
 
@@ -173,15 +182,15 @@ def test_sums_of_the_same_sites_from_one_adapter_are_opened(federation: Federati
 
 
 def test_what_was_settled_is_known_after_a_restart(federation: Federation) -> None:
-    run = standing_still(cheating(federation, "run"))
+    run = standing_still(cheating(federation, "run", masking=RekeyingMasking))
     assert opened(run, federation, ALL)
     for site in SITES:
         federation.restart(site)
     with pytest.raises(RunError, match="E220"):
-        opened(rekeyed(run), federation, THREE)
+        opened(run, federation, THREE)
     for site in SITES:
         assert charged(federation, site) == [(1, 1)]
-    assert opened(rekeyed(run), federation, ALL)
+    assert opened(run, federation, ALL)
 
 
 def test_another_control_does_not_make_an_adapter_another(federation: Federation) -> None:

@@ -38,6 +38,7 @@ from silotune.common.secagg import fixed_point
 from silotune.server.rounds.exchange import carry_out
 from silotune.server.rounds.run import RoundFacts, Run
 from silotune.server.storage.run_store import Registry
+from silotune.simulations.attacks.poisoning import Poison, masking_of
 
 SITES = ("north", "south", "east", "west")
 SECURE = {"bound": 4.0}
@@ -65,6 +66,7 @@ class Federation:
         self.ledgers = {s: Ledger.in_memory(s, self.keys[s]) for s in sites}
         self.workers: dict[str, Worker] = {}
         self.permits: dict[str, Any] = {}
+        self.poison: Poison | None = None
         for site in sites:
             self.restart(site)
 
@@ -77,7 +79,13 @@ class Federation:
         policy = permitting(self.contract, site, self.files[site], None)
         permits = policy.permits.model_copy(update=self.permits)
         policy = policy.model_copy(update={"permits": permits})
-        self.workers[site] = Worker(policy, self.contract, self.ledgers[site], insecure_seed=1)
+        self.workers[site] = Worker(
+            policy,
+            self.contract,
+            self.ledgers[site],
+            insecure_seed=1,
+            masking=masking_of(site, self.contract, self.poison),
+        )
 
     def run(self, name: str = "run-1", **changes: Any) -> Run:
         registry = Registry.create(self.folder / f"runs-{name}", self.contract)

@@ -13,7 +13,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
 from silotune.server.rounds.exchange import carry_out
 from silotune.simulations.attacks import poisoning as poisons
-from silotune.simulations.attacks.poisoning import LyingMasking, Poison, liars, lying
+from silotune.simulations.attacks.poisoning import Poison, liars, lying
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
@@ -53,14 +53,13 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
             for site in SITES:
                 federation.restart(site)
         handles = federation.handles()
+        federation.poison = poison
         for site in liars(federation.contract, poison):
             assert poison is not None
             if clear:
                 handles[site] = lying(handles[site], poison)
             else:
-                federation.workers[site].masking = LyingMasking(
-                    federation.contract, site, federation.ledgers[site].identity.sign, poison
-                )
+                federation.restart(site)
         run = federation.run(evaluate=None)
         for _ in range(rounds):
             carry_out(run.stages(handles), handles)
