@@ -8,28 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from silotune.common.config.key_paths import keys_of
 from silotune.common.errors import ContractError, did_you_mean
 from silotune.common.runtime.terminal import escaped
 
 Lines = dict[tuple[str | int, ...], int]
 
 MISFITS = "misfits"  # the error type of settings that are valid alone but not together
-KINDS = (
-    "table",
-    "text",
-    "pair",
-    "number",
-    "category",
-    "encoder",
-    "one-hot",
-    "language-model",
-    "classification",
-    "multi-label",
-    "tokens",
-    "regression",
-    "ranking",
-    "language",
-)
 WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table",
@@ -43,7 +28,6 @@ WORDS = {
     "path_type": "must be a path",
 }
 LONGEST_KEY = 200
-DICT_KEY = "[key]"  # what Pydantic adds to the path of a table's key that is not allowed
 PATTERNS = {  # part of a pattern -> what it means
     "{64}": "must be 64 hexadecimal digits",
     "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
@@ -72,22 +56,12 @@ def contract_error(
 
 
 def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> str:
-    # Pydantic puts a union's chosen kind into the path; neither is a key of the file.
-    raw = error["loc"]
-    loc = tuple(
-        part
-        for before, part in zip((None, *raw), raw, strict=False)
-        if part != DICT_KEY
-        and not (
-            part in KINDS and (before in ("input", "model", "task") or isinstance(before, int))
-        )
-    )
+    loc, known = keys_of(root, error["loc"])
     where = _where(loc, source, lines)
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
     key = key if len(key) <= LONGEST_KEY else key[:LONGEST_KEY] + "…"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _keys_at(root, raw[:-1])
         return (
             f"Unknown key '{key}' ({where}).{did_you_mean(str(loc[-1]), known)}"
             f" Allowed: {', '.join(sorted(known))}."
@@ -135,30 +109,6 @@ def _got(value: Any) -> str:
         except ValueError:  # more digits than Python converts
             return ", got a number with thousands of digits"
     return f", got {text if len(text) <= 60 else text[:57] + '…'}"
-
-
-def _keys_at(root: type[BaseModel], loc: tuple[str | int, ...]) -> set[str]:
-    """The keys allowed at a path; where there are alternatives, those of the chosen kind."""
-    models = [root]
-    for part in loc:
-        if not isinstance(part, str):
-            continue
-        chosen = [
-            m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part
-        ]
-        models = chosen or [
-            found
-            for model in models
-            if part in model.model_fields
-            for found in _models_in(model.model_fields[part].annotation)
-        ]
-    return {key for model in models for key in model.model_fields}
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
 
 
 def key_lines(text: str) -> Lines:
