@@ -77,8 +77,18 @@ TESTS: dict[str, tuple[str, ...]] = {
         "client/privacy/test_record_identity.py",
         "client/training/test_privacy_units.py",
     ),
+    "client/privacy/canonical_values.py": (
+        "client/privacy/test_canonical_values.py",
+        "client/privacy/test_record_ids.py",
+        "client/privacy/test_written_forms.py",
+    ),
+    "client/privacy/written_forms.py": (
+        "client/privacy/test_written_forms.py",
+        "client/privacy/test_record_identity.py",
+    ),
     "client/privacy/record_ids.py": (
         "client/privacy/test_record_ids.py",
+        "client/privacy/test_written_forms.py",
         "client/privacy/test_record_identity.py",
     ),
     "client/privacy/record_identity.py": ("client/privacy/test_record_identity.py",),

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from silotune.client.preparation.column_checks import Columns, Rule
 from silotune.client.preparation.deidentify import Deidentifier
 from silotune.client.privacy import record_ids
+from silotune.client.privacy.canonical_values import canonical, value
 from silotune.client.privacy.record_identity import Links, Origin, links_between
 from silotune.client.privacy.record_ids import Codes
 from silotune.client.site.preparation_rules import Deidentify, Prepare
@@ -42,7 +43,7 @@ T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
 REPLACED, REWRITTEN = "replaced", "rewritten"
 # ASCII's alone: other white space may be a part of a letter whose bytes were read in a wrong
-# encoding, and those bytes must stay whole (client/privacy/record_ids.py).
+# encoding, and those bytes must stay whole (client/privacy/written_forms.py).
 SPACE = string.whitespace
 
 
@@ -301,7 +302,7 @@ def origin(prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
             for table in (raw, cleaned)
         )
         links[after.basis] = links_between(before, after, prepared.made_of)
-    columns = tuple(sorted(set(map(record_ids.canonical, raw.header))))
+    columns = tuple(sorted(set(map(canonical, raw.header))))
     changed, cells = _changed(prepared, secret)
     return Origin(links, columns, changed, cells)
 
@@ -327,13 +328,13 @@ def _changed(prepared: Prepared, secret: bytes) -> tuple[tuple[str, ...], Codes]
                 cells |= {(one, raw.encoding), (other, "utf-8")}
         index = next(made_of, None)
     codes = {code for cell in cells for code in record_ids.cell_codes(*cell, secret)}
-    names = {record_ids.canonical(raw.header[column]) for column in found}
+    names = {canonical(raw.header[column]) for column in found}
     return tuple(sorted(names)), np.array(sorted(codes), np.uint64)
 
 
 def _is_another(one: str, other: str) -> bool:
     """Whether a cell has another value, or other decodings."""
-    if record_ids.value(one) != record_ids.value(other):
+    if value(one) != value(other):
         return True
     return not (one + other).isascii() and one.strip(SPACE) != other.strip(SPACE)
 

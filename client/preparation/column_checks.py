@@ -14,7 +14,7 @@ import pandas as pd
 import pandera.pandas as pandera
 from pandera.errors import SchemaErrors
 
-from silotune.client.privacy import record_ids
+from silotune.client.privacy.canonical_values import canonical
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import NumberColumn, TableInput, TextInput
 from silotune.common.contract.task import Regression, Tokens
@@ -114,7 +114,7 @@ class Columns:
         )
         entity = contract.privacy.entity
         for name in header if entity else ():
-            if entity and record_ids.canonical(name) in map(record_ids.canonical, entity.key):
+            if entity and canonical(name) in map(canonical, entity.key):
                 rule = Rule(
                     name,
                     "key",

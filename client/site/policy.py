@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.budget import Limit
+from silotune.client.privacy.canonical_values import canonical
 from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site.preparation_rules import Prepare
 from silotune.common.config import types
@@ -88,7 +89,7 @@ class Data(Frozen):
             raise ValueError("[data] needs either a file, or a url and a query")
         if (self.url is None) != (self.query is None):
             raise ValueError("[data] url and query belong together: one of them is missing")
-        names = [record_ids.canonical(name) for name in self.key]
+        names = [canonical(name) for name in self.key]
         for at, name in enumerate(names):
             if name in names[:at]:
                 raise ValueError(f"[data] key names the column {self.key[at]!r} more than once")

@@ -25,9 +25,11 @@ from silotune.client.preparation.cleaning import Prepared, origin, prepare
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import record_identity, record_ids
 from silotune.client.privacy.budget import Budget, overlaps, untraceable
+from silotune.client.privacy.canonical_values import value
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_identity import Links, components
-from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
+from silotune.client.privacy.record_ids import Lineage, of_table
+from silotune.client.privacy.written_forms import READ_AS
 from silotune.client.site.folder import Site
 from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker
@@ -529,7 +531,7 @@ def test_a_cell_with_other_decodings_is_a_changed_cell() -> None:
     """Even if its value is the same one."""
     raw = table_of([["Carr\u00c3\u00a0", "x", "ill"]])
     done = prepared_by(str.strip, raw, (0,))
-    assert record_ids.value(raw.rows[0][1][0]) == record_ids.value(done.table.rows[0][1][0])
+    assert value(raw.rows[0][1][0]) == value(done.table.rows[0][1][0])
     assert origin(done, (), SECRET).changed == ("note",)
     spaced = prepared_by(str.strip, table_of([[" Carrà\t", "x", "ill"]]), (0,))
     assert origin(spaced, (), SECRET).changed == ()
