@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from silotune.client.preparation.person_names import Found, Names
+from silotune.client.preparation.name_lists import Names
+from silotune.client.preparation.person_names import Found
 
 _LABEL = (
     "姓名|患者|病人|病患|患儿|病员|产妇|个案|联系人|联络人|家属|家长|监护人|照护者|客户|用户|储户|持卡人|收款人|汇款人|付款人|"

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from silotune.client.preparation.person_names import simplified_characters
+from silotune.client.preparation.name_lists import simplified_characters
 from silotune.client.site.preparation_rules import KINDS, Deidentify, Kind
 from silotune.common.errors import DataError, ErrorCode, UsageError
 
@@ -236,7 +236,7 @@ def _engine(settings: Deidentify) -> Any:
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import NoOpNlpEngine
 
-    from silotune.client.preparation.person_names import Names
+    from silotune.client.preparation.name_lists import Names
     from silotune.client.preparation.recognisers import LANGUAGE, recognisers
 
     # It logs the texts that it stumbles over.

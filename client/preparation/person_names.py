@@ -14,16 +14,13 @@ itself.
 from __future__ import annotations
 
 import re
-import tomllib
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import NamedTuple
 
-from silotune.client.preparation.latin import LETTERS, bounded
+from silotune.client.preparation import name_contexts as contexts
+from silotune.client.preparation.latin import LETTERS
+from silotune.client.preparation.name_lists import Names, folded
 
 
 class Found(NamedTuple):
@@ -32,94 +29,6 @@ class Found(NamedTuple):
     start: int
     end: int
     score: float
-
-
-_TO_ASCII = str.maketrans(
-    {
-        "ł": "l",
-        "ø": "o",
-        "đ": "d",
-        "ð": "d",
-        "ı": "i",
-        "æ": "ae",
-        "œ": "oe",
-        "ß": "ss",
-        "þ": "th",
-        "'": None,
-    }
-)
-
-
-def folded(word: str) -> str:
-    """A name as the lists have it: small ASCII letters, without marks and apostrophes."""
-    if word.isascii():
-        return word.lower().replace("'", "")
-    letters = unicodedata.normalize("NFKD", word.casefold().translate(_TO_ASCII))
-    return "".join(c for c in letters if not unicodedata.combining(c))
-
-
-@dataclass(frozen=True)
-class Names:
-    """The lists of names.toml and names_faker.toml; English ones folded. `*_words` are ordinary
-    words, too; `rare_*` those of them that are seldom names, and count with a capital letter only.
-    """
-
-    given: frozenset[str]
-    given_words: frozenset[str]
-    family: frozenset[str]
-    family_words: frozenset[str]
-    other: frozenset[str]
-    rare_given: frozenset[str]
-    rare_family: frozenset[str]
-    en_places: frozenset[str]
-    eponyms: frozenset[str]
-    zh_family: frozenset[str]
-    zh_rare: frozenset[str]
-    zh_compound: frozenset[str]
-    zh_given: frozenset[str]
-    zh_transcription: frozenset[str]
-    zh_other: frozenset[str]
-    places: tuple[str, ...]
-
-    @classmethod
-    def load(cls) -> Names:
-        lists, more = _lists("names.toml"), _lists("names_faker.toml")["en"]
-        en, zh = lists["en"], lists["zh"]
-        return cls(
-            given=_words(en["given"] + more["given"]),
-            given_words=_words(en["given_words"]),
-            family=_words(en["family"] + more["family"]),
-            family_words=_words(en["family_words"]),
-            other=_words(en["other"]),
-            rare_given=_words(more["given_words"]),
-            rare_family=_words(more["family_words"]),
-            en_places=_words(en["places"]),
-            eponyms=_words(en["eponyms"]),
-            zh_rare=frozenset("".join(zh["rare"].split())),
-            zh_family=frozenset("".join(zh["family"].split())),
-            zh_compound=frozenset(zh["compound"].split()),
-            zh_given=frozenset("".join(zh["given"].split())),
-            zh_transcription=frozenset("".join(zh["transcription"].split())),
-            zh_other=frozenset(zh["other"].split()),
-            places=tuple(zh["places"].split()),
-        )
-
-
-@cache
-def simplified_characters() -> dict[str, str]:
-    """Traditional Chinese character → the simplified one that the lists and patterns have."""
-    zh = _lists("names.toml")["zh"]
-    pairs = ("".join(zh[key].split()) for key in ("traditional", "simplified"))
-    return dict(zip(*pairs, strict=True))
-
-
-def _lists(file: str) -> dict[str, dict[str, str]]:
-    text = files("silotune.client.preparation").joinpath(file).read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 _WORD = re.compile(rf"(?<![{LETTERS}])[{LETTERS}]+(?:['-][{LETTERS}]+)*")
@@ -132,194 +41,7 @@ _GAPS = (
     (re.compile(r"[ \t]?,[ \t]{0,2}"), _COMMA),
 )
 _CHINESE = re.compile("[\u3001\u4e00-\u9fff]")
-_PARTICLES = _words(
-    "van von der den de del della di da dos das do la le el al bin ibn ben bint abu ter ten zu af "
-    "st san y e"
-)
 _MOST = 6  # words of one name
-
-_SHORT_TITLES = _words("mr mrs ms miss mx messrs dr drs prof rev sgt capt")
-_SURE_TITLES = _words("mr mrs miss mx messrs")  # hardly ever another word
-_LONG_TITLES = _words(
-    "doctor professor sir dame lady lord nurse sister brother reverend father judge justice "
-    "captain officer pastor rabbi imam midwife matron uncle aunt auntie rn"
-)
-_TITLES = _SHORT_TITLES | _LONG_TITLES
-
-# What stands before a person: a label, enough for any capitalised word.
-_LABEL = re.compile(
-    bounded(
-        r"(?:\b(?:patient|pt|client|customer|beneficiary|payee|payer|"
-        r"(?:card|account|policy) ?holder|attending(?: physician)?|physician|surgeon|"
-        r"provider|consultant|sender|recipient|signed|attn|attention|carer|guardian|witness|"
-        r"applicant|employee|member|contact|author|doctor|dr|nurse|gp|clinician|registrar|keyworker|"
-        r"key worker|midwife|therapist|interpreter|"
-        r"reviewed by|seen by|written by|reported by|dictated by|typed by|verified by|"
-        r"emergency contact|cc)(?: name)?\s*[:=]\s*"
-        r"|\bDear |\b(?:regards|sincerely|thanks|cheers|yours|faithfully|wishes),?\s+"
-        r"|\b(?:my name is|this is|signed by|named|called|known as|aka|née|nee|"
-        r"(?:name|known) (?:really )?(?:is|as)|i am|i'm) "
-        r"|(?:姓名|名字|我是|我叫|名叫|叫做|自称|化名|昵称|户主|户名|联系人|收件人|寄件人|发件人|经办人|持卡人|收款人|"
-        r"付款人|申请人|患者|病人|家属|朋友|同事|同学|室友|老公|老婆|丈夫|妻子|先生|女士|医生|护士)[为是叫]?[:\s]*)$"
-    ),
-    re.IGNORECASE,
-)
-_COLON = re.compile(r"[:=]\s*$")
-# A form's field for a name: what follows is one, whatever its letters.
-_FIELD = re.compile(
-    r"(?:\b(\w+)[ _])?\b(?:names?|surname|forenames?|next of kin|nok)\s*[:=][ \t]*", re.IGNORECASE
-)
-_NO_NAME_FIELD = _words(
-    "drug test file product trade brand generic hospital host domain study trial company bank "
-    "medication device clinic ward school employer pharmacy procedure street site column sheet "
-    "user login group"
-)
-# The second sort makes a word likelier to be a name.
-_KIN = re.compile(
-    bounded(
-        r"\b(?:patient|husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|friend|"
-        r"neighbou?r|aunt|uncle|nephew|niece|carer|colleague|referring|seen by|reviewed by|spoke "
-        r"(?:to|with)|discussed with|examined by|reported by|written by|paid to|transfer(?:red)? "
-        r"to|sent "
-        r"to|holder|beneficiary|customer|client|nurse|physician|by|with|w/|to|from|and|for|"
-        r"asked|told|rang|called|phoned|emailed|texted|messaged|thanked|informed|cc|via),? $"
-    ),
-    re.IGNORECASE,
-)
-# Before a family name by itself; "to" and "from" stand before places, too.
-_NEXT_TO = re.compile(
-    bounded(r"\b(?:by|with|w/|for|and|asked|told|rang|called|phoned|emailed|cc) $"), re.IGNORECASE
-)
-# Words for a person's part in something: a listed name behind one, or two words with capitals.
-_ROLES = (
-    "witness|landlord|landlady|tenant|lodger|owner|lessee|buyer|seller|vendor|purchaser|sponsor|"
-    "visitor|guest|host|agent|advisor|adviser|broker|adjuster|handler|candidate|applicant|interviewer|"
-    "referee|referrer|reporter|insured|claimant|defendant|appellant|complainant|respondent|suspect|"
-    "victim|driver|passenger|rider|pilot|prescriber|pharmacist|dentist|optician|paramedic|porter|"
-    "registrar|consultant|secretary|receptionist|assistant|manager|supervisor|director|officer|clerk|"
-    "cashier|teller|courier|engineer|technician|analyst|lecturer|tutor|teacher|student|pupil|trainee|"
-    "intern|resident|fellow|caller|requester|requestor|approver|assignee|delegate|attendee|panel|"
-    "speaker|chair|organizer|organiser|contractor|employee|employer|remitter|payee|payer|debtor|creditor|"
-    "cardholder|guarantor|executor|trustee|heir|cosigner|signatory|translator|interpreter|solicitor|"
-    "lawyer|attorney|barrister|notary|judge|detective|constable|inspector|sergeant|inmate|detainee|"
-    "flatmate|roommate|housemate|cousin|grandma|grandpa|granny|mum|mom|dad|twin|boyfriend|girlfriend|"
-    "stepson|stepdaughter|stepmother|stepfather|boss|line manager|chaperone|escort|donor|"
-    "sho|scrub nurse|nanny|babysitter|tutor|mentor|winner|runner-up|legal name|"
-    "hi|hello|hey|dear|thank you|thanks to|thanks|thx|cheers|morning|signed"
-)
-_ROLE_WORDS = frozenset(_ROLES.split("|"))
-_ROLE = re.compile(
-    bounded(
-        rf"\b(?:{_ROLES}|"
-        r"hand(?:ed)?[ -]?over to|escalated to|assigned to|forwarded to|delegated to|reported to|"
-        r"ask|tell|call|contact|text|email|remind|seen|copied to|cc to|addressed to|owed to|sold "
-        r"to|seen with|met|met with|met w/|asked|told|thanked|"
-        r"reminded|rang|phoned|emailed|texted|managed|supervised|authori[sz]e|reference for|rx for|"
-        r"prescription for|refund for|behalf of|regards from|signed by|approved by|taken by|given "
-        r"by|issued to|invoice to|w-[0-9] (?:received )?from|ok per|per)[:,]? $"
-        r"|\b(?:from|to|cc|bcc|attn|fao): ?$|@$"
-    ),
-    re.IGNORECASE,
-)
-_ROLE_LABEL = re.compile(bounded(rf"\b(?:{_ROLES})\s*[:=]\s*$"), re.IGNORECASE)
-# What several people stand behind.
-_PEOPLE = re.compile(
-    bounded(
-        rf"\b(?:(?:{_ROLES})s|witnesses|present|absent|apologies|attendees|attending|assigned(?: "
-        r"to)?|roll call|participants|members|players|crew|team|staff|on shift|on "
-        r"duty|names|invited|guests|children|siblings|sons|daughters|parents|authors|signatories|beneficiaries|trustees)\s*:\s*$"
-    ),
-    re.IGNORECASE,
-)
-_TICKET = re.compile(r"(?<![A-Z])[A-Z]{2,20}/[A-Z]{2,20} (?:MR|MRS|MS|MISS|MSTR|DR)(?![A-Z])")
-_VERB_AFTER = re.compile(
-    r"(?:'s)? (?:has|is|was|had|will|would|did|does|can|could|knows|needs|feels|felt|seems|appears|"
-    r"took|takes|came|went|got|made|started|stopped|returned|tried|thought|also|always|never)\b"
-)
-_ARTICLE = re.compile(
-    r"\b(?:the|an?|this|that|these|each|every|our|your|its|no|any|some|of|in|on|at|to|into|per|than|"
-    r"as|or) $",
-    re.IGNORECASE,
-)
-_MAILBOX = re.compile(r" ?<[^<>\s]+@")
-_SPOKE = re.compile(
-    bounded(r"\b(?:spoke|spoken|speak|talked|chatted) (?:to|with) $"), re.IGNORECASE
-)
-_RELATIVE = re.compile(
-    bounded(
-        r"\b(?:husband|wife|son|daughter|mother|father|brother|sister|partner|spouse|aunt|uncle|nephew|"
-        r"niece|grand(?:son|daughter|mother|father)|fianc[eé]e?|nurse|neighbou?r|colleague|nanny|"
-        r"babysitter|(?:spoke|speak|spoken|talked|met) (?:to|with)),? $"
-    ),
-    re.IGNORECASE,
-)
-_DOES = re.compile(  # what people do, behind a name
-    r",? (?:(?:was|is|has been|had been) (?:seen|admitted|referred|discharged|reviewed|born|"
-    r"an? \d)|called|said|says|reports?|denies|denied|complains?|presents?|presented|attended|"
-    r"asked|wrote|left|failed|lives|works|states|requested|confirmed|phoned|rang|telephoned|emailed|"
-    r"who|aged|born|DOB|MD\b|RN\b|\()",
-    re.IGNORECASE,
-)
-_ACTS = re.compile(  # what nothing but a person does
-    r" (?:(?:has |have |had |also |then |just |never |kindly )?(?:said|says|sat|asked|asks|"
-    r"answered|rang|phoned|telephoned|emailed|texted|told|replied|agreed|agrees|refused|gave|called|wrote|"
-    r"promised|apologi[sz]ed|admitted|insisted|explained|mentioned|wants|wanted|thinks|knows|lives|"
-    r"works|visited|arrived|attended|signed|paid|picked up|dropped off|helped|cried|smiled|laughed|"
-    r"took|takes|came|went|got|has|had|needs|feels|felt|started|stopped|returned|tried|thought|"
-    r"can't|won't|didn't|doesn't|slept|ate|drove|joined|moved|booked|declined|denies|denied|recalls|remembers|believes|prefers|"
-    r"is on (?:shift|call|leave|duty)|on (?:shift|call|duty)|to (?:confirm|follow up|review|check|"
-    r"decide|call|advise|chase)|at the (?:front )?(?:desk|reception|counter|till|bar)|"
-    r"(?:from|in) (?:accounts?|accounting|billing|finance|payroll|hr|it|sales|support|legal|claims|"
-    r"radiology|pharmacy|reception|vendor|procurement|the (?:lab|office|ward|clinic|bank)))\b)"
-    r"|, (?:his|her|their|my|the patient's|pt's) (?:\w+ )?(?:son|daughter|wife|husband|mother|"
-    r"father|mum|mom|dad|brother|sister|partner|spouse|carer|friend|aunt|uncle|niece|nephew|cousin|"
-    r"neighbou?r|flatmate|boss|manager|colleague|gran\w*)\b",
-    re.IGNORECASE,
-)
-_CLOSING = re.compile(
-    r"\b(?:regards|sincerely|faithfully|thanks|thank you|cheers|yours|best|wishes|love|"
-    r"respectfully|cordially|gratefully|ta|xx?)[,.!]?\s*$",
-    re.IGNORECASE,
-)
-# The speaker of a line of a chat; a prefix (a time, [chat], a role) says that it is one.
-_SPEAKER = re.compile(
-    r"^[ \t]*(?P<sign>(?:\[[^\]\n]{1,24}\]|\(?\d{1,2}:\d{2}(?::\d{2})?\)?(?: ?[ap]m)?|[-*>])"
-    r"[ \t]*)?"
-    rf"(?P<role>(?:agent|caller|customer|client|user|advisor|adviser|operator|support|rep|host|nurse|"
-    rf"doctor|patient)[ \t]+)?"
-    rf"(?P<name>[{LETTERS}][{LETTERS}'.-]*(?: [{LETTERS}][{LETTERS}'.-]*){{0,3}})"
-    r"(?: ?\([^)\n]{1,20}\))?[ \t]?[:>](?!/)",
-    re.MULTILINE | re.IGNORECASE,
-)
-_GREETED = re.compile(
-    rf"(?:^|[.!\n] ?)(?:hi|hello|hey|hiya|good (?:morning|afternoon|evening|day)|dear \w+)"
-    rf"(?: (?:all|team|both|there|everyone|folks|guys|again|\w+))?[,!.:-]* "
-    rf"(?P<name>[{LETTERS}][{LETTERS}'-]*(?: [{LETTERS}][{LETTERS}'-]*)?) (?:here|from|speaking)\b",
-    re.IGNORECASE,
-)
-_MONTH_NAMES = _words("april may june august summer winter spring autumn")
-_PLACE_WORDS = re.compile(r"\b(?:from|in|at|near|of|to|through|via|around) $", re.IGNORECASE)
-_INSIDE_PLACE = re.compile(r"\b(?:in|at|near|of|through|via|around) $", re.IGNORECASE)
-_AMONG_PLACES = re.compile(r"\b(?:from|in|to|travel\w*|visit\w*|via) (?:\w+ )?\w+,? (?:and|or) $")
-_NOUNS = (  # eponyms, organisations and places end with one of them
-    "disease|syndrome|lymphoma|palsy|sign|test|score|scale|index|catheter|thyroiditis|carcinoma|"
-    "sarcoma|tumou?r|criteria|classification|curve|reflex|manoeuvre|maneuver|position|procedure|"
-    "fracture|contracture|phenomenon|anaemia|anemia|chorea|encephalopathy|o?esophagus|ulcer|stain|"
-    "plot|splint|frame|line|wire|drain|tube|forceps|clamp|murmur|pupil|gait|cyst|foot|point|law|"
-    "node|nodes|nodule|body|bodies|operation|repair|graft|needle|medium|agar|branch|bank|clinic|"
-    "hospital|office|road|street|avenue|lane|drive|square|airport|university|college|school|county|"
-    "airlines?|inc|ltd|llc|plc|ward|wing|centre|center|institute|trust|house"
-)
-_A_NOUN = re.compile(_NOUNS)
-_AND = re.compile(r" ?(?:,|;|/|、|&)? ?(?:(?:and|or|&|und|y|et) )?|[和与及、,]")
-_NO_PERSON = re.compile(rf"(?:'s)?[ -](?:{_NOUNS})\b", re.IGNORECASE)
-_PLACE = re.compile(r"\b(?:St|Saint|San|Santa|Port|Fort|Mount|Lake|Cape|New|West|South)\.? $")
-_CLASS = _words(  # a letter behind one of these is no initial
-    "vitamin vitamins hepatitis type group stage class grade factor protein influenza part section "
-    "figure table plan bed bay unit appendix level category phase strain serotype antigen region "
-    "block site arm child-pugh pugh borderline lead"
-)
-_NO_INITIALS = _words("iv im po sc pr us uk prn eg ie")  # I.V., U.S.
 
 
 class Word(NamedTuple):
@@ -370,7 +92,7 @@ class EnglishNames:
         spans += [one.extended(span) for span in (*one.speakers(), *one.alone(), *one.signature())]
         spans += [one.extended(span) for span in one.coordinated(spans)]
         spans += one.repeated(spans)
-        for ticket in _TICKET.finditer(text):
+        for ticket in contexts.TICKET.finditer(text):
             yield Found(*ticket.span(), 0.8)
         for first, last, score in spans:
             yield Found(one.words[first].start, one.words[last].end, score)
@@ -446,7 +168,7 @@ class _Text:
     def other(self, at: int) -> bool:
         """A word that belongs to no name, a title, or letters of a code."""
         word = self.words[at]
-        if word.code or word.key in _TITLES:
+        if word.code or word.key in contexts.TITLES:
             return True
         return not word.initial and word.key in self.names.other
 
@@ -495,7 +217,7 @@ class _Text:
 
     def _between(self, given: int, at: int) -> bool:
         word = self.words[at]
-        if word.initial or word.key in _PARTICLES or self.given(at):
+        if word.initial or word.key in contexts.PARTICLES or self.given(at):
             return True
         return self.mixed(at) and self.sure(given) and word.capital and not self.other(at)
 
@@ -565,8 +287,8 @@ class _Text:
                 and word.capital
                 and not self.other(to)
                 and (
-                    _KIN.search(self.before(at))
-                    or _DOES.match(self.text, last.end)
+                    contexts.KIN.search(self.before(at))
+                    or contexts.DOES.match(self.text, last.end)
                     or self._begins(at)
                 )
             ):
@@ -586,7 +308,7 @@ class _Text:
             if self.gaps[at - 1] != _SPACE or self.gaps[at] not in {_SPACE, _STOP}:
                 continue
             alike = one.capital and other.capital and one.upper == other.upper
-            if alike and not self.other(at + 1) and one.key not in _CLASS:
+            if alike and not self.other(at + 1) and one.key not in contexts.CLASS:
                 if self.given(at - 1):
                     yield Span(at - 1, at + 1, 0.7)
                 elif self.gaps[at] == _STOP and not self.other(at - 1):
@@ -595,15 +317,17 @@ class _Text:
     def _initials(self, first: int, to: int) -> bool:
         """Not hepatitis B, I.V. or a species (E. coli)."""
         letters = "".join(word.key for word in self.words[first:to])
-        behind = first and self.words[first - 1].key in _CLASS and self.gaps[first - 1] == _SPACE
-        return not behind and letters not in _NO_INITIALS
+        behind = (
+            first and self.words[first - 1].key in contexts.CLASS and self.gaps[first - 1] == _SPACE
+        )
+        return not behind and letters not in contexts.NO_INITIALS
 
     # Names with a sign ───────────────────────────────────────────────────────────────────────────
 
     def titled(self) -> Iterator[Span]:
         """Dr Okonjo, mrs jones, MR SMITH; and Jones in "Drs Patel and Jones"."""
         for at, word in enumerate(self.words[:-1]):
-            if word.key not in _TITLES or self.gaps[at] not in {_SPACE, _STOP, _LINE}:
+            if word.key not in contexts.TITLES or self.gaps[at] not in {_SPACE, _STOP, _LINE}:
                 continue
             to = at + 1
             if not self._after_title(at, to):
@@ -617,16 +341,16 @@ class _Text:
 
     def _after_title(self, title: int, at: int) -> bool:
         word, key = self.words[at], self.words[title].key
-        if word.key in _TITLES or (word.initial and not word.capital):
+        if word.key in contexts.TITLES or (word.initial and not word.capital):
             return False
-        if key in _LONG_TITLES:
+        if key in contexts.LONG_TITLES:
             name = self.own_family(at) or not self.other(at)
             return word.capital and self.mixed(at) and name
         listed = self.family(at) or self.given(at)
         if word.capital:
             short = word.upper and len(word.text) < 4 and self.mixed(at)  # DR TB
             return listed or not (short or self.other(at))
-        if len(word.key) < 2 or (self.other(at) and not (listed and key in _SURE_TITLES)):
+        if len(word.key) < 2 or (self.other(at) and not (listed and key in contexts.SURE_TITLES)):
             return False
         return listed or (key != "ms" and len(word.key) > 2)
 
@@ -665,12 +389,14 @@ class _Text:
             ):
                 continue
             before = self.before(at)
-            if not _LABEL.search(before):
+            if not contexts.LABEL.search(before):
                 last = self._run(at)
-                if _ROLE_LABEL.search(before) and (last > at or self._listed(at, at, rare=True)):
+                if contexts.ROLE_LABEL.search(before) and (
+                    last > at or self._listed(at, at, rare=True)
+                ):
                     yield Span(at, last, 0.7)
                 continue
-            if _COLON.search(before) or not word.upper:
+            if contexts.COLON.search(before) or not word.upper:
                 initials = word.initial and self._run(at)
                 yield Span(at, initials or self._past_comma(at), 0.85)
 
@@ -686,7 +412,7 @@ class _Text:
         """Attendees: Farah, Piotr and L. Nakagawa."""
         at = 0
         while at < len(self.words):
-            if not self.words[at].capital or not _PEOPLE.search(self.before(at)):
+            if not self.words[at].capital or not contexts.PEOPLE.search(self.before(at)):
                 at += 1
                 continue
             spans = [Span(at, self._run(at), 0.6)]
@@ -705,9 +431,9 @@ class _Text:
     def fields(self) -> Iterator[Span]:
         """Name: okonjo chidi"""
         starts = {word.start: at for at, word in enumerate(self.words)}
-        for field in _FIELD.finditer(self.text):
+        for field in contexts.FIELD.finditer(self.text):
             at = starts.get(field.end())
-            if at is None or folded(field[1] or "") in _NO_NAME_FIELD:
+            if at is None or folded(field[1] or "") in contexts.NO_NAME_FIELD:
                 continue
             last = None
             for to in range(at, min(at + _MOST, len(self.words))):
@@ -730,7 +456,7 @@ class _Text:
             if at in taken:
                 at += 1
             elif self.words[at].capital and not self.other(at):
-                if self.words[at].key in _ROLE_WORDS and self._plain(at + 1):
+                if self.words[at].key in contexts.ROLE_WORDS and self._plain(at + 1):
                     at += 1  # Witness Grace
                     continue
                 last = at
@@ -752,15 +478,19 @@ class _Text:
         """A given name in small letters and what may be the family name behind it; a family name
         in small letters, and what may be the given name before it, beside a sign."""
         word = self.words[at]
-        if self.sure(at) and len(word.key) > 3 and not _NO_PERSON.match(self.text, word.end):
-            following = self._plain(at + 1) and not _DOES.match(self.text, word.end)
+        if (
+            self.sure(at)
+            and len(word.key) > 3
+            and not contexts.NO_PERSON.match(self.text, word.end)
+        ):
+            following = self._plain(at + 1) and not contexts.DOES.match(self.text, word.end)
             yield Span(at, at + following, 0.5)
-        elif self.given(at) and _SPOKE.search(self.before(at)):  # spoke to april
+        elif self.given(at) and contexts.SPOKE.search(self.before(at)):  # spoke to april
             yield Span(at, at, 0.5)
         elif self._plain(at + 1) and self.own_family(at + 1) and not self.other(at):
             end = self.words[at + 1].end
-            signed = _KIN.search(self.before(at)) or _DOES.match(self.text, end)
-            if signed and len(word.key) > 2 and not _NO_PERSON.match(self.text, end):
+            signed = contexts.KIN.search(self.before(at)) or contexts.DOES.match(self.text, end)
+            if signed and len(word.key) > 2 and not contexts.NO_PERSON.match(self.text, end):
                 yield Span(at, at + 1, 0.5)
 
     def _judged(self, first: int, last: int) -> Iterator[Span]:
@@ -768,9 +498,9 @@ class _Text:
         if not named:
             return
         end, before = self.words[last].end, self.before(first)
-        if _NO_PERSON.match(self.text, end) or _PLACE.search(before):
+        if contexts.NO_PERSON.match(self.text, end) or contexts.PLACE.search(before):
             return
-        if any(re.fullmatch(_NOUNS, self.words[at].key) for at in named):
+        if any(re.fullmatch(contexts.NOUNS, self.words[at].key) for at in named):
             return
         listed = any(
             self.given(at)
@@ -778,11 +508,14 @@ class _Text:
             or (self.words[at].capital and self.words[at].key in self.names.rare_given)
             for at in named
         )
-        acts = listed and bool(_ACTS.match(self.text, end)) and self.mixed(first)
-        does = acts or bool(_DOES.match(self.text, end))
-        role = (listed or len(named) > 1) and bool(_ROLE.search(before))
-        kin, relative = bool(_KIN.search(before)), acts or role or bool(_RELATIVE.search(before))
-        if _MAILBOX.match(self.text, end):
+        acts = listed and bool(contexts.ACTS.match(self.text, end)) and self.mixed(first)
+        does = acts or bool(contexts.DOES.match(self.text, end))
+        role = (listed or len(named) > 1) and bool(contexts.ROLE.search(before))
+        kin, relative = (
+            bool(contexts.KIN.search(before)),
+            acts or role or bool(contexts.RELATIVE.search(before)),
+        )
+        if contexts.MAILBOX.match(self.text, end):
             yield Span(first, last, 0.7)
         elif score := self._score(first, last, named, kin or does, relative, does):
             yield Span(first, last, score)
@@ -814,10 +547,10 @@ class _Text:
         upper, inside = self.words[at].upper, self._inside(at)
         if not relative and self._other_sense(at):
             return 0
-        beside = self.mixed(at) and _NEXT_TO.search(self.before(at))
+        beside = self.mixed(at) and contexts.NEXT_TO.search(self.before(at))
         if not self.own_family(at):
             return 0.5 if not upper and (relative or (inside and beside)) else 0
-        alone = inside and not _INSIDE_PLACE.search(self.before(at))
+        alone = inside and not contexts.INSIDE_PLACE.search(self.before(at))
         return 0.5 if relative or beside or alone or (does and not upper) else 0.4
 
     def _given_score(
@@ -842,11 +575,13 @@ class _Text:
 
     def _named_alone(self, at: int) -> bool:
         """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
-        sign = _KIN.search(self.before(at)) or _VERB_AFTER.match(self.text, self.words[at].end)
+        sign = contexts.KIN.search(self.before(at)) or contexts.VERB_AFTER.match(
+            self.text, self.words[at].end
+        )
         return (
             self._inside(at)
-            and self.words[at].key not in _MONTH_NAMES | self.names.en_places
-            and bool(sign or not _ARTICLE.search(self.before(at)))
+            and self.words[at].key not in contexts.MONTH_NAMES | self.names.en_places
+            and bool(sign or not contexts.ARTICLE.search(self.before(at)))
             and not self._other_sense(at)
         )
 
@@ -860,7 +595,10 @@ class _Text:
         for other in (at - 2, at + 2):  # Paris and Charlotte
             if 0 <= other < len(self.words) and self.words[other].key in places:
                 return True
-        return bool(_PLACE_WORDS.search(self.before(at)) or _AMONG_PLACES.search(self.before(at)))
+        return bool(
+            contexts.PLACE_WORDS.search(self.before(at))
+            or contexts.AMONG_PLACES.search(self.before(at))
+        )
 
     def _run(self, at: int, most: int = 4) -> int:
         """The last of the words from `at` on that follow each other and could be one name."""
@@ -881,8 +619,10 @@ class _Text:
                 or (rare and self.words[at].key in self.names.rare_given)
                 for at in words
             )
-            and not any(self.other(at) or _A_NOUN.fullmatch(self.words[at].key) for at in words)
-            and not _NO_PERSON.match(self.text, self.words[last].end)
+            and not any(
+                self.other(at) or contexts.A_NOUN.fullmatch(self.words[at].key) for at in words
+            )
+            and not contexts.NO_PERSON.match(self.text, self.words[last].end)
         )
 
     def _covered(self, start: int, end: int) -> tuple[int, int] | None:
@@ -893,7 +633,7 @@ class _Text:
 
     def speakers(self) -> Iterator[Span]:
         """[chat] Marek: … and "Hi team, Chase from …"."""
-        lines = list(_SPEAKER.finditer(self.text))
+        lines = list(contexts.SPEAKER.finditer(self.text))
         for line in lines:
             words = self._covered(*line.span("name"))
             if not words or any(self.other(at) for at in range(words[0], words[1] + 1)):
@@ -904,7 +644,7 @@ class _Text:
                 line["sign"] and line["sign"][0] == "[" and self.words[words[0]].capital
             ):
                 yield Span(*words, 0.6)
-        for greeting in _GREETED.finditer(self.text):
+        for greeting in contexts.GREETED.finditer(self.text):
             words = self._covered(*greeting.span("name"))
             if words and self._listed(*words, rare=True):
                 yield Span(*words, 0.6)
@@ -932,7 +672,7 @@ class _Text:
             return False
         if not all(self.words[at].capital and not self.other(at) for at in words):
             return False
-        if _CLOSING.search(before):
+        if contexts.CLOSING.search(before):
             return True
         if not self._listed(first, last):
             return len(words) > 1 and self.words[first].initial and len(self.words[last].key) > 3
@@ -948,12 +688,12 @@ class _Text:
         while first and last - first < 2 and self.joined(first - 1) and not self.other(first - 1):
             first -= 1
         before = self.text[: self.words[first].start].rstrip(" ")
-        if not before or (before[-1] not in ".!?-\n" and not _CLOSING.search(before)):
+        if not before or (before[-1] not in ".!?-\n" and not contexts.CLOSING.search(before)):
             return
         words = range(first, last + 1)
         own = any(self.sure(at) or self.own_family(at) for at in words)
         named = all(self.words[at].capital for at in words) and self.mixed(first)
-        dash = before[-1] == "-" or bool(_CLOSING.search(before))
+        dash = before[-1] == "-" or bool(contexts.CLOSING.search(before))
         own = own and (len(words) > 1 or self.sure(first))
         if (own or dash) and self._listed(first, last, rare=dash):
             yield Span(first, last, 0.55)
@@ -987,7 +727,7 @@ class _Text:
 
     def _and(self, one: int, other: int) -> bool:
         between = self.text[self.words[one].end : self.words[other].start]
-        return bool(_AND.fullmatch(between))
+        return bool(contexts.AND.fullmatch(between))
 
     def repeated(self, spans: list[Span]) -> Iterator[Span]:
         """The parts of a name that was found once, wherever else they stand with a capital."""
@@ -999,20 +739,21 @@ class _Text:
             for at in range(span.first, span.last + 1)
             if len(self.words[at].key) > 2
             and not self.other(at)
-            and self.words[at].key not in _PARTICLES
+            and self.words[at].key not in contexts.PARTICLES
         }
         for at, word in enumerate(self.words):
             if at in taken or word.key not in parts or not word.capital or not self.mixed(at):
                 continue
             before = self.before(at)
-            place = _PLACE.search(before) or _NO_PERSON.match(self.text, word.end)
+            place = contexts.PLACE.search(before) or contexts.NO_PERSON.match(self.text, word.end)
             own = self.sure(at) or self.own_family(at)
             own = own or any(
-                sign.match(self.text, word.end) for sign in (_ACTS, _DOES, _VERB_AFTER)
+                sign.match(self.text, word.end)
+                for sign in (contexts.ACTS, contexts.DOES, contexts.VERB_AFTER)
             )
             if word.key in self.names.en_places:
                 own = False
-            if not place and (own or not (_PLACE_WORDS.search(before) or self._starts(at))):
+            if not place and (own or not (contexts.PLACE_WORDS.search(before) or self._starts(at))):
                 yield Span(at, at, 0.55)
 
     # The whole name ──────────────────────────────────────────────────────────────────────────────
@@ -1030,7 +771,7 @@ class _Text:
                 to < last + 3
                 and to + 1 < len(self.words)
                 and self.joined(to)
-                and self.words[to].key in _PARTICLES
+                and self.words[to].key in contexts.PARTICLES
                 and not self.words[to].capital
             ):
                 to += 1
@@ -1052,9 +793,9 @@ class _Text:
         if not word.capital:
             return self.sure(at) or self.own_family(at)
         listed = self.given(at) or self.family(at)
-        if self.other(at) or (word.key in _ROLE_WORDS and not listed):
+        if self.other(at) or (word.key in contexts.ROLE_WORDS and not listed):
             return False
-        return listed or (self.mixed(at) and not re.fullmatch(_NOUNS, word.key))
+        return listed or (self.mixed(at) and not re.fullmatch(contexts.NOUNS, word.key))
 
 
 def _word(match: re.Match[str]) -> Word:

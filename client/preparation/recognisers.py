@@ -39,7 +39,8 @@ from silotune.client.preparation.check_digits import (
 )
 from silotune.client.preparation.chinese_names import ChineseNames
 from silotune.client.preparation.latin import bounded
-from silotune.client.preparation.person_names import EnglishNames, Found, Names
+from silotune.client.preparation.name_lists import Names
+from silotune.client.preparation.person_names import EnglishNames, Found
 
 LANGUAGE = "xx"  # Presidio wants one; the settings choose recognisers, so all of them share it
 BEFORE = 40  # characters in which a word says what the number after it is

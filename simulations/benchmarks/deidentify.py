@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from silotune.client.preparation.deidentify import Deidentifier, Finding, simplified
-from silotune.client.preparation.person_names import Names, folded
+from silotune.client.preparation.name_lists import Names, folded
 from silotune.client.site.preparation_rules import KINDS, Deidentify
 from silotune.simulations.benchmarks.clean_sentences import clean_sentences
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Language, Set, texts

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from silotune.client.preparation.deidentify import Deidentifier, simplified
-from silotune.client.preparation.person_names import EnglishNames, Names, folded
+from silotune.client.preparation.name_lists import Names, folded
+from silotune.client.preparation.person_names import EnglishNames
 from silotune.client.site.preparation_rules import Deidentify
 
 NAMES = Names.load()
@@ -298,24 +299,3 @@ def test_names_by_roles_lists_and_places_in_the_text(text: str, cleaned: str) ->
 )
 def test_words_that_look_like_names_are_left(text: str) -> None:
     assert ONE.clean(text).text == text
-
-
-def test_names_are_compared_without_marks() -> None:
-    pairs = {
-        "Łukasz": "lukasz",
-        "O'Brien": "obrien",
-        "Şükrü": "sukru",
-        "Sørensen": "sorensen",
-        "Nguyễn": "nguyen",
-        "Jose\u0301": "jose",
-        "Đorđević": "dordevic",
-        "Weiß": "weiss",
-    }
-    assert {name: folded(name) for name in pairs} == pairs
-
-
-def test_the_lists_are_folded_and_disjoint() -> None:
-    for one in (NAMES.given, NAMES.given_words, NAMES.family, NAMES.family_words, NAMES.other):
-        assert {folded(name) for name in one} == one
-    assert not NAMES.given & NAMES.given_words
-    assert not NAMES.family & NAMES.family_words
