@@ -189,12 +189,12 @@ CODES: dict[ErrorCode, str] = {
         "one that is read, or it is damaged. The message says which, and what to set."
     ),
     ErrorCode.SCHEMA_MISMATCH: (
-        "A column the contract names is not in the data, a value lies outside the public schema, "
+        "A column the contract names is not in the data, a value is outside the public schema, "
         "or an entity's key is empty. The schema is public and fixed, so the data or the contract "
         "must change."
     ),
     ErrorCode.LABEL_UNKNOWN: (
-        "A label lies outside the contract's public label set. Map it in the contract "
+        "A label is outside the contract's public label set. Map it in the contract "
         "(task.labels) or remove those rows."
     ),
     ErrorCode.TOO_FEW_ROWS: (
@@ -247,7 +247,7 @@ CODES: dict[ErrorCode, str] = {
         "site.toml."
     ),
     ErrorCode.ENTITIES_BEYOND_TEXT: (
-        "Each entity in the texts lies beyond the tokens that the model reads, so that nothing "
+        "Each entity in the texts is beyond the tokens that the model reads, so that nothing "
         "can be learnt. Raise model.max_tokens in the contract, or split the texts."
     ),
     ErrorCode.WORKER_UNREACHABLE: (

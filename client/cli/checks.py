@@ -39,9 +39,9 @@ def show(
         from silotune.client.operations.preflight import (
             check as rows_of,  # loads torch: after the line
         )
-        from silotune.client.site.folder import Site
+        from silotune.client.site.folder import SiteFolder
 
-        rows = rows_of(Site.at(config), contract, network=network)
+        rows = rows_of(SiteFolder.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     warnings = sum(row.state == "warning" for row in rows)
     wide = max(len(row.name) for row in rows)

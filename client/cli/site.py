@@ -73,7 +73,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
 
     from silotune.client.privacy.keys import Keys, make_private_folder
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.config.types import Name, as_toml
     from silotune.common.runtime.atomic_files import write_durably
 
@@ -85,7 +85,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
         ) from None
     if not folder.exists():
         make_private_folder(folder)
-    made = Site(folder / "site.toml")
+    made = SiteFolder(folder / "site.toml")
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")
     keys = Keys.create(made.keys)
@@ -169,10 +169,10 @@ def fingerprint(config: Path) -> None:
     A8:26:…:CC
     """
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.protocol import join_request
 
-    found, name = Site.at(config), policies.load(config).name
+    found, name = SiteFolder.at(config), policies.load(config).name
     file = found.folder / f"{name}.request.json"
     request = found.request(name)
     if file.exists() and join_request.load(file) != request:
@@ -219,7 +219,7 @@ def join_(
     ✓ site.toml is policy number 1 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
     from silotune.client.site.enrolment import enrol
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _ in pairs if not equals]:
@@ -228,7 +228,7 @@ def join_(
         )
     found = contracts.load(contract)
     enrol(
-        Site.at(config),
+        SiteFolder.at(config),
         found,
         address=address,
         ca=ca,
@@ -261,9 +261,9 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.site import signed_policy
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
-    found = Site.at(config)
+    found = SiteFolder.at(config)
     keys = Keys.load(found.keys)
     ledger = Ledger.open(found.state, keys)
     signed = signed_policy.sign(
@@ -353,11 +353,11 @@ def start(
     """
     from silotune.client.operations.supervisor import Supervisor, Users
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.data import sql_source
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
-    Site.at(config)
+    SiteFolder.at(config)
     policy = policies.load(config)
     if policy.server is None:
         raise UsageError(
@@ -366,7 +366,7 @@ def start(
         )
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
-        checks.stop_unless(checks.show(config, contract, say=journal.say))
+        checks.stop_unless(checks.show(config, contract, write_line=journal.emit))
     file = contract.resolve()
     secrets = sql_source.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
@@ -375,7 +375,7 @@ def start(
             f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
             "names begin with SILOTUNE_ alone."
         )
-    found = Site(config.resolve())
+    found = SiteFolder(config.resolve())
     sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
 
 
@@ -397,11 +397,11 @@ def start(
 )
 def admission(address: str, ca: Path, key: Path) -> None:
     """Say what the server says of a node key. `site start` runs this as the relay's user."""
-    from silotune.client.operations import node_admission as admissions
+    from silotune.client.operations import node_admission
     from silotune.client.site.policy import Server
 
     try:
-        found = admissions.check(Server(address=address, ca=ca), key)
+        found = node_admission.check(Server(address=address, ca=ca), key)
     except SilotuneError as error:
         echo(str(error))
     else:

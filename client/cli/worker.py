@@ -49,9 +49,9 @@ def worker(
     hospital-a is ready
     train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
     """
-    from silotune.client.operations import telemetry as metrics
+    from silotune.client.operations import telemetry
     from silotune.client.relay import transport
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.client.worker import request_outcome
     from silotune.common.runtime import subprocesses
 
@@ -62,10 +62,10 @@ def worker(
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     journal = Journal("worker", as_json=log_json)
-    checks.stop_unless(checks.show(config, contract, say=journal.say))
+    checks.stop_unless(checks.show(config, contract, write_line=journal.emit))
     from silotune.client.worker.worker import Worker  # torch: not before the cheap checks
 
-    found = Site(config)
+    found = SiteFolder(config)
     policy, ledger, _ = found.open()
     handler = logging.handlers.RotatingFileHandler(
         found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
@@ -74,20 +74,22 @@ def worker(
     log = logging.getLogger("silotune")
     log.addHandler(handler)
     log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
-    tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
+    tally = telemetry.Tally(
+        found.state / telemetry.FILE, policy.server.ca if policy.server else None
+    )
 
     def told(answered: request_outcome.Answered) -> None:
         tally.note(answered)
         if answered.kind == request_outcome.OTHER:
             return  # counted; of its lines whoever reaches the socket could make any number
-        journal.say(answered.text, "answered", answered.facts)
+        journal.emit(answered.text, "answered", answered.facts)
 
     answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
     listener = transport.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 
     def say() -> None:
         tally.ready()
-        journal.say(f"{policy.name} is ready", "ready")
+        journal.emit(f"{policy.name} is ready", "ready")
         if ready_fd is not None:
             os.write(ready_fd, transport.READY)
             os.close(ready_fd)

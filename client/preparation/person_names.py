@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from silotune.client.preparation import name_contexts as contexts
+from silotune.client.preparation import name_contexts
 from silotune.client.preparation.latin import LETTERS
 from silotune.client.preparation.name_lists import Names, folded
 
@@ -92,7 +92,7 @@ class EnglishNames:
         spans += [one.extended(span) for span in (*one.speakers(), *one.alone(), *one.signature())]
         spans += [one.extended(span) for span in one.coordinated(spans)]
         spans += one.repeated(spans)
-        for ticket in contexts.TICKET.finditer(text):
+        for ticket in name_contexts.TICKET.finditer(text):
             yield Found(*ticket.span(), 0.8)
         for first, last, score in spans:
             yield Found(one.words[first].start, one.words[last].end, score)
@@ -168,7 +168,7 @@ class _Text:
     def other(self, at: int) -> bool:
         """A word that belongs to no name, a title, or letters of a code."""
         word = self.words[at]
-        if word.code or word.key in contexts.TITLES:
+        if word.code or word.key in name_contexts.TITLES:
             return True
         return not word.initial and word.key in self.names.other
 
@@ -217,7 +217,7 @@ class _Text:
 
     def _between(self, given: int, at: int) -> bool:
         word = self.words[at]
-        if word.initial or word.key in contexts.PARTICLES or self.given(at):
+        if word.initial or word.key in name_contexts.PARTICLES or self.given(at):
             return True
         return self.mixed(at) and self.sure(given) and word.capital and not self.other(at)
 
@@ -287,8 +287,8 @@ class _Text:
                 and word.capital
                 and not self.other(to)
                 and (
-                    contexts.KIN.search(self.before(at))
-                    or contexts.DOES.match(self.text, last.end)
+                    name_contexts.KIN.search(self.before(at))
+                    or name_contexts.DOES.match(self.text, last.end)
                     or self._begins(at)
                 )
             ):
@@ -308,7 +308,7 @@ class _Text:
             if self.gaps[at - 1] != _SPACE or self.gaps[at] not in {_SPACE, _STOP}:
                 continue
             alike = one.capital and other.capital and one.upper == other.upper
-            if alike and not self.other(at + 1) and one.key not in contexts.CLASS:
+            if alike and not self.other(at + 1) and one.key not in name_contexts.CLASS:
                 if self.given(at - 1):
                     yield Span(at - 1, at + 1, 0.7)
                 elif self.gaps[at] == _STOP and not self.other(at - 1):
@@ -318,16 +318,18 @@ class _Text:
         """Not hepatitis B, I.V. or a species (E. coli)."""
         letters = "".join(word.key for word in self.words[first:to])
         behind = (
-            first and self.words[first - 1].key in contexts.CLASS and self.gaps[first - 1] == _SPACE
+            first
+            and self.words[first - 1].key in name_contexts.CLASS
+            and self.gaps[first - 1] == _SPACE
         )
-        return not behind and letters not in contexts.NO_INITIALS
+        return not behind and letters not in name_contexts.NO_INITIALS
 
     # Names with a sign ───────────────────────────────────────────────────────────────────────────
 
     def titled(self) -> Iterator[Span]:
         """Dr Okonjo, mrs jones, MR SMITH; and Jones in "Drs Patel and Jones"."""
         for at, word in enumerate(self.words[:-1]):
-            if word.key not in contexts.TITLES or self.gaps[at] not in {_SPACE, _STOP, _LINE}:
+            if word.key not in name_contexts.TITLES or self.gaps[at] not in {_SPACE, _STOP, _LINE}:
                 continue
             to = at + 1
             if not self._after_title(at, to):
@@ -341,16 +343,18 @@ class _Text:
 
     def _after_title(self, title: int, at: int) -> bool:
         word, key = self.words[at], self.words[title].key
-        if word.key in contexts.TITLES or (word.initial and not word.capital):
+        if word.key in name_contexts.TITLES or (word.initial and not word.capital):
             return False
-        if key in contexts.LONG_TITLES:
+        if key in name_contexts.LONG_TITLES:
             name = self.own_family(at) or not self.other(at)
             return word.capital and self.mixed(at) and name
         listed = self.family(at) or self.given(at)
         if word.capital:
             short = word.upper and len(word.text) < 4 and self.mixed(at)  # DR TB
             return listed or not (short or self.other(at))
-        if len(word.key) < 2 or (self.other(at) and not (listed and key in contexts.SURE_TITLES)):
+        if len(word.key) < 2 or (
+            self.other(at) and not (listed and key in name_contexts.SURE_TITLES)
+        ):
             return False
         return listed or (key != "ms" and len(word.key) > 2)
 
@@ -389,14 +393,14 @@ class _Text:
             ):
                 continue
             before = self.before(at)
-            if not contexts.LABEL.search(before):
+            if not name_contexts.LABEL.search(before):
                 last = self._run(at)
-                if contexts.ROLE_LABEL.search(before) and (
+                if name_contexts.ROLE_LABEL.search(before) and (
                     last > at or self._listed(at, at, rare=True)
                 ):
                     yield Span(at, last, 0.7)
                 continue
-            if contexts.COLON.search(before) or not word.upper:
+            if name_contexts.COLON.search(before) or not word.upper:
                 initials = word.initial and self._run(at)
                 yield Span(at, initials or self._past_comma(at), 0.85)
 
@@ -412,7 +416,7 @@ class _Text:
         """Attendees: Farah, Piotr and L. Nakagawa."""
         at = 0
         while at < len(self.words):
-            if not self.words[at].capital or not contexts.PEOPLE.search(self.before(at)):
+            if not self.words[at].capital or not name_contexts.PEOPLE.search(self.before(at)):
                 at += 1
                 continue
             spans = [Span(at, self._run(at), 0.6)]
@@ -431,9 +435,9 @@ class _Text:
     def fields(self) -> Iterator[Span]:
         """Name: okonjo chidi"""
         starts = {word.start: at for at, word in enumerate(self.words)}
-        for field in contexts.FIELD.finditer(self.text):
+        for field in name_contexts.FIELD.finditer(self.text):
             at = starts.get(field.end())
-            if at is None or folded(field[1] or "") in contexts.NO_NAME_FIELD:
+            if at is None or folded(field[1] or "") in name_contexts.NO_NAME_FIELD:
                 continue
             last = None
             for to in range(at, min(at + _MOST, len(self.words))):
@@ -456,7 +460,7 @@ class _Text:
             if at in taken:
                 at += 1
             elif self.words[at].capital and not self.other(at):
-                if self.words[at].key in contexts.ROLE_WORDS and self._plain(at + 1):
+                if self.words[at].key in name_contexts.ROLE_WORDS and self._plain(at + 1):
                     at += 1  # Witness Grace
                     continue
                 last = at
@@ -481,16 +485,18 @@ class _Text:
         if (
             self.sure(at)
             and len(word.key) > 3
-            and not contexts.NO_PERSON.match(self.text, word.end)
+            and not name_contexts.NO_PERSON.match(self.text, word.end)
         ):
-            following = self._plain(at + 1) and not contexts.DOES.match(self.text, word.end)
+            following = self._plain(at + 1) and not name_contexts.DOES.match(self.text, word.end)
             yield Span(at, at + following, 0.5)
-        elif self.given(at) and contexts.SPOKE.search(self.before(at)):  # spoke to april
+        elif self.given(at) and name_contexts.SPOKE.search(self.before(at)):  # spoke to april
             yield Span(at, at, 0.5)
         elif self._plain(at + 1) and self.own_family(at + 1) and not self.other(at):
             end = self.words[at + 1].end
-            signed = contexts.KIN.search(self.before(at)) or contexts.DOES.match(self.text, end)
-            if signed and len(word.key) > 2 and not contexts.NO_PERSON.match(self.text, end):
+            signed = name_contexts.KIN.search(self.before(at)) or name_contexts.DOES.match(
+                self.text, end
+            )
+            if signed and len(word.key) > 2 and not name_contexts.NO_PERSON.match(self.text, end):
                 yield Span(at, at + 1, 0.5)
 
     def _judged(self, first: int, last: int) -> Iterator[Span]:
@@ -498,9 +504,9 @@ class _Text:
         if not named:
             return
         end, before = self.words[last].end, self.before(first)
-        if contexts.NO_PERSON.match(self.text, end) or contexts.PLACE.search(before):
+        if name_contexts.NO_PERSON.match(self.text, end) or name_contexts.PLACE.search(before):
             return
-        if any(re.fullmatch(contexts.NOUNS, self.words[at].key) for at in named):
+        if any(re.fullmatch(name_contexts.NOUNS, self.words[at].key) for at in named):
             return
         listed = any(
             self.given(at)
@@ -508,14 +514,14 @@ class _Text:
             or (self.words[at].capital and self.words[at].key in self.names.rare_given)
             for at in named
         )
-        acts = listed and bool(contexts.ACTS.match(self.text, end)) and self.mixed(first)
-        does = acts or bool(contexts.DOES.match(self.text, end))
-        role = (listed or len(named) > 1) and bool(contexts.ROLE.search(before))
+        acts = listed and bool(name_contexts.ACTS.match(self.text, end)) and self.mixed(first)
+        does = acts or bool(name_contexts.DOES.match(self.text, end))
+        role = (listed or len(named) > 1) and bool(name_contexts.ROLE.search(before))
         kin, relative = (
-            bool(contexts.KIN.search(before)),
-            acts or role or bool(contexts.RELATIVE.search(before)),
+            bool(name_contexts.KIN.search(before)),
+            acts or role or bool(name_contexts.RELATIVE.search(before)),
         )
-        if contexts.MAILBOX.match(self.text, end):
+        if name_contexts.MAILBOX.match(self.text, end):
             yield Span(first, last, 0.7)
         elif score := self._score(first, last, named, kin or does, relative, does):
             yield Span(first, last, score)
@@ -547,10 +553,10 @@ class _Text:
         upper, inside = self.words[at].upper, self._inside(at)
         if not relative and self._other_sense(at):
             return 0
-        beside = self.mixed(at) and contexts.NEXT_TO.search(self.before(at))
+        beside = self.mixed(at) and name_contexts.NEXT_TO.search(self.before(at))
         if not self.own_family(at):
             return 0.5 if not upper and (relative or (inside and beside)) else 0
-        alone = inside and not contexts.INSIDE_PLACE.search(self.before(at))
+        alone = inside and not name_contexts.INSIDE_PLACE.search(self.before(at))
         return 0.5 if relative or beside or alone or (does and not upper) else 0.4
 
     def _given_score(
@@ -575,13 +581,13 @@ class _Text:
 
     def _named_alone(self, at: int) -> bool:
         """A given name that is a word, too, in the middle of a sentence, behind "with" or "for"."""
-        sign = contexts.KIN.search(self.before(at)) or contexts.VERB_AFTER.match(
+        sign = name_contexts.KIN.search(self.before(at)) or name_contexts.VERB_AFTER.match(
             self.text, self.words[at].end
         )
         return (
             self._inside(at)
-            and self.words[at].key not in contexts.MONTH_NAMES | self.names.en_places
-            and bool(sign or not contexts.ARTICLE.search(self.before(at)))
+            and self.words[at].key not in name_contexts.MONTH_NAMES | self.names.en_places
+            and bool(sign or not name_contexts.ARTICLE.search(self.before(at)))
             and not self._other_sense(at)
         )
 
@@ -596,8 +602,8 @@ class _Text:
             if 0 <= other < len(self.words) and self.words[other].key in places:
                 return True
         return bool(
-            contexts.PLACE_WORDS.search(self.before(at))
-            or contexts.AMONG_PLACES.search(self.before(at))
+            name_contexts.PLACE_WORDS.search(self.before(at))
+            or name_contexts.AMONG_PLACES.search(self.before(at))
         )
 
     def _run(self, at: int, most: int = 4) -> int:
@@ -620,9 +626,9 @@ class _Text:
                 for at in words
             )
             and not any(
-                self.other(at) or contexts.A_NOUN.fullmatch(self.words[at].key) for at in words
+                self.other(at) or name_contexts.A_NOUN.fullmatch(self.words[at].key) for at in words
             )
-            and not contexts.NO_PERSON.match(self.text, self.words[last].end)
+            and not name_contexts.NO_PERSON.match(self.text, self.words[last].end)
         )
 
     def _covered(self, start: int, end: int) -> tuple[int, int] | None:
@@ -633,7 +639,7 @@ class _Text:
 
     def speakers(self) -> Iterator[Span]:
         """[chat] Marek: … and "Hi team, Chase from …"."""
-        lines = list(contexts.SPEAKER.finditer(self.text))
+        lines = list(name_contexts.SPEAKER.finditer(self.text))
         for line in lines:
             words = self._covered(*line.span("name"))
             if not words or any(self.other(at) for at in range(words[0], words[1] + 1)):
@@ -644,7 +650,7 @@ class _Text:
                 line["sign"] and line["sign"][0] == "[" and self.words[words[0]].capital
             ):
                 yield Span(*words, 0.6)
-        for greeting in contexts.GREETED.finditer(self.text):
+        for greeting in name_contexts.GREETED.finditer(self.text):
             words = self._covered(*greeting.span("name"))
             if words and self._listed(*words, rare=True):
                 yield Span(*words, 0.6)
@@ -672,7 +678,7 @@ class _Text:
             return False
         if not all(self.words[at].capital and not self.other(at) for at in words):
             return False
-        if contexts.CLOSING.search(before):
+        if name_contexts.CLOSING.search(before):
             return True
         if not self._listed(first, last):
             return len(words) > 1 and self.words[first].initial and len(self.words[last].key) > 3
@@ -688,12 +694,12 @@ class _Text:
         while first and last - first < 2 and self.joined(first - 1) and not self.other(first - 1):
             first -= 1
         before = self.text[: self.words[first].start].rstrip(" ")
-        if not before or (before[-1] not in ".!?-\n" and not contexts.CLOSING.search(before)):
+        if not before or (before[-1] not in ".!?-\n" and not name_contexts.CLOSING.search(before)):
             return
         words = range(first, last + 1)
         own = any(self.sure(at) or self.own_family(at) for at in words)
         named = all(self.words[at].capital for at in words) and self.mixed(first)
-        dash = before[-1] == "-" or bool(contexts.CLOSING.search(before))
+        dash = before[-1] == "-" or bool(name_contexts.CLOSING.search(before))
         own = own and (len(words) > 1 or self.sure(first))
         if (own or dash) and self._listed(first, last, rare=dash):
             yield Span(first, last, 0.55)
@@ -727,7 +733,7 @@ class _Text:
 
     def _and(self, one: int, other: int) -> bool:
         between = self.text[self.words[one].end : self.words[other].start]
-        return bool(contexts.AND.fullmatch(between))
+        return bool(name_contexts.AND.fullmatch(between))
 
     def repeated(self, spans: list[Span]) -> Iterator[Span]:
         """The parts of a name that was found once, wherever else they stand with a capital."""
@@ -739,21 +745,25 @@ class _Text:
             for at in range(span.first, span.last + 1)
             if len(self.words[at].key) > 2
             and not self.other(at)
-            and self.words[at].key not in contexts.PARTICLES
+            and self.words[at].key not in name_contexts.PARTICLES
         }
         for at, word in enumerate(self.words):
             if at in taken or word.key not in parts or not word.capital or not self.mixed(at):
                 continue
             before = self.before(at)
-            place = contexts.PLACE.search(before) or contexts.NO_PERSON.match(self.text, word.end)
+            place = name_contexts.PLACE.search(before) or name_contexts.NO_PERSON.match(
+                self.text, word.end
+            )
             own = self.sure(at) or self.own_family(at)
             own = own or any(
                 sign.match(self.text, word.end)
-                for sign in (contexts.ACTS, contexts.DOES, contexts.VERB_AFTER)
+                for sign in (name_contexts.ACTS, name_contexts.DOES, name_contexts.VERB_AFTER)
             )
             if word.key in self.names.en_places:
                 own = False
-            if not place and (own or not (contexts.PLACE_WORDS.search(before) or self._starts(at))):
+            if not place and (
+                own or not (name_contexts.PLACE_WORDS.search(before) or self._starts(at))
+            ):
                 yield Span(at, at, 0.55)
 
     # The whole name ──────────────────────────────────────────────────────────────────────────────
@@ -771,7 +781,7 @@ class _Text:
                 to < last + 3
                 and to + 1 < len(self.words)
                 and self.joined(to)
-                and self.words[to].key in contexts.PARTICLES
+                and self.words[to].key in name_contexts.PARTICLES
                 and not self.words[to].capital
             ):
                 to += 1
@@ -793,9 +803,9 @@ class _Text:
         if not word.capital:
             return self.sure(at) or self.own_family(at)
         listed = self.given(at) or self.family(at)
-        if self.other(at) or (word.key in contexts.ROLE_WORDS and not listed):
+        if self.other(at) or (word.key in name_contexts.ROLE_WORDS and not listed):
             return False
-        return listed or (self.mixed(at) and not re.fullmatch(contexts.NOUNS, word.key))
+        return listed or (self.mixed(at) and not re.fullmatch(name_contexts.NOUNS, word.key))
 
 
 def _word(match: re.Match[str]) -> Word:

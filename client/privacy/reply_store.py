@@ -49,7 +49,7 @@ class ReplyStore:
         with self._ledger.writing(outcome):
             if charge.sequence in self._ledger.releases:
                 raise RefusalError("This charge has its reply already.", code=ErrorCode.REPLY_LOST)
-            self._ledger.append(Released, charge=charge.sequence, reply=name, own=stayed)
+            self._ledger.append(Released, charge=charge.sequence, reply=name, local_state=stayed)
 
     def reply(self, released: Released) -> bytes:
         """The bytes that were released; RefusalError E204 if they are not there any more."""
@@ -61,7 +61,7 @@ class ReplyStore:
             )
         return wire
 
-    def own(self, charges: Iterable[Charged]) -> bytes | None:
+    def local_state(self, charges: Iterable[Charged]) -> bytes | None:
         """What stayed at the site with the latest round of these that was released; None if there
         is none. RefusalError E212 if it is not there any more."""
         last = max(
@@ -76,4 +76,4 @@ class ReplyStore:
 
     def _left(self, charge: Charged) -> str | None:
         released = self._ledger.releases.get(charge.sequence)
-        return None if released is None else released.own
+        return None if released is None else released.local_state

@@ -24,7 +24,7 @@ from silotune.client.training.dp_optimizer import (
     plain_gradient,
     private_gradient,
 )
-from silotune.client.training.local_state import NOTHING, Own
+from silotune.client.training.local_state import NOTHING, LocalState
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.privacy_units import Group
 from silotune.client.training.released_metrics import _Measured
@@ -46,7 +46,7 @@ def train_round(
     adapter: Arrays,
     source: NoiseSource,
     clip_norm: float,
-    own: Own = NOTHING,
+    local_state: LocalState = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the round's trained tensors after `mechanism.steps` private steps, and the
     contract's released metrics (means over the steps of sum / expected batch). own: what the site
@@ -54,7 +54,7 @@ def train_round(
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
-    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `own`, which is
+    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `local_state`, which is
     made of such.
 
     The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
@@ -63,9 +63,9 @@ def train_round(
     """
     names = trained_names(adapter, plan.trains)
     private = contract.privacy.mode == "dp"
-    with model.lock, model.requiring(names), model.unmixed(private):
+    with model.lock, model.requiring(names), model.batch_invariant(private):
         trainer = LocalTrainer(
-            contract, plan, mechanism, model, data, adapter, source, clip_norm, own
+            contract, plan, mechanism, model, data, adapter, source, clip_norm, local_state
         )
         for number in range(mechanism.steps):
             trainer.step(number)
@@ -86,25 +86,26 @@ class LocalTrainer:
         adapter: Arrays,
         source: NoiseSource,
         clip_norm: float,
-        own: Own,
+        local_state: LocalState,
     ) -> None:
         self.plan, self.mechanism, self.model, self.data = plan, mechanism, model, data
         self.source = source
         self.divisor = contract.privacy.expected_units * mechanism.sampling_rate
         self.measured = _Measured(contract, mechanism, model.objective, self.divisor, source)
         self._dropout: Tensor | None = None  # of the head's inputs, in the step that is being done
-        model.load(own.laid_over(adapter))
+        model.load(local_state.laid_over(adapter))
         known, names = model.named_tensors(), trained_names(adapter, plan.trains)
         self.tensors = {name: known[name] for name in names}
         self._start = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         self._moved = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
         self._pulled = {
             name: self._start[name] - _tensor(adapter[name], model)
-            for name in own.tensors
+            for name in local_state.tensors
             if name in self._start
         }
         self._corrections = {
-            name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
+            name: _tensor(array, model)
+            for name, array in local_state.corrections(adapter, names).items()
         }
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         self._inner = self._optimizer(gradient_noise * clip_norm / self.divisor)
@@ -130,7 +131,9 @@ class LocalTrainer:
 
     def step(self, number: int) -> None:
         """One step on a new Poisson sample. number: from 0 in the round."""
-        self._dropout = _kept(self.plan.phase, self.model, (self.plan.round_in_phase, number))
+        self._dropout = _dropout_mask(
+            self.plan.phase, self.model, (self.plan.round_in_phase, number)
+        )
         groups = self._sample()
         self._gradient(groups)
         self.measured.step(groups, self._private)
@@ -175,7 +178,9 @@ class LocalTrainer:
 
     def _losses(self, index: Tensor) -> Tensor:
         encoded = self.data.encoded
-        outputs = self.model(encoded, index, adapter=self.plan.phase.adapts, kept=self._dropout)
+        outputs = self.model(
+            encoded, index, adapter=self.plan.phase.adapts, dropout_mask=self._dropout
+        )
         targets = self.model.targets(encoded, self.data.labels, index).to(outputs.device)
         self.measured.see(index, outputs, targets)
         return self.model.objective.losses(outputs, targets)
@@ -196,11 +201,11 @@ def _tensor(array: np.ndarray, model: Network) -> Tensor:
     return torch.from_numpy(array).to(model.device)
 
 
-def _kept(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
+def _dropout_mask(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
     """What the head's inputs are multiplied by in a step: dropout with one mask for all records,
     drawn from the round's public place in its phase and the step."""
     if not phase.dropout:
         return None
     size = next(m.in_features for m in model.head.modules() if isinstance(m, nn.Linear))
-    kept = np.random.default_rng(seed).random(size) >= phase.dropout
-    return torch.from_numpy(kept / (1 - phase.dropout)).float().to(model.device)
+    dropout_mask = np.random.default_rng(seed).random(size) >= phase.dropout
+    return torch.from_numpy(dropout_mask / (1 - phase.dropout)).float().to(model.device)

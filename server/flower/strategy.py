@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from silotune.common.errors import ErrorCode, PeerError, ProtocolError
 from silotune.common.protocol.messages import RECORD, WIRE
 from silotune.server.rounds.arrivals import Arrivals
-from silotune.server.rounds.exchange import NoReply, Reply, Stages
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import NoReply, Reply, RoundProtocol
+from silotune.server.rounds.run import RoundRecord, Run
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class SilotuneStrategy(Strategy):
         self.run = run
         self.nodes: dict[int, str] = {}
         self._asked: dict[str, int] = {}
-        self._stages: Stages[RoundFacts] | None = None  # of the open round
+        self._stages: RoundProtocol[RoundRecord] | None = None  # of the open round
         self._requests: Mapping[str, bytes] = {}
 
     def summary(self) -> None:
@@ -98,8 +98,10 @@ class SilotuneStrategy(Strategy):
             return Result()
         self.nodes = self._find_sites(grid)
         while not self.run.done:
-            requests = self.configure_train(self.run.number, ArrayRecord(), ConfigRecord(), grid)
-            self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
+            requests = self.configure_train(
+                self.run.server_round, ArrayRecord(), ConfigRecord(), grid
+            )
+            self.aggregate_train(self.run.server_round, self._exchange(grid, list(requests)))
         return Result()
 
     def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:

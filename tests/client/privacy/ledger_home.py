@@ -14,7 +14,7 @@ from silotune.client.privacy.ledger import FILE, Ledger
 from silotune.client.privacy.ledger_entries import (
     Charged,
 )
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.privacy.reply_store import ReplyStore
 from silotune.common.errors import RefusalError
 
@@ -35,15 +35,15 @@ FACTS: dict[str, Any] = {
 HASH = "ab" * 32
 
 
-ALL_FACTS = {**FACTS, "attempt": 9, "lineage": HASH, "basis": "basis", "rows": 3}
+ALL_FACTS = {**FACTS, "attempt": 9, "record_set": HASH, "basis": "basis", "rows": 3}
 
 
-def lineage_of(*numbers: int) -> Lineage:
+def lineage_of(*numbers: int) -> RecordSet:
     found = b"".join(number.to_bytes(16, "big") for number in sorted(numbers))
-    return Lineage.of_bytes("basis", found, len(numbers))
+    return RecordSet.of_bytes("basis", found, len(numbers))
 
 
-def charge(ledger: Ledger, attempt: int, records: Lineage, **facts: Any) -> Charged:
+def charge(ledger: Ledger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
     with ledger.writing():
         return ledger.charge(records, attempt=attempt, **{**FACTS, **facts})
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.client.privacy.record_identity import components
-from silotune.client.privacy.record_ids import Lineage, of_table
+from silotune.client.privacy.record_ids import RecordSet, of_table
 from silotune.common.data import records
 from silotune.common.data.records import Table
 
@@ -22,7 +22,7 @@ HEADER = ["patient", "âge", "note"]
 ROWS = [["p1", "5", "rué"], ["p2", "60.50", "plain, quoted"], ["p3", "-0.125", ""]]
 
 
-def shared(records: Lineage, others: Lineage) -> NDArray[np.bool_]:
+def shared(records: RecordSet, others: RecordSet) -> NDArray[np.bool_]:
     """[R] for each of `records`, whether it is among the others; all of them if bases differ."""
     if records.basis != others.basis:
         return np.ones(len(records.fingerprints), dtype=bool)
@@ -35,7 +35,7 @@ def made(
     header: Sequence[str] = HEADER,
     key: Sequence[str] = (),
     secret: bytes = SECRET,
-) -> Lineage:
+) -> RecordSet:
     numbered = [(i + 2, list(row)) for i, row in enumerate(rows)]
     return of_table(Table("made.csv", list(header), numbered), key, secret)
 
@@ -53,6 +53,6 @@ def text_of(
     return out.getvalue()
 
 
-def of_bytes(path: Path, data: bytes, key: Sequence[str] = ()) -> Lineage:
+def of_bytes(path: Path, data: bytes, key: Sequence[str] = ()) -> RecordSet:
     path.write_bytes(data)
     return of_table(records.table(path), key, SECRET)

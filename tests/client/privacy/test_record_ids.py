@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.canonical_values import canonical
-from silotune.client.privacy.record_ids import Lineage, of_table
+from silotune.client.privacy.record_ids import RecordSet, of_table
 from silotune.common.data.records import Table
 from silotune.common.errors import DataError
 from tests.client.privacy.record_tables import (
@@ -137,7 +137,7 @@ def test_rows_with_one_key_are_one_record() -> None:
     ],
     ids=["key", "column less", "column more", "column renamed"],
 )
-def test_what_cannot_be_compared_counts_as_the_same(other: Lineage) -> None:
+def test_what_cannot_be_compared_counts_as_the_same(other: RecordSet) -> None:
     assert shared(other, made()).all()
     assert shared(made(), other).all()
 
@@ -192,7 +192,7 @@ def test_long_numbers_that_differ_stay_different(key: Sequence[str], digits: int
 
 def with_index(
     numbers: Sequence[object], place: int = 0, name: str = "nr", **given: Any
-) -> Lineage:
+) -> RecordSet:
     """ROWS with another column at `place`."""
     rows = [[*row[:place], str(n), *row[place:]] for row, n in zip(ROWS, numbers, strict=True)]
     return made(rows, [*HEADER[:place], name, *HEADER[place:]], **given)
@@ -319,7 +319,7 @@ def test_the_fingerprints_depend_on_the_key() -> None:
 
 def test_fingerprints_are_read_back_from_their_bytes() -> None:
     found = made()
-    again = Lineage.of_bytes(found.basis, found.fingerprints.tobytes(), found.rows)
+    again = RecordSet.of_bytes(found.basis, found.fingerprints.tobytes(), found.rows)
     assert again.id == found.id
     assert shared(again, found).all()
 
@@ -328,10 +328,10 @@ def test_fingerprints_with_zero_bytes_stay_apart() -> None:
     """NumPy's fixed strings lose zeros at their end when read one by one; comparing must not."""
     tails = [bytes(8), b"a" + bytes(7), b"a" * 7 + b"\0", bytes(7) + b"a"]
     data = b"".join(sorted(tail + bytes(8) for tail in tails))
-    found = Lineage.of_bytes("b", data, 4)
+    found = RecordSet.of_bytes("b", data, 4)
     assert len(np.unique(found.fingerprints)) == 4
     for i in range(4):
-        one = Lineage.of_bytes("b", data[16 * i : 16 * i + 16], 1)
+        one = RecordSet.of_bytes("b", data[16 * i : 16 * i + 16], 1)
         assert shared(found, one).tolist() == [i == k for k in range(4)]
 
 

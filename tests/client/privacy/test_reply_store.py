@@ -110,14 +110,14 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
         else Ledger.in_memory("north", keys)
     )
     charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
-    assert ReplyStore(ledger).own(charges) is None
+    assert ReplyStore(ledger).local_state(charges) is None
     for paid, own in zip(charges, (b"first", b"second", None), strict=True):
         ReplyStore(ledger).release(paid, b"the reply", own)
-    assert ReplyStore(ledger).own(charges) == b"second"
-    assert ReplyStore(ledger).own(charges[:1]) == b"first"
+    assert ReplyStore(ledger).local_state(charges) == b"second"
+    assert ReplyStore(ledger).local_state(charges[:1]) == b"first"
     if on_disk:
         (tmp_path / "state" / "replies" / hashlib.sha256(b"second").hexdigest()).unlink()
         with pytest.raises(RefusalError, match="is not on disk any more") as refusal:
-            ReplyStore(ledger).own(charges)
+            ReplyStore(ledger).local_state(charges)
         assert refusal.value.code == "E212"
     close(ledger)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from silotune.client.privacy import written_forms
 from silotune.client.privacy.canonical_values import value
-from silotune.client.privacy.record_ids import Lineage, of_table
+from silotune.client.privacy.record_ids import RecordSet, of_table
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
@@ -268,7 +268,7 @@ def test_what_pandas_makes_of_a_parquet_file_are_the_same_records(
         assert shared(found["parquet"], one).all(), name
 
 
-def typed_forms(folder: Path, rows: list[tuple[Any, ...]], zone: str) -> dict[str, Lineage]:
+def typed_forms(folder: Path, rows: list[tuple[Any, ...]], zone: str) -> dict[str, RecordSet]:
     """Of a Parquet file with typed columns what pandas saves."""
     import pandas as pd
     import pyarrow as pa
@@ -369,7 +369,7 @@ def json_line(text: str, escaped: str) -> str:
     return line + "\n"
 
 
-def forms_on_disk(folder: Path, text: str) -> dict[str, Lineage]:
+def forms_on_disk(folder: Path, text: str) -> dict[str, RecordSet]:
     """The row with this text in every format."""
     import openpyxl
     import pyarrow as pa
@@ -425,7 +425,7 @@ def test_a_model_is_trained_on_the_text_that_a_workbook_means(
     assert records.table(tmp_path / "a.xlsx").rows[0][1] == [read, "x"]
 
 
-def misread(folder: Path, line: str, encoding: str) -> Lineage | None:
+def misread(folder: Path, line: str, encoding: str) -> RecordSet | None:
     """A file of this JSON line in UTF-8, declared as another encoding; None where it cannot be."""
     (folder / "a.jsonl").write_bytes(line.encode())
     try:
