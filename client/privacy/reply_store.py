@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from silotune.client.privacy.ledger import NOTHING_SPENT, Ledger
+from silotune.client.privacy.ledger import NOTHING_SPENT, PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Released, damaged
 from silotune.client.privacy.stored_files import disk_full, storing
 from silotune.common.errors import ErrorCode, RefusalError
@@ -17,7 +17,7 @@ from silotune.common.errors import ErrorCode, RefusalError
 class ReplyStore:
     """The replies of one site, by the entries of its ledger."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: PrivacyLedger) -> None:
         self._ledger, self._files = ledger, ledger.files
 
     def check_room(self, size: int) -> None:

@@ -20,7 +20,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.training.dataset import Dataset
 from silotune.client.training.dp_adam import NoiseCorrectedAdam
 from silotune.client.training.dp_optimizer import (
-    CryptoNoiseOptimizer,
+    DPOptimizer,
     plain_gradient,
     private_gradient,
 )
@@ -111,7 +111,7 @@ class LocalTrainer:
         self._inner = self._optimizer(gradient_noise * clip_norm / self.divisor)
         self._private = None
         if contract.privacy.mode == "dp":
-            self._private = CryptoNoiseOptimizer(
+            self._private = DPOptimizer(
                 torch.optim.SGD(self.tensors.values()),
                 source=source,
                 noise_multiplier=gradient_noise,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger import FILE, PrivacyLedger
 from silotune.client.privacy.ledger_entries import (
     Charged,
 )
@@ -43,7 +43,7 @@ def lineage_of(*numbers: int) -> RecordSet:
     return RecordSet.of_bytes("basis", found, len(numbers))
 
 
-def charge(ledger: Ledger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
+def charge(ledger: PrivacyLedger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
     with ledger.writing():
         return ledger.charge(records, attempt=attempt, **{**FACTS, **facts})
 
@@ -58,7 +58,7 @@ class Home:
     def begin(cls, folder: Path, charges: int = 3) -> Home:
         """Opened, `charges` charges on two sets of records, of which the first was released."""
         home = cls(folder)
-        ledger = Ledger.create(home.state, Keys.create(home.keys), "north")
+        ledger = PrivacyLedger.create(home.state, Keys.create(home.keys), "north")
         for i in range(charges):
             paid = charge(ledger, i + 1, lineage_of(*range(5 - i % 2)))
             if i == 0:
@@ -78,8 +78,8 @@ class Home:
     def file(self) -> Path:
         return self.state / FILE
 
-    def open(self) -> Ledger:
-        return Ledger.open(self.state, Keys.load(self.keys))
+    def open(self) -> PrivacyLedger:
+        return PrivacyLedger.open(self.state, Keys.load(self.keys))
 
     @contextlib.contextmanager
     def tampering(self) -> Iterator[sqlite3.Connection]:
@@ -106,7 +106,7 @@ class Home:
         return False
 
 
-def close(ledger: Ledger) -> None:
+def close(ledger: PrivacyLedger) -> None:
     ledger._database.close()
 
 

@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import ledger_entries
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger import FILE, PrivacyLedger
 from silotune.client.privacy.ledger_entries import (
     FIRST,
     Charged,
@@ -83,7 +83,7 @@ def test_a_ledger_in_memory_leaves_nothing_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     paid = charge(ledger, 1, lineage_of(1, 2))
     ReplyStore(ledger).release(paid, b"reply")
     assert ReplyStore(ledger).reply(ledger.releases[paid.sequence]) == b"reply"
@@ -137,11 +137,11 @@ def test_a_second_ledger_is_not_made_beside_the_first(home: Home, tmp_path: Path
     held = Keys.load(home.keys)
     for folder in (home.state, tmp_path / "elsewhere"):
         with pytest.raises(RefusalError, match="already belong to a ledger") as refusal:
-            Ledger.create(folder, held, "north")
+            PrivacyLedger.create(folder, held, "north")
         assert refusal.value.code == "E212"
     home.file.unlink()
     with pytest.raises(RefusalError, match="already belong"):
-        Ledger.create(home.state, held, "north")
+        PrivacyLedger.create(home.state, held, "north")
 
 
 # Edits
@@ -485,7 +485,7 @@ def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
 def test_the_keys_of_another_site_do_not_open_it(home: Home, tmp_path: Path) -> None:
     other = Home.begin(tmp_path / "other")
     with pytest.raises(RefusalError) as refusal:
-        Ledger.open(home.state, Keys.load(other.keys))
+        PrivacyLedger.open(home.state, Keys.load(other.keys))
     assert refusal.value.code == "E212"
 
 
@@ -897,7 +897,7 @@ def test_what_an_error_of_the_database_means(
 
 
 def test_a_number_written_as_text_is_not_in_the_ledgers_form(tmp_path: Path) -> None:
-    ledger = Ledger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
     close(ledger)
     with sqlite3.connect(tmp_path / "state" / FILE) as connection:
         ((body,),) = connection.execute("SELECT body FROM entries WHERE sequence = 1").fetchall()

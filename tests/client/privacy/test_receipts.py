@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.errors import RefusalError
 from silotune.common.protocol.messages import Receipt
 from tests.client.privacy.ledger_home import (
@@ -31,7 +31,7 @@ def test_a_receipt_of_any_entry_is_known_again(home: Home) -> None:
         ledger.check_receipt(receipt)
 
 
-def forged(ledger: Ledger, **changes: Any) -> Receipt:
+def forged(ledger: PrivacyLedger, **changes: Any) -> Receipt:
     """A receipt with other content, rightly signed."""
     wanted = ledger.receipt().model_copy(update=changes)
     statement = Receipt.statement(ledger.identity.name, wanted.sequence, wanted.head)

@@ -12,7 +12,7 @@ import pytest
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import stored_files
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.reply_store import ReplyStore
 from silotune.common.errors import RefusalError
 from tests.client.privacy.ledger_home import (
@@ -105,9 +105,9 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
 ) -> None:
     keys = Keys.create(tmp_path / "keys")
     ledger = (
-        Ledger.create(tmp_path / "state", keys, "north")
+        PrivacyLedger.create(tmp_path / "state", keys, "north")
         if on_disk
-        else Ledger.in_memory("north", keys)
+        else PrivacyLedger.in_memory("north", keys)
     )
     charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
     assert ReplyStore(ledger).local_state(charges) is None

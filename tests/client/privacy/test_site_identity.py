@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.site_identity import SiteIdentity
 from silotune.common.signing import verifies
 
@@ -13,8 +13,8 @@ KEYS = Keys.in_memory(bytes(range(32)))
 def test_keys_of_a_simulation_are_in_no_roster() -> None:
     assert SiteIdentity("north", KEYS).public == KEYS.public
     assert SiteIdentity("north", KEYS, in_roster=False).public is None
-    assert Ledger.in_memory("north").identity.public is None
-    assert Ledger.in_memory("north", KEYS).identity.public == KEYS.public
+    assert PrivacyLedger.in_memory("north").identity.public is None
+    assert PrivacyLedger.in_memory("north", KEYS).identity.public == KEYS.public
 
 
 def test_a_statement_is_signed_by_the_key_of_the_roster() -> None:
