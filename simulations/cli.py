@@ -52,7 +52,7 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     checkpointing, micro_batch, cache_megabytes, cache_folder.
 
     \b
-    $ silotune sim run heart-diagnosis epsilon=3 variants=alone,federated-head
+    $ silotune sim run heart-diagnosis epsilon=3 variants=federated-lora,alone
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """

@@ -79,8 +79,7 @@ class Progress:
             self.console.width = WIDE
         self._live: Live | None = None
         self._jobs: list[Job] = []
-        self._main: tuple[str, int] = ("", 0)
-        self._rounds: dict[tuple[str, int], int] = {}
+        self._main: tuple[str, int] | None = None
         self._cost_done = self._cost_all = 0.0
         self._began = self._started = time.monotonic()
         self._finished = 0
@@ -117,8 +116,13 @@ class Progress:
         p = c.privacy
         lora = f"{c.adapter.words} · " if c.adapter else ""
         say(
-            f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
-            f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
+            f"Plan   {c.rounds} rounds · {lora}"
+            + (
+                f"unit: one {p.unit} · "
+                f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
+                if p.mode == "dp"
+                else "no differential privacy"
+            )
         )
         for warning in c.delta_warnings:
             say(f"     ! {warning}")
@@ -135,7 +139,10 @@ class Progress:
             f"Round  sites  loss   {self._metric_label():<8} (public test)  "
             f"ε of {epsilon_text(p.epsilon)}           left"
         )
-        self._jobs, self._main = jobs, (jobs[0].variant, jobs[0].repeat)
+        self._jobs, first = jobs, (jobs[0].variant, jobs[0].repeat)
+        # Of sites by themselves there are several, whose rounds would be mixed.
+        if sum((job.variant, job.repeat) == first for job in jobs) == 1:
+            self._main = first
         self._cost_all = sum(job.cost for job in jobs)
         self._began = self._started = time.monotonic()
         if self.console.is_terminal:

@@ -42,7 +42,7 @@ from silotune.simulations.datasets import catalog as data
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, masked
-from silotune.simulations.execution.variants import Job, JobResult, Variant, variants_of
+from silotune.simulations.execution.variants import Job, JobResult, Variant, main_of, variants_of
 
 
 def run(
@@ -67,7 +67,8 @@ def run(
     if options.masked and len(contract.sites) >= 3:
         contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
     variants = _chosen(variants_of(contract, recipe.facts["variants"]), options.variants)
-    progress = Progress(recipe.facts, contract, quiet=quiet, stderr=stderr)
+    shown = main_of(variants).contracts[0]
+    progress = Progress(recipe.facts, shown, quiet=quiet, stderr=stderr)
     _set_aside(folder)
     with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
         counts, rows, notes = recipe.rows(folder)
@@ -168,8 +169,7 @@ def _results(
 
 
 def _chosen(variants: list[Variant], names: Sequence[str]) -> list[Variant]:
-    """The main variant and those that are named; all of them if none is. UsageError: no such
-    variant."""
+    """The variants that are named; all of them if none is. UsageError: no such variant."""
     known = [variant.name for variant in variants]
     for name in names:
         if name not in known:
@@ -177,11 +177,7 @@ def _chosen(variants: list[Variant], names: Sequence[str]) -> list[Variant]:
                 f"There is no variant '{name}'.{did_you_mean(name, known)} "
                 f"Known: {', '.join(known)}."
             )
-    return (
-        [variant for variant in variants if variant.main or variant.name in names]
-        if names
-        else variants
-    )
+    return [variant for variant in variants if not names or variant.name in names]
 
 
 def _check_figure(metric: str, contract: Contract, split: Path) -> None:
@@ -224,7 +220,7 @@ def _jobs(
     keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main variant's first run first, so that it can be watched; then the costly ones."""
-    facts = recipe.facts
+    facts, main = recipe.facts, main_of(variants)
     every = options.evaluate_every or facts["evaluate_every"]
     found = []
     for variant in variants:
@@ -246,14 +242,16 @@ def _jobs(
                         rows,
                         # One site has nothing to federate; no message needs to travel.
                         federated=len(contract.sites) > 1,
-                        evaluate_every=every if variant.main and repeat == 0 else contract.rounds,
+                        evaluate_every=every
+                        if variant is main and repeat == 0
+                        else contract.rounds,
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
                         keys=keys,
                     )
                 )
     yield from sorted(
-        found, key=lambda job: (job.variant != variants[0].name or job.repeat > 0, -job.cost)
+        found, key=lambda job: (job.variant != main.name or job.repeat > 0, -job.cost)
     )
 
 

@@ -101,7 +101,7 @@ def test_three_commands(table: Path) -> None:
             "site_column=branch",
             "repeats=1",
             "baseline_repeats=1",
-            "variants=pooled-no-dp",
+            "variants=federated-lora,pooled-no-dp",
             "--out",
             "run",
             "--json",
@@ -387,7 +387,7 @@ def few(table: Path, out: str, *settings: str) -> list[str | Path]:
         "site_column=branch",
         "repeats=1",
         "baseline_repeats=1",
-        "variants=pooled-no-dp",
+        "variants=federated-lora,pooled-no-dp",
         "processes=1",
         *settings,
         "--out",
@@ -489,3 +489,33 @@ def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
     assert code == 1
     assert "E310 adapter.targets names 'qeury'" in wrong
     assert not (tmp_path / "run" / "variants").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("asked", "main", "rounds"),
+    [("pooled-no-dp,federated-no-dp", "federated-no-dp", True), ("alone", "alone", False)],
+)
+def test_the_variants_that_are_named_are_run_and_no_other(
+    table: Path,
+    contract_of: Callable[..., Path],
+    run: Callable[..., Ran],
+    asked: str,
+    main: str,
+    rounds: bool,
+) -> None:
+    contract_of(table)
+    code, said, wrong = run(*few(table, "run", f"variants={asked}"))
+    assert code == 0, wrong
+    assert {folder.name.split("-0")[0] for folder in (table.parent / "run/variants").iterdir()} == (
+        set(asked.split(","))
+    )
+    result = json.loads((table.parent / "run" / "result.json").read_text())
+    own = next(variant for variant in result["variants"] if variant["main"])
+    assert own["name"] == main
+    assert bool(result["curve"]) == rounds
+    assert f"These are of: {own['label']}. The contract's own variant was not run." in said
+    assert "price of privacy" not in said
+    spent = [site["epsilon"] for site in result["privacy"]["sites"]]
+    assert all(value is not None and 0 < value <= 8.0 for value in spent) == own["private"]
+    assert ("no differential privacy" in said) != own["private"]

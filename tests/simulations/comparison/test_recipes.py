@@ -254,7 +254,7 @@ def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> 
         "run",
         "heart-diagnosis",
         "repeats=1",
-        "variants=federated-one-hot",
+        "variants=federated-lora,federated-one-hot",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -285,7 +285,8 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
             "make",
             "demo",
             f"OUT={tmp_path / 'demo'}",
-            "SETTINGS=repeats=1 baseline_repeats=1 variants=federated-head,federated-one-hot",
+            "SETTINGS=repeats=1 baseline_repeats=1 "
+            "variants=federated-lora,federated-head,federated-one-hot",
         ],
         cwd=ROOT,
         capture_output=True,
