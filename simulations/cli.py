@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
-from silotune.common.runtime.terminal import echo
+from silotune.common.runtime.terminal import busy, echo
 from silotune.simulations.datasets import catalog as sources
 
 
@@ -36,12 +37,37 @@ def sim_ls(as_json: bool) -> None:
     )
 
 
-@sim.command("run")
+class WithSettings(click.Command):
+    """A command with KEY=VALUE settings, which says so where one is given like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from silotune.simulations.comparison import options
+
+            known = options.OF_RUN if self.name == "run" else options.OF_COMPUTING
+            told = options.misplaced_option(error.option_name, words, known)
+            if not told:
+                raise
+            raise UsageError(told) from None
+
+
+@sim.command("run", cls=WithSettings)
 @click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A first look: three variants, one run of each, and at most 20 rounds of a phase of the "
+    "head and 3 of one that adapts layers. The figures are not the recipe's.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
-def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+def sim_run(
+    recipe: str, settings: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
+) -> None:
     """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
 
     Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
@@ -52,28 +78,32 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     checkpointing, micro_batch, cache_megabytes, cache_folder.
 
     \b
+    $ silotune sim run heart-diagnosis --quick
     $ silotune sim run heart-diagnosis epsilon=3 variants=federated-lora,alone
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
-    from silotune.simulations.comparison.options import Options
-    from silotune.simulations.comparison.recipe import load_recipe, own_recipe
-    from silotune.simulations.comparison.run import run
+    with busy(f"starting {recipe}"):
+        from silotune.simulations.comparison.options import Options
+        from silotune.simulations.comparison.recipe import load_recipe, own_recipe
+        from silotune.simulations.comparison.run import run
+        from silotune.simulations.execution.device import check_device
 
-    options = Options.parse(settings)
-    if options.data is not None:
-        found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
-    elif Path(recipe).suffix in (".toml", ".json"):
-        raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
-    else:
-        found = load_recipe(recipe)
+        options = replace(Options.parse(settings), quick=quick)
+        check_device(options.performance)
+        if options.data is not None:
+            found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
+        elif Path(recipe).suffix in (".toml", ".json"):
+            raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
+        else:
+            found = load_recipe(recipe)
     command = "silotune " + shlex.join(sys.argv[1:])
-    result = run(found, options, out or Path("runs") / found.name, command, quiet=as_json)
+    result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
 
 
-@sim.command("compare")
+@sim.command("compare", cls=WithSettings)
 @click.argument("study", metavar="STUDY|STUDY.toml")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
@@ -133,6 +163,7 @@ def sim_compare(
         processes or 0,
         only=only,
         performance=computing(settings),
+        stderr=as_json,
     )
     text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"
     (folder / "study.md").write_text(text, encoding="utf-8")
