@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +25,59 @@ def sim() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
+    from silotune.simulations.comparison.duration import clock
     from silotune.simulations.comparison.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
+    rows = [
+        {
+            "name": r.name,
+            "title": r.facts["title"],
+            "records": r.facts["records"],
+            "seconds": r.facts.get("measured", {}).get("seconds"),
+        }
+        for r in recipes
+    ]
     wide = max(len(recipe.name) for recipe in recipes)
+    lines = []
+    for r in rows:
+        took = clock(r["seconds"]) if r["seconds"] else "–"
+        lines.append(f"{r['name']:<{wide}} {r['records']:>7,} records {took:>6}  {r['title']}")
     emit(
-        [{"name": r.name, "title": r.facts["title"]} for r in recipes],
+        rows,
         as_json,
-        "\n".join(f"{r.name:<{wide}} {r.facts['title']}" for r in recipes)
-        + "\n"
-        + next_step("sim", "run", recipes[0].name),
+        "\n".join(
+            [
+                *lines,
+                "Times: one run of the contract's own variant, ε 8, two cores; –: not recorded.",
+                next_step("sim", "show", recipes[0].name),
+            ]
+        ),
     )
+
+
+@sim.command("show")
+@click.argument("recipe")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+def sim_show(recipe: str, as_json: bool) -> None:
+    """What a recipe is: task, data and licence, sites, model and method, guarantee, variants, and
+    how long a run took. Nothing is fetched.
+
+    \b
+    $ silotune sim show heart-diagnosis
+    """
+    from silotune.simulations.comparison.overview import described, overview
+    from silotune.simulations.comparison.progress import folded
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    found = overview(load_recipe(recipe))
+    width = shutil.get_terminal_size().columns
+    lines = [folded(f"  {label:<9}", text, width) for label, text in described(found)]
+    following = [
+        next_step("sim", "run", recipe, "--quick"),
+        next_step("contract", "show", recipe),
+    ]
+    emit(found, as_json, "\n".join([f"{recipe}  {found['title']}", *lines, *following]))
 
 
 class WithSettings(click.Command):
@@ -219,17 +262,26 @@ def data_ls(as_json: bool) -> None:
             "licence": s.licence,
             "sha256": s.sha256,
             "here": s.path.is_dir(),
+            "bytes": s.bytes_here,
+            "download_bytes": s.bytes_to_download,
         }
         for s in sources.SOURCES.values()
     ]
     wide = max(len(source) for source in sources.SOURCES)
+    lines = [
+        f"{s.name:<{wide}} on disk {_megabytes(s.bytes_here):>6} · "
+        f"download {_megabytes(s.bytes_to_download):>5}  {s.about}"
+        for s in sources.SOURCES.values()
+    ]
     emit(
         rows,
         as_json,
-        "\n".join(
-            f"{r['name']:<{wide}} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows
-        ),
+        "\n".join([*lines, "Sizes in megabytes; –: not here, or on no package index."]),
     )
+
+
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e6:.1f}"
 
 
 @data.command("fetch")

@@ -64,3 +64,9 @@ def file_of(contract: Contract, performance: Performance) -> Path:
     repeats, rounds or another ε are the same comparison, another way to compute is not."""
     asked = hashlib.sha256(f"{contract.hash} {performance.model_dump_json()}".encode())
     return catalog.home() / "durations" / f"{asked.hexdigest()[:16]}.json"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 45s, 3m20s."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -29,7 +29,7 @@ from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundFacts
-from silotune.simulations.comparison.duration import Duration
+from silotune.simulations.comparison.duration import Duration, clock
 from silotune.simulations.execution.variants import Job, JobResult
 
 BAR = 12
@@ -140,7 +140,7 @@ class Progress:
         )
         entry(
             "       ",
-            f"about {_clock(last_time.seconds(jobs, processes))} and "
+            f"about {clock(last_time.seconds(jobs, processes))} and "
             f"{last_time.memory / 2**30:.1f} GB of memory, measured on this machine on "
             f"{last_time.date}"
             if last_time
@@ -251,11 +251,11 @@ class Progress:
     def _left(self) -> str:
         if self._cost_done < 0.02 * self._cost_all:
             return ""  # too early for a rate
-        return _clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
+        return clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
 
     def _status(self) -> Text:
         """The live line, as it is now."""
-        since = _clock(time.monotonic() - self._started)
+        since = clock(time.monotonic() - self._started)
         if not self._cost_done:
             return Text(f"starting {len(self._jobs)} runs, {since}")
         left = self._left()
@@ -311,11 +311,6 @@ def folded_step(line: str, width: int) -> str:
         else:
             lines.append(" " * len(NEXT) + word)
     return " \\\n".join(lines) + (f"\n{' ' * len(NEXT)}({note}" if note else "")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def _number(value: float | None, digits: int) -> str:
