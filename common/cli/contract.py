@@ -24,12 +24,15 @@ from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, SilotuneError, UsageError, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import busy, echo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from silotune.common.contract.contract import Contract
+    from silotune.common.contract.drafting import Answers
     from silotune.common.data.text_decoding import Reading
 
 
@@ -160,13 +163,11 @@ def named(name: Path) -> Contract:
 @click.option(
     "--from",
     "data",
-    required=True,
     type=click.Path(path_type=Path),
     help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
 )
 @click.option(
     "--out",
-    required=True,
     type=click.Path(path_type=Path),
     help="The .toml file to write, which must not exist.",
 )
@@ -205,9 +206,7 @@ def named(name: Path) -> Contract:
 @click.option(
     "--epsilon",
     type=float,
-    default=8.0,
-    show_default=True,
-    help="ε of the guarantee, for each unit of a site and one run.",
+    help="ε of the guarantee, for each unit of a site and one run; 8 if not given.",
 )
 @click.option(
     "--delta",
@@ -225,16 +224,29 @@ def named(name: Path) -> Contract:
     type=click.Path(path_type=Path),
     help="The base model's folder: texts are then counted in its own tokens.",
 )
+@click.option(
+    "--interactive",
+    is_flag=True,
+    help="Ask for what is not given; on a terminal that is so without the option, too.",
+)
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def new(
-    data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
+    data: Path | None,
+    out: Path | None,
+    as_json: bool,
+    model: Path | None,
+    interactive: bool,
+    reading: Reading,
+    **given: Any,
 ) -> None:
     """Draft a contract from a table's header and your answers.
 
-    What is not given is asked for, in a terminal. No value of the table has a part in the contract:
-    labels, bin edges and numbers are what the field knows, and whoever gets the contract may know
-    them. When it is written, texts that are longer than the model reads are counted on this screen.
+    What is not given is asked for, in a terminal, and each answer is checked at once. Whoever stops
+    finds the answers again with the same --from and --out. No value of the table has a part in the
+    contract: labels, bin edges and numbers are what the field knows, and whoever gets the contract
+    may know them. When it is written, texts that are longer than the model reads are counted on
+    this screen.
 
     \b
     $ silotune contract new --from loans.csv --out loans.toml --label status \\
@@ -246,13 +258,30 @@ def new(
     from silotune.common.data import file_source, header
     from silotune.common.data.text_decoding import stem_of
 
-    if out.exists():
-        raise UsageError(f"{out} is there already; name a new file.")
+    interactive = interactive or sys.stdin.isatty()
+    if interactive:
+        data = data or _asked_path("File of records with a header", _readable)
+        out = out or _asked_path("Contract to write (.toml)", _new_file)
+    missing = [option for option, path in (("--from", data), ("--out", out)) if path is None]
+    if data is None or out is None:
+        raise UsageError(f"Not given: {', '.join(missing)}.")
+    _new_file(out)
     names = file_source.header(data, reading)
-    answers = _answers(given | {"name": given["name"] or stem_of(data)})
+    given["name"] = given["name"] or stem_of(data)
+    questions = None
+    if interactive:
+        from silotune.common.cli.contract_questions import Questions
+
+        again = ["contract", "new", "--from", data, "--out", out]
+        again += shlex.split(reading_words(reading, "--{key} {value}"))
+        questions = Questions(out, names.header if names.named else None, again)
+        given = questions.ask(given)
+    answers = _answers(given)
     if names.named:
         header.check_header(names.header, answers, data.name)
     write_durably(out, drafting.draft(answers).encode())
+    if questions:
+        questions.done()
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = f"{len(texts) or len(answers.columns)} columns"
@@ -275,6 +304,28 @@ def new(
             ]
         ),
     )
+
+
+def _asked_path(question: str, check: Callable[[Path], object]) -> Path:
+    """A path that is asked for until it is right."""
+    while True:
+        path = Path(click.prompt(question, err=True))
+        try:
+            check(path)
+        except SilotuneError as error:
+            echo(f"✗ {error}", err=True)
+        else:
+            return path
+
+
+def _new_file(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} is there already; name a new file.")
+
+
+def _readable(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"{path} is no file.")
 
 
 def _texts_cut(
@@ -302,48 +353,27 @@ def _texts_cut(
     return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
 
 
-def _answers(given: dict[str, Any]) -> Any:
-    """The answers, asked for where they are missing and somebody is there. UsageError."""
+def _answers(given: dict[str, Any]) -> Answers:
+    """The answers, all of them given. UsageError, ContractError."""
+    from silotune.common.cli.contract_questions import listed
     from silotune.common.contract.drafting import Answers, Column
 
-    asks: list[tuple[str, str]] = [
-        ("task", "Task (classification, multi-label, tokens, regression, ranking, language)"),
-        ("label", "Which column holds it"),
-        ("records", "How many records a site is to have, roughly"),
-    ]
+    asked = ["task", "label", "records"]
     if given["task"] not in ("regression", "language"):
-        asks.insert(2, ("labels", "Its labels, between commas"))
-    missing = [key for key, _ in asks if given[key] is None]
+        asked.insert(2, "labels")
+    missing = [key for key in asked if given[key] is None]
     missing += [key for key in ("sites",) if not given[key]]
     inputs = given["text"] or given["columns"] or given["pair"]
     missing += [] if inputs else ["text or column or pair"]
-    if missing and not sys.stdin.isatty():
+    if missing:
         raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
-    for key, question in asks:
-        if given[key] is None:
-            answer: Any = click.prompt(question)
-            given[key] = int(answer) if key == "records" and answer.isdigit() else answer
-    if not inputs:
-        given["text"] = click.prompt("Column of text (empty for a table)", default="") or None
-        while given["text"] is None:
-            answer = click.prompt(
-                "A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)", default=""
-            )
-            if not answer:
-                break
-            given["columns"] = [*given["columns"], answer]
-    given["sites"] = given["sites"] or _list(click.prompt("Names of the sites, between commas"))
     values = given | {
         "columns": [Column.parse(answer) for answer in given["columns"]],
-        "labels": _list(given["labels"]),
-        "entity": _list(given["entity"]),
-        "others": _list(given["others"]),
+        "labels": listed(given["labels"]),
+        "entity": listed(given["entity"]),
+        "others": listed(given["others"]),
     }
     try:
         return Answers.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise contract_error(error, "the answers", Answers) from None
-
-
-def _list(words: str | None) -> list[str]:
-    return [word.strip() for word in (words or "").split(",") if word.strip()]
