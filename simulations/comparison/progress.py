@@ -249,7 +249,7 @@ class Progress:
         )
 
     def _left(self) -> str:
-        if self._cost_done < 0.02 * self._cost_all:
+        if self._cost_done < 0.05 * self._cost_all:
             return ""  # too early for a rate
         return clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
 
