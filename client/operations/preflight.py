@@ -20,7 +20,7 @@ from silotune.client.operations.server_probe import shake
 from silotune.client.privacy import accountant, record_ids
 from silotune.client.privacy.budget import Budget, Limit, order_of
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
@@ -210,7 +210,7 @@ def _check_records(
     table: _Table,
     policy: Policy,
     contract: Contract | None,
-    ledger: Ledger | None,
+    ledger: PrivacyLedger | None,
     site: Site,
     contract_file: Path,
 ) -> None:
@@ -288,13 +288,13 @@ def _policy(site: Site) -> tuple[Policy, str]:
     return policy, f"{policy.name}: {policy.limits_in_words()}, for ever"
 
 
-def _ledger(site: Site, keys: Keys) -> tuple[Ledger, str]:
-    ledger = Ledger.open(site.state, keys)
+def _ledger(site: Site, keys: Keys) -> tuple[PrivacyLedger, str]:
+    ledger = PrivacyLedger.open(site.state, keys)
     count = counted(len(ledger.entries), "entry", "entries")
     return ledger, f"{count}, chain, MACs and head verified"
 
 
-def _signature(site: Site, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
+def _signature(site: Site, ledger: PrivacyLedger, keys: Keys) -> tuple[Policy, str]:
     policy = signed_policy.adopt(site.config, ledger, keys.owner)
     assert ledger.policy is not None
     return policy, f"the owner's, number {ledger.policy.serial}"
@@ -577,7 +577,7 @@ def _deltas(found: Lineage, policy: Policy, contract: Contract, site: Site) -> l
     return checks
 
 
-def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) -> Check:
+def _budget(ledger: PrivacyLedger, found: Lineage, policy: Policy, contract: Contract) -> Check:
     if contract.privacy.mode == "none":
         return Check(
             "privacy budget",
@@ -645,7 +645,7 @@ def _alternatives(
     )
 
 
-def _clock(ledger: Ledger) -> Check:
+def _clock(ledger: PrivacyLedger) -> Check:
     last = ledger.entries[-1].at
     if time.time() < last:
         return Check(

@@ -63,8 +63,19 @@ NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
 
 
-class Ledger:
-    """The entries of one site, verified, in order. Use `create` once, then `open`."""
+class PrivacyLedger:
+    """The entries of one site, verified, in order: what its records have spent, over all runs.
+
+    Use `create` once, then `open`.
+
+    Attributes:
+        entries: All entries.
+        charges: Each charge, by contract, run, round and attempt.
+        releases: What left the site, by the number of its charge.
+        preparations: The files that `site prepare` made of others.
+        settled: The sets of sites of masked sums, by the number of the charge.
+        public: The site's public key; None for a ledger in memory without one.
+    """
 
     def __init__(self, database: sqlite3.Connection, keys: Keys, folder: Path | None) -> None:
         self._database, self._keys, self._folder = database, keys, folder
@@ -83,7 +94,19 @@ class Ledger:
 
     @classmethod
     def create(cls, folder: Path, keys: Keys, site: str) -> Self:
-        """A new ledger; RefusalError if the folder has one or the keys belong to another."""
+        """Make a site's ledger.
+
+        Args:
+            folder: Where to; it must not have a ledger.
+            keys: The site's keys, which no other ledger uses.
+            site: The site's name.
+
+        Returns:
+            The ledger, with its first entry.
+
+        Raises:
+            RefusalError: If the folder has one or the keys belong to another.
+        """
         make_private_folder(folder)
         path = folder / FILE
         if path.exists() or (keys.folder is not None and (keys.folder / "head").exists()):
@@ -115,7 +138,18 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: Path, keys: Keys) -> Self:
-        """Read and verify the whole ledger; RefusalError E212 if it is not whole."""
+        """Read and verify the whole ledger.
+
+        Args:
+            folder: Where it is.
+            keys: The site's keys, with which it was made.
+
+        Returns:
+            The ledger.
+
+        Raises:
+            RefusalError: E212 if it is not whole.
+        """
         ledger = cls(_connect(folder / FILE), keys, folder)
         with ledger._locked(NOTHING_SPENT):
             try:

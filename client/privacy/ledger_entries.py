@@ -180,7 +180,7 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
     """The entries of an export whose chain holds and ends in a receipt signed by its site.
 
     public: the site's key (hexadecimal) as the auditor knows it; without it the key in the file
-    is believed. RefusalError E212 otherwise. The MACs need the site's secret: `Ledger.open`.
+    is believed. RefusalError E212 otherwise. The MACs need the site's secret: `PrivacyLedger.open`.
     """
     try:
         first, *rows = [strict_json.loads(line) for line in lines]

@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from opacus.optimizers import DPOptimizer
+from opacus import optimizers
 from torch import Tensor, nn
 
 from silotune.client.training.noise import NoiseSource
@@ -54,11 +54,22 @@ def noised(total: Tensor, std: float, source: NoiseSource) -> Tensor:
     return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
 
-class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
+class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
     """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64.
 
-    units, unclipped: how many units this batch had, and how many with a norm within the clip norm.
-    Both are private.
+    Args:
+        optimizer: The optimizer that takes the noised gradients.
+        source: Where the noise comes from.
+        noise_multiplier: The standard deviation of a step's noise in clip norms.
+        clip_norm: The largest norm of a unit's gradient.
+        divisor: What the noised sum is divided by: public, the expected size of a batch.
+
+    Attributes:
+        units: How many units this batch had. It is private.
+        unclipped: How many of them had a norm within the clip norm. It is private.
+
+    Raises:
+        ValueError: If the noise multiplier is not positive.
     """
 
     def __init__(
@@ -139,7 +150,7 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
 
 def private_gradient(
     modules: Iterable[nn.Module],
-    optimizer: CryptoNoiseOptimizer,
+    optimizer: DPOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     *,
@@ -169,7 +180,7 @@ def private_gradient(
 
 def _accumulate(
     modules: list[nn.Module],
-    optimizer: CryptoNoiseOptimizer,
+    optimizer: DPOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     gradients: str,
@@ -197,7 +208,7 @@ def _accumulate(
 
 
 def _add_ghost(
-    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, part: Part, losses: Losses
+    modules: list[nn.Module], optimizer: DPOptimizer, part: Part, losses: Losses
 ) -> None:
     if part.owners is not None:
         raise ValueError("ghost clipping has no gradient of an entity")

@@ -18,7 +18,7 @@ import uvicorn
 from flwr.serverapp import Grid
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay import transport
 from silotune.client.site.policy import Budgets, Policy, permitting
 from silotune.client.worker.worker import Worker
@@ -43,7 +43,7 @@ def make_sites(folder: Path, names: list[str]) -> Mapping[str, str]:
     for name in names:
         place = folder / "sites" / name
         keys = Keys.create(place / "keys")
-        Ledger.create(place / "state", keys, name)
+        PrivacyLedger.create(place / "state", keys, name)
         public[name] = keys.public
     return public
 
@@ -93,7 +93,7 @@ class Sites:
         for site in contract.sites:
             place = folder / "sites" / site.name
             policy = _policy(contract, site.name, folder, model, epsilon)
-            ledger = Ledger.open(place / "state", Keys.load(place / "keys"))
+            ledger = PrivacyLedger.open(place / "state", Keys.load(place / "keys"))
             self._workers.append(Worker(policy, contract, ledger))
         self._sockets = [socket_path(run_id, place) for place in range(len(self._workers))]
 

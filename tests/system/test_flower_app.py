@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
 from silotune.server.storage.run_store import Registry
 from tests.system.conftest import Federation
@@ -109,5 +109,5 @@ def test_the_commands_of_the_page(folder: Path) -> None:
     assert {name: list(array.shape) for name, array in adapter.items()} == figures["arrays"]
     for site in contract.sites:
         place = app / "sites" / site.name
-        ledger = Ledger.open(place / "state", Keys.load(place / "keys"))
+        ledger = PrivacyLedger.open(place / "state", Keys.load(place / "keys"))
         assert len(ledger.charges) == contract.rounds

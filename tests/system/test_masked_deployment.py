@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permitting
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -38,7 +38,10 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
     plain = contract.changed(secure_aggregation=None, sites=[{"name": s} for s in SITES])
     workers = {
         s: Worker(
-            permitting(plain, s, files[s], None), plain, Ledger.in_memory(s), insecure_seed=SEED
+            permitting(plain, s, files[s], None),
+            plain,
+            PrivacyLedger.in_memory(s),
+            insecure_seed=SEED,
         ).handle
         for s in sites
     }

@@ -22,7 +22,7 @@ import sqlalchemy
 
 from silotune.client.operations.preflight import check
 from silotune.client.privacy import record_ids
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.folder import Site
 from silotune.client.site.policy import Data, Policy, parse, permitting
 from silotune.client.worker.worker import Worker
@@ -300,7 +300,7 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
     policy = permitting(table_contract, "north", sqlite, None)
     data = Data(url=f"sqlite:///{sqlite}", query=QUERY, duplicate_records="keep")
     worker = Worker(
-        policy.model_copy(update={"data": data}), table_contract, Ledger.in_memory("north")
+        policy.model_copy(update={"data": data}), table_contract, PrivacyLedger.in_memory("north")
     )
     by_file = permitting(table_contract, "north", sqlite.with_name("rows.csv"), None)
     other = Worker(by_file, table_contract, worker.ledger)

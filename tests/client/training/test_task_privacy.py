@@ -20,7 +20,7 @@ from silotune.client.site.policy import permitting
 from silotune.client.training import local_round as training
 from silotune.client.training import selftest
 from silotune.client.training.dataset import Dataset
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.compute import Performance
@@ -46,7 +46,7 @@ class Silent(NoiseSource):
         return np.zeros(shape)
 
 
-class Summed(CryptoNoiseOptimizer):
+class Summed(DPOptimizer):
     """Leaves the clipped sum before any noise, in whole units, in `.total`."""
 
     total: Tensor

@@ -18,7 +18,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.serverapp import Grid
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import RunError, UsageError
 from silotune.server.storage.run_store import Registry
@@ -65,7 +65,7 @@ def flwr_run(folder: Path, nodes: int, **changes: Any) -> int:
 
 def charges(folder: Path, site: str) -> list[tuple[str, int]]:
     place = folder / "sites" / site
-    ledger = Ledger.open(place / "state", Keys.load(place / "keys"))
+    ledger = PrivacyLedger.open(place / "state", Keys.load(place / "keys"))
     return [(charge.run, charge.round) for charge in ledger.charges.values()]
 
 
