@@ -28,6 +28,7 @@ PAGES = sorted(
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     if path.relative_to(ROOT).as_posix() not in GENERATED | NOTES
 )
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 HEAVY = ("silotune sim run", "silotune sim compare", "silotune server start")
 
 
