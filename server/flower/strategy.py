@@ -28,10 +28,10 @@ from flwr.serverapp.strategy import Result, Strategy
 from silotune.common.errors import PeerError, ProtocolError, UsageError
 from silotune.common.protocol.messages import RECORD, WIRE, Arrays
 from silotune.server.aggregation.mean import mean_figures
-from silotune.server.rounds import exchange as replies
+from silotune.server.rounds import exchange
 from silotune.server.rounds.arrivals import Arrivals
-from silotune.server.rounds.exchange import Reply, Stages
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import Reply, RoundProtocol
+from silotune.server.rounds.run import RoundRecord, Run
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class SilotuneStrategy(Strategy):
         self.run = run
         self.nodes: dict[int, str] = {}
         self._asked: dict[str, int] = {}
-        self._stages: Stages[RoundFacts] | None = None  # of the open round
+        self._stages: RoundProtocol[RoundRecord] | None = None  # of the open round
         self._requests: Mapping[str, bytes] = {}
-        self._facts: RoundFacts | None = None  # of the round that was committed last
+        self._facts: RoundRecord | None = None  # of the round that was committed last
 
     def summary(self) -> None:
         """Log what will run."""
@@ -153,7 +153,7 @@ class SilotuneStrategy(Strategy):
         if not self.run.done:
             self.nodes = self._find_sites(grid)
         while not self.run.done:
-            number = self.run.number
+            number = self.run.server_round
             arrays, metrics = None, None
             while metrics is None:  # one stage of the round after the other
                 requests = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
@@ -202,7 +202,7 @@ class SilotuneStrategy(Strategy):
         if initial_arrays is not None:
             _check_equal(initial_arrays, self.run.adapter)
 
-    def _train_metrics(self, facts: RoundFacts) -> MetricRecord:
+    def _train_metrics(self, facts: RoundRecord) -> MetricRecord:
         """What is known of a round: a site's own figures only where the contract has no masks."""
         found = MetricRecord({"sites": len(facts.sites)})
         spent = {site: e for site, e in sorted(facts.epsilon.items()) if e is not None}
@@ -277,10 +277,10 @@ class SilotuneStrategy(Strategy):
         if len(found.nodes) < contract.quorum:
             raise PeerError(
                 f"{len(found.nodes)} of {len(contract.sites)} sites answered, the quorum is "
-                f"{contract.quorum}. Missing: {found.missing_in_words(replies.ABSENT)}.",
+                f"{contract.quorum}. Missing: {found.missing_in_words(exchange.ABSENT)}.",
                 code="E402",
             )
-        self.run.exchange.absent = found.absent(replies.ABSENT)
+        self.run.exchange.absent = found.absent(exchange.ABSENT)
         if found.missing:
             self.run.registry.event("absent", sites=self.run.exchange.absent)
         return found.nodes
@@ -331,7 +331,7 @@ def _wire(reply: Message) -> Reply:
     """The bytes in a reply, or the code that says why there are none."""
     if reply.has_error():
         offline = reply.error.code == ErrorCode.NODE_UNAVAILABLE
-        return replies.OFFLINE if offline else replies.BROKEN
+        return exchange.OFFLINE if offline else exchange.BROKEN
     try:
         wire = reply.content[RECORD][WIRE]
     except (KeyError, TypeError):

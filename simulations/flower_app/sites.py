@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay import transport
-from silotune.client.site.policy import Budgets, Policy, permitting
+from silotune.client.site.policy import Budgets, Policy, permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
@@ -125,6 +125,6 @@ def _policy(
     contract: Contract, site: str, folder: Path, model: Path | None, epsilon: float
 ) -> Policy:
     """What the contract needs, with a budget that more than one run can use."""
-    policy = permitting(contract, site, folder / "records" / f"{site}.csv", model)
+    policy = permissive_policy(contract, site, folder / "records" / f"{site}.csv", model)
     budget = Budgets.Budget(epsilon=epsilon, delta=contract.target_of(site).delta)
     return policy.model_copy(update={"budgets": Budgets(**{contract.privacy.unit: budget})})

@@ -171,7 +171,7 @@ def test_all_rounds_of_the_contract(start: Begin) -> None:
 def test_the_result_has_the_adapter_and_the_metrics_of_each_round(start: Begin) -> None:
     strategy = start()
     run, losses = strategy.run, iter([0.5, 0.4, 0.3])
-    run._evaluate = lambda adapter, with_adapter: {"loss": next(losses), "auc": None}
+    run._evaluate = lambda adapter, adapter_active: {"loss": next(losses), "auc": None}
     grid = FakeGrid({11: site("north", 1.0, epsilon=0.5), 22: site("south", 3.0, epsilon=0.75)})
     result = strategy.start(
         cast(Grid, grid),
