@@ -268,8 +268,11 @@ def cli() -> str:
     made = [
         "# Command line",
         f"{NOTE} Every command has `--help`. Commands that print facts have `--json`. Exit codes: "
-        "0 done, 1 failed, 2 usage. An error is one sentence with a code; `silotune explain CODE` "
-        "says what to do, and [Error codes](errors.md) lists all of them.",
+        "0 done, 1 failed, 2 usage, 130 interrupted. An error is one sentence with a code; "
+        "`silotune explain CODE` says what to do, and [Error codes](errors.md) lists all of them. "
+        "With `--json` an error is the last line of standard error, one object: "
+        '`{"error": {"code", "message", "exit_code"}}`, and a list `problems` in it if there are '
+        "several. Colours appear on a terminal alone, and never with `NO_COLOR` set.",
     ]
     for path, command in commands():
         with click.Context(command, info_name=" ".join(path), **SETTINGS) as context:

@@ -1,15 +1,14 @@
 """`silotune`: noun, then verb. Each noun's commands live with their side and load when used.
 
-Exit codes: 0 done, 1 failed, 2 usage. Errors are one sentence with a code that
-`silotune explain` knows; a traceback shows only with --debug.
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted. Errors are one sentence with a code that
+`silotune explain` knows, and with --json one JSON object on standard error (failure.py); a
+traceback shows only with --debug.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import io
-import os
 import shlex
 import sys
 import traceback
@@ -18,15 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from silotune.common.errors import (
-    CODES,
-    ContractError,
-    DataError,
-    SilotuneError,
-    UsageError,
-    did_you_mean,
-)
-from silotune.common.runtime.terminal import echo, escaped, escaped_json
+from silotune.common.cli.failure import USAGE, Failure, wants_json
+from silotune.common.errors import CODES, UsageError, did_you_mean
+from silotune.common.runtime.terminal import echo, escaped_json
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
@@ -66,17 +59,6 @@ class Nouns(click.Group):
         rows += [(n, c.get_short_help_str()) for n, c in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows))
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None:
-            known = self.list_commands(ctx)
-            raise UsageError(
-                f"There is no command '{args[0]}'.{did_you_mean(args[0], known)} "
-                f"Known: {', '.join(known)}."
-            )
-        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -141,14 +123,6 @@ def _show_traceback(*error: Any) -> None:
     echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
 
 
-def _say_unexpected(error: Exception) -> None:
-    echo(
-        f"✗ E500 An unexpected failure ({type(error).__name__}). Run again with --debug to see "
-        "where.",
-        err=True,
-    )
-
-
 def warning_lines(contract: Contract) -> list[str]:
     """What those who agree to a contract should know of it, each as a line of its own."""
     return [f"! {warning}" for warning in contract.warnings]
@@ -179,41 +153,18 @@ def main() -> None:
     sys.excepthook = _show_traceback
     try:
         silotune.main(args, prog_name="silotune", standalone_mode=False)
-    except SilotuneError as error:
-        if debug:
-            raise
-        problems = error.problems if isinstance(error, ContractError) else [str(error)]
-        sentences = "\n".join(escaped(problem, lines=False) for problem in problems)
-        echo(f"✗ {error.code} {sentences}", err=True)
-        if isinstance(error, DataError) and error.local:
-            local = error.local.replace("\n", "\n  ")  # no line of it looks like one of ours
-            echo(f"  on your screen only: {local}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(shown)
-        echo(shown.getvalue().rstrip("\n"), err=True)
-        sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         # click makes an Abort of the other; who was interrupted may have said what is lost.
         echo(str(error.__cause__ or error) or "Stopped.", err=True)
         sys.exit(130)
-    except OSError as error:
-        if debug:
-            raise
-        if error.filename is None or error.strerror is None:
-            _say_unexpected(error)
-        else:
-            file = escaped(os.fsdecode(error.filename), lines=False)
-            echo(
-                f"✗ E105 {file}: {error.strerror}. This command runs as user {os.geteuid()}.",
-                err=True,
-            )
-        sys.exit(1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        echo(error.format_message(), err=True)
+        sys.exit(USAGE)
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, click.ClickException):
             raise
-        _say_unexpected(error)
-        sys.exit(1)
+        failure = Failure.of(error)
+        echo(failure.json() if wants_json(args) else failure.text(), err=True)
+        sys.exit(failure.exit_code)

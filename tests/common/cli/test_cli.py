@@ -369,8 +369,13 @@ def test_a_bad_contract_is_told_in_full(
     )
     code, out, err = run("contract", verb, path, *options)
     assert (code, out) == (2, "")
-    first, *rest = err.splitlines()
-    assert first.startswith("✗ E103 ")
+    if options:
+        found = json.loads(err)["error"]
+        assert found["code"] == "E103"
+        first, *rest = found["problems"]
+    else:
+        first, *rest = err.splitlines()
+        assert first.startswith("✗ E103 ")
     told = "\n".join([first, *rest])
     for part in (
         "Key 'quorum' is missing",
