@@ -22,12 +22,12 @@ from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.common.cli.main import command, emit, next_step
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import SilotuneError, UsageError
+from silotune.common.runtime.check import table
 from silotune.common.runtime.journal import Journal
 from silotune.common.runtime.terminal import busy, echo
 
 LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
 PORT = click.IntRange(1, 65535)
-SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 LOG_BYTES, LOGS = 10 << 20, 5
 KEY = click.option(
     "--key",
@@ -533,19 +533,7 @@ def _preflight(
 
         rows = rows_of(Site.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
-    warnings = sum(row.state == "warning" for row in rows)
-    wide = max(len(row.name) for row in rows)
-    lines = [f"  {'Check':<{wide}}  Result"]
-    for row in rows:
-        lines.append(f"{SIGNS[row.state]} {row.name:<{wide}}  {row.result}")
-        if row.local and local:
-            lines.append(f"  {'':<{wide}}  on your screen only: {row.local}")
-        if row.fix and row.state != "ok":
-            lines.append(f"  {'':<{wide}}  → {row.fix}")
-    lines.append(
-        f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
-        f"{warnings} warning{'s' * (warnings != 1)}. No record was sent, nothing was spent."
-    )
+    lines = table(rows, local=local, end="No record was sent, nothing was spent.")
     shown = [row if local else replace(row, local="") for row in rows]
     if as_json:
         emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")

@@ -33,6 +33,7 @@ NOUNS = {
     "adapter": ("silotune.common.cli.adapter", "use what a run has made"),
     "contract": ("silotune.common.cli.contract", "show or validate a contract"),
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
+    "doctor": ("silotune.common.cli.doctor", "check this machine and this installation"),
     "model": ("silotune.common.cli.model", "check the folder of a base model"),
     "sim": ("silotune.simulations.cli", "run recipes on this machine"),
     "privacy": ("silotune.client.cli.privacy", "see what is spent, plan a budget"),
