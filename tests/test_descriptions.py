@@ -76,6 +76,15 @@ def undescribed_options(root: click.Command) -> list[str]:
     ]
 
 
+def undescribed_arguments(root: click.Command) -> list[str]:
+    return [
+        " ".join((*path, str(argument.name)))
+        for path, command in commands(root)
+        for argument in command.params
+        if isinstance(argument, click.Argument) and too_short(str(argument.name), argument.help)
+    ]
+
+
 def test_every_setting_has_a_description() -> None:
     names = {model.__qualname__ for model in models_of(Contract, Policy, Study)}
     assert {"Site", "Phase", "Lora", "Deidentify", "Budgets.Budget", "Poison"} <= names
@@ -88,6 +97,12 @@ def test_every_option_has_a_description() -> None:
     assert {path[0] for path in found if path} >= set(NOUNS)
     assert len(found) > 30
     assert not undescribed_options(silotune)
+
+
+def test_every_argument_has_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not undescribed_arguments(silotune)
+    monkeypatch.setattr(silotune.commands["explain"].params[0], "help", "A code.")
+    assert undescribed_arguments(silotune) == ["explain code"]
 
 
 def test_a_missing_description_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

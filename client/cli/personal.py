@@ -15,7 +15,11 @@ from silotune.common.runtime.terminal import echo
 
 
 @click.command()
-@click.argument("released", type=click.Path(path_type=Path))
+@click.argument(
+    "released",
+    type=click.Path(path_type=Path),
+    help="The operator's folder of the run: contract.json and adapter.safetensors.",
+)
 @click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
 @CONFIG
 @click.option(

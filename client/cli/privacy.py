@@ -231,7 +231,12 @@ def plan(
 
 
 @privacy.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument(
+    "file",
+    required=False,
+    type=click.Path(path_type=Path),
+    help="An export of a ledger (`silotune privacy export`), instead of the site's own ledger.",
+)
 @CONFIG
 @click.option("--public-key", help="The site's key, as the auditor knows it (with FILE).")
 @JSON
@@ -269,7 +274,9 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
 
 
 @privacy.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument(
+    "file", type=click.Path(path_type=Path), help="The .jsonl file to write, which must not exist."
+)
 @CONFIG
 def export(file: Path, config: Path) -> None:
     """Write the ledger's entries for an auditor: names of files and numbers of rows, but no record

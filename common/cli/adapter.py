@@ -26,8 +26,16 @@ def adapter() -> None:
 
 ADAPTER, MODEL = "adapter.safetensors", "--model FOLDER"
 MOST_NAMED = 8  # variants, in an error
-_run = click.argument("run", type=click.Path(path_type=Path))
-_data = click.argument("data", type=click.Path(path_type=Path))
+_run = click.argument(
+    "run",
+    type=click.Path(path_type=Path),
+    help="The folder of a run, which holds contract.json and adapter.safetensors.",
+)
+_data = click.argument(
+    "data",
+    type=click.Path(path_type=Path),
+    help="A file of rows: CSV, JSON Lines, Parquet, Excel or CoNLL.",
+)
 _model = click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -122,7 +130,9 @@ def watch(
 @adapter.command()
 @_run
 @_data
-@click.argument("queries", nargs=-1, required=True)
+@click.argument(
+    "queries", nargs=-1, required=True, help="Texts to rank the items for, each in quotes."
+)
 @_model
 @reading_options
 @click.option(

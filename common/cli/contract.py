@@ -7,12 +7,14 @@ import json
 import shlex
 import sys
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from pydantic import ValidationError
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.main import (
     emit,
     next_step,
@@ -42,7 +44,13 @@ def contract() -> None:
     """Draft, show or validate a contract."""
 
 
-CONTRACT = click.argument("contract", metavar="FILE|RUN|RECIPE", type=click.Path(path_type=Path))
+CONTRACT = click.argument(
+    "contract",
+    metavar="FILE|RUN|RECIPE",
+    type=click.Path(path_type=Path),
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="A contract's file, the folder of a run, or the name of a recipe.",
+)
 
 
 @contract.command()
@@ -107,7 +115,12 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
 
 
 @contract.command()
-@click.argument("file", default="contract", type=click.Choice(["contract", "site"]))
+@click.argument(
+    "file",
+    default="contract",
+    type=click.Choice(["contract", "site"]),
+    help="The file whose schema is printed; a contract's if it is not given.",
+)
 def schema(file: str) -> None:
     """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
 
@@ -126,6 +139,15 @@ def schema(file: str) -> None:
     echo(json.dumps(found, indent=1))
 
 
+def recipe_files() -> dict[str, Traversable]:
+    """The contract of each recipe: data of the package, whose code is not loaded."""
+    return {
+        folder.name: folder / "contract.toml"
+        for folder in resources.files("silotune.simulations.recipes").iterdir()
+        if (folder / "contract.toml").is_file()
+    }
+
+
 def named(name: Path) -> Contract:
     """The contract in a file, of a run in a folder (contract.json), or of a shipped recipe.
 
@@ -134,11 +156,7 @@ def named(name: Path) -> Contract:
     """
     if (name / "contract.json").is_file():
         return contracts.load(name / "contract.json")
-    recipes = {
-        folder.name: folder / "contract.toml"
-        for folder in resources.files("silotune.simulations.recipes").iterdir()
-        if (folder / "contract.toml").is_file()  # data of the package: no code of it is loaded
-    }
+    recipes = recipe_files()
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
     if (name / "variants").is_dir():
@@ -172,7 +190,9 @@ def named(name: Path) -> Contract:
 )
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option(
-    "--task", help="classification, multi-label, tokens, regression, ranking or language."
+    "--task",
+    shell_complete=known(lambda _: _tasks()),
+    help="classification, multi-label, tokens, regression, ranking or language.",
 )
 @click.option("--label", help="The column that holds what is to be learnt.")
 @click.option(
@@ -343,6 +363,12 @@ def _answers(given: dict[str, Any]) -> Any:
         return Answers.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise contract_error(error, "the answers", Answers) from None
+
+
+def _tasks() -> tuple[str, ...]:
+    from silotune.common.contract.drafting import Answers
+
+    return get_args(Answers.model_fields["task"].annotation)
 
 
 def _list(words: str | None) -> list[str]:

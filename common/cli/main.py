@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.failure import USAGE, Failure, wants_json
 from silotune.common.errors import CODES, UsageError, did_you_mean
 from silotune.common.runtime.terminal import echo, escaped_json
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
 
+PROGRAM = "silotune"
 CLOSE_CODE = 0.8  # codes are short: one of four characters in common says nothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
     "adapter": ("silotune.common.cli.adapter", "use what a run has made"),
+    "completion": ("silotune.common.cli.completion", "complete commands in a shell"),
     "contract": ("silotune.common.cli.contract", "show or validate a contract"),
     "data": ("silotune.simulations.cli", "list and fetch public data and models"),
     "doctor": ("silotune.common.cli.doctor", "check this machine and this installation"),
@@ -56,10 +60,21 @@ class Nouns(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, about) for name, (_, about) in NOUNS.items()]
-        rows += [(n, c.get_short_help_str()) for n, c in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl(sorted(rows))
+            formatter.write_dl(self._listed())
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        found = [
+            CompletionItem(name, help=about)
+            for name, about in self._listed()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)  # the options
+
+    def _listed(self) -> list[tuple[str, str]]:
+        """Each command and what it is for."""
+        rows = [(name, about) for name, (_, about) in NOUNS.items()]
+        return sorted(rows + [(n, c.get_short_help_str()) for n, c in self.commands.items()])
 
 
 @click.group(
@@ -74,7 +89,9 @@ def silotune(debug: bool) -> None:
 
 
 @silotune.command()
-@click.argument("code")
+@click.argument(
+    "code", shell_complete=known(lambda _: CODES), help="A code as errors show it, such as E302."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def explain(code: str, as_json: bool) -> None:
     """Explain an error code, offline."""
@@ -153,7 +170,7 @@ def main() -> None:
     debug = len(args) < len(sys.argv) - 1  # wherever it stands
     sys.excepthook = _show_traceback
     try:
-        silotune.main(args, prog_name="silotune", standalone_mode=False)
+        silotune.main(args, prog_name=PROGRAM, standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:

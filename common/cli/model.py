@@ -16,7 +16,11 @@ def model() -> None:
 
 
 @model.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument(
+    "folder",
+    type=click.Path(path_type=Path),
+    help="The folder with the model's weights, configuration and tokenizer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def check(folder: Path, as_json: bool) -> None:
     """Print the files that define a model and the hash for a contract's model.sha256.
