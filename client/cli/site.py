@@ -500,8 +500,10 @@ def metrics(config: Path, port: int) -> None:
     http://127.0.0.1:9464/metrics
     """
     from silotune.client.operations.telemetry import FILE, SiteMonitor
+    from silotune.client.site import policy_file
     from silotune.common.runtime import prometheus
 
+    policy_file.require(config)
     file = config.resolve().parent / "state" / FILE  # not by Site, which loads torch
     if not file.parent.is_dir() or file.parent.stat().st_uid != os.geteuid():
         raise UsageError(

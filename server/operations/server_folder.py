@@ -6,7 +6,6 @@ nginx.conf  nginx/  flwr/  state.db  runs/
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +15,7 @@ from typing import Annotated, Self
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
 
+from silotune.common.cli.main import command
 from silotune.common.config import types
 from silotune.common.config.types import Frozen
 from silotune.common.contract import contract as contracts
@@ -62,12 +62,21 @@ class Place:
     @classmethod
     def open(cls, folder: Path) -> Place:
         """The server that a folder holds; UsageError E102 if this user can read none there."""
-        if not os.access(folder / "server.toml", os.R_OK):
+        file = folder / "server.toml"
+        try:
+            file.open("rb").close()
+        except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
-                f"{folder} holds no server: there is no server.toml that can be read. Name the "
-                "server's folder with --folder, or make a server: `silotune server init`.",
+                f"{folder} holds no server: there is no server.toml. Name the server's folder with "
+                "--folder, or make a server in a new one: "
+                f"{command('server', 'init', '--host', 'HOST', '--folder', 'FOLDER')}",
                 code="E102",
-            )
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"{file} cannot be read: {error.strerror}. Run this as the server's user.",
+                code="E102",
+            ) from None
         return cls(folder)
 
     @property
