@@ -85,12 +85,12 @@ def server() -> None:
 def init(
     host: str, port: int, link_port: int, metrics_port: int | None, folder: Path, as_json: bool
 ) -> None:
-    """Make a server: a certificate authority, the server's certificate, an empty roster.
+    """Make a server: a CA, its certificate, an empty roster.
 
     \b
     $ silotune server init --host fl.example.org --folder federation
     ✓ CA and certificate for fl.example.org in federation (keys 0600; they stay here)
-    CA fingerprint  91:0C…  (read it out to each site)
+    CA fingerprint  …  (read it out to each site)
     next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
     from silotune.common.config import types
@@ -140,7 +140,9 @@ def init(
 @FOLDER
 @JSON
 def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
-    """Add a site to the roster, if its request is the one that the site made.
+    """Add a site to the roster.
+
+    The fingerprint shows that the request is the one that the site made.
 
     \b
     $ silotune server add hospital-a.request.json --fingerprint A8:26:…:CC
@@ -170,7 +172,7 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
 @server.command()
 @FOLDER
 def fingerprint(folder: Path) -> None:
-    """Print what to read out to the sites: the fingerprint of the CA.
+    """Print the fingerprint of the CA, to read out to the sites.
 
     \b
     $ silotune server fingerprint --folder federation
@@ -206,7 +208,9 @@ def fingerprint(folder: Path) -> None:
 @FOLDER
 @JSON
 def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json: bool) -> None:
-    """Make the contract that the sites get: a draft with the keys of the sites in the roster.
+    """Make the contract that the sites get, from a draft.
+
+    It has the keys of the sites in the roster.
 
     \b
     $ silotune server contract heart.toml --folder federation
@@ -308,7 +312,9 @@ def run(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Carry out a contract with the sites that are connected, and show its rounds.
+    """Carry out a contract with the sites that are connected.
+
+    Its rounds are shown until it ends.
 
     \b
     $ silotune server run heart.toml --folder federation
@@ -342,8 +348,9 @@ def resume(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Go on with a run that stopped, from its last whole round. Sites answer what they were asked
-    before with what they answered then.
+    """Go on with a run that stopped, from its last whole round.
+
+    Sites answer what they were asked before with what they answered then.
 
     \b
     $ silotune server resume heart-diagnosis-20261122-1015 --folder federation
@@ -368,8 +375,9 @@ def resume(
 @RUN
 @FOLDER
 def stop(name: str, folder: Path) -> None:
-    """Stop a run. The open round is given up; what was committed is kept, and what a site was
-    charged stays spent.
+    """Stop a run.
+
+    The open round is given up; what was committed is kept, and what a site was charged stays spent.
 
     \b
     $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
@@ -400,7 +408,7 @@ def stop(name: str, folder: Path) -> None:
 @FOLDER
 @JSON
 def status(folder: Path, as_json: bool) -> None:
-    """The runs of this server and where each stands.
+    """List the runs of this server and where each stands.
 
     \b
     $ silotune server status --folder federation

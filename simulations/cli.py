@@ -70,8 +70,9 @@ def sim_ls(as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
+    """Run a recipe or a contract, with all variants of a comparison.
 
+    A contract is run on a table of your own.
     Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
     masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
     encoding and delimiter if it is a text file that is not UTF-8 or whose header does not show how
@@ -200,8 +201,9 @@ def sim_compare(
     help="Folder to write to, which must not exist.",
 )
 def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
-    """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
-    the public test rows.
+    """Write the files that a deployment of a recipe needs.
+
+    They are a contract without keys, each site's records, and the public test rows.
 
     \b
     $ silotune sim export heart-diagnosis --variant federated-one-hot --rounds 5 --out data

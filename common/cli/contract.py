@@ -57,11 +57,14 @@ CONTRACT = click.argument(
 @CONTRACT
 @click.option("--json", "as_json", is_flag=True, help="Print the canonical form as JSON.")
 def show(contract: Path, as_json: bool) -> None:
-    """What a contract says, and its hash: of a file, of a run's folder, or of a recipe.
+    """Show what a contract says, and its hash.
 
     \b
-    $ silotune contract show heart.toml
-    heart-diagnosis  2ba6e7630193…
+    $ silotune contract show heart-diagnosis
+    heart-diagnosis  …
+      privacy  ε ≤ 8, δ = 0.0001 per record and site (RDP; add or remove one); clip …
+      rounds   30; quorum 3 of 4
+    …
     """
     found = named(contract)
     p = found.privacy
@@ -89,12 +92,18 @@ def show(contract: Path, as_json: bool) -> None:
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
-    """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
-    exit code 2 if there is any.
+    """Check a contract: a file, a run's folder, or a recipe.
+
+    Every problem is listed with its line; exit code 2 if there is any.
 
     What every site would refuse is found too (exit code 1): a bound that does not fit the noise
     and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
     that the model does not have.
+
+    \b
+    $ silotune contract validate heart-diagnosis
+    ✓ heart-diagnosis is valid  …
+    …
     """
     with busy(f"validating {contract.name or contract}"):
         from silotune.common.cli import contract_validation
@@ -122,8 +131,9 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     help="The file whose schema is printed; a contract's if it is not given.",
 )
 def schema(file: str) -> None:
-    """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
+    """Print the JSON Schema of a contract, or of site.toml.
 
+    It describes every key, in draft 2020-12.
     An editor that knows it completes and checks keys while a file is written. What depends on
     several keys at once is checked by `silotune contract validate` alone.
 

@@ -23,10 +23,11 @@ SHOWN = ("name", "state", "result", "fix")
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def doctor(as_json: bool) -> None:
-    """Check this machine and this installation: packages, devices, folders and limits.
+    """Check this machine and this installation.
 
-    A warning (!) names what only some commands need. A problem (✗) has to be solved first; the
-    exit code is then 1. Each has its remedy. A site has more to check: silotune site check.
+    Checked are packages, devices, folders and limits. A warning (!) names what only some commands
+    need. A problem (✗) has to be solved first; the exit code is then 1. Each has its remedy. A site
+    has more to check: silotune site check.
 
     \b
     $ silotune doctor

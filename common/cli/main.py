@@ -33,16 +33,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
-    "adapter": ("silotune.common.cli.adapter", "use what a run has made"),
-    "completion": ("silotune.common.cli.completion", "complete commands in a shell"),
-    "contract": ("silotune.common.cli.contract", "show or validate a contract"),
-    "data": ("silotune.simulations.cli", "list and fetch public data and models"),
-    "doctor": ("silotune.common.cli.doctor", "check this machine and this installation"),
-    "model": ("silotune.common.cli.model", "check the folder of a base model"),
-    "sim": ("silotune.simulations.cli", "run recipes on this machine"),
-    "privacy": ("silotune.client.cli.privacy", "see what is spent, plan a budget"),
-    "server": ("silotune.server.cli", "run the server of a federation"),
-    "site": ("silotune.client.cli.site", "run a site"),
+    "adapter": ("silotune.common.cli.adapter", "Use the adapter of a run."),
+    "completion": (
+        "silotune.common.cli.completion",
+        "Print a script by which a shell completes commands, options and values.",
+    ),
+    "contract": ("silotune.common.cli.contract", "Draft, show or validate a contract."),
+    "data": ("silotune.simulations.cli", "List and fetch public data and models."),
+    "doctor": ("silotune.common.cli.doctor", "Check this machine and this installation."),
+    "model": ("silotune.common.cli.model", "Check the folder of a base model."),
+    "sim": ("silotune.simulations.cli", "Run recipes on this machine."),
+    "privacy": ("silotune.client.cli.privacy", "Look at the privacy ledger, or plan a budget."),
+    "server": ("silotune.server.cli", "Run the server of a federation."),
+    "site": ("silotune.client.cli.site", "Run a site."),
 }
 # What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
 CONTRACT_CHECK = "silotune.client.operations.contract_check"
@@ -94,7 +97,12 @@ def silotune(debug: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def explain(code: str, as_json: bool) -> None:
-    """Explain an error code, offline."""
+    """Explain an error code, offline.
+
+    \b
+    $ silotune explain E601
+    E601  The run directory already holds a run, or is not a run.
+    """
     code = code.upper()
     if code not in CODES:
         raise UsageError(

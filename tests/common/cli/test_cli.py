@@ -444,12 +444,3 @@ def test_validate_says_that_sites_refuse_a_contract_that_could_have_masks(
         assert said[0].endswith(words)
     else:
         assert not said
-
-
-def test_the_example_of_privacy_plan_is_what_it_prints(run: Callable[..., Ran]) -> None:
-    _, out, _ = run("privacy", "plan", "--help")
-    lines = [line.strip() for line in out.splitlines()]
-    at = next(i for i, line in enumerate(lines) if line.startswith("$ silotune"))
-    code, printed, _ = run(*lines[at].split()[2:])
-    assert code == 0
-    assert [line.strip() for line in printed.splitlines()] == lines[at + 1 : at + 3]
