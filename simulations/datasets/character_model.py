@@ -14,7 +14,7 @@ Shapes: C characters of the text, W words, n pieces, T tokens, H hidden size, V 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 import unicodedata
 from collections import Counter
@@ -262,4 +262,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="OUT_FOLDER", help="where the model is written"
+    )
+    main(parser.parse_args().folder)
