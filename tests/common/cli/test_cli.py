@@ -7,9 +7,9 @@ import errno
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -57,14 +57,20 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 # Help
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for: a busy machine does not change them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_loads_no_side() -> None:
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = cpu_seconds()
         done = subprocess.run(
             [sys.executable, "-c", START, "--help"], capture_output=True, text=True, check=False
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(cpu_seconds() - began)
         assert done.returncode == 0
         assert not HEAVY & set(done.stderr.split())
     assert min(seconds) < 0.5
