@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from silotune.common.cli.failure import Failure
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
@@ -254,4 +255,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except SilotuneError as error:
-        sys.exit(f"✗ {error}")
+        echo(Failure.of(error).text(), err=True)
+        sys.exit(error.exit_code)
