@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -90,6 +91,20 @@ def test_every_default_is_shown(path: str) -> None:
             assert record is not None
             if default not in (None, ()):
                 assert f"[default: {default}" in record[1], option.name
+
+
+@pytest.mark.parametrize("path", CONTEXTS)
+def test_every_command_refuses_an_unknown_option_in_the_same_form(
+    run: Callable[..., Ran], path: str
+) -> None:
+    _, *words = path.split()
+    sentence = f"There is no option '--no-such' of `{path}`. Known: "
+    code, out, err = run(*words, "--no-such")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"✗ E101 {sentence}")
+    found = json.loads(run(*words, "--no-such", "--json")[2])["error"]
+    assert found["code"] == "E101"
+    assert found["message"].startswith(sentence)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

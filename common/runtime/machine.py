@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def devices() -> Iterator[Check]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     threads = torch.get_num_threads()
     said = f"{torch.__version__}, build for {build}, {threads} thread{'s' * (threads != 1)}"
-    if not torch.cuda.is_available() and NVIDIA.exists():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: the row says so
+        usable = torch.cuda.is_available()
+    if not usable and NVIDIA.exists():
         fix = (
             "compare the driver's CUDA version (nvidia-smi) with torch's"
             if torch.version.cuda

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,12 +161,24 @@ def test_a_gpu_that_torch_cannot_use(
     driver = tmp_path / "version"
     driver.touch()
     monkeypatch.setattr(machine, "NVIDIA", driver)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def unavailable() -> bool:
+        warnings.warn("CUDA initialization: the driver is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     (found,) = machine.devices()
     assert (found.state, fix in found.fix) == ("warning", True)
     assert (Path(__file__).parents[3] / machine.GPU_PAGE).is_file()
+
+
+def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (found,) = machine.devices()
+    assert (found.name, found.state) == ("torch", "problem")
+    assert "--force-reinstall torch" in found.fix
 
 
 def test_the_table_shows_signs_remedies_and_what_is_for_the_owner() -> None:
