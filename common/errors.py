@@ -151,7 +151,7 @@ CODES: dict[str, str] = {
 
 class SilotuneError(Exception):
     """Base of all errors. `code` is stable and explained by CODES; the message is one sentence.
-    `problems` are all sentences there are, where several things are wrong at once."""
+    `problems` are all sentences there are, where several things can be wrong at once; else none."""
 
     default_code: ClassVar[str] = "E500"
     exit_code: ClassVar[int] = 1
@@ -159,7 +159,7 @@ class SilotuneError(Exception):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code or self.default_code
-        self.problems = [message]
+        self.problems: list[str] = []
 
 
 class UsageError(SilotuneError):

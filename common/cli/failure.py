@@ -38,7 +38,8 @@ class Failure(NamedTuple):
         """What any error that ended a command is to a person."""
         if isinstance(error, SilotuneError):
             local = error.local if isinstance(error, DataError) else ""
-            return cls(error.code, tuple(error.problems), error.exit_code, local)
+            sentences = error.problems or [str(error)]
+            return cls(error.code, tuple(sentences), error.exit_code, local)
         if isinstance(error, click.ClickException):
             return _of_click(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:

@@ -126,6 +126,12 @@ def test_every_error_has_a_code_and_an_exit_code(
     assert "Maria" not in failure.text() + failure.json()
 
 
+def test_an_error_whose_words_were_changed_is_told_in_the_new_ones() -> None:
+    error = DataError("performance.device is 'cuda'.", code="E309")
+    error.args = ("device is 'cuda'.",)
+    assert Failure.of(error).text() == "✗ E309 device is 'cuda'."
+
+
 # Colours
 
 
