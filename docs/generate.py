@@ -19,14 +19,14 @@ from click.testing import CliRunner
 from jinja2 import Template
 from pydantic import BaseModel
 
-from silotune.client.operations import telemetry as site_metrics
+from silotune.client.operations import telemetry
 from silotune.client.site import folder as site_folder
 from silotune.client.site.policy import Policy
 from silotune.common import errors
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.server.cli import init as server_init
-from silotune.server.operations.server_folder import Place
+from silotune.server.operations.server_folder import ServerFolder
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
 from silotune.simulations.study.config import Study
@@ -335,12 +335,12 @@ def codes() -> str:
 
 def metrics() -> str:
     rows: dict[str, list[tuple[str, str, str, str]]] = {"site": [], "server": []}
-    for name, known in site_metrics.WRITTEN.items():
+    for name, known in telemetry.WRITTEN.items():
         rows["site"].append((name, known.kind, ", ".join(known.labels), known.help))
-    running = site_metrics.Running(worker=True, relay=True, relay_starts=1)
+    running = telemetry.Running(worker=True, relay=True, relay_starts=1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        monitor = site_metrics.SiteMonitor(folder / "none", 0, running)
+        monitor = telemetry.SiteMonitor(folder / "none", 0, running)
         rows["site"] += [_row(family) for family in monitor.collect()]
         done = CliRunner().invoke(
             server_init, ["--host", "localhost", "--folder", str(folder / "server")]
@@ -350,7 +350,7 @@ def metrics() -> str:
         run = folder / "server" / "runs" / "example"
         events.append(run, "run", rounds=1)
         events.append(run, "rejected", site="a", code="E502", round=1)
-        server = ServerMonitor(Place(folder / "server"), lambda _: True)
+        server = ServerMonitor(ServerFolder(folder / "server"), lambda _: True)
         rows["server"] += [_row(family) for family in server.collect()]
     made = [
         "# Metrics",

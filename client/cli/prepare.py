@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from silotune.client.preparation.profile import Charged, Counts
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.privacy.record_identity import Origin
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.client.site.policy import Data, Policy
     from silotune.common.contract.contract import Contract
     from silotune.common.data.records import Table
@@ -69,16 +69,15 @@ def _prepare(
     contract: Path, config: Path, out: Path | None
 ) -> tuple[dict[str, Any], list[str], SilotuneError | None]:
     """Facts and lines about it, and why nothing was prepared if that is so."""
-    from silotune.client.preparation import cleaning as preparing
-    from silotune.client.preparation import profile
+    from silotune.client.preparation import cleaning, profile
     from silotune.client.preparation import report as prepare_report
     from silotune.client.privacy.keys import make_private_folder
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.data.text_decoding import stem_of
     from silotune.common.runtime.atomic_files import write_durably
 
-    agreed, site = contracts.load(contract), Site.at(config)
+    agreed, site = contracts.load(contract), SiteFolder.at(config)
     policy = policies.load(config)
     again = on_site(config, "prepare", contract)
     data, folder = policy.data, out or site.folder / "prepared"
@@ -88,10 +87,10 @@ def _prepare(
     ledger = _ledger(site)
     pseudonyms = ledger.pseudonyms_key if ledger else None
     raw = data.table()
-    prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
+    prepared = cleaning.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
     found = profile.count(prepared.table, agreed, policy.model.folder)
     secret = ledger.fingerprint_key if ledger else bytes(32)
-    origin = preparing.origin(prepared, data.key, secret)
+    origin = cleaning.origin(prepared, data.key, secret)
     charged = profile.charged(prepared.table, data.key, ledger, origin.links)
     warnings = prepared.warnings + _of_other_columns(ledger, origin, site)
     shown = {
@@ -118,7 +117,7 @@ def _prepare(
         assert ledger is not None
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
         ledger.link(origin, source=data.source, rows=found.rows)
-        preparing.write(prepared.table, file)
+        cleaning.write(prepared.table, file)
         hindrances = _hindrances(policy, agreed, prepared.table, secret, file)
     lines, lengths = _lines(data, raw, prepared, found, charged, warnings), found.lengths
     lines += [f"! `silotune site check` would refuse these rows. {text}" for text in hindrances]
@@ -186,7 +185,7 @@ def _hindrances(
 
 
 def _failure(
-    data: Data, site: Site, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
+    data: Data, site: SiteFolder, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
 ) -> SilotuneError | None:
     """Why nothing was prepared."""
     if refused := prepared.refused:
@@ -222,9 +221,9 @@ def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{key} = {as_toml(value)}"
 
 
-def _of_other_columns(ledger: Ledger | None, origin: Origin, site: Site) -> list[str]:
+def _of_other_columns(ledger: Ledger | None, origin: Origin, site: SiteFolder) -> list[str]:
     """A warning where records are known that this preparation can make count as spent."""
-    charges = ledger.lineages().values() if ledger else ()
+    charges = ledger.record_sets().values() if ledger else ()
     sources = dict.fromkeys(one.source for one in charges if one.basis not in origin.links)
     if not sources or not origin.changed:
         return []
@@ -268,7 +267,7 @@ def _lines(
     return lines
 
 
-def _ledger(site: Site) -> Ledger | None:
+def _ledger(site: SiteFolder) -> Ledger | None:
     """This site's ledger, verified; None before `site init`."""
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger

@@ -28,26 +28,26 @@ def spent(config: Path, as_json: bool) -> None:
 
     \b
     $ silotune privacy spent
-    hospital-a · ε ≤ 8, δ = 0.0001 per record for ever, add or remove one
+    hospital-a · ε ≤ 8, δ = 0.0001 per record over its lifetime, add or remove one
     Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  room for a plan of
     notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
     """
     from silotune.client.privacy.budget import Budget
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
-    policy, ledger, _ = Site.at(config).open()
+    policy, ledger, _ = SiteFolder.at(config).open()
     limits = policy.limits
     rows: list[dict[str, Any]] = []
-    for entry in ledger.lineages().values():
-        budget = Budget(ledger, ledger.lineage(entry), entry.unit)
+    for entry in ledger.record_sets().values():
+        budget = Budget(ledger, ledger.record_set(entry), entry.unit)
         # Without a budget for the unit any more: at the one that there is.
         limit = limits.get(entry.unit) or next(iter(limits.values()))
-        charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
+        charges = [c for c in ledger.charges.values() if c.record_set == entry.record_set]
         epsilon = budget.spent(limit.delta)
         rows.append(
             {
                 "records": entry.source,
-                "lineage": entry.lineage,
+                "record_set": entry.record_set,
                 "first_used": entry.at,
                 "rows": entry.rows,
                 "unit": entry.unit,
@@ -56,16 +56,16 @@ def spent(config: Path, as_json: bool) -> None:
                 "not_released": sum(c.sequence not in ledger.releases for c in charges),
                 "epsilon_rdp": _finite(epsilon),
                 "epsilon_prv": _finite(budget.tight(limit.delta)),
-                "room": budget.room(limit),
+                "remaining_epsilon": budget.remaining_epsilon(limit),
             }
         )
     facts = {
         "site": policy.name,
         "adjacency": "add or remove one",
         "limits": {unit: asdict(limit) for unit, limit in limits.items()},
-        "lineages": rows,
+        "record_sets": rows,
     }
-    head = f"{policy.name} · {policy.limits_in_words()} for ever, add or remove one"
+    head = f"{policy.name} · {policy.limits_in_words()} over its lifetime, add or remove one"
     if not rows:
         emit(facts, as_json, f"{head}\nNothing was ever charged.")
         return
@@ -88,7 +88,7 @@ def spent(config: Path, as_json: bool) -> None:
             str(r["rounds"]),
             _shown(r["epsilon_rdp"]),
             _shown(r["epsilon_prv"]),
-            _shown(r["room"]),
+            _shown(r["remaining_epsilon"]),
         )
         for r in rows
     ]
@@ -183,7 +183,7 @@ def plan(
         target = found.target_of(site or "")
         delta, mechanisms = target.delta, accountant.plan(found, target)
         if len({found.target_of(name) for name in found.weights()}) > 1:
-            weights = accountant.quietest_weights(found)
+            weights = accountant.inverse_variance_weights(found)
     elif (epsilon is None) == (noise_multiplier is None):
         raise UsageError("Give --contract, or one of --epsilon and --noise-multiplier.")
     else:
@@ -202,7 +202,7 @@ def plan(
         "mechanisms": [
             {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
         ],
-        **({"quietest_weights": weights} if weights else {}),
+        **({"inverse_variance_weights": weights} if weights else {}),
     }
     emit(
         facts,
@@ -250,7 +250,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.privacy.ledger_entries import Charged, Released, verify_export
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.config import types
 
     if file is not None:
@@ -260,7 +260,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
         if public_key is None:
             what += " by the key the file names; compare it: --public-key"
     else:
-        site = Site.at(config)
+        site = SiteFolder.at(config)
         entries = Ledger.open(site.state, Keys.load(site.keys)).entries
         what = "chain, MACs, head, fingerprints and links hold"
     charges = sum(isinstance(entry, Charged) for entry in entries)
@@ -290,10 +290,10 @@ def export(file: Path, config: Path) -> None:
     """
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.runtime.atomic_files import write_durably
 
-    site = Site.at(config)
+    site = SiteFolder.at(config)
     if file.exists():
         raise UsageError(f"{file} is there already. Name a new file.")
     keys = Keys.load(site.keys)

@@ -79,7 +79,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
 
     from silotune.client.privacy.keys import Keys, make_private_folder
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.config.types import Name, as_toml
     from silotune.common.runtime.atomic_files import write_durably
 
@@ -91,7 +91,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
         ) from None
     if not folder.exists():
         make_private_folder(folder)
-    made = Site(folder / "site.toml")
+    made = SiteFolder(folder / "site.toml")
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")
     keys = Keys.create(made.keys)
@@ -177,10 +177,10 @@ def fingerprint(config: Path) -> None:
     A8:26:…:CC
     """
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.protocol import join_request
 
-    found, name = Site.at(config), policies.load(config).name
+    found, name = SiteFolder.at(config), policies.load(config).name
     file = found.folder / f"{name}.request.json"
     request = found.request(name)
     if file.exists() and join_request.load(file) != request:
@@ -227,7 +227,7 @@ def join_(
     ✓ site.toml is policy number 1 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
     from silotune.client.site.enrolment import enrol
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _ in pairs if not equals]:
@@ -236,7 +236,7 @@ def join_(
         )
     found = contracts.load(contract)
     enrol(
-        Site.at(config),
+        SiteFolder.at(config),
         found,
         address=address,
         ca=ca,
@@ -270,9 +270,9 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.site import signed_policy
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
-    found = Site.at(config)
+    found = SiteFolder.at(config)
     keys = Keys.load(found.keys)
     ledger = Ledger.open(found.state, keys)
     signed = signed_policy.sign(
@@ -363,11 +363,11 @@ def start(
     """
     from silotune.client.operations.supervisor import Supervisor, Users
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.data import sql_source
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
-    Site.at(config)
+    SiteFolder.at(config)
     policy = policies.load(config)
     if policy.server is None:
         raise UsageError(
@@ -376,7 +376,7 @@ def start(
         )
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
-        _stop_unless(_preflight(config, contract, say=journal.say))
+        _stop_unless(_preflight(config, contract, write_line=journal.emit))
     file = contract.resolve()
     secrets = sql_source.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
@@ -385,7 +385,7 @@ def start(
             f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
             "names begin with SILOTUNE_ alone."
         )
-    found = Site(config.resolve())
+    found = SiteFolder(config.resolve())
     sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
 
 
@@ -420,9 +420,9 @@ def worker(
     hospital-a is ready
     train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
     """
-    from silotune.client.operations import telemetry as metrics
+    from silotune.client.operations import telemetry
     from silotune.client.relay import transport
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.client.worker import request_outcome
     from silotune.common.runtime import subprocesses
 
@@ -433,10 +433,10 @@ def worker(
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     journal = Journal("worker", as_json=log_json)
-    _stop_unless(_preflight(config, contract, say=journal.say))
+    _stop_unless(_preflight(config, contract, write_line=journal.emit))
     from silotune.client.worker.worker import Worker  # torch: not before the cheap checks
 
-    found = Site(config)
+    found = SiteFolder(config)
     policy, ledger, _ = found.open()
     handler = logging.handlers.RotatingFileHandler(
         found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
@@ -445,20 +445,22 @@ def worker(
     log = logging.getLogger("silotune")
     log.addHandler(handler)
     log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
-    tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
+    tally = telemetry.Tally(
+        found.state / telemetry.FILE, policy.server.ca if policy.server else None
+    )
 
-    def told(answered: request_outcome.Answered) -> None:
+    def log_answer(answered: request_outcome.Answered) -> None:
         tally.note(answered)
         if answered.kind == request_outcome.OTHER:
             return  # counted; of its lines whoever reaches the socket could make any number
-        journal.say(answered.text, "answered", answered.facts)
+        journal.emit(answered.text, "answered", answered.facts)
 
-    answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
+    answering = Worker(policy, contracts.load(contract), ledger, on_answer=log_answer)
     listener = transport.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 
     def say() -> None:
         tally.ready()
-        journal.say(f"{policy.name} is ready", "ready")
+        journal.emit(f"{policy.name} is ready", "ready")
         if ready_fd is not None:
             os.write(ready_fd, transport.READY)
             os.close(ready_fd)
@@ -484,11 +486,11 @@ def worker(
 )
 def admission(address: str, ca: Path, key: Path) -> None:
     """Say what the server says of a node key. `site start` runs this as the relay's user."""
-    from silotune.client.operations import node_admission as admissions
+    from silotune.client.operations import node_admission
     from silotune.client.site.policy import Server
 
     try:
-        found = admissions.check(Server(address=address, ca=ca), key)
+        found = node_admission.check(Server(address=address, ca=ca), key)
     except SilotuneError as error:
         echo(str(error))
     else:
@@ -529,7 +531,7 @@ def _preflight(
     config: Path,
     contract: Path,
     *,
-    say: Callable[[str], None] = echo,
+    write_line: Callable[[str], None] = echo,
     as_json: bool = False,
     local: bool = False,
     network: bool = False,
@@ -540,9 +542,9 @@ def _preflight(
         from silotune.client.operations.preflight import (
             check as rows_of,  # loads torch: after the line
         )
-        from silotune.client.site.folder import Site
+        from silotune.client.site.folder import SiteFolder
 
-        rows = rows_of(Site.at(config), contract, network=network)
+        rows = rows_of(SiteFolder.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     lines = table(rows, local=local, end="No record was sent, nothing was spent.")
     shown = [row if local else replace(row, local="") for row in rows]
@@ -550,7 +552,7 @@ def _preflight(
         emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
     else:
         for line in lines:
-            say(line)
+            write_line(line)
     return not problems
 
 

@@ -6,7 +6,7 @@ all ends; a relay that ends is started again, later each time, because the serve
 that comes back within a minute.
 
 As root this process trusts neither of the two users. The socket and the relay's folder lie in a
-folder that root makes anew for each start, so neither user can put something else in their place;
+folder that root creates for each start, so neither user can put something else in their place;
 what root reads from the site's folder (the relay's key, metrics) must be a plain file of the
 worker's user, and of metrics only known names pass; each process gets a list of environment
 variables, and pipes instead of root's terminal; no program they start gains rights by its file; and
@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from silotune.client.operations import telemetry
 from silotune.client.relay import transport
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Server
 from silotune.client.site.safe_read import read_plain
 from silotune.common.errors import PeerError, RefusalError, UsageError
@@ -106,7 +106,7 @@ class Supervisor:
 
     def __init__(
         self,
-        site: Site,
+        site: SiteFolder,
         contract: Path,
         server: Server,
         users: Users,
@@ -116,7 +116,7 @@ class Supervisor:
     ) -> None:
         """secrets: names of environment variables that the worker gets, and the relay does not."""
         self.site, self.contract, self.server, self.users = site, contract, server, users
-        self.journal, self.say, self.metrics_port = journal, journal.say, metrics_port
+        self.journal, self.emit, self.metrics_port = journal, journal.emit, metrics_port
         self.secrets = secrets
         self.running = telemetry.Running(worker=False, relay=False)
         self.folder = Path()
@@ -168,9 +168,9 @@ class Supervisor:
             self._make_relay_folder()
             worker = self._start_worker()
             if worker is not None:
-                self.say(f"worker is ready on {self.folder / 'worker.sock'}", "ready")
+                self.emit(f"worker is ready on {self.folder / 'worker.sock'}", "ready")
                 return self._watch(worker)
-            self.say("stopped", "stopped")
+            self.emit("stopped", "stopped")
             return 0
         finally:
             self._end_relays_user()
@@ -194,11 +194,11 @@ class Supervisor:
     def _watch(self, worker: subprocess.Popen[bytes]) -> int:
         self.running.worker = True
         relay, began, pause = self._start_relay(), time.monotonic(), 1.0
-        self.say(f"relay is connecting to {self.server.address}", "connecting")
+        self.emit(f"relay is connecting to {self.server.address}", "connecting")
         while not self._stopping:
             if worker.poll() is not None:
                 self.running.worker = False
-                self.say(
+                self.emit(
                     f"the worker ended with {worker.returncode}; see the lines above, "
                     "state/worker.log, and dmesg if memory ran out",
                     "ended",
@@ -210,7 +210,7 @@ class Supervisor:
                 subprocesses.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
-                self.say(
+                self.emit(
                     f"the relay ended with {relay.returncode}; again in {pause:.0f} s"
                     f"{self._of_node_key()}",
                     "restarting",
@@ -223,7 +223,7 @@ class Supervisor:
                     relay, began = self._start_relay(), time.monotonic()
             subprocesses.reap(but={worker.pid, relay.pid})
             time.sleep(0.1)
-        self.say("stopped", "stopped")
+        self.emit("stopped", "stopped")
         return 0
 
     def _end_relays_user(self) -> None:
@@ -318,7 +318,7 @@ class Supervisor:
             self.users.relay,
             self._relay_environment(),
             # Always text: what code that arrived prints could look like a line of the worker's.
-            partial(self.say, source="relay"),
+            partial(self.emit, source="relay"),
         )
 
     def _relay_environment(self) -> dict[str, str]:
@@ -355,12 +355,14 @@ class Supervisor:
             stderr=subprocess.DEVNULL,
         )
         try:
-            said, _ = process.communicate(timeout=ASK_SECONDS)
+            output, _ = process.communicate(timeout=ASK_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             return ""
-        line = "".join(c for c in said.decode(errors="replace")[:LONGEST_REASON] if c.isprintable())
+        line = "".join(
+            c for c in output.decode(errors="replace")[:LONGEST_REASON] if c.isprintable()
+        )
         return f" ({line})" if line else ""
 
     def _start(

@@ -8,7 +8,7 @@ What is shown: code that arrives with a Flower app runs on this machine and can 
 so nothing is shown that replies through the relay have not shown: how many requests of which kind
 got which code, how long they took (in tenths of a second; the relay's own clock is finer), the ε
 that updates have stated, when the worker was ready and when it last answered, the CA's expiry, and
-whether the two processes run. Left out on purpose, besides records, samples, losses and what is
+whether the two processes run. Left out on purpose, in addition to records, samples, losses and what is
 left of a budget: free disk and memory, which the cache of frozen outputs changes by the number of
 records (prometheus_client's own process metrics for that reason, too), and how long the worker
 took to start. `site check` and node_exporter tell the owner of disks.
@@ -86,7 +86,7 @@ class Tally:
             self._moments[CA] = expiry
 
     def ready(self) -> None:
-        """From here on the file is written anew before it counts as stale."""
+        """From here on the file is rewritten before it counts as stale."""
         self._moments[READY] = float(int(time.time()))
         self.write()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -153,21 +153,21 @@ def _expiry(ca: Path | None) -> float | None:
     return min((c.not_valid_after_utc.timestamp() for c in found), default=None)
 
 
-class Shown(NamedTuple):
+class ShownMetric(NamedTuple):
     """What a file shows; fresh: the worker has written it lately."""
 
     families: list[Metric]
     fresh: bool
 
 
-def read(file: Path, owner: int) -> Shown:
+def read(file: Path, owner: int) -> ShownMetric:
     """The known metrics of a worker's file. Whoever wrote it, nothing else of it gets through: root
     reads it in a folder that the worker's user can change."""
     try:
         data, changed = read_plain(file, owner, MOST_BYTES)
     except UsageError:
-        return Shown([], False)
-    return Shown(list(_known(data)), abs(time.time() - changed) < FRESH_SECONDS)
+        return ShownMetric([], False)
+    return ShownMetric(list(_known(data)), abs(time.time() - changed) < FRESH_SECONDS)
 
 
 def _known(data: bytes) -> Iterable[Metric]:
@@ -215,7 +215,7 @@ class SiteMonitor:
     """What is served of a site. `running` is the supervisor's, where there is one."""
 
     def __init__(self, file: Path, owner: int, running: Running | None = None) -> None:
-        self._read: Callable[[], Shown] = lambda: read(file, owner)
+        self._read: Callable[[], ShownMetric] = lambda: read(file, owner)
         self.running = running or Running()
 
     def health(self) -> str:

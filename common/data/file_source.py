@@ -228,7 +228,7 @@ def _delimiter(path: Path, reading: Reading, sample: str) -> str:
         names = " and ".join(f"'{DELIMITERS[one]}'" for one in best)
         raise DataError(
             f"The header of {path.name} can be divided by {names}: set "
-            f"{reading.said('delimiter', DELIMITERS[best[-1]])}, or whichever is right."
+            f"{reading.setting('delimiter', DELIMITERS[best[-1]])}, or whichever is right."
         )
     return best[0] if best and usual not in best else usual
 
@@ -480,7 +480,7 @@ def _kind_of(path: Path) -> _Kind:
     try:
         is_file = path.is_file()
     except PermissionError:
-        raise DataError(f"Data file {path} lies in a folder this user may not enter.") from None
+        raise DataError(f"Data file {path} is in a folder that this user may not enter.") from None
     if not is_file:
         what = "is no file" if path.exists() else "does not exist"
         raise DataError(f"Data file {path} {what}.{_neighbours(path)}")

@@ -113,13 +113,13 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
+        self, encoded: Encoded, index: Tensor, *, adapter: bool, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Outputs [len(index), L], or [len(index), T, L] for a task of tokens, of the records in
-        `index`; `adapter`: is it other than zero? kept: [F], what the head's inputs are multiplied
+        `index`; `adapter`: is it other than zero? dropout_mask: [F], what the head's inputs are multiplied
         by."""
         features = self.features(encoded, index, adapter=adapter).to(self.device).float()
-        outputs: Tensor = self.head(features if kept is None else features * kept)
+        outputs: Tensor = self.head(features if dropout_mask is None else features * dropout_mask)
         return outputs
 
     def features(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Tensor:
@@ -152,7 +152,7 @@ class Network(nn.Module):
         for index, n in self.micro_batches(encoded, torch.arange(len(encoded)), adapter=adapter):
             outputs = self(encoded, index, adapter=adapter)[:n]
             targets = self.targets(encoded, labels, index[:n]).to(outputs.device)
-            found = self.objective.kept(outputs, targets)
+            found = self.objective.predictions(outputs, targets)
             for row, kept in zip(index[:n].tolist(), found, strict=True):
                 out[row] = kept
         return out
@@ -181,7 +181,7 @@ class Network(nn.Module):
         return 0.0
 
     @contextmanager
-    def unmixed(self, private: bool) -> Iterator[None]:
+    def batch_invariant(self, private: bool) -> Iterator[None]:
         """Within, whether each record is kept from moving another's roundings."""
         before, self.private = self.private, private
         try:

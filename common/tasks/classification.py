@@ -18,7 +18,7 @@ def per_example_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> 
     return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
-class Classes(Objective):
+class ClassificationObjective(Objective):
     """Cross entropy, softmax over the labels; the contract may weigh labels and smooth targets."""
 
     def __init__(self, task: Classification) -> None:
@@ -33,5 +33,5 @@ class Classes(Objective):
         # By the record's own label: torch's weights would also weigh what smoothing adds.
         return found if self.weights is None else found * self.weights.to(found.device)[targets]
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(dim=1) == targets).float()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from silotune.common.tasks.objective import Objective
 
 
-class Labels(Objective):
+class MultiLabelObjective(Objective):
     """The mean over the labels of each one's logistic loss."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -15,6 +15,6 @@ class Labels(Objective):
             outputs, targets, reduction="none"
         ).mean(dim=1)
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The share of labels told rightly."""
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of labels predicted correctly."""
         return ((outputs > 0) == (targets > 0.5)).float().mean(dim=1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from silotune.common.tasks.objective import Objective
 
 
-class Relevance(Objective):
+class RankingObjective(Objective):
     """Logistic loss of each pair by itself. (Losses over the candidates of a batch would let one
     record move another's gradient.)"""
 
@@ -16,5 +16,5 @@ class Relevance(Objective):
             outputs[:, 0], targets, reduction="none"
         )
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs[:, 0] > 0) == (targets > 0.5)).float()

@@ -55,7 +55,7 @@ def share_right(logits: Tensor, labels: Tensor) -> Tensor:
     return right.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-class Tags(Objective):
+class TokenClassificationObjective(Objective):
     """Targets are [N, W] tags of words, IGNORED behind the last; a network turns them into [n, T]
     by the first piece of each word."""
 
@@ -70,10 +70,10 @@ class Tags(Objective):
         weights = None if self.weights is None else self.weights.to(outputs.device)
         return per_example_loss(outputs, targets, weights)
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return share_right(outputs, targets)
 
-    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+    def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
         """(loss by which each word counts as much, the words' predicted tags)"""
         losses, tags = per_example_loss(outputs, targets).tolist(), outputs.argmax(dim=2)
         return [

@@ -20,12 +20,12 @@ from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation import lora, server_optimizer
 
 
-class Iterate:
+class ServerState:
     """number: the round that comes next. A phase ends at the mean of its later iterates; the next
     begins there, at rest."""
 
     def __init__(self, contract: Contract, initial: Arrays) -> None:
-        self.contract, self.number = contract, 1
+        self.contract, self.server_round = contract, 1
         self.shapes = tensors.shapes_of(initial)
         self.adapter = initial
         self.clip_norm = contract.privacy.clip_norm
@@ -39,12 +39,12 @@ class Iterate:
 
     @property
     def done(self) -> bool:
-        return self._ended or self.number > self.contract.rounds
+        return self._ended or self.server_round > self.contract.rounds
 
     @property
     def final(self) -> bool:
         """Whether the open round is the last."""
-        return self._ended or self.number == self.contract.rounds
+        return self._ended or self.server_round == self.contract.rounds
 
     @property
     def in_last_phase(self) -> bool:
@@ -57,7 +57,7 @@ class Iterate:
     @property
     def plan(self) -> RoundPlan:
         """Of the open round."""
-        return self.contract.round_plan(self.number)
+        return self.contract.round_plan(self.server_round)
 
     @property
     def phase(self) -> Phase:
@@ -69,12 +69,12 @@ class Iterate:
         names = tensors.trained_names(self.shapes, self.plan.sends)
         return {name: self.shapes[name] for name in names}
 
-    def asked(self) -> Arrays:
+    def request_tensors(self) -> Arrays:
         """What a site needs for this round; with scaffold also the mean gradient of the round
         before, if all sites had a part in it: then their corrections add up to nothing."""
         needed = tensors.needed_names(self.adapter, adapts=self.phase.adapts)
         found = {name: self.adapter[name] for name in needed}
-        if self._control_of == self.number - 1:
+        if self._control_of == self.server_round - 1:
             found |= {tensors.CONTROL + name: a for name, a in self._control.items()}
         return found
 
@@ -86,14 +86,14 @@ class Iterate:
         self,
         change: Arrays,
         figures: Mapping[Metric, float],
-        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
+        rejection_reason: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
         *,
         present: float = 1.0,
     ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
         nothing has changed then. present: the share of all weights whose changes are in it.
 
-        why_not: is asked with the adapter, the one that the step leads to, and whether it adapts
+        rejection_reason: is asked with the adapter, the one that the step leads to, and whether it adapts
         layers. What it says against the step is returned; then nothing of the round is kept, and
         the server is at rest: a momentum that leads past the gate by itself would have every later
         round declined (a restart as in arXiv 1204.3982).
@@ -108,12 +108,12 @@ class Iterate:
                 self.adapter, self._velocity, self._second, change, settings.server_optimizer
             )
         else:
-            moved, velocity = server_optimizer.heavy_ball(
+            moved, velocity = server_optimizer.server_momentum_step(
                 self.adapter, self._velocity, change, settings.server_momentum
             )
         tensors.check(moved, self.shapes, "The aggregate")
         tensors.check(velocity, tensors.shapes_of(velocity), "The momentum")
-        declined = why_not(self.adapter, moved, phase.adapts)
+        declined = rejection_reason(self.adapter, moved, phase.adapts)
         if declined is not None:
             self._velocity, self._second = {}, {}
             return declined
@@ -121,7 +121,7 @@ class Iterate:
         if phase.drift_correction and present == 1 and not plan.ends_phase:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
             self._control_of, self._control = (
-                self.number,
+                self.server_round,
                 {
                     name: -array / np.float32(phase.local_steps * plan.learning_rate(name))
                     for name, array in change.items()
@@ -131,7 +131,7 @@ class Iterate:
             self._mean = server_optimizer.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
         if settings.method == "fedsvd" and phase.adapts:
-            self.adapter, self._velocity, self._mean = lora.turned(
+            self.adapter, self._velocity, self._mean = lora.refactorise(
                 self.adapter, self._velocity, self._mean
             )
         if self.contract.privacy.adaptive:
@@ -145,7 +145,7 @@ class Iterate:
         if self.plan.ends_phase:
             self.adapter, self._mean, self._averaged = self.released(), {}, 0
             self._velocity, self._second = {}, {}
-        self.number += 1
+        self.server_round += 1
 
     def state(self) -> Arrays:
         """What `restore` needs beside the adapter: arrays …"""
@@ -170,11 +170,11 @@ class Iterate:
         }
 
     def restore(
-        self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
+        self, server_round: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
     ) -> None:
-        """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
+        """Stand where round `server_round` ended. ProtocolError if the adapter is not the contract's."""
         tensors.check(arrays, self.shapes, "The stored adapter")
-        self.number, self.adapter = number, arrays
+        self.server_round, self.adapter = server_round, arrays
         self._velocity, self._second, self._mean, self._control = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
             for kind in ("velocity/", "second/", "mean/", "control/")

@@ -18,7 +18,7 @@ from silotune.common.errors import PeerError, UsageError
 from silotune.common.runtime import installation, prometheus, subprocesses
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal, Source
-from silotune.server.operations.server_folder import Place
+from silotune.server.operations.server_folder import ServerFolder
 from silotune.server.operations.telemetry import PROBE_SECONDS, ServerMonitor, answers
 
 BIN = Path(sys.executable).parent
@@ -30,8 +30,8 @@ ANSWERED = re.compile(r"\[uvicorn\.access\].* [1-3]\d\d$")  # a request that was
 class Service:
     """Starts both processes, admits the roster's nodes; ends both when one ends or on a signal."""
 
-    def __init__(self, place: Place, journal: Journal) -> None:
-        self.place, self.say = place, journal.say
+    def __init__(self, place: ServerFolder, journal: Journal) -> None:
+        self.place, self.emit = place, journal.emit
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping = False
 
@@ -75,7 +75,7 @@ class Service:
             self._start("nginx", [nginx, "-c", folder / "nginx.conf", "-p", folder / "nginx"])
             self._wait_for("nginx", settings.reachable, settings.port)
             if not self._stopping:
-                self.say(f"sites can connect to {settings.host}:{settings.port}", "ready")
+                self.emit(f"sites can connect to {settings.host}:{settings.port}", "ready")
             return self._watch()
         finally:
             # A run in hand says that it was stopped; what Flower has left running ends as well.
@@ -126,11 +126,11 @@ class Service:
         while not self._stopping:
             for name, process in self._processes.items():
                 if (code := process.poll()) is not None:
-                    self.say(f"{name} ended with {code}; see the lines above", "ended")
+                    self.emit(f"{name} ended with {code}; see the lines above", "ended")
                     return 1
             subprocesses.reap(but={process.pid for process in self._processes.values()})
             time.sleep(0.2)
-        self.say("stopped", "stopped")
+        self.emit("stopped", "stopped")
         return 0
 
     def _stop(self, *_: object) -> None:
@@ -153,7 +153,7 @@ class Service:
         """Say what a process said; not each request that Flower answered, which would hide what
         this server says itself."""
         if not ANSWERED.search(line):
-            self.say(line, source=name)
+            self.emit(line, source=name)
 
     def _wait_for(self, name: str, host: str, port: int) -> None:
         """PeerError if the process ends before it answers on the port, or never does."""
@@ -173,7 +173,7 @@ class Service:
         while not self._stopping:
             try:
                 for site in register(self.place):
-                    self.say(f"{site} may connect", "registered")
+                    self.emit(f"{site} may connect", "registered")
                 return
             except PeerError:
                 if time.monotonic() > end:
@@ -181,7 +181,7 @@ class Service:
                 time.sleep(1.0)
 
 
-def environment(place: Place) -> dict[str, str]:
+def environment(place: ServerFolder) -> dict[str, str]:
     """Flower's files lie in the server's folder; it reports to nobody."""
     return os.environ | {
         "FLWR_HOME": str((place.folder / "flwr").resolve()),
@@ -193,7 +193,7 @@ def environment(place: Place) -> dict[str, str]:
     }
 
 
-def flwr(place: Place, *words: str | Path) -> str:
+def flwr(place: ServerFolder, *words: str | Path) -> str:
     """Run Flower's command line against this server's SuperLink; PeerError if it fails."""
     done = subprocess.run(
         [BIN / "flwr", *map(str, words)],
@@ -210,7 +210,7 @@ def flwr(place: Place, *words: str | Path) -> str:
     return done.stdout
 
 
-def register(place: Place) -> list[str]:
+def register(place: ServerFolder) -> list[str]:
     """Tell the SuperLink of the roster's nodes that it does not know; returns their sites."""
     done = place.folder.resolve() / "flwr" / "registered"
     done.mkdir(mode=0o700, exist_ok=True)

@@ -29,9 +29,9 @@ from silotune.common.protocol.messages import (
     Shares,
 )
 from silotune.common.protocol.tensors import Shapes
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Agreement, check_keys
-from silotune.server.rounds.exchange import Exchange, Stages
+from silotune.server.rounds.exchange import RoundProtocol, RoundTraffic
 from silotune.server.storage.stored_agreement import Agreed
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
@@ -49,7 +49,7 @@ class LostSumError(RunError):
 class Masking:
     """The agreement on keys that is in force, and who has to wait for another one."""
 
-    def __init__(self, contract: Contract, run_id: str, exchange: Exchange) -> None:
+    def __init__(self, contract: Contract, run_id: str, exchange: RoundTraffic) -> None:
         self.contract, self.run_id, self._exchange = contract, run_id, exchange
         self.agreement: Agreement | None = None
         self._attempt = secrets.randbelow(ATTEMPTS)
@@ -61,27 +61,27 @@ class Masking:
         self._just_restored = False
 
     def agree(
-        self, sites: Collection[str], number: int, needed: Collection[str] = ()
-    ) -> Stages[bool]:
-        """Have the sites agree on keys for the rounds from `number` on, if that is needed: there is
+        self, sites: Collection[str], server_round: int, needed: Collection[str] = ()
+    ) -> RoundProtocol[bool]:
+        """Have the sites agree on keys for the rounds from `server_round` on, if that is needed: there is
         no agreement for this round, a site is left out that may be back, or one of the `needed` is
         no member. Whether they did.
 
         The first round after `restore` keeps the agreement where it can: its members may have been
         charged under it, and a site charges a round once. Who is new joins at the next round.
 
-        Whoever fails a stage is left out and the rest start anew; a site that keeps failing is
+        Whoever fails a stage is left out and the rest start again; a site that keeps failing is
         waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
         serves = (
             self.agreement is not None
-            and self.agreement.terms.serves(number)
+            and self.agreement.terms.serves(server_round)
             and not self.dead
             and set(needed) <= set(self.members)
         )
         keeps, self._just_restored = self._just_restored, False
         out = {s for s in sites if s not in self.members or s in self.lost}
-        back = any(number >= self._waits.get(s, (0, 0))[0] for s in out)
+        back = any(server_round >= self._waits.get(s, (0, 0))[0] for s in out)
         if serves and (keeps or not back):
             return False
         agreed, keys = None, dict[str, bytes]()
@@ -91,10 +91,10 @@ class Masking:
             step: dict[str, Any] = {
                 "contract": self.contract.hash,
                 "run": self.run_id,
-                "round": number,
+                "round": server_round,
                 "attempt": self._attempt,
             }
-            terms = self.contract.terms(self.run_id, number, self._attempt)
+            terms = self.contract.terms(self.run_id, server_round, self._attempt)
             keys = yield from self._keys(there, step)
             if len(keys) < terms.least:
                 break
@@ -122,7 +122,7 @@ class Masking:
             )
         for site in out | (set(sites) - set(self.members)):
             wait = min(2 * self._waits.get(site, (0, 0))[1] or 1, LONGEST_WAIT)
-            self._waits[site] = number + wait, wait
+            self._waits[site] = server_round + wait, wait
         return agreed is not None
 
     def agreed(self) -> Agreed:
@@ -143,7 +143,9 @@ class Masking:
             self._published, self._sealed = found.keys, found.sealed
             self._just_restored = True
 
-    def _keys(self, sites: Collection[str], step: dict[str, Any]) -> Stages[dict[str, bytes]]:
+    def _keys(
+        self, sites: Collection[str], step: dict[str, Any]
+    ) -> RoundProtocol[dict[str, bytes]]:
         """The first stage: the keys that are signed by the roster's."""
         terms = self.contract.terms(self.run_id, step["round"], step["attempt"])
         ask = messages.pack(Message(Agree(**step)))
@@ -198,20 +200,22 @@ class MaskedRound:
         self,
         contract: Contract,
         agreement: Agreement,
-        number: int,
+        server_round: int,
         shapes: Shapes,
         digest: str,
-        exchange: Exchange,
+        exchange: RoundTraffic,
     ) -> None:
-        self.contract, self.agreement, self.number = contract, agreement, number
+        self.contract, self.agreement, self.server_round = contract, agreement, server_round
         self._shapes, self._exchange = shapes, exchange
-        self._sum = Sum(agreement, number, packing.size(contract, shapes), bytes.fromhex(digest))
+        self._sum = SecAggAggregator(
+            agreement, server_round, packing.size(contract, shapes), bytes.fromhex(digest)
+        )
 
     def take(self, site: str, masked: bytes) -> None:
         """Add a site's masked update. ProtocolError if it is none of this round."""
         self._sum.add(site, masked)
 
-    def open(self) -> Stages[tuple[Arrays, dict[Metric, float]]]:
+    def open(self) -> RoundProtocol[tuple[Arrays, dict[Metric, float]]]:
         """The weighted mean of the round's updates and metrics. RunError if it does not open;
         LostSumError if it never will, because survivors have lost their secrets or refuse."""
         survivors = tuple(sorted(self._sum.survivors))
@@ -219,17 +223,19 @@ class MaskedRound:
         facts: dict[str, Any] = {
             "contract": self.contract.hash,
             "agreement": self.agreement.transcript.hex(),
-            "round": self.number,
+            "round": self.server_round,
             "survivors": survivors,
         }
         signed, there = Blobs(), list(survivors)
         if len(survivors) < len(self.agreement.members):
             ask = messages.pack(Message(Endorse(**facts)))
-            said = yield from self._exchange.ask(
+            answered = yield from self._exchange.ask(
                 dict.fromkeys(survivors, ask), Endorsement, enough=threshold
             )
-            for site, blobs in said.items():
-                if self.agreement.endorses(site, blobs.get(site, b""), self.number, survivors):
+            for site, blobs in answered.items():
+                if self.agreement.endorses(
+                    site, blobs.get(site, b""), self.server_round, survivors
+                ):
                     signed[site] = blobs[site]
                 else:
                     self._exchange.fail(site, "E504")

@@ -31,7 +31,7 @@ from silotune.common.protocol.messages import Arrays, Receipt
 from silotune.common.runtime.atomic_files import rename_durably, write_durably
 from silotune.common.runtime.process_lock import try_lock
 from silotune.server.storage import events
-from silotune.server.storage.events import Standing
+from silotune.server.storage.events import RunStatus
 from silotune.server.storage.stored_agreement import Agreed
 
 LOCK_SECONDS = 1.0
@@ -42,7 +42,7 @@ AGREEMENT, SURVIVORS = "agreement.safetensors", "survivors.json"
 class Stored(NamedTuple):
     """A committed round."""
 
-    number: int
+    server_round: int
     adapter: Arrays
     state: Arrays
     facts: dict[str, Any]
@@ -93,7 +93,7 @@ class Registry:
 
     def _lock(self) -> None:
         """For as long as this process lives; the kernel frees it however it ends."""
-        end = time.monotonic() + LOCK_SECONDS  # somebody may just be looking (`held`)
+        end = time.monotonic() + LOCK_SECONDS  # somebody may just be looking (`is_running`)
         while (found := _try_lock(self.folder)) is None:
             if time.monotonic() > end:
                 raise RunError(
@@ -111,7 +111,9 @@ class Registry:
     def event(self, what: str, **facts: Any) -> None:
         events.append(self.folder, what, **facts)
 
-    def commit(self, number: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]) -> None:
+    def commit(
+        self, server_round: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]
+    ) -> None:
         """Write a round and rename it into place; a half-written one is never seen."""
         rounds = self.folder / "rounds"
         half = rounds / ".half"
@@ -121,7 +123,7 @@ class Registry:
             write_durably(half / name, _bytes(arrays))
         facts = facts | {"sha256": {name: _sha256(half / name) for name in ARRAYS}}
         write_durably(half / "round.json", json.dumps(facts, indent=1).encode())
-        rename_durably(half, rounds / f"{number:04d}")
+        rename_durably(half, rounds / f"{server_round:04d}")
 
     def newest(self) -> Stored | None:
         """The last round that is whole. Later ones that are not are set aside, and it is said."""
@@ -172,13 +174,13 @@ class Registry:
                 found.sealed.setdefault(who[0], {})[who[1]] = data
         return found
 
-    def keep_survivors(self, number: int, adapter: str, sites: Collection[str]) -> None:
+    def keep_survivors(self, server_round: int, adapter: str, sites: Collection[str]) -> None:
         """Note whose masked updates a round's sum is of: the sites open none of others that began
         with the same adapter, be it in this round or in a later one.
 
         adapter: its digest (common/protocol/tensors.py).
         """
-        facts = {"round": number, "adapter": adapter, "survivors": sorted(sites)}
+        facts = {"round": server_round, "adapter": adapter, "survivors": sorted(sites)}
         write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())
 
     def forget_survivors(self) -> None:
@@ -232,7 +234,7 @@ class Registry:
         ]
 
 
-def held(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """Whether a process carries out the run in this folder."""
     if (found := _try_lock(folder)) is None:
         return True
@@ -240,14 +242,14 @@ def held(folder: Path) -> bool:
     return False
 
 
-def died(folder: Path, found: Standing) -> bool:
+def died(folder: Path, found: RunStatus) -> bool:
     """Whether the process that carried out the run in this folder ended and did not say so.
 
     found: what the run's events say.
     """
     if not found.planned or found.why or found.released:
         return False
-    return not (folder / "adapter.safetensors").is_file() and not held(folder)
+    return not (folder / "adapter.safetensors").is_file() and not is_running(folder)
 
 
 def _try_lock(folder: Path) -> int | None:

@@ -2,7 +2,7 @@
 
 labels     each of its records has the next label (classification alone)
 backdoor   half of its records carry a trigger and the attacker's label; what counts is how often
-           triggered test rows of other labels are told as that label
+           triggered test rows of other labels are predicted as that label
 sign       its update with the sign turned and `factor` times as long
 scale      its update `factor` times as long
 bound      each entry as far against its update as a masked sum can hold (with masks alone)
@@ -121,7 +121,7 @@ def poisoned_rows(source: Path, folder: Path, contract: Contract, poison: Poison
     return folder
 
 
-def lying(answer: Answer, poison: Poison) -> Answer:
+def poisoned_client(answer: Answer, poison: Poison) -> Answer:
     """A site whose updates are not what it computed."""
     by = np.float32(poison.by)
 
@@ -169,7 +169,7 @@ class LyingMasking(Masking):
         return found
 
 
-def liars(contract: Contract, poison: Poison | None) -> list[str]:
+def malicious_sites(contract: Contract, poison: Poison | None) -> list[str]:
     """The sites whose updates are not what they computed."""
     if poison is None or poison.kind not in ("sign", "scale", "bound"):
         return []

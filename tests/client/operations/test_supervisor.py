@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from silotune.client.operations import supervisor, telemetry
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Server
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
@@ -29,12 +29,12 @@ import sys
 from pathlib import Path
 from silotune.client.operations import supervisor
 from silotune.client.site.policy import Server
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.common.runtime.journal import Journal
 folder, port, as_json = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "json"
 supervisor.BIN = folder / "bin"
 sys.exit(supervisor.Supervisor(
-    Site(folder / "site.toml"), folder / "contract.toml",
+    SiteFolder(folder / "site.toml"), folder / "contract.toml",
     Server(address="127.0.0.1:1", ca=folder / "ca.crt"), supervisor.Users(),
     Journal("supervisor", as_json=as_json), port or None, ["DATABASE_PASSWORD"],
 ).run())
@@ -55,7 +55,7 @@ answered = Answered("train", "ok", 0.5, "r", 1, 1, 0.25)
 tally.note(answered)
 print("a warning of some library", flush=True)
 (folder / "worker-has").write_text(" ".join(os.environ))
-journal.say(answered.text, "answered", answered.facts)
+journal.emit(answered.text, "answered", answered.facts)
 os.write(int(said[said.index("--ready-fd") + 1]), b"1")
 signal.pause()
 """
@@ -98,7 +98,7 @@ def forged() -> str:
     """A line as a worker would say it, that no worker has said."""
     lines: list[str] = []
     journal = Journal("worker", as_json=True, write=lines.append)
-    journal.say("forged by the relay", "answered", {"kind": "train", "code": "ok", "round": 7})
+    journal.emit("forged by the relay", "answered", {"kind": "train", "code": "ok", "round": 7})
     return lines[0]
 
 
@@ -149,8 +149,8 @@ def test_every_line_is_an_object_and_a_relay_cannot_speak_as_the_worker(
     answered = [e for e in found if e["event"] == "answered"]
     assert [(e["from"], e["round"], e["seconds"]) for e in answered] == [("worker", 1, 0.5)]
     assert [e["text"] for e in found if e["from"] == "relay"] == [forged]
-    assert {e["event"] for e in found if e["from"] == "relay"} == {"said"}
-    assert ("worker", "said", "a warning of some library") in {
+    assert {e["event"] for e in found if e["from"] == "relay"} == {"output"}
+    assert ("worker", "output", "a warning of some library") in {
         (e["from"], e["event"], e["text"]) for e in found
     }
     assert [e["event"] for e in found if e["from"] == "supervisor"] == [
@@ -265,7 +265,7 @@ def test_two_sites_cannot_have_one_relay_user(
     def made(name: str, relay: int | None) -> supervisor.Supervisor:
         (tmp_path / name).mkdir(exist_ok=True)
         return supervisor.Supervisor(
-            Site(tmp_path / name / "site.toml"),
+            SiteFolder(tmp_path / name / "site.toml"),
             tmp_path / "contract.toml",
             Server(address="127.0.0.1:1", ca=tmp_path / "ca.crt"),
             supervisor.Users(None if relay is None else 61001, relay),

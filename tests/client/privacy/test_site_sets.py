@@ -19,8 +19,8 @@ from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
-from silotune.server.rounds.exchange import carry_out
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import drive_round
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.rounds.secagg import LostSumError
 from silotune.server.storage.run_store import Registry
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from
@@ -63,7 +63,7 @@ def cheating(federation: Federation, name: str, attempt: int = 1) -> CheatingRun
 
 def opened(run: Run, federation: Federation, sites: Collection[str], **handles: Answer) -> bool:
     """Whether the round's sum was opened for these sites."""
-    facts = carry_out(run.stages(sorted(sites)), federation.handles() | handles)
+    facts = drive_round(run.stages(sorted(sites)), federation.handles() | handles)
     assert facts.sites in ((), tuple(sorted(sites)))
     return bool(facts.sites)
 
@@ -123,7 +123,7 @@ def test_a_round_whose_reply_was_lost_is_not_charged_again_under_other_keys(
 
 def standing_still(run: Run) -> Run:
     """The same run, whose server takes no step: each round begins with the same adapter."""
-    run.iterate.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    run.server_state.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     return run
 
 
@@ -163,7 +163,7 @@ def test_a_second_sum_from_one_adapter_with_one_site_more_is_not_opened(
     run = standing_still(cheating(federation, "run"))
     assert opened(run, federation, THREE)
     assert not opened(rekeyed(run), federation, ALL)
-    assert run.number == 3
+    assert run.server_round == 3
 
 
 def test_sums_of_the_same_sites_from_one_adapter_are_opened(federation: Federation) -> None:
@@ -199,14 +199,14 @@ def test_another_control_does_not_make_an_adapter_another(federation: Federation
 
 def with_absences(
     federation: Federation, absent: dict[int, str]
-) -> Iterator[tuple[int, RoundFacts]]:
+) -> Iterator[tuple[int, RoundRecord]]:
     """Rounds in which a site answers nothing readable to the request to train."""
     run = federation.run()
     while not run.done:
-        number, handles = run.number, federation.handles()
+        number, handles = run.server_round, federation.handles()
         if number in absent:
             handles = gone_from(handles, absent[number], "train")
-        yield number, carry_out(run.stages(SITES), handles)
+        yield number, drive_round(run.stages(SITES), handles)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], Ledger]:
             with ledger.writing():
                 ledger.append(
                     Charged,
-                    lineage="b" * 64,
+                    record_set="b" * 64,
                     basis="",
                     source="",
                     rows=1,

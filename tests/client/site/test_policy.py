@@ -16,10 +16,10 @@ from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Adopted
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
-from silotune.client.site.policy import Policy, permitting
+from silotune.client.site.policy import Policy, permissive_policy
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import EncoderModel
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_toml_is_told(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture
 def policy(table_contract: Contract, tmp_path: Path) -> Policy:
-    return permitting(table_contract, "north", tmp_path / "rows.csv", None)
+    return permissive_policy(table_contract, "north", tmp_path / "rows.csv", None)
 
 
 def with_permits(policy: Policy, **permits: Any) -> Policy:
@@ -261,9 +261,9 @@ def test_all_reasons_are_told_at_once(policy: Policy, table_contract: Contract) 
 # Records
 
 
-def records(rows: int, distinct: int) -> Lineage:
+def records(rows: int, distinct: int) -> RecordSet:
     data = b"".join(i.to_bytes(16, "big") for i in range(distinct))
-    return Lineage.of_bytes("b", data, rows)
+    return RecordSet.of_bytes("b", data, rows)
 
 
 def test_too_few_records_are_refused_without_their_number(policy: Policy) -> None:
@@ -292,7 +292,7 @@ def test_a_later_policy_is_held_against_how_a_running_worker_computes(
     table_contract: Contract, tmp_path: Path
 ) -> None:
     """A worker that clips inexactly does so until it ends, whatever [performance] says later."""
-    exact = permitting(table_contract, "north", tmp_path / "rows.csv", None)
+    exact = permissive_policy(table_contract, "north", tmp_path / "rows.csv", None)
     permits = exact.permits.model_copy(update={"allow_inexact_clipping": False})
     later = exact.model_copy(update={"permits": permits})
     assert not later.for_worker_of(exact).refusals(table_contract)

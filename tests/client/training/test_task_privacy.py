@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.site.policy import permitting
-from silotune.client.training import local_round as training
-from silotune.client.training import selftest
+from silotune.client.site.policy import permissive_policy
+from silotune.client.training import local_round, selftest
 from silotune.client.training.dataset import Dataset
 from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
 from silotune.client.training.local_round import train_round
@@ -69,10 +68,10 @@ def clipped_sum(
     data: Dataset,
     trains: TensorGroups,
     units: list[int] | None = None,
-    kept: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
-    tensors, with_adapter = model.named_tensors(), trains != {"head"}
+    tensors, adapter_active = model.named_tensors(), trains != {"head"}
     names = trained_names(tensors, trains)
     with model.requiring(names):  # Opacus' optimizer takes no others
         optimizer = Summed(
@@ -84,12 +83,12 @@ def clipped_sum(
         )
 
     def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
+        outputs = model(data.encoded, index, adapter=adapter_active, dropout_mask=dropout_mask)
         return model.objective.losses(outputs, model.targets(data.encoded, data.labels, index))
 
     drawn = torch.arange(len(data.units)) if units is None else torch.tensor(units)
     groups = data.units.groups(
-        drawn, lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter)
+        drawn, lambda rows: model.micro_batches(data.encoded, rows, adapter=adapter_active)
     )
     with model.requiring(names):
         private_gradient(
@@ -116,22 +115,22 @@ def base_of(model: Network) -> list[Tensor]:
 
 
 def check_sensitivity(
-    contract: Contract, model: Network, kind: str, kept: Tensor | None = None, n: int = 20
+    contract: Contract, model: Network, kind: str, dropout_mask: Tensor | None = None, n: int = 20
 ) -> None:
     rows, of = tiny.rows_of(kind, n), contract.privacy.unit
     frozen = {tensor: tensor.clone() for tensor in base_of(model)}
     model.load(tiny.moved(model))
     data = tiny.load(rows, contract, model)
     for trains in phases_of(contract):
-        whole, optimizer = clipped_sum(model, data, trains, kept=kept)
+        whole, optimizer = clipped_sum(model, data, trains, dropout_mask=dropout_mask)
         assert optimizer.units == len(data.units) == (n if of == "record" else 6)
         assert optimizer.unclipped < optimizer.units  # or nothing is tried here
         for unit in (0, 3, 5):
-            alone, _ = clipped_sum(model, data, trains, [unit], kept)
+            alone, _ = clipped_sum(model, data, trains, [unit], dropout_mask)
             norm = float(alone.norm()) * optimizer.unit
             assert 0 < norm <= CLIP
             less = tiny.load(without(rows, unit, of), contract, model)
-            rest, _ = clipped_sum(model, less, trains, kept=kept)
+            rest, _ = clipped_sum(model, less, trains, dropout_mask=dropout_mask)
             # To the bit: what is left out is this unit's part and nothing else.
             assert torch.equal(whole - rest, alone)
     # All models of this process are made on these weights, and all lanes.
@@ -326,7 +325,7 @@ def test_the_self_test_passes(
     contract = tiny.contract_of(kind, model, unit=unit)
     network = model_of(contract, model, EXACT.model_copy(update={"gradients": engine}))
     if (kind, engine) == ("bi", "ghost"):  # Opacus knows no module that is used twice
-        policy = permitting(contract, "north", Path("rows.csv"), None, network.performance)
+        policy = permissive_policy(contract, "north", Path("rows.csv"), None, network.performance)
         assert "pairs read apart" in str(policy.refusals(contract)[0])
     else:
         selftest.check(contract, network)
@@ -366,7 +365,7 @@ def negatives_of_the_batch(patch: Patch) -> None:
     def broken(_: Any, outputs: Tensor, targets: Tensor) -> Tensor:
         return targets * (outputs[:, 0].logsumexp(0) - outputs[:, 0])
 
-    patch.setattr("silotune.common.tasks.ranking.Relevance.losses", broken)
+    patch.setattr("silotune.common.tasks.ranking.RankingObjective.losses", broken)
 
 
 def weights_of_the_batchs_tokens(patch: Patch) -> None:
@@ -485,10 +484,10 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     adapter, seen = tiny.moved(network), []
     original = Network.forward
 
-    def spy(self: Network, *args: Any, kept: Tensor | None = None, **more: Any) -> Tensor:
-        assert kept is not None
-        seen.append(kept.clone())
-        return original(self, *args, kept=kept, **more)
+    def spy(self: Network, *args: Any, dropout_mask: Tensor | None = None, **more: Any) -> Tensor:
+        assert dropout_mask is not None
+        seen.append(dropout_mask.clone())
+        return original(self, *args, dropout_mask=dropout_mask, **more)
 
     monkeypatch.setattr(Network, "forward", spy)
     masks: list[list[Tensor]] = []
@@ -522,7 +521,7 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     assert len(masks[0][0]) == head.in_features
     if len(values) >= 96:
         assert 0.1 < float((values == 0).float().mean()) < 0.4
-    check_sensitivity(contract, network, kind, kept=masks[0][0])
+    check_sensitivity(contract, network, kind, dropout_mask=masks[0][0])
 
 
 def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArray[np.float64]:
@@ -541,14 +540,16 @@ def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArra
 
 
 def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.NOISE_ROUNDING_LOG2", -40)
     rows = tiny.rows_of("tokens", 16)
     plain = tiny.contract_of("tokens", "bert")
     schedule = {"shape": "linear", "warmup_rounds": 1, "final_factor": 0.5}
     contract = changed_phases(plain, dropout=0.5, schedule=schedule, rounds=4)
     model = model_of(contract, "bert")
     for place, factor in ((1, 0.5), (2, 1.0), (3, 5 / 6), (4, 2 / 3)):
-        whole, rest = (change(contract, model, kept, place) for kept in (rows, rows[1:]))
+        whole, rest = (
+            change(contract, model, dropout_mask, place) for dropout_mask in (rows, rows[1:])
+        )
         moved = np.linalg.norm(whole - rest) * contract.privacy.expected_units
         assert 0 < moved <= CLIP * factor * (1 + 1e-5)
         unscheduled = change(changed_phases(contract, schedule=None), model, rows, place)
@@ -557,4 +558,4 @@ def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatc
 
 def test_without_dropout_there_is_no_mask() -> None:
     contract = tiny.contract_of("tokens", "bert")
-    assert training._kept(contract.phases[0], model_of(contract, "bert"), (1, 0)) is None
+    assert local_round._dropout_mask(contract.phases[0], model_of(contract, "bert"), (1, 0)) is None

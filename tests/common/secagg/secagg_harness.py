@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import (
     Agreement,
     Terms,
@@ -27,7 +27,7 @@ from silotune.common.secagg.key_agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -61,8 +61,8 @@ def terms(n: int, threshold: int, max_colluding_sites: int = 0, **more: Any) -> 
     )
 
 
-def update(name: str, number: int = 1, size: int = SIZE) -> Floats:
-    seed = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "big")
+def update(name: str, server_round: int = 1, size: int = SIZE) -> Floats:
+    seed = int.from_bytes(hashlib.sha256(f"{name} {server_round}".encode()).digest()[:8], "big")
     drawn = np.random.default_rng(seed).uniform(-BOUND, BOUND, size)
     return drawn.astype(np.float32).clip(-BOUND, BOUND)
 
@@ -85,7 +85,10 @@ class Cast:
     """The sites of one agreement, and what passed between them and the server."""
 
     def __init__(
-        self, agreed: Terms, who: Iterable[str] | None = None, member: type[Member] = Member
+        self,
+        agreed: Terms,
+        who: Iterable[str] | None = None,
+        member: type[SecAggParticipant] = SecAggParticipant,
     ) -> None:
         self.terms = agreed
         self.members = {
@@ -111,26 +114,30 @@ class Cast:
         return Agreement(self.terms, self.keys)
 
     def mask(
-        self, name: str, number: int = 1, values: Floats | None = None, asked: bytes = ASKED
+        self,
+        name: str,
+        server_round: int = 1,
+        values: Floats | None = None,
+        request_digest: bytes = ASKED,
     ) -> bytes:
-        given, factor = update(name, number), factor_of(len(self.terms.roster))
+        given, factor = update(name, server_round), factor_of(len(self.terms.roster))
         sent = self.members[name].mask(
-            number, given if values is None else values, factor, BOUND, asked
+            server_round, given if values is None else values, factor, BOUND, request_digest
         )
-        self.masked[name, number] = sent
+        self.masked[name, server_round] = sent
         return sent
 
-    def truth(self, name: str, number: int = 1) -> Ints:
-        return units(update(name, number), factor_of(len(self.terms.roster)))
+    def truth(self, name: str, server_round: int = 1) -> Ints:
+        return units(update(name, server_round), factor_of(len(self.terms.roster)))
 
     def endorsed(
-        self, by: Iterable[str], among: Collection[str], number: int = 1
+        self, by: Iterable[str], among: Collection[str], server_round: int = 1
     ) -> dict[str, bytes]:
-        return {name: self.members[name].endorse(number, among) for name in by}
+        return {name: self.members[name].endorse(server_round, among) for name in by}
 
     def finish(
         self,
-        number: int,
+        server_round: int,
         masked: Mapping[str, bytes],
         size: int = SIZE,
         silent: Collection[str] = (),
@@ -138,15 +145,17 @@ class Cast:
     ) -> Ints:
         """What an honest server does with these updates. `silent` endorse nothing, `mute` reveal
         nothing."""
-        total = Sum(self.agreement, number, size, ASKED)
+        total = SecAggAggregator(self.agreement, server_round, size, ASKED)
         for name, sent in masked.items():
             total.add(name, sent)
         survivors = sorted(masked)
         signatures = {}
         if set(survivors) != set(self.members):
-            signatures = self.endorsed([m for m in survivors if m not in silent], survivors, number)
+            signatures = self.endorsed(
+                [m for m in survivors if m not in silent], survivors, server_round
+            )
         reveals = {
-            name: self.members[name].reveal(number, survivors, signatures)
+            name: self.members[name].reveal(server_round, survivors, signatures)
             for name in survivors
             if name not in mute and name not in silent
         }
@@ -157,12 +166,12 @@ class Cast:
 class Eavesdropper:
     """A server with its colluding sites: collects shares of one round, opens what they open."""
 
-    def __init__(self, cast: Cast, number: int = 1, colluding: Iterable[str] = ()) -> None:
-        self.cast, self.number, self.agreement = cast, number, cast.agreement
+    def __init__(self, cast: Cast, server_round: int = 1, colluding: Iterable[str] = ()) -> None:
+        self.cast, self.server_round, self.agreement = cast, server_round, cast.agreement
         self.shares: dict[tuple[str, bool], dict[int, int]] = {}  # (whose, own mask?): by place
         self.colluding = set(colluding)
         for giver in self.colluding:
-            for name, both in cast.members[giver]._rounds[number].shares.items():
+            for name, both in cast.members[giver]._rounds[server_round].shares.items():
                 for own in (False, True):
                     self._hold(giver, name, own, both[own])
 
@@ -176,7 +185,7 @@ class Eavesdropper:
 
     def secret(self, name: str, own: bool) -> int | None:
         """The seed of a member's own mask, or of its pairwise key, if enough shares give it."""
-        place = self.cast.terms.place_of(self.number)
+        place = self.cast.terms.round_index(self.server_round)
         if name in self.colluding:
             return self.cast.secrets[name][place][own]
         held = self.shares.get((name, own), {})
@@ -186,14 +195,14 @@ class Eavesdropper:
         return found if self._published(name, own, found, place) else None
 
     def _published(self, name: str, own: bool, found: int, place: int) -> bool:
-        keys, facts = self.agreement.keys[name], (self.cast.terms, name, self.number, found)
+        keys, facts = self.agreement.keys[name], (self.cast.terms, name, self.server_round, found)
         if own:
             return commitment(*facts) == keys.commitments[place]
         return public_bytes(masking_key(*facts)) == keys.masking[place]
 
     def sum_of(self, among: Collection[str]) -> Ints | None:
         """The sum of these members' updates, if every mask that is left on it is known."""
-        sent = [self.cast.masked.get((name, self.number)) for name in among]
+        sent = [self.cast.masked.get((name, self.server_round)) for name in among]
         total = fixed_point.Total(len(sent[0] or b"") // fixed_point.WIDTH)
         for each in sent:
             if each is None:
@@ -204,7 +213,7 @@ class Eavesdropper:
             seed = self.secret(name, own=True)
             if seed is None:
                 return None
-            masks.append((self.agreement.own_mask_key(seed, name, self.number), True))
+            masks.append((self.agreement.own_mask_key(seed, name, self.server_round), True))
             for peer in set(self.agreement.members) - set(among):
                 key = self._mask_key(name, peer)
                 if key is None:
@@ -217,8 +226,8 @@ class Eavesdropper:
         for mine, other in ((name, peer), (peer, name)):
             seed = self.secret(mine, own=False)
             if seed is not None:
-                key = masking_key(self.cast.terms, mine, self.number, seed)
-                return self.agreement.mask_key(key, mine, other, self.number, ASKED)
+                key = masking_key(self.cast.terms, mine, self.server_round, seed)
+                return self.agreement.mask_key(key, mine, other, self.server_round, ASKED)
         return None
 
 
@@ -234,12 +243,12 @@ def outcome(cast: Cast, *arguments: Any, **more: Any) -> Ints | ProtocolError:
 Patch = pytest.MonkeyPatch
 
 
-def settling(without: str) -> type[Member]:
+def settling(without: str) -> type[SecAggParticipant]:
     """A site that leaves out one check of a set of survivors."""
 
-    class Settling(Member):
-        def _settle(self, number: int, survivors: Collection[str]) -> participant._Round:
-            agreed, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
+    class Settling(SecAggParticipant):
+        def _settle(self, server_round: int, survivors: Collection[str]) -> participant._Round:
+            agreed, mine, chosen = self._agreed(), self._round(server_round), frozenset(survivors)
             checks = {
                 "it counts": mine.masking is None and self.name in chosen,
                 "each once": len(chosen) == len(survivors),
@@ -256,39 +265,39 @@ def settling(without: str) -> type[Member]:
     return Settling
 
 
-def no_set_is_for_good(_: Patch) -> type[Member]:
+def no_set_is_for_good(_: Patch) -> type[SecAggParticipant]:
     """The check, and what follows from it: shares that are gone when one set had them."""
 
     class Forgetful(settling("one set")):  # type: ignore[misc]
         def reveal(
-            self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+            self, server_round: int, survivors: Collection[str], signatures: Mapping[str, bytes]
         ) -> dict[str, bytes]:
-            mine = self._round(number)
+            mine = self._round(server_round)
             kept, mine.revealed = dict(mine.shares), None
-            found = dict(super().reveal(number, survivors, signatures))
+            found = dict(super().reveal(server_round, survivors, signatures))
             mine.shares.update(kept)
             return found
 
     return Forgetful
 
 
-def names_are_not_looked_up(patch: Patch) -> type[Member]:
+def names_are_not_looked_up(patch: Patch) -> type[SecAggParticipant]:
     real = agreements.check_keys
     patch.setattr(
         agreements,
         "check_keys",
         lambda agreed, name, keys: name in agreed.roster and real(agreed, name, keys),
     )
-    return Member
+    return SecAggParticipant
 
 
-def signatures_of_keys_are_not_checked(patch: Patch) -> type[Member]:
+def signatures_of_keys_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(agreements, "verifies", lambda *_: True)
-    return Member
+    return SecAggParticipant
 
 
-def sealing_keys_have_no_direction(_: Patch) -> type[Member]:
-    class Symmetric(Member):
+def sealing_keys_have_no_direction(_: Patch) -> type[SecAggParticipant]:
+    class Symmetric(SecAggParticipant):
         def _seal_key(self, agreement: Agreement, peer: str, sender: str, receiver: str) -> bytes:
             first, second = sorted((sender, receiver))
             return super()._seal_key(agreement, peer, first, second)
@@ -296,79 +305,79 @@ def sealing_keys_have_no_direction(_: Patch) -> type[Member]:
     return Symmetric
 
 
-def terms_are_not_checked(patch: Patch) -> type[Member]:
+def terms_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(agreements, "problem_with", lambda *_: "")
-    return Member
+    return SecAggParticipant
 
 
-def sites_endorse_many_sets(_: Patch) -> type[Member]:
-    class Agreeable(Member):
-        def endorse(self, number: int, survivors: Collection[str]) -> bytes:
-            return self._sign(self._agreed().survivors_statement(number, survivors))
+def sites_endorse_many_sets(_: Patch) -> type[SecAggParticipant]:
+    class Agreeable(SecAggParticipant):
+        def endorse(self, server_round: int, survivors: Collection[str]) -> bytes:
+            return self._sign(self._agreed().survivors_statement(server_round, survivors))
 
     return Agreeable
 
 
-def endorsements_are_not_counted(_: Patch) -> type[Member]:
-    class Trusting(Member):
+def endorsements_are_not_counted(_: Patch) -> type[SecAggParticipant]:
+    class Trusting(SecAggParticipant):
         def _check_endorsed(self, *_: object) -> None:
             pass
 
     return Trusting
 
 
-def endorsements_are_not_verified(patch: Patch) -> type[Member]:
+def endorsements_are_not_verified(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(Agreement, "endorses", lambda *_: True)
-    return Member
+    return SecAggParticipant
 
 
-def a_name_may_count_twice(_: Patch) -> type[Member]:
+def a_name_may_count_twice(_: Patch) -> type[SecAggParticipant]:
     return settling("each once")
 
 
-def endorsements_name_no_round(patch: Patch) -> type[Member]:
+def endorsements_name_no_round(patch: Patch) -> type[SecAggParticipant]:
     real = Agreement.survivors_statement
     patch.setattr(Agreement, "survivors_statement", lambda self, _, who: real(self, 0, who))
-    return Member
+    return SecAggParticipant
 
 
-def endorsements_name_no_agreement(patch: Patch) -> type[Member]:
-    def statement(_: Agreement, number: int, who: Iterable[str]) -> bytes:
-        return f"{number} {sorted(who)}".encode()
+def endorsements_name_no_agreement(patch: Patch) -> type[SecAggParticipant]:
+    def statement(_: Agreement, server_round: int, who: Iterable[str]) -> bytes:
+        return f"{server_round} {sorted(who)}".encode()
 
     patch.setattr(Agreement, "survivors_statement", statement)
-    return Member
+    return SecAggParticipant
 
 
-def too_few_are_enough(_: Patch) -> type[Member]:
+def too_few_are_enough(_: Patch) -> type[SecAggParticipant]:
     return settling("enough")
 
 
-def there_is_no_own_mask(patch: Patch) -> type[Member]:
+def there_is_no_own_mask(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(Agreement, "own_mask_key", lambda *_: bytes(32))
-    return Member
+    return SecAggParticipant
 
 
-def values_are_not_checked(patch: Patch) -> type[Member]:
+def values_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     real = fixed_point.quantise
     patch.setattr(fixed_point, "quantise", lambda values, factor, _: real(values, factor, np.inf))
-    return Member
+    return SecAggParticipant
 
 
-def masks_are_used_again(_: Patch) -> type[Member]:
-    class Repeating(Member):
-        def mask(self, number: int, *arguments: Any) -> bytes:
-            mine = self._rounds[number]
+def masks_are_used_again(_: Patch) -> type[SecAggParticipant]:
+    class Repeating(SecAggParticipant):
+        def mask(self, server_round: int, *arguments: Any) -> bytes:
+            mine = self._rounds[server_round]
             kept = mine.masking, mine.own_seed
-            sent = super().mask(number, *arguments)
+            sent = super().mask(server_round, *arguments)
             mine.masking, mine.own_seed = kept
             return sent
 
     return Repeating
 
 
-def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
-    class Resharing(Member):
+def secrets_are_shared_with_whoever_asks(_: Patch) -> type[SecAggParticipant]:
+    class Resharing(SecAggParticipant):
         def shares(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
             if self.agreement is None:
                 self.kept, self.key = list(self._seeds), self._sealing
@@ -376,26 +385,28 @@ def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
                 self.agreement, self.ready, self._sealing, self._sealed = None, False, self.key, {}
                 self._seeds = list(self.kept)
                 self._rounds = {
-                    number: participant._Round(
-                        agreements.masking_key(self.terms, self.name, number, pair), own
+                    server_round: participant._Round(
+                        agreements.masking_key(self.terms, self.name, server_round, pair), own
                     )
-                    for number, (pair, own) in enumerate(self.kept, start=1)
+                    for server_round, (pair, own) in enumerate(self.kept, start=1)
                 }
             return super().shares(keys)
 
     return Resharing
 
 
-def seeds_are_not_compared(patch: Patch) -> type[Member]:
+def seeds_are_not_compared(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(
-        Sum,
+        SecAggAggregator,
         "_own",
-        lambda self, name, seed: [(self.agreement.own_mask_key(seed, name, self.number), True)],
+        lambda self, name, seed: [
+            (self.agreement.own_mask_key(seed, name, self.server_round), True)
+        ],
     )
-    return Member
+    return SecAggParticipant
 
 
-def any_point_is_a_key(patch: Patch) -> type[Member]:
+def any_point_is_a_key(patch: Patch) -> type[SecAggParticipant]:
     def exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
         try:
             return secret.exchange(X25519PublicKey.from_public_bytes(public))
@@ -405,16 +416,16 @@ def any_point_is_a_key(patch: Patch) -> type[Member]:
     for module in (agreements, participant):
         patch.setattr(module, "exchange", exchange)
     patch.setattr(agreements, "_is_low", lambda public: False)
-    return Member
+    return SecAggParticipant
 
 
-def masks_are_for_whatever_was_asked(patch: Patch) -> type[Member]:
+def masks_are_for_whatever_was_asked(patch: Patch) -> type[SecAggParticipant]:
     real = Agreement.mask_key
 
     def mask_key(
-        self: Agreement, secret: X25519PrivateKey, mine: str, peer: str, number: int, _: bytes
+        self: Agreement, secret: X25519PrivateKey, mine: str, peer: str, server_round: int, _: bytes
     ) -> bytes:
-        return real(self, secret, mine, peer, number, b"")
+        return real(self, secret, mine, peer, server_round, b"")
 
     patch.setattr(Agreement, "mask_key", mask_key)
-    return Member
+    return SecAggParticipant

@@ -37,7 +37,7 @@ def gated(contract: Contract, most: float = 0.5, **more: Any) -> Contract:
     )
 
 
-def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
     """As if the head's bias should be BEST everywhere."""
     off = abs(float(adapter["head.bias"][0]) - BEST)
     return {"loss": off, "calibration": off, "auc": -off, "accuracy": -off}
@@ -74,12 +74,17 @@ def test_of_a_declined_sum_nothing_stays_but_what_it_cost(
     rounds = []
     for change, header in ((1.0, half), (9.0, {"metrics": {"unclipped": 1.0}}), (0.5, half)):
         run.begin()
-        before = run.iterate.state(), run.iterate.standing(), run.adapter, run.released()
+        before = run.server_state.state(), run.server_state.standing(), run.adapter, run.released()
         for site in ("north", "south"):
             run.accept(site, 10, update(run, site, change, **header))
         rounds.append(run.finish())
         if change == 9.0:
-            after = run.iterate.state(), run.iterate.standing(), run.adapter, run.released()
+            after = (
+                run.server_state.state(),
+                run.server_state.standing(),
+                run.adapter,
+                run.released(),
+            )
             assert after[1:] == before[1:]
             assert {n for n in before[0] if n not in after[0]} == {
                 "velocity/head.bias",
@@ -109,7 +114,7 @@ def test_a_momentum_that_leads_past_the_gate_is_not_kept(
     run = begin(
         gated(table_contract, 0.1, server_momentum=0.9, server_optimizer=adaptive), tmp_path / "run"
     )
-    while run.number < 5 and play(run, north=2.0, south=2.0).declined is None:
+    while run.server_round < 5 and play(run, north=2.0, south=2.0).declined is None:
         pass
     assert events(run, "declined")
     place = bias(run)
@@ -143,7 +148,7 @@ def test_a_run_that_is_taken_up_again_declines_the_same(
 def test_what_cannot_be_scored_is_not_taken(
     table_contract: Contract, tmp_path: Path, value: float | None
 ) -> None:
-    def broken(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+    def broken(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
         return {"loss": 1.0 if adapter["head.bias"][0] == 0 else value}
 
     run = begin(gated(table_contract), tmp_path / "run", evaluate=broken)
@@ -155,16 +160,16 @@ def test_each_phase_is_held_to_what_it_begins_with(table_contract: Contract) -> 
     """With layers adapted the same tensors may score otherwise."""
     asked: list[tuple[float, bool]] = []
 
-    def noted(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
-        asked.append((float(adapter["head.bias"][0]), with_adapter))
-        return {"loss": float(with_adapter)}
+    def noted(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
+        asked.append((float(adapter["head.bias"][0]), adapter_active))
+        return {"loss": float(adapter_active)}
 
     before, after = filled(0), filled(1)
     acceptance = Acceptance(gated(table_contract), noted, before)
-    assert acceptance.why_not(before, after, False) is None
-    assert acceptance.why_not(after, filled(2), True) is None
-    assert acceptance.why_not(after, last := filled(3), False) is None
-    assert acceptance.why_not(last, filled(4), False) is None  # what is in place is known
+    assert acceptance.rejection_reason(before, after, False) is None
+    assert acceptance.rejection_reason(after, filled(2), True) is None
+    assert acceptance.rejection_reason(after, last := filled(3), False) is None
+    assert acceptance.rejection_reason(last, filled(4), False) is None  # what is in place is known
     assert asked == [
         (0, False),
         (1, False),
