@@ -26,7 +26,7 @@ from silotune.common import errors
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.server.cli import init as server_init
-from silotune.server.operations.server_folder import Place
+from silotune.server.operations.server_folder import ServerFolder
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
 from silotune.simulations.study.config import Study
@@ -339,7 +339,7 @@ def metrics() -> str:
         run = folder / "server" / "runs" / "example"
         events.append(run, "run", rounds=1)
         events.append(run, "rejected", site="a", code="E502", round=1)
-        server = ServerMonitor(Place(folder / "server"), lambda _: True)
+        server = ServerMonitor(ServerFolder(folder / "server"), lambda _: True)
         rows["server"] += [_row(family) for family in server.collect()]
     made = [
         "# Metrics",

@@ -33,7 +33,7 @@ from silotune.common.runtime.terminal import echo
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
     from silotune.server.storage.events import Event, Events
 
 FOLDER = click.option(
@@ -88,7 +88,7 @@ def init(
     """
     from silotune.common.config import types
     from silotune.server.operations import certificate_authority
-    from silotune.server.operations.server_folder import Place, ServerSettings
+    from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 
     settings = types.parse(
         json.dumps(
@@ -97,7 +97,7 @@ def init(
         "options.json",
         ServerSettings,
     )
-    place = Place.create(folder, settings)
+    place = ServerFolder.create(folder, settings)
     print_ = certificate_authority.fingerprint((place.folder / "ca.crt").read_bytes())
     emit(
         {"folder": str(folder), "ca_sha256": print_},
@@ -136,9 +136,9 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
     ✓ hospital-a is in the roster
     """
     from silotune.common.protocol import join_request
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
 
-    place, found = Place.open(folder), join_request.load(request)
+    place, found = ServerFolder.open(folder), join_request.load(request)
     place.admit(found, fingerprint)
     entry = f'[[sites]]\nname = "{found.site}"\npublic_key = "{found.public_key}"'
     emit(
@@ -167,9 +167,9 @@ def fingerprint(folder: Path) -> None:
     """
     from silotune.common.config import types
     from silotune.server.operations import certificate_authority
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
 
-    path = Place.open(folder).folder / "ca.crt"
+    path = ServerFolder.open(folder).folder / "ca.crt"
     try:
         echo(certificate_authority.fingerprint(types.read_text(path, "Certificate").encode()))
     except ValueError:
@@ -200,9 +200,9 @@ def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json:
     sha256  3f9a…
     next:   send federation/contracts/heart-diagnosis.json to the sites; silotune server start …
     """
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
 
-    place, wanted = Place.open(folder), contracts.load(draft)
+    place, wanted = ServerFolder.open(folder), contracts.load(draft)
     made = place.with_roster(wanted, masked=not unmasked)
     path = place.write_contract(made, draft, replace=replace)
     names = [site.name for site in made.sites]
@@ -268,10 +268,10 @@ def start(folder: Path, log_json: bool) -> None:
     hospital-a may connect
     sites can connect to fl.example.org:8443
     """
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
     from silotune.server.operations.service import Service
 
-    sys.exit(Service(Place.open(folder), Journal("server", as_json=log_json)).run())
+    sys.exit(Service(ServerFolder.open(folder), Journal("server", as_json=log_json)).run())
 
 
 @server.command()
@@ -330,9 +330,9 @@ def resume(
     $ silotune server resume heart-diagnosis-20261122-1015 --folder federation
      12/30   4 sites
     """
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
 
-    place = Place.open(folder)
+    place = ServerFolder.open(folder)
     path = place.runs / name / "contract.json"
     if not path.is_file():
         states = {found["run"]: found["state"] for found in map(_standing, _runs(place))}
@@ -356,10 +356,10 @@ def stop(name: str, folder: Path) -> None:
     $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
     ✓ heart-diagnosis-20261122-1015 is told to stop
     """
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
     from silotune.server.operations.service import flwr
 
-    place = Place.open(folder)
+    place = ServerFolder.open(folder)
     if not (number := _number(place, name)).is_file():
         raise _unknown(place, name)
     flwr(place, "stop", number.read_text(encoding="utf-8"), "silotune")
@@ -387,9 +387,9 @@ def status(folder: Path, as_json: bool) -> None:
     $ silotune server status --folder federation
     heart-diagnosis-20261122-1015   12/30   stopped: 2 of 4 sites counted (…)
     """
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
 
-    found = [_standing(run) for run in _runs(Place.open(folder))]
+    found = [_standing(run) for run in _runs(ServerFolder.open(folder))]
     text = "\n".join(
         f"{s['run']}   {s['round']}/{s['rounds'] or '–'}   {s['state']}{_without(s['absent'])}"
         for s in found
@@ -397,7 +397,7 @@ def status(folder: Path, as_json: bool) -> None:
     emit({"runs": found}, as_json, text or "no run yet")
 
 
-def _runs(place: Place) -> list[Path]:
+def _runs(place: ServerFolder) -> list[Path]:
     """The folders of all runs, also of those that ended before their first round."""
     files = [
         file for name in ("contract.json", "events.jsonl") for file in place.runs.glob(f"*/{name}")
@@ -405,28 +405,28 @@ def _runs(place: Place) -> list[Path]:
     return sorted({file.parent for file in files})
 
 
-def _unknown(place: Place, name: str) -> UsageError:
+def _unknown(place: ServerFolder, name: str) -> UsageError:
     runs = ", ".join(run.name for run in _runs(place))
     return UsageError(f"There is no run '{name}'. Runs: {runs or 'none'}.")
 
 
-def _number(place: Place, name: str) -> Path:
+def _number(place: ServerFolder, name: str) -> Path:
     """The file with Flower's own number of a run."""
     return place.folder / "flwr" / "apps" / f"{name}.run-id"
 
 
 def _standing(folder: Path) -> dict[str, Any]:
     from silotune.server.storage.disk import no_room
-    from silotune.server.storage.events import Events, standing
-    from silotune.server.storage.run_store import held
+    from silotune.server.storage.events import Events, run_status
+    from silotune.server.storage.run_store import is_running
 
-    found = standing(Events(folder).new())
+    found = run_status(Events(folder).new())
     if (folder / "adapter.safetensors").is_file():
         state = "done"
     elif not (folder / "contract.json").is_file():
         state = f"failed before its first round: {found.code} {found.why}"
         state = state if found.why else NOT_BEGUN
-    elif not found.why and held(folder):
+    elif not found.why and is_running(folder):
         state = "running"
     else:
         state = f"stopped: {found.why or no_room(folder) or DIED}"
@@ -453,11 +453,11 @@ def _carry_out(
 ) -> None:
     """Hand a run to Flower and repeat what its events say until it ends."""
     from silotune.server.flower.app_bundle import write_app
-    from silotune.server.operations.server_folder import Place
+    from silotune.server.operations.server_folder import ServerFolder
     from silotune.server.operations.service import flwr
     from silotune.server.storage.events import Events
 
-    place = Place.open(folder)
+    place = ServerFolder.open(folder)
     where = place.runs / name
     if not resume and (where / "contract.json").exists():
         raise RunError(f"There is a run '{name}' already: silotune server resume {name}")
@@ -527,7 +527,7 @@ def _model(contract: Contract, named: Path | None) -> Path | None:
     return found
 
 
-def _reach(place: Place) -> None:
+def _reach(place: ServerFolder) -> None:
     """Wait a moment for the server, which may just be starting; PeerError E406 if it is not."""
     from silotune.server.operations.telemetry import answers
 
@@ -543,7 +543,7 @@ def _reach(place: Place) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _detached(place: Place, name: str, number: str, token: str, again: Sequence[str]) -> str:
+def _detached(place: ServerFolder, name: str, number: str, token: str, again: Sequence[str]) -> str:
     """What Ctrl-C has not done, and how to do it; what became of the run, if it has ended.
 
     number: Flower's own of the run, or "". token: of the process that is to carry it out. again:
@@ -558,7 +558,7 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
 
     said = events.Events(where).new()
     end, begun = _end_of(said, token)
-    if end is None and begun and not run_store.held(where):
+    if end is None and begun and not run_store.is_running(where):
         end = {"event": "failed", "code": "E603", "why": DIED}
     if not number and not begun and end is None:
         return f"Detached before the run {name} had a number; it may have begun: " + command(
@@ -577,7 +577,7 @@ def _detached(place: Place, name: str, number: str, token: str, again: Sequence[
     lines = [f"watch:   {command('status')}", f"stop:    {command('stop', name)}"]
     if not begun:
         return "\n".join([f"Detached. The run {name} has not begun; Flower has it.", *lines])
-    waiting = events.standing(said).waiting
+    waiting = events.run_status(said).waiting
     does = f"it is {_waiting(waiting)}, then" if waiting else "its"
     return "\n".join(
         [
@@ -600,7 +600,7 @@ def _end_of(said: Sequence[Event], token: str) -> tuple[Event | None, bool]:
     return None, begun
 
 
-def _ended_in_flower(place: Place, number: str) -> str:
+def _ended_in_flower(place: ServerFolder, number: str) -> str:
     """A sentence, if Flower has ended the run of this number; "" if not, or if it cannot say."""
     from silotune.server.operations.service import flwr
 
@@ -621,7 +621,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
     """
     from silotune.server.storage.disk import no_room
     from silotune.server.storage.events import append
-    from silotune.server.storage.run_store import held
+    from silotune.server.storage.run_store import is_running
 
     end, ours, alone = time.monotonic() + FIRST_SECONDS, False, 0
     while True:
@@ -646,7 +646,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
             with contextlib.suppress(OSError):  # so that `server status` shows it
                 append(where, "refused", code=late.code, why=str(late), token=token)
             raise late
-        alone = alone + 1 if ours and not held(where) else 0
+        alone = alone + 1 if ours and not is_running(where) else 0
         if alone > 2:  # what it said last has been read since
             raise no_room(where) or RunError(DIED, code="E603")
         time.sleep(LOOK_SECONDS)

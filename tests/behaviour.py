@@ -26,7 +26,7 @@ import torch
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Agree, Describe, Message
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.storage.run_store import Registry
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.datasets import catalog
@@ -136,7 +136,7 @@ def run_of(
     while not run.done:
         # In the third round a site is gone before its update, so that the rest endorse.
         gone = {"west": lambda wire: b"" if _kind(wire) == "train" else noted("west")(wire)}
-        carry_out(run.stages(list(SITES)), answers | (gone if rounds == 2 else {}))
+        drive_round(run.stages(list(SITES)), answers | (gone if rounds == 2 else {}))
         rounds += 1
         if dies and rounds == 2:
             run.registry.close()

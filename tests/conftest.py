@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.cli import main
 from silotune.common.contract.contract import Contract, parse
@@ -111,7 +111,7 @@ def make_worker() -> Callable[..., Worker]:
         seed: int | None = None,
         ledger: Ledger | None = None,
     ) -> Worker:
-        policy = permitting(contract, name, path, model)
+        policy = permissive_policy(contract, name, path, model)
         return Worker(policy, contract, ledger or Ledger.in_memory(name), insecure_seed=seed)
 
     return make

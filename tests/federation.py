@@ -8,15 +8,15 @@ from typing import Any
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Train
-from silotune.server.rounds.exchange import carry_out
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import drive_round
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.storage.run_store import Registry
 from tests import tiny
 
@@ -35,7 +35,7 @@ def worker_of(
     seed: int = 0,
 ) -> Worker:
     file = tiny.write(folder / f"{site}.csv", tiny.rows_of(kind, 24, seed))
-    policy = permitting(
+    policy = permissive_policy(
         contract, site, file, None if model == "one-hot" else tiny.folder_of(model), EXACT
     )
     return Worker(policy, contract, ledger or Ledger.in_memory(site), insecure_seed=seed + 1)
@@ -61,7 +61,7 @@ def team(
 
 def play(
     contract: Contract, kind: str, model: str, folder: Path, keys: dict[str, Keys]
-) -> tuple[Arrays, list[RoundFacts], list[Message]]:
+) -> tuple[Arrays, list[RoundRecord], list[Message]]:
     """A whole run: the adapter, the rounds' facts, what the sites replied."""
     workers = team(contract, kind, model, folder, keys)
     seen: list[Message] = []
@@ -78,7 +78,7 @@ def play(
     )
     facts = []
     while not run.done:
-        facts.append(carry_out(run.stages(list(handles)), handles))
+        facts.append(drive_round(run.stages(list(handles)), handles))
     return run.registry.adapter(), facts, seen
 
 

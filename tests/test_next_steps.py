@@ -451,7 +451,7 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
     """With a real run, whose commands are pasted: `interrupted` in tests/system/faults.py."""
-    monkeypatch.setattr("silotune.server.storage.run_store.held", lambda _: True)
+    monkeypatch.setattr("silotune.server.storage.run_store.is_running", lambda _: True)
     err = interrupted(scene, monkeypatch, run, *BEGUN)
     assert err.splitlines()[0] == (
         "Detached. The run r goes on: its sites train, and each round spends ε."
@@ -468,7 +468,7 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
 def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, run: Silotune
 ) -> None:
-    monkeypatch.setattr("silotune.server.storage.run_store.held", lambda _: True)
+    monkeypatch.setattr("silotune.server.storage.run_store.is_running", lambda _: True)
     err = interrupted(
         scene,
         monkeypatch,

@@ -40,12 +40,12 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     """
     from safetensors.numpy import save
 
-    from silotune.client.site.folder import Site
-    from silotune.client.training.local_state import Own
+    from silotune.client.site.folder import SiteFolder
+    from silotune.client.training.local_state import LocalState
     from silotune.common.runtime.atomic_files import write_durably
 
     contract = contracts.load(released / "contract.json")
-    policy, ledger, _ = Site.at(config).open()
+    policy, ledger, _ = SiteFolder.at(config).open()
     charges = [c for c in ledger.charges.values() if c.contract == contract.hash]
     left = {
         c.run: None
@@ -57,7 +57,7 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     if name not in left:
         known = ", ".join(left) or "none: the contract leaves nothing, or the site had no part"
         raise UsageError(f"Name the run with --run; runs that left something here: {known}.")
-    found = Own.read(ledger.own(c for c in charges if c.run == name))
+    found = LocalState.read(ledger.own(c for c in charges if c.run == name))
     arrays = load(released / "adapter.safetensors")
     own_names = sorted(set(found.tensors) & set(arrays))
     if out.exists():

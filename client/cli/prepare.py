@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from silotune.client.preparation.profile import Charged, Counts
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.privacy.record_identity import Origin
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.client.site.policy import Data, Policy
     from silotune.common.contract.contract import Contract
     from silotune.common.data.records import Table
@@ -72,11 +72,11 @@ def _prepare(
     from silotune.client.preparation import report as prepare_report
     from silotune.client.privacy.keys import make_private_folder
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.data.text_decoding import stem_of
     from silotune.common.runtime.atomic_files import write_durably
 
-    agreed, site = contracts.load(contract), Site.at(config)
+    agreed, site = contracts.load(contract), SiteFolder.at(config)
     policy = policies.load(config)
     again = on_site(config, "prepare", contract)
     data, folder = policy.data, out or site.folder / "prepared"
@@ -184,7 +184,7 @@ def _hindrances(
 
 
 def _failure(
-    data: Data, site: Site, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
+    data: Data, site: SiteFolder, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
 ) -> SilotuneError | None:
     """Why nothing was prepared."""
     if refused := prepared.refused:
@@ -220,7 +220,7 @@ def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{key} = {as_toml(value)}"
 
 
-def _of_other_columns(ledger: Ledger | None, origin: Origin, site: Site) -> list[str]:
+def _of_other_columns(ledger: Ledger | None, origin: Origin, site: SiteFolder) -> list[str]:
     """A warning where records are known that this preparation can make count as spent."""
     charges = ledger.lineages().values() if ledger else ()
     sources = dict.fromkeys(one.source for one in charges if one.basis not in origin.links)
@@ -266,7 +266,7 @@ def _lines(
     return lines
 
 
-def _ledger(site: Site) -> Ledger | None:
+def _ledger(site: SiteFolder) -> Ledger | None:
     """This site's ledger, verified; None before `site init`."""
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger

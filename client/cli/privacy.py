@@ -33,9 +33,9 @@ def spent(config: Path, as_json: bool) -> None:
     notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
     """
     from silotune.client.privacy.budget import Budget
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
-    policy, ledger, _ = Site.at(config).open()
+    policy, ledger, _ = SiteFolder.at(config).open()
     limits = policy.limits
     rows: list[dict[str, Any]] = []
     for entry in ledger.lineages().values():
@@ -56,7 +56,7 @@ def spent(config: Path, as_json: bool) -> None:
                 "not_released": sum(c.sequence not in ledger.releases for c in charges),
                 "epsilon_rdp": _finite(epsilon),
                 "epsilon_prv": _finite(budget.tight(limit.delta)),
-                "room": budget.room(limit),
+                "remaining_epsilon": budget.remaining_epsilon(limit),
             }
         )
     facts = {
@@ -88,7 +88,7 @@ def spent(config: Path, as_json: bool) -> None:
             str(r["rounds"]),
             _shown(r["epsilon_rdp"]),
             _shown(r["epsilon_prv"]),
-            _shown(r["room"]),
+            _shown(r["remaining_epsilon"]),
         )
         for r in rows
     ]
@@ -183,7 +183,7 @@ def plan(
         target = found.target_of(site or "")
         delta, mechanisms = target.delta, accountant.plan(found, target)
         if len({found.target_of(name) for name in found.weights()}) > 1:
-            weights = accountant.quietest_weights(found)
+            weights = accountant.inverse_variance_weights(found)
     elif (epsilon is None) == (noise_multiplier is None):
         raise UsageError("Give --contract, or one of --epsilon and --noise-multiplier.")
     else:
@@ -202,7 +202,7 @@ def plan(
         "mechanisms": [
             {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
         ],
-        **({"quietest_weights": weights} if weights else {}),
+        **({"inverse_variance_weights": weights} if weights else {}),
     }
     emit(
         facts,
@@ -245,7 +245,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.privacy.ledger_entries import Charged, Released, verify_export
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.config import types
 
     if file is not None:
@@ -255,7 +255,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
         if public_key is None:
             what += " by the key the file names; compare it: --public-key"
     else:
-        site = Site.at(config)
+        site = SiteFolder.at(config)
         entries = Ledger.open(site.state, Keys.load(site.keys)).entries
         what = "chain, MACs, head, fingerprints and links hold"
     charges = sum(isinstance(entry, Charged) for entry in entries)
@@ -282,10 +282,10 @@ def export(file: Path, config: Path) -> None:
     """
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.runtime.atomic_files import write_durably
 
-    site = Site.at(config)
+    site = SiteFolder.at(config)
     if file.exists():
         raise UsageError(f"{file} is there already. Name a new file.")
     keys = Keys.load(site.keys)

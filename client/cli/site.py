@@ -78,7 +78,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
 
     from silotune.client.privacy.keys import Keys, make_private_folder
     from silotune.client.privacy.ledger import Ledger
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.config.types import Name, as_toml
     from silotune.common.runtime.atomic_files import write_durably
 
@@ -90,7 +90,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
         ) from None
     if not folder.exists():
         make_private_folder(folder)
-    made = Site(folder / "site.toml")
+    made = SiteFolder(folder / "site.toml")
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")
     keys = Keys.create(made.keys)
@@ -174,10 +174,10 @@ def fingerprint(config: Path) -> None:
     A8:26:…:CC
     """
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.protocol import join_request
 
-    found, name = Site.at(config), policies.load(config).name
+    found, name = SiteFolder.at(config), policies.load(config).name
     file = found.folder / f"{name}.request.json"
     request = found.request(name)
     if file.exists() and join_request.load(file) != request:
@@ -224,7 +224,7 @@ def join_(
     ✓ site.toml is policy number 1 of hospital-a: ε ≤ 8, δ = 0.0001 per record, 1 contract
     """
     from silotune.client.site.enrolment import enrol
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _ in pairs if not equals]:
@@ -233,7 +233,7 @@ def join_(
         )
     found = contracts.load(contract)
     enrol(
-        Site.at(config),
+        SiteFolder.at(config),
         found,
         address=address,
         ca=ca,
@@ -266,9 +266,9 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
     from silotune.client.privacy.keys import Keys
     from silotune.client.privacy.ledger import Ledger
     from silotune.client.site import signed_policy
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
 
-    found = Site.at(config)
+    found = SiteFolder.at(config)
     keys = Keys.load(found.keys)
     ledger = Ledger.open(found.state, keys)
     signed = signed_policy.sign(
@@ -358,11 +358,11 @@ def start(
     """
     from silotune.client.operations.supervisor import Supervisor, Users
     from silotune.client.site import policy as policies
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.common.data import sql_source
 
     users = Users.parse(worker_user, relay_user, one_user=one_user)
-    Site.at(config)
+    SiteFolder.at(config)
     policy = policies.load(config)
     if policy.server is None:
         raise UsageError(
@@ -380,7 +380,7 @@ def start(
             f"{config}: data.url names {', '.join(secrets)}. `site start` hands on variables whose "
             "names begin with SILOTUNE_ alone."
         )
-    found = Site(config.resolve())
+    found = SiteFolder(config.resolve())
     sys.exit(Supervisor(found, file, policy.server, users, journal, metrics_port, secrets).run())
 
 
@@ -415,7 +415,7 @@ def worker(
     """
     from silotune.client.operations import telemetry as metrics
     from silotune.client.relay import transport
-    from silotune.client.site.folder import Site
+    from silotune.client.site.folder import SiteFolder
     from silotune.client.worker import request_outcome
     from silotune.common.runtime import subprocesses
 
@@ -429,7 +429,7 @@ def worker(
     _stop_unless(_preflight(config, contract, say=journal.say))
     from silotune.client.worker.worker import Worker  # torch: not before the cheap checks
 
-    found = Site(config)
+    found = SiteFolder(config)
     policy, ledger, _ = found.open()
     handler = logging.handlers.RotatingFileHandler(
         found.state / "worker.log", maxBytes=LOG_BYTES, backupCount=LOGS
@@ -529,9 +529,9 @@ def _preflight(
         from silotune.client.operations.preflight import (
             check as rows_of,  # loads torch: after the line
         )
-        from silotune.client.site.folder import Site
+        from silotune.client.site.folder import SiteFolder
 
-        rows = rows_of(Site.at(config), contract, network=network)
+        rows = rows_of(SiteFolder.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     warnings = sum(row.state == "warning" for row in rows)
     wide = max(len(row.name) for row in rows)

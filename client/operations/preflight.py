@@ -25,7 +25,7 @@ from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Data, Policy, Server
 from silotune.client.training import privacy_units as units
 from silotune.client.worker.secagg import check_bound
@@ -81,7 +81,7 @@ class _Table:
         return value
 
 
-def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Check]:
+def check(site: SiteFolder, contract_file: Path, *, network: bool = False) -> list[Check]:
     """All rows, in the order in which a person would correct them. network: shake hands with the
     server, too (a worker has no network)."""
     table = _Table()
@@ -134,16 +134,16 @@ def check(site: Site, contract_file: Path, *, network: bool = False) -> list[Che
     return table.rows
 
 
-def _then_sign(site: Site, what: str) -> str:
+def _then_sign(site: SiteFolder, what: str) -> str:
     """What to change in the policy, and that it has to be signed after it."""
     return f"{what}, then: {command(*on_site(site.config, 'sign'))}"
 
 
-def _in_policy(site: Site, what: str) -> str:
+def _in_policy(site: SiteFolder, what: str) -> str:
     return _then_sign(site, f"{what} of {site.config}")
 
 
-def _fix_of_keys(site: Site) -> str:
+def _fix_of_keys(site: SiteFolder) -> str:
     try:
         open_ = sorted(str(file) for file in site.keys.iterdir() if file.stat().st_mode & 0o077)
     except OSError:
@@ -156,7 +156,7 @@ def _fix_of_keys(site: Site) -> str:
     )
 
 
-def _fix_of_ledger(site: Site, error: SilotuneError) -> str:
+def _fix_of_ledger(site: SiteFolder, error: SilotuneError) -> str:
     if error.code == "E216":
         return "free space on the disk or close the other program, then run this again"
     return f"restore the newest backup of {site.state} and {site.keys / 'head'}, then: " + command(
@@ -164,7 +164,7 @@ def _fix_of_ledger(site: Site, error: SilotuneError) -> str:
     )
 
 
-def _check_server(table: _Table, policy: Policy, site: Site, contract_file: Path) -> None:
+def _check_server(table: _Table, policy: Policy, site: SiteFolder, contract_file: Path) -> None:
     if policy.server is None:
         join = command(*on_site(site.config, "join", contract_file, *JOIN))
         table.rows.append(
@@ -190,7 +190,7 @@ def _check_server(table: _Table, policy: Policy, site: Site, contract_file: Path
         )
 
 
-def _fix_of_node_key(site: Site, policy: Policy, error: SilotuneError) -> str:
+def _fix_of_node_key(site: SiteFolder, policy: Policy, error: SilotuneError) -> str:
     if isinstance(error, DataError):
         return f"restore {site.relay / 'node.key'} from this site's backup"
     if error.code == "E405":
@@ -211,7 +211,7 @@ def _check_records(
     policy: Policy,
     contract: Contract | None,
     ledger: Ledger | None,
-    site: Site,
+    site: SiteFolder,
     contract_file: Path,
 ) -> None:
     data = policy.data
@@ -278,29 +278,29 @@ def _contract(file: Path) -> tuple[Contract, str]:
     return contract, f"{contract.name} {contract.hash[:12]}…"
 
 
-def _keys(site: Site) -> tuple[Keys, str]:
+def _keys(site: SiteFolder) -> tuple[Keys, str]:
     keys = Keys.load(site.keys)
     return keys, f"this user's alone; public key {keys.public[:12]}…"
 
 
-def _policy(site: Site) -> tuple[Policy, str]:
+def _policy(site: SiteFolder) -> tuple[Policy, str]:
     policy = policies.load(site.config)
     return policy, f"{policy.name}: {policy.limits_in_words()}, for ever"
 
 
-def _ledger(site: Site, keys: Keys) -> tuple[Ledger, str]:
+def _ledger(site: SiteFolder, keys: Keys) -> tuple[Ledger, str]:
     ledger = Ledger.open(site.state, keys)
     count = counted(len(ledger.entries), "entry", "entries")
     return ledger, f"{count}, chain, MACs and head verified"
 
 
-def _signature(site: Site, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
+def _signature(site: SiteFolder, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
     policy = signed_policy.adopt(site.config, ledger, keys.owner)
     assert ledger.policy is not None
     return policy, f"the owner's, number {ledger.policy.serial}"
 
 
-def _permission(policy: Policy, contract: Contract, site: Site) -> list[Check]:
+def _permission(policy: Policy, contract: Contract, site: SiteFolder) -> list[Check]:
     refusals = policy.refusals(contract)
     if not refusals:
         return [Check("permission", "ok", "the policy permits this contract")]
@@ -383,7 +383,9 @@ def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
     return None, f"{contract.model.name} {contract.model.sha256[:12]}…"
 
 
-def _fix_of_model(site: Site, policy: Policy, contract: Contract, error: SilotuneError) -> str:
+def _fix_of_model(
+    site: SiteFolder, policy: Policy, contract: Contract, error: SilotuneError
+) -> str:
     """The worker is another user than the operator of this machine, and reads only what its owner
     has named: so the cache is never taken silently, but its path is said."""
     assert not isinstance(contract.model, OneHotModel)
@@ -415,7 +417,7 @@ def _device(policy: Policy) -> tuple[None, str]:
     return None, str(device_of(policy.performance))
 
 
-def _access(file: Path, site: Site) -> Check:
+def _access(file: Path, site: SiteFolder) -> Check:
     """Whether the file is there, and for this user alone; the remedy is that of the cause."""
 
     def problem(what: str, fix: str) -> Check:
@@ -527,7 +529,7 @@ def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
     return None, f"{found.rows:,}{repeated}"
 
 
-def _fix_of_records(site: Site, error: SilotuneError) -> str:
+def _fix_of_records(site: SiteFolder, error: SilotuneError) -> str:
     if error.code == "E304":
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
     return "remove the copies, or " + _in_policy(
@@ -537,7 +539,7 @@ def _fix_of_records(site: Site, error: SilotuneError) -> str:
     )
 
 
-def _deltas(found: Lineage, policy: Policy, contract: Contract, site: Site) -> list[Check]:
+def _deltas(found: Lineage, policy: Policy, contract: Contract, site: SiteFolder) -> list[Check]:
     """The delta of this run and that of the lifetime budget, each held against the number of units
     that this site really has; that number is in `local` alone."""
     unit = contract.privacy.unit
@@ -624,19 +626,19 @@ def _alternatives(
     if not rounds:
         return "nothing fits: this site cannot take part with these records"
 
-    def louder(factor: float) -> list[accountant.Mechanism]:
+    def scale_noise(factor: float) -> list[accountant.Mechanism]:
         return [m._replace(noise_multiplier=m.noise_multiplier * factor) for m in plan]
 
     low, high = 1.0, 2.0
     while high < accountant.MOST_NOISE and (
-        budget.together(louder(high), order, limit.delta) > limit.epsilon
+        budget.together(scale_noise(high), order, limit.delta) > limit.epsilon
     ):
         low, high = high, high * 2
     while high / low > 1.001:
         middle = (low * high) ** 0.5
-        fits = budget.together(louder(middle), order, limit.delta) <= limit.epsilon
+        fits = budget.together(scale_noise(middle), order, limit.delta) <= limit.epsilon
         low, high = (low, middle) if fits else (middle, high)
-    smaller = accountant.epsilon(louder(high), policy.target(contract).delta)
+    smaller = accountant.epsilon(scale_noise(high), policy.target(contract).delta)
     if smaller < 0.01:
         return f"would fit: {rounds} of {contract.rounds} rounds at this noise"
     return (
@@ -657,7 +659,7 @@ def _clock(ledger: Ledger) -> Check:
     return Check("clock", "ok", "after the ledger's last entry")
 
 
-def _disk(site: Site) -> Check:
+def _disk(site: SiteFolder) -> Check:
     folder = site.state if site.state.is_dir() else site.folder
     if not os.access(folder, os.W_OK):
         return Check(

@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from silotune.client.operations import telemetry
 from silotune.client.relay import transport
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Server
 from silotune.client.site.safe_read import read_plain
 from silotune.common.errors import PeerError, RefusalError, UsageError
@@ -106,7 +106,7 @@ class Supervisor:
 
     def __init__(
         self,
-        site: Site,
+        site: SiteFolder,
         contract: Path,
         server: Server,
         users: Users,

@@ -153,21 +153,21 @@ def _expiry(ca: Path | None) -> float | None:
     return min((c.not_valid_after_utc.timestamp() for c in found), default=None)
 
 
-class Shown(NamedTuple):
+class ShownMetric(NamedTuple):
     """What a file shows; fresh: the worker has written it lately."""
 
     families: list[Metric]
     fresh: bool
 
 
-def read(file: Path, owner: int) -> Shown:
+def read(file: Path, owner: int) -> ShownMetric:
     """The known metrics of a worker's file. Whoever wrote it, nothing else of it gets through: root
     reads it in a folder that the worker's user can change."""
     try:
         data, changed = read_plain(file, owner, MOST_BYTES)
     except UsageError:
-        return Shown([], False)
-    return Shown(list(_known(data)), abs(time.time() - changed) < FRESH_SECONDS)
+        return ShownMetric([], False)
+    return ShownMetric(list(_known(data)), abs(time.time() - changed) < FRESH_SECONDS)
 
 
 def _known(data: bytes) -> Iterable[Metric]:
@@ -215,7 +215,7 @@ class SiteMonitor:
     """What is served of a site. `running` is the supervisor's, where there is one."""
 
     def __init__(self, file: Path, owner: int, running: Running | None = None) -> None:
-        self._read: Callable[[], Shown] = lambda: read(file, owner)
+        self._read: Callable[[], ShownMetric] = lambda: read(file, owner)
         self.running = running or Running()
 
     def health(self) -> str:

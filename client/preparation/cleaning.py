@@ -202,9 +202,9 @@ def _cleaned(table: Table, contract: Contract, rules: Prepare, texts: _Texts) ->
                 rows.append((line, [c.strip(SPACE) for c in cells] if rules.trim else list(cells)))
                 places_read.append(read - 1)
         left_out = texts.clean(rows)
-        for rule, misfits in columns.misfits(cells for _, cells in rows).items():
+        for rule, at_rows in columns.violations(cells for _, cells in rows).items():
             problem = found[rule]
-            for at in misfits:
+            for at in at_rows:
                 problem.add(rows[at][0])
                 cells = rows[at][1]
                 if problem.done == EMPTIED:

@@ -149,7 +149,7 @@ class Columns:
             error=self._number(rule),
         )
 
-    def misfits(self, rows: Iterable[Sequence[str]]) -> dict[Rule, list[int]]:
+    def violations(self, rows: Iterable[Sequence[str]]) -> dict[Rule, list[int]]:
         """For each rule that is broken, the indices of the rows that break it, ascending."""
         picked = [[cells[at] for at in self._places] for cells in rows]
         frame = pd.DataFrame(picked, columns=self.names, dtype=object)

@@ -64,7 +64,7 @@ def epsilon_at(order: float, history: Sequence[Mechanism], delta: float) -> floa
         return 0.0
     if any(m.noise_multiplier <= 0 for m in history):
         return math.inf
-    value = _floor(order, delta) + _rdp_at(order, history)
+    value = _rdp_conversion_term(order, delta) + _rdp_at(order, history)
     return math.inf if math.isnan(value) else max(0.0, value)
 
 
@@ -82,16 +82,18 @@ def best_order(history: Sequence[Mechanism], delta: float) -> float:
     return float(ALPHAS[low])
 
 
-def filling_order(plan: Sequence[Mechanism], epsilon: float, delta: float) -> float:
+def best_repeating_order(plan: Sequence[Mechanism], epsilon: float, delta: float) -> float:
     """The order by which `plan` can be repeated most often within (epsilon, delta)."""
 
     def repeats(order: float) -> float:
-        return (epsilon - _floor(order, delta)) / _rdp_at(order, plan)
+        return (epsilon - _rdp_conversion_term(order, delta)) / _rdp_at(order, plan)
 
     return float(max(ALPHAS, key=repeats))
 
 
-def room(order: float, history: Sequence[Mechanism], epsilon_: float, delta: float) -> float:
+def remaining_epsilon(
+    order: float, history: Sequence[Mechanism], epsilon_: float, delta: float
+) -> float:
     """Epsilon of the largest further plan that fits with `history` within (epsilon_, delta).
 
     Taken for a Gaussian mechanism without sampling, whose RDP at order a is a rho; sampled plans of
@@ -99,7 +101,7 @@ def room(order: float, history: Sequence[Mechanism], epsilon_: float, delta: flo
     """
     if any(m.noise_multiplier <= 0 for m in history):
         return 0.0
-    rho = (epsilon_ - _floor(order, delta) - _rdp_at(order, history)) / order
+    rho = (epsilon_ - _rdp_conversion_term(order, delta) - _rdp_at(order, history)) / order
     return epsilon([Mechanism(math.sqrt(0.5 / rho), 1.0, 1)], delta) if rho > 1e-9 else 0.0
 
 
@@ -138,7 +140,7 @@ def _rdp_at(order: float, history: Sequence[Mechanism]) -> float:
     )
 
 
-def _floor(order: float, delta: float) -> float:
+def _rdp_conversion_term(order: float, delta: float) -> float:
     """What the conversion from RDP at `order` adds to epsilon (Balle et al. 2020, Theorem 21)."""
     return math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
 
@@ -206,10 +208,10 @@ def plan(contract: Contract, target: Target | None = None) -> list[Mechanism]:
 
     if p.mode == "none":
         return [m._replace(noise_multiplier=0.0) for m in at(1.0)]
-    return at(_smallest(at, epsilon_, delta))
+    return at(_calibrate(at, epsilon_, delta))
 
 
-def quietest_weights(contract: Contract) -> dict[str, float]:
+def inverse_variance_weights(contract: Contract) -> dict[str, float]:
     """The public weights under which the mean's noise is least: site i's noise has the standard
     deviation s_i (of `plan`, alike for all phases), the mean's variance is sum w_i^2 s_i^2 over
     (sum w_i)^2, and by Cauchy and Schwarz that is least where w_i is proportional to 1 / s_i^2. The
@@ -236,10 +238,10 @@ def noise_for(epsilon_: float, delta: float, sampling_rate: float, steps: int) -
     def at(s: float) -> list[Mechanism]:
         return [Mechanism(s, sampling_rate, steps)]
 
-    return _smallest(at, epsilon_, delta)
+    return _calibrate(at, epsilon_, delta)
 
 
-def _smallest(at: Callable[[float], list[Mechanism]], target: float, delta: float) -> float:
+def _calibrate(at: Callable[[float], list[Mechanism]], target: float, delta: float) -> float:
     """The smallest s, to 1e-6, with epsilon(at(s)) <= target.
 
     Args:

@@ -49,7 +49,7 @@ class Limit:
 
 
 @dataclass
-class Past:
+class ChargeHistory:
     """The charges that a group of records has in common: H(r), and its order unless it is empty."""
 
     order: float | None = None
@@ -68,13 +68,13 @@ class Budget:
         self._known: tuple[int, list[str]] = (0, [])
         self._groups: list[frozenset[str]] = [frozenset()]
 
-    def pasts(self) -> list[Past]:
+    def pasts(self) -> list[ChargeHistory]:
         """One for each group of records with equal charges; an empty one for records without."""
         charges = list(self.ledger.charges.values())
         known = len(self.ledger.preparations), list(self.ledger.lineages())
         if known != self._known:
             self._known, self._groups = known, self._grouped()
-        pasts = [Past() for _ in self._groups]
+        pasts = [ChargeHistory() for _ in self._groups]
         for charge in charges:
             for group, past in zip(self._groups, pasts, strict=True):
                 if charge.lineage in group:
@@ -104,11 +104,11 @@ class Budget:
         """Epsilon of the record that has spent most, at its own order."""
         return max(past.epsilon(delta) for past in self.pasts())
 
-    def room(self, limit: Limit) -> float:
+    def remaining_epsilon(self, limit: Limit) -> float:
         """About the epsilon of the largest further plan that fits: more than limit - spent, as
         epsilons add up to more than they compose to."""
         return min(
-            accountant.room(past.order, past.history, limit.epsilon, limit.delta)
+            accountant.remaining_epsilon(past.order, past.history, limit.epsilon, limit.delta)
             if past.order
             else limit.epsilon
             for past in self.pasts()
@@ -233,4 +233,4 @@ def order_of(plan: Sequence[Mechanism], limit: Limit) -> float:
     """The order for a ledger without charges: the one by which this plan fits most often."""
     if any(m.noise_multiplier <= 0 for m in plan):
         return 4.0
-    return accountant.filling_order(plan, limit.epsilon, limit.delta)
+    return accountant.best_repeating_order(plan, limit.epsilon, limit.delta)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tomlkit.exceptions import ParseError, TOMLKitError
 
 from silotune.client.site import policy as policies
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Policy
 from silotune.client.site.safe_read import read_plain
 from silotune.common.config import types
@@ -29,7 +29,7 @@ CA_FILE = "server-ca.crt"
 
 
 def enrol(
-    site: Site,
+    site: SiteFolder,
     contract: Contract,
     *,
     address: str,

@@ -16,7 +16,7 @@ from silotune.common.protocol.join_request import JoinRequest
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteFolder:
     """keys/ and state/ are the worker's alone; relay/ holds the node key that the relay gets."""
 
     config: Path

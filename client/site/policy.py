@@ -480,7 +480,7 @@ def parse(text: str, path: Path) -> Policy:
     )
 
 
-def permitting(
+def permissive_policy(
     contract: Contract,
     name: str,
     data: Path,

@@ -34,10 +34,12 @@ from torch import Tensor, nn
 
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, Losses, ghost_sum
-from silotune.client.training.privacy_units import Group, Part
+from silotune.client.training.privacy_units import Group, UnitBatch
 
-UNIT = -23  # binary logarithm of the unit of a sum, over what one unit of privacy can add
-GRAIN = -10  # the same of the grain of a noised sum, over the noise's standard deviation
+QUANTUM_LOG2 = -23  # binary logarithm of the unit of a sum, over what one unit of privacy can add
+NOISE_ROUNDING_LOG2 = (
+    -10
+)  # the same of the grain of a noised sum, over the noise's standard deviation
 SLACK = 2.0**-20  # of the clip norm: more than float32 can add when a gradient is scaled
 GHOST_SLACK = 1e-3  # the same for Opacus' ghost norms, where it is a guess
 
@@ -47,9 +49,9 @@ def power_of_two(value: float, exponent: int) -> float:
     return math.ldexp(1.0, math.frexp(value)[1] - 1 + exponent)
 
 
-def noised(total: Tensor, std: float, source: NoiseSource) -> Tensor:
+def add_gaussian_noise(total: Tensor, std: float, source: NoiseSource) -> Tensor:
     """An exact sum (float64) plus N(0, std^2) for each entry, rounded to the grain."""
-    grain = power_of_two(std, GRAIN)
+    grain = power_of_two(std, NOISE_ROUNDING_LOG2)
     noise = torch.from_numpy(source.normal(tuple(total.shape)))
     return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
@@ -93,10 +95,10 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
     @property
     def unit(self) -> float:
         """What `.summed_grad` counts."""
-        return power_of_two(self.max_grad_norm, UNIT)
+        return power_of_two(self.max_grad_norm, QUANTUM_LOG2)
 
     @property
-    def most(self) -> float:
+    def effective_clip_norm(self) -> float:
         """The norm to clip to: what scaling and rounding can add still fits below the clip norm."""
         rounding = self.unit * math.sqrt(sum(p.numel() for p in self.params)) / 2
         return float(self.max_grad_norm * (1 - SLACK) - rounding)
@@ -114,7 +116,9 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
             [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in gradients]
         ).norm(dim=0)
         finite = torch.isfinite(norms)
-        factors = torch.where(finite, (self.most / norms).clamp(max=1.0) / self.unit, 0.0).float()
+        factors = torch.where(
+            finite, (self.effective_clip_norm / norms).clamp(max=1.0) / self.unit, 0.0
+        ).float()
         spoilt = not finite.all()  # asked once: on a GPU each answer waits for all before it
         for p, gradient in zip(self.params, gradients, strict=True):
             if spoilt:
@@ -130,7 +134,7 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """The noised sum over the public divisor, into each `.grad`."""
         for p in self.params:
-            total = noised(
+            total = add_gaussian_noise(
                 p.summed_grad * self.unit, self.noise_multiplier * self.max_grad_norm, self.source
             )
             p.grad = (total / self.divisor).to(p.dtype)
@@ -197,7 +201,7 @@ def _accumulate(
 
 
 def _add_ghost(
-    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, part: Part, losses: Losses
+    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, part: UnitBatch, losses: Losses
 ) -> None:
     if part.owners is not None:
         raise ValueError("ghost clipping has no gradient of an entity")

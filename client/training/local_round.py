@@ -24,7 +24,7 @@ from silotune.client.training.dp_optimizer import (
     plain_gradient,
     private_gradient,
 )
-from silotune.client.training.local_state import NOTHING, Own
+from silotune.client.training.local_state import NOTHING, LocalState
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.released_metrics import _Measured
 from silotune.common.contract.contract import Contract
@@ -45,7 +45,7 @@ def train_round(
     adapter: Arrays,
     source: NoiseSource,
     clip_norm: float,
-    own: Own = NOTHING,
+    own: LocalState = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the round's trained tensors after `mechanism.steps` private steps, and the
     contract's released metrics (means over the steps of sum / expected batch). own: what the site
@@ -62,7 +62,7 @@ def train_round(
     """
     phase = plan.phase
     names = trained_names(adapter, plan.trains)
-    with_adapter = phase.adapts
+    adapter_active = phase.adapts
     divisor = contract.privacy.expected_units * mechanism.sampling_rate
     private = contract.privacy.mode == "dp"
     measured = _Measured(contract, mechanism, model.objective, divisor, source)
@@ -70,12 +70,12 @@ def train_round(
     kept: Tensor | None = None  # of the head's inputs, where the phase has dropout
 
     def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
+        outputs = model(data.encoded, index, adapter=adapter_active, kept=kept)
         targets = model.targets(data.encoded, data.labels, index).to(outputs.device)
         measured.see(index, outputs, targets)
         return model.objective.losses(outputs, targets)
 
-    with model.lock, model.requiring(names), model.unmixed(private):
+    with model.lock, model.requiring(names), model.batch_invariant(private):
         model.load(own.laid_over(adapter))
         known = model.named_tensors()
         tensors = {name: known[name] for name in names}
@@ -115,7 +115,7 @@ def train_round(
             groups = list(
                 data.units.groups(
                     drawn,
-                    lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter),
+                    lambda rows: model.micro_batches(data.encoded, rows, adapter=adapter_active),
                 )
             )
             if optimizer is not None:

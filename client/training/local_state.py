@@ -19,14 +19,14 @@ from safetensors.numpy import load, save
 
 from silotune.common.contract.schedule import RoundPlan
 from silotune.common.protocol.messages import Arrays
-from silotune.common.protocol.tensors import CONTROL, fitted, shapes_of, trained_names
+from silotune.common.protocol.tensors import CONTROL, pad_or_truncate_rank, shapes_of, trained_names
 
 KINDS = ("tensors", "mean", "gradient")
 NUMBERS = ("averaged", "round")
 
 
 @dataclass(frozen=True)
-class Own:
+class LocalState:
     """tensors: by their names in the adapter, in whose place they stand; mean: of the iterates that
     count in the phase's result, `averaged` of them. gradient: this site's mean of the noised
     gradients of `round`, for scaffold."""
@@ -66,7 +66,7 @@ class Own:
     def model(self, released: Arrays) -> Arrays:
         """What a run came to at this site: the released adapter with the site's own tensors, the
         mean of their later iterates where the run takes means; those of a lower rank filled up."""
-        own = fitted(self.tensors | self.mean, shapes_of(released))
+        own = pad_or_truncate_rank(self.tensors | self.mean, shapes_of(released))
         return released | {name: array for name, array in own.items() if name in released}
 
     def corrections(self, asked: Arrays, names: Iterable[str]) -> Arrays:
@@ -102,4 +102,4 @@ class Own:
         return type(self)(tensors, mean, gradient, averaged, plan.server_round)
 
 
-NOTHING = Own()
+NOTHING = LocalState()

@@ -22,7 +22,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from silotune.common.models.aligned_linear import aligned
+from silotune.common.models.aligned_linear import pad_for_alignment
 
 Losses = Callable[[Tensor], Tensor]
 
@@ -66,7 +66,7 @@ def expanded(modules: Iterable[nn.Module], n: int) -> Iterator[dict[Tensor, Tens
 
 def _forward(linear: Any, x: Tensor) -> Tensor:
     weight, bias = linear.expanded
-    rows, weight = aligned(x[:, None, :] if x.dim() == 2 else x, weight)
+    rows, weight = pad_for_alignment(x[:, None, :] if x.dim() == 2 else x, weight)
     out = torch.matmul(rows, weight.transpose(1, 2))
     if bias is not None:
         out = out + bias[:, None, :]

@@ -25,7 +25,7 @@ from silotune.common.models.batching import Block
 GROUP = 32  # entities whose gradients are held at once, each as large as all trained tensors
 
 
-class Part(NamedTuple):
+class UnitBatch(NamedTuple):
     """A block of records: row numbers of which the first n count. For entities also owners [n],
     each record's unit within the group, and weights [n], what its gradient is multiplied by."""
 
@@ -39,7 +39,7 @@ class Group(NamedTuple):
     """`units` whole units: none of them has a record in another group of the same step."""
 
     units: int
-    parts: list[Part]
+    parts: list[UnitBatch]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Units:
         """The units in `drawn` (ascending) in groups; blocks_of: row numbers -> blocks of them."""
         if self.mean is None:
             for block in blocks_of(drawn):
-                yield Group(block.n, [Part(block.rows, block.n)])
+                yield Group(block.n, [UnitBatch(block.rows, block.n)])
             return
         sizes = self.starts[1:] - self.starts[:-1]
         owner = torch.full((int(self.members.max()) + 1,), -1)
@@ -76,7 +76,7 @@ class Units:
                 owners = owner[block.rows[: block.n]]
                 ones = torch.ones(block.n)
                 weights = ones / sizes[units][owners] if self.mean else ones
-                parts.append(Part(block.rows, block.n, owners, weights))
+                parts.append(UnitBatch(block.rows, block.n, owners, weights))
             yield Group(len(units), parts)
 
 

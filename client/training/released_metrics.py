@@ -11,13 +11,13 @@ from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.training.dp_optimizer import (
-    UNIT,
+    QUANTUM_LOG2,
     CryptoNoiseOptimizer,
-    noised,
+    add_gaussian_noise,
     power_of_two,
 )
 from silotune.client.training.noise import NoiseSource
-from silotune.client.training.privacy_units import Group, Part
+from silotune.client.training.privacy_units import Group, UnitBatch
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
 from silotune.common.tasks.objective import Objective
@@ -51,7 +51,7 @@ class _Measured:
         for released in self.contract.releases:
             value = self.values[released.metric]
 
-            def of_rows(part: Part, value: Any = value) -> Tensor:
+            def of_rows(part: UnitBatch, value: Any = value) -> Tensor:
                 found: Tensor = value(*self._seen[id(part.rows)])
                 return found[: part.n]
 
@@ -67,7 +67,7 @@ class _Measured:
             # are does not move the mean away from the half that stands for no units at all.
             total = torch.tensor(optimizer.unclipped - optimizer.units / 2, dtype=torch.float64)
             self.means["unclipped"] += self.scale * float(
-                noised(total, 0.5 * self._noise(adaptive.share), self.source)
+                add_gaussian_noise(total, 0.5 * self._noise(adaptive.share), self.source)
             )
         self._seen.clear()
 
@@ -75,7 +75,7 @@ class _Measured:
         return self.mechanism.noise_multiplier / math.sqrt(share)
 
 
-def _of_units(groups: Iterable[Group], of_rows: Callable[[Part], Tensor]) -> Iterator[Tensor]:
+def _of_units(groups: Iterable[Group], of_rows: Callable[[UnitBatch], Tensor]) -> Iterator[Tensor]:
     """For each group [units]: its records' values; of an entity, the mean of its records'."""
     for units, parts in groups:
         if parts[0].owners is None:
@@ -97,10 +97,12 @@ def noisy_total(
     `bound`; each value must be of its own unit only. Whole units and a grain as in
     client/training/dp_optimizer.py.
     """
-    unit = power_of_two(bound, UNIT)
+    unit = power_of_two(bound, QUANTUM_LOG2)
     total = torch.zeros((), dtype=torch.float64)
     for v in values:
         counted = v.double().nan_to_num(nan=0.0, posinf=bound).clamp(0, bound)
         total += (counted / unit).floor_().sum().cpu()
     total *= unit
-    return float(noised(total, noise_multiplier * bound, source) if noise_multiplier else total)
+    return float(
+        add_gaussian_noise(total, noise_multiplier * bound, source) if noise_multiplier else total
+    )

@@ -122,7 +122,7 @@ def update(
         _check(change, trained)
         clear = Message(Update(**facts, metrics=metrics), change)
         return messages.pack(messages.signed(clear, sign))
-    kept = packing.held(contract, change)
+    kept = packing.clamp_to_bound(contract, change)
     beyond = sum(int((kept[name] != change[name]).sum()) for name in change)
     if beyond:
         log.warning("%d entries of the update were beyond secure_aggregation.bound", beyond)

@@ -24,7 +24,7 @@ from silotune.common.protocol.messages import (
     Share,
     Train,
 )
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 from silotune.common.signing import Sign
 
 MOST_AGREEMENTS = 4  # stored at a time: others give way, so a server's asking costs no memory
@@ -37,7 +37,9 @@ class Masking:
 
     def __init__(self, contract: Contract, name: str, sign: Sign) -> None:
         self.contract, self.name, self._sign = contract, name, sign
-        self._members: dict[tuple[str, int, int], Member] = {}  # by run, first round, attempt
+        self._members: dict[
+            tuple[str, int, int], SecAggParticipant
+        ] = {}  # by run, first round, attempt
 
     def keys(self, request: Agree) -> Blobs:
         """This site's signed public keys; the same ones when it is asked again."""
@@ -52,7 +54,7 @@ class Masking:
                 # A round that was charged stays to be opened while another agreement can go.
                 spare = (s for s, m in self._members.items() if not m.has_unopened_round)
                 self._members.pop(next(spare, next(iter(self._members))))
-            self._members[step] = Member(terms, self.name, self._sign)
+            self._members[step] = SecAggParticipant(terms, self.name, self._sign)
         return {self.name: self._members[step].keys}
 
     def shares(self, request: Share, keys: Blobs) -> Blobs:
@@ -106,7 +108,7 @@ class Masking:
         member = self._member(request.agreement)
         return member.reveal(request.round, request.survivors, signatures)
 
-    def _member(self, transcript: str | None) -> Member:
+    def _member(self, transcript: str | None) -> SecAggParticipant:
         for member in self._members.values():
             if member.agreement and member.agreement.transcript.hex() == transcript:
                 return member

@@ -27,7 +27,7 @@ from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
 from silotune.client.training import dataset, selftest
 from silotune.client.training.local_round import train_round
-from silotune.client.training.local_state import NOTHING, Own
+from silotune.client.training.local_state import NOTHING, LocalState
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker import release
 from silotune.client.worker.request_outcome import Answered
@@ -183,7 +183,7 @@ class Worker:
         except ValueError as error:
             raise RefusalError(str(error)) from None
         self._check_arrays(plan, arrays)
-        asked = tensors.fitted(arrays, self.own_shapes)
+        asked = tensors.pad_or_truncate_rank(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
         mechanism = accountant.mechanism_of(self.contract, self.plan, request.round)
         charge, own = self._charge(request, arrays, message.blobs, digest, mechanism)
@@ -206,7 +206,7 @@ class Worker:
             self.contract,
             self.policy.name,
             charge,
-            tensors.fitted(sent, self.shapes),
+            tensors.pad_or_truncate_rank(sent, self.shapes),
             metrics,
             self.shapes,
             epsilon=self._run_epsilon(request.run),
@@ -221,12 +221,12 @@ class Worker:
         self.ledger.release(charge, reply, kept)
         return reply
 
-    def own(self, run: str, before: int) -> Own:
+    def own(self, run: str, before: int) -> LocalState:
         """What a run has left here before a round. RefusalError E212 if it is no longer there."""
         if not self.contract.keeps:
             return NOTHING
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
-        found = Own.read(self.ledger.own(charges))
+        found = LocalState.read(self.ledger.own(charges))
         # A mean gradient of longer ago is not what the server's is of.
         return found if found.round == before - 1 else replace(found, gradient={})
 
@@ -259,7 +259,7 @@ class Worker:
         shares: messages.Blobs,
         digest: str,
         mechanism: Mechanism,
-    ) -> tuple[Charged, Own | bytes]:
+    ) -> tuple[Charged, LocalState | bytes]:
         """The charge for a request, and what the run left here before it; or the charge it had
         before, with its reply. Raises RefusalError.
 

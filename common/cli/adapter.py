@@ -90,7 +90,7 @@ def watch(
         table = streams.ordered(table, column)
     inputs = records.unlabelled(table, contract)
     network = models.build(contract, required(contract, model, MODEL))
-    values = streams.told(contract, network, _arrays(run, network), inputs)
+    values = streams.scores_by_tag(contract, network, _arrays(run, network), inputs)
     alerts = drift.alerts(values, false_alarms)
     out.mkdir(parents=True, exist_ok=True)
     shares = {label: sum(own) / len(own) for label, own in values.items()}

@@ -13,7 +13,9 @@ from silotune.common.runtime.terminal import escaped
 
 Lines = dict[tuple[str | int, ...], int]
 
-MISFITS = "misfits"  # the error type of settings that are valid alone but not together
+CONSTRAINT_VIOLATIONS = (
+    "constraint_violations"  # the error type of settings that are valid alone but not together
+)
 KINDS = (
     "table",
     "text",
@@ -61,7 +63,7 @@ def contract_error(
         loc = e["loc"]
         if e["type"] == "too_short" and any(d[: len(loc)] == loc and d != loc for d in deep):
             continue  # only short because its bad elements, told by themselves, fell out
-        if e["type"] == MISFITS:
+        if e["type"] == CONSTRAINT_VIOLATIONS:
             sentences += [
                 f"{what} ({_where((*loc, key), source, lines or {})})."
                 for key, what in e["ctx"]["wrong"]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from silotune.common.config.diagnostics import MISFITS
+from silotune.common.config.diagnostics import CONSTRAINT_VIOLATIONS
 from silotune.common.config.types import Count, Flag, Frozen
 
 
@@ -89,5 +89,5 @@ class Performance(Frozen):
                 )
             )
         if wrong:
-            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
+            raise PydanticCustomError(CONSTRAINT_VIOLATIONS, "{wrong}", {"wrong": wrong})
         return self

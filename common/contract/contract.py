@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from silotune.common.config import types
-from silotune.common.config.diagnostics import MISFITS, contract_error
+from silotune.common.config.diagnostics import CONSTRAINT_VIOLATIONS, contract_error
 from silotune.common.config.types import (
     Count,
     Delta,
@@ -50,7 +50,7 @@ from silotune.common.contract.schedule import (
 )
 from silotune.common.contract.task import Task
 from silotune.common.contract.training import Phase
-from silotune.common.contract.validation import misfits
+from silotune.common.contract.validation import constraint_violations
 from silotune.common.secagg import key_agreement
 
 
@@ -145,9 +145,9 @@ class Contract(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        wrong = misfits(self)
+        wrong = constraint_violations(self)
         if wrong:
-            raise PydanticCustomError(MISFITS, "{wrong}", {"wrong": wrong})
+            raise PydanticCustomError(CONSTRAINT_VIOLATIONS, "{wrong}", {"wrong": wrong})
         return self
 
     @classmethod
@@ -343,7 +343,7 @@ class Contract(Frozen):
             rounds=min(key_agreement.MOST_ROUNDS, self.rounds - first + 1),
             threshold=self.threshold,
             max_colluding_sites=self.secure_aggregation.max_colluding_sites,
-            fewest=self.quorum,
+            min_survivors=self.quorum,
         )
 
     def weight_share(self, name: str) -> float:

@@ -35,7 +35,7 @@ Smoothing = Annotated[float, Field(gt=0, lt=1, strict=True)]
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "perplexity", "calibration"})
 
 
-def worth(metric: str, value: float) -> float:
+def signed_score(metric: str, value: float) -> float:
     """A metric's value, turned where less of it is better."""
     return -value if metric in LOWER_IS_BETTER else value
 

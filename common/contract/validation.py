@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
 
 MOST_UNEQUAL = 10  # weights under secure aggregation
-Misfits = list[tuple[str, str]]  # key, why
+ConstraintViolations = list[tuple[str, str]]  # key, why
 
 
-def misfits(contract: Contract) -> Misfits:
+def constraint_violations(contract: Contract) -> ConstraintViolations:
     """All of them; none for a contract that can be carried out."""
     return [
         *_of_sites(contract),
@@ -41,7 +41,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
-def _of_sites(contract: Contract) -> Misfits:
+def _of_sites(contract: Contract) -> ConstraintViolations:
     names = [site.name for site in contract.sites]
     wrong = [("sites", f"site '{name}' stands twice in the roster") for name in _repeated(names)]
     if contract.quorum > len(names):
@@ -51,7 +51,7 @@ def _of_sites(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_delta(contract: Contract) -> Misfits:
+def _of_delta(contract: Contract) -> ConstraintViolations:
     p = contract.privacy
     largest = contract.largest_delta
     if p.allow_large_delta or contract.size_of_delta != "meaningless":
@@ -69,7 +69,7 @@ def _of_delta(contract: Contract) -> Misfits:
     ]
 
 
-def _of_releases(contract: Contract) -> Misfits:
+def _of_releases(contract: Contract) -> ConstraintViolations:
     metrics = [released.metric for released in contract.releases]
     wrong = [("releases", f"metric '{metric}' stands twice") for metric in _repeated(metrics)]
     if contract.released_share > 0.5:
@@ -77,18 +77,18 @@ def _of_releases(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_phases(contract: Contract) -> Misfits:
-    with_adapter, wrong = [phase.adapts for phase in contract.phases], []
+def _of_phases(contract: Contract) -> ConstraintViolations:
+    adapter_active, wrong = [phase.adapts for phase in contract.phases], []
     if isinstance(contract.model, OneHotModel) and contract.adapter is not None:
         wrong.append(("adapter", "the one-hot model has no layers for an [adapter]"))
-    elif any(with_adapter) != (contract.adapter is not None):
+    elif any(adapter_active) != (contract.adapter is not None):
         wrong.append(
             (
                 "adapter" if contract.adapter else "phases",
                 "an [adapter] and a phase that trains it go together",
             )
         )
-    if with_adapter != sorted(with_adapter):
+    if adapter_active != sorted(adapter_active):
         wrong.append(
             (
                 "phases",
@@ -100,7 +100,7 @@ def _of_phases(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_input(contract: Contract) -> Misfits:
+def _of_input(contract: Contract) -> ConstraintViolations:
     wrong = []
     if isinstance(contract.model, OneHotModel) and not isinstance(contract.input, TableInput):
         wrong.append(("input", 'the one-hot model needs input.kind = "table"'))
@@ -116,7 +116,7 @@ def _of_input(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_personal(contract: Contract) -> Misfits:
+def _of_personal(contract: Contract) -> ConstraintViolations:
     """What of a site's own, and which corrections of drift, do not go with the method."""
     settings, wrong, last = contract.aggregation, [], contract.phases[-1]
     if any(phase.personal for phase in contract.phases[:-1]):
@@ -184,7 +184,7 @@ def _of_personal(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_ranks(contract: Contract) -> Misfits:
+def _of_ranks(contract: Contract) -> ConstraintViolations:
     """Sites that train less of LoRA than others."""
     spec, wrong = contract.adapter, []
     for site in contract.sites:
@@ -223,7 +223,7 @@ def _of_ranks(contract: Contract) -> Misfits:
     return wrong
 
 
-def _of_task(contract: Contract) -> Misfits:
+def _of_task(contract: Contract) -> ConstraintViolations:
     """What the task does not go with."""
     task, wrong = contract.task, []
     language = isinstance(task, Language)
@@ -265,7 +265,7 @@ def _of_task(contract: Contract) -> Misfits:
     return wrong + [("aggregation", why) for why in others]
 
 
-def _of_aggregation(contract: Contract) -> Misfits:
+def _of_aggregation(contract: Contract) -> ConstraintViolations:
     """Methods that cannot go together, or not with what else the contract says."""
     settings, wrong = contract.aggregation, []
     method, robust, sites = settings.method, settings.robust, len(contract.sites)
@@ -305,7 +305,7 @@ def _of_aggregation(contract: Contract) -> Misfits:
     return [("aggregation", why) for why in wrong]
 
 
-def _of_masks(contract: Contract) -> Misfits:
+def _of_masks(contract: Contract) -> ConstraintViolations:
     secure, sites = contract.secure_aggregation, len(contract.sites)
     if secure is None:
         return []

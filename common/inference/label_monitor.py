@@ -64,7 +64,9 @@ def _keys(cells: Sequence[str]) -> list[Any] | None:
     return None
 
 
-def told(contract: Contract, model: Network, arrays: Any, inputs: Inputs) -> dict[str, list[float]]:
+def scores_by_tag(
+    contract: Contract, model: Network, arrays: Any, inputs: Inputs
+) -> dict[str, list[float]]:
     """Of each label [N]: 1 where it is told, else 0; of a regression the share between bounds."""
     task = contract.task
     encoded = model.encode(inputs)

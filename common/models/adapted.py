@@ -34,7 +34,7 @@ from silotune.common.protocol.tensors import trained_names
 STEP = 4  # BUCKET where nothing is private
 
 
-class Lower(NamedTuple):
+class FrozenBlock(NamedTuple):
     """A block of texts behind the frozen layers. rows: their numbers, [n]; hidden [n, T, H]."""
 
     rows: Tensor
@@ -88,9 +88,9 @@ class Adapted(Network):
     def trained_modules(self, groups: Collection[TensorGroup]) -> list[nn.Module]:
         found = super().trained_modules(groups)
         if "A" in groups:
-            found += adapters.downs_of(self.top)
+            found += adapters.lora_a_modules(self.top)
         if "adapter" in groups:
-            found += adapters.parts_of(self.top)
+            found += adapters.trainable_modules(self.top)
             found += [self.virtual] if self.virtual is not None else []
         return found
 
@@ -132,7 +132,7 @@ class Adapted(Network):
         """[U + 1], where each text's tokens begin."""
         return torch.tensor([0, *map(len, rows)]).cumsum(0)
 
-    def _lower(self, rows: Sequence[Sequence[int]]) -> Iterator[Lower]:
+    def _lower(self, rows: Sequence[Sequence[int]]) -> Iterator[FrozenBlock]:
         """Texts, as token numbers, through the frozen layers, block by block."""
         base = self.backbone
         lengths = torch.tensor([len(row) for row in rows])
@@ -147,7 +147,7 @@ class Adapted(Network):
             ids, mask = ids.to(self.device), mask.to(self.device)
             around = base.around(mask)
             hidden = self._layers(base.embed(ids), around, frozen)
-            yield Lower(index[:n], hidden, around, mask)
+            yield FrozenBlock(index[:n], hidden, around, mask)
 
     def _room(self, tokens: int) -> Tensor:
         """[tokens, H] for the input of the adapted layers."""

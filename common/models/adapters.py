@@ -28,7 +28,7 @@ from silotune.common.protocol.tensors import orthonormal
 STD = 0.02  # of the first virtual tokens
 
 
-class Part(nn.Module):
+class PerExampleModule(nn.Module):
     """Parameters that are not a Linear's."""
 
     def own(self, name: str, n: int) -> Tensor:
@@ -38,7 +38,7 @@ class Part(nn.Module):
         return parameter.expand(n, *parameter.shape) if views is None else views[name]
 
 
-class Scale(Part):
+class IA3Linear(PerExampleModule):
     """IA3 (arXiv 2205.05638): a Linear's outputs times 1 + `ia3` [out]; 0 changes nothing."""
 
     def __init__(self, base: nn.Linear) -> None:
@@ -51,7 +51,7 @@ class Scale(Part):
         return out + out * self.own("ia3", len(x))[:, None, :]
 
 
-class Ends(nn.Module):
+class FrozenFactors(nn.Module):
     """Frozen factors: `down` [r, in], `up` [out, r]."""
 
     def __init__(self, rank: int, base: nn.Linear) -> None:
@@ -60,13 +60,13 @@ class Ends(nn.Module):
         self.up = nn.Parameter(torch.zeros(base.out_features, rank), requires_grad=False)
 
 
-class Between(Part):
+class LoraXsLinear(PerExampleModule):
     """A Linear's outputs plus scale * up core down x; `core` [r, r] is zero at first."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
         self.base_layer, self.scale = base, scale
-        self.ends = Ends(rank, base).to(base.weight.device)
+        self.ends = FrozenFactors(rank, base).to(base.weight.device)
         self.core = nn.Parameter(torch.zeros(rank, rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Between(Part):
         return v[:rank].astype(np.float32), u[:, :rank].astype(np.float32)
 
 
-class Corrected(nn.Module):
+class ResidualLinear(nn.Module):
     """A frozen Linear and what is added to its weight: `residual` [out, in], zero at first, which
     the server sets (FedEx-LoRA)."""
 
@@ -101,7 +101,7 @@ class Corrected(nn.Module):
         return nn.functional.linear(x, self.base.weight + self.residual, self.base.bias)
 
 
-class VirtualKeys(Part):
+class VirtualKeys(PerExampleModule):
     """Prefix tuning (arXiv 2101.00190): P more keys and values [P, H] for a layer's attention."""
 
     def __init__(self, length: int, size: int) -> None:
@@ -124,7 +124,7 @@ class VirtualKeys(Part):
         )
 
 
-class VirtualTokens(Part):
+class VirtualTokens(PerExampleModule):
     """Prompt tuning (arXiv 2104.08691): P tokens [P, H] before the input of the first adapted
     layer, which is the embeddings' output where all layers are adapted."""
 
@@ -158,9 +158,9 @@ def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | N
             place, _, last = name.rpartition(".")
             base = linears[name]
             part = (
-                Scale(base)
+                IA3Linear(base)
                 if isinstance(adapter, IA3)
-                else Between(base, adapter.rank, adapter.alpha / adapter.rank)
+                else LoraXsLinear(base, adapter.rank, adapter.alpha / adapter.rank)
             )
             setattr(top.get_submodule(place), last, part)
         return None
@@ -201,7 +201,7 @@ def correct(top: nn.Module) -> None:
     for module in top.modules():
         if isinstance(module, LoraLinear):
             assert isinstance(module.base_layer, nn.Linear)
-            module.base_layer = Corrected(module.base_layer)
+            module.base_layer = ResidualLinear(module.base_layer)
 
 
 def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
@@ -215,16 +215,16 @@ def _check_rank(adapter: Adapter, linears: Sequence[nn.Linear]) -> None:
         )
 
 
-def parts_of(module: nn.Module) -> list[nn.Module]:
+def trainable_modules(module: nn.Module) -> list[nn.Module]:
     """The modules whose parameters an adapter trains: LoRA's B, and every Part."""
     return [
         found
         for name, found in module.named_modules()
-        if isinstance(found, Part) or name.endswith(".lora_B.default")
+        if isinstance(found, PerExampleModule) or name.endswith(".lora_B.default")
     ]
 
 
-def downs_of(module: nn.Module) -> list[nn.Module]:
+def lora_a_modules(module: nn.Module) -> list[nn.Module]:
     """LoRA's A."""
     return [found for name, found in module.named_modules() if name.endswith(".lora_A.default")]
 
@@ -246,7 +246,7 @@ def begin(arrays: Arrays, adapter: Adapter, modules: Mapping[str, nn.Module]) ->
     zero), a core's ends the base's singular vectors. modules: by the names that their arrays begin
     with."""
     for name, module in modules.items():
-        if isinstance(module, Between):
+        if isinstance(module, LoraXsLinear):
             arrays[f"{name}.ends.down"], arrays[f"{name}.ends.up"] = module.singular()
     rng = np.random.default_rng(adapter.seed)
     for name in sorted(arrays):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 ALIGNED = 16  # numbers of four bytes
 
 
-def aligned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def pad_for_alignment(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, ..., in] and weight [..., in], filled with zeros so that each of the n begins where
     memory is aligned.
 
@@ -25,9 +25,9 @@ def aligned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def align(linear: nn.Linear) -> None:
-    """Let a Linear fill up its inputs by `aligned`."""
+    """Let a Linear fill up its inputs by `pad_for_alignment`."""
     linear.forward = partial(_aligned, linear)  # type: ignore[method-assign]
 
 
 def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(*aligned(x, linear.weight), linear.bias)
+    return nn.functional.linear(*pad_for_alignment(x, linear.weight), linear.bias)

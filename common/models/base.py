@@ -181,7 +181,7 @@ class Network(nn.Module):
         return 0.0
 
     @contextmanager
-    def unmixed(self, private: bool) -> Iterator[None]:
+    def batch_invariant(self, private: bool) -> Iterator[None]:
         """Within, whether each record is kept from moving another's roundings."""
         before, self.private = self.private, private
         try:

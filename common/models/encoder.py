@@ -20,7 +20,7 @@ from silotune.common.contract.model import EncoderModel, Standardise
 from silotune.common.data import featurize
 from silotune.common.data.records import Inputs
 from silotune.common.models.adapted import Adapted
-from silotune.common.models.aligned_linear import aligned
+from silotune.common.models.aligned_linear import pad_for_alignment
 from silotune.common.models.base import Encoded
 from silotune.common.tasks.token_classification import IGNORED
 
@@ -152,7 +152,7 @@ class Encoder(Adapted):
         """[n, ..., H], as the head takes them."""
         if self.spec.normalise:
             states = nn.functional.normalize(states, dim=-1)
-        return nn.functional.linear(*aligned(states - self.mean, self.whitener.T))
+        return nn.functional.linear(*pad_for_alignment(states - self.mean, self.whitener.T))
 
     def _public_statistics(self, spec: Standardise) -> tuple[Tensor, Tensor]:
         """Mean [F] and whitener W [F, F] = S^(-1/2) of public text, S shrunk to its mean variance.

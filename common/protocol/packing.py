@@ -37,7 +37,7 @@ def size(contract: Contract, shapes: Shapes) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values()) + len(contract.metrics)
 
 
-def held(contract: Contract, change: Arrays) -> Arrays:
+def clamp_to_bound(contract: Contract, change: Arrays) -> Arrays:
     """The change with each entry held to the bound. To refuse it instead would say something of a
     single site's update, beside the masks; of what is private already this is post-processing."""
     most = np.float32(bound(contract))

@@ -63,7 +63,7 @@ def reshaped(shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fitted(arrays: Arrays, shapes: Shapes) -> Arrays:
+def pad_or_truncate_rank(arrays: Arrays, shapes: Shapes) -> Arrays:
     """The arrays cut to `shapes`, or filled up with zeros: the first rows of A, columns of B. What
     is not in `shapes` stays as it is, for `check` to find."""
     found = {}

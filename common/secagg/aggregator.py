@@ -17,7 +17,7 @@ from silotune.common.secagg.key_agreement import (
 )
 
 
-class Sum:
+class SecAggAggregator:
     """The server's side of one round: `add` masked updates of `size` elements, then `open`.
 
     asked: the digest of what it asked all members.

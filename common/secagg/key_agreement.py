@@ -82,7 +82,7 @@ class Terms:
     rounds: int
     threshold: int
     max_colluding_sites: int = 0
-    fewest: int = 0
+    min_survivors: int = 0
 
     def __post_init__(self) -> None:
         why = problem_with(len(self.roster), self.threshold, self.max_colluding_sites)
@@ -96,7 +96,7 @@ class Terms:
     @property
     def least(self) -> int:
         """How many members, and how many survivors of a round, there must be."""
-        return max(self.threshold, self.fewest)
+        return max(self.threshold, self.min_survivors)
 
     def digest(self) -> bytes:
         facts = {**vars(self), "roster": sorted(self.roster.items())}

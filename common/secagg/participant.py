@@ -111,7 +111,7 @@ class _Round:
     revealed: dict[str, bytes] | None = None
 
 
-class Member:
+class SecAggParticipant:
     """One site in one agreement. The methods are the stages, in order; any misfit is ProtocolError.
 
     sign: by the site's Ed25519 key in the roster.

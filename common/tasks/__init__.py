@@ -11,23 +11,23 @@ from silotune.common.contract.task import (
     Task,
     Tokens,
 )
-from silotune.common.tasks.classification import Classes
-from silotune.common.tasks.language_modeling import Answers
-from silotune.common.tasks.multi_label import Labels
+from silotune.common.tasks.classification import ClassificationObjective
+from silotune.common.tasks.language_modeling import LanguageModelingObjective
+from silotune.common.tasks.multi_label import MultiLabelObjective
 from silotune.common.tasks.objective import Objective
-from silotune.common.tasks.ranking import Relevance
-from silotune.common.tasks.regression import Place
-from silotune.common.tasks.token_classification import Tags
+from silotune.common.tasks.ranking import RankingObjective
+from silotune.common.tasks.regression import RegressionObjective
+from silotune.common.tasks.token_classification import TokenClassificationObjective
 
 
 def objective_of(task: Task) -> Objective:
     """What a contract's task learns."""
     found: dict[type, type[Objective]] = {
-        Classification: Classes,
-        MultiLabel: Labels,
-        Tokens: Tags,
-        Regression: Place,
-        Ranking: Relevance,
-        Language: Answers,
+        Classification: ClassificationObjective,
+        MultiLabel: MultiLabelObjective,
+        Tokens: TokenClassificationObjective,
+        Regression: RegressionObjective,
+        Ranking: RankingObjective,
+        Language: LanguageModelingObjective,
     }
     return found[type(task)](task)

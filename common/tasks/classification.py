@@ -18,7 +18,7 @@ def per_example_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> 
     return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
-class Classes(Objective):
+class ClassificationObjective(Objective):
     """Cross entropy, softmax over the labels; the contract may weigh labels and smooth targets."""
 
     def __init__(self, task: Classification) -> None:

@@ -19,7 +19,7 @@ from silotune.common.tasks.token_classification import (
 )
 
 
-class Answers(Objective):
+class LanguageModelingObjective(Objective):
     """Targets are [N, T]: at each place the next token if it is the answer's, else IGNORED."""
 
     of_tokens = True

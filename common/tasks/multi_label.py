@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from silotune.common.tasks.objective import Objective
 
 
-class Labels(Objective):
+class MultiLabelObjective(Objective):
     """The mean over the labels of each one's logistic loss."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

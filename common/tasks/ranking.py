@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from silotune.common.tasks.objective import Objective
 
 
-class Relevance(Objective):
+class RankingObjective(Objective):
     """Logistic loss of each pair by itself. (Losses over the candidates of a batch would let one
     record move another's gradient.)"""
 

@@ -8,7 +8,7 @@ from silotune.common.errors import UsageError
 from silotune.common.tasks.objective import Objective
 
 
-class Place(Objective):
+class RegressionObjective(Objective):
     """Half the squared error of the place between the bounds, 0 to 1."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def share_right(logits: Tensor, labels: Tensor) -> Tensor:
     return right.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-class Tags(Objective):
+class TokenClassificationObjective(Objective):
     """Targets are [N, W] tags of words, IGNORED behind the last; a network turns them into [n, T]
     by the first piece of each word."""
 

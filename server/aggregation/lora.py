@@ -56,7 +56,7 @@ def residual(
     return (lost / step) ** 0.5 if step > 0 else None
 
 
-def turned(adapter: Arrays, *carried: Arrays) -> list[Arrays]:
+def refactorise(adapter: Arrays, *carried: Arrays) -> list[Arrays]:
     """FedSVD (arXiv 2505.12805): B A = U S V^T with orthonormal V; the new A is V^T, the new B U S.
     The product stays what it is. Returns the adapter and `carried`: what else is in its coordinates
     (a velocity, a mean of iterates) turned with it. A B of zeros says nothing and is left as it is.

@@ -11,7 +11,7 @@ from silotune.common.contract.privacy import AdaptiveClipping
 from silotune.common.protocol.messages import Arrays
 
 
-def heavy_ball(
+def server_momentum_step(
     adapter: Arrays, velocity: Arrays, change: Arrays, momentum: float
 ) -> tuple[Arrays, Arrays]:
     """v <- momentum v + change; x <- x + v (Polyak 1964). Tensors not in `change` stay, and so

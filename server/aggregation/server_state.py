@@ -20,7 +20,7 @@ from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation import lora, server_optimizer
 
 
-class Iterate:
+class ServerState:
     """number: the round that comes next. A phase ends at the mean of its later iterates; the next
     begins there, at rest."""
 
@@ -86,15 +86,16 @@ class Iterate:
         self,
         change: Arrays,
         figures: Mapping[Metric, float],
-        why_not: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
+        rejection_reason: Callable[[Arrays, Arrays, bool], str | None] = lambda *_: None,
         *,
         present: float = 1.0,
     ) -> str | None:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
         nothing has changed then. present: the share of all weights whose changes are in it.
 
-        why_not: is asked with the adapter, the one that the step leads to, and whether it adapts
-        layers. What it says against the step is returned; then nothing of the round is kept, and
+        rejection_reason: is asked with the adapter, the one that the step leads to, and whether it
+        adapts layers. What it says against the step is returned; then nothing of the round is kept,
+        and
         the server is at rest: a momentum that leads past the gate by itself would have every later
         round declined (a restart as in arXiv 1204.3982).
         """
@@ -108,12 +109,12 @@ class Iterate:
                 self.adapter, self._velocity, self._second, change, settings.server_optimizer
             )
         else:
-            moved, velocity = server_optimizer.heavy_ball(
+            moved, velocity = server_optimizer.server_momentum_step(
                 self.adapter, self._velocity, change, settings.server_momentum
             )
         tensors.check(moved, self.shapes, "The aggregate")
         tensors.check(velocity, tensors.shapes_of(velocity), "The momentum")
-        declined = why_not(self.adapter, moved, phase.adapts)
+        declined = rejection_reason(self.adapter, moved, phase.adapts)
         if declined is not None:
             self._velocity, self._second = {}, {}
             return declined
@@ -131,7 +132,7 @@ class Iterate:
             self._mean = server_optimizer.running_mean(self._mean, self._averaged, self.adapter)
             self._averaged += 1
         if settings.method == "fedsvd" and phase.adapts:
-            self.adapter, self._velocity, self._mean = lora.turned(
+            self.adapter, self._velocity, self._mean = lora.refactorise(
                 self.adapter, self._velocity, self._mean
             )
         if self.contract.privacy.adaptive:

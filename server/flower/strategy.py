@@ -21,8 +21,8 @@ from silotune.common.errors import PeerError, ProtocolError
 from silotune.common.protocol.messages import RECORD, WIRE
 from silotune.server.rounds import exchange as replies
 from silotune.server.rounds.arrivals import Arrivals
-from silotune.server.rounds.exchange import Reply, Stages
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import Reply, RoundProtocol
+from silotune.server.rounds.run import RoundRecord, Run
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SilotuneStrategy(Strategy):
         self.run = run
         self.nodes: dict[int, str] = {}
         self._asked: dict[str, int] = {}
-        self._stages: Stages[RoundFacts] | None = None  # of the open round
+        self._stages: RoundProtocol[RoundRecord] | None = None  # of the open round
         self._requests: Mapping[str, bytes] = {}
 
     def summary(self) -> None:

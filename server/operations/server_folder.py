@@ -56,11 +56,11 @@ class ServerSettings(Frozen):
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerFolder:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path) -> Place:
+    def open(cls, folder: Path) -> ServerFolder:
         """The server that a folder holds; UsageError E102 if this user can read none there."""
         if not os.access(folder / "server.toml", os.R_OK):
             raise UsageError(
@@ -89,7 +89,7 @@ class Place:
         return [join_request.load(path) for path in sorted((self.folder / "roster").glob("*.json"))]
 
     @classmethod
-    def create(cls, folder: Path, settings: ServerSettings) -> Place:
+    def create(cls, folder: Path, settings: ServerSettings) -> ServerFolder:
         """A new folder (0700): the CA, the server's certificate, an empty roster."""
         if (folder / "server.toml").exists():
             raise UsageError(f"{folder} holds a server already. Choose another folder.")

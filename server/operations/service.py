@@ -18,7 +18,7 @@ from silotune.common.errors import PeerError, UsageError
 from silotune.common.runtime import prometheus, subprocesses
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal, Source
-from silotune.server.operations.server_folder import Place
+from silotune.server.operations.server_folder import ServerFolder
 from silotune.server.operations.telemetry import PROBE_SECONDS, ServerMonitor, answers
 
 BIN = Path(sys.executable).parent
@@ -30,7 +30,7 @@ ANSWERED = re.compile(r"\[uvicorn\.access\].* [1-3]\d\d$")  # a request that was
 class Service:
     """Starts both processes, admits the roster's nodes; ends both when one ends or on a signal."""
 
-    def __init__(self, place: Place, journal: Journal) -> None:
+    def __init__(self, place: ServerFolder, journal: Journal) -> None:
         self.place, self.say = place, journal.say
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping = False
@@ -182,7 +182,7 @@ class Service:
                 time.sleep(1.0)
 
 
-def environment(place: Place) -> dict[str, str]:
+def environment(place: ServerFolder) -> dict[str, str]:
     """Flower's files lie in the server's folder; it reports to nobody."""
     return os.environ | {
         "FLWR_HOME": str((place.folder / "flwr").resolve()),
@@ -194,7 +194,7 @@ def environment(place: Place) -> dict[str, str]:
     }
 
 
-def flwr(place: Place, *words: str | Path) -> str:
+def flwr(place: ServerFolder, *words: str | Path) -> str:
     """Run Flower's command line against this server's SuperLink; PeerError if it fails."""
     done = subprocess.run(
         [BIN / "flwr", *map(str, words)],
@@ -211,7 +211,7 @@ def flwr(place: Place, *words: str | Path) -> str:
     return done.stdout
 
 
-def register(place: Place) -> list[str]:
+def register(place: ServerFolder) -> list[str]:
     """Tell the SuperLink of the roster's nodes that it does not know; returns their sites."""
     done = place.folder.resolve() / "flwr" / "registered"
     done.mkdir(mode=0o700, exist_ok=True)

@@ -16,8 +16,8 @@ from typing import Literal
 from cryptography import x509
 from prometheus_client.core import Metric
 
-from silotune.server.operations.server_folder import Place
-from silotune.server.storage.events import Events, Standing, standing
+from silotune.server.operations.server_folder import ServerFolder
+from silotune.server.storage.events import Events, RunStatus, run_status
 from silotune.server.storage.run_store import died
 
 PROCESSES = ("superlink", "nginx")
@@ -28,7 +28,7 @@ MOST_RUNS = 50  # the newest: a run that is shown costs Prometheus a series for 
 class ServerMonitor:
     """What is served. `runs`: whether the process of a name runs."""
 
-    def __init__(self, place: Place, runs: Callable[[str], bool]) -> None:
+    def __init__(self, place: ServerFolder, runs: Callable[[str], bool]) -> None:
         self.place, self._runs = place, runs
         settings = place.settings
         self._ports = {
@@ -64,7 +64,7 @@ class ServerMonitor:
         )
         runs = dict(_newest(self.place.runs))
 
-        def of_each(name: str, text: str, value: Callable[[Standing], float]) -> Metric:
+        def of_each(name: str, text: str, value: Callable[[RunStatus], float]) -> Metric:
             return _metric(name, text, [({"run": run}, value(s)) for run, s in runs.items()])
 
         yield of_each("run_rounds_planned", "Rounds of the contract.", lambda s: s.planned)
@@ -105,7 +105,7 @@ def answers(host: str, port: int) -> bool:
         return False
 
 
-def _newest(runs: Path) -> Iterator[tuple[str, Standing]]:
+def _newest(runs: Path) -> Iterator[tuple[str, RunStatus]]:
     files = {path: path.stat() for path in runs.glob("*/events.jsonl")}
     newest = sorted(files, key=lambda path: files[path].st_mtime_ns)[-MOST_RUNS:]
     for path in sorted(newest):
@@ -113,9 +113,9 @@ def _newest(runs: Path) -> Iterator[tuple[str, Standing]]:
 
 
 @lru_cache(maxsize=2 * MOST_RUNS)
-def _read(path: Path, _changed: int, _size: int) -> Standing:
+def _read(path: Path, _changed: int, _size: int) -> RunStatus:
     """A file's events; it is read again when it has changed."""
-    return standing(Events(path.parent).new())
+    return run_status(Events(path.parent).new())
 
 
 def _expiry(file: Path) -> float:

@@ -36,15 +36,15 @@ class PublicTest:
         self.encoded = model.encode(rows)
         self.targets = model.objective.tensor(self.labels)
 
-    def outputs(self, adapter: Arrays, *, with_adapter: bool) -> list[Any]:
+    def outputs(self, adapter: Arrays, *, adapter_active: bool) -> list[Any]:
         """What evaluation keeps of each row (common/tasks/)."""
         with self.model.lock:
             self.model.load(adapter)
-            return self.model.predict(self.encoded, self.targets, adapter=with_adapter)
+            return self.model.predict(self.encoded, self.targets, adapter=adapter_active)
 
-    def scores(self, adapter: Arrays, *, with_adapter: bool) -> dict[str, Scores]:
+    def scores(self, adapter: Arrays, *, adapter_active: bool) -> dict[str, Scores]:
         """Scores of all rows under "", and of each group under its name."""
-        outputs = self.outputs(adapter, with_adapter=with_adapter)
+        outputs = self.outputs(adapter, adapter_active=adapter_active)
         found = {"": range(len(outputs))} | {
             group: [row for row, own in enumerate(self.groups) if own == group]
             for group in dict.fromkeys(self.groups)
@@ -59,6 +59,6 @@ class PublicTest:
             for group, rows in found.items()
         }
 
-    def metrics(self, adapter: Arrays, with_adapter: bool) -> Scores:
+    def metrics(self, adapter: Arrays, adapter_active: bool) -> Scores:
         """The overall scores, for the curve of a run."""
-        return self.scores(adapter, with_adapter=with_adapter)[""]
+        return self.scores(adapter, adapter_active=adapter_active)[""]

@@ -29,7 +29,7 @@ NO_REPLY = (SILENT, BROKEN, OFFLINE)
 
 Result = TypeVar("Result")
 # Yields what to ask which site, is sent what came back, returns a result.
-Stages = Generator[Mapping[str, bytes], Mapping[str, Reply], Result]
+RoundProtocol = Generator[Mapping[str, bytes], Mapping[str, Reply], Result]
 Said = type[Keys] | type[Shares] | type[Endorsement] | type[Revealed]
 
 
@@ -50,7 +50,7 @@ def read(contract: Contract, reply: Reply) -> Message:
     return message
 
 
-class Exchange:
+class RoundTraffic:
     """A round's traffic and failures. on_failure: is told of each site that falls out, and why.
 
     absent: sites that take no part in any round, with the code of the reason.
@@ -80,7 +80,7 @@ class Exchange:
 
     def ask(
         self, requests: Mapping[str, bytes], kind: Said, *, enough: int = 0
-    ) -> Stages[dict[str, Blobs]]:
+    ) -> RoundProtocol[dict[str, Blobs]]:
         """One stage: the blobs of each site that answered as it should; the others fail.
 
         If fewer than `enough` did, those that said nothing are asked once more: a site answers a
@@ -114,8 +114,10 @@ class Exchange:
 Ask = Callable[[Mapping[str, bytes]], Mapping[str, Reply]]
 
 
-def carry_out(
-    stages: Stages[Result], sites: Mapping[str, Callable[[bytes], bytes]], ask: Ask | None = None
+def drive_round(
+    stages: RoundProtocol[Result],
+    sites: Mapping[str, Callable[[bytes], bytes]],
+    ask: Ask | None = None,
 ) -> Result:
     """Drive stages with sites of this process, in the order in which they are asked, or by `ask`
     all at once."""

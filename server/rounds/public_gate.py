@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.task import worth
+from silotune.common.contract.task import signed_score
 from silotune.common.errors import RunError
 from silotune.common.protocol.messages import Arrays
 
@@ -38,30 +38,34 @@ class Acceptance:
                 code="E301",
             )
 
-    def why_not(self, before: Arrays, after: Arrays, with_adapter: bool) -> str | None:
+    def rejection_reason(self, before: Arrays, after: Arrays, adapter_active: bool) -> str | None:
         """Why not to go on from the adapter in place to this one; None if nothing is against it."""
         if self.gate is None:
             return None
         metric, most = self.gate.metric, self.gate.max_degradation
-        old, new = self._score_in_place(before, with_adapter), self._score(after, with_adapter)
-        if old is not None and new is not None and worth(metric, old) - worth(metric, new) <= most:
-            self._known = after, with_adapter, new
+        old, new = self._score_in_place(before, adapter_active), self._score(after, adapter_active)
+        if (
+            old is not None
+            and new is not None
+            and signed_score(metric, old) - signed_score(metric, new) <= most
+        ):
+            self._known = after, adapter_active, new
             return None
         return (
             f"{metric} on public rows would go from {_told(old)} to {_told(new)}, which is "
             f"worse by more than {most:g}: the sum was not taken, its ε stays spent"
         )
 
-    def _score_in_place(self, adapter: Arrays, with_adapter: bool) -> float | None:
+    def _score_in_place(self, adapter: Arrays, adapter_active: bool) -> float | None:
         known = self._known
-        if known is None or known[0] is not adapter or known[1] != with_adapter:
-            known = self._known = adapter, with_adapter, self._score(adapter, with_adapter)
+        if known is None or known[0] is not adapter or known[1] != adapter_active:
+            known = self._known = adapter, adapter_active, self._score(adapter, adapter_active)
         return known[2]
 
-    def _score(self, adapter: Arrays, with_adapter: bool) -> float | None:
+    def _score(self, adapter: Arrays, adapter_active: bool) -> float | None:
         assert self._evaluate is not None
         assert self.gate is not None
-        found = self._evaluate(adapter, with_adapter).get(self.gate.metric)
+        found = self._evaluate(adapter, adapter_active).get(self.gate.metric)
         return found if found is not None and math.isfinite(found) else None
 
 

@@ -16,7 +16,7 @@ from silotune.common.contract.adapter import Lora
 from silotune.common.contract.aggregation import BY_ONE
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
-from silotune.common.contract.task import worth
+from silotune.common.contract.task import signed_score
 from silotune.common.errors import ProtocolError, RunError
 from silotune.common.protocol import messages
 from silotune.common.protocol import tensors as adapter
@@ -34,7 +34,7 @@ from silotune.common.protocol.messages import (
 from silotune.common.signing import verifies
 from silotune.server.aggregation import lora, robust
 from silotune.server.aggregation import mean as aggregate
-from silotune.server.aggregation.server_state import Iterate
+from silotune.server.aggregation.server_state import ServerState
 from silotune.server.rounds import exchange
 from silotune.server.rounds.public_gate import Acceptance, Evaluate
 from silotune.server.rounds.secagg import (
@@ -52,7 +52,7 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class RoundFacts:
+class RoundRecord:
     """What a committed round was: sites that count, those that failed and why, cost and metrics."""
 
     round: int
@@ -86,10 +86,10 @@ class Run:
         *,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 1,
-        on_round: Callable[[RoundFacts], None] | None = None,
+        on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
-        self.iterate = Iterate(contract, initial)
+        self.iterate = ServerState(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
         self._acceptance = Acceptance(contract, evaluate, initial)
         self._open: dict[str, Arrays] = {}
@@ -99,7 +99,7 @@ class Run:
         self._digests: dict[int, str] = {}
         self.gate = Gate(contract, registry, run_id)
         self._began = time.perf_counter()
-        self.exchange = exchange.Exchange(contract, self._has_failed)
+        self.exchange = exchange.RoundTraffic(contract, self._has_failed)
         self.masking = (
             Masking(contract, run_id, self.exchange) if contract.secure_aggregation else None
         )
@@ -148,8 +148,8 @@ class Run:
             return None
         return (header.site, header.code) if isinstance(header, Refusal) else None
 
-    def stages(self, sites: Collection[str]) -> exchange.Stages[RoundFacts]:
-        """One round with these sites, to be driven by who can reach them (replies.Stages).
+    def stages(self, sites: Collection[str]) -> exchange.RoundProtocol[RoundRecord]:
+        """One round with these sites, to be driven by who can reach them (RoundProtocol).
 
         A masked round that can never be opened, because sites were charged and their updates or
         secrets are lost, is given up: its charges stand, and the run goes on with the next round.
@@ -236,7 +236,7 @@ class Run:
         other_keys = set(self.contract.weights()) - set(self._open) - charged
         return not self._enough(same_keys) and not self._enough(other_keys)
 
-    def _give_up(self, why: str) -> RoundFacts:
+    def _give_up(self, why: str) -> RoundRecord:
         """Go on without the open round. RunError if the round before it was given up, too: whoever
         loses every round would have the run spend all its ε on nothing."""
         if self._gave_up:
@@ -248,7 +248,7 @@ class Run:
         self._gave_up = True
         return self._leave_out(why)
 
-    def _train(self, sites: Collection[str]) -> exchange.Stages[None]:
+    def _train(self, sites: Collection[str]) -> exchange.RoundProtocol[None]:
         """Agree on keys where that is needed, and have the sites train."""
         asked = list(sites)
         if self.masking is not None:
@@ -284,7 +284,7 @@ class Run:
             if not asked:
                 break
 
-    def _ask(self, sites: Collection[str], attempt: int) -> exchange.Stages[None]:
+    def _ask(self, sites: Collection[str], attempt: int) -> exchange.RoundProtocol[None]:
         """Have these sites train, and take what they reply."""
         wires = {site: self.request(site, attempt) for site in sites}
         came = yield wires
@@ -298,7 +298,7 @@ class Run:
         lost = sorted(site for site, code in self.exchange.failed.items() if code == CHARGED)
         return lost[:missing] if 0 < missing <= len(lost) else []
 
-    def _or_stop(self, stages: exchange.Stages[T]) -> exchange.Stages[T]:
+    def _or_stop(self, stages: exchange.RoundProtocol[T]) -> exchange.RoundProtocol[T]:
         try:
             return (yield from stages)
         except RunError as error:
@@ -388,7 +388,7 @@ class Run:
             code=code,
         )
 
-    def finish(self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None) -> RoundFacts:
+    def finish(self, mean: tuple[Arrays, Mapping[Metric, float]] | None = None) -> RoundRecord:
         """Aggregate, step, commit. RunError below the quorum: nothing is committed then.
 
         mean: of masked updates and their metrics.
@@ -411,17 +411,17 @@ class Run:
         clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
         try:
             declined = self.iterate.step(
-                change, figures, self._acceptance.why_not, present=self._present()
+                change, figures, self._acceptance.rejection_reason, present=self._present()
             )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
         metrics: Mapping[str, float | None] = {}
         if self._evaluate and (self.iterate.final or self.number % self._every == 0):
-            with_adapter = self.iterate.phase.adapts
-            metrics = self._evaluate(self.released(), with_adapter)
+            adapter_active = self.iterate.phase.adapts
+            metrics = self._evaluate(self.released(), adapter_active)
             if self._stalled(metrics):
                 self.iterate.end()
-        facts = RoundFacts(
+        facts = RoundRecord(
             self.number,
             tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
@@ -467,11 +467,11 @@ class Run:
             return False
         value = metrics.get(stop.metric)
         if value is not None:
-            self._scores.append(worth(stop.metric, value))
+            self._scores.append(signed_score(stop.metric, value))
         before, latest = self._scores[: -stop.patience], self._scores[-stop.patience :]
         return bool(before) and max(latest) <= max(before)
 
-    def _commit(self, facts: RoundFacts) -> None:
+    def _commit(self, facts: RoundRecord) -> None:
         self.registry.commit(
             self.number,
             self.adapter,
@@ -504,7 +504,7 @@ class Run:
         self._go_on()
         return found.number
 
-    def skip(self) -> RoundFacts:
+    def skip(self) -> RoundRecord:
         """Go on without the next round, because the operator says so. Whose sum it was to be is
         forgotten: if sites have given shares for it, they refuse another set by themselves."""
         self.begin()
@@ -512,9 +512,9 @@ class Run:
         self.exchange.failed = dict.fromkeys(self.contract.weights(), "E402")
         return self._leave_out("the operator left it out")
 
-    def _leave_out(self, why: str) -> RoundFacts:
+    def _leave_out(self, why: str) -> RoundRecord:
         """Commit the open round without an update; what it cost its sites stays spent."""
-        facts = RoundFacts(
+        facts = RoundRecord(
             self.number,
             (),
             dict(self.exchange.failed),

@@ -29,9 +29,9 @@ from silotune.common.protocol.messages import (
     Shares,
 )
 from silotune.common.protocol.tensors import Shapes
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Agreement, check_keys
-from silotune.server.rounds.exchange import Exchange, Stages
+from silotune.server.rounds.exchange import RoundProtocol, RoundTraffic
 from silotune.server.storage.stored_agreement import Agreed
 
 CHARGED = "E204"  # a site was charged for the round and has no reply to what it is asked
@@ -49,7 +49,7 @@ class LostSumError(RunError):
 class Masking:
     """The agreement on keys that is in force, and who has to wait for another one."""
 
-    def __init__(self, contract: Contract, run_id: str, exchange: Exchange) -> None:
+    def __init__(self, contract: Contract, run_id: str, exchange: RoundTraffic) -> None:
         self.contract, self.run_id, self._exchange = contract, run_id, exchange
         self.agreement: Agreement | None = None
         self._attempt = secrets.randbelow(ATTEMPTS)
@@ -62,7 +62,7 @@ class Masking:
 
     def agree(
         self, sites: Collection[str], number: int, needed: Collection[str] = ()
-    ) -> Stages[bool]:
+    ) -> RoundProtocol[bool]:
         """Have the sites agree on keys for the rounds from `number` on, if that is needed: there is
         no agreement for this round, a site is left out that may be back, or one of the `needed` is
         no member. Whether they did.
@@ -143,7 +143,9 @@ class Masking:
             self._published, self._sealed = found.keys, found.sealed
             self._just_restored = True
 
-    def _keys(self, sites: Collection[str], step: dict[str, Any]) -> Stages[dict[str, bytes]]:
+    def _keys(
+        self, sites: Collection[str], step: dict[str, Any]
+    ) -> RoundProtocol[dict[str, bytes]]:
         """The first stage: the keys that are signed by the roster's."""
         terms = self.contract.terms(self.run_id, step["round"], step["attempt"])
         ask = messages.pack(Message(Agree(**step)))
@@ -201,17 +203,19 @@ class MaskedRound:
         number: int,
         shapes: Shapes,
         digest: str,
-        exchange: Exchange,
+        exchange: RoundTraffic,
     ) -> None:
         self.contract, self.agreement, self.number = contract, agreement, number
         self._shapes, self._exchange = shapes, exchange
-        self._sum = Sum(agreement, number, packing.size(contract, shapes), bytes.fromhex(digest))
+        self._sum = SecAggAggregator(
+            agreement, number, packing.size(contract, shapes), bytes.fromhex(digest)
+        )
 
     def take(self, site: str, masked: bytes) -> None:
         """Add a site's masked update. ProtocolError if it is none of this round."""
         self._sum.add(site, masked)
 
-    def open(self) -> Stages[tuple[Arrays, dict[Metric, float]]]:
+    def open(self) -> RoundProtocol[tuple[Arrays, dict[Metric, float]]]:
         """The weighted mean of the round's updates and metrics. RunError if it does not open;
         LostSumError if it never will, because survivors have lost their secrets or refuse."""
         survivors = tuple(sorted(self._sum.survivors))

@@ -74,7 +74,7 @@ class Events:
 
 
 @dataclass
-class Standing:
+class RunStatus:
     """What the events of one run say."""
 
     planned: int = 0
@@ -90,8 +90,8 @@ class Standing:
     timed: int = 0
 
 
-def standing(events: list[Event]) -> Standing:
-    found, since = Standing(), None
+def run_status(events: list[Event]) -> RunStatus:
+    found, since = RunStatus(), None
     for event in events:
         kind, at = event["event"], float(event["at"])
         found.waiting = event if kind == "waiting" else {}

@@ -31,7 +31,7 @@ from silotune.common.protocol.messages import Arrays, Receipt
 from silotune.common.runtime.atomic_files import rename_durably, write_durably
 from silotune.common.runtime.process_lock import try_lock
 from silotune.server.storage import events
-from silotune.server.storage.events import Standing
+from silotune.server.storage.events import RunStatus
 from silotune.server.storage.stored_agreement import Agreed
 
 LOCK_SECONDS = 1.0
@@ -93,7 +93,7 @@ class Registry:
 
     def _lock(self) -> None:
         """For as long as this process lives; the kernel frees it however it ends."""
-        end = time.monotonic() + LOCK_SECONDS  # somebody may just be looking (`held`)
+        end = time.monotonic() + LOCK_SECONDS  # somebody may just be looking (`is_running`)
         while (found := _try_lock(self.folder)) is None:
             if time.monotonic() > end:
                 raise RunError(
@@ -232,7 +232,7 @@ class Registry:
         ]
 
 
-def held(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """Whether a process carries out the run in this folder."""
     if (found := _try_lock(folder)) is None:
         return True
@@ -240,14 +240,14 @@ def held(folder: Path) -> bool:
     return False
 
 
-def died(folder: Path, found: Standing) -> bool:
+def died(folder: Path, found: RunStatus) -> bool:
     """Whether the process that carried out the run in this folder ended and did not say so.
 
     found: what the run's events say.
     """
     if not found.planned or found.why or found.released:
         return False
-    return not (folder / "adapter.safetensors").is_file() and not held(folder)
+    return not (folder / "adapter.safetensors").is_file() and not is_running(folder)
 
 
 def _try_lock(folder: Path) -> int | None:

@@ -121,7 +121,7 @@ def poisoned_rows(source: Path, folder: Path, contract: Contract, poison: Poison
     return folder
 
 
-def lying(answer: Answer, poison: Poison) -> Answer:
+def poisoned_client(answer: Answer, poison: Poison) -> Answer:
     """A site whose updates are not what it computed."""
     by = np.float32(poison.by)
 
@@ -169,7 +169,7 @@ class LyingMasking(Masking):
         return found
 
 
-def liars(contract: Contract, poison: Poison | None) -> list[str]:
+def malicious_sites(contract: Contract, poison: Poison | None) -> list[str]:
     """The sites whose updates are not what they computed."""
     if poison is None or poison.kind not in ("sign", "scale", "bound"):
         return []

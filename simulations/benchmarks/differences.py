@@ -48,13 +48,13 @@ from numpy.typing import NDArray
 
 from silotune.client.privacy import accountant
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol.messages import Arrays
-from silotune.server.aggregation.server_state import Iterate
+from silotune.server.aggregation.server_state import ServerState
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.datasets import catalog
 
@@ -74,7 +74,7 @@ class Site:
     """A site's updates in a round, with and without noise, as they stand in the sum."""
 
     def __init__(self, contract: Contract, name: str, file: Path, model: Path | None) -> None:
-        policy = permitting(contract, name, file, model)
+        policy = permissive_policy(contract, name, file, model)
         self.worker = Worker(policy, contract, Ledger.in_memory(name))
         self.contract, self.weight = contract, contract.weight_share(name)
         self._silent = NoNoise(site=name)
@@ -146,7 +146,7 @@ def measure(sites: Mapping[str, Site], number: int, adapter: Arrays, draws: int)
 def adapters(sites: Mapping[str, Site], contract: Contract, last: int) -> list[Arrays]:
     """What the rounds up to `last` begin with, in a run of all these sites."""
     model = next(iter(sites.values())).worker.model
-    iterate, found = Iterate(contract, model.initial_arrays()), []
+    iterate, found = ServerState(contract, model.initial_arrays()), []
     for _ in range(last):
         found.append(iterate.asked())
         updates = [site.update(iterate.number, iterate.asked()) for site in sites.values()]

@@ -24,7 +24,7 @@ from silotune.common.errors import PeerError
 from silotune.common.model_files import model_folder
 from silotune.common.protocol import join_request
 from silotune.server.operations import service
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.simulations.datasets import catalog
 
 PATIENCE = 180.0  # seconds for a round, or for a process to be ready
@@ -64,7 +64,7 @@ class Federation:
 
     def __init__(self, folder: Path, case: Case, rounds: int) -> None:
         self.folder, self.case, self.model = folder, case, catalog.fetch(case.source)
-        self.place = Place.create(
+        self.place = ServerFolder.create(
             folder / "server", ServerSettings(host="127.0.0.1", link_port=free_port())
         )
         keys = {site: self._init(site) for site in case.sites}

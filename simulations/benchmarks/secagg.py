@@ -49,9 +49,9 @@ from numpy.typing import NDArray
 
 from silotune.common.protocol import messages
 from silotune.common.secagg import fixed_point
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Agreement, Terms, default_threshold
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 
 RESULTS = Path("simulations/benchmarks/results")
 SIZES = {100_000: "0.1M", 1_000_000: "1M", 10_000_000: "10M"}
@@ -103,7 +103,9 @@ class Ours:
         roster = {name: key.public_key().public_bytes_raw().hex() for name, key in keys.items()}
         terms = Terms("0" * 64, roster, "bench", 1, 1, rounds, default_threshold(sites))
         spent = seconds["client/keys"]
-        self.members = {n: timed(spent, Member, terms, n, key.sign) for n, key in keys.items()}
+        self.members = {
+            n: timed(spent, SecAggParticipant, terms, n, key.sign) for n, key in keys.items()
+        }
         public, members = {n: m.keys for n, m in self.members.items()}, self.members.items()
         sealed = {n: timed(seconds["client/shares"], m.shares, public) for n, m in members}
         for name, member in members:
@@ -120,7 +122,7 @@ class Ours:
         # Masks depend on a digest of what was asked: a model as large as the update.
         asked = messages.Train(contract="0" * 64, run="bench", round=1), {"model": updates[0]}
         digest = bytes.fromhex(timed(adding, messages.digest, *asked))
-        total = timed(adding, Sum, self.agreement, 1, len(updates[0]), digest)
+        total = timed(adding, SecAggAggregator, self.agreement, 1, len(updates[0]), digest)
         for at, name in enumerate(alive, start=dropped):
             timed(seconds["client/digest"], messages.digest, *asked)
             what = 1, updates[at], factor, BOUND, digest

@@ -14,7 +14,7 @@ import torch
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.relay.transport import listen, serve
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.worker import worker
 from silotune.common.contract.contract import load
@@ -46,7 +46,7 @@ def main() -> None:
 
     with mock.patch.object(worker, "train_round", clocked(folder / "seconds")):
         served = worker.Worker(
-            permitting(contract, words.name, folder / "rows.csv", words.model),
+            permissive_policy(contract, words.name, folder / "rows.csv", words.model),
             contract,
             Ledger.open(folder / "state", keys),
         )

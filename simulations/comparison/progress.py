@@ -27,7 +27,7 @@ from silotune.common.model_files.model_source import folder_of
 from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.execution.variants import Job, JobResult
 
 BAR = 12
@@ -147,7 +147,7 @@ class Progress:
             )
             self._live.start(refresh=True)
 
-    def round(self, variant: str, repeat: int, cost: float, facts: RoundFacts) -> None:
+    def round(self, variant: str, repeat: int, cost: float, facts: RoundRecord) -> None:
         """One committed round of any run; those of the main run become lines."""
         if not self._cost_done:
             self._began = time.monotonic()  # loading models is over; the rate counts from here
@@ -203,7 +203,7 @@ class Progress:
     def _metric_label(self) -> str:
         return METRICS[str(self.facts["metric"])]
 
-    def _line(self, facts: RoundFacts) -> str:
+    def _line(self, facts: RoundRecord) -> str:
         total = self.contract.rounds
         metric = facts.metrics.get(self.facts["metric"])
         loss = facts.metrics.get("loss")

@@ -26,7 +26,7 @@ from silotune.common.errors import DataError, UsageError, did_you_mean
 from silotune.simulations.datasets import catalog, split
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.datasets.tables import TABLES
-from silotune.simulations.execution.variants import slowed, slower
+from silotune.simulations.execution.variants import scale_learning_rates, scaled_phases
 
 OWN_REPEATS = 2
 
@@ -52,11 +52,14 @@ class Recipe:
         if not factor:
             return replace(self, contract=contract)
         variants = {
-            name: plan | ({} if name == "no-dp" else {"phases": slowed(plan["phases"], factor)})
+            name: plan
+            | ({} if name == "no-dp" else {"phases": scaled_phases(plan["phases"], factor)})
             for name, plan in self.facts["variants"].items()
         }
         return replace(
-            self, contract=slower(contract, factor), facts=self.facts | {"variants": variants}
+            self,
+            contract=scale_learning_rates(contract, factor),
+            facts=self.facts | {"variants": variants},
         )
 
 

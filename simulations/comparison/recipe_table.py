@@ -35,7 +35,7 @@ from silotune.simulations.comparison.provenance import commit, machine
 from silotune.simulations.comparison.recipe import Recipe, load_recipe, recipe_names
 from silotune.simulations.comparison.run import run_jobs
 from silotune.simulations.datasets import catalog
-from silotune.simulations.execution.roster_keys import SigningKeys, masked
+from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
 from silotune.simulations.execution.variants import Job, JobResult, Variant, alone, variants_of
 
 RESULTS = Path("simulations/studies")
@@ -43,7 +43,7 @@ EPSILONS = (8.0, 3.0)
 COLUMNS = ("pooled", "alone", "federated", *(f"epsilon-{e:g}" for e in EPSILONS))
 
 
-class Lines:
+class TableRows:
     """A line for each run that ends."""
 
     def round(self, *_: object) -> None:
@@ -93,7 +93,7 @@ class Column(NamedTuple):
         asked = ",".join(contract.hash[:16] for contract in contracts)
         private, keys = contracts[0].privacy.mode == "dp", SigningKeys()
         if private and len(contracts[0].sites) >= 3:
-            contract, keys = masked(contracts[0], None, bound)
+            contract, keys = with_secure_aggregation(contracts[0], None, bound)
             contracts = (contract,)
         return cls(Variant(name, name, private, False, contracts), keys, asked)
 
@@ -153,7 +153,7 @@ def row(
             for repeat in range(repeats)
             for at, own in enumerate(variant.contracts)
         ]
-        results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, Lines())
+        results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, TableRows())
     made = {
         column.variant.name: {
             "asked": column.asked,

@@ -32,7 +32,7 @@ from silotune.common.errors import (
 from silotune.common.tasks.metrics import METRICS, constant, score
 from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.options import Options
 from silotune.simulations.comparison.progress import Progress
 from silotune.simulations.comparison.provenance import _processor, commit
@@ -41,7 +41,7 @@ from silotune.simulations.comparison.summary import summarise
 from silotune.simulations.datasets import catalog as data
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
-from silotune.simulations.execution.roster_keys import SigningKeys, masked
+from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
 from silotune.simulations.execution.variants import Job, JobResult, Variant, variants_of
 
 
@@ -65,7 +65,9 @@ def run(
     if options.delta is not None:
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
-        contract, keys = masked(contract, options.insecure_seed, recipe.facts.get("bound"))
+        contract, keys = with_secure_aggregation(
+            contract, options.insecure_seed, recipe.facts.get("bound")
+        )
     variants = _chosen(variants_of(contract, recipe.facts["variants"]), options.variants)
     progress = Progress(recipe.facts, contract, quiet=quiet, stderr=stderr)
     _set_aside(folder)
@@ -260,7 +262,7 @@ def _jobs(
 class Watcher(Protocol):
     """Who is told of the rounds and the ends of jobs."""
 
-    def round(self, variant: str, repeat: int, cost: float, facts: RoundFacts) -> None: ...
+    def round(self, variant: str, repeat: int, cost: float, facts: RoundRecord) -> None: ...
 
     def done(self, result: JobResult) -> None: ...
 

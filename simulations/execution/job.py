@@ -16,23 +16,28 @@ import torch
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.relay.client_app import relay_app
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.evaluation import PublicTest
-from silotune.server.rounds.exchange import carry_out
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import drive_round
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.attacks.poisoning import TRIGGERED, LyingMasking, liars, lying
+from silotune.simulations.attacks.poisoning import (
+    TRIGGERED,
+    LyingMasking,
+    malicious_sites,
+    poisoned_client,
+)
 from silotune.simulations.execution.flower_engine import simulate
-from silotune.simulations.execution.site_threads import Lanes
+from silotune.simulations.execution.site_threads import SiteThreadPool
 from silotune.simulations.execution.variants import POOLED, Job, JobResult
 
 
-def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
+def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult:
     """Carry out one job. Federated jobs go through Flower's simulation runtime."""
     # How many products torch keeps prepared in each thread, by shape (1024 if not said): 45 MB less
     # in bench-sim, and no slower, as oneDNN keeps them besides, once for all threads. It is read at
@@ -41,10 +46,10 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
     contract = job.contract
     model = build(contract, job.model_folder, job.performance)
     seed = None if job.insecure_seed is None else job.insecure_seed + job.repeat
-    lanes = Lanes(contract.weights(), 1 if job.federated else torch.get_num_threads())
+    lanes = SiteThreadPool(contract.weights(), 1 if job.federated else torch.get_num_threads())
     workers: dict[str, Worker] = {}
     for site in contract.weights():
-        policy = permitting(
+        policy = permissive_policy(
             contract, site, training_file(job.data, site), job.model_folder, job.performance
         )
         workers[site] = Worker(
@@ -52,10 +57,10 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         )
         _give_back_freed_memory()
     test = _public_test(model, contract, job.data / "test")
-    rounds: list[RoundFacts] = []
+    rounds: list[RoundRecord] = []
     began = time.perf_counter()
 
-    def note(facts: RoundFacts) -> None:
+    def note(facts: RoundRecord) -> None:
         rounds.append(facts)
         on_round(job, facts)
         _give_back_freed_memory()
@@ -79,29 +84,29 @@ def run_job(job: Job, on_round: Callable[[Job, RoundFacts], None]) -> JobResult:
         handles: dict[str, Callable[[bytes], bytes]] = {
             site: worker.handle for site, worker in workers.items()
         }
-        for site in liars(contract, job.poison):
+        for site in malicious_sites(contract, job.poison):
             assert job.poison is not None
             if contract.secure_aggregation is None:
-                handles[site] = lying(handles[site], job.poison)
+                handles[site] = poisoned_client(handles[site], job.poison)
             else:
                 sign = workers[site].ledger.sign
                 workers[site].masking = LyingMasking(contract, site, sign, job.poison)
         with lanes:
             while not run.done:
-                carry_out(run.stages(handles), handles, partial(lanes.ask, handles))
+                drive_round(run.stages(handles), handles, partial(lanes.ask, handles))
     seconds = time.perf_counter() - began
-    with_adapter = contract.adapter is not None
-    scores = test.scores(run.registry.adapter(), with_adapter=with_adapter)
+    adapter_active = contract.adapter is not None
+    scores = test.scores(run.registry.adapter(), adapter_active=adapter_active)
     own = {}
     if contract.personal:
         released = run.registry.adapter()
         for site, worker in workers.items():
             model_of_site = worker.own(run.run_id, contract.rounds + 1).model(released)
-            own[site] = test.scores(model_of_site, with_adapter=with_adapter)
+            own[site] = test.scores(model_of_site, adapter_active=adapter_active)
     if (job.data / TRIGGERED).is_dir():
         triggered = _public_test(model, contract, job.data / TRIGGERED)
         adapter = run.registry.adapter()
-        scores[TRIGGERED] = triggered.scores(adapter, with_adapter=with_adapter)[""]
+        scores[TRIGGERED] = triggered.scores(adapter, adapter_active=adapter_active)[""]
     return JobResult(
         job.variant,
         job.repeat,

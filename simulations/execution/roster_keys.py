@@ -16,7 +16,7 @@ from silotune.common.secagg.key_agreement import default_threshold
 SigningKeys = dict[str, bytes]  # site -> private key, 32 bytes
 
 
-def masked(
+def with_secure_aggregation(
     contract: Contract, insecure_seed: int | None, bound: float | None = None
 ) -> tuple[Contract, SigningKeys]:
     """The contract with secure aggregation and a roster of new keys, and their private halves.

@@ -15,7 +15,7 @@ import torch
 Handle = Callable[[bytes], bytes]
 
 
-class Lanes:
+class SiteThreadPool:
     """`count` lanes; sites take them by turns, so that each always meets the same model."""
 
     def __init__(self, sites: Iterable[str], count: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import Poison
 
 MAIN = "federated-lora"
@@ -83,7 +83,7 @@ class JobResult:
     repeat: int
     sites: tuple[str, ...]
     scores: Mapping[str, Mapping[str, float | None]]
-    rounds: tuple[RoundFacts, ...]
+    rounds: tuple[RoundRecord, ...]
     seconds: float
     peak_bytes: int
     pid: int
@@ -91,12 +91,14 @@ class JobResult:
     gpu: str = ""
 
 
-def slower(contract: Contract, factor: float) -> Contract:
+def scale_learning_rates(contract: Contract, factor: float) -> Contract:
     """The contract with its learning rates times `factor`."""
-    return contract.changed(phases=slowed(contract.model_dump(mode="json")["phases"], factor))
+    return contract.changed(
+        phases=scaled_phases(contract.model_dump(mode="json")["phases"], factor)
+    )
 
 
-def slowed(phases: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
+def scaled_phases(phases: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
     """Phases, as tables, with their learning rates times `factor`."""
     rates = "head_lr", "adapter_lr"
     return [p | {k: p[k] * factor for k in rates if p.get(k)} for p in phases]

@@ -19,7 +19,7 @@ from silotune.common.runtime.atomic_files import write_durably
 NAME = "study.json"
 
 
-class Kept:
+class StudyStore:
     """head: what the file says beside its cells. UsageError for a file that is no study's."""
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:

@@ -25,17 +25,23 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import TRIGGERED, poisoned_rows
 from silotune.simulations.comparison.provenance import commit, machine
 from silotune.simulations.comparison.recipe import Recipe, load_recipe
 from silotune.simulations.comparison.run import run_jobs
 from silotune.simulations.datasets import catalog, split
 from silotune.simulations.datasets.partition import draw, repartition
-from silotune.simulations.execution.roster_keys import SigningKeys, masked
-from silotune.simulations.execution.variants import Job, JobResult, alone, pooled, slower
+from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
+from silotune.simulations.execution.variants import (
+    Job,
+    JobResult,
+    alone,
+    pooled,
+    scale_learning_rates,
+)
 from silotune.simulations.study.config import REPLACED, Study, StudyVariant, _finite
-from silotune.simulations.study.store import Kept
+from silotune.simulations.study.store import StudyStore
 
 
 class Cell(NamedTuple):
@@ -52,7 +58,7 @@ class Cell(NamedTuple):
         return f"{self.variant} | ε {self.epsilon:g} | {self.partition} | {self.repeat}"
 
 
-class Shown:
+class ProgressPrinter:
     """A line for each job that ends, with the time left."""
 
     def __init__(
@@ -104,11 +110,11 @@ def contracts_of(
     try:
         whole = Contract.model_validate(found)
         if epsilon in variant.lr_scale:
-            whole = slower(whole, variant.lr_scale[epsilon])
+            whole = scale_learning_rates(whole, variant.lr_scale[epsilon])
     except ValidationError as error:
         raise contract_error(error, f"the study's variant '{name}'", Contract) from None
     if variant.masked:
-        whole = masked(whole, 0)[0].changed(secure_aggregation=secure or {})
+        whole = with_secure_aggregation(whole, 0)[0].changed(secure_aggregation=secure or {})
     if variant.rows == "federated":
         return (whole,)
     return alone(whole) if variant.rows == "alone" else (pooled(whole),)
@@ -118,7 +124,7 @@ def _numbered(sites: int) -> list[str]:
     return [f"Site {number + 1:02d}" for number in range(sites)]
 
 
-def asked(cell: Cell, study: Study, rows: str) -> str:
+def request_digest(cell: Cell, study: Study, rows: str) -> str:
     """A hash of what a cell asks for. rows: the SHA-256 of the recipe's split."""
     partition, poison = study.partitions[cell.partition], study.variants[cell.variant].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
@@ -152,7 +158,7 @@ def compare(
         "study": study.model_dump(mode="json"),
     }
     performance = performance or Performance()
-    kept, cells = Kept(folder, head), {cell.key: cell for cell in cells_of(study, recipe)}
+    kept, cells = StudyStore(folder, head), {cell.key: cell for cell in cells_of(study, recipe)}
     left_out = [p for p in only if not any(fnmatchcase(key, p) for key in cells)]
     if left_out:
         raise UsageError(
@@ -168,7 +174,7 @@ def _complete(
     study: Study,
     recipe: Recipe,
     cells: dict[str, Cell],
-    kept: Kept,
+    kept: StudyStore,
     work: Path,
     processes: int,
     only: Sequence[str],
@@ -179,7 +185,7 @@ def _complete(
     if study.validation:
         natural = split.validation(natural, recipe.contract, work / "validation")
     rows = _digest(natural)
-    wanted = {key: asked(cell, study, rows) for key, cell in cells.items()}
+    wanted = {key: request_digest(cell, study, rows) for key, cell in cells.items()}
     found = {key: c for key, c in kept.cells().items() if wanted.get(key) == c["asked"]}
     # A job's `variant` is the place of its cell here.
     missing = [
@@ -202,7 +208,7 @@ def _complete(
 
     if missing:
         jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent, performance))
-        run_jobs(jobs, processes or os.cpu_count() or 1, Shown(jobs, missing, take))
+        run_jobs(jobs, processes or os.cpu_count() or 1, ProgressPrinter(jobs, missing, take))
     return dict(sorted(found.items()))
 
 
@@ -253,7 +259,11 @@ def _jobs(
         if poison:
             rows = poisoned_rows(rows, work / f"poisoned-{number}", contract, poison)
         for at, own in enumerate(cell.contracts):
-            with_keys, keys = masked(own, None) if own.secure_aggregation else (own, SigningKeys())
+            with_keys, keys = (
+                with_secure_aggregation(own, None)
+                if own.secure_aggregation
+                else (own, SigningKeys())
+            )
             yield Job(
                 str(number),
                 cell.repeat,
@@ -300,7 +310,7 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     }
 
 
-def _curve(rounds: tuple[RoundFacts, ...]) -> list[dict[str, Any]]:
+def _curve(rounds: tuple[RoundRecord, ...]) -> list[dict[str, Any]]:
     """Where it was evaluated: the round, kilobytes up and down until then, scores, the residual."""
     found, sent = [], 0
     for facts in rounds:

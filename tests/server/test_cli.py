@@ -12,7 +12,7 @@ import pytest
 
 from silotune.common.contract.contract import Contract
 from silotune.server import cli
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.storage.events import Events, append
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
@@ -32,15 +32,15 @@ WORDS = {  # what each command needs beside --folder
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerFolder:
     """A server in the folder `fed`, and a draft."""
     monkeypatch.chdir(tmp_path)
     Path("draft.toml").write_text(TABLE_CONTRACT)
-    return Place.create(Path("fed"), ServerSettings(host="fl.example.org"))
+    return ServerFolder.create(Path("fed"), ServerSettings(host="fl.example.org"))
 
 
 @pytest.fixture
-def agreed(place: Place, run: Silotune) -> Path:
+def agreed(place: ServerFolder, run: Silotune) -> Path:
     """The contract of a server that has both sites."""
     admitted(place, "north", "south")
     _, out, _ = run("server", "contract", "draft.toml", "--folder", "fed", "--json")
@@ -81,7 +81,7 @@ def test_a_folder_without_a_server_is_said_to_hold_none(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_certificate_that_is_gone_or_none_is_named(place: Place, run: Silotune) -> None:
+def test_a_certificate_that_is_gone_or_none_is_named(place: ServerFolder, run: Silotune) -> None:
     (place.folder / "ca.crt").write_text("nothing")
     assert "E102 fed/ca.crt holds no PEM" in run("server", "fingerprint", "--folder", "fed")[2]
     (place.folder / "ca.crt").unlink()
@@ -90,7 +90,7 @@ def test_a_certificate_that_is_gone_or_none_is_named(place: Place, run: Silotune
 
 @pytest.mark.parametrize("command", ["run", "resume"])
 def test_a_server_that_is_not_started_is_waited_for_visibly_and_not_for_long(
-    command: str, place: Place, agreed: Path, run: Silotune, monkeypatch: pytest.MonkeyPatch
+    command: str, place: ServerFolder, agreed: Path, run: Silotune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place.runs / "r").mkdir()
     (place.runs / "r" / "contract.json").write_text(agreed.read_text())
@@ -109,7 +109,7 @@ def test_a_server_that_is_not_started_is_waited_for_visibly_and_not_for_long(
 
 
 def test_sites_that_are_not_in_the_roster_stop_a_run_before_it_is_submitted(
-    place: Place, run: Silotune, submitted: list[Any]
+    place: ServerFolder, run: Silotune, submitted: list[Any]
 ) -> None:
     admitted(place, "north")
     code, _, err = run("server", "run", "draft.toml", "--folder", "fed")
@@ -123,7 +123,7 @@ def test_sites_that_are_not_in_the_roster_stop_a_run_before_it_is_submitted(
 
 
 @pytest.fixture
-def of_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def of_model(place: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A contract of a model, and the model's folder, which is not in the cache."""
     monkeypatch.setenv("SILOTUNE_HOME", str(Path("cache").resolve()))
     folder = tiny.folder_of("bert")
@@ -164,7 +164,7 @@ def test_a_packaged_model_is_found_in_the_cache(
 # The contract for fewer sites than its draft has
 
 
-def test_a_lowered_quorum_and_missing_masks_are_said(place: Place, run: Silotune) -> None:
+def test_a_lowered_quorum_and_missing_masks_are_said(place: ServerFolder, run: Silotune) -> None:
     text = TABLE_CONTRACT + '[[sites]]\nname = "east"\n'
     Path("draft.toml").write_text(text.replace('name = "small"', 'name = "three"'))
     admitted(place, "north")
@@ -189,7 +189,7 @@ def test_a_lowered_quorum_and_missing_masks_are_said(place: Place, run: Silotune
 # Runs that ended before their first round
 
 
-def test_status_shows_a_run_that_has_no_round(place: Place, run: Silotune) -> None:
+def test_status_shows_a_run_that_has_no_round(place: ServerFolder, run: Silotune) -> None:
     append(place.runs / "r1", "starting", token="x")
     append(place.runs / "r2", "refused", token="x", code="E314", why="No model.")
     code, out, _ = run("server", "status", "--folder", "fed")
@@ -202,7 +202,7 @@ def test_status_shows_a_run_that_has_no_round(place: Place, run: Silotune) -> No
 
 
 def test_a_second_process_that_is_refused_leaves_the_run_as_it_was(
-    place: Place, table_contract: Contract
+    place: ServerFolder, table_contract: Contract
 ) -> None:
     where = place.runs / "r"
     append(where, "run", rounds=3)
@@ -212,7 +212,7 @@ def test_a_second_process_that_is_refused_leaves_the_run_as_it_was(
 
 
 def test_a_run_that_flower_does_not_begin_is_kept(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: ServerFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "FIRST_SECONDS", -1.0)
     where = place.runs / "r"
@@ -222,7 +222,7 @@ def test_a_run_that_flower_does_not_begin_is_kept(
     assert cli._standing(where)["state"].startswith("failed before its first round: E605")
 
 
-def test_a_run_that_is_not_there_cannot_be_stopped(place: Place, run: Silotune) -> None:
+def test_a_run_that_is_not_there_cannot_be_stopped(place: ServerFolder, run: Silotune) -> None:
     append(place.runs / "r1", "starting", token="x")
     code, _, err = run("server", "stop", "r2", "--folder", "fed")
     assert code == 2

@@ -24,14 +24,14 @@ import numpy as np
 import psutil
 
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.folder import Site as SiteFolder
-from silotune.client.site.policy import permitting
+from silotune.client.site.folder import SiteFolder
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 
@@ -439,7 +439,7 @@ class Deployment:
         )
         handles = {
             m.name: Worker(
-                permitting(plain, m.name, m.folder / "records.csv", None),
+                permissive_policy(plain, m.name, m.folder / "records.csv", None),
                 plain,
                 Ledger.in_memory(m.name),
             ).handle
@@ -448,7 +448,7 @@ class Deployment:
         folder = self.folder / f"reference-{name}"
         run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())
         for facts in self.registry(name).rounds():
-            carry_out(run.stages(facts["sites"]), handles) if facts["sites"] else run.skip()
+            drive_round(run.stages(facts["sites"]), handles) if facts["sites"] else run.skip()
         return run.registry.adapter()
 
     def problems_of(self, name: str, tolerance: float = 0.0) -> list[str]:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.relay.transport import listen, serve
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import load
 from silotune.common.protocol import messages
@@ -37,7 +37,7 @@ def main() -> None:
     if words.key:
         keys = Keys(bytes(32), Ed25519PrivateKey.from_private_bytes(words.key.read_bytes()), b"")
     worker = Worker(
-        permitting(contract, words.site, words.data, words.model),
+        permissive_policy(contract, words.site, words.data, words.model),
         contract,
         Ledger.in_memory(words.site, keys),
         insecure_seed=SEED,

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.server.flower.app_bundle import write_app
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests.system.seeded_worker import SEED
@@ -30,7 +30,7 @@ SITES = ("north", "south")
 def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: Path) -> Run:
     workers = [
         Worker(
-            permitting(contract, s, files[s], model),
+            permissive_policy(contract, s, files[s], model),
             contract,
             Ledger.in_memory(s),
             insecure_seed=SEED,
@@ -45,7 +45,7 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
     )
     handles = {worker.policy.name: worker.handle for worker in workers}
     while not run.done:
-        carry_out(run.stages(SITES), handles)
+        drive_round(run.stages(SITES), handles)
     return run
 
 

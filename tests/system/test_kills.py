@@ -21,7 +21,7 @@ import pytest
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol import messages
@@ -118,7 +118,7 @@ class Judge:
             self.wrong.append(f"{key} was refused with {header.code}")
 
     def _ask_again(self) -> None:
-        policy = permitting(self.contract, "north", self.folder / "rows.csv", None)
+        policy = permissive_policy(self.contract, "north", self.folder / "rows.csv", None)
         worker = Worker(policy, self.contract, self.ledger)
         adapter, before = worker.model.initial_arrays(), len(self.ledger.entries)
         for key, charge in self.charged.items():

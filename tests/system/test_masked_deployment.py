@@ -17,14 +17,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import packing
 from silotune.common.protocol.messages import Arrays
 from silotune.server.flower.app_bundle import write_app
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests.system.seeded_worker import SEED
@@ -38,13 +38,16 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
     plain = contract.changed(secure_aggregation=None, sites=[{"name": s} for s in SITES])
     workers = {
         s: Worker(
-            permitting(plain, s, files[s], None), plain, Ledger.in_memory(s), insecure_seed=SEED
+            permissive_policy(plain, s, files[s], None),
+            plain,
+            Ledger.in_memory(s),
+            insecure_seed=SEED,
         ).handle
         for s in sites
     }
     run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())
     while not run.done:
-        carry_out(run.stages(list(workers)), workers)
+        drive_round(run.stages(list(workers)), workers)
     return run.registry.adapter()
 
 

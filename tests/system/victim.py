@@ -26,7 +26,7 @@ from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Released
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
@@ -243,7 +243,7 @@ def child(folder: Path, contract: Contract, fresh: int, rng: random.Random) -> N
 
     workers.train_round = announced
     ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
-    policy = permitting(contract, "north", folder / "rows.csv", None)
+    policy = permissive_policy(contract, "north", folder / "rows.csv", None)
     worker = Worker(policy, contract, ledger)
     adapter = worker.model.initial_arrays()
     say("ready")
@@ -313,7 +313,7 @@ def one(folder: Path, contract: Contract, fresh: int, seed: int, how: str) -> di
 def main(seed: int, kills: int, each: int, folder: Path) -> None:
     contract = load(folder / "contract.json")
     # Warm what children inherit: the accountant's plan and torch's own start.
-    policy = permitting(contract, "north", folder / "rows.csv", None)
+    policy = permissive_policy(contract, "north", folder / "rows.csv", None)
     warm = Worker(policy, contract, Ledger.in_memory("north"))
     warm.handle(request(contract, warm.model.initial_arrays(), "1.1"))
     rng = random.Random(seed)  # noqa: S311

@@ -18,7 +18,7 @@ import pytest
 from silotune.client.operations import preflight
 from silotune.client.site import policy as policies
 from silotune.client.site.commands import on_site
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
@@ -45,27 +45,27 @@ def site(
     table_contract: Contract,
     write_rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
-) -> Site:
+) -> SiteFolder:
     """A site in `my site`, seen from the folder above, that permits contract.json and has no
     server."""
     monkeypatch.chdir(tmp_path)
     Path("contract.json").write_text(table_contract.model_dump_json())
     assert run("site", "init", "--name", "north", "--folder", "my site")[0] == 0
     write_rows(Path("my site/records.csv"), 120).chmod(0o600)
-    found = Site(Path("my site/site.toml"))
+    found = SiteFolder(Path("my site/site.toml"))
     edit(found, "contracts = []", f'contracts = ["{table_contract.hash}"]')
     edit(found, 'duplicate_records = "refuse"', 'duplicate_records = "keep"')
     assert run("site", "sign", "--config", found.config)[0] == 0
     return found
 
 
-def edit(site: Site, old: str, new: str) -> None:
+def edit(site: SiteFolder, old: str, new: str) -> None:
     text = site.config.read_text()
     assert old in text
     site.config.write_text(text.replace(old, new))
 
 
-def row_of(run: Run, site: Site, name: str) -> dict[str, str]:
+def row_of(run: Run, site: SiteFolder, name: str) -> dict[str, str]:
     _, out, _ = run("site", "check", "contract.json", "--config", site.config, "--json")
     (row,) = (row for row in json.loads(out)["checks"] if row["name"] == name)
     found: dict[str, str] = row
@@ -92,7 +92,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
 def test_a_site_that_is_not_there_is_one_sentence(
-    site: Site,
+    site: SiteFolder,
     run: Run,
     words: tuple[str, ...],
     table_contract: Contract,
@@ -112,17 +112,17 @@ def test_a_site_that_is_not_there_is_one_sentence(
     assert err.startswith("✗ E102 --config released is a folder without site.toml.")
 
 
-def test_a_sites_folder_stands_for_its_policy(site: Site, run: Run) -> None:
+def test_a_sites_folder_stands_for_its_policy(site: SiteFolder, run: Run) -> None:
     for words in (("site", "fingerprint"), ("privacy", "verify"), ("site", "sign")):
         by_file = run(*words, "--config", "my site/site.toml")
         if words[-1] != "sign":  # whose number rises
             assert run(*words, "--config", "my site") == by_file
         assert by_file[0] == 0
-    assert row_of(run, Site(Path("my site")), "policy")["state"] == "ok"
+    assert row_of(run, SiteFolder(Path("my site")), "policy")["state"] == "ok"
 
 
 def test_a_free_disk_is_looked_for_in_a_folder_that_is_there(tmp_path: Path) -> None:
-    row = preflight._disk(Site(tmp_path / "nosuch" / "site.toml"))
+    row = preflight._disk(SiteFolder(tmp_path / "nosuch" / "site.toml"))
     assert (row.state, row.name) == ("problem", "disk")
 
 
@@ -158,7 +158,7 @@ def test_init_writes_a_path_that_is_found_from_site_toml(
     assert f"! records {found} is not there yet" in out
 
 
-def test_an_export_replaces_no_file(site: Site, run: Run) -> None:
+def test_an_export_replaces_no_file(site: SiteFolder, run: Run) -> None:
     file = site.folder / "records.csv"
     before = file.read_bytes()
     code, _, err = run("privacy", "export", file, "--config", site.config)
@@ -169,7 +169,7 @@ def test_an_export_replaces_no_file(site: Site, run: Run) -> None:
 # Remedies of check -----------------------------------------------------------------------------
 
 
-def test_the_remedy_for_a_data_file_is_that_of_its_cause(site: Site, run: Run) -> None:
+def test_the_remedy_for_a_data_file_is_that_of_its_cause(site: SiteFolder, run: Run) -> None:
     file = site.folder / "records.csv"
     sign = shlex.join(["silotune", "site", "sign", "--config", str(site.config)])
     file.chmod(0o644)
@@ -186,7 +186,7 @@ def test_the_remedy_for_a_data_file_is_that_of_its_cause(site: Site, run: Run) -
     assert (row["result"], row["fix"]) == (f"{file} is no file.", f"name a file as file in {then}")
 
 
-def test_a_data_file_of_another_user(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_file_of_another_user(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     file = site.folder / "records.csv"
     monkeypatch.setattr(os, "geteuid", lambda: 987654)
     row = preflight._access(file, site)
@@ -194,7 +194,7 @@ def test_a_data_file_of_another_user(site: Site, monkeypatch: pytest.MonkeyPatch
     assert row.fix == f"as root: chown 987654 {quoted} && chmod 600 {quoted}"
 
 
-def test_a_site_without_a_server_is_told_to_join(site: Site, run: Run) -> None:
+def test_a_site_without_a_server_is_told_to_join(site: SiteFolder, run: Run) -> None:
     code, out, _ = run("site", "check", "contract.json", "--config", site.config)
     join = (
         "silotune site join contract.json --server HOST:PORT --ca CA --fingerprint FINGERPRINT "
@@ -207,7 +207,7 @@ def test_a_site_without_a_server_is_told_to_join(site: Site, run: Run) -> None:
 
 
 def test_what_is_said_of_a_missing_model_works(
-    site: Site, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: SiteFolder, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By following it, with a source that is a tiny model: first fetched, then named."""
     folder = tiny.folder_of("bert")
@@ -285,7 +285,7 @@ def test_commands_to_type_name_their_site() -> None:
     assert on_site(Path("a b"), "check", "c") == ("site", "check", "c", "--config", Path("a b"))
 
 
-def test_remedies_of_check_say_what_to_do(site: Site, run: Run) -> None:
+def test_remedies_of_check_say_what_to_do(site: SiteFolder, run: Run) -> None:
     """With the site's own paths, for it is seen from another folder."""
     edit(site, "epsilon = 8.0", "epsilon = 7.0")
     assert row_of(run, site, "signature")["fix"] == (f"silotune site sign --config '{site.config}'")
@@ -311,7 +311,7 @@ def test_the_port_of_examples_is_the_one_that_the_server_opens() -> None:
         assert named == {str(port)}, path
 
 
-def test_a_problem_of_site_toml_names_its_path_and_key(site: Site, tmp_path: Path) -> None:
+def test_a_problem_of_site_toml_names_its_path_and_key(site: SiteFolder, tmp_path: Path) -> None:
     edit(site, "[model]", '[prepare.deidentify]\nactions = { cards = "block" }\n[model]')
     with pytest.raises(ContractError) as error:
         policies.load(site.config)
@@ -404,7 +404,9 @@ def test_a_terminal_shows_what_goes_on_and_nothing_of_it_stays(
     ],
     ids=lambda words: " ".join(words[:2]),
 )
-def test_it_is_on_the_screen_before_what_takes_long_is_loaded(site: Site, words: list[str]) -> None:
+def test_it_is_on_the_screen_before_what_takes_long_is_loaded(
+    site: SiteFolder, words: list[str]
+) -> None:
     program = (
         "import sys, contextlib\n"
         "from silotune.common.cli import main as cli\n"

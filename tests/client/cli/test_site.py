@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from silotune.client.relay import transport as wire
-from silotune.client.site.folder import Site
-from silotune.client.training.local_state import Own
+from silotune.client.site.folder import SiteFolder
+from silotune.client.training.local_state import LocalState
 from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
@@ -43,30 +43,30 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def site(run: Run, table_contract: Contract, write_rows: Rows, tmp_path: Path) -> Site:
+def site(run: Run, table_contract: Contract, write_rows: Rows, tmp_path: Path) -> SiteFolder:
     """A site in folder `north` that is ready for contract.json."""
     (tmp_path / "contract.json").write_text(table_contract.model_dump_json())
     run("site", "init", "--name", "north", "--folder", "north", "--data", "rows.csv")
     write_rows(tmp_path / "north" / "rows.csv", 120).chmod(0o600)
-    found = Site(tmp_path / "north" / "site.toml")
+    found = SiteFolder(tmp_path / "north" / "site.toml")
     edit(found, "contracts = []", f'contracts = ["{table_contract.hash}"]')
     edit(found, 'duplicate_records = "refuse"', 'duplicate_records = "keep"')
     run("site", "sign", "--config", found.config)
     return found
 
 
-def edit(site: Site, old: str, new: str) -> None:
+def edit(site: SiteFolder, old: str, new: str) -> None:
     text = site.config.read_text()
     assert old in text
     site.config.write_text(text.replace(old, new))
 
 
-def checks(run: Run, site: Site, code: int = 0) -> dict[str, dict[str, Any]]:
+def checks(run: Run, site: SiteFolder, code: int = 0) -> dict[str, dict[str, Any]]:
     result = run("site", "check", "contract.json", "--config", site.config, "--json", code=code)
     return {row["name"]: row for row in json.loads(result.output)["checks"]}
 
 
-def train(site: Site, contract: Contract, rounds: int) -> None:
+def train(site: SiteFolder, contract: Contract, rounds: int) -> None:
     policy, ledger, _ = site.open()
     worker = Worker(policy, contract, ledger)
     for number in range(1, rounds + 1):
@@ -75,7 +75,7 @@ def train(site: Site, contract: Contract, rounds: int) -> None:
         assert isinstance(messages.unpack(wire).header, Update)
 
 
-def test_what_init_makes_is_its_users_alone(site: Site) -> None:
+def test_what_init_makes_is_its_users_alone(site: SiteFolder) -> None:
     for path in (site.keys, site.state, site.relay, site.state / "replies"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         for file in path.iterdir():
@@ -83,7 +83,7 @@ def test_what_init_makes_is_its_users_alone(site: Site) -> None:
     assert stat.S_IMODE(site.folder.stat().st_mode) == 0o700
 
 
-def test_init_does_not_touch_a_site_that_is_there(run: Run, site: Site) -> None:
+def test_init_does_not_touch_a_site_that_is_there(run: Run, site: SiteFolder) -> None:
     before = site.config.read_text()
     run("site", "init", "--name", "north", "--folder", "north", code=1)
     site.config.unlink()
@@ -107,7 +107,9 @@ def test_a_file_name_with_quotes_stays_one(run: Run, tmp_path: Path) -> None:
     assert policy.load(tmp_path / "x" / "site.toml").data.file == tmp_path / "x" / 'a"b\\c.csv'
 
 
-def test_what_is_read_otherwise_than_it_stands_is_a_warning_of_check(run: Run, site: Site) -> None:
+def test_what_is_read_otherwise_than_it_stands_is_a_warning_of_check(
+    run: Run, site: SiteFolder
+) -> None:
     file = site.folder / "rows.csv"
     lines = file.read_text().splitlines()
     file.write_text(
@@ -120,7 +122,7 @@ def test_what_is_read_otherwise_than_it_stands_is_a_warning_of_check(run: Run, s
     assert f"control characters stand in row {len(lines)}" in found["rows"]["result"]
 
 
-def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: Site) -> None:
+def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: SiteFolder) -> None:
     result = run("site", "check", "contract.json", "--config", site.config)
     assert "Ready: 0 problems" in result.output
     assert "next:" in result.output
@@ -128,7 +130,7 @@ def test_a_ready_site_is_told_so_and_nothing_is_spent(run: Run, site: Site) -> N
     assert not site.open()[1].charges
 
 
-BROKEN: dict[str, tuple[Callable[[Site], object], str, str]] = {
+BROKEN: dict[str, tuple[Callable[[SiteFolder], object], str, str]] = {
     "an unsigned change": (
         lambda s: edit(s, "epsilon = 8.0", "epsilon = 9.0"),
         "signature",
@@ -165,7 +167,7 @@ BROKEN: dict[str, tuple[Callable[[Site], object], str, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_check_finds(run: Run, site: Site, what: str) -> None:
+def test_check_finds(run: Run, site: SiteFolder, what: str) -> None:
     harm, row, code = BROKEN[what]
     if what == "a contract not permitted":
         edit(site, "models = []", "")
@@ -174,7 +176,7 @@ def test_check_finds(run: Run, site: Site, what: str) -> None:
     assert (found[row]["state"], found[row]["code"]) == ("problem", code)
 
 
-def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
+def test_check_finds_everything_at_once(run: Run, site: SiteFolder) -> None:
     (site.folder / "rows.csv").chmod(0o644)
     edit(site, "max_clip_norm = 1.0", "max_clip_norm = 0.5")
     edit(site, '"keep"', '"refuse"')
@@ -188,7 +190,7 @@ def test_check_finds_everything_at_once(run: Run, site: Site) -> None:
 
 
 def test_delta_is_held_against_the_sites_own_number_of_records(
-    run: Run, site: Site, table_contract: Contract, write_rows: Rows
+    run: Run, site: SiteFolder, table_contract: Contract, write_rows: Rows
 ) -> None:
     """A budget of delta 5e-3 for 120 records is 0.6, for 240 records 1.2; a run of 1e-4 is small.
     The number of records is on the owner's screen only, and the remedy works."""
@@ -211,7 +213,7 @@ def test_delta_is_held_against_the_sites_own_number_of_records(
 
 
 def test_delta_of_a_run_is_refused_where_it_protects_nobody_unless_the_contract_says_so(
-    run: Run, site: Site, table_contract: Contract, write_rows: Rows
+    run: Run, site: SiteFolder, table_contract: Contract, write_rows: Rows
 ) -> None:
     write_rows(site.folder / "rows.csv", 240).chmod(0o600)
     edit(site, "delta = 1e-4\n\n", "delta = 5e-3\n\n")
@@ -224,7 +226,7 @@ def test_delta_of_a_run_is_refused_where_it_protects_nobody_unless_the_contract_
         assert rows["delta of the budget"]["fix"].startswith("first the contract's delta")
 
 
-def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract) -> None:
+def test_what_would_fit_does_fit(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     edit(site, "epsilon = 8.0", "epsilon = 6.0")
     fix = checks(run, site, code=1)["privacy budget"]["fix"]
     epsilon = float(fix.split("run.epsilon = ")[1].split()[0])
@@ -236,21 +238,23 @@ def test_what_would_fit_does_fit(run: Run, site: Site, table_contract: Contract)
     assert checks(run, site, code=1)["privacy budget"]["state"] == "problem"
 
 
-def test_spent_shows_what_the_ledger_holds(run: Run, site: Site, table_contract: Contract) -> None:
+def test_spent_shows_what_the_ledger_holds(
+    run: Run, site: SiteFolder, table_contract: Contract
+) -> None:
     train(site, table_contract, 2)
     found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
     (row,), limit = found["lineages"], found["limits"]["record"]["epsilon"]
     assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (2, 1, 120, 0)
     assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < limit
     # Epsilons add up to more than they compose to, so there is more room than the difference.
-    assert limit - row["epsilon_rdp"] < row["room"] < limit
+    assert limit - row["epsilon_rdp"] < row["remaining_epsilon"] < limit
     assert "rows.csv" in run("privacy", "spent", "--config", site.config).output
 
 
-def test_the_room_is_what_still_fits(run: Run, site: Site, table_contract: Contract) -> None:
+def test_the_room_is_what_still_fits(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     train(site, table_contract, 2)
     spent = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
-    room = spent["lineages"][0]["room"]
+    room = spent["lineages"][0]["remaining_epsilon"]
     for epsilon, state in ((room * 0.97, "ok"), (room * 1.03, "problem")):
         other = table_contract.changed(
             name="other",
@@ -262,7 +266,7 @@ def test_the_room_is_what_still_fits(run: Run, site: Site, table_contract: Contr
 
 
 def test_an_export_verifies_without_the_site(
-    run: Run, site: Site, table_contract: Contract, tmp_path: Path
+    run: Run, site: SiteFolder, table_contract: Contract, tmp_path: Path
 ) -> None:
     train(site, table_contract, 1)
     file = tmp_path / "ledger.jsonl"
@@ -279,7 +283,9 @@ def test_an_export_verifies_without_the_site(
     assert result.exception.code == "E212"
 
 
-def test_verify_walks_the_sites_own_ledger(run: Run, site: Site, table_contract: Contract) -> None:
+def test_verify_walks_the_sites_own_ledger(
+    run: Run, site: SiteFolder, table_contract: Contract
+) -> None:
     train(site, table_contract, 1)
     found = json.loads(run("privacy", "verify", "--config", site.config, "--json").output)
     assert (found["charges"], found["released"]) == (1, 1)
@@ -294,7 +300,7 @@ def test_plan_and_its_reverse_agree(run: Run) -> None:
     assert back["epsilon_prv"] < back["epsilon_rdp"]
 
 
-def test_plan_of_a_contract(run: Run, site: Site, table_contract: Contract) -> None:
+def test_plan_of_a_contract(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     found = json.loads(run("privacy", "plan", "--contract", "contract.json", "--json").output)
     assert found["epsilon_rdp"] == pytest.approx(table_contract.privacy.epsilon, rel=1e-4)
 
@@ -319,14 +325,14 @@ def test_plan_refuses_what_is_no_plan(run: Run, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("words", [("start", "c.toml"), ("worker", "c.toml")])
-def test_a_site_does_not_start_half(run: Run, site: Site, words: tuple[str, ...]) -> None:
+def test_a_site_does_not_start_half(run: Run, site: SiteFolder, words: tuple[str, ...]) -> None:
     result = run("site", *words, "--config", site.config, code=1)
     assert isinstance(result.exception, SilotuneError)
     assert result.exception.code in ("E207", "E101")
 
 
 def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
-    site: Site, table_contract: Contract, tmp_path: Path
+    site: SiteFolder, table_contract: Contract, tmp_path: Path
 ) -> None:
     path = tmp_path / "run" / "worker.sock"
     worker = subprocess.Popen(
@@ -379,7 +385,7 @@ def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
     assert f'silotune_site_run_epsilon{{run="r"}} {reply.header.epsilon}' in text
 
 
-def test_metrics_need_a_worker_that_has_run(run: Run, site: Site) -> None:
+def test_metrics_need_a_worker_that_has_run(run: Run, site: SiteFolder) -> None:
     result = run("site", "metrics", "--config", site.config, "--port", "9464", code=1)
     assert isinstance(result.exception, SilotuneError)
     assert "the site's worker makes it" in str(result.exception)
@@ -387,7 +393,9 @@ def test_metrics_need_a_worker_that_has_run(run: Run, site: Site) -> None:
         run("site", "metrics", "--config", site.config, "--port", port, code=2)
 
 
-def test_a_sites_own_model(run: Run, site: Site, table_contract: Contract, tmp_path: Path) -> None:
+def test_a_sites_own_model(
+    run: Run, site: SiteFolder, table_contract: Contract, tmp_path: Path
+) -> None:
     """What the run left here, in the place of what was released, for `silotune adapter` to use."""
     last = table_contract.model_dump(mode="json")["phases"][-1]
     contract = table_contract.changed(
@@ -409,7 +417,7 @@ def test_a_sites_own_model(run: Run, site: Site, table_contract: Contract, tmp_p
     assert "own model of r: 2 of 3 tensors" in run(*words).output
     found = load_file(tmp_path / "own" / "adapter.safetensors")
     charges = site.open()[1].charges.values()
-    kept = Own.read(site.open()[1].own(charges))
+    kept = LocalState.read(site.open()[1].own(charges))
     assert kept.averaged
     for name in zeros:
         assert np.array_equal(found[name], kept.mean[name])

@@ -13,7 +13,7 @@ from flwr.supercore.error import FlowerError
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from silotune.client.operations import node_admission, preflight
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Server
 from silotune.common.errors import DataError, PeerError
 from silotune.server.operations import certificate_authority
@@ -117,7 +117,7 @@ def test_site_check_has_a_row_for_the_node_key_where_the_server_is_reached(
         raise PeerError("nothing listens there")
 
     def rows() -> dict[str, preflight.Check]:
-        site, contract = Site(tmp_path / "site.toml"), tmp_path / "contract.toml"
+        site, contract = SiteFolder(tmp_path / "site.toml"), tmp_path / "contract.toml"
         return {row.name: row for row in preflight.check(site, contract, network=True)}
 
     monkeypatch.setattr(node_admission, "check", refused)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from silotune.client.operations import supervisor, telemetry
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Server
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
@@ -265,7 +265,7 @@ def test_two_sites_cannot_have_one_relay_user(
     def made(name: str, relay: int | None) -> supervisor.Supervisor:
         (tmp_path / name).mkdir(exist_ok=True)
         return supervisor.Supervisor(
-            Site(tmp_path / name / "site.toml"),
+            SiteFolder(tmp_path / name / "site.toml"),
             tmp_path / "contract.toml",
             Server(address="127.0.0.1:1", ca=tmp_path / "ca.crt"),
             supervisor.Users(None if relay is None else 61001, relay),

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from silotune.client.operations import telemetry
 from silotune.client.operations.telemetry import Running, SiteMonitor, Tally
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.request_outcome import Answered
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -46,7 +46,7 @@ class Told:
             journal.say(answered.text, "answered", answered.facts)
 
         self.worker = Worker(
-            permitting(contract, "north", rows, None),
+            permissive_policy(contract, "north", rows, None),
             contract,
             Ledger.in_memory("north"),
             on_answer=told,

@@ -29,7 +29,7 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_ids import of_table
 from silotune.client.site import policy as policies
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract, parse
@@ -360,7 +360,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def site(tmp_path: Path, bounded: Contract, monkeypatch: pytest.MonkeyPatch) -> Site:
+def site(tmp_path: Path, bounded: Contract, monkeypatch: pytest.MonkeyPatch) -> SiteFolder:
     """A site as `site init` makes it, in the folder where commands run, with records.csv."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "contract.json").write_text(
@@ -371,7 +371,7 @@ def site(tmp_path: Path, bounded: Contract, monkeypatch: pytest.MonkeyPatch) -> 
     records_file(tmp_path / "records.csv", *GOOD)
     text = (tmp_path / "site.toml").read_text()
     (tmp_path / "site.toml").write_text(text.replace("min_records = 100", "min_records = 1"))
-    return Site(tmp_path / "site.toml")
+    return SiteFolder(tmp_path / "site.toml")
 
 
 def records_file(path: Path, *rows: list[str]) -> None:
@@ -379,7 +379,7 @@ def records_file(path: Path, *rows: list[str]) -> None:
     path.chmod(0o600)
 
 
-def rule(site: Site, text: str) -> None:
+def rule(site: SiteFolder, text: str) -> None:
     site.config.write_text(site.config.read_text().replace("[model]", f"{text}\n[model]"))
 
 
@@ -387,7 +387,7 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(silotune, ["site", "prepare", "contract.json", *words])
 
 
-def test_prepared_records_are_written_for_the_owner_alone(site: Site) -> None:
+def test_prepared_records_are_written_for_the_owner_alone(site: SiteFolder) -> None:
     done = run()
     assert done.exit_code == 0, done.output
     folder = site.folder / "prepared"
@@ -400,7 +400,7 @@ def test_prepared_records_are_written_for_the_owner_alone(site: Site) -> None:
     assert [row for _, row in records.table(file).rows] == GOOD
 
 
-def test_what_next_says_works(site: Site) -> None:
+def test_what_next_says_works(site: SiteFolder) -> None:
     assert run("--config", "site.toml", "--out", "out/put").exit_code == 0
     text = site.config.read_text().replace('"records.csv"', '"out/put/records.parquet"')
     site.config.write_text(text)
@@ -412,7 +412,7 @@ def test_what_next_says_works(site: Site) -> None:
 
 
 def test_no_file_where_the_owner_has_to_decide_first(
-    site: Site, caplog: pytest.LogCaptureFixture
+    site: SiteFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     records_file(site.folder / "records.csv", *BAD)
     with caplog.at_level(logging.DEBUG):
@@ -432,7 +432,7 @@ def test_no_file_where_the_owner_has_to_decide_first(
     assert done.exception.local == ""
 
 
-def test_a_process_says_no_value_either(site: Site) -> None:
+def test_a_process_says_no_value_either(site: SiteFolder) -> None:
     """The command as it is started, with its own way of telling errors."""
     records_file(site.folder / "records.csv", *BAD)
     done = subprocess.run(
@@ -446,7 +446,7 @@ def test_a_process_says_no_value_either(site: Site) -> None:
     assert CANARY not in done.stdout + done.stderr
 
 
-def test_the_owners_rules_from_site_toml(site: Site) -> None:
+def test_the_owners_rules_from_site_toml(site: SiteFolder) -> None:
     rule(site, '[prepare]\nduplicates = "drop"\nmissing_target = "drop"\noutside = "missing"\n')
     records_file(site.folder / "records.csv", *(r for r in BAD if r[-1] not in ("7", "no")))
     done = run("--json")
@@ -458,7 +458,7 @@ def test_the_owners_rules_from_site_toml(site: Site) -> None:
     assert run().exit_code == 1
 
 
-def test_nothing_left(site: Site) -> None:
+def test_nothing_left(site: SiteFolder) -> None:
     rule(site, '[prepare]\nmissing_target = "drop"\n')
     records_file(site.folder / "records.csv", ["71", "yes", ""])
     done = run()
@@ -467,7 +467,7 @@ def test_nothing_left(site: Site) -> None:
     assert not (site.folder / "prepared" / "records.parquet").exists()
 
 
-def test_another_encoding_is_converted(site: Site) -> None:
+def test_another_encoding_is_converted(site: SiteFolder) -> None:
     path = site.folder / "records.csv"
     path.write_bytes("age,smoker,outcome,name\n71,yes,1,Ärger\n".encode("latin-1"))
     done = run()
@@ -480,7 +480,7 @@ def test_another_encoding_is_converted(site: Site) -> None:
     assert found.rows[0][1][-1] == "Ärger"
 
 
-def test_records_that_were_charged_are_counted(site: Site) -> None:
+def test_records_that_were_charged_are_counted(site: SiteFolder) -> None:
     keys = Keys.load(site.keys)
     ledger = Ledger.open(site.state, keys)
     before = of_table(table(GOOD[0], GOOD[2]), (), ledger.fingerprint_key)
@@ -497,7 +497,7 @@ def test_records_that_were_charged_are_counted(site: Site) -> None:
     )
 
 
-def test_before_there_are_keys(site: Site, tmp_path: Path) -> None:
+def test_before_there_are_keys(site: SiteFolder, tmp_path: Path) -> None:
     site.keys.rename(tmp_path / "elsewhere")
     done = run()
     assert "3 records, no ledger yet" in done.output
@@ -507,7 +507,7 @@ def test_before_there_are_keys(site: Site, tmp_path: Path) -> None:
 # The report -----------------------------------------------------------------------------------
 
 
-def test_the_report_says_first_that_it_stays(site: Site) -> None:
+def test_the_report_says_first_that_it_stays(site: SiteFolder) -> None:
     run()
     page = (site.folder / "prepared" / "report.html").read_text()
     body = page[page.index("<body>") :]
@@ -520,7 +520,7 @@ def test_the_report_says_first_that_it_stays(site: Site) -> None:
     assert page.count("<svg") >= 4
 
 
-def test_the_report_shows_no_record(site: Site, tmp_path: Path) -> None:
+def test_the_report_shows_no_record(site: SiteFolder, tmp_path: Path) -> None:
     """Two files with the same counts and other values give the same page: it is a function of
     counts. The texts in it are drawn from the contract."""
     pages = []
@@ -599,7 +599,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
     ]
     parsed = records.parse(found, parse(TOKENS))
     assert (parsed.labels, parsed.notes) == ([[1], [0] * 9 + [1], [3], [0]], ())
-    state = Site(config).state
+    state = SiteFolder(config).state
     raw = of_table(
         records.named_by(parse(TOKENS), records.table(Path("records.conll"))),
         (),
@@ -616,7 +616,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
     assert overlap.all()
 
 
-def test_control_characters_are_reported_by_the_command(site: Site) -> None:
+def test_control_characters_are_reported_by_the_command(site: SiteFolder) -> None:
     path = site.folder / "records.csv"
     path.write_text("age,smoker,outcome,name\n71,yes,1,a\0b\n71,yes,1,ab\n")
     done = run()
@@ -630,7 +630,7 @@ def test_control_characters_are_reported_by_the_command(site: Site) -> None:
 # What the owner is told to do -----------------------------------------------------------------
 
 
-def test_what_check_would_refuse_of_prepared_rows_is_said_and_mended(site: Site) -> None:
+def test_what_check_would_refuse_of_prepared_rows_is_said_and_mended(site: SiteFolder) -> None:
     text = site.config.read_text()
     site.config.write_text(text.replace("min_records = 1", "min_records = 4"))
     records_file(site.folder / "records.csv", *GOOD, GOOD[0])
@@ -651,7 +651,7 @@ def test_what_check_would_refuse_of_prepared_rows_is_said_and_mended(site: Site)
     assert "then: silotune site sign --config site.toml" in run().output
 
 
-def test_each_refused_problem_names_its_own_remedy(site: Site) -> None:
+def test_each_refused_problem_names_its_own_remedy(site: SiteFolder) -> None:
     records_file(site.folder / "records.csv", *BAD)
     told = str(run().exception)
     for sentence in (
@@ -667,7 +667,9 @@ def test_each_refused_problem_names_its_own_remedy(site: Site) -> None:
     assert "outside" not in told
 
 
-def test_digit_separators_are_named_as_what_is_not_read(site: Site, bounded: Contract) -> None:
+def test_digit_separators_are_named_as_what_is_not_read(
+    site: SiteFolder, bounded: Contract
+) -> None:
     rows = [[text, "yes", "1"] for text in ("1_030", "1,5", "1 030", "x", "2")]
     found = prepare(table(*rows), bounded, Prepare(), ())
     sentences = {
@@ -680,7 +682,7 @@ def test_digit_separators_are_named_as_what_is_not_read(site: Site, bounded: Con
     }
 
 
-def test_rules_that_empty_a_column_or_leave_most_rows_out_are_warned_of(site: Site) -> None:
+def test_rules_that_empty_a_column_or_leave_most_rows_out_are_warned_of(site: SiteFolder) -> None:
     rule(site, '[prepare]\noutside = "missing"\nduplicates = "drop"\n')
     records_file(site.folder / "records.csv", *([f'"1,{n:03}"', "yes", "1"] for n in range(9)))
     done = run()
@@ -697,7 +699,7 @@ def test_rules_that_empty_a_column_or_leave_most_rows_out_are_warned_of(site: Si
     assert "more than half" not in done.output
 
 
-def test_the_raw_records_are_never_replaced(site: Site) -> None:
+def test_the_raw_records_are_never_replaced(site: SiteFolder) -> None:
     """Neither by preparing what was prepared, nor by --out; nor is another's file."""
     assert run().exit_code == 0
     prepared = site.folder / "prepared" / "records.parquet"
@@ -729,7 +731,7 @@ def test_the_raw_records_are_never_replaced(site: Site) -> None:
     assert run("--out", "third").exit_code == 0  # its own
 
 
-def test_the_report_shows_settings_as_they_stand_in_site_toml(site: Site) -> None:
+def test_the_report_shows_settings_as_they_stand_in_site_toml(site: SiteFolder) -> None:
     rule(
         site,
         '[prepare]\nduplicates = "drop"\n[prepare.deidentify]\nkinds = ["card"]\n'
@@ -746,7 +748,7 @@ def test_the_report_shows_settings_as_they_stand_in_site_toml(site: Site) -> Non
     assert Prepare.model_validate(settings_) == policies.load(site.config).prepare
 
 
-def test_the_template_shows_every_setting_of_prepare_with_its_values(site: Site) -> None:
+def test_the_template_shows_every_setting_of_prepare_with_its_values(site: SiteFolder) -> None:
     text = site.config.read_text()
     lines = text[text.index("# [prepare]") : text.index("\n[model]")]
     for model in (Prepare, Deidentify):
@@ -759,7 +761,7 @@ def test_the_template_shows_every_setting_of_prepare_with_its_values(site: Site)
                     assert f'"{value}"' in lines, (name, value)
 
 
-def test_a_database_is_replaced_as_a_whole_by_the_prepared_file(site: Site) -> None:
+def test_a_database_is_replaced_as_a_whole_by_the_prepared_file(site: SiteFolder) -> None:
     database = sqlite3.connect(site.folder / "records.db")
     with database:
         database.execute("CREATE TABLE visits (age, smoker, outcome)")

@@ -23,8 +23,8 @@ import sqlalchemy
 from silotune.client.operations.preflight import check
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.folder import Site
-from silotune.client.site.policy import Data, Policy, parse, permitting
+from silotune.client.site.folder import SiteFolder
+from silotune.client.site.policy import Data, Policy, parse, permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records, sql_source
@@ -297,12 +297,12 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
             "INSERT INTO visits VALUES (?, ?, ?)", [line.split(",") for line in lines[1:]]
         )
     connection.close()
-    policy = permitting(table_contract, "north", sqlite, None)
+    policy = permissive_policy(table_contract, "north", sqlite, None)
     data = Data(url=f"sqlite:///{sqlite}", query=QUERY, duplicate_records="keep")
     worker = Worker(
         policy.model_copy(update={"data": data}), table_contract, Ledger.in_memory("north")
     )
-    by_file = permitting(table_contract, "north", sqlite.with_name("rows.csv"), None)
+    by_file = permissive_policy(table_contract, "north", sqlite.with_name("rows.csv"), None)
     other = Worker(by_file, table_contract, worker.ledger)
     assert worker.lineage.id == other.lineage.id
     assert len(worker.data.labels) == 120
@@ -564,7 +564,7 @@ def test_site_check_of_a_database(
     def rows(url: str, statement: str) -> dict[str, Any]:
         data = f'url = "{url}"\nquery = "{statement}"'
         config.write_text(SITE.format(data=data))
-        return {row.name: row for row in check(Site(config), tmp_path / "no.toml")}
+        return {row.name: row for row in check(SiteFolder(config), tmp_path / "no.toml")}
 
     found = rows(postgres.url(), QUERY)
     assert found["data"].result == "[data] query, 3 rows"

@@ -36,13 +36,13 @@ from silotune.client.privacy.accountant import (
     ALPHAS,
     Mechanism,
     best_order,
+    best_repeating_order,
     epsilon,
     epsilon_at,
-    filling_order,
     mechanism_of,
     noise_for,
     plan,
-    room,
+    remaining_epsilon,
     tight_epsilon,
 )
 from silotune.common.contract.contract import Contract
@@ -286,7 +286,7 @@ def test_property(name: str, table_contract: Contract, monkeypatch: pytest.Monke
 # --- mutations: the accountant broken on purpose ---------------------------------------------
 
 _step, _at, _merge = accountant._rdp_of_step, accountant.epsilon_at, accountant._merged
-_solve, _prv = accountant._smallest, PRVAccountant.get_epsilon
+_solve, _prv = accountant._calibrate, PRVAccountant.get_epsilon
 
 
 def sampling_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def a_fixed_delta(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_to_two_decimals(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accountant, "_smallest", lambda *args: round(_solve(*args), 2))
+    patch.setattr(accountant, "_calibrate", lambda *args: round(_solve(*args), 2))
 
 
 def a_plan_without_its_local_steps(patch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_the_filling_order_allows_the_most_repeats() -> None:
     def repeats(order: float) -> int:
         return next(n for n in range(1, 500) if epsilon_at(order, plan_ * n, DELTA) > 12) - 1
 
-    best = filling_order(plan_, 12, DELTA)
+    best = best_repeating_order(plan_, 12, DELTA)
     assert repeats(best) == max(repeats(a) for a in ALPHAS if a < 20)
     assert repeats(best) >= repeats(best_order(plan_, DELTA))
 
@@ -518,6 +518,8 @@ def test_what_is_left_is_what_a_gaussian_mechanism_may_still_cost(used: float) -
     limit = epsilon_at(order, [Mechanism(whole, 1.0, 1)], DELTA)
     history = [Mechanism(whole / math.sqrt(used), 1.0, 1)] if used else []
     rest = Mechanism(whole / math.sqrt(1 - used), 1.0, 1)
-    assert room(order, history, limit, DELTA) == pytest.approx(epsilon([rest], DELTA), rel=1e-9)
+    assert remaining_epsilon(order, history, limit, DELTA) == pytest.approx(
+        epsilon([rest], DELTA), rel=1e-9
+    )
     assert epsilon_at(order, [*history, rest], DELTA) == pytest.approx(limit, rel=1e-9)
-    assert room(order, [*history, rest], limit, DELTA) == 0
+    assert remaining_epsilon(order, [*history, rest], limit, DELTA) == 0

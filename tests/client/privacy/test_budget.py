@@ -15,7 +15,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from silotune.client.privacy import accountant as accounting
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.privacy.budget import Budget, Limit, Past, mechanism_of, order_of
+from silotune.client.privacy.budget import Budget, ChargeHistory, Limit, mechanism_of, order_of
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_ids import Lineage
 from silotune.common.errors import RefusalError
@@ -171,29 +171,36 @@ def budget_of(ledger: Ledger, *records: Any) -> Budget:
     return Budget(ledger, lineage_of(*records), "record")
 
 
-def pasts(ledger: Ledger, numbers: Sequence[int], basis: str = "basis") -> list[Past]:
+def pasts(ledger: Ledger, numbers: Sequence[int], basis: str = "basis") -> list[ChargeHistory]:
     return budget_of(ledger, numbers, basis).pasts()
 
 
 def test_a_subset_inherits_exactly_what_it_took_part_in(ledger: Ledger) -> None:
-    assert pasts(ledger, range(3)) == [Past(5.0, [A])]
-    assert pasts(ledger, range(12, 14)) == [Past(9.0, [B])]
+    assert pasts(ledger, range(3)) == [ChargeHistory(5.0, [A])]
+    assert pasts(ledger, range(12, 14)) == [ChargeHistory(9.0, [B])]
 
 
 def test_a_record_in_both_files_is_accounted_at_its_first_charges_order(ledger: Ledger) -> None:
-    assert pasts(ledger, [7]) == [Past(5.0, [A, B])]
+    assert pasts(ledger, [7]) == [ChargeHistory(5.0, [A, B])]
 
 
 def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
     found = pasts(ledger, [4, 5, 14, 20])
     assert len(found) == 4
-    for past in (Past(), Past(5.0, [A]), Past(9.0, [B]), Past(5.0, [A, B])):
+    for past in (
+        ChargeHistory(),
+        ChargeHistory(5.0, [A]),
+        ChargeHistory(9.0, [B]),
+        ChargeHistory(5.0, [A, B]),
+    ):
         assert past in found
-    assert budget_of(ledger, [4, 5, 14, 20]).spent(DELTA) == Past(5.0, [A, B]).epsilon(DELTA)
+    assert budget_of(ledger, [4, 5, 14, 20]).spent(DELTA) == ChargeHistory(5.0, [A, B]).epsilon(
+        DELTA
+    )
 
 
 def test_fresh_records_have_spent_nothing(ledger: Ledger) -> None:
-    assert pasts(ledger, range(20, 30)) == [Past()]
+    assert pasts(ledger, range(20, 30)) == [ChargeHistory()]
     assert budget_of(ledger, range(20, 30)).spent(DELTA) == 0
 
 
@@ -203,20 +210,20 @@ def test_a_fresh_record_in_the_file_frees_nobody(ledger: Ledger) -> None:
 
 
 def test_records_of_another_basis_inherit_all(ledger: Ledger) -> None:
-    assert pasts(ledger, [50, 51], "another") == [Past(5.0, [A, B])]
+    assert pasts(ledger, [50, 51], "another") == [ChargeHistory(5.0, [A, B])]
 
 
 def test_no_records_have_spent_nothing(ledger: Ledger) -> None:
-    assert pasts(ledger, []) == [Past()]
+    assert pasts(ledger, []) == [ChargeHistory()]
 
 
 def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
     budget = budget_of(ledger, [2, 20])
     before = budget.spent(DELTA)
     charge(ledger, lineage_of([2]), B)
-    assert Past(5.0, [A, B]) in budget.pasts()
+    assert ChargeHistory(5.0, [A, B]) in budget.pasts()
     charge(ledger, lineage_of([20, 21]), B, 4.0)
-    assert Past(4.0, [B]) in budget.pasts()
+    assert ChargeHistory(4.0, [B]) in budget.pasts()
     assert budget.spent(DELTA) > before
 
 
@@ -244,7 +251,7 @@ def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
 
     with pytest.raises(RuntimeError):
         fails()
-    assert budget.pasts() == [Past(5.0, [A])]
+    assert budget.pasts() == [ChargeHistory(5.0, [A])]
 
 
 def test_any_mix_of_mechanisms_composes(ledger: Ledger) -> None:
@@ -260,7 +267,7 @@ def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
     for numbers in ([3], [1, 2, 3], [3, 77]):
         budget = budget_of(ledger, numbers)
         assert budget.spent(DELTA) == budget.tight(DELTA) == math.inf
-        assert budget.room(Limit(100.0, DELTA)) == 0
+        assert budget.remaining_epsilon(Limit(100.0, DELTA)) == 0
         with pytest.raises(RefusalError):
             budget.check([Mechanism(1e4, 0.001, 1)], 5.0, Limit(100.0, DELTA), "it")
         assert not budget.longest_that_fits([A], 5.0, Limit(100.0, DELTA))
@@ -378,9 +385,9 @@ def test_a_second_charge_for_one_request_does_not_take_the_place_of_the_first(
     """Charges are kept by request: a second one is refused, and what was spent stays spent."""
     with pytest.raises(RefusalError, match="charged already"):
         charge(ledger, lineage_of([3]), Mechanism(1e4, 0.001, 1), attempt=1)
-    assert budget_of(ledger, [3]).pasts() == [Past(5.0, [A])]
+    assert budget_of(ledger, [3]).pasts() == [ChargeHistory(5.0, [A])]
     charge(ledger, lineage_of([3]), B, attempt=3)
-    assert budget_of(ledger, [3]).pasts() == [Past(5.0, [A, B])]
+    assert budget_of(ledger, [3]).pasts() == [ChargeHistory(5.0, [A, B])]
 
 
 def test_ten_thousand_charges_compose_fast() -> None:

@@ -22,8 +22,8 @@ from silotune.client.privacy.ledger import FILE, Ledger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
-from silotune.client.site.folder import Site
-from silotune.client.site.policy import Policy, permitting
+from silotune.client.site.folder import SiteFolder
+from silotune.client.site.policy import Policy, permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
 from silotune.common.contract import contract as contracts
@@ -65,7 +65,7 @@ class Home:
         return Ledger.open(self.state, self.keys)
 
     def policy(self, contract: Contract | None = None, file: Path | None = None) -> Policy:
-        found = permitting(contract or self.contract, "north", file or self.file, None)
+        found = permissive_policy(contract or self.contract, "north", file or self.file, None)
         limit = policies.Budgets.Budget(
             epsilon=self.contract.privacy.epsilon, delta=self.contract.privacy.delta
         )
@@ -398,7 +398,7 @@ def test_forged_policy(home: Home) -> None:
         f'delta = 1e-4\n[permits]\ncontracts = ["{home.contract.hash}"]\n'
     )
     config.write_text(text)
-    site = Site(config)
+    site = SiteFolder(config)
     signed_policy.sign(config, home.folder / "keys" / "owner.key", 0)
     policy, ledger, _ = site.open()
     assert policy.limits["record"] == Limit(8.0, 1e-4)

@@ -28,7 +28,7 @@ from silotune.client.privacy.budget import Budget, overlaps, untraceable
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_identity import Links, components
 from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker
 from silotune.common.cli.main import silotune
@@ -541,7 +541,7 @@ def test_a_cell_with_other_decodings_is_a_changed_cell() -> None:
     ],
 )
 def test_links_that_are_gone_or_changed_are_refused(
-    site: Site, run: Callable[..., str], statement: str
+    site: SiteFolder, run: Callable[..., str], statement: str
 ) -> None:
     run("prepare")
     run("sign")
@@ -554,7 +554,7 @@ def test_links_that_are_gone_or_changed_are_refused(
 
 
 def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
-    site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    site: SiteFolder, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The entry comes first: where it cannot be written, no prepared file is."""
 
@@ -567,7 +567,7 @@ def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
 
 
 def test_a_file_with_too_many_rows_for_the_ledger_is_refused_and_the_ledger_stays_whole(
-    site: Site, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    site: SiteFolder, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite's limit is lowered here; a charge has the same one."""
     connect = ledgers._connect
@@ -598,7 +598,7 @@ def test_a_file_with_too_many_rows_for_the_ledger_is_refused_and_the_ledger_stay
 
 
 def test_every_preparation_is_one_entry_whatever_it_changed(
-    site: Site, run: Callable[..., str]
+    site: SiteFolder, run: Callable[..., str]
 ) -> None:
     """A receipt shows the number of entries: it must not depend on the records."""
     for action in ("redact", "mask", "none"):
@@ -653,17 +653,17 @@ def contract_of(task: str) -> Contract:
 
 
 @pytest.fixture
-def site(tmp_path: Path, run: Callable[..., str], contract: Contract) -> Site:
+def site(tmp_path: Path, run: Callable[..., str], contract: Contract) -> SiteFolder:
     """A site with notes that each hold a name, an address and a letter beyond ASCII."""
     found = site_of(tmp_path, run, contract, "records.csv")
     write_csv(tmp_path / "records.csv", raw_rows())
     return found
 
 
-def site_of(folder: Path, run: Callable[..., str], contract: Contract, data: str) -> Site:
+def site_of(folder: Path, run: Callable[..., str], contract: Contract, data: str) -> SiteFolder:
     (folder / "contract.json").write_text(contract.model_dump_json(exclude_none=True))
     run("init", "--name", "north", "--folder", ".", "--data", data)
-    found = Site(folder / "site.toml")
+    found = SiteFolder(folder / "site.toml")
     text = found.config.read_text()
     for old, new in (
         ("contracts = []", f'contracts = ["{contract.hash}"]'),
@@ -691,7 +691,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]], encoding: str = "utf-8"
     path.chmod(0o600)
 
 
-def rule(site: Site, action: str) -> None:
+def rule(site: SiteFolder, action: str) -> None:
     """[prepare.deidentify] with this action, or without any."""
     text = site.config.read_text().split("\n[prepare.deidentify]")[0]
     if action != "none":
@@ -699,14 +699,14 @@ def rule(site: Site, action: str) -> None:
     site.config.write_text(text)
 
 
-def set_key(site: Site, key: str) -> None:
+def set_key(site: SiteFolder, key: str) -> None:
     """data.key: this column, or none."""
     lines = [line for line in site.config.read_text().splitlines() if not line.startswith("key = ")]
     lines.insert(lines.index("[data]") + 1, f"key = {json.dumps([key] if key else [])}")
     site.config.write_text("\n".join(lines) + "\n")
 
 
-def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8") -> None:
+def use(site: SiteFolder, run: Callable[..., str], file: str, encoding: str = "utf-8") -> None:
     lines = site.config.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("file = "))
     lines[at] = f'file = "{file}"\nencoding = "{encoding}"'
@@ -717,7 +717,7 @@ def use(site: Site, run: Callable[..., str], file: str, encoding: str = "utf-8")
     run("sign")
 
 
-def spend_all(site: Site, contract: Contract) -> None:
+def spend_all(site: SiteFolder, contract: Contract) -> None:
     policy, ledger, _ = site.open()
     worker = Worker(policy, contract, ledger)
     for number in range(1, contract.rounds + 1):
@@ -738,7 +738,7 @@ def budget_row() -> dict[str, str]:
     return next(row for row in found if row["name"] == "privacy budget")
 
 
-def nothing_is_left(site: Site, run: Callable[..., str], contract: Contract) -> None:
+def nothing_is_left(site: SiteFolder, run: Callable[..., str], contract: Contract) -> None:
     """`site check` says so, and a worker does not start."""
     budget = budget_row()
     assert (budget["state"], budget["code"]) == ("problem", "E210")
@@ -756,7 +756,7 @@ ACTIONS = ["redact", "mask", "pseudonymise", "none"]
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("raw_first", [True, False])
 def test_prepared_records_have_spent_what_the_raw_ones_did(
-    site: Site, run: Callable[..., str], contract: Contract, action: str, raw_first: bool
+    site: SiteFolder, run: Callable[..., str], contract: Contract, action: str, raw_first: bool
 ) -> None:
     """And the raw ones what the prepared ones did."""
     rule(site, action)
@@ -770,7 +770,7 @@ def test_prepared_records_have_spent_what_the_raw_ones_did(
 
 
 def test_raw_records_that_were_charged_before_they_were_prepared(
-    site: Site, run: Callable[..., str], contract: Contract
+    site: SiteFolder, run: Callable[..., str], contract: Contract
 ) -> None:
     """The way of the fault: spend all, prepare, follow `next:`."""
     run("sign")
@@ -796,7 +796,7 @@ def test_raw_records_that_were_charged_before_they_were_prepared(
     ],
 )
 def test_prepared_records_saved_as_csv_are_known(
-    site: Site, run: Callable[..., str], contract: Contract, written: str, read: str
+    site: SiteFolder, run: Callable[..., str], contract: Contract, written: str, read: str
 ) -> None:
     """A file beside them would be lost with that."""
     run("sign")
@@ -810,7 +810,7 @@ def test_prepared_records_saved_as_csv_are_known(
 
 
 def test_records_prepared_twice_are_known(
-    site: Site, run: Callable[..., str], contract: Contract
+    site: SiteFolder, run: Callable[..., str], contract: Contract
 ) -> None:
     """Raw, then redacted, then masked; the first and the last never met."""
     run("sign")
@@ -975,7 +975,7 @@ def test_words_of_conll_read_in_a_wrong_encoding_keep_their_bytes(
 
 
 def test_records_prepared_from_a_wrong_encoding_are_known_in_the_right_one(
-    site: Site, run: Callable[..., str], contract: Contract
+    site: SiteFolder, run: Callable[..., str], contract: Contract
 ) -> None:
     """`site prepare` writes Unicode, so the bytes that were read wrongly are in the ledger only."""
     write_csv(site.folder / "records.csv", raw_rows(), "utf-8")
@@ -994,7 +994,7 @@ def test_values_set_to_missing_are_known(
     """`outside = "missing"` touches every row here."""
     (tmp_path / "contract.json").write_text(table_contract.model_dump_json(exclude_none=True))
     run("init", "--name", "north", "--folder", ".", "--data", "records.csv")
-    found = Site(tmp_path / "site.toml")
+    found = SiteFolder(tmp_path / "site.toml")
     rng = np.random.default_rng(0)
     rows = [[f"{i / 7:.3f}", "often", str(int(rng.integers(2)))] for i in range(ROWS)]
     lines = [["age", "smoker", "outcome"], *rows]

@@ -17,16 +17,16 @@ from silotune.client.privacy import accountant as accounting
 from silotune.client.privacy.accountant import (
     Mechanism,
     epsilon,
+    inverse_variance_weights,
     mechanism_of,
     plan,
-    quietest_weights,
     rounds_in,
     shares,
 )
 from silotune.client.privacy.budget import mechanism_of as charged
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.site import policy as policies
-from silotune.client.site.policy import Policy, permitting
+from silotune.client.site.policy import Policy, permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Target
@@ -119,7 +119,7 @@ def test_a_run_stops_at_the_sites_own_epsilon(
 ) -> None:
     """A large budget for ever does not carry a run beyond its own ε, attempt after attempt."""
     target, delta = TARGETS[name]
-    policy = permitting(silos, name, write_rows(tmp_path / "rows.csv", 60), None)
+    policy = permissive_policy(silos, name, write_rows(tmp_path / "rows.csv", 60), None)
     large = policies.Budgets.Budget(epsilon=100.0, delta=delta)
     policy = policy.model_copy(update={"budgets": policies.Budgets(record=large)})
     worker = Worker(policy, silos, Ledger.in_memory(name))
@@ -517,7 +517,7 @@ def test_the_shares_of_a_sampled_plan_are_what_each_part_takes_alone(decaying: C
 
 
 def test_no_other_weights_have_less_noise_in_the_mean(silos: Contract) -> None:
-    found = quietest_weights(silos)
+    found = inverse_variance_weights(silos)
     assert found["west"] == 1.0 == max(found.values())
     assert found["south"] < found["east"] < found["north"] < 1
     noise = np.array([plan(silos, silos.target_of(name))[0].noise_multiplier for name in found])
@@ -529,7 +529,7 @@ def test_no_other_weights_have_less_noise_in_the_mean(silos: Contract) -> None:
     assert best < 0.9 * variance(np.ones(4))
     rng = np.random.default_rng(0)
     assert all(variance(rng.uniform(0.01, 1, 4)) >= best for _ in range(500))
-    assert set(quietest_weights(silos.changed(privacy={"mode": "none"})).values()) == {1.0}
+    assert set(inverse_variance_weights(silos.changed(privacy={"mode": "none"})).values()) == {1.0}
 
 
 def test_the_weights_are_told_where_sites_differ(

@@ -19,8 +19,8 @@ from silotune.common.errors import RefusalError, RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
-from silotune.server.rounds.exchange import carry_out
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import drive_round
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.rounds.secagg import LostSumError
 from silotune.server.storage.run_store import Registry
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from
@@ -63,7 +63,7 @@ def cheating(federation: Federation, name: str, attempt: int = 1) -> CheatingRun
 
 def opened(run: Run, federation: Federation, sites: Collection[str], **handles: Answer) -> bool:
     """Whether the round's sum was opened for these sites."""
-    facts = carry_out(run.stages(sorted(sites)), federation.handles() | handles)
+    facts = drive_round(run.stages(sorted(sites)), federation.handles() | handles)
     assert facts.sites in ((), tuple(sorted(sites)))
     return bool(facts.sites)
 
@@ -199,14 +199,14 @@ def test_another_control_does_not_make_an_adapter_another(federation: Federation
 
 def with_absences(
     federation: Federation, absent: dict[int, str]
-) -> Iterator[tuple[int, RoundFacts]]:
+) -> Iterator[tuple[int, RoundRecord]]:
     """Rounds in which a site answers nothing readable to the request to train."""
     run = federation.run()
     while not run.done:
         number, handles = run.number, federation.handles()
         if number in absent:
             handles = gone_from(handles, absent[number], "train")
-        yield number, carry_out(run.stages(SITES), handles)
+        yield number, drive_round(run.stages(SITES), handles)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from silotune.client.privacy.ledger_entries import Adopted
 from silotune.client.privacy.record_ids import Lineage
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
-from silotune.client.site.policy import Policy, permitting
+from silotune.client.site.policy import Policy, permissive_policy
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import EncoderModel
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_toml_is_told(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture
 def policy(table_contract: Contract, tmp_path: Path) -> Policy:
-    return permitting(table_contract, "north", tmp_path / "rows.csv", None)
+    return permissive_policy(table_contract, "north", tmp_path / "rows.csv", None)
 
 
 def with_permits(policy: Policy, **permits: Any) -> Policy:
@@ -292,7 +292,7 @@ def test_a_later_policy_is_held_against_how_a_running_worker_computes(
     table_contract: Contract, tmp_path: Path
 ) -> None:
     """A worker that clips inexactly does so until it ends, whatever [performance] says later."""
-    exact = permitting(table_contract, "north", tmp_path / "rows.csv", None)
+    exact = permissive_policy(table_contract, "north", tmp_path / "rows.csv", None)
     permits = exact.permits.model_copy(update={"allow_inexact_clipping": False})
     later = exact.model_copy(update={"permits": permits})
     assert not later.for_worker_of(exact).refusals(table_contract)

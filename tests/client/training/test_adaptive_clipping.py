@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism, plan
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training import dataset, dp_optimizer, local_round, released_metrics
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
@@ -108,14 +108,14 @@ def the_noises_together_are_the_mechanism_that_is_charged(
     )
     stds: list[tuple[tuple[int, ...], float]] = []
     for module in (dp_optimizer, released_metrics):
-        inner = vars(module)["noised"]
+        inner = vars(module)["add_gaussian_noise"]
 
         def spy(total: Tensor, std: float, source: NoiseSource, inner: Any = inner) -> Tensor:
             stds.append((tuple(total.shape), std))
             found: Tensor = inner(total, std, source)
             return found
 
-        patch.setattr(module, "noised", spy)
+        patch.setattr(module, "add_gaussian_noise", spy)
     worker = make_worker(contract, path)
     stds.clear()  # the self-test's
     assert isinstance(ask(worker, clip_norm=2.5), Update)
@@ -225,15 +225,15 @@ Patch = pytest.MonkeyPatch
 
 
 def the_count_without_noise(patch: Patch) -> None:
-    patch.setattr(released_metrics, "noised", lambda total, std, source: total)
+    patch.setattr(released_metrics, "add_gaussian_noise", lambda total, std, source: total)
 
 
 def the_count_with_half_the_noise(patch: Patch) -> None:
     """As if a unit moved it by 1/4."""
     patch.setattr(
         released_metrics,
-        "noised",
-        lambda total, std, source: dp_optimizer.noised(total, std / 2, source),
+        "add_gaussian_noise",
+        lambda total, std, source: dp_optimizer.add_gaussian_noise(total, std / 2, source),
     )
 
 
@@ -491,7 +491,7 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
     adaptive: Contract, tmp_path: Path, make_worker: MakeWorker, monkeypatch: Patch
 ) -> None:
     """Everybody is clipped: twice the norm gives twice the sum."""
-    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "NOISE_ROUNDING_LOG2", -40)
     contract = adaptive.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 10.0}]
     )
@@ -510,7 +510,7 @@ def test_the_clip_norm_that_is_asked_for_is_the_one_that_holds(
 
 
 def codes(contract: Contract, path: Path, **permits: Any) -> list[tuple[str, str]]:
-    policy = permitting(contract, "north", path, None)
+    policy = permissive_policy(contract, "north", path, None)
     policy = policy.model_copy(update={"permits": policy.permits.model_copy(update=permits)})
     found: list[RefusalError] = policy.refusals(contract)
     return [(refusal.code, str(refusal)) for refusal in found]

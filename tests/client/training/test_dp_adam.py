@@ -145,7 +145,7 @@ CONTRACT: list[Contract] = []
 
 @pytest.fixture(autouse=True)
 def contract(table_contract: Contract, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contract]:
-    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "NOISE_ROUNDING_LOG2", -40)
     found = table_contract.changed(
         privacy={"clip_norm": CLIP, "expected_units": EXPECTED},
         releases=[{"metric": "loss", "share": 0.19}],

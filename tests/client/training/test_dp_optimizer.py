@@ -16,7 +16,7 @@ from silotune.client.training import dp_optimizer
 from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, by_expanding
-from silotune.client.training.privacy_units import Group, Part
+from silotune.client.training.privacy_units import Group, UnitBatch
 from silotune.common.tasks.classification import per_example_loss
 
 CLIP = 0.75  # not 1, which a factor too many or too few would leave as it is
@@ -60,7 +60,7 @@ class Toy:
             clip_norm=CLIP,
             divisor=divisor,
         )
-        groups = [Group(len(b), [Part(b, len(b))]) for b in batches]
+        groups = [Group(len(b), [UnitBatch(b, len(b))]) for b in batches]
         private_gradient(self.linears, optimizer, groups, self.losses)
         return flat(p.grad for p in self.parameters)
 
@@ -293,7 +293,7 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
     original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, batches: Any, losses: Any) -> None:
-        fake = [Group(1, [Part(torch.zeros(1, dtype=torch.long), 1)])]
+        fake = [Group(1, [UnitBatch(torch.zeros(1, dtype=torch.long), 1)])]
         original(linears, optimizer, list(batches) or fake, losses)
 
     patch.setitem(globals(), "private_gradient", broken)
@@ -304,7 +304,7 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
 def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def broken(self: CryptoNoiseOptimizer) -> None:
         norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
-        factors = (self.most / norms).clamp(max=1.0) / self.unit
+        factors = (self.effective_clip_norm / norms).clamp(max=1.0) / self.unit
         for p in self.params:
             p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
 

@@ -13,7 +13,7 @@ import pytest
 from silotune.client.privacy.accountant import mechanism_of
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.training.local_state import Own
+from silotune.client.training.local_state import LocalState
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.schedule import RoundPlan
@@ -21,7 +21,7 @@ from silotune.common.errors import ContractError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
-from silotune.server.rounds.exchange import SILENT, carry_out
+from silotune.server.rounds.exchange import SILENT, drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests import tiny
@@ -55,11 +55,11 @@ def run_of(
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
     run = Run(contract, Registry.create(folder / "run", contract), "run-1", initial)
     while not run.done:
-        assert not carry_out(run.stages(SITES), handles).failed
+        assert not drive_round(run.stages(SITES), handles).failed
     return run, workers, seen
 
 
-def own_of(worker: Worker, run: str = "run-1") -> Own:
+def own_of(worker: Worker, run: str = "run-1") -> LocalState:
     return worker.own(run, worker.contract.rounds + 1)
 
 
@@ -131,7 +131,7 @@ def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Pa
     """Two sites with the same rows and other noise: their own tensors are as far apart as the
     plan's noise says, and so is what they sent."""
     contract = with_last(of_method("fedsa", keys), rounds=1, adapter_lr=1.0, head_lr=1.0)
-    owns: list[Own] = []
+    owns: list[LocalState] = []
     sent: list[Arrays] = []
     for seed in (0, 1):
         folder = tmp_path / str(seed)
@@ -185,7 +185,7 @@ def test_a_head_of_its_own_is_a_head_trained_alone(keys: dict[str, Keys], tmp_pa
     initial = worker.model.initial_arrays()
     alone = Run(single, Registry.create(tmp_path / "alone", single), "run-1", initial)
     while not alone.done:
-        carry_out(alone.stages(["north"]), {"north": worker.handle})
+        drive_round(alone.stages(["north"]), {"north": worker.handle})
     found = own_of(workers["north"]).model(run.registry.adapter())
     for name in ("head.weight", "head.bias"):
         np.testing.assert_allclose(found[name], alone.registry.adapter()[name], atol=1e-5)
@@ -284,7 +284,7 @@ def crash_at_release(append: Any) -> Any:
 def test_a_plain_run_leaves_nothing(keys: dict[str, Keys], tmp_path: Path) -> None:
     _, workers, _ = run_of(of_method("ffa", keys), tmp_path / "run", keys)
     for worker in workers.values():
-        assert own_of(worker) == Own()
+        assert own_of(worker) == LocalState()
         assert not any(released.own for released in worker.ledger.releases.values())
 
 
@@ -334,7 +334,7 @@ def test_corrections_add_up_to_nothing(
                 seen += bool(np.abs(array).max() > 1e-4)
         for array in total.values():
             assert np.abs(array).max() < (2e-3 if masked else 2e-5)
-        assert not carry_out(run.stages(SITES), handles).failed
+        assert not drive_round(run.stages(SITES), handles).failed
     assert seen > 10
 
 
@@ -384,7 +384,7 @@ def test_corrections_begin_anew_after_a_round_without_some_site(
         asked = run.iterate.asked()
         told.append(any(name.startswith("control.") for name in asked))
         gone = {"east": lambda _: SILENT} if run.number == first + 1 else {}
-        carry_out(run.stages(SITES), handles | gone)
+        drive_round(run.stages(SITES), handles | gone)
         if run.number == first + 4:  # another server takes the run up
             registry.close()
             registry = Registry.open(tmp_path / "run", contract)
@@ -606,7 +606,7 @@ def test_the_mean_of_copies_holds_when_a_site_is_missing(
     before = contract.phases[0].rounds
     while run.number < contract.rounds:
         gone = {"east": lambda _: SILENT} if run.number == before + 2 else {}
-        carry_out(run.stages(SITES), handles | gone)
+        drive_round(run.stages(SITES), handles | gone)
     copies = [own_of(worker).tensors for worker in workers.values()]
     for name in copies[0]:
         mean = np.mean([copy[name] for copy in copies], axis=0)

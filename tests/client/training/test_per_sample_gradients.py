@@ -23,7 +23,7 @@ from silotune.client.training import dp_optimizer
 from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, ghost_sum
-from silotune.client.training.privacy_units import Group, Part
+from silotune.client.training.privacy_units import Group, UnitBatch
 from silotune.common.models.attention import fuse_lora, register_attention
 from silotune.common.models.batching import blocks_of
 from silotune.common.tasks import classification, token_classification
@@ -316,7 +316,7 @@ def test_a_record_that_overflows_is_left_out(
             rtol=0,
             atol=1e-6,
         )
-    grad = step(task, [Part(index, N)], engine, clip=1e-2)
+    grad = step(task, [UnitBatch(index, N)], engine, clip=1e-2)
     assert bool(grad.isfinite().all())
     tolerance = 2e-3 if engine == "ghost" else 1e-5  # dp.GHOST_SLACK
     assert float((grad - expected[good].sum(dim=0)).norm()) <= tolerance * 1e-2 * N
@@ -330,13 +330,13 @@ def test_it_is_left_out_exactly(engine: str) -> None:
     task.ids[4, 0] = POISON
     rest = torch.tensor([0, 1, 2, 3, 5])
     fill = torch.cat([rest, rest[:1]])
-    with_it = step(task, [Part(torch.tensor([0, 1, 2, 3, 5, 4]), N)], engine, clip=1e-2)
-    without = step(task, [Part(fill, N - 1)], engine, clip=1e-2)
+    with_it = step(task, [UnitBatch(torch.tensor([0, 1, 2, 3, 5, 4]), N)], engine, clip=1e-2)
+    without = step(task, [UnitBatch(fill, N - 1)], engine, clip=1e-2)
     assert torch.equal(with_it, without)
 
 
 def step(
-    task: Task, parts: list[Part], engine: str = "expanded", clip: float = 1.0, units: int = 0
+    task: Task, parts: list[UnitBatch], engine: str = "expanded", clip: float = 1.0, units: int = 0
 ) -> Tensor:
     """The flat private gradient without noise; one group a part, or all parts in one of `units`."""
     optimizer = CryptoNoiseOptimizer(
@@ -459,7 +459,7 @@ def test_any_split_gives_the_same_sum(kind: str, head: str, engine: str, clip: f
     by_hand = clipped(task.alone(), clip).nan_to_num().sum(dim=0)
     rounding = N * optimizer.unit * math.sqrt(by_hand.numel()) / 2
     for parts in splits(N):
-        found = step(task, [Part(part, len(part)) for part in parts], engine, clip)
+        found = step(task, [UnitBatch(part, len(part)) for part in parts], engine, clip)
         assert float((found - by_hand).norm()) <= rounding + 1e-5 * float(by_hand.norm())
 
 
@@ -472,7 +472,7 @@ def test_in_blocks_of_one_size_no_bit_depends_on_the_split() -> None:
         index = torch.tensor(list(order))
         blocks = list(blocks_of(index, task.lengths[index], 4))
         assert [n for _, n in blocks] == [4, 2]
-        sums.append(step(task, [Part(rows, n) for rows, n in blocks], clip=0.1))
+        sums.append(step(task, [UnitBatch(rows, n) for rows, n in blocks], clip=0.1))
         found = torch.zeros(N, sums[0].numel())
         for rows, n in blocks:
             found[rows[:n]] = task.found("expanded", rows)[:n]
@@ -495,7 +495,7 @@ def test_an_entity_may_lie_in_several_blocks(engine: str, mean: bool) -> None:
     for parts in splits(N):
         found = step(
             task,
-            [Part(rows, len(rows), owner[rows], weights[owner[rows]]) for rows in parts],
+            [UnitBatch(rows, len(rows), owner[rows], weights[owner[rows]]) for rows in parts],
             engine,
             clip,
             units=3,
@@ -581,7 +581,7 @@ def test_a_step_that_failed_leaves_nothing_for_the_next(engine: str) -> None:
     )
     owners = None if engine == "ghost" else torch.zeros(2, dtype=torch.long)
     weights = None if engine == "ghost" else torch.ones(2)
-    part = Part(torch.tensor([1, 2]), 2, owners, weights)
+    part = UnitBatch(torch.tensor([1, 2]), 2, owners, weights)
     calls = 0
 
     def losses(index: Tensor) -> Tensor:
@@ -653,7 +653,7 @@ def elsewhere(
     register_attention()
     owners, weights = torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.5, 0.5])
     rows = torch.tensor([3, 0, 5, 3])
-    part = Part(rows, 3, owners, weights) if entity else Part(rows, 3)
+    part = UnitBatch(rows, 3, owners, weights) if entity else UnitBatch(rows, 3)
     # Whether all gradients are finite: there are no numbers to tell from.
     monkeypatch.setattr(FakeTensor, "__bool__", lambda _: finite)
     monkeypatch.setattr(FakeTensor, "__int__", lambda _: 0)
@@ -712,7 +712,7 @@ def noise_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     def broken(total: Tensor, std: float, source: NoiseSource) -> Tensor:
         return total + std * torch.from_numpy(source.normal(tuple(total.shape)))
 
-    patch.setattr(dp_optimizer, "noised", broken)
+    patch.setattr(dp_optimizer, "add_gaussian_noise", broken)
 
 
 def sum_on_the_cpu(patch: pytest.MonkeyPatch) -> None:

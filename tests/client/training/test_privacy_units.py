@@ -26,8 +26,8 @@ from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import FIRST, Adopted, chained
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
-from silotune.client.site.folder import Site
-from silotune.client.site.policy import Budgets, Policy, permitting
+from silotune.client.site.folder import SiteFolder
+from silotune.client.site.policy import Budgets, Policy, permissive_policy
 from silotune.client.training import (
     dataset,
     dp_optimizer,
@@ -38,7 +38,7 @@ from silotune.client.training import (
 )
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
-from silotune.client.training.privacy_units import Group, Part, Units
+from silotune.client.training.privacy_units import Group, UnitBatch, Units
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
@@ -159,7 +159,7 @@ def released(
     make_worker: Callable[..., Worker],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Released:
-    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "NOISE_ROUNDING_LOG2", -40)
     return Released(table_contract, tmp_path / "rows.csv", make_worker)
 
 
@@ -312,7 +312,7 @@ def each_record_clipped_by_itself(patch: Patch) -> None:
     original = dp_optimizer.private_gradient
 
     def broken(linears: Any, optimizer: Any, groups: list[Group], losses: Any, **more: Any) -> None:
-        alone = [Group(p.n, [Part(p.rows, p.n)]) for group in groups for p in group.parts]
+        alone = [Group(p.n, [UnitBatch(p.rows, p.n)]) for group in groups for p in group.parts]
         original(linears, optimizer, alone, losses, **more)
 
     patch.setattr(local_round, "private_gradient", broken)
@@ -330,7 +330,7 @@ def an_entity_split_over_two_groups(patch: Patch) -> None:
                 for half in (slice(0, None, 2), slice(1, None, 2)):
                     rows = p.rows[: p.n][half]
                     split.append(
-                        Group(units_, [Part(rows, len(rows), p.owners[half], p.weights[half])])
+                        Group(units_, [UnitBatch(rows, len(rows), p.owners[half], p.weights[half])])
                     )
         original(linears, optimizer, [g for g in split if g.parts[0].n], losses, **more)
 
@@ -338,7 +338,7 @@ def an_entity_split_over_two_groups(patch: Patch) -> None:
 
 
 def records_added_up_in_the_metrics(patch: Patch) -> None:
-    def broken(groups: Iterable[Group], of_rows: Callable[[Part], Tensor]) -> Iterator[Tensor]:
+    def broken(groups: Iterable[Group], of_rows: Callable[[UnitBatch], Tensor]) -> Iterator[Tensor]:
         for _, parts in groups:
             yield from map(of_rows, parts)
 
@@ -599,7 +599,7 @@ def test_rows_of_different_lengths_make_one_gradient(
     lora_contract: Contract, encoder_folder: Path, monkeypatch: Patch, combine: str
 ) -> None:
     """Two buckets and blocks of two rows; by hand each record's gradient is autograd's alone."""
-    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.NOISE_ROUNDING_LOG2", -40)
     clip, label = 0.1, {"label_column": "outcome"}
     contract = Contract.model_validate(
         lora_contract.model_dump(mode="json")
@@ -697,7 +697,7 @@ def named(
     **permits: Any,
 ) -> Policy:
     """A policy with a budget for each of `units_` and the records known by `key`."""
-    found = permitting(contract, "north", path, None)
+    found = permissive_policy(contract, "north", path, None)
     p = contract.privacy
     budget = Budgets.Budget(epsilon=p.epsilon, delta=p.delta)
     return found.model_copy(
@@ -1027,6 +1027,6 @@ def test_site_check_finds_an_empty_key(entities: Contract, tmp_path: Path) -> No
     signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
     written(tmp_path / "rows.csv", [*ROWS, ("", 70, "no", 1)]).chmod(0o600)
     (tmp_path / "contract.json").write_text(entities.model_dump_json())
-    checks = preflight.check(Site(tmp_path / "site.toml"), tmp_path / "contract.json")
+    checks = preflight.check(SiteFolder(tmp_path / "site.toml"), tmp_path / "contract.json")
     problems = [c for c in checks if c.state == "problem"]
     assert [c.code for c in problems] == ["E302"]

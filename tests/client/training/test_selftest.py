@@ -16,7 +16,7 @@ from torch import Tensor
 from silotune.client.training import dp_optimizer, selftest
 from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer
 from silotune.client.training.noise import NoiseSource
-from silotune.client.training.privacy_units import Group, Part
+from silotune.client.training.privacy_units import Group, UnitBatch
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
@@ -89,7 +89,7 @@ def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
 
     def broken(linears: Any, optimizer: Any, groups: Any, losses: Any, **how: Any) -> None:
         more = [
-            Group(units + 1, [Part(torch.cat([p.rows, p.rows[:1]]), p.n + 1) for p in parts])
+            Group(units + 1, [UnitBatch(torch.cat([p.rows, p.rows[:1]]), p.n + 1) for p in parts])
             for units, parts in groups
         ]
         original(linears, optimizer, more, losses, **how)
@@ -100,7 +100,7 @@ def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
 def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> None:
     def broken(self: CryptoNoiseOptimizer) -> None:
         norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
-        factors = (self.most / norms).clamp(max=1.0) / self.unit
+        factors = (self.effective_clip_norm / norms).clamp(max=1.0) / self.unit
         for p in self.params:
             p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
 
@@ -111,7 +111,9 @@ def a_sum_of_floats(patch: pytest.MonkeyPatch) -> None:
     def broken(self: CryptoNoiseOptimizer) -> None:
         grads = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
         factors = torch.where(
-            grads.norm(dim=1).isfinite(), (self.most / grads.norm(dim=1)).clamp(max=1.0), 0.0
+            grads.norm(dim=1).isfinite(),
+            (self.effective_clip_norm / grads.norm(dim=1)).clamp(max=1.0),
+            0.0,
         )
         for p in self.params:
             counted = p.grad_sample.nan_to_num(0, 0, 0)

@@ -23,7 +23,7 @@ from silotune.client.training.per_sample_gradients import by_expanding
 from silotune.client.training.privacy_units import (
     GROUP,
     Group,
-    Part,
+    UnitBatch,
     Units,
     of_entities,
     of_records,
@@ -314,11 +314,11 @@ def test_an_entitys_gradient_is_clipped_whole() -> None:
     toy.x[2:7], toy.y[:7] = 1.0, 0
     rows, one = torch.arange(8), torch.ones(8)
     for row in range(7):
-        moved = toy.total([Group(1, [Part(rows[row : row + 1], 1)])], 1.0)
+        moved = toy.total([Group(1, [UnitBatch(rows[row : row + 1], 1)])], 1.0)
         assert 0.99 < float(moved.norm()) <= EXACT
     owners = torch.tensor([0, 0, 1, 1, 1, 1, 1, 2])
-    both = toy.total([Group(3, [Part(rows, 8, owners, one)])], 1.0)
-    alone = toy.total([Group(1, [Part(rows[7:], 1, owners[:1], one[:1])])], 1.0)
+    both = toy.total([Group(3, [UnitBatch(rows, 8, owners, one)])], 1.0)
+    alone = toy.total([Group(1, [UnitBatch(rows[7:], 1, owners[:1], one[:1])])], 1.0)
     assert torch.equal(both, alone)
 
 
@@ -476,7 +476,11 @@ def no_clipping(self: CryptoNoiseOptimizer) -> None:
 def clip_each_tensor(self: CryptoNoiseOptimizer) -> None:
     for p in self.params:
         own = p.grad_sample.flatten(1).double().nan_to_num(0, 0, 0)
-        factors = (self.most / own.norm(dim=1, keepdim=True)).clamp(max=1.0).nan_to_num(1.0)
+        factors = (
+            (self.effective_clip_norm / own.norm(dim=1, keepdim=True))
+            .clamp(max=1.0)
+            .nan_to_num(1.0)
+        )
         p.summed_grad += (own * factors / self.unit).round().sum(0).view_as(p)
 
 
@@ -488,7 +492,7 @@ def factors_of(self: CryptoNoiseOptimizer, most: float) -> Tensor:
 
 def rounded(how: Callable[[Tensor], Tensor], exactly: bool) -> Callable[[Any], None]:
     def broken(self: CryptoNoiseOptimizer) -> None:
-        factors = factors_of(self, self.max_grad_norm if exactly else self.most)
+        factors = factors_of(self, self.max_grad_norm if exactly else self.effective_clip_norm)
         for p in self.params:
             own = p.grad_sample.flatten(1).double().nan_to_num(0, 0, 0)
             p.summed_grad += how(own * factors[:, None]).sum(0).view_as(p)
@@ -546,7 +550,7 @@ def test_clipping_an_entitys_records_one_by_one_is_seen(
     def broken(self: Units, drawn: Tensor, blocks: Any) -> Iterable[Group]:
         for _, parts in original(self, drawn, blocks):
             for part in parts:
-                yield Group(part.n, [Part(part.rows, part.n)])
+                yield Group(part.n, [UnitBatch(part.rows, part.n)])
 
     monkeypatch.setattr(Units, "groups", broken)
     moved = People().leaving_out(entity(5, combine), 1e-4)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training import local_round as training
 from silotune.client.training import selftest
 from silotune.client.training.dataset import Dataset
@@ -72,7 +72,7 @@ def clipped_sum(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
-    tensors, with_adapter = model.named_tensors(), trains != {"head"}
+    tensors, adapter_active = model.named_tensors(), trains != {"head"}
     names = trained_names(tensors, trains)
     with model.requiring(names):  # Opacus' optimizer takes no others
         optimizer = Summed(
@@ -84,12 +84,12 @@ def clipped_sum(
         )
 
     def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=with_adapter, kept=kept)
+        outputs = model(data.encoded, index, adapter=adapter_active, kept=kept)
         return model.objective.losses(outputs, model.targets(data.encoded, data.labels, index))
 
     drawn = torch.arange(len(data.units)) if units is None else torch.tensor(units)
     groups = data.units.groups(
-        drawn, lambda rows: model.micro_batches(data.encoded, rows, adapter=with_adapter)
+        drawn, lambda rows: model.micro_batches(data.encoded, rows, adapter=adapter_active)
     )
     with model.requiring(names):
         private_gradient(
@@ -326,7 +326,7 @@ def test_the_self_test_passes(
     contract = tiny.contract_of(kind, model, unit=unit)
     network = model_of(contract, model, EXACT.model_copy(update={"gradients": engine}))
     if (kind, engine) == ("bi", "ghost"):  # Opacus knows no module that is used twice
-        policy = permitting(contract, "north", Path("rows.csv"), None, network.performance)
+        policy = permissive_policy(contract, "north", Path("rows.csv"), None, network.performance)
         assert "pairs read apart" in str(policy.refusals(contract)[0])
     else:
         selftest.check(contract, network)
@@ -366,7 +366,7 @@ def negatives_of_the_batch(patch: Patch) -> None:
     def broken(_: Any, outputs: Tensor, targets: Tensor) -> Tensor:
         return targets * (outputs[:, 0].logsumexp(0) - outputs[:, 0])
 
-    patch.setattr("silotune.common.tasks.ranking.Relevance.losses", broken)
+    patch.setattr("silotune.common.tasks.ranking.RankingObjective.losses", broken)
 
 
 def weights_of_the_batchs_tokens(patch: Patch) -> None:
@@ -541,7 +541,7 @@ def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArra
 
 
 def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.NOISE_ROUNDING_LOG2", -40)
     rows = tiny.rows_of("tokens", 16)
     plain = tiny.contract_of("tokens", "bert")
     schedule = {"shape": "linear", "warmup_rounds": 1, "final_factor": 0.5}

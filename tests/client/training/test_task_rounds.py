@@ -13,7 +13,7 @@ import torch
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.common.errors import RefusalError
 from silotune.common.models.base import Network
 from silotune.common.models.batching import Block
@@ -22,7 +22,7 @@ from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.common.protocol.tensors import trained_names
 from silotune.server.rounds.evaluation import PublicTest
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests import tiny
@@ -218,7 +218,7 @@ def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path:
     for number in range(contract.rounds):
         run = Run(contract, registry, "run-1", initial)
         assert run.restore() == number
-        carry_out(run.stages(list(handles)), handles)
+        drive_round(run.stages(list(handles)), handles)
         registry.close()
         registry = Registry.open(folder / "run", contract)
     found = registry.adapter()
@@ -252,7 +252,7 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
         handles: dict[str, Answer] = {s: lambda wire, s=s: answer(wire, s) for s in SITES}
         run = Run(contract, Registry.create(folder / "run", contract), "r", start)
         while not run.done:
-            assert not carry_out(run.stages(list(handles)), handles).failed
+            assert not drive_round(run.stages(list(handles)), handles).failed
         layer = next(n for n in start if n.endswith("query.lora_A")).removesuffix(".lora_A")
 
         def weight(arrays: Arrays, layer: str = layer, scale: float = 4.0) -> Any:
@@ -341,7 +341,7 @@ def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> N
         handles = {site: workers[site].handle for site in SITES} | {"east": poisoned}
         run = Run(contract, Registry.create(folder / "run", contract), "r", initial)
         while not run.done:
-            assert not carry_out(run.stages(list(handles)), handles).failed
+            assert not drive_round(run.stages(list(handles)), handles).failed
         found[name] = max(float(np.abs(a).max()) for a in run.registry.adapter().values())
     assert found["plain"] > 100
     assert found["robust"] < 10
@@ -405,7 +405,7 @@ def test_blocks_are_filled_wherever_records_are_private(
         return
     assert all(rows == n for rows, n in sizes)
     assert network.private
-    monkeypatch.setattr(Network, "unmixed", lambda *_: nullcontext())
+    monkeypatch.setattr(Network, "batch_invariant", lambda *_: nullcontext())
     filled = worker_of(
         contract,
         "classification",
@@ -425,7 +425,7 @@ def test_blocks_are_filled_wherever_records_are_private(
 @pytest.mark.parametrize(("kind", "model"), tiny.CASES)
 def test_a_site_takes_part_in_the_tasks_and_models_that_it_permits(kind: str, model: str) -> None:
     contract = tiny.contract_of(kind, model)
-    policy = permitting(contract, "north", Path("rows.csv"), None)
+    policy = permissive_policy(contract, "north", Path("rows.csv"), None)
 
     def refusals(**permits: Any) -> list[str]:
         own = policy.model_copy(update={"permits": policy.permits.model_copy(update=permits)})

@@ -18,7 +18,7 @@ import pytest
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
@@ -26,7 +26,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Train
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 
@@ -71,14 +71,14 @@ def told_of(
     handles = {}
     for at, site in enumerate(WEIGHTS):
         file = write_rows(folder / f"{site}.csv", 60, seed=at)
-        policy = permitting(contract, site, file, None)
+        policy = permissive_policy(contract, site, file, None)
         handles[site] = Worker(policy, contract, Ledger.in_memory(site, keys[site])).handle
     shifted = {n: a + SHIFT for n, a in build(contract, None).initial_arrays().items()}
     run = Run(contract, Registry.create(folder / "run", contract), "run-1", shifted)
     seen: list[Arrays] = []
     finish = run.finish
     monkeypatch.setattr(run, "finish", lambda mean: seen.append(mean[0]) or finish(mean))
-    carry_out(run.stages(list(WEIGHTS)), handles)
+    drive_round(run.stages(list(WEIGHTS)), handles)
 
     # The server: which steps of the grid give this sum, to the ring's last digit?
     factors = [packing.factor(contract, contract.weight_share(site)) for site in WEIGHTS]
@@ -142,7 +142,7 @@ def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
             }
         ],
     )
-    policy = permitting(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
+    policy = permissive_policy(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
     for shift in (1.0, 12.0, 3e4):
         worker = Worker(policy, contract, Ledger.in_memory("north", keys))
         start = build(contract, None).initial_arrays()

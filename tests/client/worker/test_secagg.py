@@ -14,8 +14,8 @@ from silotune.client.operations import preflight
 from silotune.client.privacy import accountant
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.folder import Site
-from silotune.client.site.policy import permitting
+from silotune.client.site.folder import SiteFolder
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.secagg import MOST_AGREEMENTS, check_bound
 from silotune.client.worker.worker import Worker
@@ -35,8 +35,8 @@ from silotune.common.protocol.messages import (
 )
 from silotune.common.protocol.messages import Keys as PublicKeys
 from silotune.common.secagg import fixed_point
-from silotune.server.rounds.exchange import carry_out
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.exchange import drive_round
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.storage.run_store import Registry
 
 SITES = ("north", "south", "east", "west")
@@ -74,7 +74,7 @@ class Federation:
         self.restart(site)
 
     def restart(self, site: str) -> None:
-        policy = permitting(self.contract, site, self.files[site], None)
+        policy = permissive_policy(self.contract, site, self.files[site], None)
         permits = policy.permits.model_copy(update=self.permits)
         policy = policy.model_copy(update={"permits": permits})
         self.workers[site] = Worker(policy, self.contract, self.ledgers[site], insecure_seed=1)
@@ -117,10 +117,10 @@ def released_contract(contract: Contract) -> Contract:
     )
 
 
-def play(run: Run, handles: dict[str, Answer]) -> list[RoundFacts]:
+def play(run: Run, handles: dict[str, Answer]) -> list[RoundRecord]:
     facts = []
     while not run.done:
-        facts.append(carry_out(run.stages(list(handles)), handles))
+        facts.append(drive_round(run.stages(list(handles)), handles))
     return facts
 
 
@@ -286,7 +286,7 @@ def test_who_sealed_what_does_not_open_is_left_to_the_logs_and_the_rest_stays(
         )
 
     run = federation.run()
-    facts = carry_out(run.stages(SITES), handles | {"west": spoils})
+    facts = drive_round(run.stages(SITES), handles | {"west": spoils})
     assert dict(facts.failed) == {"north": "E507"}
     assert "what west sealed for this site does not open" in caplog.text
     assert not federation.ledgers["north"].charges
@@ -303,7 +303,7 @@ def test_shares_of_another_length_are_not_passed_on(federation: Federation, size
             Message(reply.header, blobs=blobs) if reply.header.kind == "shares" else reply
         )
 
-    facts = carry_out(federation.run().stages(SITES), handles | {"west": long})
+    facts = drive_round(federation.run().stages(SITES), handles | {"west": long})
     assert dict(facts.failed) == {"west": "E504"}
     assert facts.sites == ("east", "north", "south")
 
@@ -321,7 +321,7 @@ def test_an_endorsement_that_is_none_is_not_passed_on_and_its_site_named(
         return messages.pack(Message(reply.header, blobs=blobs))
 
     run = federation.run()
-    facts = carry_out(run.stages(five), handles | {"west": signs_nothing})
+    facts = drive_round(run.stages(five), handles | {"west": signs_nothing})
     assert facts.sites == ("centre", "east", "north", "west")
     events = (run.registry.folder / "events.jsonl").read_text()
     assert [json.loads(e)["site"] for e in events.splitlines() if '"E504"' in e] == ["west"]
@@ -346,21 +346,21 @@ def test_a_survivor_that_goes_before_the_endorsements_is_not_needed(
     federation = Federation(table_contract, tmp_path, write_rows, five, threshold=3)
     handles = gone_from(federation.handles(), "west", "train")
     run = federation.run()
-    facts = carry_out(run.stages(five), gone_from(handles, "south", "endorse"))
+    facts = drive_round(run.stages(five), gone_from(handles, "south", "endorse"))
     assert facts.sites == ("centre", "east", "north", "south")
     handles = gone_from(gone_from(handles, "south", "endorse"), "east", "reveal")
     with pytest.raises(RunError, match="2 sites revealed their shares, 3 must"):
-        carry_out(run.stages(five), handles)
+        drive_round(run.stages(five), handles)
 
 
 def test_a_restarted_site_is_missing_in_its_round_and_back_after_the_next_agreement(
     federation: Federation,
 ) -> None:
     run, handles = federation.run(), federation.handles()
-    facts = [carry_out(run.stages(SITES), handles)]
+    facts = [drive_round(run.stages(SITES), handles)]
     federation.restart("west")
-    facts.append(carry_out(run.stages(SITES), handles))
-    facts.append(carry_out(run.stages(SITES), handles))
+    facts.append(drive_round(run.stages(SITES), handles))
+    facts.append(drive_round(run.stages(SITES), handles))
     assert [len(f.sites) for f in facts] == [4, 3, 4]
     assert dict(facts[1].failed) == {"west": "E506"}
     charged = [c.round for c in federation.ledgers["west"].charges.values()]
@@ -379,11 +379,11 @@ def test_a_round_does_not_start_when_too_few_members_have_their_secrets(
 
         return answer
 
-    carry_out(run.stages(SITES), handles)
+    drive_round(run.stages(SITES), handles)
     for site in ("east", "west"):  # too few are left for a sum of three
         run.masking.has_failed(site, "E506")
     with pytest.raises(RunError, match="0 of 4 sites agreed on keys") as caught:
-        carry_out(run.stages(SITES), {site: silent(site) for site in SITES})
+        drive_round(run.stages(SITES), {site: silent(site) for site in SITES})
     assert caught.value.code == "E402"
     for site in SITES:
         assert [c.round for c in federation.ledgers[site].charges.values()] == [1]
@@ -401,7 +401,7 @@ def test_a_site_restarted_before_the_shares_are_revealed_reveals_nothing(
 
     seen: list[tuple[str, Message]] = []
     run = federation.run()
-    facts = carry_out(run.stages(SITES), recorded(handles | {"west": forgetful}, seen))
+    facts = drive_round(run.stages(SITES), recorded(handles | {"west": forgetful}, seen))
     said = {m.header.kind: m.header for s, m in seen if s == "west"}
     assert isinstance(said["refusal"], Refusal)
     assert said["refusal"].code == "E506"
@@ -427,7 +427,7 @@ def test_a_site_that_is_asked_from_another_adapter_alone_is_not_laid_open(
         return handles["west"](wire)
 
     with pytest.raises(RunError) as caught:
-        carry_out(run.stages(SITES), handles | {"west": elsewhere})
+        drive_round(run.stages(SITES), handles | {"west": elsewhere})
     assert caught.value.code == "E505"  # the masks with west did not cancel
     assert not run.registry.rounds()
 
@@ -522,12 +522,12 @@ def test_an_update_beyond_the_bound_is_held_to_it_and_nobody_else_is_told(
         return change, metrics
 
     plain = federation.run("plain")
-    carry_out(plain.stages(SITES), federation.handles())
+    drive_round(plain.stages(SITES), federation.handles())
     for site in SITES:
         federation.forget(site)
     monkeypatch.setattr(workers, "train_round", spoilt)
     run = federation.run("spoilt")
-    facts = carry_out(run.stages(SITES), federation.handles())
+    facts = drive_round(run.stages(SITES), federation.handles())
     assert facts.sites == tuple(sorted(SITES))
     held = 0.0 if np.isnan(value) else np.copysign(4.0, value)
     assert run.adapter["head.bias"][0] == pytest.approx(held, abs=1e-4)
@@ -589,7 +589,7 @@ def test_another_runs_keys_do_not_end_a_round_that_was_charged(federation: Feder
 
         return answer
 
-    facts = carry_out(run.stages(SITES), {site: disturbed(site) for site in SITES})
+    facts = drive_round(run.stages(SITES), {site: disturbed(site) for site in SITES})
     assert set(facts.sites) == set(SITES)
     masking = federation.workers["north"].masking
     assert masking is not None
@@ -623,7 +623,7 @@ def test_every_stage_of_an_unknown_agreement_is_refused(
 
 
 def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
-    policy = permitting(federation.contract, "north", federation.files["north"], None)
+    policy = permissive_policy(federation.contract, "north", federation.files["north"], None)
     with pytest.raises(RefusalError, match="names another key"):
         Worker(policy, federation.contract, Ledger.in_memory("north", Keys.in_memory()))
     with pytest.raises(RefusalError, match="not in the contract's roster"):
@@ -677,7 +677,7 @@ def test_a_contract_that_would_not_hide_an_update_is_none(
 
 def test_the_owner_can_ask_for_masks_and_for_more_colluders(federation: Federation) -> None:
     def refusals(contract: Contract, **permits: Any) -> list[str]:
-        policy = permitting(contract, "north", federation.files["north"], None)
+        policy = permissive_policy(contract, "north", federation.files["north"], None)
         narrower = policy.permits.model_copy(update=permits)
         return [str(r) for r in policy.model_copy(update={"permits": narrower}).refusals(contract)]
 
@@ -707,7 +707,7 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
     )
     with pytest.raises(RefusalError, match="must lie between"):
         check_bound(adam, plan)
-    policy = permitting(tight, "north", federation.files["north"], None)
+    policy = permissive_policy(tight, "north", federation.files["north"], None)
     with pytest.raises(RefusalError, match="does not fit"):
         Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
 
@@ -789,9 +789,9 @@ def test_site_check_says_what_the_masks_hide(
     def row(contract: Contract) -> preflight.Check:
         file = tmp_path / "contract.json"
         file.write_text(contract.model_dump_json())
-        policy = permitting(contract, "north", federation.files["north"], None)
+        policy = permissive_policy(contract, "north", federation.files["north"], None)
         monkeypatch.setattr(preflight.policies, "load", lambda path: policy)
-        checks = preflight.check(Site(tmp_path / "site.toml"), file)
+        checks = preflight.check(SiteFolder(tmp_path / "site.toml"), file)
         return next(check for check in checks if check.name == "masks")
 
     found = row(with_keys(federation.contract, federation.keys, max_colluding_sites=1))

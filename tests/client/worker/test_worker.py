@@ -12,7 +12,7 @@ import pytest
 from silotune.client.privacy.accountant import Mechanism, epsilon, epsilon_at
 from silotune.client.privacy.budget import mechanism_of
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -194,7 +194,7 @@ def test_the_divisor_and_the_rate_do_not_see_the_number_of_records(
     make_worker: MakeWorker,
 ) -> None:
     """Without noise, twice the records (each twice) give twice the update: nothing divides by N."""
-    monkeypatch.setattr("silotune.client.training.dp_optimizer.GRAIN", -40)
+    monkeypatch.setattr("silotune.client.training.dp_optimizer.NOISE_ROUNDING_LOG2", -40)
     contract = table_contract.changed(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}]
     )
@@ -266,7 +266,7 @@ def test_without_dp_only_where_the_owner_allows_it(
 ) -> None:
     contract = table_contract.changed(privacy={"mode": "none"})
     path = write_rows(tmp_path / "rows.csv", 20)
-    allowing = permitting(contract, "north", path, None)
+    allowing = permissive_policy(contract, "north", path, None)
     policy = allowing.model_copy(
         update={"permits": allowing.permits.model_copy(update={"allow_without_dp": False})}
     )

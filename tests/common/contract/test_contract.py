@@ -335,7 +335,7 @@ def test_a_bad_element_does_not_also_count_as_absent(old: str, new: str) -> None
     assert len(found) == 1, found
 
 
-def with_adapter(phases: str) -> str:
+def adapter_active(phases: str) -> str:
     """TEXT on an encoder, with an adapter and other phases."""
     text = swapped(
         'kind = "one-hot"', f'kind = "encoder"\nname = "m"\nmax_tokens = 32\nsha256 = "{"0" * 64}"'
@@ -360,12 +360,12 @@ BOTH = HEAD.replace('"head"', '"head+adapter"').replace(
 CROSS = {
     "quorum above roster": (swapped("quorum = 2", "quorum = 3"), ["quorum is 3", "2 sites"]),
     "a site twice": (swapped('"south"', '"north"'), ["stands twice", "roster"]),
-    "budgets": (with_adapter(HEAD.format(0.4) + BOTH.format(0.4)), ["budget", "add up to 1"]),
+    "budgets": (adapter_active(HEAD.format(0.4) + BOTH.format(0.4)), ["budget", "add up to 1"]),
     "head after adapter": (
-        with_adapter(BOTH.format(0.5) + HEAD.format(0.5)),
+        adapter_active(BOTH.format(0.5) + HEAD.format(0.5)),
         ["only the head must come first"],
     ),
-    "adapter without phase": (with_adapter(HEAD.format(1)), ["[adapter]", "go together"]),
+    "adapter without phase": (adapter_active(HEAD.format(1)), ["[adapter]", "go together"]),
     "one-hot with adapter": (
         swapped("[privacy]", '[adapter]\ntargets = ["query"]\n[privacy]'),
         ["[adapter]"],
@@ -374,7 +374,7 @@ CROSS = {
 
 
 def test_the_adapter_contract_of_these_tests_is_valid() -> None:
-    assert parse(with_adapter(HEAD.format(0.5) + BOTH.format(0.5))).adapter is not None
+    assert parse(adapter_active(HEAD.format(0.5) + BOTH.format(0.5))).adapter is not None
 
 
 @pytest.mark.parametrize("case", CROSS)
@@ -650,10 +650,10 @@ def test_any_change_changes_the_hash(path: Path | None) -> None:
 
 
 def test_changes_that_need_company_change_the_hash() -> None:
-    first = parse(with_adapter(HEAD.format(0.5) + BOTH.format(0.5)))
+    first = parse(adapter_active(HEAD.format(0.5) + BOTH.format(0.5)))
     others = [
-        parse(with_adapter(HEAD.format(0.4) + BOTH.format(0.6))),
-        parse(with_adapter(BOTH.format(0.5) + BOTH.format(0.5))),
+        parse(adapter_active(HEAD.format(0.4) + BOTH.format(0.6))),
+        parse(adapter_active(BOTH.format(0.5) + BOTH.format(0.5))),
         first.changed(privacy={"mode": "none"}),
     ]
     assert len({c.hash for c in [first, *others]}) == 4

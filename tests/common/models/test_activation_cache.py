@@ -239,7 +239,7 @@ def test_training_from_a_file_is_training_from_memory_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch,
     bf16: str,
 ) -> None:
-    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "NOISE_ROUNDING_LOG2", -40)
     folder = tmp_path / "cache"
     folder.mkdir()
     rows = table(write_rows(tmp_path / "rows.csv", 24))

@@ -45,7 +45,7 @@ def language_model(tied: bool = True, chat: bool = False, **more: Any) -> Langua
 
 
 @torch.no_grad()
-def with_adapter(whole: Any, model: Encoder | LanguageModel) -> Any:
+def adapter_active(whole: Any, model: Encoder | LanguageModel) -> Any:
     """The library's model with the adapter's product added to its weights."""
     arrays = {n: p.numpy(force=True).copy() for n, p in model.named_tensors().items()}
     for name, b in arrays.items():
@@ -131,7 +131,7 @@ def test_each_token_has_the_librarys_state(kind: str, adapter: bool) -> None:
     model, folder = encoder_of("tokens", kind), tiny.folder_of(kind)
     whole = AutoModel.from_pretrained(folder).eval()
     if adapter:
-        with_adapter(whole, model)
+        adapter_active(whole, model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = model.encode(TEXTS)
     for row, text in enumerate(TEXTS):
@@ -174,7 +174,7 @@ def test_features_are_the_librarys_mean_pooling(kind: str, adapter: bool) -> Non
     model, folder = encoder_of("classification", kind), tiny.folder_of(kind)
     whole = AutoModel.from_pretrained(folder).eval()
     if adapter:
-        with_adapter(whole, model)
+        adapter_active(whole, model)
     expected = pooled(whole, TEXTS, folder=folder)
     torch.testing.assert_close(seen(model, TEXTS, adapter), expected, rtol=0, atol=1e-5)
 
@@ -192,7 +192,7 @@ def test_a_token_does_not_see_those_behind_it() -> None:
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_pair_read_apart_is_the_product_of_its_texts(kind: str, adapter: bool) -> None:
     model = encoder_of("bi", kind)
-    whole = with_adapter(AutoModel.from_pretrained(tiny.folder_of(kind)).eval(), model)
+    whole = adapter_active(AutoModel.from_pretrained(tiny.folder_of(kind)).eval(), model)
     if not adapter:
         whole = AutoModel.from_pretrained(tiny.folder_of(kind)).eval()
     one, other = (pooled(whole, texts, folder=tiny.folder_of(kind)) for texts in (TEXTS, OTHERS))
@@ -218,7 +218,7 @@ def test_a_pair_read_as_one_is_the_tokenizers_pair(kind: str, adapter: bool) -> 
     model, folder = encoder_of("cross", kind), tiny.folder_of(kind)
     whole = AutoModel.from_pretrained(folder).eval()
     if adapter:
-        with_adapter(whole, model)
+        adapter_active(whole, model)
     pairs = list(zip(TEXTS, OTHERS, strict=True))
     expected = pooled(whole, TEXTS, OTHERS, folder=folder)
     torch.testing.assert_close(seen(model, pairs, adapter), expected, rtol=0, atol=1e-5)
@@ -266,7 +266,7 @@ PAIRS = list(zip(ASKED, ANSWERS, strict=True))
 
 def library(model: LanguageModel, tied: bool = True, chat: bool = False) -> Any:
     whole = LlamaForCausalLM.from_pretrained(tiny.folder_of("llama", tied, chat)).eval()
-    with_adapter(whole.model, model)
+    adapter_active(whole.model, model)
     return whole
 
 
@@ -595,8 +595,8 @@ def test_every_task_is_scored_on_public_rows(kind: str, model: str, tmp_path: Pa
             "two": tiny.write(tmp_path / "two.csv", rows[10:]),
         },
     )
-    adapter, with_adapter = tiny.moved(network), model != "one-hot"
-    found = test.scores(adapter, with_adapter=with_adapter)
+    adapter, adapter_active = tiny.moved(network), model != "one-hot"
+    found = test.scores(adapter, adapter_active=adapter_active)
     assert list(found) == ["", "one", "two"]
     for name in contract.task.metrics:
         assert (found[""][name] is None) == (
@@ -604,7 +604,7 @@ def test_every_task_is_scored_on_public_rows(kind: str, model: str, tmp_path: Pa
         )
     # The rows of a group are scored as they are by themselves.
     alone = PublicTest(contract, network, {"one": tmp_path / "one.csv"})
-    for name, value in alone.metrics(adapter, with_adapter).items():
+    for name, value in alone.metrics(adapter, adapter_active).items():
         expected = found["one"][name]
         assert value == (None if expected is None else pytest.approx(expected, rel=1e-4)), name
     assert len(parse(tiny.table_of(rows), contract).inputs) == len(test.groups)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.site import policy as policies
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.training import dataset, dp_optimizer
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
@@ -182,7 +182,7 @@ def test_a_device_that_is_not_there_is_told(
     )
     # It comes before anything is charged, and no model is kept that would be found next time.
     write_rows(tmp_path / "rows.csv", 120)
-    policy = permitting(
+    policy = permissive_policy(
         table_contract, "north", tmp_path / "rows.csv", None, Performance(device=device)
     )
     ledger = Ledger.in_memory("north")
@@ -254,7 +254,7 @@ def update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Arrays]:
     """For each phase the noiseless sum of clipped gradients over the clip norm."""
-    monkeypatch.setattr(dp_optimizer, "GRAIN", -40)
+    monkeypatch.setattr(dp_optimizer, "NOISE_ROUNDING_LOG2", -40)
     model = build(contract, folder, Performance.model_validate(settings))
     data = dataset.load(rows, contract, model)
     found: dict[str, Arrays] = {}
@@ -374,7 +374,7 @@ def test_the_default_settings_pass_the_bounds_of_the_self_test(
     """Every engine starts a worker: each passes the check that is made before a site trains."""
     path = write_rows(tmp_path / "rows.csv", 20)
     for settings in ({}, {"gradients": "hooks"}, {"gradients": "ghost"}, {"checkpointing": True}):
-        policy = permitting(
+        policy = permissive_policy(
             lora_contract, "north", path, encoder_folder, Performance.model_validate(settings)
         )
         assert not Worker(policy, lora_contract, Ledger.in_memory("north")).ledger.charges
@@ -389,7 +389,7 @@ def test_settings_are_no_part_of_a_contract(
     path = write_rows(tmp_path / "rows.csv", 30)
     before = table_contract.hash
     for settings, _ in TOLERANCES[:9]:
-        policy = permitting(
+        policy = permissive_policy(
             table_contract, "north", path, None, Performance.model_validate(settings)
         )
         worker = Worker(policy, table_contract, Ledger.in_memory("north"))

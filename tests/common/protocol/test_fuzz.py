@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.site.policy import Policy, permitting
+from silotune.client.site.policy import Policy, permissive_policy
 from silotune.common.config import types
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
@@ -39,7 +39,7 @@ MASKED = CONTRACT.changed(
     sites=[{"name": s.name, "public_key": f"{n:064x}"} for n, s in enumerate(CONTRACT.sites, 1)],
     secure_aggregation={},
 )
-POLICY = permitting(MASKED, "Cleveland", Path("records.csv"), None)
+POLICY = permissive_policy(MASKED, "Cleveland", Path("records.csv"), None)
 
 values = st.one_of(
     st.none(),

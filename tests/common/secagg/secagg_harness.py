@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import (
     Agreement,
     Terms,
@@ -27,7 +27,7 @@ from silotune.common.secagg.key_agreement import (
     public_bytes,
     refused,
 )
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -85,7 +85,10 @@ class Cast:
     """The sites of one agreement, and what passed between them and the server."""
 
     def __init__(
-        self, agreed: Terms, who: Iterable[str] | None = None, member: type[Member] = Member
+        self,
+        agreed: Terms,
+        who: Iterable[str] | None = None,
+        member: type[SecAggParticipant] = SecAggParticipant,
     ) -> None:
         self.terms = agreed
         self.members = {
@@ -138,7 +141,7 @@ class Cast:
     ) -> Ints:
         """What an honest server does with these updates. `silent` endorse nothing, `mute` reveal
         nothing."""
-        total = Sum(self.agreement, number, size, ASKED)
+        total = SecAggAggregator(self.agreement, number, size, ASKED)
         for name, sent in masked.items():
             total.add(name, sent)
         survivors = sorted(masked)
@@ -234,10 +237,10 @@ def outcome(cast: Cast, *arguments: Any, **more: Any) -> Ints | ProtocolError:
 Patch = pytest.MonkeyPatch
 
 
-def settling(without: str) -> type[Member]:
+def settling(without: str) -> type[SecAggParticipant]:
     """A site that leaves out one check of a set of survivors."""
 
-    class Settling(Member):
+    class Settling(SecAggParticipant):
         def _settle(self, number: int, survivors: Collection[str]) -> participant._Round:
             agreed, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
             checks = {
@@ -256,7 +259,7 @@ def settling(without: str) -> type[Member]:
     return Settling
 
 
-def no_set_is_for_good(_: Patch) -> type[Member]:
+def no_set_is_for_good(_: Patch) -> type[SecAggParticipant]:
     """The check, and what follows from it: shares that are gone when one set had them."""
 
     class Forgetful(settling("one set")):  # type: ignore[misc]
@@ -272,23 +275,23 @@ def no_set_is_for_good(_: Patch) -> type[Member]:
     return Forgetful
 
 
-def names_are_not_looked_up(patch: Patch) -> type[Member]:
+def names_are_not_looked_up(patch: Patch) -> type[SecAggParticipant]:
     real = agreements.check_keys
     patch.setattr(
         agreements,
         "check_keys",
         lambda agreed, name, keys: name in agreed.roster and real(agreed, name, keys),
     )
-    return Member
+    return SecAggParticipant
 
 
-def signatures_of_keys_are_not_checked(patch: Patch) -> type[Member]:
+def signatures_of_keys_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(agreements, "verifies", lambda *_: True)
-    return Member
+    return SecAggParticipant
 
 
-def sealing_keys_have_no_direction(_: Patch) -> type[Member]:
-    class Symmetric(Member):
+def sealing_keys_have_no_direction(_: Patch) -> type[SecAggParticipant]:
+    class Symmetric(SecAggParticipant):
         def _seal_key(self, agreement: Agreement, peer: str, sender: str, receiver: str) -> bytes:
             first, second = sorted((sender, receiver))
             return super()._seal_key(agreement, peer, first, second)
@@ -296,67 +299,67 @@ def sealing_keys_have_no_direction(_: Patch) -> type[Member]:
     return Symmetric
 
 
-def terms_are_not_checked(patch: Patch) -> type[Member]:
+def terms_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(agreements, "problem_with", lambda *_: "")
-    return Member
+    return SecAggParticipant
 
 
-def sites_endorse_many_sets(_: Patch) -> type[Member]:
-    class Agreeable(Member):
+def sites_endorse_many_sets(_: Patch) -> type[SecAggParticipant]:
+    class Agreeable(SecAggParticipant):
         def endorse(self, number: int, survivors: Collection[str]) -> bytes:
             return self._sign(self._agreed().survivors_statement(number, survivors))
 
     return Agreeable
 
 
-def endorsements_are_not_counted(_: Patch) -> type[Member]:
-    class Trusting(Member):
+def endorsements_are_not_counted(_: Patch) -> type[SecAggParticipant]:
+    class Trusting(SecAggParticipant):
         def _check_endorsed(self, *_: object) -> None:
             pass
 
     return Trusting
 
 
-def endorsements_are_not_verified(patch: Patch) -> type[Member]:
+def endorsements_are_not_verified(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(Agreement, "endorses", lambda *_: True)
-    return Member
+    return SecAggParticipant
 
 
-def a_name_may_count_twice(_: Patch) -> type[Member]:
+def a_name_may_count_twice(_: Patch) -> type[SecAggParticipant]:
     return settling("each once")
 
 
-def endorsements_name_no_round(patch: Patch) -> type[Member]:
+def endorsements_name_no_round(patch: Patch) -> type[SecAggParticipant]:
     real = Agreement.survivors_statement
     patch.setattr(Agreement, "survivors_statement", lambda self, _, who: real(self, 0, who))
-    return Member
+    return SecAggParticipant
 
 
-def endorsements_name_no_agreement(patch: Patch) -> type[Member]:
+def endorsements_name_no_agreement(patch: Patch) -> type[SecAggParticipant]:
     def statement(_: Agreement, number: int, who: Iterable[str]) -> bytes:
         return f"{number} {sorted(who)}".encode()
 
     patch.setattr(Agreement, "survivors_statement", statement)
-    return Member
+    return SecAggParticipant
 
 
-def too_few_are_enough(_: Patch) -> type[Member]:
+def too_few_are_enough(_: Patch) -> type[SecAggParticipant]:
     return settling("enough")
 
 
-def there_is_no_own_mask(patch: Patch) -> type[Member]:
+def there_is_no_own_mask(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(Agreement, "own_mask_key", lambda *_: bytes(32))
-    return Member
+    return SecAggParticipant
 
 
-def values_are_not_checked(patch: Patch) -> type[Member]:
+def values_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
     real = fixed_point.quantise
     patch.setattr(fixed_point, "quantise", lambda values, factor, _: real(values, factor, np.inf))
-    return Member
+    return SecAggParticipant
 
 
-def masks_are_used_again(_: Patch) -> type[Member]:
-    class Repeating(Member):
+def masks_are_used_again(_: Patch) -> type[SecAggParticipant]:
+    class Repeating(SecAggParticipant):
         def mask(self, number: int, *arguments: Any) -> bytes:
             mine = self._rounds[number]
             kept = mine.masking, mine.own_seed
@@ -367,8 +370,8 @@ def masks_are_used_again(_: Patch) -> type[Member]:
     return Repeating
 
 
-def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
-    class Resharing(Member):
+def secrets_are_shared_with_whoever_asks(_: Patch) -> type[SecAggParticipant]:
+    class Resharing(SecAggParticipant):
         def shares(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
             if self.agreement is None:
                 self.kept, self.key = list(self._seeds), self._sealing
@@ -386,16 +389,16 @@ def secrets_are_shared_with_whoever_asks(_: Patch) -> type[Member]:
     return Resharing
 
 
-def seeds_are_not_compared(patch: Patch) -> type[Member]:
+def seeds_are_not_compared(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(
-        Sum,
+        SecAggAggregator,
         "_own",
         lambda self, name, seed: [(self.agreement.own_mask_key(seed, name, self.number), True)],
     )
-    return Member
+    return SecAggParticipant
 
 
-def any_point_is_a_key(patch: Patch) -> type[Member]:
+def any_point_is_a_key(patch: Patch) -> type[SecAggParticipant]:
     def exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
         try:
             return secret.exchange(X25519PublicKey.from_public_bytes(public))
@@ -405,10 +408,10 @@ def any_point_is_a_key(patch: Patch) -> type[Member]:
     for module in (agreements, participant):
         patch.setattr(module, "exchange", exchange)
     patch.setattr(agreements, "_is_low", lambda public: False)
-    return Member
+    return SecAggParticipant
 
 
-def masks_are_for_whatever_was_asked(patch: Patch) -> type[Member]:
+def masks_are_for_whatever_was_asked(patch: Patch) -> type[SecAggParticipant]:
     real = Agreement.mask_key
 
     def mask_key(
@@ -417,4 +420,4 @@ def masks_are_for_whatever_was_asked(patch: Patch) -> type[Member]:
         return real(self, secret, mine, peer, number, b"")
 
     patch.setattr(Agreement, "mask_key", mask_key)
-    return Member
+    return SecAggParticipant

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import key_agreement
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Terms, default_threshold, problem_with
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 from tests.common.secagg.secagg_harness import ASKED, SIZE, Cast, terms
 
 FIELD = 2**255 - 19
@@ -113,7 +113,7 @@ def test_every_fact_of_the_terms_is_signed() -> None:
         "rounds": 3,
         "threshold": 4,
         "max_colluding_sites": 1,
-        "fewest": 4,
+        "min_survivors": 4,
         "roster": dict(first.roster) | {"a": "0" * 64},
     }
     assert set(others) == set(facts)
@@ -124,7 +124,7 @@ def test_every_fact_of_the_terms_is_signed() -> None:
 def test_a_sum_is_opened_once() -> None:
     cast = Cast(terms(3, 3)).agree()
     masked = {name: cast.mask(name) for name in "abc"}
-    total = Sum(cast.agreement, 1, SIZE, ASKED)
+    total = SecAggAggregator(cast.agreement, 1, SIZE, ASKED)
     for name, sent in masked.items():
         total.add(name, sent)
     reveals = {name: m.reveal(1, "abc", {}) for name, m in cast.members.items()}
@@ -135,4 +135,4 @@ def test_a_sum_is_opened_once() -> None:
 
 def test_a_name_that_is_not_in_the_roster_has_no_part() -> None:
     with pytest.raises(ProtocolError, match="not in the roster"):
-        Member(terms(3, 3), "x", lambda statement: bytes(64))
+        SecAggParticipant(terms(3, 3), "x", lambda statement: bytes(64))

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Agreement, PublicKeys, Terms
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 from tests.common.secagg.secagg_harness import (
     ASKED,
     BOUND,
@@ -69,7 +69,7 @@ def plays(draw: st.DrawFn) -> dict[str, Any]:
         "n": n,
         "threshold": threshold,
         "max_colluding_sites": max_colluding_sites,
-        "fewest": draw(st.integers(0, n)),
+        "min_survivors": draw(st.integers(0, n)),
         "size": draw(st.integers(1, 50)),
         "seed": draw(st.integers(0, 999)),
         **{
@@ -85,8 +85,10 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
     play: dict[str, Any],
 ) -> None:
     n, size, rng = play["n"], play["size"], np.random.default_rng(play["seed"])
-    asked = terms(n, play["threshold"], play["max_colluding_sites"], fewest=play["fewest"])
-    least = max(play["threshold"], play["fewest"])
+    asked = terms(
+        n, play["threshold"], play["max_colluding_sites"], min_survivors=play["min_survivors"]
+    )
+    least = max(play["threshold"], play["min_survivors"])
     assert asked.least == least
 
     def agree(who: list[str], attempt: int) -> Cast | None:
@@ -94,7 +96,7 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
             n,
             play["threshold"],
             play["max_colluding_sites"],
-            fewest=play["fewest"],
+            min_survivors=play["min_survivors"],
             attempt=attempt,
         )
         cast = Cast(again, who)
@@ -136,7 +138,7 @@ def test_a_round_gives_the_exact_sum_or_a_refusal_and_that_only_when_too_few_rem
 
 def test_the_sum_comes_back_as_values() -> None:
     cast = Cast(terms(3, 3)).agree()
-    total = Sum(cast.agreement, 1, SIZE, ASKED)
+    total = SecAggAggregator(cast.agreement, 1, SIZE, ASKED)
     for name, sent in everyone(cast).items():
         total.add(name, sent)
     reveals = {m: site.reveal(1, names(3), {}) for m, site in cast.members.items()}
@@ -227,7 +229,7 @@ def test_each_stage_asked_again_gives_the_same_bytes() -> None:
 def test_refused_updates_and_updates_of_others_leave_a_sum_as_it_was() -> None:
     cast = Cast(terms(4, 3)).agree()
     masked = everyone(cast)
-    total = Sum(cast.agreement, 1, SIZE, ASKED)
+    total = SecAggAggregator(cast.agreement, 1, SIZE, ASKED)
     for name, sent in masked.items():
         refused(lambda m=name, s=sent: total.add(m, s + b"\0"), code="E502")
         refused(lambda m=name, s=sent: total.add(m, s[:-3]), code="E502")
@@ -251,7 +253,7 @@ def test_shares_of_those_who_did_not_survive_are_not_used() -> None:
     cast = Cast(terms(5, 4)).agree()
     masked = {name: cast.mask(name) for name in "bcde"}
     signatures = cast.endorsed("bcde", "bcde")
-    total = Sum(cast.agreement, 1, SIZE, ASKED)
+    total = SecAggAggregator(cast.agreement, 1, SIZE, ASKED)
     for name, sent in masked.items():
         total.add(name, sent)
     reveals = {m: cast.members[m].reveal(1, "bcde", signatures) for m in "bcde"}
@@ -408,7 +410,7 @@ def test_a_roster_with_one_key_twice_is_refused() -> None:
         {"rounds": 1},
         {"threshold": 4},
         {"max_colluding_sites": 1},
-        {"fewest": 4},
+        {"min_survivors": 4},
         {"roster": {**terms(4, 3).roster, "d": terms(5, 4).roster["e"]}},
     ],
 )
@@ -440,10 +442,10 @@ def test_every_byte_of_a_sites_keys_is_under_its_signature() -> None:
 
 
 def test_only_sites_of_the_roster_take_part() -> None:
-    refused(lambda: Member(terms(3, 3), "x", signing_key("x").sign), "not in the roster")
+    refused(lambda: SecAggParticipant(terms(3, 3), "x", signing_key("x").sign), "not in the roster")
     cast = Cast(terms(3, 3))
     refused(lambda: cast.members["a"].shares({m: cast.keys[m] for m in "bc"} | {"a": b""}))
-    other = Member(cast.terms, "a", signing_key("a").sign)
+    other = SecAggParticipant(cast.terms, "a", signing_key("a").sign)
     refused(lambda: cast.members["a"].shares(cast.keys | {"a": other.keys}), "own keys")
 
 
@@ -460,7 +462,7 @@ def test_keys_are_shared_with_one_set_of_members_only() -> None:
     cast = Cast(terms(4, 3))
     site = cast.members["a"]
     sealed = dict(site.shares(cast.keys))
-    renewed = Member(cast.terms, "d", signing_key("d").sign).keys
+    renewed = SecAggParticipant(cast.terms, "d", signing_key("d").sign).keys
     for others in ({m: cast.keys[m] for m in "abc"}, cast.keys | {"d": renewed}):
         refused(lambda keys=others: site.shares(keys), "shared with other members already")
     assert site.shares(cast.keys) == sealed
@@ -487,7 +489,7 @@ def test_a_site_that_was_started_again_takes_no_keys_of_before(greater: bool) ->
     cast = Cast(agreed)
     before = next(
         other.keys
-        for other in iter(lambda: Member(agreed, "a", signing_key("a").sign), None)
+        for other in iter(lambda: SecAggParticipant(agreed, "a", signing_key("a").sign), None)
         if (other.keys > cast.keys["a"]) == greater
     )
     refused(lambda: cast.members["a"].shares(cast.keys | {"a": before}), "own keys are not among")
@@ -535,7 +537,11 @@ def reachable(thing: object) -> set[bytes]:
         return reachable(list(thing.values()))
     if isinstance(thing, list | tuple):
         return set().union(*map(reachable, thing))
-    return reachable(vars(thing)) if isinstance(thing, Member | participant._Round) else set()
+    return (
+        reachable(vars(thing))
+        if isinstance(thing, SecAggParticipant | participant._Round)
+        else set()
+    )
 
 
 def test_a_secret_goes_as_soon_as_its_round_allows() -> None:

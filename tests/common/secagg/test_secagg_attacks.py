@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from silotune.common.errors import ProtocolError
 from silotune.common.secagg import fixed_point, participant, shamir
 from silotune.common.secagg import key_agreement as agreements
-from silotune.common.secagg.aggregator import Sum
+from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import PublicKeys, Terms, derive, keys_statement
-from silotune.common.secagg.participant import Member
+from silotune.common.secagg.participant import SecAggParticipant
 from tests.common.secagg import secagg_harness as weak
 from tests.common.secagg.secagg_harness import (
     ASKED,
@@ -38,9 +38,9 @@ from tests.common.secagg.secagg_harness import (
 )
 
 Found = tuple[Any, Any]  # what was recovered, if anything, and what it should be
-Attack = Callable[[type[Member]], Found]
+Attack = Callable[[type[SecAggParticipant]], Found]
 Patch = weak.Patch
-Weakness = Callable[[Patch], type[Member]]
+Weakness = Callable[[Patch], type[SecAggParticipant]]
 LOW_ORDER = (
     bytes(32),
     b"\x01" + bytes(31),
@@ -62,7 +62,7 @@ def alone(spy: Eavesdropper, victims: str = "a") -> Found:
 # --- (a) shares of both kinds ----------------------------------------------------------------
 
 
-def asks_for_both_kinds(member: type[Member]) -> Found:
+def asks_for_both_kinds(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(4, 3), member=member).agree()
     everyone_masks(cast)
     spy = Eavesdropper(cast)
@@ -77,7 +77,7 @@ def asks_for_both_kinds(member: type[Member]) -> Found:
 # --- (b), (c) keys that are not the sites' ---------------------------------------------------
 
 
-def plays_the_others(member: type[Member], others: str = "bcd") -> Found:
+def plays_the_others(member: type[SecAggParticipant], others: str = "bcd") -> Found:
     """All others of the victim's agreement are the server: Sybils, or it sits in between."""
     cast = Cast(terms(4, 3), "a", member=member)
     own = signing_key("the server's")
@@ -94,7 +94,7 @@ def plays_the_others(member: type[Member], others: str = "bcd") -> Found:
         }
     )
     for name in others:
-        fake = Member(forged, name, own.sign)
+        fake = SecAggParticipant(forged, name, own.sign)
         cast.secrets[name], fake.terms = list(fake._seeds), cast.terms
         cast.members[name], cast.keys[name] = fake, fake.keys
     cast.agree()
@@ -105,7 +105,7 @@ def plays_the_others(member: type[Member], others: str = "bcd") -> Found:
 # --- (d) shares that went elsewhere ----------------------------------------------------------
 
 
-def sends_shares_back(member: type[Member]) -> Found:
+def sends_shares_back(member: type[SecAggParticipant]) -> Found:
     """The victim holds its own shares for another's, and gives the kind it must not give."""
     cast = Cast(terms(4, 3), member=member)
     cast.sealed = {name: dict(site.shares(cast.keys)) for name, site in cast.members.items()}
@@ -125,7 +125,7 @@ def sends_shares_back(member: type[Member]) -> Found:
 
 
 def uses_weak_terms(
-    member: type[Member], n: int, threshold: int, max_colluding_sites: int, told_all: int
+    member: type[SecAggParticipant], n: int, threshold: int, max_colluding_sites: int, told_all: int
 ) -> Found:
     """`told_all` honest sites hear that all survived, the others that the first did not."""
     cast = Cast(terms(n, threshold, max_colluding_sites), member=member).agree()
@@ -165,21 +165,21 @@ def collects(spy: Eavesdropper, signed: Callable[[str], tuple[Any, Mapping[str, 
     return alone(spy, "ab")
 
 
-def tells_each_another_set(member: type[Member]) -> Found:
+def tells_each_another_set(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(5, 3), member=member).agree()
     return collects(
         Eavesdropper(cast), lambda name: (VIEWS[name], cast.endorsed(VIEWS[name], VIEWS[name]))
     )
 
 
-def shows_each_its_own_signature(member: type[Member]) -> Found:
+def shows_each_its_own_signature(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(5, 3), member=member).agree()
     return collects(
         Eavesdropper(cast), lambda name: (VIEWS[name], cast.endorsed(name, VIEWS[name]))
     )
 
 
-def names_each_three_times(member: type[Member]) -> Found:
+def names_each_three_times(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(5, 3), member=member).agree()
 
     def signed(name: str) -> tuple[list[str], dict[str, bytes]]:
@@ -189,7 +189,7 @@ def names_each_three_times(member: type[Member]) -> Found:
     return collects(Eavesdropper(cast), signed)
 
 
-def replays_endorsements(member: type[Member], per_attempt: bool) -> Found:
+def replays_endorsements(member: type[SecAggParticipant], per_attempt: bool) -> Found:
     """Three rounds, or three attempts at one, lost another two sites each: no lie so far."""
     sets, old = dict.fromkeys(VIEWS.values()), {}
     cast = Cast(terms(5, 3, rounds=4), member=member).agree()
@@ -207,8 +207,8 @@ def replays_endorsements(member: type[Member], per_attempt: bool) -> Found:
 # --- (h), (j) too few, too late --------------------------------------------------------------
 
 
-def sums_fewer_than_agreed(member: type[Member]) -> Found:
-    cast = Cast(terms(4, 3, fewest=4), member=member).agree()
+def sums_fewer_than_agreed(member: type[SecAggParticipant]) -> Found:
+    cast = Cast(terms(4, 3, min_survivors=4), member=member).agree()
     everyone_masks(cast)
     spy, signatures = Eavesdropper(cast), cast.endorsed("bcd", "bcd")
     for name in "bcd":
@@ -216,7 +216,7 @@ def sums_fewer_than_agreed(member: type[Member]) -> Found:
     return alone(spy, "bcd")
 
 
-def calls_a_slow_site_missing(member: type[Member]) -> Found:
+def calls_a_slow_site_missing(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(4, 3), member=member).agree()
     for name in "bcd":
         cast.mask(name)
@@ -237,7 +237,7 @@ def calls_a_slow_site_missing(member: type[Member]) -> Found:
 # --- (k), (l) values beyond the bound, and asking twice --------------------------------------
 
 
-def hides_a_huge_value(member: type[Member]) -> Found:
+def hides_a_huge_value(member: type[SecAggParticipant]) -> Found:
     """A site that turns once around the ring: the sum opens as if it had kept to the bound."""
     cast = Cast(terms(3, 3), member=member).agree()
     factor = factor_of(3)
@@ -247,7 +247,7 @@ def hides_a_huge_value(member: type[Member]) -> Found:
     return cast.finish(1, masked), wrapped + cast.truth("b") + cast.truth("c")
 
 
-def asks_all_others_for_what_it_knows(member: type[Member]) -> Found:
+def asks_all_others_for_what_it_knows(member: type[SecAggParticipant]) -> Found:
     """Pasquini et al. 2022: an adapter whose update the server can work out goes to the others."""
     cast = Cast(terms(4, 3), member=member).agree()
     known = {name: update(name, 9) for name in "bcd"}
@@ -257,14 +257,14 @@ def asks_all_others_for_what_it_knows(member: type[Member]) -> Found:
     return total - sum(units(known[name], factor_of(4)) for name in "bcd"), cast.truth("a")
 
 
-def has_a_round_masked_twice(member: type[Member]) -> Found:
+def has_a_round_masked_twice(member: type[SecAggParticipant]) -> Found:
     cast = Cast(terms(3, 3), member=member).agree()
     first = fixed_point._unpack(cast.mask("a"))
     second = fixed_point._unpack(cast.mask("a", 1, update("a", 2)))
     return centred(first - second), cast.truth("a") - cast.truth("a", 2)
 
 
-def has_secrets_shared_twice(member: type[Member]) -> Found:
+def has_secrets_shared_twice(member: type[SecAggParticipant]) -> Found:
     """The one colluding site signs other keys, so that all start over with the secrets they had:
     first the victim survives, then it is missing."""
     cast = Cast(terms(5, 4, 1), member=member).agree()
@@ -273,7 +273,7 @@ def has_secrets_shared_twice(member: type[Member]) -> Found:
     for name, site in cast.members.items():
         first.hear(name, "abcde", site.reveal(1, "abcde", {}))
     seed, sent, view = first.secret("a", own=True), cast.masked["a", 1], cast.agreement
-    cast.members["e"] = Member(cast.terms, "e", signing_key("e").sign)
+    cast.members["e"] = SecAggParticipant(cast.terms, "e", signing_key("e").sign)
     cast.keys = {name: site.keys for name, site in cast.members.items()}
     cast.agree()
     for name in "bcde":
@@ -295,12 +295,12 @@ def has_secrets_shared_twice(member: type[Member]) -> Found:
 # --- (m), (n) malicious sites ----------------------------------------------------------------
 
 
-def spoils_a_share(_: type[Member]) -> Found:
+def spoils_a_share(_: type[SecAggParticipant]) -> Found:
     """Of one element a left mask is beyond every honest sum only in half of the cases."""
     opened = []
     for _attempt in range(64):
         cast = Cast(terms(3, 3)).agree()
-        total = Sum(cast.agreement, 1, 1, ASKED)
+        total = SecAggAggregator(cast.agreement, 1, 1, ASKED)
         for name in "abc":
             total.add(name, cast.mask(name, 1, update(name, 1, 1)))
         reveals = {m: dict(site.reveal(1, "abc", {})) for m, site in cast.members.items()}
@@ -314,7 +314,9 @@ def spoils_a_share(_: type[Member]) -> Found:
     return any(value != honest for value in opened), True
 
 
-def publishes_low_order_points(member: type[Member], point: bytes, masking: bool = False) -> Found:
+def publishes_low_order_points(
+    member: type[SecAggParticipant], point: bytes, masking: bool = False
+) -> Found:
     """Whoever listens, with no secret of any site, opens what was sealed for such a key, or takes
     such a pairwise mask off."""
     cast = Cast(terms(4, 3), member=member)
@@ -403,10 +405,10 @@ UNNOTICED = {"late"}  # the site cannot know that it was called missing; its own
 def test_the_attack_fails(case: str) -> None:
     attack, _ = CASES[case]
     if case in UNNOTICED:
-        assert attack(Member)[0] is None
+        assert attack(SecAggParticipant)[0] is None
         return
     with pytest.raises(ProtocolError) as caught:
-        attack(Member)
+        attack(SecAggParticipant)
     assert caught.value.code == CODES.get(case, "E504")
 
 
@@ -438,7 +440,7 @@ def test_two_tales_are_never_enough_under_terms_that_are_allowed(n: int, t: int,
 
 def test_a_key_replaced_for_some_members_is_noticed_by_each_of_them() -> None:
     cast = Cast(terms(4, 3))
-    forged = Member(cast.terms, "b", signing_key("the server's").sign).keys
+    forged = SecAggParticipant(cast.terms, "b", signing_key("the server's").sign).keys
     for name in "acd":
         with pytest.raises(ProtocolError, match="keys of b are not signed"):
             cast.members[name].shares(cast.keys | {"b": forged})
@@ -446,7 +448,7 @@ def test_a_key_replaced_for_some_members_is_noticed_by_each_of_them() -> None:
 
 def test_members_who_saw_other_keys_of_a_colluding_site_share_nothing() -> None:
     cast = Cast(terms(4, 3, 1))
-    other = cast.keys | {"d": Member(cast.terms, "d", signing_key("d").sign).keys}
+    other = cast.keys | {"d": SecAggParticipant(cast.terms, "d", signing_key("d").sign).keys}
     sealed = {m: dict(cast.members[m].shares(cast.keys if m == "a" else other)) for m in "abc"}
     for sender, receiver in itertools.permutations("abc", 2):
         view = cast.members[receiver].agreement
@@ -518,7 +520,7 @@ def test_a_spoilt_share_of_either_kind_is_noticed_and_other_shares_still_do(
     present: str, name: str
 ) -> None:
     cast = Cast(terms(4, 3)).agree()
-    total = Sum(cast.agreement, 1, SIZE, ASKED)
+    total = SecAggAggregator(cast.agreement, 1, SIZE, ASKED)
     for each in present:
         total.add(each, cast.mask(each))
     signatures = cast.endorsed(present, present) if present != "abcd" else {}

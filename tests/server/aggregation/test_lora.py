@@ -81,7 +81,7 @@ def test_turning_keeps_every_product_and_makes_a_orthonormal(seed: int, out: int
     adapter = draw(rng, out=out)
     velocity = {B: draw(rng, out=out)[B]}
     mean = {A: adapter[A], B: draw(rng, out=out)[B]}
-    turned, fast, slow = lora.turned(adapter, velocity, mean)
+    turned, fast, slow = lora.refactorise(adapter, velocity, mean)
     np.testing.assert_allclose(turned[A] @ turned[A].T, np.eye(RANK), atol=1e-5)
     np.testing.assert_allclose(product(turned), product(adapter), atol=1e-4)
     np.testing.assert_allclose(product(slow), product(mean), atol=1e-4)
@@ -100,7 +100,7 @@ def test_turning_keeps_every_product_and_makes_a_orthonormal(seed: int, out: int
 def test_a_product_of_zero_is_left_alone() -> None:
     adapter = draw(np.random.default_rng(0))
     adapter[B][:] = 0
-    (turned,) = lora.turned(adapter)
+    (turned,) = lora.refactorise(adapter)
     np.testing.assert_array_equal(turned[A], adapter[A])
 
 
@@ -126,9 +126,9 @@ def test_with_an_orthonormal_a_fedsvd_is_ffa_in_other_coordinates(seed: int) -> 
                     total += g * min(1.0, 1.0 / np.linalg.norm(g))
                 updates[f"s{site}"] = {B: (-0.05 * total).astype(np.float32)}
             mean = aggregate.weighted_mean(updates, dict.fromkeys(updates, 1.0))
-            moved, fast[name] = server_optimizer.heavy_ball(state, fast[name], mean, 0.9)
+            moved, fast[name] = server_optimizer.server_momentum_step(state, fast[name], mean, 0.9)
             if name == "svd":
-                moved, fast[name] = lora.turned(moved, fast[name])
+                moved, fast[name] = lora.refactorise(moved, fast[name])
             state.update(moved)
     np.testing.assert_allclose(product(svd), product(ffa), atol=2e-4)
 

@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 from silotune.common.contract.aggregation import Adaptive
 from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation.mean import weighted_mean
-from silotune.server.aggregation.server_optimizer import adaptive_step, heavy_ball, running_mean
+from silotune.server.aggregation.server_optimizer import (
+    adaptive_step,
+    running_mean,
+    server_momentum_step,
+)
 
 FUZZ = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 SHAPES = {"head.bias": (2,), "head.weight": (2, 3), "x.lora_B": (3, 2)}
@@ -102,7 +106,7 @@ def test_inputs_are_left_alone() -> None:
     for array in [*updates["a"].values(), *adapter.values(), *velocity.values()]:
         array.flags.writeable = False
     change = weighted_mean(updates, {"a": 2.0})
-    heavy_ball(adapter, velocity, change, 0.9)
+    server_momentum_step(adapter, velocity, change, 0.9)
     running_mean(adapter, 3, velocity)
     for before, after in zip(copies, (updates["a"], adapter, velocity), strict=True):
         assert same(before, after)
@@ -118,7 +122,7 @@ def test_heavy_ball(seed: int, momentum: float, steps: int) -> None:
     adapter: Arrays = start
     velocity: Arrays = {}
     for change in changes:
-        adapter, velocity = heavy_ball(adapter, velocity, change, momentum)
+        adapter, velocity = server_momentum_step(adapter, velocity, change, momentum)
     for name, array in adapter.items():
         x = start[name].astype(np.float64)
         for t in range(steps):
@@ -132,7 +136,7 @@ def test_heavy_ball(seed: int, momentum: float, steps: int) -> None:
 def test_without_momentum_the_step_is_the_change() -> None:
     rng = np.random.default_rng(0)
     adapter, change = draw(rng), draw(rng)
-    after, velocity = heavy_ball(adapter, draw(rng), change, 0.0)
+    after, velocity = server_momentum_step(adapter, draw(rng), change, 0.0)
     assert same(velocity, change)
     assert same(after, {n: adapter[n] + change[n] for n in adapter})
 
@@ -141,7 +145,7 @@ def test_frozen_tensors_stay_bit_by_bit() -> None:
     rng = np.random.default_rng(0)
     adapter = draw(rng, SHAPES | {"x.lora_A": (2, 3)})
     change = draw(rng)
-    after, velocity = heavy_ball(adapter, {}, change, 0.9)
+    after, velocity = server_momentum_step(adapter, {}, change, 0.9)
     assert after.keys() == adapter.keys()
     assert velocity.keys() == change.keys()
     assert after["x.lora_A"].tobytes() == adapter["x.lora_A"].tobytes()
@@ -189,7 +193,7 @@ def test_a_tensor_without_velocity_starts_at_rest() -> None:
     rng = np.random.default_rng(0)
     adapter, change = draw(rng), draw(rng)
     old = {"head.bias": np.ones(2, np.float32)}
-    after, _ = heavy_ball(adapter, old, change, 0.5)
+    after, _ = server_momentum_step(adapter, old, change, 0.5)
     np.testing.assert_array_equal(
         after["head.weight"], adapter["head.weight"] + change["head.weight"]
     )

@@ -17,14 +17,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, UsageError
 from silotune.common.protocol import join_request
 from silotune.common.protocol.join_request import JoinRequest
 from silotune.server.operations import certificate_authority
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 
 
 def node_key() -> str:
@@ -38,20 +38,20 @@ def request(site: str = "hospital-a", **changes: Any) -> JoinRequest:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place.create(tmp_path / "server", ServerSettings(host="fl.example.org"))
+def place(tmp_path: Path) -> ServerFolder:
+    return ServerFolder.create(tmp_path / "server", ServerSettings(host="fl.example.org"))
 
 
-def test_the_folder_is_closed_and_made_once(place: Place) -> None:
+def test_the_folder_is_closed_and_made_once(place: ServerFolder) -> None:
     for path in (place.folder, *place.folder.rglob("*")):
         assert path.stat().st_mode & 0o077 == 0, path
     with pytest.raises(UsageError, match="holds a server already"):
-        Place.create(place.folder, ServerSettings(host="other.example.org"))
+        ServerFolder.create(place.folder, ServerSettings(host="other.example.org"))
     assert place.settings == ServerSettings(host="fl.example.org")
 
 
 def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
-    place: Place,
+    place: ServerFolder,
 ) -> None:
     ca, server = (
         x509.load_pem_x509_certificate((place.folder / f"{name}.crt").read_bytes())
@@ -74,7 +74,7 @@ def test_the_certificate_is_for_the_host_and_the_loopback_and_signed_by_the_ca(
     assert other_key.key_size == 384
 
 
-def test_openssl_agrees(place: Place) -> None:
+def test_openssl_agrees(place: ServerFolder) -> None:
     done = subprocess.run(
         [
             "openssl",
@@ -106,7 +106,7 @@ def test_openssl_agrees(place: Place) -> None:
     )
 
 
-def test_a_request_is_admitted_by_the_fingerprint_that_was_read_out(place: Place) -> None:
+def test_a_request_is_admitted_by_the_fingerprint_that_was_read_out(place: ServerFolder) -> None:
     found = request()
     assert re.fullmatch(r"([0-9A-F]{2}:){15}[0-9A-F]{2}", found.fingerprint)
     for wrong in (request().fingerprint, "00:" * 15 + "00"):
@@ -129,7 +129,7 @@ def test_every_field_is_in_the_fingerprint(field: str) -> None:
     assert changed.fingerprint != first.fingerprint
 
 
-def test_a_name_and_a_key_are_one_sites(place: Place) -> None:
+def test_a_name_and_a_key_are_one_sites(place: ServerFolder) -> None:
     first = request()
     place.admit(first, first.fingerprint)
     for other, says in (
@@ -174,7 +174,7 @@ def test_a_host_cannot_write_into_nginx_own_file(host: str) -> None:
 @pytest.mark.skipif(
     not (shutil.which("nginx") or Path("/usr/sbin/nginx").exists()), reason="no nginx here"
 )
-def test_nginx_takes_its_configuration(place: Place) -> None:
+def test_nginx_takes_its_configuration(place: ServerFolder) -> None:
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     done = subprocess.run(
         [nginx, "-t", "-c", place.folder / "nginx.conf", "-p", place.folder / "nginx"],
@@ -192,7 +192,9 @@ def draft(contract: Contract, *names: str, **changes: Any) -> Contract:
     return contract.changed(sites=[{"name": n, "weight": 2.0} for n in names], **changes)
 
 
-def test_a_contract_gets_the_keys_of_the_roster(place: Place, table_contract: Contract) -> None:
+def test_a_contract_gets_the_keys_of_the_roster(
+    place: ServerFolder, table_contract: Contract
+) -> None:
     for name in ("north", "south", "east"):
         found = request(name)
         place.admit(found, found.fingerprint)
@@ -210,7 +212,7 @@ def test_a_contract_gets_the_keys_of_the_roster(place: Place, table_contract: Co
 
 
 def test_a_contract_is_replaced_only_when_it_is_asked_for_and_no_run_has_used_it(
-    place: Place, table_contract: Contract
+    place: ServerFolder, table_contract: Contract
 ) -> None:
     draft_, other = Path("a.toml"), table_contract.changed(deadline_seconds=1.0)
     path = place.write_contract(table_contract, draft_)
@@ -226,7 +228,7 @@ def test_a_contract_is_replaced_only_when_it_is_asked_for_and_no_run_has_used_it
 
 
 def test_sites_whose_updates_could_not_count_are_named(
-    place: Place, table_contract: Contract
+    place: ServerFolder, table_contract: Contract
 ) -> None:
     admitted(place, "north", "south")
     made = place.with_roster(draft(table_contract, "north", "south"), masked=False)
@@ -250,7 +252,7 @@ def test_sites_whose_updates_could_not_count_are_named(
         assert problem in str(caught.value)
 
 
-def test_a_contract_for_nobody_in_the_roster(place: Place, table_contract: Contract) -> None:
+def test_a_contract_for_nobody_in_the_roster(place: ServerFolder, table_contract: Contract) -> None:
     found = request("north")
     place.admit(found, found.fingerprint)
     with pytest.raises(UsageError, match="names west, east; the roster has north"):
@@ -260,7 +262,7 @@ def test_a_contract_for_nobody_in_the_roster(place: Place, table_contract: Contr
 def test_nginx_knows_the_superlink_by_a_name_of_its_certificate(tmp_path: Path) -> None:
     """It matches names, never addresses; certificates of earlier versions have the host alone."""
     for host in ("127.0.0.1", "fl.example.org", "192.0.2.7"):
-        made = Place.create(tmp_path / host, ServerSettings(host=host))
+        made = ServerFolder.create(tmp_path / host, ServerSettings(host=host))
         assert "localhost" in certificate_authority.dns_names(
             (made.folder / "server.crt").read_bytes()
         )
@@ -272,14 +274,16 @@ def test_nginx_knows_the_superlink_by_a_name_of_its_certificate(tmp_path: Path) 
     assert "proxy_ssl_name 192.0.2.7;" in (made.folder / "nginx.conf").read_text()
 
 
-def admitted(place: Place, *names: str) -> Place:
+def admitted(place: ServerFolder, *names: str) -> ServerFolder:
     for name in names:
         found = request(name)
         place.admit(found, found.fingerprint)
     return place
 
 
-def test_masks_are_added_where_they_can_be_had(place: Place, table_contract: Contract) -> None:
+def test_masks_are_added_where_they_can_be_had(
+    place: ServerFolder, table_contract: Contract
+) -> None:
     """By the sites that the contract names, not by those in the roster."""
     admitted(place, "north", "south", "east", "west")
     two = place.with_roster(draft(table_contract, "north", "south"), masked=True)
@@ -309,13 +313,13 @@ def test_masks_are_added_where_they_can_be_had(place: Place, table_contract: Con
 
 
 def test_a_contract_that_the_server_made_is_permitted_by_a_site_that_asks_for_masks(
-    place: Place, table_contract: Contract, tmp_path: Path
+    place: ServerFolder, table_contract: Contract, tmp_path: Path
 ) -> None:
     admitted(place, "north", "south", "east")
     wanted = draft(table_contract, "north", "south", "east", quorum=3)
     made = place.with_roster(wanted, masked=True)
     for contract, codes in ((made, []), (wanted, ["E205"])):
-        policy = permitting(contract, "north", tmp_path / "rows.csv", None)
+        policy = permissive_policy(contract, "north", tmp_path / "rows.csv", None)
         permits = policy.permits.model_copy(update={"masked_only": "auto"})
         found = policy.model_copy(update={"permits": permits}).refusals(contract)
         assert [refusal.code for refusal in found] == codes

@@ -13,7 +13,7 @@ import pytest
 
 from silotune.common.errors import UsageError
 from silotune.common.runtime.journal import Journal
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.service import Service
 
 
@@ -45,7 +45,9 @@ def listening(context: ssl.SSLContext | None = None) -> Iterator[int]:
 
 
 def service(folder: Path, **settings: int) -> Service:
-    made = Place.create(folder, ServerSettings.model_validate({"host": "127.0.0.1", **settings}))
+    made = ServerFolder.create(
+        folder, ServerSettings.model_validate({"host": "127.0.0.1", **settings})
+    )
     return Service(made, Journal("server"))
 
 

@@ -17,7 +17,7 @@ from silotune.common.errors import ContractError
 from silotune.common.runtime import prometheus
 from silotune.common.runtime.process_lock import try_lock
 from silotune.server.operations import telemetry
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage.run_store import Registry
 
@@ -27,8 +27,10 @@ RUN: Event = {"at": 100.0, "event": "run", "run": "r", "contract": "0" * 64, "ro
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place.create(tmp_path / "server", ServerSettings(host="fl.example.org", metrics_port=1))
+def place(tmp_path: Path) -> ServerFolder:
+    return ServerFolder.create(
+        tmp_path / "server", ServerSettings(host="fl.example.org", metrics_port=1)
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def listening() -> Iterator[Callable[[], int]]:
         listener.close()
 
 
-def write(place: Place, run: str, *events: Event, end: str = "\n") -> Path:
+def write(place: ServerFolder, run: str, *events: Event, end: str = "\n") -> Path:
     folder = place.runs / run
     folder.mkdir(exist_ok=True)
     file = folder / "events.jsonl"
@@ -54,7 +56,7 @@ def write(place: Place, run: str, *events: Event, end: str = "\n") -> Path:
 
 
 @contextlib.contextmanager
-def carried_out(place: Place, run: str) -> Iterator[None]:
+def carried_out(place: ServerFolder, run: str) -> Iterator[None]:
     """A process holds the run."""
     (place.runs / run).mkdir(exist_ok=True)
     held = try_lock(place.runs / run / ".lock")
@@ -63,7 +65,7 @@ def carried_out(place: Place, run: str) -> Iterator[None]:
     os.close(held)
 
 
-def shown(place: Place) -> Shown:
+def shown(place: ServerFolder) -> Shown:
     text = prometheus.text(ServerMonitor(place, lambda _: True).collect()).decode()
     return {
         (s.name.removeprefix("silotune_server_"), *s.labels.values()): s.value
@@ -72,7 +74,7 @@ def shown(place: Place) -> Shown:
     }
 
 
-def test_a_new_server_has_certificates_and_nobody(place: Place) -> None:
+def test_a_new_server_has_certificates_and_nobody(place: ServerFolder) -> None:
     found = shown(place)
     ca, server = (found["certificate_expiry_timestamp_seconds", n] for n in ("ca", "server"))
     assert ca - server == pytest.approx((3650 - 397) * 86400, abs=60)
@@ -80,7 +82,7 @@ def test_a_new_server_has_certificates_and_nobody(place: Place) -> None:
     assert not any(name[0].startswith("run_") for name in found)
 
 
-def test_a_run_that_goes_well(place: Place) -> None:
+def test_a_run_that_goes_well(place: ServerFolder) -> None:
     write(
         place,
         "r",
@@ -107,7 +109,7 @@ def test_a_run_that_goes_well(place: Place) -> None:
     }
 
 
-def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: Place) -> None:
+def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: ServerFolder) -> None:
     events: list[Event] = [
         RUN,
         {"at": 110.0, "event": "committed", "round": 1, "sites": []},
@@ -133,7 +135,7 @@ def test_stopped_until_it_is_resumed_and_the_pause_is_no_round(place: Place) -> 
     assert found["run_stopped", "r"] == 0
 
 
-def test_a_run_whose_process_died_counts_as_stopped(place: Place) -> None:
+def test_a_run_whose_process_died_counts_as_stopped(place: ServerFolder) -> None:
     """SIGKILL writes no event: that nobody carries the run out is all there is to see."""
     write(place, "r", RUN, {"at": 110.0, "event": "committed", "round": 1, "sites": []})
     with carried_out(place, "r"):
@@ -143,7 +145,7 @@ def test_a_run_whose_process_died_counts_as_stopped(place: Place) -> None:
     assert shown(place)["run_stopped", "new"] == 0
 
 
-def test_a_round_made_again_counts_once(place: Place) -> None:
+def test_a_round_made_again_counts_once(place: ServerFolder) -> None:
     write(
         place,
         "r",
@@ -153,12 +155,12 @@ def test_a_round_made_again_counts_once(place: Place) -> None:
     assert shown(place)["run_rounds_committed", "r"] == 1
 
 
-def test_half_a_line_is_passed_over(place: Place) -> None:
+def test_half_a_line_is_passed_over(place: ServerFolder) -> None:
     write(place, "r", RUN, end='\n{"at": 3, "eve')
     assert shown(place)["run_rounds_planned", "r"] == 3
 
 
-def test_the_registrys_own_events_are_read(place: Place, table_contract: Contract) -> None:
+def test_the_registrys_own_events_are_read(place: ServerFolder, table_contract: Contract) -> None:
     registry = Registry.create(place.runs / "own", table_contract, place.runs / ".receipts")
     registry.event("run", run="own", contract=table_contract.hash, rounds=3)
     registry.event("rejected", round=1, site='north "x"\n', code="E402")
@@ -168,7 +170,7 @@ def test_the_registrys_own_events_are_read(place: Place, table_contract: Contrac
     assert found["run_last_event_timestamp_seconds", "own"] > 1e9
 
 
-def test_only_the_newest_runs_are_shown(place: Place) -> None:
+def test_only_the_newest_runs_are_shown(place: ServerFolder) -> None:
     for number in range(telemetry.MOST_RUNS + 5):
         write(place, f"r{number:03}", RUN)
     names = {name[1] for name in shown(place) if name[0] == "run_rounds_planned"}
@@ -185,7 +187,7 @@ def test_health_needs_both_processes_and_both_ports(
     def health(running: set[str], link: int, port: int) -> str:
         settings = ServerSettings(host="x", port=port, link_port=link)
         folder = tmp_path / f"{link}-{port}"
-        place = Place(folder) if folder.exists() else Place.create(folder, settings)
+        place = ServerFolder(folder) if folder.exists() else ServerFolder.create(folder, settings)
         return ServerMonitor(place, running.__contains__).health()
 
     both = {"superlink", "nginx"}
@@ -196,9 +198,11 @@ def test_health_needs_both_processes_and_both_ports(
     assert health(both, link, nobody) == "nginx"
 
 
-def test_the_metrics_port_is_the_files_and_off_by_default(tmp_path: Path, place: Place) -> None:
+def test_the_metrics_port_is_the_files_and_off_by_default(
+    tmp_path: Path, place: ServerFolder
+) -> None:
     assert place.settings.metrics_port == 1
-    without = Place.create(tmp_path / "other", ServerSettings(host="fl.example.org"))
+    without = ServerFolder.create(tmp_path / "other", ServerSettings(host="fl.example.org"))
     assert without.settings.metrics_port is None
     assert "metrics" not in (without.folder / "server.toml").read_text()
     text = (without.folder / "server.toml").read_text()
@@ -214,7 +218,9 @@ def test_the_metrics_port_is_the_files_and_off_by_default(tmp_path: Path, place:
 
 
 def test_nginx_has_no_way_to_the_metrics(tmp_path: Path) -> None:
-    place = Place.create(tmp_path / "s", ServerSettings(host="fl.example.org", metrics_port=59465))
+    place = ServerFolder.create(
+        tmp_path / "s", ServerSettings(host="fl.example.org", metrics_port=59465)
+    )
     text = (place.folder / "nginx.conf").read_text()
     assert "59465" not in text
     assert "metrics" not in text

@@ -18,7 +18,7 @@ from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
 from silotune.common.tasks.metrics import score
 from silotune.server.flower.app_bundle import write_app
-from silotune.server.operations.server_folder import Place, ServerSettings
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.rounds.evaluation import PublicTest
 from tests.server.operations.test_server_folder import admitted
 
@@ -49,7 +49,7 @@ def public_test(tmp_path: Path, table_contract: Contract) -> Callable[..., Publi
 
 def test_scores_by_group(public_test: Callable[..., PublicTest]) -> None:
     test = public_test(north="70,yes,1\n30,no,0\n30,yes,0\n70,no,0\n", south="30,yes,1\n70,no,1\n")
-    found = test.scores(by_smoking(), with_adapter=False)
+    found = test.scores(by_smoking(), adapter_active=False)
     assert list(found) == ["", "north", "south"]
     assert found["north"]["accuracy"] == 0.75
     assert found["south"]["accuracy"] == 0.5
@@ -62,7 +62,7 @@ def test_scores_by_group(public_test: Callable[..., PublicTest]) -> None:
 
 def test_one_answer_for_all_is_told(public_test: Callable[..., PublicTest]) -> None:
     test = public_test(north="70,yes,0\n30,no,0\n30,no,1\n70,no,0\n")
-    (overall, north) = test.scores(ZERO, with_adapter=False).values()
+    (overall, north) = test.scores(ZERO, adapter_active=False).values()
     assert overall == north
     names = ("predicted_classes", "accuracy", "auc")
     assert tuple(overall[name] for name in names) == (1, 0.75, 0.5)
@@ -80,8 +80,8 @@ def test_the_whole_is_scored_over_rows_not_groups(
     test = PublicTest(table_contract, model, files)
     rng = np.random.default_rng(0)
     adapter = {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in ZERO.items()}
-    logits = test.outputs(adapter, with_adapter=False)
-    found = test.scores(adapter, with_adapter=False)
+    logits = test.outputs(adapter, adapter_active=False)
+    found = test.scores(adapter, adapter_active=False)
     labels = [records.read(path, table_contract).labels for path in files.values()]
     task = table_contract.task
     assert found[""] == score(task, logits, [*labels[0], *labels[1]])
@@ -99,15 +99,15 @@ def test_logits_are_those_of_a_linear_model(
     assert isinstance(table_contract.model, OneHotModel)
     rows = cells * table_contract.model.norm / np.sqrt(2)
     expected = rows @ adapter["head.weight"].T + adapter["head.bias"]
-    found = np.stack(test.outputs(adapter, with_adapter=False))
+    found = np.stack(test.outputs(adapter, adapter_active=False))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Nothing of one adapter stays behind in the shared model.
-    assert not np.stack(test.outputs(ZERO, with_adapter=False)).any()
+    assert not np.stack(test.outputs(ZERO, adapter_active=False)).any()
 
 
 def test_metrics_are_the_overall_scores(public_test: Callable[..., PublicTest]) -> None:
     test = public_test(north="70,yes,1\n30,no,0\n", south="30,yes,1\n")
-    overall = test.scores(by_smoking(), with_adapter=False)[""]
+    overall = test.scores(by_smoking(), adapter_active=False)[""]
     found = test.metrics(by_smoking(), False)
     assert found == overall
     found["auc"] = None
@@ -151,7 +151,9 @@ def test_what_is_wrong_with_the_public_rows_is_said_before_the_run(
     tmp_path: Path, table_contract: Contract, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     place = admitted(
-        Place.create(tmp_path / "fed", ServerSettings(host="fl.example.org")), "north", "south"
+        ServerFolder.create(tmp_path / "fed", ServerSettings(host="fl.example.org")),
+        "north",
+        "south",
     )
     contract = tmp_path / "contract.json"
     made = place.with_roster(table_contract, masked=False)

@@ -37,7 +37,7 @@ def gated(contract: Contract, most: float = 0.5, **more: Any) -> Contract:
     )
 
 
-def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
     """As if the head's bias should be BEST everywhere."""
     off = abs(float(adapter["head.bias"][0]) - BEST)
     return {"loss": off, "calibration": off, "auc": -off, "accuracy": -off}
@@ -143,7 +143,7 @@ def test_a_run_that_is_taken_up_again_declines_the_same(
 def test_what_cannot_be_scored_is_not_taken(
     table_contract: Contract, tmp_path: Path, value: float | None
 ) -> None:
-    def broken(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+    def broken(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
         return {"loss": 1.0 if adapter["head.bias"][0] == 0 else value}
 
     run = begin(gated(table_contract), tmp_path / "run", evaluate=broken)
@@ -155,16 +155,16 @@ def test_each_phase_is_held_to_what_it_begins_with(table_contract: Contract) -> 
     """With layers adapted the same tensors may score otherwise."""
     asked: list[tuple[float, bool]] = []
 
-    def noted(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
-        asked.append((float(adapter["head.bias"][0]), with_adapter))
-        return {"loss": float(with_adapter)}
+    def noted(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
+        asked.append((float(adapter["head.bias"][0]), adapter_active))
+        return {"loss": float(adapter_active)}
 
     before, after = filled(0), filled(1)
     acceptance = Acceptance(gated(table_contract), noted, before)
-    assert acceptance.why_not(before, after, False) is None
-    assert acceptance.why_not(after, filled(2), True) is None
-    assert acceptance.why_not(after, last := filled(3), False) is None
-    assert acceptance.why_not(last, filled(4), False) is None  # what is in place is known
+    assert acceptance.rejection_reason(before, after, False) is None
+    assert acceptance.rejection_reason(after, filled(2), True) is None
+    assert acceptance.rejection_reason(after, last := filled(3), False) is None
+    assert acceptance.rejection_reason(last, filled(4), False) is None  # what is in place is known
     assert asked == [
         (0, False),
         (1, False),

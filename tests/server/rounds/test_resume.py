@@ -19,7 +19,7 @@ from silotune.common.errors import RunError
 from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from, released_contract
@@ -286,7 +286,7 @@ def test_the_stored_agreement_holds_what_passed_through_the_server_and_no_more(
         return reply
 
     run = server(federation)
-    carry_out(run.stages(SITES), {s: lambda w, s=s: noted(s, w) for s in SITES})
+    drive_round(run.stages(SITES), {s: lambda w, s=s: noted(s, w) for s in SITES})
     found = run.registry.agreement()
     assert found is not None
     stored = {*found.keys.values(), *(b for each in found.sealed.values() for b in each.values())}
@@ -517,7 +517,7 @@ def test_after_a_sum_that_was_not_taken_the_next_is_of_the_same_sites_or_asked_f
     they would refuse."""
     run, handles = server(masked), masked.handles()
     run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
-    carry_out(run.stages(SITES), handles)
+    drive_round(run.stages(SITES), handles)
     del run.iterate.step  # type: ignore[method-assign]
     run.registry.close()
     three = [site for site in SITES if site != "west"]
@@ -525,13 +525,13 @@ def test_after_a_sum_that_was_not_taken_the_next_is_of_the_same_sites_or_asked_f
         masked.restart(site)
     run = server(masked, resume=True)
     with pytest.raises(RunError, match=r"round 2: west must take part.*\(E220\)"):
-        carry_out(run.stages(three), handles)
+        drive_round(run.stages(three), handles)
     assert rounds_charged(masked, "north") == [1]
     run.registry.close()
     run = server(masked, resume=True)
     run.skip()  # the sites have given shares: they refuse by themselves, and are not charged
     with pytest.raises(RunError, match="east: E220, north: E220, south: E220"):
-        carry_out(run.stages(three), handles)
+        drive_round(run.stages(three), handles)
     assert rounds_charged(masked, "north") == [1]
     run.registry.close()
     run = server(masked, resume=True)
@@ -548,12 +548,12 @@ def test_a_round_can_be_left_out_whose_sum_lacks_a_site_for_good_before_anybody_
     three = [site for site in SITES if site != "west"]
     run = server(masked, resume=True)
     with pytest.raises(RunError, match="west must take part"):
-        carry_out(run.stages(three), handles)
+        drive_round(run.stages(three), handles)
     run.registry.close()
     run = server(masked, resume=True)
     run.skip()
     while not run.done:
-        carry_out(run.stages(three), handles)
+        drive_round(run.stages(three), handles)
     assert [len(f["sites"]) for f in run.registry.rounds()] == [0, 3, 3, 3]
 
 
@@ -562,10 +562,10 @@ def test_a_round_after_a_sum_that_was_not_taken_waits_for_a_site_that_did_not_an
 ) -> None:
     run, handles = server(masked), masked.handles()
     run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
-    carry_out(run.stages(SITES), handles)
+    drive_round(run.stages(SITES), handles)
     del run.iterate.step  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"3 of 4 sites counted.*west must be among them"):
-        carry_out(run.stages(SITES), gone_from(handles, "west", "train"))
+        drive_round(run.stages(SITES), gone_from(handles, "west", "train"))
     run.registry.close()
     run = server(masked, resume=True)
     assert play(run, handles)
@@ -576,9 +576,9 @@ def test_a_site_more_is_left_out_of_the_second_sum_from_one_adapter(masked: Fede
     run, handles = server(masked), masked.handles()
     run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
     three = [site for site in SITES if site != "west"]
-    carry_out(run.stages(three), handles)
+    drive_round(run.stages(three), handles)
     del run.iterate.step  # type: ignore[method-assign]
-    facts = [carry_out(run.stages(SITES), handles) for _ in range(2)]
+    facts = [drive_round(run.stages(SITES), handles) for _ in range(2)]
     assert [len(f.sites) for f in facts] == [3, 4]
 
 

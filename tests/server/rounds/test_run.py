@@ -27,7 +27,7 @@ from silotune.common.protocol.messages import (
     Train,
     Update,
 )
-from silotune.server.rounds.run import RoundFacts, Run
+from silotune.server.rounds.run import RoundRecord, Run
 from silotune.server.storage.run_store import Registry
 
 RECIPE = Path(__file__).parents[3] / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
@@ -76,7 +76,7 @@ def description(run: Run, site: str, **changes: Any) -> Description:
     return Description(**(fields | changes))
 
 
-def play(run: Run, **replies: Arrays | float) -> RoundFacts:
+def play(run: Run, **replies: Arrays | float) -> RoundRecord:
     """One round with these updates."""
     run.begin()
     for site, arrays in replies.items():
@@ -490,11 +490,11 @@ def test_each_phase_trains_its_own_tensors(start: Start) -> None:
 def test_metrics_are_taken_when_due(start: Start, table_contract: Contract) -> None:
     seen: list[tuple[float, bool]] = []
 
-    def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
-        seen.append((float(adapter["head.bias"][0]), with_adapter))
+    def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
+        seen.append((float(adapter["head.bias"][0]), adapter_active))
         return {"auc": None, "loss": 0.5}
 
-    told: list[RoundFacts] = []
+    told: list[RoundRecord] = []
     run = start(
         two_phases(table_contract, 0.5), evaluate=evaluate, evaluate_every=3, on_round=told.append
     )
@@ -503,7 +503,7 @@ def test_metrics_are_taken_when_due(start: Start, table_contract: Contract) -> N
     assert [f.round for f in told if f.metrics] == [3, 6, 7]
     # Of what would be released then, not of the last iterate: 1 + 1.9 + 2.71 after three rounds.
     assert seen[0][0] == pytest.approx(5.61)
-    assert not any(with_adapter for _, with_adapter in seen)
+    assert not any(adapter_active for _, adapter_active in seen)
     assert seen[-1][0] == pytest.approx(run.registry.adapter()["head.bias"][0])
     assert [r["metrics"] for r in run.registry.rounds()] == [dict(f.metrics) for f in told]
 
@@ -756,7 +756,7 @@ def test_a_run_ends_early_by_public_rows(
 ) -> None:
     contract = early(table_contract, 2, metric)
 
-    def evaluate(adapter: Arrays, with_adapter: bool) -> dict[str, float | None]:
+    def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
         return {"loss": 1.0, "auc": 1.0, metric: scores[run.number - 1]}
 
     run = start(contract, evaluate=evaluate)

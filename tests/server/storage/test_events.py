@@ -15,7 +15,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.server import cli
 from silotune.server.storage import disk, events, run_store
-from silotune.server.storage.events import Events, standing
+from silotune.server.storage.events import Events, run_status
 from silotune.server.storage.run_store import Registry
 
 
@@ -194,11 +194,11 @@ def test_a_run_that_never_begins(run: Registry, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_looking_at_a_run_keeps_nobody_from_it(run: Registry, table_contract: Contract) -> None:
-    assert run_store.held(run.folder)
+    assert run_store.is_running(run.folder)
     with pytest.raises(RunError, match="Another server"):
         Registry.open(run.folder, table_contract)
     run.close()
-    assert not run_store.held(run.folder)
+    assert not run_store.is_running(run.folder)
     again = Registry.open(run.folder, table_contract)
     assert cli._standing(run.folder)["state"] == "running"
     again.close()
@@ -215,8 +215,8 @@ def test_where_a_run_stands(tmp_path: Path) -> None:
         {"event": "resumed", "after": 1},
         {"event": "committed", "round": 2},
     ]
-    found = standing([{"at": float(at), **line} for at, line in enumerate(lines)])
+    found = run_status([{"at": float(at), **line} for at, line in enumerate(lines)])
     assert (found.planned, found.committed, found.why, found.last) == (4, {1, 2}, "", 7.0)
     assert (found.timed, found.seconds) == (2, 2.0)
-    assert standing([{"at": 0.0, **line} for line in lines[:5]]).why == "Run stopped"
+    assert run_status([{"at": 0.0, **line} for line in lines[:5]]).why == "Run stopped"
     assert json.dumps(sorted(found.rejected)) == '[["north", "E402"]]'

@@ -11,14 +11,19 @@ import pytest
 
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.simulations.attacks import poisoning as poisons
-from silotune.simulations.attacks.poisoning import LyingMasking, Poison, liars, lying
+from silotune.simulations.attacks.poisoning import (
+    LyingMasking,
+    Poison,
+    malicious_sites,
+    poisoned_client,
+)
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
 from silotune.simulations.study.config import Study
-from silotune.simulations.study.study import asked, cells_of, compare
+from silotune.simulations.study.study import cells_of, compare, request_digest
 from tests.client.worker.test_secagg import SITES, Federation
 from tests.simulations.datasets.test_partition import contract_of, split_where_smokers_are_ill
 
@@ -43,7 +48,7 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
         )
         federation = Federation(contract, tmp_path / str(count), write_rows, **SECURE | secure)
         if clear:
-            # Without keys, for what `lying` sends is not signed anew.
+            # Without keys, for what `poisoned_client` sends is not signed anew.
             federation.contract = federation.contract.changed(
                 secure_aggregation=None,
                 sites=[
@@ -53,17 +58,17 @@ def mean(table_contract: Contract, tmp_path: Path, write_rows: Callable[..., Pat
             for site in SITES:
                 federation.restart(site)
         handles = federation.handles()
-        for site in liars(federation.contract, poison):
+        for site in malicious_sites(federation.contract, poison):
             assert poison is not None
             if clear:
-                handles[site] = lying(handles[site], poison)
+                handles[site] = poisoned_client(handles[site], poison)
             else:
                 federation.workers[site].masking = LyingMasking(
                     federation.contract, site, federation.ledgers[site].sign, poison
                 )
         run = federation.run(evaluate=None)
         for _ in range(rounds):
-            carry_out(run.stages(handles), handles)
+            drive_round(run.stages(handles), handles)
         return np.concatenate([run.adapter[n].ravel() for n in sorted(run.adapter)])
 
     return opened
@@ -111,7 +116,7 @@ def test_a_lie_now_and_then_is_told_in_those_rounds_alone(mean: Mean) -> None:
 
 def test_a_lie_of_the_sums_bound_needs_masks() -> None:
     with pytest.raises(UsageError, match="it needs masks"):
-        liars(contract_of(), Poison(kind="bound"))
+        malicious_sites(contract_of(), Poison(kind="bound"))
 
 
 # In studies
@@ -184,7 +189,7 @@ def test_variants_with_masks_are_run_with_them_and_asked_once(
 
 def test_what_a_cell_asks_for_is_the_bound_and_not_the_keys(study: Study, recipe: Recipe) -> None:
     def hashes(study: Study) -> list[str]:
-        return [asked(cell, study, "rows") for cell in cells_of(study, recipe)]
+        return [request_digest(cell, study, "rows") for cell in cells_of(study, recipe)]
 
     wide = study.model_dump()
     wide["variants"]["sign"]["contract"]["secure_aggregation"]["bound"] = 9.0

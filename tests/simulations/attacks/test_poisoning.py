@@ -14,8 +14,8 @@ from silotune.common.protocol.messages import Message, Receipt, Refusal, Update
 from silotune.simulations.attacks.poisoning import (
     TRIGGERED,
     Poison,
-    liars,
-    lying,
+    malicious_sites,
+    poisoned_client,
     poisoned_rows,
 )
 from silotune.simulations.comparison.recipe import Recipe
@@ -94,16 +94,16 @@ def test_an_update_is_longer_or_turned_and_a_refusal_is_passed_on() -> None:
     honest = messages.pack(Message(header, {"head.bias": np.array([1, -2], np.float32)}))
     for kind, expected in (("sign", [-5, 10]), ("scale", [5, -10])):
         poison = Poison.model_validate({"kind": kind, "factor": 5.0})
-        found = messages.unpack(lying(lambda _: honest, poison)(b""))
+        found = messages.unpack(poisoned_client(lambda _: honest, poison)(b""))
         assert found.header == header
         np.testing.assert_array_equal(found.arrays["head.bias"], expected)
     refusal = messages.pack(
         Message(Refusal(contract="0" * 64, site="a", code="E201", incident="0" * 16))
     )
-    assert lying(lambda _: refusal, Poison(kind="sign"))(b"") == refusal
+    assert poisoned_client(lambda _: refusal, Poison(kind="sign"))(b"") == refusal
     contract = contract_of()
-    assert liars(contract, Poison(kind="sign")) == ["a"]
-    assert liars(contract, Poison(kind="labels")) == liars(contract, None) == []
+    assert malicious_sites(contract, Poison(kind="sign")) == ["a"]
+    assert malicious_sites(contract, Poison(kind="labels")) == malicious_sites(contract, None) == []
 
 
 def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from silotune.common.contract.contract import Contract
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison import progress as progress_module
 from silotune.simulations.comparison.progress import Progress, result_tables
 from silotune.simulations.execution.variants import Job
@@ -153,8 +153,8 @@ class Clock:
         return self.now
 
 
-def round_of(number: int) -> RoundFacts:
-    return RoundFacts(number, ("north",), {}, {}, 0, 0, 0.0)
+def round_of(number: int) -> RoundRecord:
+    return RoundRecord(number, ("north",), {}, {}, 0, 0, 0.0)
 
 
 @pytest.fixture

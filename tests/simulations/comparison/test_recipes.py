@@ -26,7 +26,7 @@ from silotune.simulations.comparison.run import _set_aside
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
-from silotune.simulations.execution.roster_keys import masked
+from silotune.simulations.execution.roster_keys import with_secure_aggregation
 from silotune.simulations.execution.variants import Job, variants_of
 from tests.conftest import Ran
 
@@ -66,7 +66,7 @@ def test_a_recipe_is_complete(name: str) -> None:
     assert recipe.facts["table"] in TABLES
     assert recipe.facts["metric"] in recipe.contract.task.metrics
     assert {"title", "about", "repeats", "baseline_repeats", "evaluate_every"} <= set(recipe.facts)
-    hidden, _ = masked(recipe.contract, 1, recipe.facts.get("bound"))
+    hidden, _ = with_secure_aggregation(recipe.contract, 1, recipe.facts.get("bound"))
     check_bound(hidden, plan(hidden))  # or every site would refuse it
     entity = recipe.contract.privacy.entity
     assert (TABLES[recipe.facts["table"]].entity or None) == (entity and entity.key[0])

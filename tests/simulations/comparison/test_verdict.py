@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from silotune.common.contract.contract import Contract
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.server.rounds.run import RoundFacts
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.verdict import standard_error, verdict
 from silotune.simulations.execution.variants import JobResult
 
@@ -27,7 +27,7 @@ def row(name: str, auc: float, *, sd: float = 0.002, own: float = 0.8) -> dict[s
 
 
 def job(classes: int = 2, failed: dict[str, str] | None = None) -> JobResult:
-    facts = RoundFacts(1, ("north",), failed or {}, {"north": 7.9}, 1, 1, 0.1)
+    facts = RoundRecord(1, ("north",), failed or {}, {"north": 7.9}, 1, 1, 0.1)
     scores = {"": {"predicted_classes": classes}}
     return JobResult("federated-lora", 0, ("north",), scores, (facts,), 1.0, 1, 1)
 

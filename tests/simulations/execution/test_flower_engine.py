@@ -12,7 +12,7 @@ from flwr.app import Context
 
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.relay.client_app import relay_app
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
@@ -34,7 +34,9 @@ def new_run(contract: Contract, folder: Path) -> Run:
 def new_workers(contract: Contract, write_rows: Rows, folder: Path) -> list[Worker]:
     return [
         Worker(
-            permitting(contract, s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None),
+            permissive_policy(
+                contract, s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None
+            ),
             contract,
             Ledger.in_memory(s.name),
             insecure_seed=5,

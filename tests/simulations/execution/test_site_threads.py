@@ -11,13 +11,13 @@ import torch
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.site.policy import permitting
+from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.models.factory import build
-from silotune.server.rounds.exchange import carry_out
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import Run
 from silotune.server.storage.run_store import Registry
-from silotune.simulations.execution.site_threads import Lanes
+from silotune.simulations.execution.site_threads import SiteThreadPool
 from tests import tiny
 from tests.federation import EXACT, SITES, of_method
 
@@ -28,11 +28,11 @@ def test_a_run_on_three_lanes_is_the_run_on_one(tmp_path: Path) -> None:
     contract, found = of_method("fedavg", keys), []
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
     for count in (1, 3):
-        lanes = Lanes(SITES, count)
+        lanes = SiteThreadPool(SITES, count)
         workers = {}
         for seed, site in enumerate(SITES):
             file = tiny.write(tmp_path / f"{site}.csv", tiny.rows_of("classification", 24, seed))
-            policy = permitting(contract, site, file, tiny.folder_of("bert"), EXACT)
+            policy = permissive_policy(contract, site, file, tiny.folder_of("bert"), EXACT)
             workers[site] = Worker(
                 policy,
                 contract,
@@ -45,7 +45,9 @@ def test_a_run_on_three_lanes_is_the_run_on_one(tmp_path: Path) -> None:
         run = Run(contract, Registry.create(tmp_path / str(count), contract), "r", initial)
         with lanes:
             while not run.done:
-                assert not carry_out(run.stages(SITES), handles, partial(lanes.ask, handles)).failed
+                assert not drive_round(
+                    run.stages(SITES), handles, partial(lanes.ask, handles)
+                ).failed
         found.append(run.registry.adapter())
     assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in initial)
 
@@ -59,7 +61,7 @@ def test_lanes_answer_at_the_same_time_and_in_order() -> None:
         meet.wait(timeout=20)
         return wire * 2
 
-    with Lanes(sites, 2) as lanes:
+    with SiteThreadPool(sites, 2) as lanes:
         asked = {site: site.encode() for site in reversed(sites)}
         found = lanes.ask(dict.fromkeys(sites, answer), asked)
         assert list(found.items()) == [(s, s.encode() * 2) for s in reversed(sites)]
@@ -82,7 +84,7 @@ def test_lanes_leave_the_process_its_cores() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        with Lanes(("a", "b"), 2) as lanes:
+        with SiteThreadPool(("a", "b"), 2) as lanes:
             lanes.ask({"a": lambda wire: wire}, {"a": b""})
         assert (seen(), torch.get_num_threads()) == (3, 3)
     finally:

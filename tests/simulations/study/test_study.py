@@ -21,7 +21,7 @@ from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
 from silotune.simulations.study import report
 from silotune.simulations.study.config import Study, load_study, rates_of, study_file
-from silotune.simulations.study.store import Kept
+from silotune.simulations.study.store import StudyStore
 from silotune.simulations.study.study import cells_of, compare
 from tests.simulations.datasets.test_partition import contract_of, split_of
 
@@ -272,7 +272,7 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
 
 
 def test_no_cell_is_lost_where_several_write(tmp_path: Path) -> None:
-    kept = [Kept(tmp_path, {"title": "one"}) for _ in range(4)]
+    kept = [StudyStore(tmp_path, {"title": "one"}) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
         for n in range(20):
             threads.submit(kept[n % 4].put, f"cell {n}", {"asked": str(n)})
