@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from jinja2 import Template
 from pydantic import BaseModel
 
-from silotune.client.operations import telemetry as site_metrics
+from silotune.client.operations import telemetry
 from silotune.client.site import folder as site_folder
 from silotune.client.site.policy import Policy
 from silotune.common import errors
@@ -324,12 +324,12 @@ def codes() -> str:
 
 def metrics() -> str:
     rows: dict[str, list[tuple[str, str, str, str]]] = {"site": [], "server": []}
-    for name, known in site_metrics.WRITTEN.items():
+    for name, known in telemetry.WRITTEN.items():
         rows["site"].append((name, known.kind, ", ".join(known.labels), known.help))
-    running = site_metrics.Running(worker=True, relay=True, relay_starts=1)
+    running = telemetry.Running(worker=True, relay=True, relay_starts=1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        monitor = site_metrics.SiteMonitor(folder / "none", 0, running)
+        monitor = telemetry.SiteMonitor(folder / "none", 0, running)
         rows["site"] += [_row(family) for family in monitor.collect()]
         done = CliRunner().invoke(
             server_init, ["--host", "localhost", "--folder", str(folder / "server")]

@@ -634,7 +634,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
             ours |= whose == token and kind == "taken"
             if not ours:
                 continue
-            _say(event, rounds)
+            _print_event(event, rounds)
             if kind == "released":
                 return where / "adapter.safetensors"
             if kind in ("stopped", "failed"):
@@ -652,7 +652,7 @@ def _follow(where: Path, events: Events, rounds: int, token: str) -> Path:
         time.sleep(LOOK_SECONDS)
 
 
-def _say(event: dict[str, Any], rounds: int) -> None:
+def _print_event(event: dict[str, Any], rounds: int) -> None:
     kind = event["event"]
     if kind == "committed":
         metrics = event.get("metrics", {})

@@ -11,7 +11,7 @@ import click
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
-from silotune.simulations.datasets import catalog as sources
+from silotune.simulations.datasets import catalog
 
 
 @click.group()
@@ -189,9 +189,9 @@ def data_ls(as_json: bool) -> None:
             "sha256": s.sha256,
             "here": s.path.is_dir(),
         }
-        for s in sources.SOURCES.values()
+        for s in catalog.SOURCES.values()
     ]
-    wide = max(len(source) for source in sources.SOURCES)
+    wide = max(len(source) for source in catalog.SOURCES)
     emit(
         rows,
         as_json,
@@ -208,7 +208,7 @@ def data_fetch(names: tuple[str, ...]) -> None:
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder
     and the SHA-256 of its files, for the contract, are printed.
     """
-    packaged = tuple(s.name for s in sources.SOURCES.values() if s.requirement != sources.LAID)
+    packaged = tuple(s.name for s in catalog.SOURCES.values() if s.requirement != catalog.LAID)
     for name in names or packaged:
         if "/" in name:
             from silotune.simulations.datasets.hub import fetch_model
@@ -216,4 +216,4 @@ def data_fetch(names: tuple[str, ...]) -> None:
             model = fetch_model(name)
             echo(f'✓ {name}  {model.folder}\n  sha256 = "{model.sha256}"')
             continue
-        echo(f"✓ {name}  {sources.fetch(name)}")
+        echo(f"✓ {name}  {catalog.fetch(name)}")

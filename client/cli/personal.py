@@ -50,14 +50,14 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     left = {
         c.run: None
         for c in charges
-        if (entry := ledger.releases.get(c.sequence)) is not None and entry.own
+        if (entry := ledger.releases.get(c.sequence)) is not None and entry.local_state
     }
     if name is None and len(left) == 1:
         (name,) = left
     if name not in left:
         known = ", ".join(left) or "none: the contract leaves nothing, or the site had no part"
         raise UsageError(f"Name the run with --run; runs that left something here: {known}.")
-    found = LocalState.read(ledger.own(c for c in charges if c.run == name))
+    found = LocalState.read(ledger.local_state(c for c in charges if c.run == name))
     arrays = load(released / "adapter.safetensors")
     own_names = sorted(set(found.tensors) & set(arrays))
     if out.exists():

@@ -67,8 +67,7 @@ def _prepare(
     contract: Path, config: Path, out: Path | None
 ) -> tuple[dict[str, Any], list[str], SilotuneError | None]:
     """Facts and lines about it, and why nothing was prepared if that is so."""
-    from silotune.client.preparation import cleaning as preparing
-    from silotune.client.preparation import profile
+    from silotune.client.preparation import cleaning, profile
     from silotune.client.preparation import report as prepare_report
     from silotune.client.privacy.keys import make_private_folder
     from silotune.client.site import policy as policies
@@ -86,10 +85,10 @@ def _prepare(
     ledger = _ledger(site)
     pseudonyms = ledger.pseudonyms_key if ledger else None
     raw = data.table()
-    prepared = preparing.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
+    prepared = cleaning.prepare(raw, agreed, policy.prepare, data.key, pseudonyms)
     found = profile.count(prepared.table, agreed, policy.model.folder)
     secret = ledger.fingerprint_key if ledger else bytes(32)
-    origin = preparing.origin(prepared, data.key, secret)
+    origin = cleaning.origin(prepared, data.key, secret)
     charged = profile.charged(prepared.table, data.key, ledger, origin.links)
     warnings = prepared.warnings + _of_other_columns(ledger, origin, site)
     shown = {
@@ -116,7 +115,7 @@ def _prepare(
         assert ledger is not None
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
         ledger.link(origin, source=data.source, rows=found.rows)
-        preparing.write(prepared.table, file)
+        cleaning.write(prepared.table, file)
         hindrances = _hindrances(policy, agreed, prepared.table, secret, file)
     lines, lengths = _lines(data, raw, prepared, found, charged, warnings), found.lengths
     lines += [f"! `silotune site check` would refuse these rows. {text}" for text in hindrances]
@@ -222,7 +221,7 @@ def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
 
 def _of_other_columns(ledger: Ledger | None, origin: Origin, site: SiteFolder) -> list[str]:
     """A warning where records are known that this preparation can make count as spent."""
-    charges = ledger.lineages().values() if ledger else ()
+    charges = ledger.record_sets().values() if ledger else ()
     sources = dict.fromkeys(one.source for one in charges if one.basis not in origin.links)
     if not sources or not origin.changed:
         return []

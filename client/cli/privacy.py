@@ -38,16 +38,16 @@ def spent(config: Path, as_json: bool) -> None:
     policy, ledger, _ = SiteFolder.at(config).open()
     limits = policy.limits
     rows: list[dict[str, Any]] = []
-    for entry in ledger.lineages().values():
-        budget = Budget(ledger, ledger.lineage(entry), entry.unit)
+    for entry in ledger.record_sets().values():
+        budget = Budget(ledger, ledger.record_set(entry), entry.unit)
         # Without a budget for the unit any more: at the one that there is.
         limit = limits.get(entry.unit) or next(iter(limits.values()))
-        charges = [c for c in ledger.charges.values() if c.lineage == entry.lineage]
+        charges = [c for c in ledger.charges.values() if c.record_set == entry.record_set]
         epsilon = budget.spent(limit.delta)
         rows.append(
             {
                 "records": entry.source,
-                "lineage": entry.lineage,
+                "record_set": entry.record_set,
                 "first_used": entry.at,
                 "rows": entry.rows,
                 "unit": entry.unit,
@@ -63,7 +63,7 @@ def spent(config: Path, as_json: bool) -> None:
         "site": policy.name,
         "adjacency": "add or remove one",
         "limits": {unit: asdict(limit) for unit, limit in limits.items()},
-        "lineages": rows,
+        "record_sets": rows,
     }
     head = f"{policy.name} · {policy.limits_in_words()} for ever, add or remove one"
     if not rows:

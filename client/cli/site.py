@@ -371,7 +371,7 @@ def start(
         )
     journal = Journal("supervisor", as_json=log_json)
     if users.worker is None:  # with two users only the worker's may read what is checked
-        _stop_unless(_preflight(config, contract, say=journal.say))
+        _stop_unless(_preflight(config, contract, write_line=journal.emit))
     file = contract.resolve()
     secrets = sql_source.variables(policy.data.url or "")
     if users.worker is not None and not all(name.startswith("SILOTUNE_") for name in secrets):
@@ -413,7 +413,7 @@ def worker(
     hospital-a is ready
     train heart-diagnosis-20261122-1015 round 1: ok, 1.2 s
     """
-    from silotune.client.operations import telemetry as metrics
+    from silotune.client.operations import telemetry
     from silotune.client.relay import transport
     from silotune.client.site.folder import SiteFolder
     from silotune.client.worker import request_outcome
@@ -426,7 +426,7 @@ def worker(
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold records
     journal = Journal("worker", as_json=log_json)
-    _stop_unless(_preflight(config, contract, say=journal.say))
+    _stop_unless(_preflight(config, contract, write_line=journal.emit))
     from silotune.client.worker.worker import Worker  # torch: not before the cheap checks
 
     found = SiteFolder(config)
@@ -438,20 +438,22 @@ def worker(
     log = logging.getLogger("silotune")
     log.addHandler(handler)
     log.propagate = False  # Opacus gives the root logger a handler that writes to stderr
-    tally = metrics.Tally(found.state / metrics.FILE, policy.server.ca if policy.server else None)
+    tally = telemetry.Tally(
+        found.state / telemetry.FILE, policy.server.ca if policy.server else None
+    )
 
-    def told(answered: request_outcome.Answered) -> None:
+    def log_answer(answered: request_outcome.Answered) -> None:
         tally.note(answered)
         if answered.kind == request_outcome.OTHER:
             return  # counted; of its lines whoever reaches the socket could make any number
-        journal.say(answered.text, "answered", answered.facts)
+        journal.emit(answered.text, "answered", answered.facts)
 
-    answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
+    answering = Worker(policy, contracts.load(contract), ledger, on_answer=log_answer)
     listener = transport.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 
     def say() -> None:
         tally.ready()
-        journal.say(f"{policy.name} is ready", "ready")
+        journal.emit(f"{policy.name} is ready", "ready")
         if ready_fd is not None:
             os.write(ready_fd, transport.READY)
             os.close(ready_fd)
@@ -477,11 +479,11 @@ def worker(
 )
 def admission(address: str, ca: Path, key: Path) -> None:
     """Say what the server says of a node key. `site start` runs this as the relay's user."""
-    from silotune.client.operations import node_admission as admissions
+    from silotune.client.operations import node_admission
     from silotune.client.site.policy import Server
 
     try:
-        found = admissions.check(Server(address=address, ca=ca), key)
+        found = node_admission.check(Server(address=address, ca=ca), key)
     except SilotuneError as error:
         echo(str(error))
     else:
@@ -518,7 +520,7 @@ def _preflight(
     config: Path,
     contract: Path,
     *,
-    say: Callable[[str], None] = echo,
+    write_line: Callable[[str], None] = echo,
     as_json: bool = False,
     local: bool = False,
     network: bool = False,
@@ -551,7 +553,7 @@ def _preflight(
         emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
     else:
         for line in lines:
-            say(line)
+            write_line(line)
     return not problems
 
 

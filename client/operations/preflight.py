@@ -21,13 +21,13 @@ from silotune.client.privacy import accountant, record_ids
 from silotune.client.privacy.budget import Budget, Limit, order_of
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Data, Policy, Server
-from silotune.client.training import privacy_units as units
+from silotune.client.training import privacy_units
 from silotune.client.worker.secagg import check_bound
 from silotune.common.cli.main import command
 from silotune.common.config.types import as_toml
@@ -246,7 +246,7 @@ def _check_records(
     records_ = table.attempt(
         "record key",
         _in_policy(site, "correct key in [data]"),
-        lambda: _lineage(found, policy, secret),
+        lambda: _record_set(found, policy, secret),
     )
     if records_ is None:
         return
@@ -488,7 +488,7 @@ def _data(data: Data, contract: Contract | None) -> tuple[records.Table, str]:
 def _columns(found: records.Table, contract: Contract) -> tuple[Records, str]:
     parsed = records.parse(found, contract)
     if contract.privacy.entity:
-        units.of_entities(found, contract.privacy.entity)
+        privacy_units.of_entities(found, contract.privacy.entity)
     count = counted(len(contract.columns), "column")
     return parsed, f"{count} and the label fit the schema"
 
@@ -516,11 +516,11 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
     return [Check("lengths", "warning", text, fix, "", local)]
 
 
-def _lineage(found: records.Table, policy: Policy, secret: bytes) -> tuple[Lineage, str]:
+def _record_set(found: records.Table, policy: Policy, secret: bytes) -> tuple[RecordSet, str]:
     return record_ids.of_table(found, policy.data.key, secret), ", ".join(policy.data.key)
 
 
-def _records(policy: Policy, found: Lineage, unit: Unit) -> tuple[None, str]:
+def _records(policy: Policy, found: RecordSet, unit: Unit) -> tuple[None, str]:
     policy.check_records(found, unit)
     if unit == "entity":
         count = counted(len(found.fingerprints), "entity", "entities")
@@ -539,7 +539,7 @@ def _fix_of_records(site: SiteFolder, error: SilotuneError) -> str:
     )
 
 
-def _deltas(found: Lineage, policy: Policy, contract: Contract, site: SiteFolder) -> list[Check]:
+def _deltas(found: RecordSet, policy: Policy, contract: Contract, site: SiteFolder) -> list[Check]:
     """The delta of this run and that of the lifetime budget, each held against the number of units
     that this site really has; that number is in `local` alone."""
     unit = contract.privacy.unit
@@ -572,14 +572,14 @@ def _deltas(found: Lineage, policy: Policy, contract: Contract, site: SiteFolder
                 "published whole within the guarantee",
                 fix,
                 "E205" if refused else "",
-                f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
-                f"{fitting:g}.",
+                f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta "
+                f"should be {fitting:g}.",
             )
         )
     return checks
 
 
-def _budget(ledger: Ledger, found: Lineage, policy: Policy, contract: Contract) -> Check:
+def _budget(ledger: Ledger, found: RecordSet, policy: Policy, contract: Contract) -> Check:
     if contract.privacy.mode == "none":
         return Check(
             "privacy budget",

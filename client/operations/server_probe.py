@@ -1,6 +1,6 @@
 """The way to the server, proved by going it: name, port, certificate, clock.
 
-Nothing is sent but a TLS handshake and GET /health. What is wrong is told apart, because a wrong
+Nothing is sent but a TLS handshake and GET /health. Causes are distinguished, because a wrong
 name, a firewall, an expired certificate and another authority need different people to fix them.
 """
 

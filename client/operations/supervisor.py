@@ -116,7 +116,7 @@ class Supervisor:
     ) -> None:
         """secrets: names of environment variables that the worker gets, and the relay does not."""
         self.site, self.contract, self.server, self.users = site, contract, server, users
-        self.journal, self.say, self.metrics_port = journal, journal.say, metrics_port
+        self.journal, self.emit, self.metrics_port = journal, journal.emit, metrics_port
         self.secrets = secrets
         self.running = telemetry.Running(worker=False, relay=False)
         self.folder = Path()
@@ -168,9 +168,9 @@ class Supervisor:
             self._make_relay_folder()
             worker = self._start_worker()
             if worker is not None:
-                self.say(f"worker is ready on {self.folder / 'worker.sock'}", "ready")
+                self.emit(f"worker is ready on {self.folder / 'worker.sock'}", "ready")
                 return self._watch(worker)
-            self.say("stopped", "stopped")
+            self.emit("stopped", "stopped")
             return 0
         finally:
             self._end_relays_user()
@@ -194,11 +194,11 @@ class Supervisor:
     def _watch(self, worker: subprocess.Popen[bytes]) -> int:
         self.running.worker = True
         relay, began, pause = self._start_relay(), time.monotonic(), 1.0
-        self.say(f"relay is connecting to {self.server.address}", "connecting")
+        self.emit(f"relay is connecting to {self.server.address}", "connecting")
         while not self._stopping:
             if worker.poll() is not None:
                 self.running.worker = False
-                self.say(
+                self.emit(
                     f"the worker ended with {worker.returncode}; see the lines above, "
                     "state/worker.log, and dmesg if memory ran out",
                     "ended",
@@ -210,7 +210,7 @@ class Supervisor:
                 subprocesses.end_all(but=worker.pid)
                 if time.monotonic() - began > LONGEST_PAUSE:
                     pause = 1.0
-                self.say(
+                self.emit(
                     f"the relay ended with {relay.returncode}; again in {pause:.0f} s"
                     f"{self._of_node_key()}",
                     "restarting",
@@ -223,7 +223,7 @@ class Supervisor:
                     relay, began = self._start_relay(), time.monotonic()
             subprocesses.reap(but={worker.pid, relay.pid})
             time.sleep(0.1)
-        self.say("stopped", "stopped")
+        self.emit("stopped", "stopped")
         return 0
 
     def _end_relays_user(self) -> None:
@@ -318,7 +318,7 @@ class Supervisor:
             self.users.relay,
             self._relay_environment(),
             # Always text: what code that arrived prints could look like a line of the worker's.
-            partial(self.say, source="relay"),
+            partial(self.emit, source="relay"),
         )
 
     def _relay_environment(self) -> dict[str, str]:
@@ -355,12 +355,14 @@ class Supervisor:
             stderr=subprocess.DEVNULL,
         )
         try:
-            said, _ = process.communicate(timeout=ASK_SECONDS)
+            output, _ = process.communicate(timeout=ASK_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             return ""
-        line = "".join(c for c in said.decode(errors="replace")[:LONGEST_REASON] if c.isprintable())
+        line = "".join(
+            c for c in output.decode(errors="replace")[:LONGEST_REASON] if c.isprintable()
+        )
         return f" ({line})" if line else ""
 
     def _start(

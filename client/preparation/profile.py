@@ -36,7 +36,7 @@ from silotune.common.contract.task import (
 )
 from silotune.common.data import featurize, records
 from silotune.common.data.records import REMEMBERED, Table
-from silotune.common.tokenization import token_lengths as lengths
+from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
 
 MISSING = ""  # stands for an empty cell, which no choice is
@@ -80,13 +80,13 @@ def count(table: Table, contract: Contract, model: Path | None) -> Counts:
         rows=len(table.rows),
         choices={name: _in_order(columns[name], counter) for name, counter in found.items()},
         targets={word: labels[word] for word in dict.fromkeys([*_words(task), *labels])},
-        lengths=lengths.measure(
+        lengths=token_lengths.measure(
             (
                 records.parse(Table(table.source, table.header, block), contract)
                 for block in blocks(table.rows)
             ),
             contract,
-            lengths.tokenizer_of(model),
+            token_lengths.tokenizer_of(model),
         ),
     )
 

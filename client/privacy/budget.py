@@ -1,7 +1,7 @@
 """What a set of records has spent, and whether one more step fits: the ledger's arithmetic.
 
 Unit: a record, or an entity with all its records; adjacency: add or remove one. For a unit r let
-H(r) be the charges of the ledger whose lineage holds r, or a record that is the same one
+H(r) be the charges of the ledger whose record_set holds r, or a record that is the same one
 (client/privacy/record_ids.py, client/privacy/record_identity.py), in order. Each is a
 sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
 all records are accounted is named in the ledger's first charge, before anything was released.
@@ -33,7 +33,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged, Prepared
 from silotune.client.privacy.record_identity import Links
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.common.contract.privacy import Unit, epsilon_text
 from silotune.common.errors import RefusalError
 
@@ -63,21 +63,21 @@ class ChargeHistory:
 class Budget:
     """The pasts of one file's records. Reads the ledger anew each time; keeps what overlaps."""
 
-    def __init__(self, ledger: Ledger, lineage: Lineage, unit: Unit) -> None:
-        self.ledger, self.lineage, self.unit = ledger, lineage, unit
+    def __init__(self, ledger: Ledger, record_set: RecordSet, unit: Unit) -> None:
+        self.ledger, self.record_set, self.unit = ledger, record_set, unit
         self._known: tuple[int, list[str]] = (0, [])
         self._groups: list[frozenset[str]] = [frozenset()]
 
     def pasts(self) -> list[ChargeHistory]:
         """One for each group of records with equal charges; an empty one for records without."""
         charges = list(self.ledger.charges.values())
-        known = len(self.ledger.preparations), list(self.ledger.lineages())
+        known = len(self.ledger.preparations), list(self.ledger.record_sets())
         if known != self._known:
             self._known, self._groups = known, self._grouped()
         pasts = [ChargeHistory() for _ in self._groups]
         for charge in charges:
             for group, past in zip(self._groups, pasts, strict=True):
-                if charge.lineage in group:
+                if charge.record_set in group:
                     past.order = past.order or charge.order
                     past.history.append(
                         mechanism_of(charge) if self._same_unit(charge) else UNBOUNDED
@@ -86,16 +86,18 @@ class Budget:
 
     def _same_unit(self, charge: Charged) -> bool:
         return charge.unit == self.unit and (
-            self.unit == "record" or charge.basis == self.lineage.basis
+            self.unit == "record" or charge.basis == self.record_set.basis
         )
 
     def _grouped(self) -> list[frozenset[str]]:
-        """The sets of charged lineages that some record here is in."""
-        if not len(self.lineage.fingerprints):
+        """The sets of charged record_sets that some record here is in."""
+        if not len(self.record_set.fingerprints):
             return [frozenset()]
         groups = [frozenset[str]()]
-        number = np.zeros(len(self.lineage.fingerprints), dtype=np.int64)  # of each record's group
-        for name, overlap in overlaps(self.ledger, self.lineage).items():
+        number = np.zeros(
+            len(self.record_set.fingerprints), dtype=np.int64
+        )  # of each record's group
+        for name, overlap in overlaps(self.ledger, self.record_set).items():
             found, number = np.unique(2 * number + overlap, return_inverse=True)
             groups = [groups[n // 2] | ({name} if n % 2 else frozenset()) for n in found]
         return groups
@@ -146,8 +148,8 @@ class Budget:
         """Why records that were never used can count as spent, for their owner; no counts."""
         other = dict.fromkeys(
             entry.source
-            for entry in self.ledger.lineages().values()
-            if entry.basis != self.lineage.basis
+            for entry in self.ledger.record_sets().values()
+            if entry.basis != self.record_set.basis
         )
         found = []
         if other:
@@ -155,8 +157,8 @@ class Budget:
                 f"records of other columns or of another key were charged ({', '.join(other)}), "
                 "which cannot be compared and counts for all of these"
             )
-        if untraceable(self.ledger, self.lineage).any():
-            made = dict.fromkeys(e.source for e in _without_links(self.ledger, self.lineage))
+        if untraceable(self.ledger, self.record_set).any():
+            made = dict.fromkeys(e.source for e in _without_links(self.ledger, self.record_set))
             found.append(
                 "some of these have a cell that `silotune site prepare` changed in "
                 f"{', '.join(made)}, which was read by other columns or another key, so they may "
@@ -184,13 +186,13 @@ class Budget:
 
 
 def overlaps(
-    ledger: Ledger, records: Lineage, more: Mapping[str, Links] | None = None
+    ledger: Ledger, records: RecordSet, more: Mapping[str, Links] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
-    """For each set of records that was ever charged, by its lineage's name, which of `records` it
-    holds [R]. All of them where the bases differ; and each holds those that cannot be traced
+    """For each set of records that was ever charged, by its record_set's name, which of `records`
+    it holds [R]. All of them where the bases differ; and each holds those that cannot be traced
     (`untraceable`). more: links by basis that the ledger does not have yet.
     """
-    charged = {name: ledger.lineage(entry) for name, entry in ledger.lineages().items()}
+    charged = {name: ledger.record_set(entry) for name, entry in ledger.record_sets().items()}
     everything = np.ones(len(records.fingerprints), dtype=bool)
     lost = untraceable(ledger, records) if charged else ~everything
     if lost.all():
@@ -204,7 +206,7 @@ def overlaps(
     return {name: found.get(name, everything) | lost for name in charged}
 
 
-def untraceable(ledger: Ledger, records: Lineage) -> NDArray[np.bool_]:
+def untraceable(ledger: Ledger, records: RecordSet) -> NDArray[np.bool_]:
     """[R] which of `records` may have been made by a preparation that has no links for their basis,
     or be what it was made of: those with a cell that it changed, as it was or as it is. The names
     of columns prove nothing: they may be other ones since."""
@@ -218,7 +220,7 @@ def untraceable(ledger: Ledger, records: Lineage) -> NDArray[np.bool_]:
     return lost
 
 
-def _without_links(ledger: Ledger, records: Lineage) -> list[Prepared]:
+def _without_links(ledger: Ledger, records: RecordSet) -> list[Prepared]:
     """The preparations that changed a cell and have no links for the basis of `records`."""
     return [
         entry for entry in ledger.preparations if entry.changed and records.basis not in entry.bases

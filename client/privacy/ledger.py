@@ -49,7 +49,7 @@ from silotune.client.privacy.ledger_entries import (
     digest,
 )
 from silotune.client.privacy.record_identity import Links, Origin
-from silotune.client.privacy.record_ids import SIZE, Codes, Lineage, basis_of
+from silotune.client.privacy.record_ids import SIZE, Codes, RecordSet, basis_of
 from silotune.common.errors import RefusalError, counted
 from silotune.common.protocol.messages import Receipt
 from silotune.common.runtime.atomic_files import is_full, write_durably
@@ -105,8 +105,8 @@ class Ledger:
         self._database.executescript(
             "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, "
             "mac BLOB NOT NULL) STRICT;"
-            "CREATE TABLE lineages (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints BLOB "
-            "NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
+            "CREATE TABLE record_sets (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints "
+            "BLOB NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
             "CREATE TABLE links (digest TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;"
         )
         with self.writing():
@@ -207,39 +207,40 @@ class Ledger:
         self._remember(entry, body, mac)
         return entry
 
-    def charge(self, lineage: Lineage, **facts: Any) -> Charged:
-        """Append a charge on the records of `lineage`, within `writing`, and keep their
+    def charge(self, record_set: RecordSet, **facts: Any) -> Charged:
+        """Append a charge on the records of `record_set`, within `writing`, and keep their
         fingerprints. RefusalError if the request was charged before, E217 if there are too many."""
         assert self._database.in_transaction
         parts = (
-            lineage.fingerprints.tobytes(),
-            lineage.decodings.counts.tobytes(),
-            lineage.decodings.codes.tobytes(),
+            record_set.fingerprints.tobytes(),
+            record_set.decodings.counts.tobytes(),
+            record_set.decodings.codes.tobytes(),
         )
-        self._check_size(lineage.columns.encode(), *parts)
+        self._check_size(record_set.columns.encode(), *parts)
         self._database.execute(
-            "INSERT OR IGNORE INTO lineages VALUES (?, ?, ?, ?, ?)",
-            (lineage.id, lineage.columns, *parts),
+            "INSERT OR IGNORE INTO record_sets VALUES (?, ?, ?, ?, ?)",
+            (record_set.id, record_set.columns, *parts),
         )
-        facts |= {"lineage": lineage.id, "basis": lineage.basis, "rows": lineage.rows}
+        facts |= {"record_set": record_set.id, "basis": record_set.basis, "rows": record_set.rows}
         return self.append(Charged, **facts)
 
-    def lineages(self) -> dict[str, Charged]:
+    def record_sets(self) -> dict[str, Charged]:
         """Each set of records that was ever charged, by its first charge."""
         found: dict[str, Charged] = {}
         for charge in self.charges.values():
-            found.setdefault(charge.lineage, charge)
+            found.setdefault(charge.record_set, charge)
         return found
 
-    def lineage(self, charge: Charged) -> Lineage:
+    def record_set(self, charge: Charged) -> RecordSet:
         """The records of a charge; RefusalError E212 if the file does not have them."""
         row = self._row(
-            "SELECT columns, fingerprints, counts, codes FROM lineages WHERE id = ?", charge.lineage
+            "SELECT columns, fingerprints, counts, codes FROM record_sets WHERE id = ?",
+            charge.record_set,
         )
         if row is not None and isinstance(row[0], str) and _are_blobs(row[1:], (SIZE, 4, 8)):
-            found = Lineage.of_bytes(charge.basis, row[1], charge.rows, *(row[0], *row[2:]))
+            found = RecordSet.of_bytes(charge.basis, row[1], charge.rows, *(row[0], *row[2:]))
             named = not found.columns or basis_of(found.columns) == charge.basis
-            if found.id == charge.lineage and named:
+            if found.id == charge.record_set and named:
                 return found
         raise damaged(f"the fingerprints of entry {charge.sequence} are not those it names")
 
@@ -333,7 +334,7 @@ class Ledger:
         with self.writing(outcome):
             if charge.sequence in self.releases:
                 raise RefusalError("This charge has its reply already.", code="E204")
-            self.append(Released, charge=charge.sequence, reply=name, own=kept)
+            self.append(Released, charge=charge.sequence, reply=name, local_state=kept)
 
     def check_room(self, size: int) -> None:
         """RefusalError E216 unless the disk has room for replies of `size` bytes: asked before a
@@ -350,7 +351,7 @@ class Ledger:
             )
         return wire
 
-    def own(self, charges: Iterable[Charged]) -> bytes | None:
+    def local_state(self, charges: Iterable[Charged]) -> bytes | None:
         """What stayed at the site with the latest round of these that was released; None if there
         is none. RefusalError E212 if it is not there any more."""
         last = max(
@@ -365,7 +366,7 @@ class Ledger:
 
     def _left(self, charge: Charged) -> str | None:
         released = self.releases.get(charge.sequence)
-        return None if released is None else released.own
+        return None if released is None else released.local_state
 
     def _keep(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()
@@ -473,8 +474,8 @@ class Ledger:
             raise damaged("it was opened by another owner or with other keys")
 
     def _check_lineages(self) -> None:
-        for entry in self.lineages().values():
-            self.lineage(entry)
+        for entry in self.record_sets().values():
+            self.record_set(entry)
         for prepared in self.preparations:
             for name in prepared.bases.values():
                 Links.of_content(self._stored(prepared, name))

@@ -67,18 +67,18 @@ class Adopted(EntryBase):
 
 
 class Charged(EntryBase):
-    """`steps` steps of a mechanism on the records of `lineage`; stands whatever happens next.
+    """`steps` steps of a mechanism on the records of `record_set`; stands whatever happens next.
 
-    basis, rows: of the lineage; source: the file's name, for people. They stand in every charge and
-    not in an entry of their own when the records are new, so that the number of entries, which a
-    receipt shows, depends on requests alone. order: the Rényi order by which all is accounted, the
-    same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
+    basis, rows: of the record_set; source: the file's name, for people. They stand in every charge
+    and not in an entry of their own when the records are new, so that the number of entries, which
+    a receipt shows, depends on requests alone. order: the Rényi order by which all is accounted,
+    the same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
     noise_multiplier 0: without DP. adapter: SHA-256 of the adapter that the round began with, under
     secure aggregation (client/privacy/site_sets.py).
     """
 
     state: Literal["CHARGED"] = "CHARGED"
-    lineage: Sha256
+    record_set: Sha256
     basis: str
     source: str
     rows: Annotated[int, Field(ge=0, strict=True)]
@@ -106,7 +106,7 @@ class Released(EntryBase):
     state: Literal["RELEASED"] = "RELEASED"
     charge: Annotated[int, Field(ge=1, strict=True)]
     reply: Sha256
-    own: Sha256 | None = None
+    local_state: Sha256 | None = None
 
 
 class BasisLinks(Frozen):

@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.privacy.record_ids import Codes, Lineage, RowPrints, codes_of
+from silotune.client.privacy.record_ids import Codes, RecordSet, RowPrints, codes_of
 
 
 class Links(NamedTuple):
@@ -99,7 +99,7 @@ def _rows_of(prints: RowPrints) -> list[tuple[int, frozenset[int]]]:
     ]
 
 
-def components(files: Sequence[Lineage], links: Sequence[Links]) -> list[NDArray[np.int64]]:
+def components(files: Sequence[RecordSet], links: Sequence[Links]) -> list[NDArray[np.int64]]:
     """For each file the number of each record's component: equal numbers, one record.
 
     Args:
@@ -118,7 +118,7 @@ def components(files: Sequence[Lineage], links: Sequence[Links]) -> list[NDArray
     return [component[np.searchsorted(nodes, file.codes)].astype(np.int64) for file in files]
 
 
-def _edges(files: Sequence[Lineage], links: Sequence[Links]) -> Iterator[tuple[Codes, Codes]]:
+def _edges(files: Sequence[RecordSet], links: Sequence[Links]) -> Iterator[tuple[Codes, Codes]]:
     for file in files:
         yield file.codes, file.codes
         if len(file.decodings.codes):

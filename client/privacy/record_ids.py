@@ -243,7 +243,7 @@ NO_DECODINGS = Decodings(np.zeros(0, np.uint32), np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)
-class Lineage:
+class RecordSet:
     """The records of one file: the basis and the sorted distinct fingerprints.
 
     `rows` counts the file's rows; it is larger than len(fingerprints) where records stand twice.
@@ -278,7 +278,7 @@ class Lineage:
         columns: str = "",
         counts: bytes = b"",
         codes: bytes = b"",
-    ) -> Lineage:
+    ) -> RecordSet:
         decodings = Decodings(np.frombuffer(counts, np.uint32), np.frombuffer(codes, np.uint64))
         return cls(basis, _array(fingerprints), rows, columns, decodings)
 
@@ -316,8 +316,9 @@ class RowPrints:
     decodings: Decodings
 
 
-def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
-    """The lineage of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
+def of_table(table: Table, key: Sequence[str], secret: bytes) -> RecordSet:
+    """The record_set of a file's rows. secret: 32 bytes, the site's own. DataError: no such
+    column."""
     found = of_rows(table, basis_columns(table, key), secret, keyed=bool(key))
     prints, record = np.unique(found.fingerprints, return_inverse=True)
     owners, codes = record[found.decodings.owners], found.decodings.codes
@@ -336,7 +337,7 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> Lineage:
         ] = True
         return has
 
-    return Lineage(found.basis, prints, len(table.rows), found.columns, decodings, holding)
+    return RecordSet(found.basis, prints, len(table.rows), found.columns, decodings, holding)
 
 
 def cell_codes(cell: str, encoding: str, secret: bytes) -> frozenset[int]:
@@ -423,7 +424,7 @@ def of_rows(table: Table, chosen: Sequence[str], secret: bytes, *, keyed: bool) 
 
 
 def basis_of(columns: str) -> str:
-    """The digest that names a basis; columns: `Lineage.columns`."""
+    """The digest that names a basis; columns: `RecordSet.columns`."""
     return hashlib.blake2b(columns.encode(), digest_size=SIZE).hexdigest()
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.budget import Limit
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site.preparation_rules import Prepare
 from silotune.common.config import types
 from silotune.common.config.types import (
@@ -33,8 +33,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import Metric, Target, Unit
 from silotune.common.contract.task import TaskKind
-from silotune.common.data import file_source, records
-from silotune.common.data import sql_source as queries
+from silotune.common.data import file_source, records, sql_source
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading, delimiter_of
 from silotune.common.errors import DataError, RefusalError, counted
@@ -97,7 +96,7 @@ class Data(Frozen):
     @property
     def source(self) -> str:
         """What the records come from, in a word."""
-        return self.file.name if self.file else queries.SOURCE
+        return self.file.name if self.file else sql_source.SOURCE
 
     def table(self) -> Table:
         """All rows, read now. DataError if they cannot be."""
@@ -105,7 +104,9 @@ class Data(Frozen):
             return records.table(self.file, Reading(self.encoding, self.delimiter))
         assert self.url is not None
         assert self.query is not None
-        return Table(queries.SOURCE, *file_source.contents(*queries.read(self.url, self.query)))
+        return Table(
+            sql_source.SOURCE, *file_source.contents(*sql_source.read(self.url, self.query))
+        )
 
     def within(self, folder: Path) -> Self:
         """With its path, also that of an SQLite file, made absolute."""
@@ -285,12 +286,12 @@ class Policy(Frozen):
         agreed = contract.target_of(self.name)
         return agreed._replace(epsilon=min(agreed.epsilon, self.run.epsilon or agreed.epsilon))
 
-    def check_records(self, found: Lineage, unit: Unit = "record") -> None:
+    def check_records(self, found: RecordSet, unit: Unit = "record") -> None:
         """DataError unless the records are as many and as distinct as the owner wants."""
         for problem in self.problems_of_records(found, unit):
             raise problem
 
-    def problems_of_records(self, found: Lineage, unit: Unit) -> list[DataError]:
+    def problems_of_records(self, found: RecordSet, unit: Unit) -> list[DataError]:
         """In which way the records are fewer or less distinct than the owner wants."""
         problems = []
         count, what = found.rows, "rows"

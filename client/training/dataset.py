@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from silotune.client.training import privacy_units as units
+from silotune.client.training import privacy_units
 from silotune.client.training.privacy_units import Units
 from silotune.common.contract.contract import Contract
 from silotune.common.data import records
@@ -32,7 +32,9 @@ def load(table: records.Table, contract: Contract, model: Network) -> Dataset:
     """
     found = records.parse(table, contract)
     entity = contract.privacy.entity
-    of = units.of_entities(table, entity) if entity else units.of_records(len(found))
+    of = (
+        privacy_units.of_entities(table, entity) if entity else privacy_units.of_records(len(found))
+    )
     return Dataset(_encode(model, tuple(found.inputs)), model.objective.tensor(found.labels), of)
 
 

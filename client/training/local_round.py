@@ -45,7 +45,7 @@ def train_round(
     adapter: Arrays,
     source: NoiseSource,
     clip_norm: float,
-    own: LocalState = NOTHING,
+    local_state: LocalState = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the round's trained tensors after `mechanism.steps` private steps, and the
     contract's released metrics (means over the steps of sum / expected batch). own: what the site
@@ -53,8 +53,8 @@ def train_round(
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
-    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `own`, which is
-    made of such.
+    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `local_state`,
+    which is made of such.
 
     The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible
@@ -67,27 +67,28 @@ def train_round(
     private = contract.privacy.mode == "dp"
     measured = _Measured(contract, mechanism, model.objective, divisor, source)
 
-    kept: Tensor | None = None  # of the head's inputs, where the phase has dropout
+    dropout_mask: Tensor | None = None  # of the head's inputs, where the phase has dropout
 
     def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=adapter_active, kept=kept)
+        outputs = model(data.encoded, index, adapter=adapter_active, dropout_mask=dropout_mask)
         targets = model.targets(data.encoded, data.labels, index).to(outputs.device)
         measured.see(index, outputs, targets)
         return model.objective.losses(outputs, targets)
 
     with model.lock, model.requiring(names), model.batch_invariant(private):
-        model.load(own.laid_over(adapter))
+        model.load(local_state.laid_over(adapter))
         known = model.named_tensors()
         tensors = {name: known[name] for name in names}
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         moved = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
         pulled = {
             name: start[name] - _tensor(adapter[name], model)
-            for name in own.tensors
+            for name in local_state.tensors
             if name in start
         }
         corrections = {
-            name: _tensor(array, model) for name, array in own.corrections(adapter, names).items()
+            name: _tensor(array, model)
+            for name, array in local_state.corrections(adapter, names).items()
         }
         rates = [{"params": [moved[name]], "lr": plan.learning_rate(name)} for name in names]
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
@@ -108,7 +109,7 @@ def train_round(
                 divisor=divisor,
             )
         for step in range(mechanism.steps):
-            kept = _kept(phase, model, (plan.round_in_phase, step))
+            dropout_mask = _dropout_mask(phase, model, (plan.round_in_phase, step))
             drawn = torch.from_numpy(
                 source.poisson_sample(len(data.units), mechanism.sampling_rate)
             )
@@ -151,11 +152,11 @@ def _tensor(array: np.ndarray, model: Network) -> Tensor:
     return torch.from_numpy(array).to(model.device)
 
 
-def _kept(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
+def _dropout_mask(phase: Phase, model: Network, seed: tuple[int, int]) -> Tensor | None:
     """What the head's inputs are multiplied by in a step: dropout with one mask for all records,
     drawn from the round's public place in its phase and the step."""
     if not phase.dropout:
         return None
     size = next(m.in_features for m in model.head.modules() if isinstance(m, nn.Linear))
-    kept = np.random.default_rng(seed).random(size) >= phase.dropout
-    return torch.from_numpy(kept / (1 - phase.dropout)).float().to(model.device)
+    dropout_mask = np.random.default_rng(seed).random(size) >= phase.dropout
+    return torch.from_numpy(dropout_mask / (1 - phase.dropout)).float().to(model.device)

@@ -34,7 +34,7 @@ class _Measured:
         divisor: float,
         source: NoiseSource,
     ) -> None:
-        self.values = {"loss": objective.losses, "accuracy": objective.right}
+        self.values = {"loss": objective.losses, "accuracy": objective.correct}
         self.contract, self.mechanism, self.source = contract, mechanism, source
         self.scale = 1 / (divisor * mechanism.steps)
         self.means: dict[Metric, float] = {

@@ -15,7 +15,7 @@ OTHER = "other"  # bytes that are no request
 
 @dataclass(frozen=True)
 class Answered:
-    """What is told of one answered request: nothing that the reply itself does not show."""
+    """What is recorded of one answered request: only what the reply itself shows."""
 
     kind: str
     code: str
@@ -29,10 +29,12 @@ class Answered:
     def of(cls, asked: Header | None, reply: bytes, seconds: float) -> Answered:
         """asked: None if the request was no message. reply: of the worker's own making."""
         (size,) = struct.unpack("<Q", reply[:8])
-        said = json.loads(json.loads(reply[8 : 8 + size])["__metadata__"]["silotune"])
+        header = json.loads(json.loads(reply[8 : 8 + size])["__metadata__"]["silotune"])
         kind = asked.kind if asked is not None and asked.kind in REQUESTS else OTHER
         run, number, attempt = (getattr(asked, what, None) for what in ("run", "round", "attempt"))
-        return cls(kind, said.get("code", "ok"), seconds, run, number, attempt, said.get("epsilon"))
+        return cls(
+            kind, header.get("code", "ok"), seconds, run, number, attempt, header.get("epsilon")
+        )
 
     @property
     def facts(self) -> dict[str, Fact]:

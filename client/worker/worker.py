@@ -1,7 +1,8 @@
 """The worker: the process that holds a site's records and answers a closed set of requests.
 
 `handle` takes and gives bytes (common/protocol/messages.py). It never raises: what goes wrong
-inside leaves the site as a code and a random incident id, and is told in the site's own log only.
+inside leaves the site as a code and a random incident id, and is written to the site's own log
+only.
 
 A round in order: the request is checked, the ledger is charged, the round is computed, the reply's
 bytes are made durable, the ledger notes their release, they leave. A crash anywhere before the last
@@ -100,14 +101,14 @@ class Worker:
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         # Once: what is fingerprinted is what is trained on.
         table = records.named_by(contract, policy.data.table())
-        self.lineage = record_ids.of_table(table, policy.data.key, ledger.fingerprint_key)
+        self.record_set = record_ids.of_table(table, policy.data.key, ledger.fingerprint_key)
         narrowed = contract.at(policy.name)
         self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
         self.data = dataset.load(table, contract, self.model)
-        policy.check_records(self.lineage, self.unit)
+        policy.check_records(self.record_set, self.unit)
         selftest.check(contract, self.model)
         self.source_name = table.source
-        self.budget = Budget(ledger, self.lineage, self.unit)
+        self.budget = Budget(ledger, self.record_set, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
             self._check_budget(self.plan, "This contract's plan", policy)
         self.own_shapes = self.shapes = tensors.shapes_of(self.model.initial_arrays())
@@ -221,12 +222,12 @@ class Worker:
         self.ledger.release(charge, reply, kept)
         return reply
 
-    def own(self, run: str, before: int) -> LocalState:
+    def local_state(self, run: str, before: int) -> LocalState:
         """What a run has left here before a round. RefusalError E212 if it is no longer there."""
         if not self.contract.keeps:
             return NOTHING
         charges = [charge for charge in self._run_charges(run) if charge.round < before]
-        found = LocalState.read(self.ledger.own(charges))
+        found = LocalState.read(self.ledger.local_state(charges))
         # A mean gradient of longer ago is not what the server's is of.
         return found if found.round == before - 1 else replace(found, gradient={})
 
@@ -285,10 +286,10 @@ class Worker:
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
             self._check_run(request, mechanism, policy)
-            own = self.own(request.run, request.round)  # refused before anything is charged
+            own = self.local_state(request.run, request.round)  # refused before anything is charged
             self.ledger.check_room(self._reply_room)
             return self.ledger.charge(
-                self.lineage,
+                self.record_set,
                 source=self.source_name,
                 unit=self.unit,
                 contract=self.contract.hash,
@@ -363,7 +364,7 @@ class Worker:
         later = signed_policy.adopted(self.ledger).for_worker_of(self.policy)
         for refusal in later.refusals(self.contract):
             raise refusal
-        later.check_records(self.lineage, self.unit)
+        later.check_records(self.record_set, self.unit)
         return later
 
     def _check_run(self, request: Train, mechanism: Mechanism, policy: Policy) -> None:

@@ -79,18 +79,17 @@ def watch(
     MODEL earnings  row 1,607: 61 % → 30 % since row 1,498
     """
     from silotune.common.data import records
-    from silotune.common.inference import drift
-    from silotune.common.inference import label_monitor as streams
+    from silotune.common.inference import drift, label_monitor
     from silotune.common.models import factory as models
 
     contract = _contract(run)
-    streams.check_task(contract)
+    label_monitor.check_task(contract)
     table = records.table(data, reading)
     if column:
-        table = streams.ordered(table, column)
+        table = label_monitor.ordered(table, column)
     inputs = records.unlabelled(table, contract)
     network = models.build(contract, required(contract, model, MODEL))
-    values = streams.scores_by_tag(contract, network, _arrays(run, network), inputs)
+    values = label_monitor.scores_by_tag(contract, network, _arrays(run, network), inputs)
     alerts = drift.alerts(values, false_alarms)
     out.mkdir(parents=True, exist_ok=True)
     shares = {label: sum(own) / len(own) for label, own in values.items()}
@@ -107,7 +106,7 @@ def watch(
         file.touch(mode=0o600)
         file.chmod(0o600)
     (out / "watch.json").write_text(text, encoding="utf-8")
-    streams.draw(values, alerts, out / "watch.svg")
+    label_monitor.draw(values, alerts, out / "watch.svg")
     wide = max(map(len, values))
     lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
     lines += [

@@ -1,1 +1,1 @@
-"""Configuration files: value types, and what is said of a wrong one."""
+"""Configuration files: value types, and messages about invalid ones."""

@@ -33,7 +33,7 @@ TABLE_OR_PAIRS = {  # in TOML and in JSON, in a JSON Schema
 
 
 class NumberColumn(Frozen):
-    """A number told in words by public bin edges.
+    """A number that public bin edges turn into words.
 
     A value v gets words[i] where i is the number of edges that are <= v; so len(words) must be
     len(edges) + 1. Values below `lowest` count as missing (a cholesterol of 0, say).

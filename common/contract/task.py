@@ -237,7 +237,7 @@ class Tokens(Frozen):
             ) from None
 
     def read_otherwise(self, cell: str) -> str:
-        """What is said of tags that are not IOB2 and are read as if they were; '' of others."""
+        """The message about tags that are not IOB2 and are read as if they were; '' of others."""
         try:
             scheme = tag_schemes.scheme_of(cell.split())
         except ValueError:
@@ -297,7 +297,8 @@ class Regression(Frozen):
         return (self._scale(min(max(number, self.lowest), self.highest)) - low) / (high - low)
 
     def read_otherwise(self, cell: str) -> str:
-        """What is said of a number outside the bounds, which counts as the bound; '' of others."""
+        """The message about a number outside the bounds, which counts as the bound; '' of
+        others."""
         number = self._number(cell)
         if math.isnan(number) or self.lowest <= number <= self.highest:
             return ""

@@ -55,7 +55,7 @@ def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
 
 
 def misfit(column: NumberColumn | CategoryColumn, raw: str) -> str:
-    """What the column allows, said of a value that it does not; '' of others."""
+    """The message about a value that the column does not allow; '' of others."""
     try:
         choice_of(column, raw)
     except OutsideSchemaError as error:
@@ -64,7 +64,8 @@ def misfit(column: NumberColumn | CategoryColumn, raw: str) -> str:
 
 
 def below(column: NumberColumn, raw: str) -> str:
-    """What is said of a number below the column's lowest, which counts as missing; '' of others."""
+    """The message about a number below the column's lowest, which counts as missing; '' of
+    others."""
     try:
         number = number_of(raw)
     except ValueError:

@@ -228,7 +228,7 @@ def _delimiter(path: Path, reading: Reading, sample: str) -> str:
         names = " and ".join(f"'{DELIMITERS[one]}'" for one in best)
         raise DataError(
             f"The header of {path.name} can be divided by {names}: set "
-            f"{reading.said('delimiter', DELIMITERS[best[-1]])}, or whichever is right."
+            f"{reading.setting('delimiter', DELIMITERS[best[-1]])}, or whichever is right."
         )
     return best[0] if best and usual not in best else usual
 

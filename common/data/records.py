@@ -225,11 +225,11 @@ def _inputs(
         try:
             found = tuple([read(cells[at]) for at, read in readers])
         except featurize.OutsideSchemaError:
-            return _told(line, cells)
+            return _choices_of_unfit_row(line, cells)
         # Equal rows are one tuple, which for millions of them is most of the memory.
         return known.setdefault(found, found) if len(known) < REMEMBERED else found
 
-    def _told(line: int, cells: Sequence[str]) -> tuple[featurize.Choice, ...]:
+    def _choices_of_unfit_row(line: int, cells: Sequence[str]) -> tuple[featurize.Choice, ...]:
         """The choices of a row that does not fit, each column's problem noted."""
         found: list[featurize.Choice] = []
         for at, read in readers:

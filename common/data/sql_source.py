@@ -113,7 +113,7 @@ def read(
             code="E311",
         ) from None
     except Exception as error:  # drivers raise what they like, and quote rows in it
-        raise _told(error, line) from None
+        raise _database_error(error, line) from None
     finally:
         engine.dispose()
     return header, builder.rows()
@@ -205,16 +205,16 @@ def _reading_only(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _told(error: Exception, line: int) -> DataError:
+def _database_error(error: Exception, line: int) -> DataError:
     """What happened in words of ours; the driver's are for the owner's screen."""
     cause = getattr(error, "orig", None) or error
     state = str(getattr(cause, "sqlstate", None) or "")
-    said = str(cause).lower()
+    message = str(cause).lower()
     why = (
         STATES.get(state)
         or STATES.get(state[:2])
         or next(
-            (sentence for word, sentence in WORDS.items() if not state and word in said),
+            (sentence for word, sentence in WORDS.items() if not state and word in message),
             "it failed",
         )
     )

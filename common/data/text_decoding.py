@@ -81,7 +81,7 @@ class Reading:
         except ValueError as error:
             raise UsageError(f"{error}.") from None
 
-    def said(self, key: str, value: str) -> str:
+    def setting(self, key: str, value: str) -> str:
         return self.option.format(key=key, value=value)
 
 
@@ -127,7 +127,8 @@ def _check_start(path: Path, reading: Reading, start: bytes, marked: str) -> Non
     if marked and not reading.encoding.startswith(marked):
         raise DataError(
             f"Data file {path.name} begins with the byte order mark of {marked.upper()}, line 1 is "
-            f"not {usual_name(reading.encoding).upper()}: set {reading.said('encoding', marked)}."
+            f"not {usual_name(reading.encoding).upper()}: set "
+            f"{reading.setting('encoding', marked)}."
         )
 
 
@@ -153,13 +154,13 @@ def _not_decoded(path: Path, reading: Reading, kind: str) -> DataError:
     if not likely:
         return DataError(
             f"{what}: line {line} is not {name}. "
-            f"Set {reading.said('encoding', 'NAME')} to the one it is in."
+            f"Set {reading.setting('encoding', 'NAME')} to the one it is in."
         )
     first, *others = map(usual_name, likely)
     shown = f"{first} (or {', '.join(others)})" if others else first
     return DataError(
         f"{what}: line {line} is not {name}, it looks like {shown}. "
-        f"If that is right, set {reading.said('encoding', first)}."
+        f"If that is right, set {reading.setting('encoding', first)}."
     )
 
 
@@ -201,7 +202,7 @@ def _has_c1_bytes(path: Path) -> bool:
 
 
 def wrong_encoding(path: Path, reading: Reading, where: str) -> DataError:
-    """What is said of control characters U+0080 to U+009F: their bytes are another encoding's.
+    """The message about control characters U+0080 to U+009F: their bytes are another encoding's.
 
     where: the rows that hold them, in words.
     """
@@ -216,7 +217,8 @@ def wrong_encoding(path: Path, reading: Reading, where: str) -> DataError:
             while file.read(SAMPLE):
                 pass
     except DataError:
-        return DataError(f"{text}. Set {reading.said('encoding', 'NAME')} to the one it is in.")
+        return DataError(f"{text}. Set {reading.setting('encoding', 'NAME')} to the one it is in.")
     return DataError(
-        f"{text}; it looks like {likely}. If that is right, set {reading.said('encoding', likely)}."
+        f"{text}; it looks like {likely}. If that is right, set "
+        f"{reading.setting('encoding', likely)}."
     )

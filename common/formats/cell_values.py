@@ -76,7 +76,7 @@ def _words(values: list[object]) -> str:
 
 
 def unread(text: str) -> str:
-    """What is said of a number that is written as `number_of` does not read it; '' of others."""
+    """The message about a number that is written as `number_of` does not read it; '' of others."""
     return UNREAD if SEPARATED.fullmatch(text.strip()) else ""
 
 

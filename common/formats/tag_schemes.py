@@ -101,7 +101,7 @@ SCHEMES = {
     "BMES": "BMES",
     "IOE2": "IIEE",
 }
-# What is said of tags that are read as if they were IOB2, by the scheme in which they are valid.
+# The message about tags that are read as if they were IOB2, by the scheme in which they are valid.
 READ_OTHERWISE = {
     **{name: f"is in {name}: read as IOB2" for name in SCHEMES if name != IOB2},
     "": "has tags in an order that no scheme allows: read as IOB2, as conlleval does",

@@ -1,7 +1,8 @@
-"""When a stream of predictions changes: how often each label is told, and since when that is other.
+"""When a stream of predictions changes: how often each label is predicted, and since when that
+differs.
 
 A detector watches each label by itself. Nothing here is private or meant to be: what it says of
-private rows is said without noise and stays with whoever holds them.
+private rows is given without noise and stays with whoever holds them.
 
 Shapes: N rows in their order.
 """

@@ -31,7 +31,7 @@ STD = 0.02  # of the first virtual tokens
 class PerExampleModule(nn.Module):
     """Parameters that are not a Linear's."""
 
-    def own(self, name: str, n: int) -> Tensor:
+    def per_example(self, name: str, n: int) -> Tensor:
         """The parameter for n examples, [n, ...]: their views if they have some."""
         views: dict[str, Tensor] | None = self.__dict__.get("expanded")
         parameter: Tensor = getattr(self, name)
@@ -48,7 +48,7 @@ class IA3Linear(PerExampleModule):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
-        return out + out * self.own("ia3", len(x))[:, None, :]
+        return out + out * self.per_example("ia3", len(x))[:, None, :]
 
 
 class FrozenFactors(nn.Module):
@@ -72,7 +72,7 @@ class LoraXsLinear(PerExampleModule):
     def forward(self, x: Tensor) -> Tensor:
         # Filled up with zeros, or roundings would depend on a row's place
         # (common/models/aligned_linear.py).
-        core, fill = self.own("core", len(x)), -len(self.core) % ALIGNED
+        core, fill = self.per_example("core", len(x)), -len(self.core) % ALIGNED
         core = nn.functional.pad(core, (0, fill, 0, fill))
         low = nn.functional.linear(x, nn.functional.pad(self.ends.down, (0, 0, 0, fill)))
         middle = torch.matmul(low, core.transpose(1, 2).to(low.dtype))
@@ -115,7 +115,10 @@ class VirtualKeys(PerExampleModule):
         return tuple(  # type: ignore[return-value]
             torch.cat(
                 [
-                    self.own(name, n).view(n, -1, heads, size).transpose(1, 2).to(found.dtype),
+                    self.per_example(name, n)
+                    .view(n, -1, heads, size)
+                    .transpose(1, 2)
+                    .to(found.dtype),
                     found,
                 ],
                 dim=2,
@@ -134,7 +137,7 @@ class VirtualTokens(PerExampleModule):
 
     def before(self, hidden: Tensor) -> Tensor:
         """hidden [n, T, H] -> [n, P + T, H]"""
-        return torch.cat([self.own("tokens", len(hidden)).to(hidden.dtype), hidden], dim=1)
+        return torch.cat([self.per_example("tokens", len(hidden)).to(hidden.dtype), hidden], dim=1)
 
 
 def inject(adapter: Adapter, top: nn.ModuleList, size: int) -> VirtualTokens | None:

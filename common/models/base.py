@@ -152,7 +152,7 @@ class Network(nn.Module):
         for index, n in self.micro_batches(encoded, torch.arange(len(encoded)), adapter=adapter):
             outputs = self(encoded, index, adapter=adapter)[:n]
             targets = self.targets(encoded, labels, index[:n]).to(outputs.device)
-            found = self.objective.kept(outputs, targets)
+            found = self.objective.predictions(outputs, targets)
             for row, kept in zip(index[:n].tolist(), found, strict=True):
                 out[row] = kept
         return out

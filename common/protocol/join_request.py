@@ -44,13 +44,14 @@ def pairs(data: bytes) -> str:
     return data.hex(":").upper()
 
 
-def same(fingerprint: str, said: str) -> bool:
-    """Whether `said` is this fingerprint, with or without colons, spaces and capitals. UsageError
+def same(fingerprint: str, given: str) -> bool:
+    """Whether `given` is this fingerprint, with or without colons, spaces and capitals. UsageError
     if it is none at all: a slip of the pen says nothing about who sent what."""
-    own, other = fingerprint.replace(":", ""), re.sub("[: ]", "", said).upper()
+    own, other = fingerprint.replace(":", ""), re.sub("[: ]", "", given).upper()
     if not re.fullmatch(f"[0-9A-F]{{{len(own)}}}", other):
         raise UsageError(
-            f"'{said}' is no fingerprint: this one has {len(own) // 2} pairs of hexadecimal digits."
+            f"'{given}' is no fingerprint: this one has {len(own) // 2} pairs of "
+            "hexadecimal digits."
         )
     return own == other
 

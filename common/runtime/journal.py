@@ -24,7 +24,7 @@ from silotune.common.runtime.terminal import echo, escaped
 Source = Literal["worker", "relay", "supervisor", "superlink", "nginx", "server"]
 Fact = str | int | float
 NONE: Mapping[str, Fact] = MappingProxyType({})
-SAID = "said"  # the event of a line that a process wrote on its own
+OUTPUT = "output"  # the event of a line that a process wrote on its own
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
 _REQUIRED: dict[str, tuple[type, ...]] = {"at": _TEXT, "from": _TEXT, "event": _TEXT, "text": _TEXT}
@@ -47,10 +47,10 @@ class Journal:
         self.source, self.as_json = source, as_json
         self._write, self._lock = write, threading.Lock()
 
-    def say(
+    def emit(
         self,
         text: str,
-        event: str = SAID,
+        event: str = OUTPUT,
         facts: Mapping[str, Fact] = NONE,
         *,
         source: Source | None = None,
@@ -61,8 +61,8 @@ class Journal:
         """
         source = source or self.source
         if self.as_json:
-            said = {"at": _now(), "from": source, "event": event, "text": text}
-            self._line(_json({**said, **facts}))
+            entry = {"at": _now(), "from": source, "event": event, "text": text}
+            self._line(_json({**entry, **facts}))
         else:
             line = text if source == self.source else f"{source}: {text}"
             self._line(escaped(click.unstyle(line), lines=False))
@@ -73,7 +73,7 @@ class Journal:
         if self.as_json and (found := _object(line, source)) is not None:
             self._line(found)
         else:
-            self.say(line, source=source)
+            self.emit(line, source=source)
 
     def _line(self, text: str) -> None:
         # Whoever read this has gone: that must not end the work, nor cost a site its reply.

@@ -105,7 +105,9 @@ def _processes() -> Iterator[tuple[int, str, int]]:
             yield int(entry.name), state, int(parent)
 
 
-def repeat_lines(process: subprocess.Popen[bytes], say: Callable[[str], None]) -> threading.Thread:
+def repeat_lines(
+    process: subprocess.Popen[bytes], write_line: Callable[[str], None]
+) -> threading.Thread:
     """Pass a process's output on, a line at a time, without control characters and not endlessly:
     what it writes may be meant for the terminal that shows it. The thread ends with the output.
     """
@@ -118,14 +120,14 @@ def repeat_lines(process: subprocess.Popen[bytes], say: Callable[[str], None]) -
             while line := stream.readline(LONGEST_LINE):
                 if int(time.monotonic()) != second:
                     if lines > LINES_A_SECOND:
-                        say(f"({lines - LINES_A_SECOND} lines were left out)")
+                        write_line(f"({lines - LINES_A_SECOND} lines were left out)")
                     second, lines = int(time.monotonic()), 0
                 lines += 1
                 # Whole colour codes first: without its first character one is text.
                 text = click.unstyle(line.decode(errors="replace"))
                 text = "".join(c for c in text if c.isprintable()).strip()
                 if text and lines <= LINES_A_SECOND:
-                    say(text)
+                    write_line(text)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -23,8 +23,14 @@ class SecAggAggregator:
     asked: the digest of what it asked all members.
     """
 
-    def __init__(self, agreement: Agreement, number: int, size: int, asked: bytes) -> None:
-        self.agreement, self.number, self.asked = agreement, number, asked
+    def __init__(
+        self, agreement: Agreement, server_round: int, size: int, request_digest: bytes
+    ) -> None:
+        self.agreement, self.server_round, self.request_digest = (
+            agreement,
+            server_round,
+            request_digest,
+        )
         self._opened = False
         self.survivors: set[str] = set()
         self._total = fixed_point.Total(size)
@@ -83,19 +89,22 @@ class SecAggAggregator:
         ]
 
     def _own(self, name: str, seed: int) -> list[fixed_point.Mask] | None:
-        agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
+        agreement, place = self.agreement, self.agreement.terms.round_index(self.server_round)
         published = agreement.keys[name].commitments[place]
-        if commitment(agreement.terms, name, self.number, seed) != published:
+        if commitment(agreement.terms, name, self.server_round, seed) != published:
             return None
-        return [(agreement.own_mask_key(seed, name, self.number), True)]
+        return [(agreement.own_mask_key(seed, name, self.server_round), True)]
 
     def _pairwise(self, name: str, seed: int) -> list[fixed_point.Mask] | None:
-        agreement, place = self.agreement, self.agreement.terms.place_of(self.number)
-        secret = masking_key(agreement.terms, name, self.number, seed)
+        agreement, place = self.agreement, self.agreement.terms.round_index(self.server_round)
+        secret = masking_key(agreement.terms, name, self.server_round, seed)
         if public_bytes(secret) != agreement.keys[name].masking[place]:
             return None
         # A survivor added the mask if its name is the smaller one, took it off otherwise.
         return [
-            (agreement.mask_key(secret, name, peer, self.number, self.asked), peer < name)
+            (
+                agreement.mask_key(secret, name, peer, self.server_round, self.request_digest),
+                peer < name,
+            )
             for peer in sorted(self.survivors)
         ]

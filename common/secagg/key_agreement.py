@@ -107,14 +107,14 @@ class Terms:
         """Bytes of what a member seals for another: two shares a round, and the AEAD's tag."""
         return 2 * shamir.SIZE * self.rounds + 16
 
-    def serves(self, number: int) -> bool:
-        return self.first <= number < self.first + self.rounds
+    def serves(self, server_round: int) -> bool:
+        return self.first <= server_round < self.first + self.rounds
 
-    def place_of(self, number: int) -> int:
+    def round_index(self, server_round: int) -> int:
         """The 0-based place of a round in the agreement; ProtocolError if it is not in it."""
-        if not self.serves(number):
-            raise refused(f"round {number} is not in this agreement")
-        return number - self.first
+        if not self.serves(server_round):
+            raise refused(f"round {server_round} is not in this agreement")
+        return server_round - self.first
 
 
 class PublicKeys(NamedTuple):
@@ -161,26 +161,31 @@ class Agreement:
         return self.members.index(name) + 1
 
     def mask_key(
-        self, secret: X25519PrivateKey, mine: str, peer: str, number: int, asked: bytes
+        self,
+        secret: X25519PrivateKey,
+        mine: str,
+        peer: str,
+        server_round: int,
+        request_digest: bytes,
     ) -> bytes:
         """The seed of the two members' mask of a round, for what was asked of both."""
-        shared = exchange(secret, self.keys[peer].masking[self.terms.place_of(number)])
+        shared = exchange(secret, self.keys[peer].masking[self.terms.round_index(server_round)])
         pair = sorted((mine, peer))
-        return derive(shared, self.transcript, "mask", number, *pair, asked.hex())
+        return derive(shared, self.transcript, "mask", server_round, *pair, request_digest.hex())
 
-    def own_mask_key(self, seed: int, name: str, number: int) -> bytes:
-        return derive(shamir.to_bytes(seed), self.transcript, "own mask", number, name)
+    def own_mask_key(self, seed: int, name: str, server_round: int) -> bytes:
+        return derive(shamir.to_bytes(seed), self.transcript, "own mask", server_round, name)
 
     def endorses(
-        self, name: str, signature: bytes, number: int, survivors: Collection[str]
+        self, name: str, signature: bytes, server_round: int, survivors: Collection[str]
     ) -> bool:
         """Whether this is the member's signature of exactly these survivors of the round."""
-        statement = self.survivors_statement(number, survivors)
+        statement = self.survivors_statement(server_round, survivors)
         return verifies(self.terms.roster[name], signature.hex(), statement)
 
-    def survivors_statement(self, number: int, survivors: Collection[str]) -> bytes:
+    def survivors_statement(self, server_round: int, survivors: Collection[str]) -> bytes:
         """What a site signs to say that these, and no others, survived the round."""
-        facts = [self.transcript.hex(), number, sorted(survivors)]
+        facts = [self.transcript.hex(), server_round, sorted(survivors)]
         return b"silotune secagg survivors 1\n" + _canonical(facts)
 
 
@@ -200,15 +205,15 @@ def keys_statement(terms: Terms, name: str, body: bytes) -> bytes:
     return b"silotune secagg keys 1\n" + terms.digest() + _canonical(name) + body
 
 
-def masking_key(terms: Terms, name: str, number: int, seed: int) -> X25519PrivateKey:
+def masking_key(terms: Terms, name: str, server_round: int, seed: int) -> X25519PrivateKey:
     """The private key of a site's pairwise masks of a round, from the secret that is shared."""
-    data = derive(shamir.to_bytes(seed), terms.digest(), "masking key", number, name)
+    data = derive(shamir.to_bytes(seed), terms.digest(), "masking key", server_round, name)
     return X25519PrivateKey.from_private_bytes(data)
 
 
-def commitment(terms: Terms, name: str, number: int, seed: int) -> bytes:
+def commitment(terms: Terms, name: str, server_round: int, seed: int) -> bytes:
     """By which shares of an own mask's seed are checked; it says nothing about a uniform seed."""
-    return derive(shamir.to_bytes(seed), terms.digest(), "commitment", number, name)
+    return derive(shamir.to_bytes(seed), terms.digest(), "commitment", server_round, name)
 
 
 def derive(secret: bytes, salt: bytes, *what: str | int) -> bytes:

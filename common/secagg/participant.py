@@ -127,8 +127,8 @@ class SecAggParticipant:
         self._seeds = [(shamir.draw(), shamir.draw()) for _ in range(terms.rounds)]
         numbers = range(terms.first, terms.first + terms.rounds)
         self._rounds = {
-            number: _Round(masking_key(terms, name, number, pair), own)
-            for number, (pair, own) in zip(numbers, self._seeds, strict=True)
+            server_round: _Round(masking_key(terms, name, server_round, pair), own)
+            for server_round, (pair, own) in zip(numbers, self._seeds, strict=True)
         }
         body = b"".join(
             (
@@ -214,21 +214,21 @@ class SecAggParticipant:
         shared = exchange(self._sealing, agreement.keys[peer].sealing)
         return derive(shared, agreement.transcript, "seal", sender, receiver)
 
-    def check_can_mask(self, number: int) -> None:
+    def check_can_mask(self, server_round: int) -> None:
         """ProtocolError E504 unless this round can be masked: neither it nor a later one was."""
         self._agreed()
         if not self.ready:
             raise refused("the members' shares are not here yet")
-        if self._round(number).masking is None:
-            raise refused(f"round {number} was masked before")
+        if self._round(server_round).masking is None:
+            raise refused(f"round {server_round} was masked before")
 
     def mask(
         self,
-        number: int,
+        server_round: int,
         values: NDArray[np.float32],
         factor: float,
         bound: float,
-        asked: bytes,
+        request_digest: bytes,
     ) -> bytes:
         """The masked update: `values` [d], |v| <= bound, times `factor` in the ring [3 d bytes].
 
@@ -237,18 +237,21 @@ class SecAggParticipant:
         Once a round: two vectors under one mask would give away their difference. E502 if a value
         is not finite or beyond `bound`; the round is used up then too.
         """
-        self.check_can_mask(number)
-        agreement, mine = self._agreed(), self._round(number)
+        self.check_can_mask(server_round)
+        agreement, mine = self._agreed(), self._round(server_round)
         assert mine.masking is not None
         assert mine.own_seed is not None
         masks: list[fixed_point.Mask] = [
-            (agreement.mask_key(mine.masking, self.name, peer, number, asked), peer < self.name)
+            (
+                agreement.mask_key(mine.masking, self.name, peer, server_round, request_digest),
+                peer < self.name,
+            )
             for peer in agreement.members
             if peer != self.name
         ]
-        masks.append((agreement.own_mask_key(mine.own_seed, self.name, number), False))
+        masks.append((agreement.own_mask_key(mine.own_seed, self.name, server_round), False))
         mine.masking = mine.own_seed = None
-        for earlier in range(self.terms.first, number):
+        for earlier in range(self.terms.first, server_round):
             self._rounds.pop(earlier, None)  # nothing more is revealed of it
         return fixed_point.encode(values, factor, bound, masks)
 
@@ -257,20 +260,20 @@ class SecAggParticipant:
         """Whether this site sent a masked update whose sum it has not helped to open."""
         return any(r.masking is None and r.revealed is None for r in self._rounds.values())
 
-    def endorse(self, number: int, survivors: Collection[str]) -> bytes:
+    def endorse(self, server_round: int, survivors: Collection[str]) -> bytes:
         """A signature [64 bytes] of the round's set of survivors; only ever of one set."""
-        self._settle(number, survivors)
-        return self._sign(self._agreed().survivors_statement(number, survivors))
+        self._settle(server_round, survivors)
+        return self._sign(self._agreed().survivors_statement(server_round, survivors))
 
     def reveal(
-        self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+        self, server_round: int, survivors: Collection[str], signatures: Mapping[str, bytes]
     ) -> dict[str, bytes]:
         """For each member a share [32 bytes]: of the own mask's seed if it survived, else of its
         pairwise key. signatures: the survivors' endorsements; none for the full set.
         """
-        mine, agreement = self._settle(number, survivors), self._agreed()
+        mine, agreement = self._settle(server_round, survivors), self._agreed()
         if set(survivors) != set(agreement.members):
-            self._check_endorsed(number, survivors, signatures)
+            self._check_endorsed(server_round, survivors, signatures)
         if mine.revealed is None:
             mine.revealed = {
                 name: mine.shares[name][name in survivors] for name in agreement.members
@@ -278,11 +281,11 @@ class SecAggParticipant:
             mine.shares.clear()
         return mine.revealed
 
-    def _settle(self, number: int, survivors: Collection[str]) -> _Round:
+    def _settle(self, server_round: int, survivors: Collection[str]) -> _Round:
         """Hold this round's set of survivors to be this one for good, if it can be one at all."""
-        agreement, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
+        agreement, mine, chosen = self._agreed(), self._round(server_round), frozenset(survivors)
         if mine.masking is not None or self.name not in chosen:
-            raise refused(f"this site sent no masked update that counts in round {number}")
+            raise refused(f"this site sent no masked update that counts in round {server_round}")
         if len(chosen) != len(survivors) or not chosen <= set(agreement.members):
             raise refused("the survivors are not members, each once")
         if len(chosen) < self.terms.least:
@@ -293,13 +296,13 @@ class SecAggParticipant:
         return mine
 
     def _check_endorsed(
-        self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+        self, server_round: int, survivors: Collection[str], signatures: Mapping[str, bytes]
     ) -> None:
         agreement = self._agreed()
         valid = [
             name
             for name in survivors
-            if agreement.endorses(name, signatures.get(name, b""), number, survivors)
+            if agreement.endorses(name, signatures.get(name, b""), server_round, survivors)
         ]
         if len(valid) < self.terms.threshold:
             raise refused(
@@ -311,8 +314,8 @@ class SecAggParticipant:
             raise refused("there is no agreement yet")
         return self.agreement
 
-    def _round(self, number: int) -> _Round:
-        self.terms.place_of(number)
-        if number not in self._rounds:
-            raise refused(f"round {number} is over")
-        return self._rounds[number]
+    def _round(self, server_round: int) -> _Round:
+        self.terms.round_index(server_round)
+        if server_round not in self._rounds:
+            raise refused(f"round {server_round} is over")
+        return self._rounds[server_round]

@@ -33,5 +33,5 @@ class ClassificationObjective(Objective):
         # By the record's own label: torch's weights would also weigh what smoothing adds.
         return found if self.weights is None else found * self.weights.to(found.device)[targets]
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(dim=1) == targets).float()

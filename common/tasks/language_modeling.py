@@ -30,10 +30,10 @@ class LanguageModelingObjective(Objective):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return per_example_loss(outputs, targets)
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return share_right(outputs, targets)
 
-    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+    def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
         """[n, 3]: negative log likelihood, tokens, and how many are the likeliest."""
         counted = targets != IGNORED
         losses = nn.functional.cross_entropy(

@@ -15,6 +15,6 @@ class MultiLabelObjective(Objective):
             outputs, targets, reduction="none"
         ).mean(dim=1)
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The share of labels told rightly."""
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of labels predicted correctly."""
         return ((outputs > 0) == (targets > 0.5)).float().mean(dim=1)

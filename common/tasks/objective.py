@@ -37,10 +37,11 @@ class Objective:
         """[n]"""
         raise NotImplementedError
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n], 0 to 1: how much of each record is told rightly; a contract may have it released."""
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n], 0 to 1: the share of each record that is predicted correctly; a contract may have it
+        released."""
         raise NotImplementedError
 
-    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+    def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
         """Of each record what common/tasks/metrics.py scores."""
         return list(outputs.float().numpy(force=True))

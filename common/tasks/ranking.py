@@ -16,5 +16,5 @@ class RankingObjective(Objective):
             outputs[:, 0], targets, reduction="none"
         )
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs[:, 0] > 0) == (targets > 0.5)).float()

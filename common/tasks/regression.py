@@ -14,5 +14,5 @@ class RegressionObjective(Objective):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs[:, 0] - targets).square() / 2
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         raise UsageError("a regression has no accuracy", code="E101")

@@ -70,10 +70,10 @@ class TokenClassificationObjective(Objective):
         weights = None if self.weights is None else self.weights.to(outputs.device)
         return per_example_loss(outputs, targets, weights)
 
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return share_right(outputs, targets)
 
-    def kept(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
+    def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
         """(loss by which each word counts as much, the words' predicted tags)"""
         losses, tags = per_example_loss(outputs, targets).tolist(), outputs.argmax(dim=2)
         return [

@@ -87,11 +87,11 @@ class Prompts:
 
     def _rendered(self, text: str, system: str | None) -> str:
         """A prompt by the model's chat template. DataError E310 if the template refuses it."""
-        said = [{"role": "system", "content": system}] if system else []
-        said.append({"role": "user", "content": text})
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
         try:
             found: str = self.tokenizer.apply_chat_template(
-                said, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
             raise DataError(

@@ -25,7 +25,7 @@ class ServerState:
     begins there, at rest."""
 
     def __init__(self, contract: Contract, initial: Arrays) -> None:
-        self.contract, self.number = contract, 1
+        self.contract, self.server_round = contract, 1
         self.shapes = tensors.shapes_of(initial)
         self.adapter = initial
         self.clip_norm = contract.privacy.clip_norm
@@ -39,12 +39,12 @@ class ServerState:
 
     @property
     def done(self) -> bool:
-        return self._ended or self.number > self.contract.rounds
+        return self._ended or self.server_round > self.contract.rounds
 
     @property
     def final(self) -> bool:
         """Whether the open round is the last."""
-        return self._ended or self.number == self.contract.rounds
+        return self._ended or self.server_round == self.contract.rounds
 
     @property
     def in_last_phase(self) -> bool:
@@ -57,7 +57,7 @@ class ServerState:
     @property
     def plan(self) -> RoundPlan:
         """Of the open round."""
-        return self.contract.round_plan(self.number)
+        return self.contract.round_plan(self.server_round)
 
     @property
     def phase(self) -> Phase:
@@ -69,12 +69,12 @@ class ServerState:
         names = tensors.trained_names(self.shapes, self.plan.sends)
         return {name: self.shapes[name] for name in names}
 
-    def asked(self) -> Arrays:
+    def request_tensors(self) -> Arrays:
         """What a site needs for this round; with scaffold also the mean gradient of the round
         before, if all sites had a part in it: then their corrections add up to nothing."""
         needed = tensors.needed_names(self.adapter, adapts=self.phase.adapts)
         found = {name: self.adapter[name] for name in needed}
-        if self._control_of == self.number - 1:
+        if self._control_of == self.server_round - 1:
             found |= {tensors.CONTROL + name: a for name, a in self._control.items()}
         return found
 
@@ -122,7 +122,7 @@ class ServerState:
         if phase.drift_correction and present == 1 and not plan.ends_phase:
             # A step is -rate (gradient + correction), and the corrections' mean is zero.
             self._control_of, self._control = (
-                self.number,
+                self.server_round,
                 {
                     name: -array / np.float32(phase.local_steps * plan.learning_rate(name))
                     for name, array in change.items()
@@ -146,7 +146,7 @@ class ServerState:
         if self.plan.ends_phase:
             self.adapter, self._mean, self._averaged = self.released(), {}, 0
             self._velocity, self._second = {}, {}
-        self.number += 1
+        self.server_round += 1
 
     def state(self) -> Arrays:
         """What `restore` needs beside the adapter: arrays …"""
@@ -171,11 +171,12 @@ class ServerState:
         }
 
     def restore(
-        self, number: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
+        self, server_round: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
     ) -> None:
-        """Stand where round `number` ended. ProtocolError if the adapter is not the contract's."""
+        """Stand where round `server_round` ended. ProtocolError if the adapter is not the
+        contract's."""
         tensors.check(arrays, self.shapes, "The stored adapter")
-        self.number, self.adapter = number, arrays
+        self.server_round, self.adapter = server_round, arrays
         self._velocity, self._second, self._mean, self._control = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
             for kind in ("velocity/", "second/", "mean/", "control/")

@@ -61,14 +61,14 @@ def main(grid: Grid, context: Context) -> None:
             run.skip()
         SilotuneStrategy(run).start(grid)
     except (Exception, RunNotRunningException) as error:
-        code, why = _told(error, folder)
+        code, why = _code_and_reason(error, folder)
         with contextlib.suppress(OSError):  # on a full disk `server run` sees it by itself
             what = "failed" if begun else "refused"
             events.append(folder, what, code=code, why=why, **own)
         raise
 
 
-def _told(error: BaseException, folder: Path) -> tuple[str, str]:
+def _code_and_reason(error: BaseException, folder: Path) -> tuple[str, str]:
     """The code and the sentence about what ended a run."""
     if isinstance(error, RunNotRunningException):  # what Flower raises after `flwr stop`
         return "E603", STOPPED

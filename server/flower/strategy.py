@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from silotune.common.errors import PeerError, ProtocolError
 from silotune.common.protocol.messages import RECORD, WIRE
-from silotune.server.rounds import exchange as replies
+from silotune.server.rounds import exchange
 from silotune.server.rounds.arrivals import Arrivals
 from silotune.server.rounds.exchange import Reply, RoundProtocol
 from silotune.server.rounds.run import RoundRecord, Run
@@ -99,8 +99,10 @@ class SilotuneStrategy(Strategy):
             return Result()
         self.nodes = self._find_sites(grid)
         while not self.run.done:
-            requests = self.configure_train(self.run.number, ArrayRecord(), ConfigRecord(), grid)
-            self.aggregate_train(self.run.number, self._exchange(grid, list(requests)))
+            requests = self.configure_train(
+                self.run.server_round, ArrayRecord(), ConfigRecord(), grid
+            )
+            self.aggregate_train(self.run.server_round, self._exchange(grid, list(requests)))
         return Result()
 
     def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:
@@ -163,10 +165,10 @@ class SilotuneStrategy(Strategy):
         if len(found.nodes) < contract.quorum:
             raise PeerError(
                 f"{len(found.nodes)} of {len(contract.sites)} sites answered, the quorum is "
-                f"{contract.quorum}. Missing: {found.missing_in_words(replies.ABSENT)}.",
+                f"{contract.quorum}. Missing: {found.missing_in_words(exchange.ABSENT)}.",
                 code="E402",
             )
-        self.run.exchange.absent = found.absent(replies.ABSENT)
+        self.run.exchange.absent = found.absent(exchange.ABSENT)
         if found.missing:
             self.run.registry.event("absent", sites=self.run.exchange.absent)
         return found.nodes
@@ -187,7 +189,7 @@ def _wire(reply: Message) -> Reply:
     """The bytes in a reply, or the code that says why there are none."""
     if reply.has_error():
         offline = reply.error.code == ErrorCode.NODE_UNAVAILABLE
-        return replies.OFFLINE if offline else replies.BROKEN
+        return exchange.OFFLINE if offline else exchange.BROKEN
     try:
         wire = reply.content[RECORD][WIRE]
     except (KeyError, TypeError):

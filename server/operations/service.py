@@ -31,7 +31,7 @@ class Service:
     """Starts both processes, admits the roster's nodes; ends both when one ends or on a signal."""
 
     def __init__(self, place: ServerFolder, journal: Journal) -> None:
-        self.place, self.say = place, journal.say
+        self.place, self.emit = place, journal.emit
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping = False
 
@@ -76,7 +76,7 @@ class Service:
             self._start("nginx", [nginx, "-c", folder / "nginx.conf", "-p", folder / "nginx"])
             self._wait_for("nginx", settings.reachable, settings.port)
             if not self._stopping:
-                self.say(f"sites can connect to {settings.host}:{settings.port}", "ready")
+                self.emit(f"sites can connect to {settings.host}:{settings.port}", "ready")
             return self._watch()
         finally:
             # A run in hand says that it was stopped; what Flower has left running ends as well.
@@ -127,11 +127,11 @@ class Service:
         while not self._stopping:
             for name, process in self._processes.items():
                 if (code := process.poll()) is not None:
-                    self.say(f"{name} ended with {code}; see the lines above", "ended")
+                    self.emit(f"{name} ended with {code}; see the lines above", "ended")
                     return 1
             subprocesses.reap(but={process.pid for process in self._processes.values()})
             time.sleep(0.2)
-        self.say("stopped", "stopped")
+        self.emit("stopped", "stopped")
         return 0
 
     def _stop(self, *_: object) -> None:
@@ -154,7 +154,7 @@ class Service:
         """Say what a process said; not each request that Flower answered, which would hide what
         this server says itself."""
         if not ANSWERED.search(line):
-            self.say(line, source=name)
+            self.emit(line, source=name)
 
     def _wait_for(self, name: str, host: str, port: int) -> None:
         """PeerError if the process ends before it answers on the port, or never does."""
@@ -174,7 +174,7 @@ class Service:
         while not self._stopping:
             try:
                 for site in register(self.place):
-                    self.say(f"{site} may connect", "registered")
+                    self.emit(f"{site} may connect", "registered")
                 return
             except PeerError:
                 if time.monotonic() > end:

@@ -52,8 +52,8 @@ class Acceptance:
             self._known = after, adapter_active, new
             return None
         return (
-            f"{metric} on public rows would go from {_told(old)} to {_told(new)}, which is "
-            f"worse by more than {most:g}: the sum was not taken, its ε stays spent"
+            f"{metric} on public rows would go from {_formatted(old)} to {_formatted(new)}, which "
+            f"is worse by more than {most:g}: the sum was not taken, its ε stays spent"
         )
 
     def _score_in_place(self, adapter: Arrays, adapter_active: bool) -> float | None:
@@ -69,5 +69,5 @@ class Acceptance:
         return found if found is not None and math.isfinite(found) else None
 
 
-def _told(value: float | None) -> str:
+def _formatted(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"

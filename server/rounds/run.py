@@ -18,8 +18,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
 from silotune.common.contract.task import signed_score
 from silotune.common.errors import ProtocolError, RunError
-from silotune.common.protocol import messages
-from silotune.common.protocol import tensors as adapter
+from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import (
     MASKED,
     Arrays,
@@ -89,7 +88,7 @@ class Run:
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
-        self.iterate = ServerState(contract, initial)
+        self.server_state = ServerState(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
         self._acceptance = Acceptance(contract, evaluate, initial)
         self._open: dict[str, Arrays] = {}
@@ -111,16 +110,16 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.iterate.done
+        return self.server_state.done
 
     @property
-    def number(self) -> int:
+    def server_round(self) -> int:
         """The open round, or the next one."""
-        return self.iterate.number
+        return self.server_state.server_round
 
     @property
     def adapter(self) -> Arrays:
-        return self.iterate.adapter
+        return self.server_state.adapter
 
     def describe(self) -> bytes:
         header = Describe(contract=self.contract.hash, challenge=self._challenge)
@@ -158,7 +157,7 @@ class Run:
         if self.masking is None:
             yield from self._train(sites)
             return self.finish()
-        note = self.registry.survivors(adapter.digest(self.iterate.asked()))
+        note = self.registry.survivors(tensors.digest(self.server_state.request_tensors()))
         self._needed = note or set()
         self._check_needed(sites)
         yield from self._train(sites)
@@ -175,8 +174,8 @@ class Run:
                 return self._give_up(f"updates were charged and lost ({self.exchange.reasons()})")
             raise self._too_few()
         assert self._masked is not None
-        begun_with = adapter.digest(self.iterate.asked())
-        self.registry.keep_survivors(self.number, begun_with, self._open)
+        begun_with = tensors.digest(self.server_state.request_tensors())
+        self.registry.keep_survivors(self.server_round, begun_with, self._open)
         try:
             mean = yield from self._masked.open()
         except LostSumError as error:
@@ -252,10 +251,10 @@ class Run:
         """Agree on keys where that is needed, and have the sites train."""
         asked = list(sites)
         if self.masking is not None:
-            agreeing = self.masking.agree(sites, self.number, self._needed)
+            agreeing = self.masking.agree(sites, self.server_round, self._needed)
             if (yield from self._or_stop(agreeing)):
                 self.registry.keep_agreement(self.masking.agreed())
-                self.registry.event("agreed", round=self.number, sites=self.masking.members)
+                self.registry.event("agreed", round=self.server_round, sites=self.masking.members)
             self._digests = {}  # of the agreement before
             self._check_needed(self.masking.members)
             asked = [
@@ -267,8 +266,8 @@ class Run:
             self._masked = MaskedRound(
                 self.contract,
                 self.masking.agreement,
-                self.number,
-                self.iterate.sent_shapes,
+                self.server_round,
+                self.server_state.sent_shapes,
                 self.digest(),
                 self.exchange,
             )
@@ -326,11 +325,11 @@ class Run:
         header = Train(
             contract=self.contract.hash,
             run=self.run_id,
-            round=self.number,
-            clip_norm=self.iterate.clip_norm if self.contract.privacy.adaptive else None,
+            round=self.server_round,
+            clip_norm=self.server_state.clip_norm if self.contract.privacy.adaptive else None,
             agreement=self.masking.transcript if self.masking else None,
         )
-        return header, self.iterate.asked()
+        return header, self.server_state.request_tensors()
 
     def digest(self, attempt: int = 1) -> str:
         """Of what this round asks of every site alike, in that attempt."""
@@ -351,10 +350,10 @@ class Run:
             update = self.gate.check(
                 message,
                 site,
-                self.number,
+                self.server_round,
                 attempt,
                 self.digest(attempt),
-                self.iterate.sent_shapes,
+                self.server_state.sent_shapes,
             )
             if site in self._open:
                 raise ProtocolError("The site answered twice.", code="E503")
@@ -374,17 +373,17 @@ class Run:
         self.exchange.fail(site, code)
 
     def _has_failed(self, site: str, code: str) -> None:
-        self.registry.event("rejected", round=self.number, site=site, code=code)
+        self.registry.event("rejected", round=self.server_round, site=site, code=code)
         if self.masking is not None:
             self.masking.has_failed(site, code)
 
     def _stopped(self, why: str, code: str) -> RunError:
         self.registry.event(
-            "stopped", round=self.number, code=code, why=why, failed=self.exchange.failed
+            "stopped", round=self.server_round, code=code, why=why, failed=self.exchange.failed
         )
         return RunError(
-            f"Run stopped at round {self.number}: {why} No adapter released; ε counted for what "
-            "was computed.",
+            f"Run stopped at round {self.server_round}: {why} No adapter released; ε counted for "
+            "what was computed.",
             code=code,
         )
 
@@ -400,7 +399,11 @@ class Run:
             weights = self.contract.weights()
             change = self._combined(weights)
             settings = self.contract.aggregation
-            if self.iterate.phase.adapts and settings.method not in BY_ONE and not settings.robust:
+            if (
+                self.server_state.phase.adapts
+                and settings.method not in BY_ONE
+                and not settings.robust
+            ):
                 residual = lora.residual(self.adapter, self._open, weights)
             figures: Mapping[Metric, float] = aggregate.mean_figures(
                 self._metrics, weights, self.contract.metric_ranges
@@ -408,21 +411,21 @@ class Run:
         else:
             change, figures = mean
             self._metrics = {"": figures}
-        clip_norm = self.iterate.clip_norm if self.contract.privacy.adaptive else None
+        clip_norm = self.server_state.clip_norm if self.contract.privacy.adaptive else None
         try:
-            declined = self.iterate.step(
+            declined = self.server_state.step(
                 change, figures, self._acceptance.rejection_reason, present=self._present()
             )
         except ProtocolError as error:
             raise self._stopped(str(error), "E502") from None
         metrics: Mapping[str, float | None] = {}
-        if self._evaluate and (self.iterate.final or self.number % self._every == 0):
-            adapter_active = self.iterate.phase.adapts
+        if self._evaluate and (self.server_state.final or self.server_round % self._every == 0):
+            adapter_active = self.server_state.phase.adapts
             metrics = self._evaluate(self.released(), adapter_active)
             if self._stalled(metrics):
-                self.iterate.end()
+                self.server_state.end()
         facts = RoundRecord(
-            self.number,
+            self.server_round,
             tuple(sorted(self._open)),
             {s: c for s, c in self.exchange.failed.items() if s not in self._open},
             dict(self._epsilon),
@@ -437,7 +440,7 @@ class Run:
         )
         self._gave_up = False
         if declined is not None:
-            self.registry.event("declined", round=self.number, why=declined)
+            self.registry.event("declined", round=self.server_round, why=declined)
         self._commit(facts)
         return facts
 
@@ -463,7 +466,7 @@ class Run:
     def _stalled(self, metrics: Mapping[str, float | None]) -> bool:
         """Whether the contract's metric on public rows has not been better for long enough."""
         stop = self.contract.aggregation.early_stop
-        if stop is None or not self.iterate.in_last_phase:
+        if stop is None or not self.server_state.in_last_phase:
             return False
         value = metrics.get(stop.metric)
         if value is not None:
@@ -473,22 +476,22 @@ class Run:
 
     def _commit(self, facts: RoundRecord) -> None:
         self.registry.commit(
-            self.number,
+            self.server_round,
             self.adapter,
-            self.iterate.state(),
-            vars(facts) | self.iterate.standing() | {"scores": self._scores},
+            self.server_state.state(),
+            vars(facts) | self.server_state.standing() | {"scores": self._scores},
         )
         scored = {"metrics": facts.metrics} if facts.metrics else {}
-        self.registry.event("committed", round=self.number, sites=facts.sites, **scored)
+        self.registry.event("committed", round=self.server_round, sites=facts.sites, **scored)
         self._go_on()
         if self._on_round:
             self._on_round(facts)
 
     def _go_on(self) -> None:
-        if self.iterate.final:
+        if self.server_state.final:
             self.registry.release(self.released())
-            self.registry.event("released", round=self.number)
-        self.iterate.next()
+            self.registry.event("released", round=self.server_round)
+        self.server_state.next()
 
     def restore(self) -> int:
         """Go on after the last round that was committed whole, under the agreement on keys that was
@@ -499,10 +502,10 @@ class Run:
         if found is None:
             return 0
         self._scores = list(found.facts.get("scores", []))
-        self.iterate.restore(found.number, found.adapter, found.state, found.facts)
-        self.registry.event("resumed", after=found.number)
+        self.server_state.restore(found.server_round, found.adapter, found.state, found.facts)
+        self.registry.event("resumed", after=found.server_round)
         self._go_on()
-        return found.number
+        return found.server_round
 
     def skip(self) -> RoundRecord:
         """Go on without the next round, because the operator says so. Whose sum it was to be is
@@ -515,7 +518,7 @@ class Run:
     def _leave_out(self, why: str) -> RoundRecord:
         """Commit the open round without an update; what it cost its sites stays spent."""
         facts = RoundRecord(
-            self.number,
+            self.server_round,
             (),
             dict(self.exchange.failed),
             dict(self._epsilon),
@@ -523,12 +526,12 @@ class Run:
             self.exchange.bytes_down,
             time.perf_counter() - self._began,
         )
-        self.registry.event("skipped", round=self.number, why=why)
+        self.registry.event("skipped", round=self.server_round, why=why)
         self._commit(facts)
         return facts
 
     def released(self) -> Arrays:
-        return self.iterate.released()
+        return self.server_state.released()
 
     def _take_masked(self, site: str, update: Masked, blobs: messages.Blobs) -> None:
         assert self.masking is not None

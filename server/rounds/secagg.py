@@ -61,11 +61,11 @@ class Masking:
         self._just_restored = False
 
     def agree(
-        self, sites: Collection[str], number: int, needed: Collection[str] = ()
+        self, sites: Collection[str], server_round: int, needed: Collection[str] = ()
     ) -> RoundProtocol[bool]:
-        """Have the sites agree on keys for the rounds from `number` on, if that is needed: there is
-        no agreement for this round, a site is left out that may be back, or one of the `needed` is
-        no member. Whether they did.
+        """Have the sites agree on keys for the rounds from `server_round` on, if that is needed:
+        there is no agreement for this round, a site is left out that may be back, or one of the
+        `needed` is no member. Whether they did.
 
         The first round after `restore` keeps the agreement where it can: its members may have been
         charged under it, and a site charges a round once. Who is new joins at the next round.
@@ -75,13 +75,13 @@ class Masking:
         """
         serves = (
             self.agreement is not None
-            and self.agreement.terms.serves(number)
+            and self.agreement.terms.serves(server_round)
             and not self.dead
             and set(needed) <= set(self.members)
         )
         keeps, self._just_restored = self._just_restored, False
         out = {s for s in sites if s not in self.members or s in self.lost}
-        back = any(number >= self._waits.get(s, (0, 0))[0] for s in out)
+        back = any(server_round >= self._waits.get(s, (0, 0))[0] for s in out)
         if serves and (keeps or not back):
             return False
         agreed, keys = None, dict[str, bytes]()
@@ -91,10 +91,10 @@ class Masking:
             step: dict[str, Any] = {
                 "contract": self.contract.hash,
                 "run": self.run_id,
-                "round": number,
+                "round": server_round,
                 "attempt": self._attempt,
             }
-            terms = self.contract.terms(self.run_id, number, self._attempt)
+            terms = self.contract.terms(self.run_id, server_round, self._attempt)
             keys = yield from self._keys(there, step)
             if len(keys) < terms.least:
                 break
@@ -122,7 +122,7 @@ class Masking:
             )
         for site in out | (set(sites) - set(self.members)):
             wait = min(2 * self._waits.get(site, (0, 0))[1] or 1, LONGEST_WAIT)
-            self._waits[site] = number + wait, wait
+            self._waits[site] = server_round + wait, wait
         return agreed is not None
 
     def agreed(self) -> Agreed:
@@ -200,15 +200,15 @@ class MaskedRound:
         self,
         contract: Contract,
         agreement: Agreement,
-        number: int,
+        server_round: int,
         shapes: Shapes,
         digest: str,
         exchange: RoundTraffic,
     ) -> None:
-        self.contract, self.agreement, self.number = contract, agreement, number
+        self.contract, self.agreement, self.server_round = contract, agreement, server_round
         self._shapes, self._exchange = shapes, exchange
         self._sum = SecAggAggregator(
-            agreement, number, packing.size(contract, shapes), bytes.fromhex(digest)
+            agreement, server_round, packing.size(contract, shapes), bytes.fromhex(digest)
         )
 
     def take(self, site: str, masked: bytes) -> None:
@@ -223,17 +223,19 @@ class MaskedRound:
         facts: dict[str, Any] = {
             "contract": self.contract.hash,
             "agreement": self.agreement.transcript.hex(),
-            "round": self.number,
+            "round": self.server_round,
             "survivors": survivors,
         }
         signed, there = Blobs(), list(survivors)
         if len(survivors) < len(self.agreement.members):
             ask = messages.pack(Message(Endorse(**facts)))
-            said = yield from self._exchange.ask(
+            answered = yield from self._exchange.ask(
                 dict.fromkeys(survivors, ask), Endorsement, enough=threshold
             )
-            for site, blobs in said.items():
-                if self.agreement.endorses(site, blobs.get(site, b""), self.number, survivors):
+            for site, blobs in answered.items():
+                if self.agreement.endorses(
+                    site, blobs.get(site, b""), self.server_round, survivors
+                ):
                     signed[site] = blobs[site]
                 else:
                     self._exchange.fail(site, "E504")

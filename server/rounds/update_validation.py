@@ -25,7 +25,13 @@ class Gate:
         self.contract, self.registry, self.run_id = contract, registry, run_id
 
     def check(
-        self, message: Message, site: str, number: int, attempt: int, request: str, shapes: Shapes
+        self,
+        message: Message,
+        site: str,
+        server_round: int,
+        attempt: int,
+        request: str,
+        shapes: Shapes,
     ) -> Update | Masked:
         """The header of the update that `site` was asked for, if that is what `message` is.
 
@@ -39,7 +45,7 @@ class Gate:
         assert isinstance(update, Update | Masked)
         if site not in self.contract.weights():
             raise ProtocolError("The site is not in the roster.", code="E503")
-        expected = (site, self.run_id, number, attempt, request)
+        expected = (site, self.run_id, server_round, attempt, request)
         answered = (update.site, update.run, update.round, update.attempt, update.request)
         if answered != expected:
             raise ProtocolError("The update is for another site, round or request.", code="E503")

@@ -42,7 +42,7 @@ AGREEMENT, SURVIVORS = "agreement.safetensors", "survivors.json"
 class Stored(NamedTuple):
     """A committed round."""
 
-    number: int
+    server_round: int
     adapter: Arrays
     state: Arrays
     facts: dict[str, Any]
@@ -111,7 +111,9 @@ class Registry:
     def event(self, what: str, **facts: Any) -> None:
         events.append(self.folder, what, **facts)
 
-    def commit(self, number: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]) -> None:
+    def commit(
+        self, server_round: int, adapter: Arrays, state: Arrays, facts: dict[str, Any]
+    ) -> None:
         """Write a round and rename it into place; a half-written one is never seen."""
         rounds = self.folder / "rounds"
         half = rounds / ".half"
@@ -121,7 +123,7 @@ class Registry:
             write_durably(half / name, _bytes(arrays))
         facts = facts | {"sha256": {name: _sha256(half / name) for name in ARRAYS}}
         write_durably(half / "round.json", json.dumps(facts, indent=1).encode())
-        rename_durably(half, rounds / f"{number:04d}")
+        rename_durably(half, rounds / f"{server_round:04d}")
 
     def newest(self) -> Stored | None:
         """The last round that is whole. Later ones that are not are set aside, and it is said."""
@@ -172,13 +174,13 @@ class Registry:
                 found.sealed.setdefault(who[0], {})[who[1]] = data
         return found
 
-    def keep_survivors(self, number: int, adapter: str, sites: Collection[str]) -> None:
+    def keep_survivors(self, server_round: int, adapter: str, sites: Collection[str]) -> None:
         """Note whose masked updates a round's sum is of: the sites open none of others that began
         with the same adapter, be it in this round or in a later one.
 
         adapter: its digest (common/protocol/tensors.py).
         """
-        facts = {"round": number, "adapter": adapter, "survivors": sorted(sites)}
+        facts = {"round": server_round, "adapter": adapter, "survivors": sorted(sites)}
         write_durably(self.folder / SURVIVORS, json.dumps(facts).encode())
 
     def forget_survivors(self) -> None:

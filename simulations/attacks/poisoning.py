@@ -2,7 +2,7 @@
 
 labels     each of its records has the next label (classification alone)
 backdoor   half of its records carry a trigger and the attacker's label; what counts is how often
-           triggered test rows of other labels are told as that label
+           triggered test rows of other labels are predicted as that label
 sign       its update with the sign turned and `factor` times as long
 scale      its update `factor` times as long
 bound      each entry as far against its update as a masked sum can hold (with masks alone)

@@ -148,8 +148,10 @@ def adapters(sites: Mapping[str, Site], contract: Contract, last: int) -> list[A
     model = next(iter(sites.values())).worker.model
     iterate, found = ServerState(contract, model.initial_arrays()), []
     for _ in range(last):
-        found.append(iterate.asked())
-        updates = [site.update(iterate.number, iterate.asked()) for site in sites.values()]
+        found.append(iterate.request_tensors())
+        updates = [
+            site.update(iterate.server_round, iterate.request_tensors()) for site in sites.values()
+        ]
         iterate.step({n: np.sum([u[n] for u in updates], axis=0) for n in updates[0]}, {})
         iterate.next()
     return found

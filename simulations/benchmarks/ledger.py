@@ -23,7 +23,7 @@ from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Charged
-from silotune.client.privacy.record_ids import SIZE, Lineage
+from silotune.client.privacy.record_ids import SIZE, RecordSet
 
 RESULTS = Path("simulations/benchmarks/results")
 ROUNDS = 500
@@ -32,7 +32,7 @@ ENTRIES = 10_000
 RECORDS = 10_000
 
 
-def charges(ledger: Ledger, records: Lineage, first: int, last: int, kinds: int) -> Charged:
+def charges(ledger: Ledger, records: RecordSet, first: int, last: int, kinds: int) -> Charged:
     """Rounds `first` to `last` in one transaction, by `kinds` mechanisms in turn; the last one."""
     with ledger.writing():
         for number in range(first, last + 1):
@@ -60,7 +60,7 @@ def write_and_sync(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def rounds(folder: Path, records: Lineage, reply: bytes) -> tuple[list[float], list[float]]:
+def rounds(folder: Path, records: RecordSet, reply: bytes) -> tuple[list[float], list[float]]:
     """Seconds of each charge with its release, and of one synced write of the same reply."""
     keys = Keys.create(folder / "keys")
     ledger = Ledger.create(folder / "state", keys, "bench")
@@ -76,7 +76,7 @@ def rounds(folder: Path, records: Lineage, reply: bytes) -> tuple[list[float], l
     return ours, limit
 
 
-def composing(folder: Path, records: Lineage, kinds: int) -> dict[str, float]:
+def composing(folder: Path, records: RecordSet, kinds: int) -> dict[str, float]:
     """Seconds to verify and to compose ENTRIES charges of `kinds` different mechanisms."""
     keys = Keys.create(folder / "keys")
     charges(Ledger.create(folder / "state", keys, "bench"), records, 1, ENTRIES, kinds)
@@ -92,7 +92,7 @@ def main() -> None:
     """Measure, print and write the results."""
     rng = np.random.default_rng(0)
     prints = np.unique(np.frombuffer(rng.bytes(SIZE * RECORDS), dtype=f"S{SIZE}"))
-    records = Lineage("bench", prints, len(prints))
+    records = RecordSet("bench", prints, len(prints))
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
         ours, limit = rounds(folder / "rounds", records, rng.bytes(REPLY))

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-from silotune.simulations.benchmarks import sim_workload as work
+from silotune.simulations.benchmarks import sim_workload
 from silotune.simulations.execution.variants import Job
 
 OURS = "ours"
@@ -21,19 +21,19 @@ QUEUES, FLOAT32, PRIVATE = "ours-queues", "ours-float32", "ours-dp"
 
 def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     """side: OURS; through Flower's queues; in float32 where it would take bfloat16; with noise."""
-    work.libraries()
+    sim_workload.libraries()
     from silotune.common.contract.compute import Performance
     from silotune.common.models.encoder import Encoder
     from silotune.simulations.execution.job import run_job
 
-    facts, encoded, encode = work.facts_of(folder), list[int](), Encoder.encode
+    facts, encoded, encode = sim_workload.facts_of(folder), list[int](), Encoder.encode
 
     def noted(model: Encoder, inputs: object) -> object:
         found = encode(model, inputs)  # type: ignore[arg-type]
         encoded.extend(t.nbytes for t in vars(found).values() if t is not None)
         return found
 
-    contract = work.contract(facts["sha256"], case, rounds, private=side == PRIVATE)
+    contract = sim_workload.contract(facts["sha256"], case, rounds, private=side == PRIVATE)
     with TemporaryDirectory() as place, mock.patch.object(Encoder, "encode", noted):
         job = Job(
             side,
@@ -46,13 +46,13 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
             evaluate_every=rounds,
             performance=Performance(bf16="off" if side == FLOAT32 else "auto"),
         )
-        memory, clock = work.Memory(), work.Clock(out)
+        memory, clock = sim_workload.Memory(), sim_workload.Clock(out)
         run_job(job, lambda *_: clock.done())
         found = memory.found()
-        stored = next(job.folder.rglob(f"rounds/{work.AGREE:04d}"))
-        work.keep(out, work.read(stored / "adapter.safetensors"))
+        stored = next(job.folder.rglob(f"rounds/{sim_workload.AGREE:04d}"))
+        sim_workload.keep(out, sim_workload.read(stored / "adapter.safetensors"))
     model = (Path(facts["model"]) / "model.safetensors").stat().st_size
-    work.report(clock, found, model=model, data=sum(encoded))
+    sim_workload.report(clock, found, model=model, data=sum(encoded))
 
 
 if __name__ == "__main__":

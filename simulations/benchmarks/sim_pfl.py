@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from silotune.simulations.benchmarks import sim_workload as work
+from silotune.simulations.benchmarks import sim_workload
 
 PFL, BF16 = "pfl", "pfl-bf16"
 
@@ -24,10 +24,10 @@ def module(base: Any) -> Any:
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.base, self.head = base, torch.nn.Linear(384, len(work.LABELS))
+            self.base, self.head = base, torch.nn.Linear(384, len(sim_workload.LABELS))
 
         def loss(self, ids: Any, mask: Any, labels: Any) -> Any:
-            outputs = work.logits(self.base, self.head, ids, mask)
+            outputs = sim_workload.logits(self.base, self.head, ids, mask)
             return torch.nn.functional.cross_entropy(outputs, labels)
 
         def metrics(self, **_: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def module(base: Any) -> Any:
 
 def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     """side: PFL or BF16."""
-    work.libraries()
+    sim_workload.libraries()
     import torch
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
@@ -53,20 +53,26 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
     from transformers import AutoTokenizer
 
     asyncio.set_event_loop(asyncio.new_event_loop())  # its `run` asks for the thread's
-    memory, clock, facts = work.Memory(), work.Clock(out), work.facts_of(folder)
+    memory, clock, facts = (
+        sim_workload.Memory(),
+        sim_workload.Clock(out),
+        sim_workload.facts_of(folder),
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(
         facts["model"], local_files_only=True, trust_remote_code=False
     )
     users = {
-        who: PyTorchTensorDataset(work.batch(tokenizer, *work.rows_of(folder, who)), user_id=who)
-        for who in work.WHO
+        who: PyTorchTensorDataset(
+            sim_workload.batch(tokenizer, *sim_workload.rows_of(folder, who)), user_id=who
+        )
+        for who in sim_workload.WHO
     }
-    base = work.encoder(facts["model"], case)
+    base = sim_workload.encoder(facts["model"], case)
     net = module(base)
-    found = work.tensors(base, net.head)
+    found = sim_workload.tensors(base, net.head)
     with torch.no_grad():
-        for name, array in work.read(folder / case).items():
+        for name, array in sim_workload.read(folder / case).items():
             found[name].copy_(torch.from_numpy(array))
 
     class Marks(TrainingProcessCallback):  # type: ignore[misc]
@@ -81,23 +87,23 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
         torch.optim.SGD(trained, lr=1.0),
         amp_dtype=torch.bfloat16 if side == BF16 else None,
     )
-    cohort = FederatedDataset(users.__getitem__, MinimizeReuseUserSampler(work.WHO))
+    cohort = FederatedDataset(users.__getitem__, MinimizeReuseUserSampler(sim_workload.WHO))
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
             central_num_iterations=rounds,
             evaluation_frequency=rounds + 1,
-            train_cohort_size=work.CLIENTS,
+            train_cohort_size=sim_workload.CLIENTS,
             val_cohort_size=None,
         ),
         backend=SimulatedBackend(training_data=cohort, val_data=cohort),
         model=model,
         model_train_params=NNTrainHyperParams(
-            local_num_epochs=1, local_learning_rate=work.RATE, local_batch_size=None
+            local_num_epochs=1, local_learning_rate=sim_workload.RATE, local_batch_size=None
         ),
         callbacks=[Marks()],
         send_metrics_to_platform=False,
     )
-    work.report(clock, memory.found())
+    sim_workload.report(clock, memory.found())
 
 
 if __name__ == "__main__":

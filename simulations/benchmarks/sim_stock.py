@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from silotune.simulations.benchmarks import sim_workload as work
+from silotune.simulations.benchmarks import sim_workload
 
 client = ClientApp()
 SAMPLED = 0.5  # seconds between two looks at the memory of all processes
@@ -35,20 +35,20 @@ def train(message: Message, context: Context) -> Message:
     assert isinstance(config, ConfigRecord)
     assert isinstance(arrays, ArrayRecord)
     model, case = str(config["model"]), str(config["case"])
-    base, head = work.encoder(model, case), torch.nn.Linear(384, len(work.LABELS))
-    found = work.tensors(base, head)
+    base, head = sim_workload.encoder(model, case), torch.nn.Linear(384, len(sim_workload.LABELS))
+    found = sim_workload.tensors(base, head)
     with torch.no_grad():
         for name, value in arrays.to_torch_state_dict().items():
             found[name].copy_(value)
-    who = work.WHO[int(context.node_config["partition-id"])]
-    batch = work.batch(
+    who = sim_workload.WHO[int(context.node_config["partition-id"])]
+    batch = sim_workload.batch(
         AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False),
-        *work.rows_of(Path(str(config["folder"])), who),
+        *sim_workload.rows_of(Path(str(config["folder"])), who),
     )
     trained = [p for p in found.values() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=work.RATE)
+    optimizer = torch.optim.SGD(trained, lr=sim_workload.RATE)
 
-    outputs = work.logits(base, head, batch["ids"], batch["mask"])
+    outputs = sim_workload.logits(base, head, batch["ids"], batch["mask"])
     loss = torch.nn.functional.cross_entropy(outputs, batch["labels"])
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -58,7 +58,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"arrays": reply, "metrics": metrics}), reply_to=message)
 
 
-def serve(grid: Grid, case: str, folder: Path, rounds: int, clock: work.Clock) -> None:
+def serve(grid: Grid, case: str, folder: Path, rounds: int, clock: sim_workload.Clock) -> None:
     """Flower's FedAvg over all clients."""
     import torch
 
@@ -66,14 +66,16 @@ def serve(grid: Grid, case: str, folder: Path, rounds: int, clock: work.Clock) -
         if server_round:  # 0 is before the first
             clock.done({n: a.numpy() for n, a in arrays.to_torch_state_dict().items()})
 
-    first = {n: torch.from_numpy(a) for n, a in work.read(folder / case).items()}
+    first = {n: torch.from_numpy(a) for n, a in sim_workload.read(folder / case).items()}
     settings: Mapping[str, Any] = {
-        "model": work.facts_of(folder)["model"],
+        "model": sim_workload.facts_of(folder)["model"],
         "case": case,
         "folder": str(folder),
     }
     FedAvg(
-        fraction_evaluate=0.0, min_train_nodes=work.CLIENTS, min_available_nodes=work.CLIENTS
+        fraction_evaluate=0.0,
+        min_train_nodes=sim_workload.CLIENTS,
+        min_available_nodes=sim_workload.CLIENTS,
     ).start(
         grid,
         ArrayRecord(first),
@@ -112,7 +114,7 @@ class Tree(threading.Thread):
 
 
 def main(case: str, folder: Path, rounds: int, out: Path) -> None:
-    work.libraries()
+    sim_workload.libraries()
     from flwr.simulation import run_simulation
 
     warnings.simplefilter("ignore")
@@ -124,17 +126,17 @@ def main(case: str, folder: Path, rounds: int, out: Path) -> None:
         serve(grid, case, folder, rounds, clock)
 
     memory.start()
-    clock = work.Clock(out)
+    clock = sim_workload.Clock(out)
     run_simulation(
         server,
         client,
-        work.CLIENTS,
+        sim_workload.CLIENTS,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": work.cores(), "log_to_driver": False},
+            "init_args": {"num_cpus": sim_workload.cores(), "log_to_driver": False},
         },
     )
-    work.report(clock, memory.found())
+    sim_workload.report(clock, memory.found())
 
 
 if __name__ == "__main__":

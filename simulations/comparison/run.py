@@ -38,7 +38,7 @@ from silotune.simulations.comparison.progress import Progress
 from silotune.simulations.comparison.provenance import _processor, commit
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.comparison.summary import summarise
-from silotune.simulations.datasets import catalog as data
+from silotune.simulations.datasets import catalog
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
@@ -81,7 +81,7 @@ def run(
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"fetching and checking model {contract.model.name}"):
-            model_folder = options.model or data.fetch(contract.model.name)
+            model_folder = options.model or catalog.fetch(contract.model.name)
     measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, keys))

@@ -73,7 +73,7 @@ def of_file(
     """
     import pandas as pd
 
-    from silotune.client.training import privacy_units as entities
+    from silotune.client.training import privacy_units
 
     table = records.named_by(contract, records.table(file, reading))
     records.check_header(table, contract)
@@ -92,7 +92,7 @@ def of_file(
         table, of_site = _of_sites(table, sites, site_column, left_out)
     parsed = records.parse(table, contract)
     if entity is not None:
-        entities.of_entities(table, entity)
+        privacy_units.of_entities(table, entity)
     notes = (*parsed.notes, *left_out.sentences)
     rows = pd.DataFrame([cells for _, cells in table.rows], columns=table.header, dtype=object)
     who = units(rows, contract)

@@ -101,7 +101,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
     if contract.personal:
         released = run.registry.adapter()
         for site, worker in workers.items():
-            model_of_site = worker.own(run.run_id, contract.rounds + 1).model(released)
+            model_of_site = worker.local_state(run.run_id, contract.rounds + 1).model(released)
             own[site] = test.scores(model_of_site, adapter_active=adapter_active)
     if (job.data / TRIGGERED).is_dir():
         triggered = _public_test(model, contract, job.data / TRIGGERED)

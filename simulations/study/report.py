@@ -14,7 +14,7 @@ from silotune.common.tasks.metrics import METRICS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_LINES = 12  # that can be told apart
+MOST_LINES = 12  # that are distinguishable
 LINES = 8  # in a panel, where there are more of them
 # Okabe and Ito's, without yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -32,7 +32,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
-def _told(values: Sequence[float]) -> str:
+def _formatted(values: Sequence[float]) -> str:
     if not values:
         return "–"
     mean, half = interval(values)
@@ -99,7 +99,7 @@ def markdown(found: dict[str, Any]) -> str:
         for variant in study["variants"]:
             cells = []
             for epsilon in epsilons:
-                cells.append(_told(values_of(found, variant, epsilon, partition)))
+                cells.append(_formatted(values_of(found, variant, epsilon, partition)))
             lines.append(f"| {variant} | {' | '.join(cells)} |")
     fooled = {
         variant: [
@@ -180,7 +180,7 @@ def _of_sites(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                         == (variant, asked, partition)
                         and (value := cell["sites"].get(site, {}).get(found["metric"])) is not None
                     ]
-                    cells.append(_told(values))
+                    cells.append(_formatted(values))
                 lines.append(f"| {variant} | {' | '.join(cells)} |")
     return lines
 
@@ -218,7 +218,7 @@ def _gains(found: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
                 budget = "no DP" if asked is None else f"ε {epsilon:g}"
                 lines.append(
                     f"| {variant}, {partition}, {budget} | "
-                    + " | ".join(map(_told, columns))
+                    + " | ".join(map(_formatted, columns))
                     + " |"
                 )
     return lines if sites else []
@@ -238,7 +238,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """epsilon.svg: the metric by ε; rounds.svg and bytes.svg: its way there at the largest finite
     ε, if it was evaluated on the way. A panel for each partition; bands are 95 % intervals, on the
     way only of three runs and more: that of two is wider than all else. Of more variants than lines
-    can be told apart epsilon.svg has a row for each, and the others a row of panels for every
+    are distinguishable epsilon.svg has a row for each, and the others a row of panels for every
     few."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from silotune.common.data.records import Table
 from silotune.common.errors import ContractError, DataError, counted
 from silotune.common.runtime import terminal
 from silotune.server import cli as server_cli
-from silotune.simulations.datasets import catalog as sources
+from silotune.simulations.datasets import catalog
 from tests import tiny
 from tests.common.data.test_text_decoding import TOKENS
 from tests.conftest import Ran
@@ -219,7 +219,7 @@ def test_what_is_said_of_a_missing_model_works(
         path = tmp_path / "the cache" / name
         sha256, converted = tiny.sha256(folder), ""
 
-    monkeypatch.setattr(sources, "SOURCES", {name: Source})
+    monkeypatch.setattr(catalog, "SOURCES", {name: Source})
     fix = row_of(run, site, "model")["fix"]
     assert fix.startswith(f"{shlex.join(['silotune', 'data', 'fetch', name])}, then put folder = ")
     shutil.copytree(folder, Source.path)  # what `data fetch` does
@@ -235,7 +235,7 @@ def test_what_is_said_of_a_missing_model_works(
     edit(site, line, "")
     Source.sha256 = "0" * 64  # another model of that name
     assert f"the folder of '{name}', in [model]" in row_of(run, site, "model")["fix"]
-    monkeypatch.setattr(sources, "SOURCES", {})
+    monkeypatch.setattr(catalog, "SOURCES", {})
     assert f"the folder of '{name}', in [model]" in row_of(run, site, "model")["fix"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from silotune.client.relay import transport as wire
+from silotune.client.relay import transport
 from silotune.client.site.folder import SiteFolder
 from silotune.client.training.local_state import LocalState
 from silotune.client.worker.worker import Worker
@@ -243,7 +243,7 @@ def test_spent_shows_what_the_ledger_holds(
 ) -> None:
     train(site, table_contract, 2)
     found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
-    (row,), limit = found["lineages"], found["limits"]["record"]["epsilon"]
+    (row,), limit = found["record_sets"], found["limits"]["record"]["epsilon"]
     assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (2, 1, 120, 0)
     assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < limit
     # Epsilons add up to more than they compose to, so there is more room than the difference.
@@ -254,7 +254,7 @@ def test_spent_shows_what_the_ledger_holds(
 def test_the_room_is_what_still_fits(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     train(site, table_contract, 2)
     spent = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
-    room = spent["lineages"][0]["remaining_epsilon"]
+    room = spent["record_sets"][0]["remaining_epsilon"]
     for epsilon, state in ((room * 0.97, "ok"), (room * 1.03, "problem")):
         other = table_contract.changed(
             name="other",
@@ -360,7 +360,7 @@ def test_a_worker_says_its_answers_as_json_and_keeps_its_metrics(
         assert any("privacy budget" in event["text"] for event in events)
         header = Train(contract=table_contract.hash, run="r", round=1)
         arrays = build(table_contract, None).initial_arrays()
-        reply = messages.unpack(wire.ask(path, messages.pack(Message(header, arrays)), 60))
+        reply = messages.unpack(transport.ask(path, messages.pack(Message(header, arrays)), 60))
         assert isinstance(reply.header, Update)
         answered = json.loads(worker.stdout.readline())
     finally:
@@ -417,7 +417,7 @@ def test_a_sites_own_model(
     assert "own model of r: 2 of 3 tensors" in run(*words).output
     found = load_file(tmp_path / "own" / "adapter.safetensors")
     charges = site.open()[1].charges.values()
-    kept = LocalState.read(site.open()[1].own(charges))
+    kept = LocalState.read(site.open()[1].local_state(charges))
     assert kept.averaged
     for name in zeros:
         assert np.array_equal(found[name], kept.mean[name])

@@ -98,7 +98,7 @@ def forged() -> str:
     """A line as a worker would say it, that no worker has said."""
     lines: list[str] = []
     journal = Journal("worker", as_json=True, write=lines.append)
-    journal.say("forged by the relay", "answered", {"kind": "train", "code": "ok", "round": 7})
+    journal.emit("forged by the relay", "answered", {"kind": "train", "code": "ok", "round": 7})
     return lines[0]
 
 
@@ -149,8 +149,8 @@ def test_every_line_is_an_object_and_a_relay_cannot_speak_as_the_worker(
     answered = [e for e in found if e["event"] == "answered"]
     assert [(e["from"], e["round"], e["seconds"]) for e in answered] == [("worker", 1, 0.5)]
     assert [e["text"] for e in found if e["from"] == "relay"] == [forged]
-    assert {e["event"] for e in found if e["from"] == "relay"} == {"said"}
-    assert ("worker", "said", "a warning of some library") in {
+    assert {e["event"] for e in found if e["from"] == "relay"} == {"output"}
+    assert ("worker", "output", "a warning of some library") in {
         (e["from"], e["event"], e["text"]) for e in found
     }
     assert [e["event"] for e in found if e["from"] == "supervisor"] == [

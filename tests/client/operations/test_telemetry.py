@@ -43,7 +43,7 @@ class Told:
 
         def told(answered: Answered) -> None:
             self.tally.note(answered)
-            journal.say(answered.text, "answered", answered.facts)
+            journal.emit(answered.text, "answered", answered.facts)
 
         self.worker = Worker(
             permissive_policy(contract, "north", rows, None),

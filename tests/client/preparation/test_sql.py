@@ -27,8 +27,7 @@ from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Data, Policy, parse, permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
-from silotune.common.data import records, sql_source
-from silotune.common.data import text_table as cells
+from silotune.common.data import records, sql_source, text_table
 from silotune.common.errors import ContractError, DataError
 from silotune.common.runtime import subprocesses
 
@@ -229,7 +228,7 @@ def test_rows_are_those_of_a_csv_file(url: str, tmp_path: Path, table_contract: 
 
 
 def test_blocks(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cells, sql_source):
+    for module in (text_table, sql_source):
         monkeypatch.setattr(module, "BLOCK_ROWS", 1000)
     series = (
         "SELECT * FROM generate_series(1, 2500) AS n"
@@ -304,7 +303,7 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
     )
     by_file = permissive_policy(table_contract, "north", sqlite.with_name("rows.csv"), None)
     other = Worker(by_file, table_contract, worker.ledger)
-    assert worker.lineage.id == other.lineage.id
+    assert worker.record_set.id == other.record_set.id
     assert len(worker.data.labels) == 120
 
 
@@ -381,7 +380,7 @@ def test_a_value_that_a_cast_chokes_on(postgres: Server, refused: Callable[..., 
 def test_a_value_that_fails_after_many_rows(
     postgres: Server, refused: Callable[..., DataError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cells, sql_source):
+    for module in (text_table, sql_source):
         monkeypatch.setattr(module, "BLOCK_ROWS", 100)
     error = refused(
         postgres.url(),

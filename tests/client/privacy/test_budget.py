@@ -17,7 +17,7 @@ from silotune.client.privacy import accountant as accounting
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget, ChargeHistory, Limit, mechanism_of, order_of
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.common.errors import RefusalError
 
 DELTA = 1e-5
@@ -45,13 +45,13 @@ def tight_oracle(history: Sequence[Mechanism], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def lineage_of(numbers: Sequence[int], basis: str = "basis") -> Lineage:
+def lineage_of(numbers: Sequence[int], basis: str = "basis") -> RecordSet:
     found = b"".join(int(number).to_bytes(16, "little") for number in sorted(numbers))
-    return Lineage.of_bytes(basis, found, len(numbers))
+    return RecordSet.of_bytes(basis, found, len(numbers))
 
 
 def charge(
-    ledger: Ledger, records: Lineage, m: Mechanism, order: float = 8.0, **facts: Any
+    ledger: Ledger, records: RecordSet, m: Mechanism, order: float = 8.0, **facts: Any
 ) -> None:
     with ledger.writing():
         ledger.charge(

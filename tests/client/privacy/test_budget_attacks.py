@@ -92,7 +92,7 @@ class Home:
 
     def spent(self, worker: Worker) -> float:
         ledger = self.ledger()
-        return Budget(ledger, worker.lineage, "record").spent(self.contract.privacy.delta)
+        return Budget(ledger, worker.record_set, "record").spent(self.contract.privacy.delta)
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_spent_records_in_another_file(home: Home, dodge: Callable[[Home], Path]
     assert code(worker, run="new") == "E210"
     assert len(home.charges()) == 3
     # Found record by record, not because nothing could be compared.
-    comparable = worker.lineage.basis == home.worker().lineage.basis
+    comparable = worker.record_set.basis == home.worker().record_set.basis
     assert comparable == (dodge in SAME_COLUMNS)
 
 
@@ -279,7 +279,7 @@ def test_records_numbered_anew(home: Home) -> None:
     assert [code(worker, number) for number in (1, 2, 3)] == [""] * 3
     for file in (home.folder / "second.csv", home.file):
         again = home.worker(file=file)
-        assert again.lineage.id == worker.lineage.id
+        assert again.record_set.id == worker.record_set.id
         assert code(again, run="new") == "E210"
 
 
@@ -288,7 +288,7 @@ def test_new_records_have_their_own_budget(home: Home) -> None:
     home.spend_all()
     fresh = written(home.folder / "new.csv", [f"{100 + i // 2},no,{i % 2}" for i in range(30)])
     worker = home.worker(file=fresh)
-    assert worker.lineage.repeated == 0
+    assert worker.record_set.repeated == 0
     assert [code(worker, number, run="new") for number in (1, 2, 3)] == [""] * 3
     assert code(worker, run="newer") == "E210"
 
@@ -731,7 +731,7 @@ def test_two_workers_at_once(home: Home) -> None:
     ledger = home.ledger()
     assert len(ledger.charges) == len(ledger.releases) == found.count("")
     assert len(ledger.entries) == 1 + 2 * len(ledger.charges)
-    purse = Budget(ledger, pair[0].lineage, "record")
+    purse = Budget(ledger, pair[0].record_set, "record")
     (past,) = purse.pasts()
     assert past.order is not None
     spent = epsilon_at(past.order, past.history, limit.delta)

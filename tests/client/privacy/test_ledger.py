@@ -36,7 +36,7 @@ from silotune.client.privacy.ledger_entries import (
     digest,
     verify_export,
 )
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.common.errors import RefusalError, UsageError
 from silotune.common.protocol.messages import Receipt
 
@@ -53,15 +53,15 @@ FACTS: dict[str, Any] = {
     "steps": 3,
 }
 HASH = "ab" * 32
-ALL_FACTS = {**FACTS, "attempt": 9, "lineage": HASH, "basis": "basis", "rows": 3}
+ALL_FACTS = {**FACTS, "attempt": 9, "record_set": HASH, "basis": "basis", "rows": 3}
 
 
-def lineage_of(*numbers: int) -> Lineage:
+def lineage_of(*numbers: int) -> RecordSet:
     found = b"".join(number.to_bytes(16, "big") for number in sorted(numbers))
-    return Lineage.of_bytes("basis", found, len(numbers))
+    return RecordSet.of_bytes("basis", found, len(numbers))
 
 
-def charge(ledger: Ledger, attempt: int, records: Lineage, **facts: Any) -> Charged:
+def charge(ledger: Ledger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
     with ledger.writing():
         return ledger.charge(records, attempt=attempt, **{**FACTS, **facts})
 
@@ -153,14 +153,14 @@ def test_a_ledger_opens_with_the_entries_it_was_left_with(home: Home) -> None:
     assert set(ledger.charges) == {("1" * 64, "r", 1, attempt) for attempt in (1, 2, 3)}
     assert ledger.reply(ledger.releases[2]) == b"the reply"
     five, four = lineage_of(*range(5)), lineage_of(*range(4))
-    found = ledger.lineages()
+    found = ledger.record_sets()
     assert [(name, first.sequence, first.rows) for name, first in found.items()] == [
         (five.id, 2, 5),
         (four.id, 4, 4),
     ]
     for first, records in zip(found.values(), (five, four), strict=True):
         assert (first.basis, first.source) == ("basis", "rows.csv")
-        assert ledger.lineage(first).id == records.id
+        assert ledger.record_set(first).id == records.id
 
 
 def test_each_entry_names_the_digest_of_the_one_before(home: Home) -> None:
@@ -188,10 +188,10 @@ def test_records_are_kept_once_and_named_by_their_first_charge(home: Home) -> No
     ledger = home.open()
     charge(ledger, 9, lineage_of(*range(5)), source="renamed.csv")
     with home.tampering() as database:
-        assert database.execute("SELECT count(*) FROM lineages").fetchone() == (2,)
-    first = ledger.lineages()[lineage_of(*range(5)).id]
+        assert database.execute("SELECT count(*) FROM record_sets").fetchone() == (2,)
+    first = ledger.record_sets()[lineage_of(*range(5)).id]
     assert (first.sequence, first.source) == (2, "rows.csv")
-    assert home.open().lineages() == ledger.lineages()
+    assert home.open().record_sets() == ledger.record_sets()
 
 
 def test_a_charge_is_one_entry_whether_its_records_are_new_or_not(home: Home) -> None:
@@ -210,7 +210,7 @@ def test_a_request_is_charged_once(home: Home) -> None:
         assert refusal.value.code == "E202"
         assert (ledger.entries, ledger.charges, home.rows()) == before
     with home.tampering() as database:
-        assert database.execute("SELECT count(*) FROM lineages").fetchone() == (2,)
+        assert database.execute("SELECT count(*) FROM record_sets").fetchone() == (2,)
     for other in ({"contract": "9" * 64}, {"run": "s"}, {"round": 2}):
         charge(ledger, 1, lineage_of(77), **other)
     assert len(ledger.charges) == 6
@@ -385,17 +385,17 @@ def test_an_entry_of_another_site_cannot_be_put_in(home: Home, tmp_path: Path) -
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE lineages SET fingerprints = zeroblob(length(fingerprints))",
-        "UPDATE lineages SET fingerprints = zeroblob(0)",
-        "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 16)",
-        "UPDATE lineages SET id = substr(id, 2) || 'x'",
-        "DELETE FROM lineages",
-        "DELETE FROM lineages WHERE rowid = 2",
-        "DROP TABLE lineages",
+        "UPDATE record_sets SET fingerprints = zeroblob(length(fingerprints))",
+        "UPDATE record_sets SET fingerprints = zeroblob(0)",
+        "UPDATE record_sets SET fingerprints = substr(fingerprints, 1, 16)",
+        "UPDATE record_sets SET id = substr(id, 2) || 'x'",
+        "DELETE FROM record_sets",
+        "DELETE FROM record_sets WHERE rowid = 2",
+        "DROP TABLE record_sets",
         "DROP TABLE entries",
         "DELETE FROM entries",
         "ALTER TABLE entries RENAME COLUMN mac TO mic",
-        "UPDATE lineages SET fingerprints = substr(fingerprints, 1, 15)",
+        "UPDATE record_sets SET fingerprints = substr(fingerprints, 1, 15)",
     ],
 )
 def test_neither_fingerprints_nor_tables_can_be_changed(home: Home, change: str) -> None:
@@ -431,8 +431,9 @@ def test_a_value_of_another_type_is_refused(home: Home, change: str) -> None:
 def test_fingerprints_of_another_type_are_refused(home: Home, change: str) -> None:
     with home.tampering() as database:
         database.executescript(
-            "CREATE TABLE loose AS SELECT * FROM lineages; DROP TABLE lineages;"
-            f"ALTER TABLE loose RENAME TO lineages; UPDATE lineages SET fingerprints = {change};"
+            "CREATE TABLE loose AS SELECT * FROM record_sets; DROP TABLE record_sets;"
+            f"ALTER TABLE loose RENAME TO record_sets;"
+            f" UPDATE record_sets SET fingerprints = {change};"
         )
     assert home.refuses()
 
@@ -676,16 +677,16 @@ def test_a_failure_in_writing_leaves_nothing(home: Home) -> None:
     def fails() -> None:
         with ledger.writing():
             paid = ledger.charge(lineage_of(7, 8), attempt=9, **FACTS)
-            assert lineage_of(7, 8).id in ledger.lineages()
+            assert lineage_of(7, 8).id in ledger.record_sets()
             ledger.append(Released, charge=paid.sequence, reply=HASH)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fails()
     assert (ledger.entries, ledger.charges, ledger.releases, home.rows()) == before
-    assert lineage_of(7, 8).id not in ledger.lineages()
+    assert lineage_of(7, 8).id not in ledger.record_sets()
     with home.tampering() as database:
-        assert database.execute("SELECT count(*) FROM lineages").fetchone() == (2,)
+        assert database.execute("SELECT count(*) FROM record_sets").fetchone() == (2,)
     assert charge(ledger, 4, lineage_of(7, 8)).sequence == 6
     close(ledger)
     assert not home.refuses()
@@ -713,7 +714,7 @@ def test_a_failure_in_writing_leaves_nothing(home: Home) -> None:
         ("unit", "patient"),
         ("round", 0),
         ("request", "x"),
-        ("lineage", "../x"),
+        ("record_set", "../x"),
         ("run", "A B"),
         ("noise_multiplier", "1.0"),
         ("rows", -1),
@@ -832,7 +833,7 @@ import sys
 from pathlib import Path
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 
 folder, run, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
@@ -841,7 +842,7 @@ sys.stdin.readline()
 for attempt in range(1, times + 1):
     with ledger.writing():
         ledger.charge(
-            Lineage.of_bytes("basis", bytes(16), 1), source="rows.csv", unit="record",
+            RecordSet.of_bytes("basis", bytes(16), 1), source="rows.csv", unit="record",
             contract="1" * 64, run=run, round=1, attempt=attempt, request="2" * 64, order=3.0,
             noise_multiplier=1.0, sampling_rate=0.5, steps=1,
         )
@@ -1162,7 +1163,7 @@ def test_entries_written_today_stay_readable_when_a_field_is_added(
 def test_a_field_this_version_does_not_know_is_refused(home: Home) -> None:
     """Not passed over: what it means might be that more was spent."""
     ledger = home.open()
-    known = {**ALL_FACTS, "lineage": lineage_of(*range(5)).id, "rows": 5}
+    known = {**ALL_FACTS, "record_set": lineage_of(*range(5)).id, "rows": 5}
     with ledger.writing():
         ledger.append(ChargedLater, group="g", **known)
     close(ledger)
@@ -1318,15 +1319,15 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
         else Ledger.in_memory("north", keys)
     )
     charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
-    assert ledger.own(charges) is None
+    assert ledger.local_state(charges) is None
     for paid, own in zip(charges, (b"first", b"second", None), strict=True):
         ledger.release(paid, b"the reply", own)
-    assert ledger.own(charges) == b"second"
-    assert ledger.own(charges[:1]) == b"first"
+    assert ledger.local_state(charges) == b"second"
+    assert ledger.local_state(charges[:1]) == b"first"
     if on_disk:
         (tmp_path / "state" / "replies" / hashlib.sha256(b"second").hexdigest()).unlink()
         with pytest.raises(RefusalError, match="is not on disk any more") as refusal:
-            ledger.own(charges)
+            ledger.local_state(charges)
         assert refusal.value.code == "E212"
     close(ledger)
 

@@ -27,7 +27,7 @@ from silotune.client.privacy import record_identity, record_ids
 from silotune.client.privacy.budget import Budget, overlaps, untraceable
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.record_identity import Links, components
-from silotune.client.privacy.record_ids import READ_AS, Lineage, of_table
+from silotune.client.privacy.record_ids import READ_AS, RecordSet, of_table
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker
@@ -49,14 +49,14 @@ LIMIT = 8.0
 # Components ------------------------------------------------------------------------------------
 
 
-def file_of(codes: Sequence[int], decodings: Sequence[Sequence[int]] = ()) -> Lineage:
-    """A lineage whose records have these codes."""
+def file_of(codes: Sequence[int], decodings: Sequence[Sequence[int]] = ()) -> RecordSet:
+    """A record_set whose records have these codes."""
     order = sorted(codes, key=lambda code: code.to_bytes(8, "little"))
     prints = b"".join(code.to_bytes(8, "little") + bytes(8) for code in order)
     own = dict(zip(codes, decodings, strict=True)) if decodings else {}
     counts = np.array([len(own.get(code, ())) for code in order], np.uint32)
     flat = np.array([r for code in order for r in own.get(code, ())], np.uint64)
-    return Lineage.of_bytes("b", prints, len(codes), "", counts.tobytes(), flat.tobytes())
+    return RecordSet.of_bytes("b", prints, len(codes), "", counts.tobytes(), flat.tobytes())
 
 
 def links_of(stars: dict[int, list[int]]) -> Links:
@@ -97,14 +97,14 @@ files = st.lists(
 def test_records_are_one_where_a_path_joins_them(
     found: list[dict[int, list[int]]], stars: list[dict[int, list[int]]]
 ) -> None:
-    lineages = [file_of(list(f), list(f.values())) for f in found]
+    record_sets = [file_of(list(f), list(f.values())) for f in found]
     edges = [(code, other) for f in found for code, own in f.items() for other in [code, *own]]
     edges += [(code, other) for star in stars for code, nodes in star.items() for other in nodes]
     label = partition(edges)
-    numbers = components(lineages, [links_of(star) for star in stars])
+    numbers = components(record_sets, [links_of(star) for star in stars])
     pairs = [
         (label[int(code)], int(number))
-        for file, own in zip(lineages, numbers, strict=True)
+        for file, own in zip(record_sets, numbers, strict=True)
         for code, number in zip(file.codes, own, strict=True)
     ]
     for one in pairs:
@@ -205,7 +205,7 @@ steps = st.lists(
 )
 
 
-def charge(ledger: Ledger, found: Lineage) -> None:
+def charge(ledger: Ledger, found: RecordSet) -> None:
     with ledger.writing():
         ledger.charge(
             found,
@@ -1036,8 +1036,8 @@ def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_decodings() -> None:
     assert sorted(found.decodings.counts.tolist())[0] == 0
     assert max(found.decodings.counts) > 3
     charge(ledger, found)
-    (entry,) = ledger.lineages().values()
-    again = ledger.lineage(entry)
+    (entry,) = ledger.record_sets().values()
+    again = ledger.record_set(entry)
     assert again.id == found.id
     assert again.columns == found.columns
     assert again.names == {"note", "place", "outcome"}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from silotune.client.privacy import record_ids
 from silotune.client.privacy.record_identity import components
-from silotune.client.privacy.record_ids import Lineage, of_table
+from silotune.client.privacy.record_ids import RecordSet, of_table
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
@@ -35,7 +35,7 @@ HEADER = ["patient", "âge", "note"]
 ROWS = [["p1", "5", "rué"], ["p2", "60.50", "plain, quoted"], ["p3", "-0.125", ""]]
 
 
-def shared(records: Lineage, others: Lineage) -> NDArray[np.bool_]:
+def shared(records: RecordSet, others: RecordSet) -> NDArray[np.bool_]:
     """[R] for each of `records`, whether it is among the others; all of them if bases differ."""
     if records.basis != others.basis:
         return np.ones(len(records.fingerprints), dtype=bool)
@@ -48,7 +48,7 @@ def made(
     header: Sequence[str] = HEADER,
     key: Sequence[str] = (),
     secret: bytes = SECRET,
-) -> Lineage:
+) -> RecordSet:
     numbered = [(i + 2, list(row)) for i, row in enumerate(rows)]
     return of_table(Table("made.csv", list(header), numbered), key, secret)
 
@@ -66,7 +66,7 @@ def text_of(
     return out.getvalue()
 
 
-def of_bytes(path: Path, data: bytes, key: Sequence[str] = ()) -> Lineage:
+def of_bytes(path: Path, data: bytes, key: Sequence[str] = ()) -> RecordSet:
     path.write_bytes(data)
     return of_table(records.table(path), key, SECRET)
 
@@ -177,7 +177,7 @@ def test_rows_with_one_key_are_one_record() -> None:
     ],
     ids=["key", "column less", "column more", "column renamed"],
 )
-def test_what_cannot_be_compared_counts_as_the_same(other: Lineage) -> None:
+def test_what_cannot_be_compared_counts_as_the_same(other: RecordSet) -> None:
     assert shared(other, made()).all()
     assert shared(made(), other).all()
 
@@ -232,7 +232,7 @@ def test_long_numbers_that_differ_stay_different(key: Sequence[str], digits: int
 
 def with_index(
     numbers: Sequence[object], place: int = 0, name: str = "nr", **given: Any
-) -> Lineage:
+) -> RecordSet:
     """ROWS with another column at `place`."""
     rows = [[*row[:place], str(n), *row[place:]] for row, n in zip(ROWS, numbers, strict=True)]
     return made(rows, [*HEADER[:place], name, *HEADER[place:]], **given)
@@ -359,7 +359,7 @@ def test_the_fingerprints_depend_on_the_key() -> None:
 
 def test_fingerprints_are_read_back_from_their_bytes() -> None:
     found = made()
-    again = Lineage.of_bytes(found.basis, found.fingerprints.tobytes(), found.rows)
+    again = RecordSet.of_bytes(found.basis, found.fingerprints.tobytes(), found.rows)
     assert again.id == found.id
     assert shared(again, found).all()
 
@@ -368,10 +368,10 @@ def test_fingerprints_with_zero_bytes_stay_apart() -> None:
     """NumPy's fixed strings lose zeros at their end when read one by one; comparing must not."""
     tails = [bytes(8), b"a" + bytes(7), b"a" * 7 + b"\0", bytes(7) + b"a"]
     data = b"".join(sorted(tail + bytes(8) for tail in tails))
-    found = Lineage.of_bytes("b", data, 4)
+    found = RecordSet.of_bytes("b", data, 4)
     assert len(np.unique(found.fingerprints)) == 4
     for i in range(4):
-        one = Lineage.of_bytes("b", data[16 * i : 16 * i + 16], 1)
+        one = RecordSet.of_bytes("b", data[16 * i : 16 * i + 16], 1)
         assert shared(found, one).tolist() == [i == k for k in range(4)]
 
 
@@ -703,7 +703,7 @@ def test_what_pandas_makes_of_a_parquet_file_are_the_same_records(
         assert shared(found["parquet"], one).all(), name
 
 
-def typed_forms(folder: Path, rows: list[tuple[Any, ...]], zone: str) -> dict[str, Lineage]:
+def typed_forms(folder: Path, rows: list[tuple[Any, ...]], zone: str) -> dict[str, RecordSet]:
     """Of a Parquet file with typed columns what pandas saves."""
     import pandas as pd
     import pyarrow as pa
@@ -860,7 +860,7 @@ def json_line(text: str, escaped: str) -> str:
     return line + "\n"
 
 
-def forms_on_disk(folder: Path, text: str) -> dict[str, Lineage]:
+def forms_on_disk(folder: Path, text: str) -> dict[str, RecordSet]:
     """The row with this text in every format."""
     import openpyxl
     import pyarrow as pa
@@ -916,7 +916,7 @@ def test_a_model_is_trained_on_the_text_that_a_workbook_means(
     assert records.table(tmp_path / "a.xlsx").rows[0][1] == [read, "x"]
 
 
-def misread(folder: Path, line: str, encoding: str) -> Lineage | None:
+def misread(folder: Path, line: str, encoding: str) -> RecordSet | None:
     """A file of this JSON line in UTF-8, declared as another encoding; None where it cannot be."""
     (folder / "a.jsonl").write_bytes(line.encode())
     try:

@@ -142,7 +142,7 @@ def reply(run: Run, site: str, spent: float | None) -> bytes:
                 contract=run.contract.hash,
                 site=site,
                 run="r",
-                round=run.number,
+                round=run.server_round,
                 attempt=1,
                 epsilon=spent,
                 metrics={},

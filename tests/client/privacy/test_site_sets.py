@@ -123,7 +123,7 @@ def test_a_round_whose_reply_was_lost_is_not_charged_again_under_other_keys(
 
 def standing_still(run: Run) -> Run:
     """The same run, whose server takes no step: each round begins with the same adapter."""
-    run.iterate.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    run.server_state.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     return run
 
 
@@ -163,7 +163,7 @@ def test_a_second_sum_from_one_adapter_with_one_site_more_is_not_opened(
     run = standing_still(cheating(federation, "run"))
     assert opened(run, federation, THREE)
     assert not opened(rekeyed(run), federation, ALL)
-    assert run.number == 3
+    assert run.server_round == 3
 
 
 def test_sums_of_the_same_sites_from_one_adapter_are_opened(federation: Federation) -> None:
@@ -203,7 +203,7 @@ def with_absences(
     """Rounds in which a site answers nothing readable to the request to train."""
     run = federation.run()
     while not run.done:
-        number, handles = run.number, federation.handles()
+        number, handles = run.server_round, federation.handles()
         if number in absent:
             handles = gone_from(handles, absent[number], "train")
         yield number, drive_round(run.stages(SITES), handles)
@@ -253,7 +253,7 @@ def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], Ledger]:
             with ledger.writing():
                 ledger.append(
                     Charged,
-                    lineage="b" * 64,
+                    record_set="b" * 64,
                     basis="",
                     source="",
                     rows=1,

@@ -168,10 +168,10 @@ def test_a_setting_that_makes_no_policy_writes_nothing(
 def test_the_fingerprint_is_the_requests(folder: Path) -> None:
     run = CliRunner()
     said = run.invoke(silotune, ["site", "fingerprint", "--config", "north/site.toml"])
-    from silotune.common.protocol import join_request as requests
+    from silotune.common.protocol import join_request
 
     file = folder / "north" / "north.request.json"
-    assert said.output.strip() == requests.load(file).fingerprint
+    assert said.output.strip() == join_request.load(file).fingerprint
     # What was put into the file by somebody else is not read out.
     changed = json.loads(file.read_text()) | {"public_key": "0" * 64}
     file.write_text(json.dumps(changed))

@@ -16,7 +16,7 @@ from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import Ledger
 from silotune.client.privacy.ledger_entries import Adopted
-from silotune.client.privacy.record_ids import Lineage
+from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy, permissive_policy
@@ -261,9 +261,9 @@ def test_all_reasons_are_told_at_once(policy: Policy, table_contract: Contract) 
 # Records
 
 
-def records(rows: int, distinct: int) -> Lineage:
+def records(rows: int, distinct: int) -> RecordSet:
     data = b"".join(i.to_bytes(16, "big") for i in range(distinct))
-    return Lineage.of_bytes("b", data, rows)
+    return RecordSet.of_bytes("b", data, rows)
 
 
 def test_too_few_records_are_refused_without_their_number(policy: Policy) -> None:

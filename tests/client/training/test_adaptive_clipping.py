@@ -410,7 +410,7 @@ def test_a_run_finds_the_quantile(
         run.begin()
         asked = messages.unpack(run.request("north")).header
         assert isinstance(asked, Train)
-        assert asked.clip_norm == run.iterate.clip_norm
+        assert asked.clip_norm == run.server_state.clip_norm
         for site, worker in workers.items():
             request = run.request(site)
             run.accept(site, len(request), worker.handle(request))
@@ -418,7 +418,7 @@ def test_a_run_finds_the_quantile(
         assert facts.sites == ("north", "south")
         assert facts.clip_norm == asked.clip_norm
         assert set(facts.released["north"]) == {"unclipped"}
-        used.append(run.iterate.clip_norm)
+        used.append(run.server_state.clip_norm)
     norms = np.sort(math.sqrt(2) * math.sqrt(5) * levels)
     # Of n equal shares the one at the quantile, and half a step to each side for the noise.
     low, high = (norms[int(quantile * bins) + k] for k in (-2, 1))

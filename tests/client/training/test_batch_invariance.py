@@ -23,7 +23,7 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.errors import RefusalError
-from silotune.common.models import aligned_linear as products
+from silotune.common.models import aligned_linear
 from silotune.common.models.base import Encoded
 from silotune.common.models.one_hot import OneHot
 from silotune.common.tasks.classification import per_example_loss
@@ -164,7 +164,7 @@ def test_taking_out_a_record_leaves_the_others_to_the_bit(
 
 @pytest.fixture
 def unaligned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "ALIGNED", 1)
+    monkeypatch.setattr(aligned_linear, "ALIGNED", 1)
     monkeypatch.setattr(selftest, "_passed", WeakKeyDictionary())
 
 

@@ -60,7 +60,7 @@ def run_of(
 
 
 def own_of(worker: Worker, run: str = "run-1") -> LocalState:
-    return worker.own(run, worker.contract.rounds + 1)
+    return worker.local_state(run, worker.contract.rounds + 1)
 
 
 # --- tensors that do not leave -----------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_plain_run_leaves_nothing(keys: dict[str, Keys], tmp_path: Path) -> No
     _, workers, _ = run_of(of_method("ffa", keys), tmp_path / "run", keys)
     for worker in workers.values():
         assert own_of(worker) == LocalState()
-        assert not any(released.own for released in worker.ledger.releases.values())
+        assert not any(released.local_state for released in worker.ledger.releases.values())
 
 
 # --- scaffold ----------------------------------------------------------------------------------
@@ -325,11 +325,13 @@ def test_corrections_add_up_to_nothing(
     run = Run(contract, Registry.create(tmp_path / "run", contract), "run-1", initial)
     seen = 0
     while not run.done:
-        asked, number = run.iterate.asked(), run.number
+        asked, number = run.server_state.request_tensors(), run.server_round
         total: Arrays = {}
         for site, worker in workers.items():
             share = np.float32(contract.weight_share(site))
-            for name, array in worker.own("run-1", number).corrections(asked, initial).items():
+            for name, array in (
+                worker.local_state("run-1", number).corrections(asked, initial).items()
+            ):
                 total[name] = total.get(name, np.zeros_like(array)) + share * array
                 seen += bool(np.abs(array).max() > 1e-4)
         for array in total.values():
@@ -381,11 +383,11 @@ def test_corrections_begin_anew_after_a_round_without_some_site(
     run, first = Run(contract, registry, "run-1", initial), contract.phases[0].rounds + 1
     told = []
     while not run.done:
-        asked = run.iterate.asked()
+        asked = run.server_state.request_tensors()
         told.append(any(name.startswith("control.") for name in asked))
-        gone = {"east": lambda _: SILENT} if run.number == first + 1 else {}
+        gone = {"east": lambda _: SILENT} if run.server_round == first + 1 else {}
         drive_round(run.stages(SITES), handles | gone)
-        if run.number == first + 4:  # another server takes the run up
+        if run.server_round == first + 4:  # another server takes the run up
             registry.close()
             registry = Registry.open(tmp_path / "run", contract)
             run = Run(contract, registry, "run-1", initial)
@@ -604,8 +606,8 @@ def test_the_mean_of_copies_holds_when_a_site_is_missing(
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
     run = Run(contract, Registry.create(tmp_path / "run", contract), "run-1", initial)
     before = contract.phases[0].rounds
-    while run.number < contract.rounds:
-        gone = {"east": lambda _: SILENT} if run.number == before + 2 else {}
+    while run.server_round < contract.rounds:
+        gone = {"east": lambda _: SILENT} if run.server_round == before + 2 else {}
         drive_round(run.stages(SITES), handles | gone)
     copies = [own_of(worker).tensors for worker in workers.values()]
     for name in copies[0]:

@@ -728,7 +728,7 @@ def test_a_charge_names_the_unit_and_the_entitys_budget_is_the_limit(
     charges = list(worker.ledger.charges.values())
     assert [c.unit for c in charges] == ["entity"] * 3
     assert {c.rows for c in charges} == {len(ROWS)}
-    assert len(worker.lineage.fingerprints) == 5
+    assert len(worker.record_set.fingerprints) == 5
     less = tight.model_copy(update={"entity": Budgets.Budget(epsilon=7.9, delta=1e-4)})
     with pytest.raises(RefusalError, match="exceeds the lifetime budget") as refusal:
         Worker(policy.model_copy(update={"budgets": less}), entities, Ledger.in_memory("north"))
@@ -915,7 +915,7 @@ def test_rows_of_one_entity_are_no_repeated_records(entities: Contract, tmp_path
     )
     worker = Worker(refusing, entities, Ledger.in_memory("north"))
     with pytest.raises(DataError, match="the same record more than once"):
-        refusing.check_records(worker.lineage, "record")
+        refusing.check_records(worker.record_set, "record")
 
 
 SITE = """

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.site.policy import permissive_policy
-from silotune.client.training import local_round as training
-from silotune.client.training import selftest
+from silotune.client.training import local_round, selftest
 from silotune.client.training.dataset import Dataset
 from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
 from silotune.client.training.local_round import train_round
@@ -557,4 +556,4 @@ def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatc
 
 def test_without_dropout_there_is_no_mask() -> None:
     contract = tiny.contract_of("tokens", "bert")
-    assert training._kept(contract.phases[0], model_of(contract, "bert"), (1, 0)) is None
+    assert local_round._dropout_mask(contract.phases[0], model_of(contract, "bert"), (1, 0)) is None

@@ -93,7 +93,7 @@ def test_metrics_that_a_contract_pays_for(
         targets = network.targets(data.encoded, data.labels, block)
         values["loss"] += network.objective.losses(outputs, targets)[:n].tolist()
         if "accuracy" in released:
-            values["accuracy"] += network.objective.right(outputs, targets)[:n].tolist()
+            values["accuracy"] += network.objective.correct(outputs, targets)[:n].tolist()
     assert set(reply.metrics) == set(released)
     for name in released:
         assert reply.metrics[name] == pytest.approx(np.mean(values[name]), rel=1e-3)

@@ -54,7 +54,7 @@ def charged(contract: Contract, /, **facts: Any) -> Charged:
             "sequence": 3,
             "previous": "0" * 64,
             "at": 0.0,
-            "lineage": "1" * 64,
+            "record_set": "1" * 64,
             "basis": "basis",
             "source": "rows.csv",
             "rows": 80,

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from silotune.common.contract.contract import Contract
-from silotune.common.data import file_source, records
-from silotune.common.data import text_table as cells
+from silotune.common.data import file_source, records, text_table
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
 from silotune.common.data.text_table import Builder, Rows
@@ -83,8 +82,8 @@ def table_of(path: Path, columns: dict[str, Any]) -> Table:
 def test_rows_are_what_was_added(rows: list[Any], block: int, characters: int) -> None:
     """Also rows of unlike lengths, and over the ends of blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "BLOCK_ROWS", block)
-        patch.setattr(cells, "BLOCK_CHARACTERS", characters)
+        patch.setattr(text_table, "BLOCK_ROWS", block)
+        patch.setattr(text_table, "BLOCK_CHARACTERS", characters)
         builder = Builder()
         for line, row in rows:
             builder.add(line, row)
@@ -244,7 +243,7 @@ def test_parquet_of_all_plain_types(tmp_path: Path) -> None:
 
 
 def test_csv_lines_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(text_table, "BLOCK_ROWS", 3)
     path = tmp_path / "a.csv"
     path.write_text("a,b\n" + 'x,"two\nlines"\n\n' * 5 + "y\n")
     found = list(records.table(path).rows)
@@ -446,7 +445,7 @@ MEASURE = """
     # Not ru_maxrss: that begins with what the process had that started this one.
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
     print(json.dumps({"rows": len(found), "peak": int(peak[1]) << 10, "read": read - began,
-                      "parse": parsed - read, "lineage": time.monotonic() - parsed}))
+                      "parse": parsed - read, "record_set": time.monotonic() - parsed}))
 """
 
 

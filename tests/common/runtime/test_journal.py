@@ -31,12 +31,12 @@ def written() -> Written:
 
 def of_worker(**changes: Any) -> str:
     lines: list[str] = []
-    Journal("worker", as_json=True, write=lines.append).say("train r: ok", "answered", ANSWERED)
+    Journal("worker", as_json=True, write=lines.append).emit("train r: ok", "answered", ANSWERED)
     return json.dumps(json.loads(lines[0]) | changes)
 
 
 def test_an_event_is_one_object(written: Written) -> None:
-    written.journal.say("worker is ready", "ready")
+    written.journal.emit("worker is ready", "ready")
     (event,) = written.events()
     assert list(event) == ["at", "from", "event", "text"]
     assert (event["from"], event["event"]) == ("supervisor", "ready")
@@ -47,15 +47,15 @@ def test_an_event_is_one_object(written: Written) -> None:
 
 def test_people_read_the_text_and_who_said_it() -> None:
     written = Written(as_json=False)
-    written.journal.say("stopped", "stopped", {"round": 1})
-    written.journal.say("hello", source="relay")
+    written.journal.emit("stopped", "stopped", {"round": 1})
+    written.journal.emit("hello", source="relay")
     written.journal.pass_on("hospital-a is ready", "worker")
     assert written == ["stopped", "relay: hello", "worker: hospital-a is ready"]
 
 
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "\x9b2J", "\u202e", "\ud800", "\0", '"}', ""])
 def test_no_text_ends_its_line_or_reaches_the_terminal(written: Written, text: str) -> None:
-    written.journal.say(text, source="relay")
+    written.journal.emit(text, source="relay")
     assert written.events()[0]["text"] == text
     assert written[0].isascii()
     assert written[0].isprintable()
@@ -70,15 +70,15 @@ def test_a_workers_own_object_is_not_wrapped_again(written: Written) -> None:
 
 def test_what_a_relay_prints_is_text_also_if_it_looks_like_a_workers_line(written: Written) -> None:
     line = of_worker()
-    written.journal.say(line, source="relay")
+    written.journal.emit(line, source="relay")
     (event,) = written.events()
-    assert (event["from"], event["event"], event["text"]) == ("relay", "said", line)
+    assert (event["from"], event["event"], event["text"]) == ("relay", "output", line)
 
 
 def test_an_object_of_another_source_is_text(written: Written) -> None:
     for other in ("supervisor", "relay", "", 1, None):
         written.journal.pass_on(of_worker(**{"from": other}), "worker")
-    assert {(e["from"], e["event"]) for e in written.events()} == {("worker", "said")}
+    assert {(e["from"], e["event"]) for e in written.events()} == {("worker", "output")}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_an_object_of_another_source_is_text(written: Written) -> None:
 def test_what_is_no_event_is_text(written: Written, line: str) -> None:
     written.journal.pass_on(line, "worker")
     (event,) = written.events()
-    assert (event["event"], event["text"]) == ("said", line)
+    assert (event["event"], event["text"]) == ("output", line)
 
 
 def test_a_key_said_twice_is_said_once(written: Written) -> None:
@@ -128,4 +128,4 @@ def test_a_reader_that_has_gone_does_not_stop_the_work() -> None:
     def gone(_: str) -> None:
         raise BrokenPipeError
 
-    Journal("worker", write=gone).say("hello")
+    Journal("worker", write=gone).emit("hello")

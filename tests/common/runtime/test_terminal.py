@@ -139,8 +139,8 @@ def test_a_journal_is_safe_in_both_forms(text: str) -> None:
     for as_json in (False, True):
         lines: list[str] = []
         journal = Journal("supervisor", as_json=as_json, write=lines.append)
-        journal.say(text)
-        journal.say(text, source="relay")
+        journal.emit(text)
+        journal.emit(text, source="relay")
         journal.pass_on(text, "worker")
         assert len(lines) == 3
         for line in lines:
@@ -150,7 +150,7 @@ def test_a_journal_is_safe_in_both_forms(text: str) -> None:
 
 def test_a_journals_text_has_no_colours() -> None:
     lines: list[str] = []
-    Journal("supervisor", write=lines.append).say("\x1b[92mINFO \x1b[0m: started", source="relay")
+    Journal("supervisor", write=lines.append).emit("\x1b[92mINFO \x1b[0m: started", source="relay")
     assert lines == ["relay: INFO : started"]
 
 

@@ -61,8 +61,8 @@ def terms(n: int, threshold: int, max_colluding_sites: int = 0, **more: Any) -> 
     )
 
 
-def update(name: str, number: int = 1, size: int = SIZE) -> Floats:
-    seed = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "big")
+def update(name: str, server_round: int = 1, size: int = SIZE) -> Floats:
+    seed = int.from_bytes(hashlib.sha256(f"{name} {server_round}".encode()).digest()[:8], "big")
     drawn = np.random.default_rng(seed).uniform(-BOUND, BOUND, size)
     return drawn.astype(np.float32).clip(-BOUND, BOUND)
 
@@ -114,26 +114,30 @@ class Cast:
         return Agreement(self.terms, self.keys)
 
     def mask(
-        self, name: str, number: int = 1, values: Floats | None = None, asked: bytes = ASKED
+        self,
+        name: str,
+        server_round: int = 1,
+        values: Floats | None = None,
+        request_digest: bytes = ASKED,
     ) -> bytes:
-        given, factor = update(name, number), factor_of(len(self.terms.roster))
+        given, factor = update(name, server_round), factor_of(len(self.terms.roster))
         sent = self.members[name].mask(
-            number, given if values is None else values, factor, BOUND, asked
+            server_round, given if values is None else values, factor, BOUND, request_digest
         )
-        self.masked[name, number] = sent
+        self.masked[name, server_round] = sent
         return sent
 
-    def truth(self, name: str, number: int = 1) -> Ints:
-        return units(update(name, number), factor_of(len(self.terms.roster)))
+    def truth(self, name: str, server_round: int = 1) -> Ints:
+        return units(update(name, server_round), factor_of(len(self.terms.roster)))
 
     def endorsed(
-        self, by: Iterable[str], among: Collection[str], number: int = 1
+        self, by: Iterable[str], among: Collection[str], server_round: int = 1
     ) -> dict[str, bytes]:
-        return {name: self.members[name].endorse(number, among) for name in by}
+        return {name: self.members[name].endorse(server_round, among) for name in by}
 
     def finish(
         self,
-        number: int,
+        server_round: int,
         masked: Mapping[str, bytes],
         size: int = SIZE,
         silent: Collection[str] = (),
@@ -141,15 +145,17 @@ class Cast:
     ) -> Ints:
         """What an honest server does with these updates. `silent` endorse nothing, `mute` reveal
         nothing."""
-        total = SecAggAggregator(self.agreement, number, size, ASKED)
+        total = SecAggAggregator(self.agreement, server_round, size, ASKED)
         for name, sent in masked.items():
             total.add(name, sent)
         survivors = sorted(masked)
         signatures = {}
         if set(survivors) != set(self.members):
-            signatures = self.endorsed([m for m in survivors if m not in silent], survivors, number)
+            signatures = self.endorsed(
+                [m for m in survivors if m not in silent], survivors, server_round
+            )
         reveals = {
-            name: self.members[name].reveal(number, survivors, signatures)
+            name: self.members[name].reveal(server_round, survivors, signatures)
             for name in survivors
             if name not in mute and name not in silent
         }
@@ -160,12 +166,12 @@ class Cast:
 class Eavesdropper:
     """A server with its colluding sites: collects shares of one round, opens what they open."""
 
-    def __init__(self, cast: Cast, number: int = 1, colluding: Iterable[str] = ()) -> None:
-        self.cast, self.number, self.agreement = cast, number, cast.agreement
+    def __init__(self, cast: Cast, server_round: int = 1, colluding: Iterable[str] = ()) -> None:
+        self.cast, self.server_round, self.agreement = cast, server_round, cast.agreement
         self.shares: dict[tuple[str, bool], dict[int, int]] = {}  # (whose, own mask?): by place
         self.colluding = set(colluding)
         for giver in self.colluding:
-            for name, both in cast.members[giver]._rounds[number].shares.items():
+            for name, both in cast.members[giver]._rounds[server_round].shares.items():
                 for own in (False, True):
                     self._hold(giver, name, own, both[own])
 
@@ -179,7 +185,7 @@ class Eavesdropper:
 
     def secret(self, name: str, own: bool) -> int | None:
         """The seed of a member's own mask, or of its pairwise key, if enough shares give it."""
-        place = self.cast.terms.place_of(self.number)
+        place = self.cast.terms.round_index(self.server_round)
         if name in self.colluding:
             return self.cast.secrets[name][place][own]
         held = self.shares.get((name, own), {})
@@ -189,14 +195,14 @@ class Eavesdropper:
         return found if self._published(name, own, found, place) else None
 
     def _published(self, name: str, own: bool, found: int, place: int) -> bool:
-        keys, facts = self.agreement.keys[name], (self.cast.terms, name, self.number, found)
+        keys, facts = self.agreement.keys[name], (self.cast.terms, name, self.server_round, found)
         if own:
             return commitment(*facts) == keys.commitments[place]
         return public_bytes(masking_key(*facts)) == keys.masking[place]
 
     def sum_of(self, among: Collection[str]) -> Ints | None:
         """The sum of these members' updates, if every mask that is left on it is known."""
-        sent = [self.cast.masked.get((name, self.number)) for name in among]
+        sent = [self.cast.masked.get((name, self.server_round)) for name in among]
         total = fixed_point.Total(len(sent[0] or b"") // fixed_point.WIDTH)
         for each in sent:
             if each is None:
@@ -207,7 +213,7 @@ class Eavesdropper:
             seed = self.secret(name, own=True)
             if seed is None:
                 return None
-            masks.append((self.agreement.own_mask_key(seed, name, self.number), True))
+            masks.append((self.agreement.own_mask_key(seed, name, self.server_round), True))
             for peer in set(self.agreement.members) - set(among):
                 key = self._mask_key(name, peer)
                 if key is None:
@@ -220,8 +226,8 @@ class Eavesdropper:
         for mine, other in ((name, peer), (peer, name)):
             seed = self.secret(mine, own=False)
             if seed is not None:
-                key = masking_key(self.cast.terms, mine, self.number, seed)
-                return self.agreement.mask_key(key, mine, other, self.number, ASKED)
+                key = masking_key(self.cast.terms, mine, self.server_round, seed)
+                return self.agreement.mask_key(key, mine, other, self.server_round, ASKED)
         return None
 
 
@@ -241,8 +247,8 @@ def settling(without: str) -> type[SecAggParticipant]:
     """A site that leaves out one check of a set of survivors."""
 
     class Settling(SecAggParticipant):
-        def _settle(self, number: int, survivors: Collection[str]) -> participant._Round:
-            agreed, mine, chosen = self._agreed(), self._round(number), frozenset(survivors)
+        def _settle(self, server_round: int, survivors: Collection[str]) -> participant._Round:
+            agreed, mine, chosen = self._agreed(), self._round(server_round), frozenset(survivors)
             checks = {
                 "it counts": mine.masking is None and self.name in chosen,
                 "each once": len(chosen) == len(survivors),
@@ -264,11 +270,11 @@ def no_set_is_for_good(_: Patch) -> type[SecAggParticipant]:
 
     class Forgetful(settling("one set")):  # type: ignore[misc]
         def reveal(
-            self, number: int, survivors: Collection[str], signatures: Mapping[str, bytes]
+            self, server_round: int, survivors: Collection[str], signatures: Mapping[str, bytes]
         ) -> dict[str, bytes]:
-            mine = self._round(number)
+            mine = self._round(server_round)
             kept, mine.revealed = dict(mine.shares), None
-            found = dict(super().reveal(number, survivors, signatures))
+            found = dict(super().reveal(server_round, survivors, signatures))
             mine.shares.update(kept)
             return found
 
@@ -306,8 +312,8 @@ def terms_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
 
 def sites_endorse_many_sets(_: Patch) -> type[SecAggParticipant]:
     class Agreeable(SecAggParticipant):
-        def endorse(self, number: int, survivors: Collection[str]) -> bytes:
-            return self._sign(self._agreed().survivors_statement(number, survivors))
+        def endorse(self, server_round: int, survivors: Collection[str]) -> bytes:
+            return self._sign(self._agreed().survivors_statement(server_round, survivors))
 
     return Agreeable
 
@@ -336,8 +342,8 @@ def endorsements_name_no_round(patch: Patch) -> type[SecAggParticipant]:
 
 
 def endorsements_name_no_agreement(patch: Patch) -> type[SecAggParticipant]:
-    def statement(_: Agreement, number: int, who: Iterable[str]) -> bytes:
-        return f"{number} {sorted(who)}".encode()
+    def statement(_: Agreement, server_round: int, who: Iterable[str]) -> bytes:
+        return f"{server_round} {sorted(who)}".encode()
 
     patch.setattr(Agreement, "survivors_statement", statement)
     return SecAggParticipant
@@ -360,10 +366,10 @@ def values_are_not_checked(patch: Patch) -> type[SecAggParticipant]:
 
 def masks_are_used_again(_: Patch) -> type[SecAggParticipant]:
     class Repeating(SecAggParticipant):
-        def mask(self, number: int, *arguments: Any) -> bytes:
-            mine = self._rounds[number]
+        def mask(self, server_round: int, *arguments: Any) -> bytes:
+            mine = self._rounds[server_round]
             kept = mine.masking, mine.own_seed
-            sent = super().mask(number, *arguments)
+            sent = super().mask(server_round, *arguments)
             mine.masking, mine.own_seed = kept
             return sent
 
@@ -379,10 +385,10 @@ def secrets_are_shared_with_whoever_asks(_: Patch) -> type[SecAggParticipant]:
                 self.agreement, self.ready, self._sealing, self._sealed = None, False, self.key, {}
                 self._seeds = list(self.kept)
                 self._rounds = {
-                    number: participant._Round(
-                        agreements.masking_key(self.terms, self.name, number, pair), own
+                    server_round: participant._Round(
+                        agreements.masking_key(self.terms, self.name, server_round, pair), own
                     )
-                    for number, (pair, own) in enumerate(self.kept, start=1)
+                    for server_round, (pair, own) in enumerate(self.kept, start=1)
                 }
             return super().shares(keys)
 
@@ -393,7 +399,9 @@ def seeds_are_not_compared(patch: Patch) -> type[SecAggParticipant]:
     patch.setattr(
         SecAggAggregator,
         "_own",
-        lambda self, name, seed: [(self.agreement.own_mask_key(seed, name, self.number), True)],
+        lambda self, name, seed: [
+            (self.agreement.own_mask_key(seed, name, self.server_round), True)
+        ],
     )
     return SecAggParticipant
 
@@ -415,9 +423,9 @@ def masks_are_for_whatever_was_asked(patch: Patch) -> type[SecAggParticipant]:
     real = Agreement.mask_key
 
     def mask_key(
-        self: Agreement, secret: X25519PrivateKey, mine: str, peer: str, number: int, _: bytes
+        self: Agreement, secret: X25519PrivateKey, mine: str, peer: str, server_round: int, _: bytes
     ) -> bytes:
-        return real(self, secret, mine, peer, number, b"")
+        return real(self, secret, mine, peer, server_round, b"")
 
     patch.setattr(Agreement, "mask_key", mask_key)
     return SecAggParticipant

@@ -45,12 +45,12 @@ def refused(call: Callable[[], object], why: str | None = None, code: str = "E50
     assert caught.value.code == code
 
 
-def everyone(cast: Cast, number: int = 1) -> dict[str, bytes]:
-    return {name: cast.mask(name, number) for name in cast.members}
+def everyone(cast: Cast, server_round: int = 1) -> dict[str, bytes]:
+    return {name: cast.mask(name, server_round) for name in cast.members}
 
 
-def truth(cast: Cast, among: list[str] | dict[str, bytes], number: int = 1) -> Ints:
-    return np.sum([cast.truth(name, number) for name in among], axis=0)
+def truth(cast: Cast, among: list[str] | dict[str, bytes], server_round: int = 1) -> Ints:
+    return np.sum([cast.truth(name, server_round) for name in among], axis=0)
 
 
 # --- any drops, any numbers ------------------------------------------------------------------
@@ -162,9 +162,15 @@ def test_updates_of_any_length_add_up(size: int) -> None:
 
 def test_a_site_that_misses_a_round_is_back_in_the_next_and_rounds_may_be_left_out() -> None:
     cast = Cast(terms(5, 4, 1, rounds=6, first=7)).agree()
-    for number, present in ((7, "abcde"), (8, "abce"), (10, "abcde"), (11, "bcde"), (12, "abcd")):
-        masked = {name: cast.mask(name, number) for name in present}
-        assert np.array_equal(cast.finish(number, masked), truth(cast, masked, number))
+    for server_round, present in (
+        (7, "abcde"),
+        (8, "abce"),
+        (10, "abcde"),
+        (11, "bcde"),
+        (12, "abcd"),
+    ):
+        masked = {name: cast.mask(name, server_round) for name in present}
+        assert np.array_equal(cast.finish(server_round, masked), truth(cast, masked, server_round))
 
 
 def test_a_round_that_failed_leaves_the_next_as_it_was() -> None:
@@ -286,17 +292,17 @@ def test_no_stage_comes_before_the_one_it_rests_on() -> None:
     site.check_can_mask(2)
 
 
-@pytest.mark.parametrize("number", [-1, 0, 3, 9])
-def test_rounds_of_another_agreement_are_refused(number: int) -> None:
+@pytest.mark.parametrize("server_round", [-1, 0, 3, 9])
+def test_rounds_of_another_agreement_are_refused(server_round: int) -> None:
     cast = Cast(terms(3, 3)).agree()
     site = cast.members["a"]
     for ask in (
-        lambda: site.mask(number, update("a"), 1.0, BOUND, ASKED),
-        lambda: site.endorse(number, "abc"),
-        lambda: site.reveal(number, "abc", {}),
-        lambda: site.check_can_mask(number),
+        lambda: site.mask(server_round, update("a"), 1.0, BOUND, ASKED),
+        lambda: site.endorse(server_round, "abc"),
+        lambda: site.reveal(server_round, "abc", {}),
+        lambda: site.check_can_mask(server_round),
     ):
-        refused(ask, f"round {number} is not in this agreement")
+        refused(ask, f"round {server_round} is not in this agreement")
 
 
 def test_no_earlier_round_is_masked_or_revealed_any_more() -> None:
@@ -567,18 +573,22 @@ def test_a_secret_goes_as_soon_as_its_round_allows() -> None:
 def test_every_derived_key_is_for_one_purpose() -> None:
     cast = Cast(terms(4, 3)).agree()
     view, seed, place = cast.agreement, shamir.draw(), cast.terms
-    keys = [view.own_mask_key(seed, name, number) for name in "ab" for number in (1, 2)]
-    keys += [agreements.commitment(place, name, number, seed) for name in "ab" for number in (1, 2)]
+    keys = [view.own_mask_key(seed, name, server_round) for name in "ab" for server_round in (1, 2)]
     keys += [
-        agreements.masking_key(place, name, number, seed).private_bytes_raw()
+        agreements.commitment(place, name, server_round, seed)
         for name in "ab"
-        for number in (1, 2)
+        for server_round in (1, 2)
+    ]
+    keys += [
+        agreements.masking_key(place, name, server_round, seed).private_bytes_raw()
+        for name in "ab"
+        for server_round in (1, 2)
     ]
     secret = agreements.masking_key(place, "a", 1, seed)
     keys += [
-        view.mask_key(secret, "a", peer, number, asked)
+        view.mask_key(secret, "a", peer, server_round, asked)
         for peer in "bc"
-        for number in (1, 2)
+        for server_round in (1, 2)
         for asked in (b"", ASKED)
     ]
     assert len(set(keys)) == len(keys)

@@ -49,14 +49,14 @@ LOW_ORDER = (
 )
 
 
-def everyone_masks(cast: Cast, number: int = 1) -> None:
+def everyone_masks(cast: Cast, server_round: int = 1) -> None:
     for name in cast.members:
-        cast.mask(name, number)
+        cast.mask(name, server_round)
 
 
 def alone(spy: Eavesdropper, victims: str = "a") -> Found:
-    cast, number = spy.cast, spy.number
-    return spy.sum_of(victims), sum(cast.truth(name, number) for name in victims)
+    cast, server_round = spy.cast, spy.server_round
+    return spy.sum_of(victims), sum(cast.truth(name, server_round) for name in victims)
 
 
 # --- (a) shares of both kinds ----------------------------------------------------------------
@@ -157,11 +157,11 @@ def collects(spy: Eavesdropper, signed: Callable[[str], tuple[Any, Mapping[str, 
     """No set has more than two sites behind it, and yet c, d and e are missing for three each: a
     sum of two where three are the least. signed: the survivors a site hears of, and who signed.
     """
-    cast, number = spy.cast, spy.number
-    everyone_masks(cast, number)
+    cast, server_round = spy.cast, spy.server_round
+    everyone_masks(cast, server_round)
     for name in VIEWS:
         survivors, signatures = signed(name)
-        spy.hear(name, survivors, cast.members[name].reveal(number, survivors, signatures))
+        spy.hear(name, survivors, cast.members[name].reveal(server_round, survivors, signatures))
     return alone(spy, "ab")
 
 
@@ -193,14 +193,14 @@ def replays_endorsements(member: type[SecAggParticipant], per_attempt: bool) -> 
     """Three rounds, or three attempts at one, lost another two sites each: no lie so far."""
     sets, old = dict.fromkeys(VIEWS.values()), {}
     cast = Cast(terms(5, 3, rounds=4), member=member).agree()
-    for number, among in enumerate(sets, start=1):
+    for server_round, among in enumerate(sets, start=1):
         if per_attempt:
-            earlier = Cast(terms(5, 3, rounds=4, attempt=1 + number), member=member).agree()
+            earlier = Cast(terms(5, 3, rounds=4, attempt=1 + server_round), member=member).agree()
             everyone_masks(earlier, 4)
             old[among] = earlier.endorsed(among, among, 4)
         else:
-            everyone_masks(cast, number)
-            old[among] = cast.endorsed(among, among, number)
+            everyone_masks(cast, server_round)
+            old[among] = cast.endorsed(among, among, server_round)
     return collects(Eavesdropper(cast, 4), lambda name: (VIEWS[name], old[VIEWS[name]]))
 
 
@@ -503,11 +503,11 @@ def test_shares_that_were_not_sealed_for_this_are_refused_and_none_is_kept(
 def test_the_rounds_shares_are_in_their_places() -> None:
     """Two rounds exchanged would give one secret's two kinds in two rounds."""
     cast = Cast(terms(4, 3, rounds=3)).agree()
-    for at, number in enumerate((1, 2, 3)):
+    for at, server_round in enumerate((1, 2, 3)):
         for own, name in itertools.product((False, True), "abcd"):
             held = {
                 cast.agreement.place(giver): shamir.from_bytes(
-                    site._rounds[number].shares[name][own]
+                    site._rounds[server_round].shares[name][own]
                 )
                 for giver, site in cast.members.items()
                 if giver in "acd"

@@ -153,14 +153,14 @@ def test_losses_are_the_formulas(kind: str) -> None:
 @pytest.mark.parametrize("kind", RIGHT)
 def test_what_is_told_rightly(kind: str) -> None:
     outputs, targets = batch(kind)
-    found = objective(kind).right(outputs, targets).numpy()
+    found = objective(kind).correct(outputs, targets).numpy()
     np.testing.assert_allclose(found, by_records(RIGHT[kind], outputs, targets), rtol=1e-6)
     assert 0 < found.mean() < 1
 
 
 def test_a_number_is_never_right() -> None:
     with pytest.raises(UsageError, match="no accuracy"):
-        objective("regression").right(*batch("regression"))
+        objective("regression").correct(*batch("regression"))
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("classification", 3), ("tokens", 5)])
@@ -254,7 +254,7 @@ def test_targets_as_a_tensor(kind: str, targets: list[Any], expected: Tensor) ->
 )
 def test_outputs_are_kept_as_they_are(kind: str) -> None:
     outputs, targets = batch(kind)
-    kept = objective(kind).kept(outputs.bfloat16(), targets)
+    kept = objective(kind).predictions(outputs.bfloat16(), targets)
     assert len(kept) == N
     assert {row.dtype for row in kept} == {np.dtype(np.float32)}
     assert np.array_equal(np.stack(kept), outputs.bfloat16().float().numpy())
@@ -264,7 +264,7 @@ def test_outputs_are_kept_as_they_are(kind: str) -> None:
 def test_of_tokens_the_unweighed_loss_and_each_words_tag_are_kept(kind: str) -> None:
     outputs, targets = batch("tokens")
     losses = objective("tokens").losses(outputs, targets)
-    for row, (loss, tags) in enumerate(objective(kind).kept(outputs, targets)):
+    for row, (loss, tags) in enumerate(objective(kind).predictions(outputs, targets)):
         counted = [t for t in range(T) if targets[row, t] != IGNORED]
         assert loss == pytest.approx(float(losses[row]))
         assert tags.tolist() == [int(outputs[row, t].argmax()) for t in counted]
@@ -272,7 +272,7 @@ def test_of_tokens_the_unweighed_loss_and_each_words_tag_are_kept(kind: str) -> 
 
 def test_of_answers_three_sums_are_kept() -> None:
     outputs, targets = batch("language")
-    for row, (nll, tokens, right) in enumerate(objective("language").kept(outputs, targets)):
+    for row, (nll, tokens, right) in enumerate(objective("language").predictions(outputs, targets)):
         z, y = outputs[row].double().numpy(), targets[row].numpy()
         assert tokens == (y != IGNORED).sum()
         assert right == pytest.approx(share(z, y) * tokens)

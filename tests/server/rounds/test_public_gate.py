@@ -74,12 +74,17 @@ def test_of_a_declined_sum_nothing_stays_but_what_it_cost(
     rounds = []
     for change, header in ((1.0, half), (9.0, {"metrics": {"unclipped": 1.0}}), (0.5, half)):
         run.begin()
-        before = run.iterate.state(), run.iterate.standing(), run.adapter, run.released()
+        before = run.server_state.state(), run.server_state.standing(), run.adapter, run.released()
         for site in ("north", "south"):
             run.accept(site, 10, update(run, site, change, **header))
         rounds.append(run.finish())
         if change == 9.0:
-            after = run.iterate.state(), run.iterate.standing(), run.adapter, run.released()
+            after = (
+                run.server_state.state(),
+                run.server_state.standing(),
+                run.adapter,
+                run.released(),
+            )
             assert after[1:] == before[1:]
             assert {n for n in before[0] if n not in after[0]} == {
                 "velocity/head.bias",
@@ -109,7 +114,7 @@ def test_a_momentum_that_leads_past_the_gate_is_not_kept(
     run = begin(
         gated(table_contract, 0.1, server_momentum=0.9, server_optimizer=adaptive), tmp_path / "run"
     )
-    while run.number < 5 and play(run, north=2.0, south=2.0).declined is None:
+    while run.server_round < 5 and play(run, north=2.0, south=2.0).declined is None:
         pass
     assert events(run, "declined")
     place = bias(run)

@@ -144,7 +144,7 @@ def test_a_run_that_dies_before_its_release_is_released_when_it_is_taken_up(
         run.registry.adapter()
     again = server(federation, resume=True)
     assert again.done
-    assert same(again.registry.adapter(), again.iterate.adapter)
+    assert same(again.registry.adapter(), again.server_state.adapter)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_damaged_round_is_said_and_the_one_before_is_used(
     play(server(federation), federation.handles(), stages, answered=False)
     damage(federation.folder / "run" / "rounds" / "0002")
     run = server(federation, resume=True)
-    assert run.number == 2
+    assert run.server_round == 2
     events = [
         json.loads(e) for e in (run.registry.folder / "events.jsonl").read_text().split("\n") if e
     ]
@@ -374,7 +374,7 @@ def test_a_run_that_loses_every_round_stops_at_the_second_and_goes_on_when_it_is
     run = server(masked)
     with pytest.raises(RunError, match="this round and the one before it are lost"):
         play(run, losing(masked, lost))
-    assert run.number == 2
+    assert run.server_round == 2
     run.registry.close()
     run = server(masked, resume=True)
     assert play(run, masked.handles())
@@ -516,9 +516,9 @@ def test_after_a_sum_that_was_not_taken_the_next_is_of_the_same_sites_or_asked_f
     """The adapter has not moved, and sites refuse another set from it: nobody is charged for what
     they would refuse."""
     run, handles = server(masked), masked.handles()
-    run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
+    run.server_state.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
     drive_round(run.stages(SITES), handles)
-    del run.iterate.step  # type: ignore[method-assign]
+    del run.server_state.step  # type: ignore[method-assign]
     run.registry.close()
     three = [site for site in SITES if site != "west"]
     for site in SITES:
@@ -561,9 +561,9 @@ def test_a_round_after_a_sum_that_was_not_taken_waits_for_a_site_that_did_not_an
     masked: Federation,
 ) -> None:
     run, handles = server(masked), masked.handles()
-    run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
+    run.server_state.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
     drive_round(run.stages(SITES), handles)
-    del run.iterate.step  # type: ignore[method-assign]
+    del run.server_state.step  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"3 of 4 sites counted.*west must be among them"):
         drive_round(run.stages(SITES), gone_from(handles, "west", "train"))
     run.registry.close()
@@ -574,10 +574,10 @@ def test_a_round_after_a_sum_that_was_not_taken_waits_for_a_site_that_did_not_an
 
 def test_a_site_more_is_left_out_of_the_second_sum_from_one_adapter(masked: Federation) -> None:
     run, handles = server(masked), masked.handles()
-    run.iterate.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
+    run.server_state.step = lambda *_, **__: "worse"  # type: ignore[method-assign, assignment]
     three = [site for site in SITES if site != "west"]
     drive_round(run.stages(three), handles)
-    del run.iterate.step  # type: ignore[method-assign]
+    del run.server_state.step  # type: ignore[method-assign]
     facts = [drive_round(run.stages(SITES), handles) for _ in range(2)]
     assert [len(f.sites) for f in facts] == [3, 4]
 

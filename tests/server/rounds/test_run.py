@@ -60,12 +60,12 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
         "contract": run.contract.hash,
         "site": site,
         "run": run.run_id,
-        "round": run.number,
+        "round": run.server_round,
         "attempt": 1,
         "epsilon": 1.0,
         "metrics": {},
         "request": run.digest(changes.get("attempt", 1)),
-        "receipt": {"sequence": run.number, "head": "0" * 64, "signature": "0" * 128},
+        "receipt": {"sequence": run.server_round, "head": "0" * 64, "signature": "0" * 128},
     }
     body = filled(arrays) if isinstance(arrays, float) else arrays
     return messages.pack(Message(Update(**(fields | changes)), body))
@@ -439,7 +439,7 @@ def test_phases_end_at_their_mean_and_start_at_rest(
     run = start(two_phases(table_contract, averaging_start))
     for change, value in zip(changes, expected, strict=True):
         play(run, north=change, south=change)
-        came_to = run.adapter if run.number in (5, 8) else run.released()
+        came_to = run.adapter if run.server_round in (5, 8) else run.released()
         np.testing.assert_allclose(came_to["head.bias"], value, rtol=1e-5)
     assert run.done
     np.testing.assert_allclose(run.registry.adapter()["head.weight"], x, rtol=1e-5)
@@ -757,7 +757,7 @@ def test_a_run_ends_early_by_public_rows(
     contract = early(table_contract, 2, metric)
 
     def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
-        return {"loss": 1.0, "auc": 1.0, metric: scores[run.number - 1]}
+        return {"loss": 1.0, "auc": 1.0, metric: scores[run.server_round - 1]}
 
     run = start(contract, evaluate=evaluate)
     while not run.done:

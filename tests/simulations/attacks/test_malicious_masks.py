@@ -12,7 +12,7 @@ import pytest
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError, UsageError
 from silotune.server.rounds.exchange import drive_round
-from silotune.simulations.attacks import poisoning as poisons
+from silotune.simulations.attacks import poisoning
 from silotune.simulations.attacks.poisoning import (
     LyingMasking,
     Poison,
@@ -102,7 +102,7 @@ def test_the_bound_holds_the_sum_and_not_the_site(mean: Mean) -> None:
 def test_a_lie_that_leaves_the_others_no_room_stops_the_run(
     mean: Mean, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poisons, "ROOM", -4)
+    monkeypatch.setattr(poisoning, "ROOM", -4)
     with pytest.raises(RunError, match="beyond what the contract's bound allows") as caught:
         mean(Poison(kind="bound"))
     assert caught.value.code == "E505"

@@ -291,7 +291,7 @@ def test_an_interval_is_students(tmp_path: Path) -> None:
     assert mean == pytest.approx(0.74)
     assert half == pytest.approx(2.776 * 0.0316228 / math.sqrt(5), rel=1e-2)
     assert report.interval([0.5]) == (0.5, 0.0)
-    assert report._told([0.5]) == "0.500"  # one value has no interval
+    assert report._formatted([0.5]) == "0.500"  # one value has no interval
 
 
 def test_a_wrong_study_is_told_with_its_place(tmp_path: Path, recipe: Recipe) -> None:
