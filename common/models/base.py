@@ -113,13 +113,13 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
+        self, encoded: Encoded, index: Tensor, *, adapter: bool, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Outputs [len(index), L], or [len(index), T, L] for a task of tokens, of the records in
-        `index`; `adapter`: is it other than zero? kept: [F], what the head's inputs are multiplied
-        by."""
+        `index`; `adapter`: is it other than zero? dropout_mask: [F], what the head's inputs are
+        multiplied by."""
         features = self.features(encoded, index, adapter=adapter).to(self.device).float()
-        outputs: Tensor = self.head(features if kept is None else features * kept)
+        outputs: Tensor = self.head(features if dropout_mask is None else features * dropout_mask)
         return outputs
 
     def features(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Tensor:

@@ -58,7 +58,7 @@ class LanguageModel(Adapted):
         )
 
     def forward(
-        self, encoded: Encoded, index: Tensor, *, adapter: bool, kept: Tensor | None = None
+        self, encoded: Encoded, index: Tensor, *, adapter: bool, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Logits of the next token, [len(index), K, V], at the answers' places alone: a vocabulary
         has several layers' worth of products, and most tokens are the prompt's."""

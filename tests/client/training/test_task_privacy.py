@@ -68,7 +68,7 @@ def clipped_sum(
     data: Dataset,
     trains: TensorGroups,
     units: list[int] | None = None,
-    kept: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Summed]:
     """The sum over some units, as training takes it, in whole units of the optimizer's."""
     tensors, adapter_active = model.named_tensors(), trains != {"head"}
@@ -83,7 +83,7 @@ def clipped_sum(
         )
 
     def losses(index: Tensor) -> Tensor:
-        outputs = model(data.encoded, index, adapter=adapter_active, kept=kept)
+        outputs = model(data.encoded, index, adapter=adapter_active, dropout_mask=dropout_mask)
         return model.objective.losses(outputs, model.targets(data.encoded, data.labels, index))
 
     drawn = torch.arange(len(data.units)) if units is None else torch.tensor(units)
@@ -115,22 +115,22 @@ def base_of(model: Network) -> list[Tensor]:
 
 
 def check_sensitivity(
-    contract: Contract, model: Network, kind: str, kept: Tensor | None = None, n: int = 20
+    contract: Contract, model: Network, kind: str, dropout_mask: Tensor | None = None, n: int = 20
 ) -> None:
     rows, of = tiny.rows_of(kind, n), contract.privacy.unit
     frozen = {tensor: tensor.clone() for tensor in base_of(model)}
     model.load(tiny.moved(model))
     data = tiny.load(rows, contract, model)
     for trains in phases_of(contract):
-        whole, optimizer = clipped_sum(model, data, trains, kept=kept)
+        whole, optimizer = clipped_sum(model, data, trains, dropout_mask=dropout_mask)
         assert optimizer.units == len(data.units) == (n if of == "record" else 6)
         assert optimizer.unclipped < optimizer.units  # or nothing is tried here
         for unit in (0, 3, 5):
-            alone, _ = clipped_sum(model, data, trains, [unit], kept)
+            alone, _ = clipped_sum(model, data, trains, [unit], dropout_mask)
             norm = float(alone.norm()) * optimizer.unit
             assert 0 < norm <= CLIP
             less = tiny.load(without(rows, unit, of), contract, model)
-            rest, _ = clipped_sum(model, less, trains, kept=kept)
+            rest, _ = clipped_sum(model, less, trains, dropout_mask=dropout_mask)
             # To the bit: what is left out is this unit's part and nothing else.
             assert torch.equal(whole - rest, alone)
     # All models of this process are made on these weights, and all lanes.
@@ -484,10 +484,10 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     adapter, seen = tiny.moved(network), []
     original = Network.forward
 
-    def spy(self: Network, *args: Any, kept: Tensor | None = None, **more: Any) -> Tensor:
-        assert kept is not None
-        seen.append(kept.clone())
-        return original(self, *args, kept=kept, **more)
+    def spy(self: Network, *args: Any, dropout_mask: Tensor | None = None, **more: Any) -> Tensor:
+        assert dropout_mask is not None
+        seen.append(dropout_mask.clone())
+        return original(self, *args, dropout_mask=dropout_mask, **more)
 
     monkeypatch.setattr(Network, "forward", spy)
     masks: list[list[Tensor]] = []
@@ -521,7 +521,7 @@ def test_dropout_is_one_public_mask_for_all_records_of_a_step(
     assert len(masks[0][0]) == head.in_features
     if len(values) >= 96:
         assert 0.1 < float((values == 0).float().mean()) < 0.4
-    check_sensitivity(contract, network, kind, kept=masks[0][0])
+    check_sensitivity(contract, network, kind, dropout_mask=masks[0][0])
 
 
 def change(contract: Contract, model: Network, rows: Rows, place: int) -> NDArray[np.float64]:
@@ -547,7 +547,7 @@ def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatc
     contract = changed_phases(plain, dropout=0.5, schedule=schedule, rounds=4)
     model = model_of(contract, "bert")
     for place, factor in ((1, 0.5), (2, 1.0), (3, 5 / 6), (4, 2 / 3)):
-        whole, rest = (change(contract, model, kept, place) for kept in (rows, rows[1:]))
+        whole, rest = (change(contract, model, kept_rows, place) for kept_rows in (rows, rows[1:]))
         moved = np.linalg.norm(whole - rest) * contract.privacy.expected_units
         assert 0 < moved <= CLIP * factor * (1 + 1e-5)
         unscheduled = change(changed_phases(contract, schedule=None), model, rows, place)
