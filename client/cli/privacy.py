@@ -28,7 +28,7 @@ def spent(config: Path, as_json: bool) -> None:
 
     \b
     $ silotune privacy spent
-    hospital-a · ε ≤ 8, δ = 0.0001 per record for ever, add or remove one
+    hospital-a · ε ≤ 8, δ = 0.0001 per record over its lifetime, add or remove one
     Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  room for a plan of
     notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
     """
@@ -65,7 +65,7 @@ def spent(config: Path, as_json: bool) -> None:
         "limits": {unit: asdict(limit) for unit, limit in limits.items()},
         "record_sets": rows,
     }
-    head = f"{policy.name} · {policy.limits_in_words()} for ever, add or remove one"
+    head = f"{policy.name} · {policy.limits_in_words()} over its lifetime, add or remove one"
     if not rows:
         emit(facts, as_json, f"{head}\nNothing was ever charged.")
         return

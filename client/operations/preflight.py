@@ -285,7 +285,7 @@ def _keys(site: SiteFolder) -> tuple[Keys, str]:
 
 def _policy(site: SiteFolder) -> tuple[Policy, str]:
     policy = policies.load(site.config)
-    return policy, f"{policy.name}: {policy.limits_in_words()}, for ever"
+    return policy, f"{policy.name}: {policy.limits_in_words()}, over its lifetime"
 
 
 def _ledger(site: SiteFolder, keys: Keys) -> tuple[Ledger, str]:
@@ -428,7 +428,7 @@ def _access(file: Path, site: SiteFolder) -> Check:
         facts = file.stat()
     except PermissionError:
         return problem(
-            f"{file} lies in a folder that this user may not enter.",
+            f"{file} is in a folder that this user may not enter.",
             "run this as the user of the records, or move the file",
         )
     except OSError as error:
@@ -511,7 +511,7 @@ def _lengths(found: Records, contract: Contract, folder: Path) -> list[Check]:
     fix = "ask the operator to raise model.max_tokens in the contract, or split the texts"
     if lengths_.all_lost:
         return [
-            Check("lengths", "problem", f"{text}, and each entity lies there", fix, "E315", local)
+            Check("lengths", "problem", f"{text}, and each entity is there", fix, "E315", local)
         ]
     return [Check("lengths", "warning", text, fix, "", local)]
 

@@ -6,7 +6,7 @@ all ends; a relay that ends is started again, later each time, because the serve
 that comes back within a minute.
 
 As root this process trusts neither of the two users. The socket and the relay's folder lie in a
-folder that root makes anew for each start, so neither user can put something else in their place;
+folder that root creates for each start, so neither user can put something else in their place;
 what root reads from the site's folder (the relay's key, metrics) must be a plain file of the
 worker's user, and of metrics only known names pass; each process gets a list of environment
 variables, and pipes instead of root's terminal; no program they start gains rights by its file; and

@@ -12,7 +12,7 @@ accounting: Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.5 and section 3)
 
 A charge made for another unit, or for entities by another key, bounds nothing for this one (a
 person may have any number of records; a record less changes what its person adds by up to twice the
-clip norm): it counts as infinite, so records are used with one unit, for ever.
+clip norm): it counts as infinite, so records are used with one unit only.
 
 What this does not cover: the yes or no itself. It is a function of public requests and of which
 records were used before; an owner who brings data that overlaps with older data lets a server
@@ -42,7 +42,7 @@ UNBOUNDED = Mechanism(0.0, 1.0, 1)
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that all charges together may cost a unit, for ever."""
+    """The most that all charges together may cost a unit, over its lifetime."""
 
     epsilon: float
     delta: float
@@ -61,7 +61,7 @@ class ChargeHistory:
 
 
 class Budget:
-    """The pasts of one file's records. Reads the ledger anew each time; keeps what overlaps."""
+    """The pasts of one file's records. Reads the ledger each time; keeps what overlaps."""
 
     def __init__(self, ledger: Ledger, record_set: RecordSet, unit: Unit) -> None:
         self.ledger, self.record_set, self.unit = ledger, record_set, unit

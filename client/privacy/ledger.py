@@ -1,4 +1,5 @@
-"""The privacy ledger: what a site's records have spent, for ever, on disk before it is spent.
+"""The privacy ledger: what a site's records have spent over their lifetime, on disk before it is
+spent.
 
 Guarantees, each with a test in tests/client/privacy/test_ledger.py and tests/system/test_kills.py:
 - An entry that `writing` has committed survives a crash of process or machine (SQLite, WAL,
@@ -425,7 +426,7 @@ class Ledger:
             raise RefusalError(
                 f"The server holds a receipt for entry {receipt.sequence} that this ledger "
                 f"({entries}) did not give: it was rolled back, copied or replaced. "
-                "Restore the newest ledger and head; what it lacks cannot be spent anew.",
+                "Restore the newest ledger and head; what it lacks cannot be spent again.",
                 code="E211",
             )
 

@@ -156,7 +156,7 @@ _READ: TypeAdapter[Any] = TypeAdapter(Annotated[Entry, Field(discriminator="stat
 def damaged(why: str) -> RefusalError:
     return RefusalError(
         f"The ledger cannot be trusted: {why}. Nothing is computed. Restore the newest state/ and "
-        "keys/head of this site together; a ledger cannot be begun anew on records it knew.",
+        "keys/head of this site together; a new ledger cannot be started on records that it knew.",
         code="E212",
     )
 

@@ -251,7 +251,7 @@ class Policy(Frozen):
         default=Prepare(),
         description="What `silotune site prepare` may do to rows that do not fit.",
     )
-    model: Model = Field(default=Model(), description="Where the base model lies on this machine.")
+    model: Model = Field(default=Model(), description="Folder of the base model on this machine.")
     budgets: Budgets = Field(description="Lifetime privacy budgets, one for each privacy unit.")
     run: Run = Field(default=Run(), description="Privacy limits of a single run at this site.")
     permits: Permits = Field(

@@ -11,7 +11,7 @@ put together by unit and clipped in float64. A model whose examples mix (a batch
 averaged over a batch), an engine that does not clip, or a torch that computes something else is
 found before anything is charged. So is a processor or library that rounds a record's gradient
 differently
-where other records lie beside it: it must be the same to the bit in any place, beside other records
+where other records are beside it: it must be the same to the bit in any place, beside other records
 and beside such of other lengths, for short texts and for texts of model.max_tokens.
 """
 

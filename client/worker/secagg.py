@@ -147,6 +147,6 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
         if not largest <= bound <= widest:
             raise RefusalError(
                 f"secure_aggregation.bound = {bound:g} does not fit this plan's updates and "
-                f"noise: it must lie between {largest:.2g} and {widest:.2g}.",
+                f"noise: it must be between {largest:.2g} and {widest:.2g}.",
                 code="E205",
             )

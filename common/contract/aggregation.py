@@ -22,7 +22,7 @@ from silotune.common.contract.training import Fraction, LearningRate
 
 class Adaptive(Frozen):
     """The server's Adam or Yogi on the mean update (arXiv 2003.00295, Algorithm 2), instead of the
-    heavy ball; both moments begin at zero, without correction."""
+    momentum; both moments begin at zero, without correction."""
 
     kind: Literal["adam", "yogi"] = Field(
         description="Optimiser that the server applies to the mean update."
@@ -60,8 +60,8 @@ class PublicGate(Frozen):
     compared but the noised sum itself, so it costs no privacy; what the round's sum cost its sites
     stays spent.
 
-    It bounds one round's harm. A lie of less than `max_degradation` a round passes it, and one that
-    spoils every round leaves no training at all."""
+    It bounds one round's harm. A malicious change of less than `max_degradation` a round passes it,
+    and one that spoils every round leaves no training at all."""
 
     metric: Name = Field(
         description="Metric on the operator's public rows that accepts or rejects a round's "
@@ -104,7 +104,7 @@ BY_ONE = ("flexlora", "fedex")  # need each site's update by itself
 
 
 class Aggregation(Frozen):
-    """Mean of the sites' updates with public weights, then the server's heavy ball
+    """Mean of the sites' updates with public weights, then the server's momentum
     (`server_momentum`), or `server_optimizer`.
 
     method, of LoRA's B A:
@@ -133,11 +133,11 @@ class Aggregation(Frozen):
     )
     server_momentum: Fraction = Field(
         default=0.9,
-        description="Momentum of the server's heavy ball on the mean update; 0 is plain averaging.",
+        description="Momentum of the server's step on the mean update; 0 is plain averaging.",
     )
     server_optimizer: Adaptive | None = Field(
         default=None,
-        description="Adaptive server optimiser instead of the heavy ball; none if absent.",
+        description="Adaptive server optimiser instead of momentum; none if absent.",
     )
     averaging_start: Fraction = Field(
         default=0.5,

@@ -182,7 +182,7 @@ class Privacy(Frozen):
             self.adaptive.min_clip_norm <= self.clip_norm <= self.adaptive.max_clip_norm
         ):
             raise ValueError(
-                "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm: "
+                "clip_norm must be between adaptive.min_clip_norm and adaptive.max_clip_norm: "
                 "it is the first"
             )
         return self

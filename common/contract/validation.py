@@ -277,7 +277,7 @@ def _of_aggregation(contract: Contract) -> ConstraintViolations:
             "server_optimizer keeps a rate for each coordinate"
         )
     if method in BY_ONE and settings.server_momentum:
-        wrong.append(f'method = "{method}" sets the weights anew each round: server_momentum = 0')
+        wrong.append(f'method = "{method}" replaces the weights in each round: server_momentum = 0')
     alone = robust.rule if robust else method if method in BY_ONE else None
     if alone and contract.secure_aggregation is not None:
         wrong.append(

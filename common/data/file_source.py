@@ -480,7 +480,7 @@ def _kind_of(path: Path) -> _Kind:
     try:
         is_file = path.is_file()
     except PermissionError:
-        raise DataError(f"Data file {path} lies in a folder this user may not enter.") from None
+        raise DataError(f"Data file {path} is in a folder that this user may not enter.") from None
     if not is_file:
         what = "is no file" if path.exists() else "does not exist"
         raise DataError(f"Data file {path} {what}.{_neighbours(path)}")

@@ -1,4 +1,4 @@
-"""Matrix products in which a row rounds alike wherever it lies in memory."""
+"""Matrix products in which a row's rounding does not depend on its place in memory."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _json(event: dict[str, Any]) -> str:
 
 
 def _object(line: str, source: str) -> str | None:
-    """The line, written anew, if it is one object of a journal of `source`; None otherwise."""
+    """The line, serialised again, if it is one object of a journal of `source`; None otherwise."""
     try:
         found = json.loads(line)
         if not isinstance(found, dict) or not _REQUIRED.keys() <= found.keys():

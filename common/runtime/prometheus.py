@@ -108,7 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        # Read before it is parsed: a limit on each read would let one connection last for ever.
+        # Read before it is parsed: a limit on each read would let one connection last without end.
         self.rfile.close()
         self.rfile = io.BytesIO(_head(self.connection))
 

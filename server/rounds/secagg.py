@@ -70,7 +70,7 @@ class Masking:
         The first round after `restore` keeps the agreement where it can: its members may have been
         charged under it, and a site charges a round once. Who is new joins at the next round.
 
-        Whoever fails a stage is left out and the rest start anew; a site that keeps failing is
+        Whoever fails a stage is left out and the rest start again; a site that keeps failing is
         waited for longer each time. RunError if too few agree and no earlier agreement serves.
         """
         serves = (

@@ -188,7 +188,7 @@ class Pretraining(nn.Module):
 def _losses(
     model: Pretraining, text: Text, known: int, width: int, tokens: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The two losses on pieces that are drawn anew."""
+    """The two losses on newly drawn pieces."""
     room = int((text.starts <= len(text.ids) - 2 * width).sum())  # for two pieces
     begin = torch.randint(room, (max(tokens // width // 2, 2),), generator=rng)
     ids, words, after = pieces(text, begin, width)

@@ -40,7 +40,7 @@ from silotune.simulations.execution.variants import POOLED, Job, JobResult
 def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult:
     """Carry out one job. Federated jobs go through Flower's simulation runtime."""
     # How many products torch keeps prepared in each thread, by shape (1024 if not said): 45 MB less
-    # in bench-sim, and no slower, as oneDNN keeps them besides, once for all threads. It is read at
+    # in bench-sim, and no slower, as oneDNN keeps them also, once for all threads. It is read at
     # a thread's first product.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "4")
     contract = job.contract

@@ -569,11 +569,11 @@ def test_it_costs_what_the_plan_costs_without(
     [
         (
             {"clip_norm": 6.0},
-            "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm",
+            "clip_norm must be between adaptive.min_clip_norm and adaptive.max_clip_norm",
         ),
         (
             {"clip_norm": 1e-4},
-            "clip_norm must lie between adaptive.min_clip_norm and adaptive.max_clip_norm",
+            "clip_norm must be between adaptive.min_clip_norm and adaptive.max_clip_norm",
         ),
         ({"mode": "none"}, 'mode = "none" does not clip'),
         ({"adaptive": {"quantile": 1.0}}, "privacy.adaptive.quantile"),
