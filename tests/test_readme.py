@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # docs/generate.py writes these when the site is built.
 GENERATED = {
-    f"docs/reference/{name}.md" for name in ("cli", "contract", "site", "errors", "metrics")
+    f"docs/reference/{name}.md"
+    for name in ("cli", "contract", "site", "server", "errors", "metrics")
 }
 # A note from one working session to the next, no page.
 NOTES = {"docs/project/progress.md"}
