@@ -29,12 +29,12 @@ import sys
 from pathlib import Path
 from silotune.client.operations import supervisor
 from silotune.client.site.policy import Server
-from silotune.client.site.folder import Site
+from silotune.client.site.folder import SiteFolder
 from silotune.common.runtime.journal import Journal
 folder, port, as_json = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "json"
 supervisor.BIN = folder / "bin"
 sys.exit(supervisor.Supervisor(
-    Site(folder / "site.toml"), folder / "contract.toml",
+    SiteFolder(folder / "site.toml"), folder / "contract.toml",
     Server(address="127.0.0.1:1", ca=folder / "ca.crt"), supervisor.Users(),
     Journal("supervisor", as_json=as_json), port or None, ["DATABASE_PASSWORD"],
 ).run())
@@ -55,7 +55,7 @@ answered = Answered("train", "ok", 0.5, "r", 1, 1, 0.25)
 tally.note(answered)
 print("a warning of some library", flush=True)
 (folder / "worker-has").write_text(" ".join(os.environ))
-journal.say(answered.text, "answered", answered.facts)
+journal.emit(answered.text, "answered", answered.facts)
 os.write(int(said[said.index("--ready-fd") + 1]), b"1")
 signal.pause()
 """
