@@ -77,6 +77,15 @@ def test_the_readme_in_chinese_has_the_same_commands() -> None:
     assert set(lines) <= set(README.splitlines())
 
 
+def test_the_glossary_in_chinese_has_the_same_terms() -> None:
+    english = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("{glossary}")[1]
+    chinese = (ROOT / "docs" / "glossary.zh-CN.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^(\S.*)\n    ", english, re.M)
+    rows = re.findall(r"^\| (.+?) \|", chinese, re.M)
+    assert len(terms) > 20
+    assert rows[1:] == terms  # the first row is the table's head
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
