@@ -26,6 +26,7 @@ extensions = [
 exclude_patterns = ["project/progress.md"]
 html_theme = "furo"
 html_title = "Silotune"
+html_logo = html_favicon = "images/logo.svg"
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -26,7 +26,7 @@ from silotune.common import errors
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.server.cli import init as server_init
-from silotune.server.operations.server_folder import ServerFolder
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
 from silotune.simulations.study.config import Study
@@ -55,6 +55,7 @@ def pages() -> dict[str, str]:
         "contract.md": contract(),
         "contract.schema.json": CliRunner().invoke(silotune, ["contract", "schema"]).output,
         "site.md": site(),
+        "server.md": server(),
         "errors.md": codes(),
         "metrics.md": metrics(),
     }
@@ -234,6 +235,17 @@ contract, never widen one. After each change run `silotune site sign`. For edito
 """
 
 
+def server() -> str:
+    return f"""# server.toml
+
+{NOTE} The addresses of a server. `silotune server init` writes the file from its options; after a
+change restart `silotune server start`. For editors: `silotune contract schema server` prints a
+JSON Schema.
+
+{tables_of(ServerSettings, "Keys")}
+"""
+
+
 # The command line
 
 # click keeps a command's help option as it is first asked for it, for the whole process.
@@ -410,7 +422,12 @@ def _as_rst(lines: list[str]) -> Iterator[str]:
 
 def undescribed() -> Iterator[str]:
     """Settings and options of which nothing is said."""
-    for file, model in (("contract.toml", Contract), ("site.toml", Policy), ("study", Study)):
+    for file, model in (
+        ("contract.toml", Contract),
+        ("site.toml", Policy),
+        ("server.toml", ServerSettings),
+        ("study", Study),
+    ):
         for name, _, rows in settings(model):
             for setting in rows:
                 if not setting.about:

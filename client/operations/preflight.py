@@ -560,8 +560,8 @@ def _deltas(found: RecordSet, policy: Policy, contract: Contract, site: SiteFold
                 "published whole within the guarantee",
                 fix,
                 "E205" if refused else "",
-                f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta should be "
-                f"{fitting:g}.",
+                f"{units:,} {what} times {delta:g} is {delta * units:.3g}; delta "
+                f"should be {fitting:g}.",
             )
         )
     return checks

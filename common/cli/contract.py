@@ -35,8 +35,17 @@ if TYPE_CHECKING:
     from silotune.common.data.text_decoding import Reading
 
 
-# Named, not imported: a site's side loads only when its file's schema is asked for.
-SITE_POLICY = "silotune.client.site.policy"
+# The model of each other file, and the title of its schema. Named, not imported: a side loads only
+# when its file's schema is asked for.
+SCHEMAS = {
+    "site": ("silotune.client.site.policy", "Policy", "site.toml of a Silotune site"),
+    "server": (
+        "silotune.server.operations.server_folder",
+        "ServerSettings",
+        "server.toml of a Silotune server",
+    ),
+    "study": ("silotune.simulations.study.config", "Study", "Study of a Silotune recipe"),
+}
 
 
 @click.group()
@@ -127,11 +136,11 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
 @click.argument(
     "file",
     default="contract",
-    type=click.Choice(["contract", "site"]),
+    type=click.Choice(["contract", *SCHEMAS]),
     help="The file whose schema is printed; a contract's if it is not given.",
 )
 def schema(file: str) -> None:
-    """Print the JSON Schema of a contract, or of site.toml.
+    """Print the JSON Schema of a contract, site.toml or another file.
 
     It describes every key, in draft 2020-12.
     An editor that knows it completes and checks keys while a file is written. What depends on
@@ -141,12 +150,11 @@ def schema(file: str) -> None:
     $ silotune contract schema > contract.schema.json
     $ silotune contract schema site > site.schema.json
     """
-    if file == "site":
-        policy = importlib.import_module(SITE_POLICY).Policy
-        found = types.json_schema(policy, "site.toml of a Silotune site")
-    else:
-        found = types.json_schema(contracts.Contract, "Contract of a Silotune federation")
-    echo(json.dumps(found, indent=1))
+    model, title = contracts.Contract, "Contract of a Silotune federation"
+    if file in SCHEMAS:
+        module, name, title = SCHEMAS[file]
+        model = getattr(importlib.import_module(module), name)
+    echo(json.dumps(types.json_schema(model, title), indent=1))
 
 
 def recipe_files() -> dict[str, Traversable]:

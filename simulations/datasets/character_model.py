@@ -6,8 +6,8 @@ It makes models/chinese-characters: on one core in about a minute, from a fixed 
 kind of processor sums are rounded otherwise, and the weights are not the same bytes). The text is
 the People's Daily of January 1998, in which words are separated. Two objectives are trained at
 once: whole masked words are guessed (Cui et al., arXiv 1906.08101), and the mean states of two
-pieces that follow each other are distinguished from those of other pieces (InfoNCE, arXiv 1807.03748), for a
-text's mean state is what a recipe's head reads. Neither saw a review.
+pieces that follow each other are distinguished from those of other pieces (InfoNCE, arXiv
+1807.03748), for a text's mean state is what a recipe's head reads. Neither saw a review.
 
 Shapes: C characters of the text, W words, n pieces, T tokens, H hidden size, V tokens known.
 """
