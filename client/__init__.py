@@ -13,9 +13,9 @@ __all__ = ["DPOptimizer", "Mechanism", "Policy", "PrivacyLedger", "Worker", "acc
 if TYPE_CHECKING:
     from silotune.client.privacy import accountant
     from silotune.client.privacy.accountant import Mechanism
-    from silotune.client.privacy.ledger import Ledger as PrivacyLedger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.site.policy import Policy
-    from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer as DPOptimizer
+    from silotune.client.training.dp_optimizer import DPOptimizer
     from silotune.client.worker.worker import Worker
 else:
     __getattr__, __dir__ = lazy_names(

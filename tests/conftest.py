@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.cli import main
@@ -109,10 +109,10 @@ def make_worker() -> Callable[..., Worker]:
         name: str = "north",
         model: Path | None = None,
         seed: int | None = None,
-        ledger: Ledger | None = None,
+        ledger: PrivacyLedger | None = None,
     ) -> Worker:
         policy = permissive_policy(contract, name, path, model)
-        return Worker(policy, contract, ledger or Ledger.in_memory(name), insecure_seed=seed)
+        return Worker(policy, contract, ledger or PrivacyLedger.in_memory(name), insecure_seed=seed)
 
     return make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.compute import Performance
@@ -31,14 +31,14 @@ def worker_of(
     model: str,
     folder: Path,
     site: str = "north",
-    ledger: Ledger | None = None,
+    ledger: PrivacyLedger | None = None,
     seed: int = 0,
 ) -> Worker:
     file = tiny.write(folder / f"{site}.csv", tiny.rows_of(kind, 24, seed))
     policy = permissive_policy(
         contract, site, file, None if model == "one-hot" else tiny.folder_of(model), EXACT
     )
-    return Worker(policy, contract, ledger or Ledger.in_memory(site), insecure_seed=seed + 1)
+    return Worker(policy, contract, ledger or PrivacyLedger.in_memory(site), insecure_seed=seed + 1)
 
 
 def ask(worker: Worker, number: int, arrays: Arrays) -> Message:
@@ -53,7 +53,7 @@ def team(
     folder.mkdir()
     return {
         site: worker_of(
-            contract, kind, model, folder, site, Ledger.in_memory(site, keys[site]), place
+            contract, kind, model, folder, site, PrivacyLedger.in_memory(site, keys[site]), place
         )
         for place, site in enumerate(SITES)
     }

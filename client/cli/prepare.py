@@ -22,7 +22,7 @@ from silotune.common.runtime.terminal import busy
 if TYPE_CHECKING:
     from silotune.client.preparation.cleaning import Prepared
     from silotune.client.preparation.profile import Charged, Counts
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.privacy.record_identity import Origin
     from silotune.client.site.folder import SiteFolder
     from silotune.client.site.policy import Data, Policy
@@ -185,7 +185,12 @@ def _hindrances(
 
 
 def _failure(
-    data: Data, site: SiteFolder, prepared: Prepared, config: Path, ledger: Ledger | None, name: str
+    data: Data,
+    site: SiteFolder,
+    prepared: Prepared,
+    config: Path,
+    ledger: PrivacyLedger | None,
+    name: str,
 ) -> SilotuneError | None:
     """Why nothing was prepared."""
     if refused := prepared.refused:
@@ -221,7 +226,7 @@ def _settings(found: dict[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{key} = {as_toml(value)}"
 
 
-def _of_other_columns(ledger: Ledger | None, origin: Origin, site: SiteFolder) -> list[str]:
+def _of_other_columns(ledger: PrivacyLedger | None, origin: Origin, site: SiteFolder) -> list[str]:
     """A warning where records are known that this preparation can make count as spent."""
     charges = ledger.record_sets().values() if ledger else ()
     sources = dict.fromkeys(one.source for one in charges if one.basis not in origin.links)
@@ -267,12 +272,12 @@ def _lines(
     return lines
 
 
-def _ledger(site: SiteFolder) -> Ledger | None:
+def _ledger(site: SiteFolder) -> PrivacyLedger | None:
     """This site's ledger, verified; None before `site init`."""
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
 
-    return Ledger.open(site.state, Keys.load(site.keys)) if site.keys.is_dir() else None
+    return PrivacyLedger.open(site.state, Keys.load(site.keys)) if site.keys.is_dir() else None
 
 
 def _numbering(data: Data) -> str:

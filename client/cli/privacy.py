@@ -248,7 +248,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
     ✓ 124 entries: chain, MACs, head, fingerprints and links hold · 60 charges, 59 released
     """
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.privacy.ledger_entries import Charged, Released, verify_export
     from silotune.client.site.folder import SiteFolder
     from silotune.common.config import types
@@ -261,7 +261,7 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
             what += " by the key the file names; compare it: --public-key"
     else:
         site = SiteFolder.at(config)
-        entries = Ledger.open(site.state, Keys.load(site.keys)).entries
+        entries = PrivacyLedger.open(site.state, Keys.load(site.keys)).entries
         what = "chain, MACs, head, fingerprints and links hold"
     charges = sum(isinstance(entry, Charged) for entry in entries)
     released = sum(isinstance(entry, Released) for entry in entries)
@@ -289,7 +289,7 @@ def export(file: Path, config: Path) -> None:
     next:   silotune privacy verify ledger.jsonl --public-key 5c0e…
     """
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.site.folder import SiteFolder
     from silotune.common.runtime.atomic_files import write_durably
 
@@ -297,7 +297,7 @@ def export(file: Path, config: Path) -> None:
     if file.exists():
         raise UsageError(f"{file} is there already. Name a new file.")
     keys = Keys.load(site.keys)
-    lines = list(Ledger.open(site.state, keys).export())
+    lines = list(PrivacyLedger.open(site.state, keys).export())
     write_durably(file, ("\n".join(lines) + "\n").encode())
     echo(f"✓ {counted(len(lines) - 2, 'entry', 'entries')} in {file}")
     echo(next_step("privacy", "verify", file, "--public-key", keys.public))

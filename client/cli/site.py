@@ -78,7 +78,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     from pydantic import TypeAdapter, ValidationError
 
     from silotune.client.privacy.keys import Keys, make_private_folder
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.site.folder import SiteFolder
     from silotune.common.config.types import Name, as_toml
     from silotune.common.runtime.atomic_files import write_durably
@@ -95,7 +95,7 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
     if made.config.exists():
         raise UsageError(f"{made.config} is there already. Choose another folder.")
     keys = Keys.create(made.keys)
-    Ledger.create(made.state, keys, name)
+    PrivacyLedger.create(made.state, keys, name)
     make_private_folder(made.relay)
     node = ec.generate_private_key(ec.SECP384R1())  # the kind of key Flower's SuperNode takes
     write_durably(
@@ -268,13 +268,13 @@ def sign(config: Path, key: Path | None, as_json: bool) -> None:
 
 def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: bool) -> None:
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.site import signed_policy
     from silotune.client.site.folder import SiteFolder
 
     found = SiteFolder.at(config)
     keys = Keys.load(found.keys)
-    ledger = Ledger.open(found.state, keys)
+    ledger = PrivacyLedger.open(found.state, keys)
     signed = signed_policy.sign(
         config, key or found.keys / "owner.key", ledger.policy.serial if ledger.policy else 0
     )

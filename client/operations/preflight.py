@@ -19,7 +19,7 @@ from silotune.client.operations.server_probe import shake
 from silotune.client.privacy import accountant, record_ids
 from silotune.client.privacy.budget import Budget, Limit, order_of
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
@@ -198,7 +198,7 @@ def _check_records(
     table: _Table,
     policy: Policy,
     contract: Contract | None,
-    ledger: Ledger | None,
+    ledger: PrivacyLedger | None,
     site: SiteFolder,
     contract_file: Path,
 ) -> None:
@@ -276,13 +276,13 @@ def _policy(site: SiteFolder) -> tuple[Policy, str]:
     return policy, f"{policy.name}: {policy.limits_in_words()}, over its lifetime"
 
 
-def _ledger(site: SiteFolder, keys: Keys) -> tuple[Ledger, str]:
-    ledger = Ledger.open(site.state, keys)
+def _ledger(site: SiteFolder, keys: Keys) -> tuple[PrivacyLedger, str]:
+    ledger = PrivacyLedger.open(site.state, keys)
     count = counted(len(ledger.entries), "entry", "entries")
     return ledger, f"{count}, chain, MACs and head verified"
 
 
-def _signature(site: SiteFolder, ledger: Ledger, keys: Keys) -> tuple[Policy, str]:
+def _signature(site: SiteFolder, ledger: PrivacyLedger, keys: Keys) -> tuple[Policy, str]:
     policy = signed_policy.adopt(site.config, ledger, keys.owner)
     assert ledger.policy is not None
     return policy, f"the owner's, number {ledger.policy.serial}"
@@ -567,7 +567,7 @@ def _deltas(found: RecordSet, policy: Policy, contract: Contract, site: SiteFold
     return checks
 
 
-def _budget(ledger: Ledger, found: RecordSet, policy: Policy, contract: Contract) -> Check:
+def _budget(ledger: PrivacyLedger, found: RecordSet, policy: Policy, contract: Contract) -> Check:
     if contract.privacy.mode == "none":
         return Check(
             "privacy budget",
@@ -635,7 +635,7 @@ def _alternatives(
     )
 
 
-def _clock(ledger: Ledger) -> Check:
+def _clock(ledger: PrivacyLedger) -> Check:
     last = ledger.entries[-1].at
     if time.time() < last:
         return Check(

@@ -16,7 +16,7 @@ import numpy as np
 
 from silotune.client.preparation.cleaning import blocks
 from silotune.client.privacy import budget, record_ids
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_identity import Links
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import (
@@ -161,7 +161,7 @@ class Charged:
 
 
 def charged(
-    table: Table, key: Sequence[str], ledger: Ledger | None, links: Mapping[str, Links]
+    table: Table, key: Sequence[str], ledger: PrivacyLedger | None, links: Mapping[str, Links]
 ) -> Charged:
     """links: to the raw rows, by basis (client/preparation/cleaning.py). DataError: no such key
     column."""

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from silotune.client.privacy import accountant, record_identity
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Prepared
 from silotune.client.privacy.record_identity import Links
 from silotune.client.privacy.record_ids import RecordSet
@@ -63,7 +63,7 @@ class ChargeHistory:
 class Budget:
     """The pasts of one file's records. Reads the ledger each time; keeps what overlaps."""
 
-    def __init__(self, ledger: Ledger, record_set: RecordSet, unit: Unit) -> None:
+    def __init__(self, ledger: PrivacyLedger, record_set: RecordSet, unit: Unit) -> None:
         self.ledger, self.record_set, self.unit = ledger, record_set, unit
         self._known: tuple[int, list[str]] = (0, [])
         self._groups: list[frozenset[str]] = [frozenset()]
@@ -186,7 +186,7 @@ class Budget:
 
 
 def overlaps(
-    ledger: Ledger, records: RecordSet, more: Mapping[str, Links] | None = None
+    ledger: PrivacyLedger, records: RecordSet, more: Mapping[str, Links] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
     """For each set of records that was ever charged, by its record_set's name, which of `records`
     it holds [R]. All of them where the bases differ; and each holds those that cannot be traced
@@ -206,7 +206,7 @@ def overlaps(
     return {name: found.get(name, everything) | lost for name in charged}
 
 
-def untraceable(ledger: Ledger, records: RecordSet) -> NDArray[np.bool_]:
+def untraceable(ledger: PrivacyLedger, records: RecordSet) -> NDArray[np.bool_]:
     """[R] which of `records` may have been made by a preparation that has no links for their basis,
     or be what it was made of: those with a cell that it changed, as it was or as it is. The names
     of columns prove nothing: they may be other ones since."""
@@ -220,7 +220,7 @@ def untraceable(ledger: Ledger, records: RecordSet) -> NDArray[np.bool_]:
     return lost
 
 
-def _without_links(ledger: Ledger, records: RecordSet) -> list[Prepared]:
+def _without_links(ledger: PrivacyLedger, records: RecordSet) -> list[Prepared]:
     """The preparations that changed a cell and have no links for the basis of `records`."""
     return [
         entry for entry in ledger.preparations if entry.changed and records.basis not in entry.bases

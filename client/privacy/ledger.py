@@ -64,7 +64,7 @@ NOTHING_SPENT = "Nothing was lost and nothing was spent by this request."
 AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Settled)
 
 
-class Ledger:
+class PrivacyLedger:
     """The entries of one site, verified, in order. Use `create` once, then `open`."""
 
     def __init__(self, database: sqlite3.Connection, keys: Keys, folder: Path | None) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Settled
 from silotune.common.errors import RefusalError
 
@@ -32,7 +32,7 @@ class SiteSets:
     most_changes: how often the set may change within a run (permits.set_changes).
     """
 
-    def __init__(self, ledger: Ledger, contract: str, most_changes: int) -> None:
+    def __init__(self, ledger: PrivacyLedger, contract: str, most_changes: int) -> None:
         self._ledger, self._contract, self._most_changes = ledger, contract, most_changes
 
     def changes(self, run: str) -> int:

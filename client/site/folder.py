@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site import policy_file, signed_policy
 from silotune.client.site.policy import Policy
 from silotune.common.protocol.join_request import JoinRequest
@@ -51,8 +51,8 @@ class SiteFolder:
         node = (self.relay / "node.pub").read_text(encoding="ascii").strip()
         return JoinRequest(site=name, public_key=Keys.load(self.keys).public, node_key=node)
 
-    def open(self) -> tuple[Policy, Ledger, Keys]:
+    def open(self) -> tuple[Policy, PrivacyLedger, Keys]:
         """The signed policy and the verified ledger. Raises SilotuneError if either is not."""
         keys = Keys.load(self.keys)
-        ledger = Ledger.open(self.state, keys)
+        ledger = PrivacyLedger.open(self.state, keys)
         return signed_policy.adopt(self.config, ledger, keys.owner), ledger, keys

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from silotune.client.privacy import keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Adopted, UnitLimit
 from silotune.client.site.commands import on_site
 from silotune.client.site.policy import Policy, parse
@@ -52,7 +52,7 @@ def sign(path: Path, owner_key: Path, after: int) -> Signature:
     return found
 
 
-def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
+def adopt(path: Path, ledger: PrivacyLedger, owner: bytes) -> Policy:
     """The policy, if its owner signed these bytes and no later ones; notes a new one in the ledger.
 
     RefusalError E213 otherwise.
@@ -97,7 +97,7 @@ def adopt(path: Path, ledger: Ledger, owner: bytes) -> Policy:
     return policy
 
 
-def adopted(ledger: Ledger) -> Policy:
+def adopted(ledger: PrivacyLedger) -> Policy:
     """The policy that the ledger adopted last, read from the ledger's own copy: an edit of
     site.toml that the owner has not signed has no effect.
 

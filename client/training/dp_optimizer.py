@@ -55,7 +55,7 @@ def add_gaussian_noise(total: Tensor, std: float, source: NoiseSource) -> Tensor
     return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
 
-class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
+class DPOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64.
 
     units, unclipped: how many units this batch had, and how many with a norm within the clip norm.
@@ -142,7 +142,7 @@ class CryptoNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
 
 def private_gradient(
     modules: Iterable[nn.Module],
-    optimizer: CryptoNoiseOptimizer,
+    optimizer: DPOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     *,
@@ -172,7 +172,7 @@ def private_gradient(
 
 def _accumulate(
     modules: list[nn.Module],
-    optimizer: CryptoNoiseOptimizer,
+    optimizer: DPOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     gradients: str,
@@ -200,7 +200,7 @@ def _accumulate(
 
 
 def _add_ghost(
-    modules: list[nn.Module], optimizer: CryptoNoiseOptimizer, part: UnitBatch, losses: Losses
+    modules: list[nn.Module], optimizer: DPOptimizer, part: UnitBatch, losses: Losses
 ) -> None:
     if part.owners is not None:
         raise ValueError("ghost clipping has no gradient of an entity")

@@ -20,7 +20,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.training.dataset import Dataset
 from silotune.client.training.dp_adam import NoiseCorrectedAdam
 from silotune.client.training.dp_optimizer import (
-    CryptoNoiseOptimizer,
+    DPOptimizer,
     plain_gradient,
     private_gradient,
 )
@@ -101,7 +101,7 @@ def train_round(
             inner = torch.optim.SGD(rates)
         optimizer = None
         if private:
-            optimizer = CryptoNoiseOptimizer(
+            optimizer = DPOptimizer(
                 torch.optim.SGD(tensors.values()),
                 source=source,
                 noise_multiplier=gradient_noise,

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, Losses
 from silotune.client.training.privacy_units import Group, Units, of_records
@@ -114,7 +114,7 @@ def _check_noise() -> None:
 
 def _check_sum(groups: TensorGroups, parameters: list[torch.nn.Parameter]) -> None:
     """The clipped sum of the same gradients is the same to the bit in any order."""
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
         source=_Silent(site="self-test"),
         noise_multiplier=1.0,
@@ -218,7 +218,7 @@ class _MadeUp:
                 yield from self.units.groups(half, blocks)
 
         def step(order: Tensor) -> Tensor:
-            optimizer = CryptoNoiseOptimizer(
+            optimizer = DPOptimizer(
                 torch.optim.SGD(parameters, lr=1.0),
                 source=_Silent(site="self-test"),
                 noise_multiplier=1e-6,

@@ -21,7 +21,7 @@ from functools import partial
 from silotune.client.privacy import accountant, budget, record_ids
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.site_sets import SiteSets
 from silotune.client.site import signed_policy
@@ -72,7 +72,7 @@ class Worker:
         self,
         policy: Policy,
         contract: Contract,
-        ledger: Ledger,
+        ledger: PrivacyLedger,
         *,
         insecure_seed: int | None = None,
         on_answer: Callable[[Answered], object] | None = None,

@@ -47,7 +47,7 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.client.privacy import accountant
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
@@ -76,7 +76,7 @@ class Site:
 
     def __init__(self, contract: Contract, name: str, file: Path, model: Path | None) -> None:
         policy = permissive_policy(contract, name, file, model)
-        self.worker = Worker(policy, contract, Ledger.in_memory(name))
+        self.worker = Worker(policy, contract, PrivacyLedger.in_memory(name))
         self.contract, self.weight = contract, contract.weight_share(name)
         self._silent = NoNoise(site=name)
 

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import Losses
 from silotune.client.training.privacy_units import Group, of_records
@@ -276,7 +276,7 @@ def _private(
     size: int,
 ) -> Step:
     sgd = torch.optim.SGD(parameters, lr=0.01)
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         sgd,
         source=NoiseSource(site="bench"),
         noise_multiplier=NOISE,

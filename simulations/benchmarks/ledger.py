@@ -21,7 +21,7 @@ import numpy as np
 from silotune.client.privacy import accountant
 from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.record_ids import SIZE, RecordSet
 from silotune.simulations.benchmarks import command_line
@@ -33,7 +33,9 @@ ENTRIES = 10_000
 RECORDS = 10_000
 
 
-def charges(ledger: Ledger, records: RecordSet, first: int, last: int, kinds: int) -> Charged:
+def charges(
+    ledger: PrivacyLedger, records: RecordSet, first: int, last: int, kinds: int
+) -> Charged:
     """Rounds `first` to `last` in one transaction, by `kinds` mechanisms in turn; the last one."""
     with ledger.writing():
         for number in range(first, last + 1):
@@ -64,7 +66,7 @@ def write_and_sync(path: Path, data: bytes) -> None:
 def rounds(folder: Path, records: RecordSet, reply: bytes) -> tuple[list[float], list[float]]:
     """Seconds of each charge with its release, and of one synced write of the same reply."""
     keys = Keys.create(folder / "keys")
-    ledger = Ledger.create(folder / "state", keys, "bench")
+    ledger = PrivacyLedger.create(folder / "state", keys, "bench")
     ours, limit = [], []
     for number in range(1, ROUNDS + 1):
         wire = reply + number.to_bytes(4)
@@ -80,10 +82,10 @@ def rounds(folder: Path, records: RecordSet, reply: bytes) -> tuple[list[float],
 def composing(folder: Path, records: RecordSet, kinds: int) -> dict[str, float]:
     """Seconds to verify and to compose ENTRIES charges of `kinds` different mechanisms."""
     keys = Keys.create(folder / "keys")
-    charges(Ledger.create(folder / "state", keys, "bench"), records, 1, ENTRIES, kinds)
+    charges(PrivacyLedger.create(folder / "state", keys, "bench"), records, 1, ENTRIES, kinds)
     accountant._rdp_of_step.cache_clear()
     began = time.perf_counter()
-    ledger = Ledger.open(folder / "state", keys)
+    ledger = PrivacyLedger.open(folder / "state", keys)
     verified = time.perf_counter()
     Budget(ledger, records, "record").spent(1e-4)
     return {"verify": verified - began, "compose": time.perf_counter() - verified}

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay.transport import listen, serve
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
@@ -48,7 +48,7 @@ def main() -> None:
         served = worker.Worker(
             permissive_policy(contract, words.name, folder / "rows.csv", words.model),
             contract,
-            Ledger.open(folder / "state", keys),
+            PrivacyLedger.open(folder / "state", keys),
         )
         serve(served.handle, listen(folder / "socket" / "worker.sock"))
 

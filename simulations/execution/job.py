@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay.client_app import relay_app
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
@@ -121,8 +121,10 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
     )
 
 
-def _ledger(job: Job, site: str) -> Ledger:
-    return Ledger.in_memory(site, Keys.in_memory(job.keys[site]) if site in job.keys else None)
+def _ledger(job: Job, site: str) -> PrivacyLedger:
+    return PrivacyLedger.in_memory(
+        site, Keys.in_memory(job.keys[site]) if site in job.keys else None
+    )
 
 
 def _give_back_freed_memory() -> None:

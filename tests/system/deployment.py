@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
@@ -238,7 +238,7 @@ class Member:
         lines = file.read_text().splitlines() if file.exists() else []
         return [(c, r, int(n), int(a)) for c, r, n, a in map(str.split, lines)]
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> PrivacyLedger:
         return SiteFolder(self.config).open()[1]
 
 
@@ -441,7 +441,7 @@ class Deployment:
             m.name: Worker(
                 permissive_policy(plain, m.name, m.folder / "records.csv", None),
                 plain,
-                Ledger.in_memory(m.name),
+                PrivacyLedger.in_memory(m.name),
             ).handle
             for m in self.members.values()
         }

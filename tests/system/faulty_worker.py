@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Released
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
@@ -41,7 +41,7 @@ def pause(point: str, number: int) -> None:
 
 
 def wrap() -> None:
-    handle, append, train = Worker.handle, Ledger.append, workers.train_round
+    handle, append, train = Worker.handle, PrivacyLedger.append, workers.train_round
     asked: list[Any] = [None]
 
     def handling(self: Worker, wire: bytes) -> bytes:
@@ -68,13 +68,13 @@ def wrap() -> None:
         pause("charged", now.round)
         return train(*args)
 
-    def appending(self: Ledger, kind: Any, **facts: Any) -> Any:
+    def appending(self: PrivacyLedger, kind: Any, **facts: Any) -> Any:
         if kind is Released:
             pause("stored", asked[0].round)
         return append(self, kind, **facts)
 
     Worker.handle = handling  # type: ignore[method-assign]
-    Ledger.append = appending  # type: ignore[method-assign]
+    PrivacyLedger.append = appending  # type: ignore[method-assign]
     workers.train_round = training
     if os.environ.get("SILOTUNE_TEST_LIES"):
         # Whatever it is asked to train, it answers with these bytes.

@@ -14,7 +14,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay.transport import listen, serve
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
@@ -39,7 +39,7 @@ def main() -> None:
     worker = Worker(
         permissive_policy(contract, words.site, words.data, words.model),
         contract,
-        Ledger.in_memory(words.site, keys),
+        PrivacyLedger.in_memory(words.site, keys),
         insecure_seed=SEED,
     )
 

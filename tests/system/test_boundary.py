@@ -22,7 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Released
 from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
@@ -211,11 +211,11 @@ class Deployment:
         [line] = [w for w in facts["relay_environment"][0].split("\0") if w.startswith("HOME=")]
         return Path(line.removeprefix("HOME="))
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> PrivacyLedger:
         codecs.lookup("ascii")  # its module lies where the worker's user may not read
         os.seteuid(WORKER)  # root is refused: what it wrote would be closed to the worker
         try:
-            return Ledger.open(self.site / "state", Keys.load(self.site / "keys"))
+            return PrivacyLedger.open(self.site / "state", Keys.load(self.site / "keys"))
         finally:
             os.seteuid(0)
 

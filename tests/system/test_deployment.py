@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -32,7 +32,7 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
         Worker(
             permissive_policy(contract, s, files[s], model),
             contract,
-            Ledger.in_memory(s),
+            PrivacyLedger.in_memory(s),
             insecure_seed=SEED,
         )
         for s in SITES

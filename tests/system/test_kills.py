@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -66,7 +66,7 @@ class Judge:
         for line in (folder / "notes.jsonl").read_text().splitlines():
             self._hear(json.loads(line))
         # It opens, or the chain, the MACs and the head are not whole.
-        self.ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
+        self.ledger = PrivacyLedger.open(folder / "state", Keys.load(folder / "keys"))
         self._compare()
         self._ask_again()
 
@@ -156,7 +156,7 @@ def killing(
         for folder in folders:
             write_rows(folder / "rows.csv", 40)
             (folder / "contract.json").write_text(contract.model_dump_json())
-            Ledger.create(folder / "state", Keys.create(folder / "keys"), "north")
+            PrivacyLedger.create(folder / "state", Keys.create(folder / "keys"), "north")
         done = subprocess.run(
             [sys.executable, VICTIM, str(SEED), str(random), str(each), *folders],
             env=os.environ | {"OMP_NUM_THREADS": "1"},

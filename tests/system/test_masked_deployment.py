@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -40,7 +40,7 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
         s: Worker(
             permissive_policy(plain, s, files[s], None),
             plain,
-            Ledger.in_memory(s),
+            PrivacyLedger.in_memory(s),
             insecure_seed=SEED,
         ).handle
         for s in sites

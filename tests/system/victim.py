@@ -24,7 +24,7 @@ import torch
 from silotune.client.privacy import accountant
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Released
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training.noise import NoiseSource
@@ -54,20 +54,20 @@ def die() -> NoReturn:
 
 def before_commit() -> None:
     """The charge is inserted, its transaction still open."""
-    original = Ledger.append
+    original = PrivacyLedger.append
 
-    def append(self: Ledger, kind: Any, **facts: Any) -> Any:
+    def append(self: PrivacyLedger, kind: Any, **facts: Any) -> Any:
         entry = original(self, kind, **facts)
         return die() if kind is Charged else entry
 
-    Ledger.append = append  # type: ignore[method-assign]
+    PrivacyLedger.append = append  # type: ignore[method-assign]
 
 
 def _at_head(kind: type, deed: Callable[[], object]) -> None:
     last: list[Any] = [None]
-    remember = Ledger._remember
+    remember = PrivacyLedger._remember
 
-    def noting(self: Ledger, entry: Any, body: str, mac: bytes) -> None:
+    def noting(self: PrivacyLedger, entry: Any, body: str, mac: bytes) -> None:
         remember(self, entry, body, mac)
         last[0] = entry
 
@@ -78,7 +78,7 @@ def _at_head(kind: type, deed: Callable[[], object]) -> None:
             deed()
         write_head(self, number, head)
 
-    Ledger._remember = noting  # type: ignore[method-assign]
+    PrivacyLedger._remember = noting  # type: ignore[method-assign]
     Keys.write_head = writing  # type: ignore[method-assign]
 
 
@@ -141,12 +141,12 @@ def before_rename() -> None:
 
 def before_release() -> None:
     """The reply is on disk, the ledger does not name it."""
-    original = Ledger.append
+    original = PrivacyLedger.append
 
-    def append(self: Ledger, kind: Any, **facts: Any) -> Any:
+    def append(self: PrivacyLedger, kind: Any, **facts: Any) -> Any:
         return die() if kind is Released else original(self, kind, **facts)
 
-    Ledger.append = append  # type: ignore[method-assign]
+    PrivacyLedger.append = append  # type: ignore[method-assign]
 
 
 def before_send() -> None:
@@ -212,13 +212,13 @@ def trains_first() -> None:
 
 def sends_first() -> None:
     """Sends the reply, then makes it durable and releases it."""
-    original = Ledger.release
+    original = PrivacyLedger.release
 
-    def release(self: Ledger, charge: Charged, wire: bytes, own: bytes | None) -> None:
+    def release(self: PrivacyLedger, charge: Charged, wire: bytes, own: bytes | None) -> None:
         say(f"reply {charge.round}.{charge.attempt} {wire.hex()}")
         original(self, charge, wire, own)
 
-    Ledger.release = release  # type: ignore[method-assign]
+    PrivacyLedger.release = release  # type: ignore[method-assign]
 
 
 MUTANTS = {mutant.__name__: mutant for mutant in (trains_first, sends_first)}
@@ -242,7 +242,7 @@ def child(folder: Path, contract: Contract, fresh: int, rng: random.Random) -> N
         return found
 
     workers.train_round = announced
-    ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
+    ledger = PrivacyLedger.open(folder / "state", Keys.load(folder / "keys"))
     policy = permissive_policy(contract, "north", folder / "rows.csv", None)
     worker = Worker(policy, contract, ledger)
     adapter = worker.model.initial_arrays()
@@ -314,7 +314,7 @@ def main(seed: int, kills: int, each: int, folder: Path) -> None:
     contract = load(folder / "contract.json")
     # Warm what children inherit: the accountant's plan and torch's own start.
     policy = permissive_policy(contract, "north", folder / "rows.csv", None)
-    warm = Worker(policy, contract, Ledger.in_memory("north"))
+    warm = Worker(policy, contract, PrivacyLedger.in_memory("north"))
     warm.handle(request(contract, warm.model.initial_arrays(), "1.1"))
     rng = random.Random(seed)  # noqa: S311
     order = ["random"] * kills + [point for point in POINTS for _ in range(each)]

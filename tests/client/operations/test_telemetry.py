@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.client.operations import telemetry
 from silotune.client.operations.telemetry import Running, SiteMonitor, Tally
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.request_outcome import Answered
 from silotune.client.worker.worker import Worker
@@ -48,7 +48,7 @@ class Told:
         self.worker = Worker(
             permissive_policy(contract, "north", rows, None),
             contract,
-            Ledger.in_memory("north"),
+            PrivacyLedger.in_memory("north"),
             on_answer=told,
         )
 

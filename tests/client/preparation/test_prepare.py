@@ -26,7 +26,7 @@ from silotune.client.preparation import report as prepare_report
 from silotune.client.preparation.cleaning import Prepared, prepare, write
 from silotune.client.privacy import budget
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_ids import of_table
 from silotune.client.site import policy as policies
 from silotune.client.site.folder import SiteFolder
@@ -482,7 +482,7 @@ def test_another_encoding_is_converted(site: SiteFolder) -> None:
 
 def test_records_that_were_charged_are_counted(site: SiteFolder) -> None:
     keys = Keys.load(site.keys)
-    ledger = Ledger.open(site.state, keys)
+    ledger = PrivacyLedger.open(site.state, keys)
     before = of_table(table(GOOD[0], GOOD[2]), (), ledger.fingerprint_key)
     with ledger.writing():
         ledger.charge(
@@ -603,7 +603,7 @@ def test_tags_of_another_scheme_are_counted_and_rewritten(
     raw = of_table(
         records.named_by(parse(TOKENS), records.table(Path("records.conll"))),
         (),
-        (ledger := Ledger.open(state, Keys.load(Path("keys")))).fingerprint_key,
+        (ledger := PrivacyLedger.open(state, Keys.load(Path("keys")))).fingerprint_key,
     )
     with ledger.writing():
         ledger.charge(

@@ -22,7 +22,7 @@ import sqlalchemy
 
 from silotune.client.operations.preflight import check
 from silotune.client.privacy import record_ids
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Data, Policy, parse, permissive_policy
 from silotune.client.worker.worker import Worker
@@ -299,7 +299,7 @@ def test_a_worker_reads_once_and_trains_on_what_it_fingerprints(
     policy = permissive_policy(table_contract, "north", sqlite, None)
     data = Data(url=f"sqlite:///{sqlite}", query=QUERY, duplicate_records="keep")
     worker = Worker(
-        policy.model_copy(update={"data": data}), table_contract, Ledger.in_memory("north")
+        policy.model_copy(update={"data": data}), table_contract, PrivacyLedger.in_memory("north")
     )
     by_file = permissive_policy(table_contract, "north", sqlite.with_name("rows.csv"), None)
     other = Worker(by_file, table_contract, worker.ledger)

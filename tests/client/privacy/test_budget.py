@@ -16,7 +16,7 @@ from dp_accounting.rdp import RdpAccountant
 from silotune.client.privacy import accountant as accounting
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget, ChargeHistory, Limit, mechanism_of, order_of
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_ids import RecordSet
 from silotune.common.errors import RefusalError
 
@@ -51,7 +51,7 @@ def lineage_of(numbers: Sequence[int], basis: str = "basis") -> RecordSet:
 
 
 def charge(
-    ledger: Ledger, records: RecordSet, m: Mechanism, order: float = 8.0, **facts: Any
+    ledger: PrivacyLedger, records: RecordSet, m: Mechanism, order: float = 8.0, **facts: Any
 ) -> None:
     with ledger.writing():
         ledger.charge(
@@ -90,10 +90,10 @@ def expected(charges: Sequence[tuple[frozenset[int], Mechanism, float]], record:
     return (own[0][1] if own else None), tuple(m for m, _ in own)
 
 
-def run_of(seed: int) -> tuple[Ledger, list[tuple[frozenset[int], Mechanism, float]]]:
+def run_of(seed: int) -> tuple[PrivacyLedger, list[tuple[frozenset[int], Mechanism, float]]]:
     """Random charges on overlapping sets of 12 records, at random whole orders."""
     rng = np.random.default_rng(seed)
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     files = [
         frozenset(rng.choice(12, size=rng.integers(1, 9), replace=False).tolist())
         for _ in range(rng.integers(2, 5))
@@ -159,32 +159,36 @@ A, B = Mechanism(2.0, 0.25, 10), Mechanism(3.0, 0.5, 4)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
+def ledger() -> PrivacyLedger:
     """Records 0 to 9 were charged A at order 5, then 5 to 14 B at order 9."""
-    found = Ledger.in_memory("north")
+    found = PrivacyLedger.in_memory("north")
     charge(found, lineage_of(range(10)), A, 5.0)
     charge(found, lineage_of(range(5, 15)), B, 9.0)
     return found
 
 
-def budget_of(ledger: Ledger, *records: Any) -> Budget:
+def budget_of(ledger: PrivacyLedger, *records: Any) -> Budget:
     return Budget(ledger, lineage_of(*records), "record")
 
 
-def pasts(ledger: Ledger, numbers: Sequence[int], basis: str = "basis") -> list[ChargeHistory]:
+def pasts(
+    ledger: PrivacyLedger, numbers: Sequence[int], basis: str = "basis"
+) -> list[ChargeHistory]:
     return budget_of(ledger, numbers, basis).pasts()
 
 
-def test_a_subset_inherits_exactly_what_it_took_part_in(ledger: Ledger) -> None:
+def test_a_subset_inherits_exactly_what_it_took_part_in(ledger: PrivacyLedger) -> None:
     assert pasts(ledger, range(3)) == [ChargeHistory(5.0, [A])]
     assert pasts(ledger, range(12, 14)) == [ChargeHistory(9.0, [B])]
 
 
-def test_a_record_in_both_files_is_accounted_at_its_first_charges_order(ledger: Ledger) -> None:
+def test_a_record_in_both_files_is_accounted_at_its_first_charges_order(
+    ledger: PrivacyLedger,
+) -> None:
     assert pasts(ledger, [7]) == [ChargeHistory(5.0, [A, B])]
 
 
-def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
+def test_an_overlap_inherits_for_the_records_it_has(ledger: PrivacyLedger) -> None:
     found = pasts(ledger, [4, 5, 14, 20])
     assert len(found) == 4
     for past in (
@@ -199,25 +203,25 @@ def test_an_overlap_inherits_for_the_records_it_has(ledger: Ledger) -> None:
     )
 
 
-def test_fresh_records_have_spent_nothing(ledger: Ledger) -> None:
+def test_fresh_records_have_spent_nothing(ledger: PrivacyLedger) -> None:
     assert pasts(ledger, range(20, 30)) == [ChargeHistory()]
     assert budget_of(ledger, range(20, 30)).spent(DELTA) == 0
 
 
-def test_a_fresh_record_in_the_file_frees_nobody(ledger: Ledger) -> None:
+def test_a_fresh_record_in_the_file_frees_nobody(ledger: PrivacyLedger) -> None:
     alone = budget_of(ledger, [7]).spent(DELTA)
     assert budget_of(ledger, [7, *range(20, 90)]).spent(DELTA) == alone
 
 
-def test_records_of_another_basis_inherit_all(ledger: Ledger) -> None:
+def test_records_of_another_basis_inherit_all(ledger: PrivacyLedger) -> None:
     assert pasts(ledger, [50, 51], "another") == [ChargeHistory(5.0, [A, B])]
 
 
-def test_no_records_have_spent_nothing(ledger: Ledger) -> None:
+def test_no_records_have_spent_nothing(ledger: PrivacyLedger) -> None:
     assert pasts(ledger, []) == [ChargeHistory()]
 
 
-def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
+def test_a_budget_sees_the_charges_that_came_after_it(ledger: PrivacyLedger) -> None:
     budget = budget_of(ledger, [2, 20])
     before = budget.spent(DELTA)
     charge(ledger, lineage_of([2]), B)
@@ -227,7 +231,7 @@ def test_a_budget_sees_the_charges_that_came_after_it(ledger: Ledger) -> None:
     assert budget.spent(DELTA) > before
 
 
-def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
+def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: PrivacyLedger) -> None:
     budget, fresh = budget_of(ledger, [2]), lineage_of([2, 99])
 
     def fails() -> None:
@@ -254,7 +258,7 @@ def test_a_charge_that_was_rolled_back_is_seen_no_more(ledger: Ledger) -> None:
     assert budget.pasts() == [ChargeHistory(5.0, [A])]
 
 
-def test_any_mix_of_mechanisms_composes(ledger: Ledger) -> None:
+def test_any_mix_of_mechanisms_composes(ledger: PrivacyLedger) -> None:
     """Charges of another contract, run or time count as any other."""
     charge(ledger, lineage_of(range(10)), Mechanism(0.9, 0.01, 500), contract="9" * 64, run="x")
     (past,) = pasts(ledger, [0])
@@ -262,7 +266,7 @@ def test_any_mix_of_mechanisms_composes(ledger: Ledger) -> None:
     assert past.epsilon(DELTA) == pytest.approx(oracle(past.history, [5.0], DELTA), abs=1e-6)
 
 
-def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
+def test_a_round_without_noise_is_never_forgotten(ledger: PrivacyLedger) -> None:
     charge(ledger, lineage_of([3]), Mechanism(0.0, 1.0, 1))
     for numbers in ([3], [1, 2, 3], [3, 77]):
         budget = budget_of(ledger, numbers)
@@ -277,7 +281,7 @@ def test_a_round_without_noise_is_never_forgotten(ledger: Ledger) -> None:
 # What fits
 
 
-def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
+def test_check_passes_up_to_the_limit_and_not_beyond(ledger: PrivacyLedger) -> None:
     for numbers, order in (([7], 30.0), ([3, 12], 2.0), ([20], 11.0)):
         budget = budget_of(ledger, numbers)
         after = budget.together([A, B], order, DELTA)
@@ -291,21 +295,25 @@ def test_check_passes_up_to_the_limit_and_not_beyond(ledger: Ledger) -> None:
         assert refusal.value.code == "E210"
 
 
-def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(ledger: Ledger) -> None:
+def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(
+    ledger: PrivacyLedger,
+) -> None:
     old, new = budget_of(ledger, [7]), budget_of(ledger, [20])
     assert old.together([A], 2.0, DELTA) == old.together([A], 40.0, DELTA)
     assert new.together([A], 2.0, DELTA) != new.together([A], 40.0, DELTA)
 
 
 @pytest.mark.parametrize("broken", [math.nan, 0.0, -1.0])
-def test_nothing_fits_a_limit_that_is_no_number_or_nothing(ledger: Ledger, broken: float) -> None:
+def test_nothing_fits_a_limit_that_is_no_number_or_nothing(
+    ledger: PrivacyLedger, broken: float
+) -> None:
     for numbers in ([7], [20]):
         with pytest.raises(RefusalError):
             budget_of(ledger, numbers).check([A], 5.0, Limit(broken, DELTA), "it")
 
 
 def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accounting, "_rdp_of_step", lambda *_: math.nan)
     assert accounting.epsilon_at(5.0, [A], DELTA) == accounting.epsilon([A], DELTA) == math.inf
@@ -317,7 +325,7 @@ def test_a_cost_that_cannot_be_computed_lets_nothing_pass(
         assert not budget.longest_that_fits([A], 5.0, Limit(8.0, DELTA))
 
 
-def test_a_delta_that_is_no_number_lets_nothing_pass(ledger: Ledger) -> None:
+def test_a_delta_that_is_no_number_lets_nothing_pass(ledger: PrivacyLedger) -> None:
     for numbers in ([7], [20]):
         with pytest.raises(RefusalError) as refusal:
             budget_of(ledger, numbers).check([A], 5.0, Limit(8.0, math.nan), "it")
@@ -364,7 +372,7 @@ def test_the_order_for_new_records_lets_a_plan_be_repeated_most_often() -> None:
     order = order_of([A, B], limit)
 
     def repeats(at: float) -> int:
-        budget = Budget(Ledger.in_memory("north"), lineage_of([1]), "record")
+        budget = Budget(PrivacyLedger.in_memory("north"), lineage_of([1]), "record")
         return len(budget.longest_that_fits([A, B] * 200, at, limit))
 
     assert repeats(order) == max(repeats(float(at)) for at in accounting.ALPHAS)
@@ -375,12 +383,12 @@ def test_a_plan_without_noise_has_an_order_too() -> None:
     assert order_of([A], Limit(math.inf, DELTA)) > 1
 
 
-def test_a_charge_is_its_mechanism(ledger: Ledger) -> None:
+def test_a_charge_is_its_mechanism(ledger: PrivacyLedger) -> None:
     assert [mechanism_of(found) for found in ledger.charges.values()] == [A, B]
 
 
 def test_a_second_charge_for_one_request_does_not_take_the_place_of_the_first(
-    ledger: Ledger,
+    ledger: PrivacyLedger,
 ) -> None:
     """Charges are kept by request: a second one is refused, and what was spent stays spent."""
     with pytest.raises(RefusalError, match="charged already"):
@@ -395,7 +403,7 @@ def test_ten_thousand_charges_compose_fast() -> None:
     rng = np.random.default_rng(0)
     mechanisms = [mechanism(rng) for _ in range(20)]
     files = [lineage_of(range(k, k + 6)) for k in range(3)]
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     with ledger.writing():
         for i in range(10_000):
             m = mechanisms[i % 20]

@@ -18,7 +18,7 @@ import pytest
 from silotune.client.privacy.accountant import epsilon_at
 from silotune.client.privacy.budget import Budget, Limit
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger import FILE, PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
@@ -61,8 +61,8 @@ class Home:
     def keys(self) -> Keys:
         return Keys.load(self.folder / "keys")
 
-    def ledger(self) -> Ledger:
-        return Ledger.open(self.state, self.keys)
+    def ledger(self) -> PrivacyLedger:
+        return PrivacyLedger.open(self.state, self.keys)
 
     def policy(self, contract: Contract | None = None, file: Path | None = None) -> Policy:
         found = permissive_policy(contract or self.contract, "north", file or self.file, None)
@@ -98,7 +98,7 @@ class Home:
 @pytest.fixture
 def home(tmp_path: Path, table_contract: Contract, write_rows: Rows) -> Home:
     found = Home(tmp_path / "site", table_contract)
-    Ledger.create(found.state, Keys.create(found.folder / "keys"), "north")
+    PrivacyLedger.create(found.state, Keys.create(found.folder / "keys"), "north")
     write_rows(found.file, 80)
     return found
 
@@ -375,7 +375,7 @@ def test_deleted_ledger(home: Home) -> None:
     home.spend_all()
     shutil.rmtree(home.state)
     with pytest.raises(RefusalError, match="already belong to a ledger"):
-        Ledger.create(home.state, home.keys, "north")
+        PrivacyLedger.create(home.state, home.keys, "north")
     with pytest.raises(RefusalError):
         home.worker()
 
@@ -572,7 +572,7 @@ def test_a_contract_with_another_key_for_this_site(home: Home) -> None:
     assert code(worker) == ""
     # A ledger in memory has a key of its own, which nobody can know: simulations.
     simulated = contract(thief.public)
-    Worker(home.policy(simulated), simulated, Ledger.in_memory("north"))
+    Worker(home.policy(simulated), simulated, PrivacyLedger.in_memory("north"))
 
 
 @pytest.mark.parametrize("changed", [1.0001e-4, 9e-3])
@@ -637,12 +637,12 @@ def test_clock_change(home: Home, monkeypatch: pytest.MonkeyPatch, now: float) -
 def test_crash_between_charge_and_release(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, computed = home.worker(), []
 
-    def fails(self: Ledger, charge: Charged, reply: bytes, own: bytes | None) -> None:
+    def fails(self: PrivacyLedger, charge: Charged, reply: bytes, own: bytes | None) -> None:
         computed.append(reply)
         raise OSError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "release", fails)
+        patch.setattr(PrivacyLedger, "release", fails)
         assert code(worker) == "E500"
     assert len(home.charges()) == 1
     for asked in (worker, home.worker()):

@@ -10,7 +10,7 @@ from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]
 from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
 from silotune.client.privacy import accountant
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.privacy_units import Units
 from silotune.common.contract.contract import Contract
@@ -55,7 +55,7 @@ def test_a_plan_for_entities_costs_what_the_oracle_says_at_any_cap(
 
 def gradient_of(units: Units, x: torch.Tensor, source: NoiseSource, sigma: float) -> torch.Tensor:
     linear = torch.nn.Linear(x.shape[1], 1, bias=False)
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(linear.parameters(), lr=1.0),
         source=source,
         noise_multiplier=sigma,

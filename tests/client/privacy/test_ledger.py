@@ -27,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import ledger_entries
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import FILE, Ledger
+from silotune.client.privacy.ledger import FILE, PrivacyLedger
 from silotune.client.privacy.ledger_entries import (
     FIRST,
     Charged,
@@ -61,7 +61,7 @@ def lineage_of(*numbers: int) -> RecordSet:
     return RecordSet.of_bytes("basis", found, len(numbers))
 
 
-def charge(ledger: Ledger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
+def charge(ledger: PrivacyLedger, attempt: int, records: RecordSet, **facts: Any) -> Charged:
     with ledger.writing():
         return ledger.charge(records, attempt=attempt, **{**FACTS, **facts})
 
@@ -76,7 +76,7 @@ class Home:
     def begin(cls, folder: Path, charges: int = 3) -> Home:
         """Opened, `charges` charges on two sets of records, of which the first was released."""
         home = cls(folder)
-        ledger = Ledger.create(home.state, Keys.create(home.keys), "north")
+        ledger = PrivacyLedger.create(home.state, Keys.create(home.keys), "north")
         for i in range(charges):
             paid = charge(ledger, i + 1, lineage_of(*range(5 - i % 2)))
             if i == 0:
@@ -96,8 +96,8 @@ class Home:
     def file(self) -> Path:
         return self.state / FILE
 
-    def open(self) -> Ledger:
-        return Ledger.open(self.state, Keys.load(self.keys))
+    def open(self) -> PrivacyLedger:
+        return PrivacyLedger.open(self.state, Keys.load(self.keys))
 
     @contextlib.contextmanager
     def tampering(self) -> Iterator[sqlite3.Connection]:
@@ -124,7 +124,7 @@ class Home:
         return False
 
 
-def close(ledger: Ledger) -> None:
+def close(ledger: PrivacyLedger) -> None:
     ledger._database.close()
 
 
@@ -177,7 +177,7 @@ def test_a_ledger_in_memory_leaves_nothing_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     paid = charge(ledger, 1, lineage_of(1, 2))
     ledger.release(paid, b"reply")
     assert ledger.reply(ledger.releases[paid.sequence]) == b"reply"
@@ -231,11 +231,11 @@ def test_a_second_ledger_is_not_made_beside_the_first(home: Home, tmp_path: Path
     held = Keys.load(home.keys)
     for folder in (home.state, tmp_path / "elsewhere"):
         with pytest.raises(RefusalError, match="already belong to a ledger") as refusal:
-            Ledger.create(folder, held, "north")
+            PrivacyLedger.create(folder, held, "north")
         assert refusal.value.code == "E212"
     home.file.unlink()
     with pytest.raises(RefusalError, match="already belong"):
-        Ledger.create(home.state, held, "north")
+        PrivacyLedger.create(home.state, held, "north")
 
 
 def test_a_charge_has_one_reply(home: Home) -> None:
@@ -602,7 +602,7 @@ def test_a_crash_between_commit_and_head_leaves_a_ledger_that_opens(
 def test_the_keys_of_another_site_do_not_open_it(home: Home, tmp_path: Path) -> None:
     other = Home.begin(tmp_path / "other")
     with pytest.raises(RefusalError) as refusal:
-        Ledger.open(home.state, Keys.load(other.keys))
+        PrivacyLedger.open(home.state, Keys.load(other.keys))
     assert refusal.value.code == "E212"
 
 
@@ -935,7 +935,7 @@ def test_a_receipt_of_any_entry_is_known_again(home: Home) -> None:
         ledger.check_receipt(receipt)
 
 
-def forged(ledger: Ledger, **changes: Any) -> Receipt:
+def forged(ledger: PrivacyLedger, **changes: Any) -> Receipt:
     """A receipt with other content, rightly signed."""
     wanted = ledger.receipt().model_copy(update=changes)
     statement = Receipt.statement(ledger.site, wanted.sequence, wanted.head)
@@ -1314,9 +1314,9 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
 ) -> None:
     keys = Keys.create(tmp_path / "keys")
     ledger = (
-        Ledger.create(tmp_path / "state", keys, "north")
+        PrivacyLedger.create(tmp_path / "state", keys, "north")
         if on_disk
-        else Ledger.in_memory("north", keys)
+        else PrivacyLedger.in_memory("north", keys)
     )
     charges = [charge(ledger, 1, lineage_of(1, 2), round=number) for number in (1, 2, 3)]
     assert ledger.local_state(charges) is None
@@ -1333,7 +1333,7 @@ def test_what_stayed_at_the_site_is_that_of_the_latest_released_round(
 
 
 def test_a_number_written_as_text_is_not_in_the_ledgers_form(tmp_path: Path) -> None:
-    ledger = Ledger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
     close(ledger)
     with sqlite3.connect(tmp_path / "state" / FILE) as connection:
         ((body,),) = connection.execute("SELECT body FROM entries WHERE sequence = 1").fetchall()

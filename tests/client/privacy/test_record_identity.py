@@ -25,7 +25,7 @@ from silotune.client.preparation.cleaning import Prepared, origin, prepare
 from silotune.client.privacy import ledger as ledgers
 from silotune.client.privacy import record_identity, record_ids
 from silotune.client.privacy.budget import Budget, overlaps, untraceable
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_identity import Links, components
 from silotune.client.privacy.record_ids import READ_AS, RecordSet, of_table
 from silotune.client.site.folder import SiteFolder
@@ -205,7 +205,7 @@ steps = st.lists(
 )
 
 
-def charge(ledger: Ledger, found: RecordSet) -> None:
+def charge(ledger: PrivacyLedger, found: RecordSet) -> None:
     with ledger.writing():
         ledger.charge(
             found,
@@ -223,7 +223,7 @@ def charge(ledger: Ledger, found: RecordSet) -> None:
         )
 
 
-def all_charged(ledger: Ledger, table: Table, key: Sequence[str] = ()) -> bool:
+def all_charged(ledger: PrivacyLedger, table: Table, key: Sequence[str] = ()) -> bool:
     found = of_table(table, key, ledger.fingerprint_key)
     (overlap,) = overlaps(ledger, found).values()
     return bool(overlap.all())
@@ -236,7 +236,7 @@ def test_every_form_of_a_charged_table_is_charged(
 ) -> None:
     """A wrong declaration is of a file as it was written, so it ends at the next preparation. Text
     that was saved misread is not misread once more: what was misread twice is not known."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     forms, true = [table_of(rows)], table_of(rows)
     misread: list[Table] = []
     for kind, what, where in chain:
@@ -289,7 +289,7 @@ def test_a_wrong_encoding_then_the_right_one_is_no_fresh_budget(
     unicode = table_of([[text, "x", "ill"]])
     for one in (right, misread, unicode):
         for other in (right, misread, unicode):
-            ledger = Ledger.in_memory("north")
+            ledger = PrivacyLedger.in_memory("north")
             charge(ledger, of_table(one, (), ledger.fingerprint_key))
             assert all_charged(ledger, other)
 
@@ -310,7 +310,7 @@ def test_text_that_a_tool_decoded_wrongly_and_saved_as_unicode_is_known() -> Non
                 ]
             ]
             for one, other in ((right, table_of(wrong)), (table_of(wrong), right)):
-                ledger = Ledger.in_memory("north")
+                ledger = PrivacyLedger.in_memory("north")
                 charge(ledger, of_table(one, (), ledger.fingerprint_key))
                 assert all_charged(ledger, other)
 
@@ -343,7 +343,7 @@ SAME_CELL = {
 @pytest.mark.parametrize("how", SAME_CELL)
 def test_ways_to_write_a_cell_are_no_fresh_budget(how: str) -> None:
     one, other = SAME_CELL[how]
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     charge(ledger, of_table(table_of([[one, "x", "ill"]]), (), ledger.fingerprint_key))
     assert all_charged(ledger, table_of([[other, "x", "ill"]]))
     assert not all_charged(ledger, table_of([["another note", "x", "ill"]]))
@@ -351,7 +351,7 @@ def test_ways_to_write_a_cell_are_no_fresh_budget(how: str) -> None:
 
 def test_other_records_are_not_charged_by_a_link() -> None:
     """Links join what is one record, and no more."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b é", "y", "well"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
     made = origin(done, (), ledger.fingerprint_key)
@@ -364,7 +364,7 @@ def test_other_records_are_not_charged_by_a_link() -> None:
 
 def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charged() -> None:
     """Prepared without a key, then known by a column that it changed: nothing can be compared."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b a", "y", "well"]])
     charge(ledger, of_table(raw, ["note"], ledger.fingerprint_key))
     done = prepared_by(CHANGES["redact"], raw, (0,))
@@ -373,7 +373,7 @@ def test_where_a_preparation_changed_a_column_of_another_key_all_count_as_charge
     ledger.link(made, source="notes.csv", rows=2)
     assert all_charged(ledger, done.table, ["note"])
     # A key that it did not change is as good as before.
-    other = Ledger.in_memory("north")
+    other = PrivacyLedger.in_memory("north")
     charge(other, of_table(raw, ["place"], other.fingerprint_key))
     other.link(origin(done, (), other.fingerprint_key), source="notes.csv", rows=2)
     assert not all_charged(other, table_of([["a b", "z", "well"]]), ["place"])
@@ -429,7 +429,7 @@ def test_columns_that_are_selected_or_renamed_since_are_no_fresh_budget(
     that exchanged their names and nothing else are not covered."""
     columns = dict(zip(names, chosen, strict=False))
     assume(set(columns) != set(HEADER) or list(columns) == chosen)
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     key = [chosen[0]] if prepared_by_key else []
     forms = [table_of(rows)]
     for what, where in changes:
@@ -445,7 +445,7 @@ def test_columns_that_are_selected_or_renamed_since_are_no_fresh_budget(
 
 def test_other_people_are_not_charged_by_a_preparation_of_other_columns() -> None:
     """Only those with a cell that it changed."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     january = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
     charge(ledger, of_table(january, (), ledger.fingerprint_key))
     letters = Table("letters.csv", ["letter", "city"], [(2, ["an a", "x"]), (3, ["b", "z"])])
@@ -461,7 +461,7 @@ def test_other_people_are_not_charged_by_a_preparation_of_other_columns() -> Non
 
 def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key() -> None:
     """Prepared without a key: no cell was changed, but what is written are wrong characters."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     true = table_of([["Ärger", "x", "ill"], ["Öl", "y", "well"]])
     done = prepared_by(CHANGES["nothing"], declared(true, "utf-8", "cp850"), (0,))
     made = origin(done, (), ledger.fingerprint_key)
@@ -472,7 +472,7 @@ def test_what_was_prepared_from_a_wrong_encoding_counts_as_charged_under_a_key()
 
 
 def test_a_preparation_before_any_charge_costs_nothing() -> None:
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     raw = table_of([["a b", "x", "ill"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
     made = origin(done, (), ledger.fingerprint_key)
@@ -484,7 +484,7 @@ def test_a_preparation_before_any_charge_costs_nothing() -> None:
 
 def test_a_row_that_was_dropped_as_a_copy_is_the_row_that_stays(table_contract: Contract) -> None:
     """Both raw rows stand behind the prepared one."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     header = ["age", "smoker", "outcome"]
     rows = [["71", "often", "1"], ["71", "never", "1"], ["20", "yes", "0"]]
     raw = Table("a.csv", header, list(enumerate(rows, start=2)))
@@ -512,7 +512,7 @@ def test_trimming_takes_no_part_of_a_letter(
     misread = saved(raw, read) if written == "utf-8" else declared(raw, written, read)
     misread = text_table([cells for _, cells in misread.rows])
     done = prepare(misread, contract, Prepare(), ())
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
     charge(ledger, of_table(raw, ["text"], ledger.fingerprint_key))
     assert all_charged(ledger, done.table, ["text"])
@@ -549,7 +549,7 @@ def test_links_that_are_gone_or_changed_are_refused(
     ledger._database.execute(statement)
     ledger._database.close()
     with pytest.raises(RefusalError) as refusal:
-        Ledger.open(site.state, keys)
+        PrivacyLedger.open(site.state, keys)
     assert refusal.value.code == "E212"
 
 
@@ -561,7 +561,7 @@ def test_rows_that_the_ledger_does_not_know_are_never_on_disk(
     def fails(*_: object, **__: object) -> None:
         raise RefusalError("full", code="E216")
 
-    monkeypatch.setattr(Ledger, "link", fails)
+    monkeypatch.setattr(PrivacyLedger, "link", fails)
     assert run("prepare", fails=True) == "E216"
     assert not (site.folder / "prepared" / "records.parquet").exists()
 
@@ -879,7 +879,7 @@ def test_records_of_any_kind_of_file_are_known_when_they_are_prepared_and_prepar
 
 def test_columns_renamed_after_a_preparation_are_not_new_records() -> None:
     """By hand, where no link can follow: without a key all records count as charged."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     raw = table_of([["a b", "x", "ill"], ["b c", "y", "well"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
     ledger.link(origin(done, (), ledger.fingerprint_key), source="notes.csv", rows=2)
@@ -969,7 +969,7 @@ def test_words_of_conll_read_in_a_wrong_encoding_keep_their_bytes(
         wrong = records.table(path, Reading(encoding=read))
     except DataError:  # it is no text, or a word has white space in it: nothing is charged
         return
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     charge(ledger, of_table(wrong, (), ledger.fingerprint_key))
     assert all_charged(ledger, records.table(path, Reading(encoding="utf-8")))
 
@@ -1018,7 +1018,7 @@ def test_values_set_to_missing_are_known(
 
 def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
     """A worker keeps its Budget: it must see links that another process writes meanwhile."""
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     raw = table_of([["a b", "x", "ill"]])
     done = prepared_by(CHANGES["redact"], raw, (0,))
     charge(ledger, of_table(raw, (), ledger.fingerprint_key))
@@ -1030,7 +1030,7 @@ def test_a_preparation_counts_for_a_budget_that_was_read_before() -> None:
 
 
 def test_a_lineage_of_a_wrong_encoding_is_stored_with_its_decodings() -> None:
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     right = table_of([["Ärger", "x", "ill"], ["plain", "x", "ill"]])
     found = of_table(declared(right, "utf-8", "cp850"), (), ledger.fingerprint_key)
     assert sorted(found.decodings.counts.tolist())[0] == 0

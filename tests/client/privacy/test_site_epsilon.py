@@ -24,7 +24,7 @@ from silotune.client.privacy.accountant import (
     shares,
 )
 from silotune.client.privacy.budget import mechanism_of as charged
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site import policy as policies
 from silotune.client.site.policy import Policy, permissive_policy
 from silotune.client.worker.worker import Worker
@@ -122,7 +122,7 @@ def test_a_run_stops_at_the_sites_own_epsilon(
     policy = permissive_policy(silos, name, write_rows(tmp_path / "rows.csv", 60), None)
     large = policies.Budgets.Budget(epsilon=100.0, delta=delta)
     policy = policy.model_copy(update={"budgets": policies.Budgets(record=large)})
-    worker = Worker(policy, silos, Ledger.in_memory(name))
+    worker = Worker(policy, silos, PrivacyLedger.in_memory(name))
     replies = [ask(worker, 1 + k % 3, attempt=1 + k // 3) for k in range(9)]
     granted = [reply for reply in replies if isinstance(reply, Update)]
     assert len(granted) == silos.rounds
@@ -254,7 +254,7 @@ def test_the_owner_can_lower_a_runs_epsilon_and_never_raise_it(
     write_rows(tmp_path / "rows.csv", 60)
     policy = written(silos, tmp_path, own)
     assert policy.target(silos) == Target(expected, 1e-4)
-    worker = Worker(policy, silos, Ledger.in_memory("south"))
+    worker = Worker(policy, silos, PrivacyLedger.in_memory("south"))
     spent = [ask(worker, number).epsilon for number in (1, 2, 3)]
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(expected, rel=1e-4)
@@ -286,7 +286,7 @@ def test_a_run_does_not_go_on_when_the_owner_changes_its_epsilon(
 ) -> None:
     """Its order was chosen for the first plan; for another it would be chosen after replies."""
     write_rows(tmp_path / "rows.csv", 60)
-    ledger = Ledger.in_memory("south")
+    ledger = PrivacyLedger.in_memory("south")
     assert ask(Worker(written(silos, tmp_path, "2.0"), silos, ledger)).epsilon > 1.2
     for changed in ("1.6", "1.2"):
         refusal = ask(Worker(written(silos, tmp_path, changed), silos, ledger), 2)
@@ -321,10 +321,10 @@ def test_a_target_beyond_the_budget_for_ever_does_not_start(
     )
     policy = policies.load(tmp_path / "site.toml")
     with pytest.raises(RefusalError, match="exceeds the lifetime budget") as refusal:
-        Worker(policy, silos, Ledger.in_memory("west"))
+        Worker(policy, silos, PrivacyLedger.in_memory("west"))
     assert refusal.value.code == "E210"
     lower = policy.model_copy(update={"run": policies.Run(epsilon=8.0)})
-    assert isinstance(ask(Worker(lower, silos, Ledger.in_memory("west"))), Update)
+    assert isinstance(ask(Worker(lower, silos, PrivacyLedger.in_memory("west"))), Update)
 
 
 # --- noise that decays -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Settled, verify_export
 from silotune.client.privacy.site_sets import SiteSets
 from silotune.client.site.policy import Permits
@@ -242,9 +242,9 @@ def test_the_set_changes_as_often_as_the_owner_permits_and_no_more(long: Federat
     assert long.workers["east"].site_sets.changes("run-1") == 3
 
 
-def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], Ledger]:
+def sets_of(changes: int) -> tuple[SiteSets, Callable[..., None], PrivacyLedger]:
     """The sets of one site by themselves, with charges that are made up."""
-    ledger = Ledger.in_memory("north", Keys.in_memory())
+    ledger = PrivacyLedger.in_memory("north", Keys.in_memory())
     sets = SiteSets(ledger, "a" * 64, changes)
 
     def settle(number: int, sites: Collection[str], begins: str = "", run: str = "r") -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Adopted
 from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.site import policy as policies
@@ -309,7 +309,7 @@ class Home:
     """A site's folder with keys, a ledger and a policy; nothing is signed yet."""
 
     folder: Path
-    ledger: Ledger
+    ledger: PrivacyLedger
 
     @property
     def config(self) -> Path:
@@ -345,7 +345,7 @@ class Home:
 def home(tmp_path: Path) -> Home:
     found = Keys.create(tmp_path / "keys")
     written(tmp_path / "site.toml")
-    return Home(tmp_path, Ledger.create(tmp_path / "state", found, "north"))
+    return Home(tmp_path, PrivacyLedger.create(tmp_path / "state", found, "north"))
 
 
 def test_a_signed_policy_is_adopted_once(home: Home) -> None:
@@ -355,7 +355,7 @@ def test_a_signed_policy_is_adopted_once(home: Home) -> None:
     assert entry is not None
     assert (entry.serial, entry.epsilon, entry.delta) == (1, 8.0, 1e-4)
     assert home.adopted() == [1]
-    assert Ledger.open(home.folder / "state", home.keys).policy == entry
+    assert PrivacyLedger.open(home.folder / "state", home.keys).policy == entry
 
 
 def test_an_unsigned_policy_is_refused(home: Home) -> None:
@@ -424,7 +424,7 @@ def test_an_older_signed_policy_put_back_is_refused(home: Home) -> None:
         shutil.copy(path, home.folder)
     home.refuses(r"is an older policy \(number 1\); the ledger has adopted number 2")
     # The ledger says so, not this process's memory.
-    home.ledger = Ledger.open(home.folder / "state", home.keys)
+    home.ledger = PrivacyLedger.open(home.folder / "state", home.keys)
     home.refuses("is an older policy")
 
 
@@ -456,7 +456,7 @@ def test_another_owners_key_file_does_not_help(home: Home) -> None:
     home.refuses("not the owner's")
     (home.folder / "keys" / "owner.pub").write_bytes(thief.owner)
     with pytest.raises(RefusalError, match="another owner") as refusal:
-        Ledger.open(home.folder / "state", home.keys)
+        PrivacyLedger.open(home.folder / "state", home.keys)
     assert refusal.value.code == "E212"
 
 

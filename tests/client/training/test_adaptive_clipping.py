@@ -268,13 +268,13 @@ def the_share_for_its_root(patch: Patch) -> None:
 
 
 def the_clipped_counted(patch: Patch) -> None:
-    count = dp_optimizer.CryptoNoiseOptimizer.count
+    count = dp_optimizer.DPOptimizer.count
 
     def broken(self: Any, norms: Tensor) -> None:
         count(self, norms)
         self.unclipped += 2 * int((norms > self.max_grad_norm).sum()) - len(norms)
 
-    patch.setattr(dp_optimizer.CryptoNoiseOptimizer, "count", broken)
+    patch.setattr(dp_optimizer.DPOptimizer, "count", broken)
 
 
 MUTATIONS: dict[Callable[[Patch], None], tuple[str, ...]] = {
@@ -600,7 +600,7 @@ def test_all_shares_together_are_at_most_a_half(adaptive: Contract) -> None:
 
 
 def test_a_unit_whose_gradient_is_not_finite_counts_as_clipped() -> None:
-    optimizer = dp_optimizer.CryptoNoiseOptimizer(
+    optimizer = dp_optimizer.DPOptimizer(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0),
         source=NoiseSource(site="x", insecure_seed=1),
         noise_multiplier=1.0,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from silotune.client.training import selftest
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.privacy_units import of_records
 from silotune.common.contract.compute import Performance
@@ -63,7 +63,7 @@ def model_of(contract: Contract, engine: str) -> OneHot:
 def clipped_sum(model: OneHot, encoded: Encoded, labels: Tensor, index: Tensor) -> Tensor:
     """In units of the clip norm 1."""
     parameters = list(model.head.parameters())
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
         source=Silent(site="a"),
         noise_multiplier=1e-9,

@@ -13,7 +13,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from silotune.client.training import dp_optimizer
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, by_expanding
 from silotune.client.training.privacy_units import Group, UnitBatch
@@ -53,7 +53,7 @@ class Toy:
         divisor: float = 1.0,
     ) -> Tensor:
         """The flat private gradient; its grain is 2^-10 sigma, so sigma is small by default."""
-        optimizer = CryptoNoiseOptimizer(
+        optimizer = DPOptimizer(
             torch.optim.SGD(self.parameters, lr=1.0),
             source=source or Silent(site="a"),
             noise_multiplier=sigma,
@@ -143,7 +143,7 @@ def the_sum_is_exact() -> None:
     toy = Toy(n=300)
     index = torch.arange(len(toy.x))
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(toy.parameters, lr=1.0),
         source=Silent(site="a"),
         noise_multiplier=1e-6,
@@ -225,37 +225,37 @@ def test_property(name: str) -> None:
 
 @contextmanager
 def no_clipping(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         for p in self.params:
             p.summed_grad += p.grad_sample.double().sum(dim=0) / self.unit
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
     yield
 
 
 @contextmanager
 def clip_each_tensor_by_itself(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         for p in self.params:
             norms = p.grad_sample.flatten(1).norm(dim=1)
             factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
             units = 1 / self.unit
             p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
     yield
 
 
 @contextmanager
 def a_sum_of_floats(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         flat_ = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
         factor = (self.max_grad_norm / (flat_.norm(dim=1) + 1e-6)).clamp(max=1.0)
         for p in self.params:
             units = 1 / self.unit
             p.summed_grad += torch.einsum("i,i...", factor, p.grad_sample) * units
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
     yield
 
 
@@ -269,13 +269,13 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> Iterator[None]:
 @contextmanager
 def noise_once_per_micro_batch_divisor(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The noise divided by the divisor twice: the mistake of scaling before adding."""
-    original = CryptoNoiseOptimizer.add_noise
+    original = DPOptimizer.add_noise
 
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         self.noise_multiplier /= self.divisor
         original(self)
 
-    patch.setattr(CryptoNoiseOptimizer, "add_noise", broken)
+    patch.setattr(DPOptimizer, "add_noise", broken)
     yield
 
 
@@ -302,13 +302,13 @@ def fake_record_on_an_empty_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
         factors = (self.effective_clip_norm / norms).clamp(max=1.0) / self.unit
         for p in self.params:
             p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
     yield
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from silotune.client.privacy.accountant import mechanism_of
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.training.local_state import LocalState
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
@@ -114,7 +114,7 @@ def test_a_reply_with_a_tensor_that_should_stay_does_not_leave(
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     planned = Contract.round_plan
     monkeypatch.setattr(
@@ -142,7 +142,7 @@ def test_what_stays_is_noised_as_what_leaves(keys: dict[str, Keys], tmp_path: Pa
             "bert",
             folder,
             "north",
-            Ledger.in_memory("north", keys["north"]),
+            PrivacyLedger.in_memory("north", keys["north"]),
         )
         worker.source = type(worker.source)(site="north", insecure_seed=seed)
         start = tiny.moved(worker.model)
@@ -180,7 +180,7 @@ def test_a_head_of_its_own_is_a_head_trained_alone(keys: dict[str, Keys], tmp_pa
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     initial = worker.model.initial_arrays()
     alone = Run(single, Registry.create(tmp_path / "alone", single), "run-1", initial)
@@ -238,7 +238,7 @@ def test_what_stays_outlives_the_process_and_is_of_released_rounds(
             for site in SITES
         ]
     )
-    Ledger.create(tmp_path / "state", home, "north")
+    PrivacyLedger.create(tmp_path / "state", home, "north")
 
     def started() -> Worker:
         return worker_of(
@@ -247,7 +247,7 @@ def test_what_stays_outlives_the_process_and_is_of_released_rounds(
             "bert",
             tmp_path,
             "north",
-            Ledger.open(tmp_path / "state", home),
+            PrivacyLedger.open(tmp_path / "state", home),
         )
 
     worker, first = started(), contract.phases[0].rounds + 1
@@ -259,7 +259,7 @@ def test_what_stays_outlives_the_process_and_is_of_released_rounds(
     assert all(np.array_equal(own_of(worker, "r").tensors[n], a) for n, a in kept.tensors.items())
     # The next round's charge stands, and its reply is lost.
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", crash_at_release(Ledger.append))
+        patch.setattr(PrivacyLedger, "append", crash_at_release(PrivacyLedger.append))
         assert isinstance(ask(worker, first + 1, start).header, Refusal)
     assert len(worker.ledger.charges) == 2
     worker = started()
@@ -273,7 +273,7 @@ def test_what_stays_outlives_the_process_and_is_of_released_rounds(
 
 
 def crash_at_release(append: Any) -> Any:
-    def wrapped(self: Ledger, kind: type, **facts: Any) -> Any:
+    def wrapped(self: PrivacyLedger, kind: type, **facts: Any) -> Any:
         if kind.__name__ == "Released":
             raise OSError("no space left on device")
         return append(self, kind, **facts)
@@ -405,7 +405,7 @@ def test_a_server_may_send_all_mean_gradients_or_none(
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     start = tiny.moved(worker.model)
     number = contract.phases[0].rounds + 1
@@ -627,7 +627,7 @@ def test_a_request_that_asks_again_gets_the_same_bytes(
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     start, first = tiny.moved(worker.model), contract.phases[0].rounds + 1
 

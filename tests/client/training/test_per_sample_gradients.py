@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from silotune.client.training import dp_optimizer
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, ghost_sum
 from silotune.client.training.privacy_units import Group, UnitBatch
@@ -339,7 +339,7 @@ def step(
     task: Task, parts: list[UnitBatch], engine: str = "expanded", clip: float = 1.0, units: int = 0
 ) -> Tensor:
     """The flat private gradient without noise; one group a part, or all parts in one of `units`."""
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(task.parameters, lr=1.0),
         source=Silent(site="a"),
         noise_multiplier=1e-6,
@@ -441,7 +441,7 @@ def test_any_split_gives_the_same_sum(kind: str, head: str, engine: str, clip: f
     gradients = PER_EXAMPLE[engine](task.linears, index, task.losses)
     sums = []
     for parts in splits(N):
-        optimizer = CryptoNoiseOptimizer(
+        optimizer = DPOptimizer(
             torch.optim.SGD(task.parameters, lr=1.0),
             source=Silent(site="a"),
             noise_multiplier=1e-6,
@@ -572,7 +572,7 @@ def test_the_modules_are_left_as_they_were(engine: str, fused: bool, training: b
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_that_failed_leaves_nothing_for_the_next(engine: str) -> None:
     task = Task("bert", "tokens")
-    optimizer = CryptoNoiseOptimizer(
+    optimizer = DPOptimizer(
         torch.optim.SGD(task.parameters, lr=1.0),
         source=Silent(site="a"),
         noise_multiplier=1e-6,
@@ -660,7 +660,7 @@ def elsewhere(
     task = Elsewhere(kind, head, "silotune", fused)
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.leave()
-        optimizer = CryptoNoiseOptimizer(
+        optimizer = DPOptimizer(
             torch.optim.SGD(task.parameters, lr=1.0),
             source=NoiseSource(site="a"),
             noise_multiplier=1.0,
@@ -716,11 +716,11 @@ def noise_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
 
 
 def sum_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         for p in self.params:
             p.summed_grad = torch.zeros(p.shape, dtype=torch.float64)
 
-    patch.setattr(CryptoNoiseOptimizer, "begin", broken)
+    patch.setattr(DPOptimizer, "begin", broken)
 
 
 @pytest.mark.parametrize("mutation", [noise_on_the_cpu, sum_on_the_cpu], ids=lambda m: m.__name__)

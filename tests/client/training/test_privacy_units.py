@@ -22,7 +22,7 @@ from silotune.client.operations import preflight
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import FIRST, Adopted, chained
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
@@ -718,7 +718,7 @@ def test_a_charge_names_the_unit_and_the_entitys_budget_is_the_limit(
         entity=Budgets.Budget(epsilon=entities.privacy.epsilon, delta=1e-4),
     )
     policy = named(entities, path).model_copy(update={"budgets": tight})
-    worker = Worker(policy, entities, Ledger.in_memory("north"))
+    worker = Worker(policy, entities, PrivacyLedger.in_memory("north"))
     assert worker.limit == Limit(8.0, 1e-4)
     for number in (1, 2, 3):
         assert isinstance(ask(worker, number).header, Update)
@@ -731,7 +731,9 @@ def test_a_charge_names_the_unit_and_the_entitys_budget_is_the_limit(
     assert len(worker.record_set.fingerprints) == 5
     less = tight.model_copy(update={"entity": Budgets.Budget(epsilon=7.9, delta=1e-4)})
     with pytest.raises(RefusalError, match="exceeds the lifetime budget") as refusal:
-        Worker(policy.model_copy(update={"budgets": less}), entities, Ledger.in_memory("north"))
+        Worker(
+            policy.model_copy(update={"budgets": less}), entities, PrivacyLedger.in_memory("north")
+        )
     assert refusal.value.code == "E210"
 
 
@@ -739,7 +741,7 @@ def test_a_charge_names_the_unit_and_the_entitys_budget_is_the_limit(
 def test_an_entitys_spending_follows_its_key(
     entities: Contract, tmp_path: Path, change: str
 ) -> None:
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     worker = Worker(named(entities, written(tmp_path / "rows.csv", ROWS)), entities, ledger)
     for number in (1, 2, 3):
         ask(worker, number)
@@ -772,7 +774,7 @@ def test_records_are_used_with_one_unit_for_ever(
         "entity": (entities, named(entities, path)),
     }
     second = "entity" if first == "record" else "record"
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     contract, policy = by_record[first]
     header = Train(contract=contract.hash, run="r", round=1)
     worker = Worker(policy, contract, ledger)
@@ -792,7 +794,7 @@ def test_records_are_used_with_one_unit_for_ever(
 def test_other_entities_are_not_held_to_a_unit_that_was_not_theirs(
     entities: Contract, tmp_path: Path
 ) -> None:
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     path = written(tmp_path / "rows.csv", ROWS)
     by_record = entities.changed(privacy={"unit": "record", "entity": None})
     ask(Worker(named(by_record, path), by_record, ledger))
@@ -807,7 +809,7 @@ def test_a_charge_by_another_key_bounds_nothing_for_this_entity(
     rows = [f"{k % 2},p{k},{30 + k},yes,1" for k in range(20)]
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(["household,patient,age,smoker,outcome", *rows]) + "\n")
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     patients = entities.changed(privacy={"epsilon": 2.0})
     ask(
         Worker(
@@ -898,9 +900,9 @@ def test_ghost_clipping_has_no_gradient_of_an_entity(entities: Contract, tmp_pat
 
 def test_min_records_counts_entities(entities: Contract, tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", ROWS)
-    Worker(named(entities, path, min_records=5), entities, Ledger.in_memory("north"))
+    Worker(named(entities, path, min_records=5), entities, PrivacyLedger.in_memory("north"))
     with pytest.raises(DataError, match=r"permits\.min_records = 6\.") as error:
-        Worker(named(entities, path, min_records=6), entities, Ledger.in_memory("north"))
+        Worker(named(entities, path, min_records=6), entities, PrivacyLedger.in_memory("north"))
     assert error.value.code == "E304"
     assert "5" not in str(error.value)
     assert "12" not in str(error.value)
@@ -913,7 +915,7 @@ def test_rows_of_one_entity_are_no_repeated_records(entities: Contract, tmp_path
     refusing = policy.model_copy(
         update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
-    worker = Worker(refusing, entities, Ledger.in_memory("north"))
+    worker = Worker(refusing, entities, PrivacyLedger.in_memory("north"))
     with pytest.raises(DataError, match="the same record more than once"):
         refusing.check_records(worker.record_set, "record")
 
@@ -956,12 +958,12 @@ def test_a_site_with_one_budget_stays_valid(
 
 def test_what_was_adopted_stands_in_the_ledger_for_every_unit(tmp_path: Path) -> None:
     keys = Keys.create(tmp_path / "keys")
-    ledger = Ledger.create(tmp_path / "state", keys, "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", keys, "north")
     text = SITE.replace("{unit}", "entity") + "[budgets.record]\nepsilon = 9.0\ndelta = 1e-5\n"
     (tmp_path / "site.toml").write_text(text)
     signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
     signed_policy.adopt(tmp_path / "site.toml", ledger, keys.owner)
-    entry = Ledger.open(tmp_path / "state", keys).policy
+    entry = PrivacyLedger.open(tmp_path / "state", keys).policy
     assert entry is not None
     limits = {(entry.unit, entry.epsilon, entry.delta)}
     limits |= {(e.unit, e.epsilon, e.delta) for e in entry.others}
@@ -973,14 +975,14 @@ def test_a_ledger_of_an_older_version_verifies(tmp_path: Path, monkeypatch: Patc
     keys = Keys.create(tmp_path / "keys")
     (tmp_path / "site.toml").write_text(SITE.replace("{unit}", "record"))
     signed_policy.sign(tmp_path / "site.toml", tmp_path / "keys" / "owner.key", 0)
-    ledger = Ledger.create(tmp_path / "state", keys, "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", keys, "north")
     dump = Adopted.model_dump_json
     with monkeypatch.context() as old:
         old.setattr(Adopted, "model_dump_json", lambda self: dump(self, exclude={"others"}))
         adopted = signed_policy.adopt(tmp_path / "site.toml", ledger, keys.owner)
     ledger._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b'"others"' not in (tmp_path / "state" / "ledger.sqlite").read_bytes()
-    found = Ledger.open(tmp_path / "state", keys)
+    found = PrivacyLedger.open(tmp_path / "state", keys)
     assert found.policy is not None
     assert (found.policy.unit, found.policy.epsilon, found.policy.others) == ("record", 8.0, ())
     assert signed_policy.adopt(tmp_path / "site.toml", found, keys.owner) == adopted
@@ -1020,7 +1022,7 @@ def test_the_self_test_sees_an_entity_that_is_not_clipped_as_a_whole(
 
 def test_site_check_finds_an_empty_key(entities: Contract, tmp_path: Path) -> None:
     """ "Proves that the site can take part": here its worker would not start."""
-    found = Ledger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
+    found = PrivacyLedger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
     assert found.entries
     text = SITE.replace("{unit}", "entity") + f'contracts = ["{entities.hash}"]\nmin_records = 1\n'
     (tmp_path / "site.toml").write_text(text + 'metrics = ["loss", "accuracy"]\n')

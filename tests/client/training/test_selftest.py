@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from silotune.client.training import dp_optimizer, selftest
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer
+from silotune.client.training.dp_optimizer import DPOptimizer
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.privacy_units import Group, UnitBatch
 from silotune.client.worker.worker import Worker
@@ -47,23 +47,23 @@ def test_it_passes_lora_in_under_two_seconds(lora_contract: Contract, encoder_fo
 
 
 def no_clipping(patch: pytest.MonkeyPatch) -> None:
-    original = CryptoNoiseOptimizer.__init__
+    original = DPOptimizer.__init__
 
-    def broken(self: CryptoNoiseOptimizer, *args: Any, **kwargs: Any) -> None:
+    def broken(self: DPOptimizer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.max_grad_norm *= 1e3
 
-    patch.setattr(CryptoNoiseOptimizer, "__init__", broken)
+    patch.setattr(DPOptimizer, "__init__", broken)
 
 
 def half_the_clip_norm(patch: pytest.MonkeyPatch) -> None:
-    original = CryptoNoiseOptimizer.__init__
+    original = DPOptimizer.__init__
 
-    def broken(self: CryptoNoiseOptimizer, *args: Any, **kwargs: Any) -> None:
+    def broken(self: DPOptimizer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.max_grad_norm /= 2
 
-    patch.setattr(CryptoNoiseOptimizer, "__init__", broken)
+    patch.setattr(DPOptimizer, "__init__", broken)
 
 
 def batch_mean_loss(patch: pytest.MonkeyPatch) -> None:
@@ -98,17 +98,17 @@ def a_padding_row_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def not_finite_gradients_kept(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         norms = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).norm(dim=1)
         factors = (self.effective_clip_norm / norms).clamp(max=1.0) / self.unit
         for p in self.params:
             p.summed_grad += torch.einsum("i,i...", factors, p.grad_sample).round()
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
 
 
 def a_sum_of_floats(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         grads = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1)
         factors = torch.where(
             grads.norm(dim=1).isfinite(),
@@ -119,13 +119,13 @@ def a_sum_of_floats(patch: pytest.MonkeyPatch) -> None:
             counted = p.grad_sample.nan_to_num(0, 0, 0)
             p.summed_grad += torch.einsum("i,i...", factors, counted) / self.unit
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
 
 
 def a_block_clipped_in_part(patch: pytest.MonkeyPatch) -> None:
-    original = CryptoNoiseOptimizer.clip_and_accumulate
+    original = DPOptimizer.clip_and_accumulate
 
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         rest = [p.grad_sample[16:].clone() for p in self.params]
         for p in self.params:
             p.grad_sample = p.grad_sample[:16]
@@ -133,18 +133,18 @@ def a_block_clipped_in_part(patch: pytest.MonkeyPatch) -> None:
         for p, gradient in zip(self.params, rest, strict=True):
             p.summed_grad += (gradient.double() / self.unit).round().sum(dim=0)
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
 
 
 def the_last_block_alone(patch: pytest.MonkeyPatch) -> None:
-    original = CryptoNoiseOptimizer.clip_and_accumulate
+    original = DPOptimizer.clip_and_accumulate
 
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         for p in self.params:
             p.summed_grad = torch.zeros_like(p.summed_grad)
         original(self)
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
@@ -157,14 +157,14 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def overflows_that_count_as_one(patch: pytest.MonkeyPatch) -> None:
-    original = CryptoNoiseOptimizer.clip_and_accumulate
+    original = DPOptimizer.clip_and_accumulate
 
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         for p in self.params:
             p.grad_sample.nan_to_num_(1.0, 1.0, 1.0)
         original(self)
 
-    patch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", broken)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import by_expanding
 from silotune.client.training.privacy_units import (
@@ -45,7 +45,7 @@ class Silent(NoiseSource):
         return np.zeros(shape)
 
 
-class Seen(CryptoNoiseOptimizer):
+class Seen(DPOptimizer):
     """Keeps the sum as it was before the noise, flat and in float64."""
 
     total: Tensor
@@ -468,12 +468,12 @@ def test_a_mean_over_a_batchs_tokens_is_seen(
     assert worst(task) > 2
 
 
-def no_clipping(self: CryptoNoiseOptimizer) -> None:
+def no_clipping(self: DPOptimizer) -> None:
     for p in self.params:
         p.summed_grad += p.grad_sample.double().nan_to_num(0, 0, 0).sum(0) / self.unit
 
 
-def clip_each_tensor(self: CryptoNoiseOptimizer) -> None:
+def clip_each_tensor(self: DPOptimizer) -> None:
     for p in self.params:
         own = p.grad_sample.flatten(1).double().nan_to_num(0, 0, 0)
         factors = (
@@ -484,14 +484,14 @@ def clip_each_tensor(self: CryptoNoiseOptimizer) -> None:
         p.summed_grad += (own * factors / self.unit).round().sum(0).view_as(p)
 
 
-def factors_of(self: CryptoNoiseOptimizer, most: float) -> Tensor:
+def factors_of(self: DPOptimizer, most: float) -> Tensor:
     whole = torch.cat([p.grad_sample.flatten(1) for p in self.params], dim=1).double()
     norms = whole.norm(dim=1)
     return torch.where(norms.isfinite(), (most / norms).clamp(max=1.0) / self.unit, 0.0)
 
 
 def rounded(how: Callable[[Tensor], Tensor], exactly: bool) -> Callable[[Any], None]:
-    def broken(self: CryptoNoiseOptimizer) -> None:
+    def broken(self: DPOptimizer) -> None:
         factors = factors_of(self, self.max_grad_norm if exactly else self.effective_clip_norm)
         for p in self.params:
             own = p.grad_sample.flatten(1).double().nan_to_num(0, 0, 0)
@@ -528,14 +528,14 @@ BREAKS: dict[str, tuple[Callable[[Any], None], Callable[[], None]]] = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_clipping_is_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     broken, measure = BREAKS[name]
-    monkeypatch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", broken)
+    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", broken)
     with pytest.raises(AssertionError):
         measure()
 
 
 def test_the_measurements_need_nothing_but_right_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutations' own arithmetic, done right, passes what they fail."""
-    monkeypatch.setattr(CryptoNoiseOptimizer, "clip_and_accumulate", rounded(torch.round, False))
+    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", rounded(torch.round, False))
     for _, measure in BREAKS.values():
         measure()
 

@@ -19,7 +19,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training import local_round, selftest
 from silotune.client.training.dataset import Dataset
-from silotune.client.training.dp_optimizer import CryptoNoiseOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
 from silotune.client.training.local_round import train_round
 from silotune.client.training.noise import NoiseSource
 from silotune.common.contract.compute import Performance
@@ -45,7 +45,7 @@ class Silent(NoiseSource):
         return np.zeros(shape)
 
 
-class Summed(CryptoNoiseOptimizer):
+class Summed(DPOptimizer):
     """Leaves the clipped sum before any noise, in whole units, in `.total`."""
 
     total: Tensor

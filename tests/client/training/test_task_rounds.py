@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.common.errors import RefusalError
 from silotune.common.models.base import Network
@@ -386,7 +386,7 @@ def test_blocks_are_filled_wherever_records_are_private(
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     network, sizes = worker.model, []
     batches = Network.micro_batches
@@ -412,7 +412,7 @@ def test_blocks_are_filled_wherever_records_are_private(
         "bert",
         tmp_path,
         "north",
-        Ledger.in_memory("north", keys["north"]),
+        PrivacyLedger.in_memory("north", keys["north"]),
     )
     again = ask(filled, contract.rounds, start)
     for name, change in reply.arrays.items():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.worker import worker as workers
@@ -72,7 +72,7 @@ def told_of(
     for at, site in enumerate(WEIGHTS):
         file = write_rows(folder / f"{site}.csv", 60, seed=at)
         policy = permissive_policy(contract, site, file, None)
-        handles[site] = Worker(policy, contract, Ledger.in_memory(site, keys[site])).handle
+        handles[site] = Worker(policy, contract, PrivacyLedger.in_memory(site, keys[site])).handle
     shifted = {n: a + SHIFT for n, a in build(contract, None).initial_arrays().items()}
     run = Run(contract, Registry.create(folder / "run", contract), "run-1", shifted)
     seen: list[Arrays] = []
@@ -144,7 +144,7 @@ def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
     )
     policy = permissive_policy(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
     for shift in (1.0, 12.0, 3e4):
-        worker = Worker(policy, contract, Ledger.in_memory("north", keys))
+        worker = Worker(policy, contract, PrivacyLedger.in_memory("north", keys))
         start = build(contract, None).initial_arrays()
         for number, arrays in (
             (1, start),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.worker import release
 from silotune.common.contract.contract import Contract
@@ -84,7 +84,7 @@ def update(contract: Contract, charge: Charged | None = None, **given: Any) -> b
         "metrics": {"loss": 0.5},
         "epsilon": 1.0,
         "shapes": SHAPES,
-        "receipt": Ledger.in_memory("north").receipt(),
+        "receipt": PrivacyLedger.in_memory("north").receipt(),
         "sign": lambda _: bytes(64),
         **given,
     }

@@ -13,7 +13,7 @@ import pytest
 from silotune.client.operations import preflight
 from silotune.client.privacy import accountant
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
@@ -62,7 +62,7 @@ class Federation:
             site: write_rows(folder / f"{site}.csv", 60, seed=place)
             for place, site in enumerate(sites)
         }
-        self.ledgers = {s: Ledger.in_memory(s, self.keys[s]) for s in sites}
+        self.ledgers = {s: PrivacyLedger.in_memory(s, self.keys[s]) for s in sites}
         self.workers: dict[str, Worker] = {}
         self.permits: dict[str, Any] = {}
         for site in sites:
@@ -70,7 +70,7 @@ class Federation:
 
     def forget(self, site: str) -> None:
         """A new ledger for the site, and a worker on it."""
-        self.ledgers[site] = Ledger.in_memory(site, self.keys[site])
+        self.ledgers[site] = PrivacyLedger.in_memory(site, self.keys[site])
         self.restart(site)
 
     def restart(self, site: str) -> None:
@@ -625,9 +625,9 @@ def test_every_stage_of_an_unknown_agreement_is_refused(
 def test_the_roster_must_have_the_sites_own_key(federation: Federation) -> None:
     policy = permissive_policy(federation.contract, "north", federation.files["north"], None)
     with pytest.raises(RefusalError, match="names another key"):
-        Worker(policy, federation.contract, Ledger.in_memory("north", Keys.in_memory()))
+        Worker(policy, federation.contract, PrivacyLedger.in_memory("north", Keys.in_memory()))
     with pytest.raises(RefusalError, match="not in the contract's roster"):
-        Worker(policy, federation.contract, Ledger.in_memory("north"))
+        Worker(policy, federation.contract, PrivacyLedger.in_memory("north"))
 
 
 @pytest.mark.parametrize(
@@ -709,7 +709,7 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
         check_bound(adam, plan)
     policy = permissive_policy(tight, "north", federation.files["north"], None)
     with pytest.raises(RefusalError, match="does not fit"):
-        Worker(policy, tight, Ledger.in_memory("north", federation.keys["north"]))
+        Worker(policy, tight, PrivacyLedger.in_memory("north", federation.keys["north"]))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from silotune.client.privacy.accountant import Mechanism, epsilon, epsilon_at
 from silotune.client.privacy.budget import mechanism_of
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
@@ -271,7 +271,7 @@ def test_without_dp_only_where_the_owner_allows_it(
         update={"permits": allowing.permits.model_copy(update={"allow_without_dp": False})}
     )
     with pytest.raises(RefusalError, match="allow_without_dp") as refusal:
-        Worker(policy, contract, Ledger.in_memory("north"))
+        Worker(policy, contract, PrivacyLedger.in_memory("north"))
     assert refusal.value.code == "E203"
     header = ask(make_worker(contract, path)).header
     assert isinstance(header, Update)

@@ -137,7 +137,7 @@ def test_a_join_request_with_a_key_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Contract) -> None:
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.client.site.policy import load
 
     folder = tmp_path / "keys"
@@ -149,7 +149,7 @@ def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Co
         "delta = 1e-4\n[permits]\n"
     )
     assert load(site).name == "north"
-    ledger = Ledger.create(tmp_path / "state", keys, "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", keys, "north")
     sign(site, folder / "owner.key", 0)
     adopt(site, ledger, keys.owner)
     file = signature_file(site)
@@ -161,11 +161,11 @@ def test_a_signature_with_a_key_twice_is_none(tmp_path: Path, table_contract: Co
 
 def test_an_export_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
 
     folder = tmp_path / "keys"
     Keys.create(folder)
-    ledger = Ledger.create(tmp_path / "state", Keys.load(folder), "north")
+    ledger = PrivacyLedger.create(tmp_path / "state", Keys.load(folder), "north")
     lines = list(ledger.export())
     assert len(verify_export(lines)) == 1
     for at in range(len(lines)):
@@ -179,11 +179,11 @@ def test_an_exports_entry_with_a_key_twice_is_refused() -> None:
     """Also where the site itself wrote and signed it: two auditors must not read two numbers."""
     from silotune.client.privacy import ledger_entries
     from silotune.client.privacy.keys import Keys
-    from silotune.client.privacy.ledger import Ledger
+    from silotune.client.privacy.ledger import PrivacyLedger
     from silotune.common.protocol.messages import Receipt
 
     keys = Keys.in_memory()
-    ledger = Ledger.in_memory("north", keys)
+    ledger = PrivacyLedger.in_memory("north", keys)
     first, entry, _ = (json.loads(line) for line in ledger.export())
     body = entry["body"].replace("{", '{"site": "south", ', 1)
     assert ledger_entries._READ.validate_json(body, strict=True) == ledger.entries[0]

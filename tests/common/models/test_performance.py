@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site import policy as policies
 from silotune.client.site.policy import permissive_policy
 from silotune.client.training import dataset, dp_optimizer
@@ -185,7 +185,7 @@ def test_a_device_that_is_not_there_is_told(
     policy = permissive_policy(
         table_contract, "north", tmp_path / "rows.csv", None, Performance(device=device)
     )
-    ledger = Ledger.in_memory("north")
+    ledger = PrivacyLedger.in_memory("north")
     for _ in range(2):
         with pytest.raises(DataError) as again:
             Worker(policy, table_contract, ledger)
@@ -377,7 +377,7 @@ def test_the_default_settings_pass_the_bounds_of_the_self_test(
         policy = permissive_policy(
             lora_contract, "north", path, encoder_folder, Performance.model_validate(settings)
         )
-        assert not Worker(policy, lora_contract, Ledger.in_memory("north")).ledger.charges
+        assert not Worker(policy, lora_contract, PrivacyLedger.in_memory("north")).ledger.charges
 
 
 # What is agreed and what is a machine's own
@@ -392,7 +392,7 @@ def test_settings_are_no_part_of_a_contract(
         policy = permissive_policy(
             table_contract, "north", path, None, Performance.model_validate(settings)
         )
-        worker = Worker(policy, table_contract, Ledger.in_memory("north"))
+        worker = Worker(policy, table_contract, PrivacyLedger.in_memory("north"))
         assert worker.contract.hash == before
         assert worker.model.performance == policy.performance
     assert not {"performance", "micro_batch", "device"} & set(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Context
 
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.relay.client_app import relay_app
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
@@ -38,7 +38,7 @@ def new_workers(contract: Contract, write_rows: Rows, folder: Path) -> list[Work
                 contract, s.name, write_rows(folder / f"{s.name}.csv", 60, seed=i), None
             ),
             contract,
-            Ledger.in_memory(s.name),
+            PrivacyLedger.in_memory(s.name),
             insecure_seed=5,
         )
         for i, s in enumerate(contract.sites)

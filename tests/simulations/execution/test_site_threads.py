@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.models.factory import build
@@ -36,7 +36,7 @@ def test_a_run_on_three_lanes_is_the_run_on_one(tmp_path: Path) -> None:
             workers[site] = Worker(
                 policy,
                 contract,
-                Ledger.in_memory(site, keys[site]),
+                PrivacyLedger.in_memory(site, keys[site]),
                 insecure_seed=seed,
                 lane=lanes.of[site],
             )
