@@ -26,6 +26,7 @@ extensions = [
 exclude_patterns = ["project/progress.md"]
 html_theme = "furo"
 html_title = "Silotune"
+html_logo = html_favicon = "images/logo.svg"
 
 nb_execution_mode = (
     "off"  # notebooks are stored with their outputs; tests/test_notebooks.py runs them

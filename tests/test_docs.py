@@ -59,6 +59,8 @@ def test_every_command_and_option_is_there(generate: ModuleType, pages: dict[str
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert f"`{parameter.opts[0]}`" in pages["cli.md"], (path, parameter.opts)
+            elif isinstance(parameter, click.Argument):
+                assert f" | {parameter.help} |" in pages["cli.md"], (path, parameter.name)
 
 
 @pytest.mark.parametrize(

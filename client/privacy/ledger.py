@@ -1,4 +1,5 @@
-"""The privacy ledger: what a site's records have spent over their lifetime, on disk before it is spent.
+"""The privacy ledger: what a site's records have spent over their lifetime, on disk before it is
+spent.
 
 Guarantees, each with a test in tests/client/privacy/test_ledger.py and tests/system/test_kills.py:
 - An entry that `writing` has committed survives a crash of process or machine (SQLite, WAL,
@@ -128,8 +129,8 @@ class PrivacyLedger:
         self._database.executescript(
             "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, "
             "mac BLOB NOT NULL) STRICT;"
-            "CREATE TABLE record_sets (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints BLOB "
-            "NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
+            "CREATE TABLE record_sets (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints "
+            "BLOB NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
             "CREATE TABLE links (digest TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;"
         )
         with self.writing():

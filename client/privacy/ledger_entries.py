@@ -69,10 +69,10 @@ class Adopted(EntryBase):
 class Charged(EntryBase):
     """`steps` steps of a mechanism on the records of `record_set`; stands whatever happens next.
 
-    basis, rows: of the record_set; source: the file's name, for people. They stand in every charge and
-    not in an entry of their own when the records are new, so that the number of entries, which a
-    receipt shows, depends on requests alone. order: the Rényi order by which all is accounted, the
-    same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
+    basis, rows: of the record_set; source: the file's name, for people. They stand in every charge
+    and not in an entry of their own when the records are new, so that the number of entries, which
+    a receipt shows, depends on requests alone. order: the Rényi order by which all is accounted,
+    the same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
     noise_multiplier 0: without DP. adapter: SHA-256 of the adapter that the round began with, under
     secure aggregation (client/privacy/site_sets.py).
     """

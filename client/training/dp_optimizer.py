@@ -37,9 +37,8 @@ from silotune.client.training.per_sample_gradients import PER_EXAMPLE, Losses, g
 from silotune.client.training.privacy_units import Group, UnitBatch
 
 QUANTUM_LOG2 = -23  # binary logarithm of the unit of a sum, over what one unit of privacy can add
-NOISE_ROUNDING_LOG2 = (
-    -10
-)  # the same of the grain of a noised sum, over the noise's standard deviation
+# Binary logarithm of what a noised sum is rounded to, over the noise's standard deviation.
+NOISE_ROUNDING_LOG2 = -10
 SLACK = 2.0**-20  # of the clip norm: more than float32 can add when a gradient is scaled
 GHOST_SLACK = 1e-3  # the same for Opacus' ghost norms, where it is a guess
 

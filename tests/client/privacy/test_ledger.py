@@ -432,7 +432,8 @@ def test_fingerprints_of_another_type_are_refused(home: Home, change: str) -> No
     with home.tampering() as database:
         database.executescript(
             "CREATE TABLE loose AS SELECT * FROM record_sets; DROP TABLE record_sets;"
-            f"ALTER TABLE loose RENAME TO record_sets; UPDATE record_sets SET fingerprints = {change};"
+            f"ALTER TABLE loose RENAME TO record_sets;"
+            f" UPDATE record_sets SET fingerprints = {change};"
         )
     assert home.refuses()
 
