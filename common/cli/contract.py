@@ -7,12 +7,14 @@ import json
 import shlex
 import sys
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from pydantic import ValidationError
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.main import (
     emit,
     next_step,
@@ -36,8 +38,17 @@ if TYPE_CHECKING:
     from silotune.common.data.text_decoding import Reading
 
 
-# Named, not imported: a site's side loads only when its file's schema is asked for.
-SITE_POLICY = "silotune.client.site.policy"
+# The model of each other file, and the title of its schema. Named, not imported: a side loads only
+# when its file's schema is asked for.
+SCHEMAS = {
+    "site": ("silotune.client.site.policy", "Policy", "site.toml of a Silotune site"),
+    "server": (
+        "silotune.server.operations.server_folder",
+        "ServerSettings",
+        "server.toml of a Silotune server",
+    ),
+    "study": ("silotune.simulations.study.config", "Study", "Study of a Silotune recipe"),
+}
 
 
 @click.group()
@@ -45,18 +56,27 @@ def contract() -> None:
     """Draft, show or validate a contract."""
 
 
-CONTRACT = click.argument("contract", metavar="FILE|RUN|RECIPE", type=click.Path(path_type=Path))
+CONTRACT = click.argument(
+    "contract",
+    metavar="FILE|RUN|RECIPE",
+    type=click.Path(path_type=Path),
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="A contract's file, the folder of a run, or the name of a recipe.",
+)
 
 
 @contract.command()
 @CONTRACT
 @click.option("--json", "as_json", is_flag=True, help="Print the canonical form as JSON.")
 def show(contract: Path, as_json: bool) -> None:
-    """What a contract says, and its hash: of a file, of a run's folder, or of a recipe.
+    """Show what a contract says, and its hash.
 
     \b
-    $ silotune contract show heart.toml
-    heart-diagnosis  2ba6e7630193…
+    $ silotune contract show heart-diagnosis
+    heart-diagnosis  …
+      privacy  ε ≤ 8, δ = 0.0001 per record and site (RDP; add or remove one); clip …
+      rounds   30; quorum 3 of 4
+    …
     """
     found = named(contract)
     p = found.privacy
@@ -84,12 +104,18 @@ def show(contract: Path, as_json: bool) -> None:
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
-    """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
-    exit code 2 if there is any.
+    """Check a contract: a file, a run's folder, or a recipe.
+
+    Every problem is listed with its line; exit code 2 if there is any.
 
     What every site would refuse is found too (exit code 1): a bound that does not fit the noise
     and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
     that the model does not have.
+
+    \b
+    $ silotune contract validate heart-diagnosis
+    ✓ heart-diagnosis is valid  …
+    …
     """
     with busy(f"validating {contract.name or contract}"):
         from silotune.common.cli import contract_validation
@@ -110,10 +136,16 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
 
 
 @contract.command()
-@click.argument("file", default="contract", type=click.Choice(["contract", "site"]))
+@click.argument(
+    "file",
+    default="contract",
+    type=click.Choice(["contract", *SCHEMAS]),
+    help="The file whose schema is printed; a contract's if it is not given.",
+)
 def schema(file: str) -> None:
-    """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
+    """Print the JSON Schema of a contract, site.toml or another file.
 
+    It describes every key, in draft 2020-12.
     An editor that knows it completes and checks keys while a file is written. What depends on
     several keys at once is checked by `silotune contract validate` alone.
 
@@ -121,12 +153,20 @@ def schema(file: str) -> None:
     $ silotune contract schema > contract.schema.json
     $ silotune contract schema site > site.schema.json
     """
-    if file == "site":
-        policy = importlib.import_module(SITE_POLICY).Policy
-        found = types.json_schema(policy, "site.toml of a Silotune site")
-    else:
-        found = types.json_schema(contracts.Contract, "Contract of a Silotune federation")
-    echo(json.dumps(found, indent=1))
+    model, title = contracts.Contract, "Contract of a Silotune federation"
+    if file in SCHEMAS:
+        module, name, title = SCHEMAS[file]
+        model = getattr(importlib.import_module(module), name)
+    echo(json.dumps(types.json_schema(model, title), indent=1))
+
+
+def recipe_files() -> dict[str, Traversable]:
+    """The contract of each recipe: data of the package, whose code is not loaded."""
+    return {
+        folder.name: folder / "contract.toml"
+        for folder in resources.files("silotune.simulations.recipes").iterdir()
+        if (folder / "contract.toml").is_file()
+    }
 
 
 def named(name: Path) -> Contract:
@@ -137,11 +177,7 @@ def named(name: Path) -> Contract:
     """
     if (name / "contract.json").is_file():
         return contracts.load(name / "contract.json")
-    recipes = {
-        folder.name: folder / "contract.toml"
-        for folder in resources.files("silotune.simulations.recipes").iterdir()
-        if (folder / "contract.toml").is_file()  # data of the package: no code of it is loaded
-    }
+    recipes = recipe_files()
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
     if (name / "variants").is_dir():
@@ -173,7 +209,9 @@ def named(name: Path) -> Contract:
 )
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option(
-    "--task", help="classification, multi-label, tokens, regression, ranking or language."
+    "--task",
+    shell_complete=known(lambda _: _tasks()),
+    help="classification, multi-label, tokens, regression, ranking or language.",
 )
 @click.option("--label", help="The column that holds what is to be learnt.")
 @click.option(
@@ -377,3 +415,9 @@ def _answers(given: dict[str, Any]) -> Answers:
         return Answers.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise contract_error(error, "the answers", Answers) from None
+
+
+def _tasks() -> tuple[str, ...]:
+    from silotune.common.contract.drafting import Answers
+
+    return get_args(Answers.model_fields["task"].annotation)

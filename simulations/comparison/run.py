@@ -370,4 +370,8 @@ def _set_aside(folder: Path) -> None:
     """Rename an older run out of the way: nothing that was written is lost."""
     if folder.exists():
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
-        folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
+        name, number = f"{folder.name}-{stamp}", 1
+        while folder.with_name(name).exists():  # of the same second
+            number += 1
+            name = f"{folder.name}-{stamp}-{number}"
+        folder.rename(folder.with_name(name))

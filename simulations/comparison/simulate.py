@@ -116,7 +116,7 @@ def simulate(
     )
     check_device(options.performance)
     reading = Reading.of(encoding, delimiter, "{key}={value!r}")
-    with _recipe(contract, data, site, reading) as recipe, _local_notes():
+    with _local_notes(), _recipe(contract, data, site, reading) as recipe:
         options.variants = _variants(recipe, baselines)
         place = Path("runs") / recipe.name if folder is None else Path(folder)
         command = _command(recipe, options, baselines)
@@ -158,7 +158,7 @@ def _recipe(
     if isinstance(contract, Contract):
         if data is None:
             raise UsageError("data is missing: name the contract's records, data=DataFrame.")
-        with tempfile.TemporaryDirectory(prefix="silotune-") as place, _local_notes():
+        with tempfile.TemporaryDirectory(prefix="silotune-") as place:
             table, site = _table(data, site, contract, Path(place))
             if not isinstance(data, str | Path):
                 reading = Reading()  # of the file that was just written

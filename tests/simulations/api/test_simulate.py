@@ -310,7 +310,8 @@ def test_what_records_say_is_a_note_of_the_error(
     with pytest.raises(DataError) as caught:
         st.simulate(contract, rows, site="hospital", folder=tmp_path / "run", progress=False)
     assert "perhaps" not in str(caught.value)
-    assert "perhaps" in "".join(caught.value.__notes__)
+    (note,) = caught.value.__notes__
+    assert "perhaps" in note
 
 
 def test_a_result_as_a_table() -> None:

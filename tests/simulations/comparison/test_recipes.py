@@ -276,6 +276,18 @@ def test_without_the_data_and_without_a_network(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_runs_of_the_same_second_are_set_aside_one_by_one(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / "demo"
+        folder.mkdir()
+        (folder / "result.json").write_text(str(number))
+        os.utime(folder, (1_000_000_000, 1_000_000_000))
+        _set_aside(folder)
+    stamp = "demo-20010909-014640"
+    kept = {path.name: (path / "result.json").read_text() for path in tmp_path.iterdir()}
+    assert kept == {stamp: "0", f"{stamp}-2": "1", f"{stamp}-3": "2"}
+
+
 def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "result.json").write_text("{}")
