@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 
 from silotune.common.runtime.lazy_names import lazy_names
 
-__all__ = ["DPOptimizer", "Mechanism", "Policy", "PrivacyLedger", "Worker", "accountant"]
+__all__ = [
+    "DPOptimizer",
+    "Mechanism",
+    "Policy",
+    "PrivacyLedger",
+    "RDPAccountant",
+    "Worker",
+    "accountant",
+]
 
 if TYPE_CHECKING:
     from silotune.client.privacy import accountant
     from silotune.client.privacy.accountant import Mechanism
     from silotune.client.privacy.ledger import PrivacyLedger
+    from silotune.client.privacy.rdp_accountant import RDPAccountant
     from silotune.client.site.policy import Policy
     from silotune.client.training.dp_optimizer import DPOptimizer
     from silotune.client.worker.worker import Worker
@@ -21,10 +30,11 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "DPOptimizer": "silotune.client.training.dp_optimizer:CryptoNoiseOptimizer",
+            "DPOptimizer": "silotune.client.training.dp_optimizer:DPOptimizer",
             "Mechanism": "silotune.client.privacy.accountant:Mechanism",
             "Policy": "silotune.client.site.policy:Policy",
-            "PrivacyLedger": "silotune.client.privacy.ledger:Ledger",
+            "PrivacyLedger": "silotune.client.privacy.ledger:PrivacyLedger",
+            "RDPAccountant": "silotune.client.privacy.rdp_accountant:RDPAccountant",
             "Worker": "silotune.client.worker.worker:Worker",
             "accountant": "silotune.client.privacy.accountant",
         },

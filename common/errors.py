@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     CONFIG_INVALID = "E103"
     SITE_ALREADY_RUNNING = "E104"
     FILE_ACCESS_DENIED = "E105"
+    COMMAND_LINE_INVALID = "E106"
 
     CONTRACT_NOT_ACCEPTED = "E201"
     REQUEST_NOT_IN_PLAN = "E202"
@@ -107,6 +108,10 @@ CODES: dict[ErrorCode, str] = {
         "names the file, the reason and the number of the user. Give that user access to the file "
         "and to each folder above it (`namei -l FILE` lists them), or run the command as the "
         "user whose file it is."
+    ),
+    ErrorCode.COMMAND_LINE_INVALID: (
+        "An argument or an option of the command line is missing, is given too often, or has a "
+        "value that it does not take. The message names it; the command's --help describes it."
     ),
     ErrorCode.CONTRACT_NOT_ACCEPTED: (
         "The site takes part only in contracts it knows by hash. Compare the operator's file with "
@@ -325,7 +330,8 @@ CODES: dict[ErrorCode, str] = {
 
 
 class SilotuneError(Exception):
-    """Base of all errors. `code` is stable and explained by CODES; the message is one sentence."""
+    """Base of all errors. `code` is stable and explained by CODES; the message is one sentence.
+    `problems` are all sentences there are, where several things can be wrong at once; else none."""
 
     default_code: ClassVar[ErrorCode] = ErrorCode.UNEXPECTED
     exit_code: ClassVar[int] = 1
@@ -333,6 +339,7 @@ class SilotuneError(Exception):
     def __init__(self, message: str, *, code: ErrorCode | None = None) -> None:
         super().__init__(message)
         self.code = code or self.default_code
+        self.problems: list[str] = []
 
 
 class UsageError(SilotuneError):

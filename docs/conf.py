@@ -16,7 +16,7 @@ project = "Silotune"
 copyright = "the authors of Silotune"
 release = version = metadata.version("silotune")
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -26,7 +26,11 @@ extensions = [
 exclude_patterns = ["project/progress.md"]
 html_theme = "furo"
 html_title = "Silotune"
+html_logo = html_favicon = "images/logo.svg"
 
+nb_execution_mode = (
+    "off"  # notebooks are stored with their outputs; tests/test_notebooks.py runs them
+)
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 # A block without a language is commands or output: no highlighter has to guess.

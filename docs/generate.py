@@ -26,7 +26,7 @@ from silotune.common import errors
 from silotune.common.cli.main import silotune
 from silotune.common.contract.contract import Contract
 from silotune.server.cli import init as server_init
-from silotune.server.operations.server_folder import ServerFolder
+from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
 from silotune.simulations.study.config import Study
@@ -55,6 +55,7 @@ def pages() -> dict[str, str]:
         "contract.md": contract(),
         "contract.schema.json": CliRunner().invoke(silotune, ["contract", "schema"]).output,
         "site.md": site(),
+        "server.md": server(),
         "errors.md": codes(),
         "metrics.md": metrics(),
     }
@@ -234,6 +235,17 @@ contract, never widen one. After each change run `silotune site sign`. For edito
 """
 
 
+def server() -> str:
+    return f"""# server.toml
+
+{NOTE} The addresses of a server. `silotune server init` writes the file from its options; after a
+change restart `silotune server start`. For editors: `silotune contract schema server` prints a
+JSON Schema.
+
+{tables_of(ServerSettings, "Keys")}
+"""
+
+
 # The command line
 
 # click keeps a command's help option as it is first asked for it, for the whole process.
@@ -268,8 +280,11 @@ def cli() -> str:
     made = [
         "# Command line",
         f"{NOTE} Every command has `--help`. Commands that print facts have `--json`. Exit codes: "
-        "0 done, 1 failed, 2 usage. An error is one sentence with a code; `silotune explain CODE` "
-        "says what to do, and [Error codes](errors.md) lists all of them.",
+        "0 done, 1 failed, 2 usage, 130 interrupted. An error is one sentence with a code; "
+        "`silotune explain CODE` says what to do, and [Error codes](errors.md) lists all of them. "
+        "With `--json` an error is the last line of standard error, one object: "
+        '`{"error": {"code", "message", "exit_code"}}`, and a list `problems` in it if there are '
+        "several. Colours appear on a terminal alone, and never with `NO_COLOR` set.",
     ]
     for path, command in commands():
         with click.Context(command, info_name=" ".join(path), **SETTINGS) as context:
@@ -278,6 +293,14 @@ def cli() -> str:
             usage = " ".join(command.collect_usage_pieces(context))
             made.append(f"```text\n{' '.join(path)} {usage}\n```")
             made.append(help_as_markdown(command.help or ""))
+            arguments = [p for p in command.params if isinstance(p, click.Argument)]
+            if arguments:
+                rows = ["| argument | description |", "|---|---|"]
+                rows += [
+                    f"| `{cell(one.make_metavar(context))}` | {cell(one.help or '')} |"
+                    for one in arguments
+                ]
+                made.append("\n".join(rows))
             options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
             if options:
                 rows = ["| option | default | description |", "|---|---|---|"]
@@ -399,7 +422,12 @@ def _as_rst(lines: list[str]) -> Iterator[str]:
 
 def undescribed() -> Iterator[str]:
     """Settings and options of which nothing is said."""
-    for file, model in (("contract.toml", Contract), ("site.toml", Policy), ("study", Study)):
+    for file, model in (
+        ("contract.toml", Contract),
+        ("site.toml", Policy),
+        ("server.toml", ServerSettings),
+        ("study", Study),
+    ):
         for name, _, rows in settings(model):
             for setting in rows:
                 if not setting.about:

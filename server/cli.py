@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.main import (
     emit,
     next_step,
@@ -45,6 +46,12 @@ FOLDER = click.option(
 )
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
+)
+RUN = click.argument(
+    "name",
+    metavar="RUN",
+    shell_complete=known(lambda context: _run_names(context.params.get("folder", Path()))),
+    help="Name of a run, as `silotune server status` lists it.",
 )
 LOOK_SECONDS = 0.5
 SHOWN = ("loss", "accuracy", "auc")  # of the public rows
@@ -78,12 +85,12 @@ def server() -> None:
 def init(
     host: str, port: int, link_port: int, metrics_port: int | None, folder: Path, as_json: bool
 ) -> None:
-    """Make a server: a certificate authority, the server's certificate, an empty roster.
+    """Make a server: a CA, its certificate, an empty roster.
 
     \b
     $ silotune server init --host fl.example.org --folder federation
     ✓ CA and certificate for fl.example.org in federation (keys 0600; they stay here)
-    CA fingerprint  91:0C…  (read it out to each site)
+    CA fingerprint  …  (read it out to each site)
     next:   send federation/ca.crt to the sites, …, then: silotune server add REQUEST …
     """
     from silotune.common.config import types
@@ -124,12 +131,18 @@ def init(
 
 
 @server.command()
-@click.argument("request", type=click.Path(path_type=Path))
+@click.argument(
+    "request",
+    type=click.Path(path_type=Path),
+    help="The request file (NAME.request.json) that the site sent.",
+)
 @click.option("--fingerprint", required=True, help="As the site's administrator reads it out.")
 @FOLDER
 @JSON
 def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
-    """Add a site to the roster, if its request is the one that the site made.
+    """Add a site to the roster.
+
+    The fingerprint shows that the request is the one that the site made.
 
     \b
     $ silotune server add hospital-a.request.json --fingerprint A8:26:…:CC
@@ -159,7 +172,7 @@ def add(request: Path, fingerprint: str, folder: Path, as_json: bool) -> None:
 @server.command()
 @FOLDER
 def fingerprint(folder: Path) -> None:
-    """Print what to read out to the sites: the fingerprint of the CA.
+    """Print the fingerprint of the CA, to read out to the sites.
 
     \b
     $ silotune server fingerprint --folder federation
@@ -179,7 +192,11 @@ def fingerprint(folder: Path) -> None:
 
 
 @server.command("contract")
-@click.argument("draft", type=click.Path(path_type=Path))
+@click.argument(
+    "draft",
+    type=click.Path(path_type=Path),
+    help="A contract's file whose sites have no keys yet.",
+)
 @click.option(
     "--unmasked",
     is_flag=True,
@@ -193,7 +210,9 @@ def fingerprint(folder: Path) -> None:
 @FOLDER
 @JSON
 def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json: bool) -> None:
-    """Make the contract that the sites get: a draft with the keys of the sites in the roster.
+    """Make the contract that the sites get, from a draft.
+
+    It has the keys of the sites in the roster.
 
     \b
     $ silotune server contract heart.toml --folder federation
@@ -277,7 +296,11 @@ def start(folder: Path, log_json: bool) -> None:
 
 
 @server.command()
-@click.argument("contract", type=click.Path(path_type=Path))
+@click.argument(
+    "contract",
+    type=click.Path(path_type=Path),
+    help="The contract's file that `silotune server contract` made.",
+)
 @click.option("--run", "name", help="The run's name; by default the contract's, with the time.")
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
@@ -291,7 +314,9 @@ def run(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Carry out a contract with the sites that are connected, and show its rounds.
+    """Carry out a contract with the sites that are connected.
+
+    Its rounds are shown until it ends.
 
     \b
     $ silotune server run heart.toml --folder federation
@@ -311,7 +336,7 @@ def run(
 
 
 @server.command()
-@click.argument("name")
+@RUN
 @click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
@@ -325,8 +350,9 @@ def resume(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Go on with a run that stopped, from its last whole round. Sites answer what they were asked
-    before with what they answered then.
+    """Go on with a run that stopped, from its last whole round.
+
+    Sites answer what they were asked before with what they answered then.
 
     \b
     $ silotune server resume heart-diagnosis-20261122-1015 --folder federation
@@ -348,11 +374,12 @@ def resume(
 
 
 @server.command()
-@click.argument("name", metavar="RUN")
+@RUN
 @FOLDER
 def stop(name: str, folder: Path) -> None:
-    """Stop a run. The open round is given up; what was committed is kept, and what a site was
-    charged stays spent.
+    """Stop a run.
+
+    The open round is given up; what was committed is kept, and what a site was charged stays spent.
 
     \b
     $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
@@ -383,7 +410,7 @@ def stop(name: str, folder: Path) -> None:
 @FOLDER
 @JSON
 def status(folder: Path, as_json: bool) -> None:
-    """The runs of this server and where each stands.
+    """List the runs of this server and where each stands.
 
     \b
     $ silotune server status --folder federation
@@ -397,6 +424,10 @@ def status(folder: Path, as_json: bool) -> None:
         for s in found
     )
     emit({"runs": found}, as_json, text or "no run yet")
+
+
+def _run_names(folder: Path) -> list[str]:
+    return sorted({file.parent.name for file in folder.glob("runs/*/events.jsonl")})
 
 
 def _runs(place: ServerFolder) -> list[Path]:

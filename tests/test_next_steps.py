@@ -350,7 +350,15 @@ def stopped_run(scene: Scene, monkeypatch: pytest.MonkeyPatch, table_contract: C
 
 
 def recipes(scene: Scene) -> None:
-    scene.follow(scene.says("sim", "ls"))
+    assert "four hospitals" in scene.follow(
+        scene.says("sim", "ls").replace("card-fraud", "heart-diagnosis")
+    )
+
+
+def recipe_shown(scene: Scene) -> None:
+    said = scene.says("sim", "show", "card-fraud")
+    assert "card-fraud" in scene.follow(said)
+    assert "next:   silotune sim run card-fraud --quick" in said
 
 
 def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +381,7 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
         },
         folder,
     )
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.replace("\\\n" + " " * 8, "")  # as a shell reads it
     assert table_contract.hash in scene.follow(said)
     used, shown = re.findall(r"^next:.*$", said, re.M)
     assert " contract show " in shown
@@ -582,6 +590,7 @@ CASES: dict[str, Callable[..., None]] = {
     "server/cli.py:_reach": no_server,
     "server/cli.py:stop": server_stop,
     "simulations/cli.py:sim_ls": recipes,
+    "simulations/cli.py:sim_show": recipe_shown,
     "simulations/comparison/progress.py:adapter_step": used_adapter,
     "simulations/comparison/progress.py:finish": simulated,
 }

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # docs/generate.py writes these when the site is built.
 GENERATED = {
-    f"docs/reference/{name}.md" for name in ("cli", "contract", "site", "errors", "metrics")
+    f"docs/reference/{name}.md"
+    for name in ("cli", "contract", "site", "server", "errors", "metrics")
 }
 # A note from one working session to the next, no page.
 NOTES = {"docs/project/progress.md"}
@@ -28,6 +29,7 @@ PAGES = sorted(
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     if path.relative_to(ROOT).as_posix() not in GENERATED | NOTES
 )
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 HEAVY = ("silotune sim run", "silotune sim compare", "silotune server start")
 
 
@@ -74,6 +76,15 @@ def test_the_readme_in_chinese_has_the_same_commands() -> None:
     lines = [line for line in text.splitlines() if line.startswith(("silotune ", "make "))]
     assert len(lines) >= 5
     assert set(lines) <= set(README.splitlines())
+
+
+def test_the_glossary_in_chinese_has_the_same_terms() -> None:
+    english = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("{glossary}")[1]
+    chinese = (ROOT / "docs" / "glossary.zh-CN.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^(\S.*)\n    ", english, re.M)
+    rows = re.findall(r"^\| (.+?) \|", chinese, re.M)
+    assert len(terms) > 20
+    assert rows[1:] == terms  # the first row is the table's head
 
 
 def test_the_readme_is_short() -> None:

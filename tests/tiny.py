@@ -32,7 +32,7 @@ from silotune.common.model_files import model_folder
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
 
-WORDS = ["pain", "in", "the", "chest", "variant", "left", "right", "no", "today", "burn"]
+WORDS = ["pain", "in", "the", "chest", "arm", "left", "right", "no", "today", "burn"]
 PIECES = ["##ing", "##s", "##ed"]
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

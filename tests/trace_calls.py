@@ -8,6 +8,7 @@ of them that enter the contract. Loops count once: equal (caller, line, callee) 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import threading
@@ -91,6 +92,9 @@ def simulation(folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

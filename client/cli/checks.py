@@ -8,16 +8,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from silotune.common.cli.main import emit
+from silotune.common.runtime.check import table
 from silotune.common.runtime.terminal import busy, echo
-
-SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 
 
 def show(
     config: Path,
     contract: Path,
     *,
-    say: Callable[[str], None] = echo,
+    write_line: Callable[[str], None] = echo,
     as_json: bool = False,
     local: bool = False,
     network: bool = False,
@@ -27,7 +26,7 @@ def show(
     Args:
         config: the site's policy.
         contract: the contract's file.
-        say: prints a line.
+        write_line: prints a line.
         as_json: print one JSON object instead of lines.
         local: also what no log may hold.
         network: also whether the server can be reached.
@@ -43,25 +42,13 @@ def show(
 
         rows = rows_of(SiteFolder.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
-    warnings = sum(row.state == "warning" for row in rows)
-    wide = max(len(row.name) for row in rows)
-    lines = [f"  {'Check':<{wide}}  Result"]
-    for row in rows:
-        lines.append(f"{SIGNS[row.state]} {row.name:<{wide}}  {row.result}")
-        if row.local and local:
-            lines.append(f"  {'':<{wide}}  on your screen only: {row.local}")
-        if row.fix and row.state != "ok":
-            lines.append(f"  {'':<{wide}}  → {row.fix}")
-    lines.append(
-        f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
-        f"{warnings} warning{'s' * (warnings != 1)}. No record was sent, nothing was spent."
-    )
+    lines = table(rows, local=local, end="No record was sent, nothing was spent.")
     shown = [row if local else replace(row, local="") for row in rows]
     if as_json:
         emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
     else:
         for line in lines:
-            say(line)
+            write_line(line)
     return not problems
 
 

@@ -37,7 +37,11 @@ CONFIG = click.option(
     type=_PolicyFile(),
     help="The site's policy, or its folder.",
 )
-CONTRACT = click.argument("contract", type=click.Path(path_type=Path))
+CONTRACT = click.argument(
+    "contract",
+    type=click.Path(path_type=Path),
+    help="The contract's file, as the operator sent it to the site.",
+)
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
 )

@@ -15,7 +15,11 @@ from silotune.common.runtime.terminal import echo
 
 
 @click.command()
-@click.argument("released", type=click.Path(path_type=Path))
+@click.argument(
+    "released",
+    type=click.Path(path_type=Path),
+    help="The operator's folder of the run: contract.json and adapter.safetensors.",
+)
 @click.option("--run", "name", help="Which run, if the ledger has several of this contract.")
 @CONFIG
 @click.option(
@@ -27,9 +31,10 @@ from silotune.common.runtime.terminal import echo
 )
 @JSON
 def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool) -> None:
-    """Put what a run left at this site (`personal` in the contract, or method fedsa) into the
-    adapter that it released. RELEASED is the operator's folder: contract.json,
-    adapter.safetensors. What it writes is used like any run's folder (silotune adapter).
+    """Make this site's own model from the adapter of a run.
+
+    What the run left at this site (`personal` in the contract, or method fedsa) is put into the
+    adapter that it released. What it writes is used like any run's folder (silotune adapter).
 
     It is as private as what left the site: trained with the same noise, and paid for; under a
     contract without DP as trained.

@@ -43,8 +43,10 @@ MARKS = {"refused": "✗"}  # what was done with rows; all else is a warning
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: counts of private records.")
 def prepare(contract: Path, config: Path, out: Path | None, as_json: bool) -> None:
-    """Check all records against a contract, clean them by [prepare] in site.toml, and write them
-    with a report. Both stay here; nothing is sent, nothing is spent.
+    """Check and clean the records, and write them with a report.
+
+    They are checked against the contract and cleaned by [prepare] in site.toml. Records and report
+    stay here; nothing is sent, nothing is spent.
 
     \b
     $ silotune site prepare heart.toml

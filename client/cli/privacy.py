@@ -24,7 +24,7 @@ def privacy() -> None:
 @CONFIG
 @JSON
 def spent(config: Path, as_json: bool) -> None:
-    """What the site's records have spent, for each file that was ever charged.
+    """Show what the site's records have spent, file by file.
 
     \b
     $ silotune privacy spent
@@ -142,7 +142,7 @@ def plan(
     steps: int,
     as_json: bool,
 ) -> None:
-    """The noise a target epsilon needs, or the epsilon that a noise costs.
+    """Compute the noise that an epsilon needs, or the reverse.
 
     \b
     $ silotune privacy plan --epsilon 8 --delta 1e-4 --sampling-rate 0.25 --steps 30
@@ -231,12 +231,17 @@ def plan(
 
 
 @privacy.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument(
+    "file",
+    required=False,
+    type=click.Path(path_type=Path),
+    help="An export of a ledger (`silotune privacy export`), instead of the site's own ledger.",
+)
 @CONFIG
 @click.option("--public-key", help="The site's key, as the auditor knows it (with FILE).")
 @JSON
 def verify(file: Path | None, config: Path, public_key: str | None, as_json: bool) -> None:
-    """Walk the chain: of the site's ledger, or offline of an export in FILE.
+    """Verify the chain of the site's ledger, or of an export.
 
     \b
     $ silotune privacy verify
@@ -269,11 +274,14 @@ def verify(file: Path | None, config: Path, public_key: str | None, as_json: boo
 
 
 @privacy.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument(
+    "file", type=click.Path(path_type=Path), help="The .jsonl file to write, which must not exist."
+)
 @CONFIG
 def export(file: Path, config: Path) -> None:
-    """Write the ledger's entries for an auditor: names of files and numbers of rows, but no record
-    and no fingerprint.
+    """Write the ledger's entries for an auditor.
+
+    They have names of files and numbers of rows, but no record and no fingerprint.
 
     \b
     $ silotune privacy export ledger.jsonl

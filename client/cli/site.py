@@ -56,14 +56,15 @@ site.add_command(worker)
 )
 @JSON
 def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
-    """Make a site: its keys, an empty ledger, and a commented policy to edit.
+    """Make a site: keys, an empty ledger, and a policy to edit.
 
     \b
     $ silotune site init --name hospital-a --folder hospital-a
     ✓ keys made in hospital-a/keys (0600); they stay here
     ✓ policy  hospital-a/site.toml
     ✓ request hospital-a/hospital-a.request.json, for the operator: public parts only
-    fingerprint  A8:26:…:CC  (read it out to the operator)
+    ! records …/hospital-a/records.csv is not there yet: …
+    fingerprint  …  (read it out to the operator)
     next:   edit hospital-a/site.toml, then: silotune site sign --config hospital-a/site.toml
     """
     from cryptography.hazmat.primitives import serialization
@@ -162,7 +163,9 @@ def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
 @site.command()
 @CONFIG
 def fingerprint(config: Path) -> None:
-    """Print what to read out to the operator: the fingerprint of this site's request.
+    """Print the fingerprint of this site's request.
+
+    The site's administrator reads it out to the operator, who compares it (server add).
 
     \b
     $ silotune site fingerprint
@@ -210,7 +213,7 @@ def join_(
     settings: tuple[str, ...],
     key: Path | None,
 ) -> None:
-    """Permit a contract and the way to its server, in site.toml, and sign it as the owner.
+    """Permit a contract and its server in site.toml, and sign it.
 
     \b
     $ silotune site join heart.json --server fl.example.org:8443 --ca ca.crt --fingerprint 91:0C:…
@@ -245,10 +248,11 @@ def join_(
 @KEY
 @JSON
 def sign(config: Path, key: Path | None, as_json: bool) -> None:
-    """Sign the policy as its owner; from now on runs begin under this version and no earlier one.
+    """Sign the policy as its owner.
 
-    A worker that is running finishes the run it has begun, as far as this version permits it:
-    refusals and tighter limits hold at once. It takes part in another run after its next start.
+    From now on runs begin under this version and no earlier one. A worker that is running finishes
+    the run it has begun, as far as this version permits it: refusals and tighter limits hold at
+    once. It takes part in another run after its next start.
 
     \b
     $ silotune site sign
@@ -293,8 +297,9 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
 @CONFIG
 @JSON
 def check(contract: Path, config: Path, as_json: bool) -> None:
-    """Prove that this site can take part in a contract. The server gets a greeting, nothing else;
-    nothing is spent.
+    """Prove that this site can take part in a contract.
+
+    The server gets a greeting, nothing else; nothing is spent.
 
     \b
     $ silotune site check heart.toml
@@ -344,7 +349,7 @@ def start(
     metrics_port: int | None,
     log_json: bool,
 ) -> None:
-    """Check, then run the worker and the relay until they are stopped.
+    """Check, then run worker and relay until they are stopped.
 
     \b
     $ silotune site start heart.toml --worker-user silotune --relay-user silotune-relay
@@ -412,16 +417,20 @@ def admission(address: str, ca: Path, key: Path) -> None:
 @CONFIG
 @click.option("--port", type=PORT, required=True, help="Port on 127.0.0.1 that serves the metrics.")
 def metrics(config: Path, port: int) -> None:
-    """Serve /metrics and /healthz of a worker that runs elsewhere on this machine, until stopped.
-    As the worker's user; `site start --metrics-port` needs no such process.
+    """Serve the metrics of a worker until stopped.
+
+    /metrics and /healthz are those of a worker that another process of this machine runs, as the
+    same user. `site start --metrics-port` needs no such process.
 
     \b
     $ silotune site metrics --config /var/lib/silotune/site.toml --port 9464
     http://127.0.0.1:9464/metrics
     """
     from silotune.client.operations.telemetry import FILE, SiteMonitor
+    from silotune.client.site import policy_file
     from silotune.common.runtime import prometheus
 
+    policy_file.require(config)
     file = config.resolve().parent / "state" / FILE  # not by Site, which loads torch
     if not file.parent.is_dir() or file.parent.stat().st_uid != os.geteuid():
         raise UsageError(

@@ -12,9 +12,8 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from silotune.client.operations.server_probe import shake
 from silotune.client.privacy import accountant, record_ids
@@ -39,24 +38,13 @@ from silotune.common.data import records, sql_source
 from silotune.common.data.records import Records
 from silotune.common.errors import DataError, ErrorCode, RefusalError, SilotuneError, counted
 from silotune.common.model_files.model_source import SOURCES
+from silotune.common.runtime.check import Check
 from silotune.common.tokenization import token_lengths
 
 T = TypeVar("T")
 LEAST_DISK = 200 << 20  # bytes: a run's replies, the ledger and its log
 MOST_MEASURED = 4096  # records whose lengths are measured: some seconds of one core
 Fix = str | Callable[[SilotuneError], str]  # a remedy, or what gives the one for an error
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row. local: what only the owner may see, for the screen."""
-
-    name: str
-    state: Literal["ok", "warning", "problem"]
-    result: str
-    fix: str = ""
-    code: ErrorCode | Literal[""] = ""
-    local: str = ""
 
 
 class _Table:

@@ -8,7 +8,8 @@ What is shown: code that arrives with a Flower app runs on this machine and can 
 so nothing is shown that replies through the relay have not shown: how many requests of which kind
 got which code, how long they took (in tenths of a second; the relay's own clock is finer), the ε
 that updates have stated, when the worker was ready and when it last answered, the CA's expiry, and
-whether the two processes run. Left out on purpose, in addition to records, samples, losses and what is
+whether the two processes run. Left out on purpose, in addition to records, samples, losses and what
+is
 left of a budget: free disk and memory, which the cache of frozen outputs changes by the number of
 records (prometheus_client's own process metrics for that reason, too), and how long the worker
 took to start. `site check` and node_exporter tell the owner of disks.

@@ -188,8 +188,8 @@ class Budget:
 def overlaps(
     ledger: PrivacyLedger, records: RecordSet, more: Mapping[str, Links] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
-    """For each set of records that was ever charged, by its record_set's name, which of `records` it
-    holds [R]. All of them where the bases differ; and each holds those that cannot be traced
+    """For each set of records that was ever charged, by its record_set's name, which of `records`
+    it holds [R]. All of them where the bases differ; and each holds those that cannot be traced
     (`untraceable`). more: links by basis that the ledger does not have yet.
     """
     charged = {name: ledger.record_set(entry) for name, entry in ledger.record_sets().items()}

@@ -1,4 +1,5 @@
-"""The privacy ledger: what a site's records have spent over their lifetime, on disk before it is spent.
+"""The privacy ledger: what a site's records have spent over their lifetime, on disk before it is
+spent.
 
 Guarantees, each with a test in tests/client/privacy/test_ledger.py and tests/system/test_kills.py:
 - An entry that `writing` has committed survives a crash of process or machine (SQLite, WAL,
@@ -70,7 +71,18 @@ AnyEntry = TypeVar("AnyEntry", Opened, Adopted, Charged, Released, Prepared, Set
 
 
 class PrivacyLedger:
-    """The entries of one site, verified, in order. Use `create` once, then `open`."""
+    """The entries of one site, verified, in order: what its records have spent, over all runs.
+
+    Use `create` once, then `open`.
+
+    Attributes:
+        entries: All entries.
+        charges: Each charge, by contract, run, round and attempt.
+        releases: What left the site, by the number of its charge.
+        preparations: The files that `site prepare` made of others.
+        settled: The sets of sites of masked sums, by the number of the charge.
+        public: The site's public key; None for a ledger in memory without one.
+    """
 
     def __init__(self, database: sqlite3.Connection, keys: Keys, folder: Path | None) -> None:
         self._database, self._keys, self._folder = database, keys, folder
@@ -89,7 +101,19 @@ class PrivacyLedger:
 
     @classmethod
     def create(cls, folder: Path, keys: Keys, site: str) -> Self:
-        """A new ledger; RefusalError if the folder has one or the keys belong to another."""
+        """Make a site's ledger.
+
+        Args:
+            folder: Where to; it must not have a ledger.
+            keys: The site's keys, which no other ledger uses.
+            site: The site's name.
+
+        Returns:
+            The ledger, with its first entry.
+
+        Raises:
+            RefusalError: If the folder has one or the keys belong to another.
+        """
         make_private_folder(folder)
         path = folder / FILE
         if path.exists() or (keys.folder is not None and (keys.folder / "head").exists()):
@@ -113,8 +137,8 @@ class PrivacyLedger:
         self._database.executescript(
             "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, "
             "mac BLOB NOT NULL) STRICT;"
-            "CREATE TABLE record_sets (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints BLOB "
-            "NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
+            "CREATE TABLE record_sets (id TEXT PRIMARY KEY, columns TEXT NOT NULL, fingerprints "
+            "BLOB NOT NULL, counts BLOB NOT NULL, codes BLOB NOT NULL) STRICT;"
             "CREATE TABLE links (digest TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;"
         )
         with self.writing():
@@ -123,7 +147,18 @@ class PrivacyLedger:
 
     @classmethod
     def open(cls, folder: Path, keys: Keys) -> Self:
-        """Read and verify the whole ledger; RefusalError E212 if it is not whole."""
+        """Read and verify the whole ledger.
+
+        Args:
+            folder: Where it is.
+            keys: The site's keys, with which it was made.
+
+        Returns:
+            The ledger.
+
+        Raises:
+            RefusalError: E212 if it is not whole.
+        """
         ledger = cls(_connect(folder / FILE), keys, folder)
         with ledger._locked(NOTHING_SPENT):
             try:

@@ -69,10 +69,10 @@ class Adopted(EntryBase):
 class Charged(EntryBase):
     """`steps` steps of a mechanism on the records of `record_set`; stands whatever happens next.
 
-    basis, rows: of the record_set; source: the file's name, for people. They stand in every charge and
-    not in an entry of their own when the records are new, so that the number of entries, which a
-    receipt shows, depends on requests alone. order: the Rényi order by which all is accounted, the
-    same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
+    basis, rows: of the record_set; source: the file's name, for people. They stand in every charge
+    and not in an entry of their own when the records are new, so that the number of entries, which
+    a receipt shows, depends on requests alone. order: the Rényi order by which all is accounted,
+    the same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
     noise_multiplier 0: without DP. adapter: SHA-256 of the adapter that the round began with, under
     secure aggregation (client/privacy/site_sets.py).
     """
@@ -180,7 +180,7 @@ def verify_export(lines: Iterable[str], public: str | None = None) -> list[Entry
     """The entries of an export whose chain holds and ends in a receipt signed by its site.
 
     public: the site's key (hexadecimal) as the auditor knows it; without it the key in the file
-    is believed. RefusalError E212 otherwise. The MACs need the site's secret: `Ledger.open`.
+    is believed. RefusalError E212 otherwise. The MACs need the site's secret: `PrivacyLedger.open`.
     """
     try:
         first, *rows = [strict_json.loads(line) for line in lines]

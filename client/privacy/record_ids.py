@@ -10,8 +10,8 @@ A row can have further fingerprints, of the other forms in which its cells may h
 
 Basis: the columns a fingerprint is made of. With `key` columns (a patient's number) it is those
 alone: a corrected or relabelled row stays the same record. Without, it is every column of the file
-but those that only number the rows (whole numbers, each once: another export renumbers them); then a
-changed cell makes a new record, which is why the owner should name a key. Fingerprints of
+but those that only number the rows (whole numbers, each once: another export renumbers them); then
+a changed cell makes a new record, which is why the owner should name a key. Fingerprints of
 different bases cannot be compared: all their records count as the same ones (fail closed).
 
 The fingerprint is BLAKE2b with the site's own key, 128 bits: without the key it cannot be tried on
@@ -134,7 +134,8 @@ class RowPrints:
 
 
 def of_table(table: Table, key: Sequence[str], secret: bytes) -> RecordSet:
-    """The record_set of a file's rows. secret: 32 bytes, the site's own. DataError: no such column."""
+    """The record_set of a file's rows. secret: 32 bytes, the site's own. DataError: no such
+    column."""
     found = of_rows(table, basis_columns(table, key), secret, keyed=bool(key))
     prints, record = np.unique(found.fingerprints, return_inverse=True)
     owners, codes = record[found.decodings.owners], found.decodings.codes

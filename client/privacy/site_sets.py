@@ -50,7 +50,7 @@ class SiteSets:
         self, run: str, number: int, adapter: str, members: Collection[str], most_changes: int
     ) -> None:
         """RefusalError E220 if no sum of these members can be one that `settle` accepts. To be
-        called before a charge, within `Ledger.writing`.
+        called before a charge, within `PrivacyLedger.writing`.
 
         adapter: its digest (common/protocol/tensors.py). most_changes: permits.set_changes of the
         policy that was signed last; the smaller of the two holds.

@@ -85,8 +85,13 @@ def serve(
 ) -> None:
     """Answer on the socket until SIGTERM or SIGINT; `on_ready` is called just before."""
     on_ready()
-    config = uvicorn.Config(application(handle), log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    server(handle).run(sockets=[listener])
+
+
+def server(handle: Handle) -> uvicorn.Server:
+    """What answers on a socket of `listen`, once it is run."""
+    config = uvicorn.Config(application(handle), log_level="warning", access_log=False, ws="none")
+    return uvicorn.Server(config)
 
 
 def ask(path: Path, wire: bytes, timeout: float) -> bytes:

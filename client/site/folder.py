@@ -8,10 +8,8 @@ from typing import Self
 
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.site import signed_policy
+from silotune.client.site import policy_file, signed_policy
 from silotune.client.site.policy import Policy
-from silotune.common.cli.main import command
-from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.protocol.join_request import JoinRequest
 
 
@@ -24,20 +22,7 @@ class SiteFolder:
     @classmethod
     def at(cls, config: Path) -> Self:
         """The site whose policy is `config`. UsageError E102 if there is none."""
-        try:
-            config.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            remedy = command("site", "init", "--name", "NAME", "--folder", config.parent)
-            raise UsageError(
-                f"There is no site at {config}. Name its site.toml with --config, or make a site: "
-                f"{remedy}",
-                code=ErrorCode.CONFIG_UNREADABLE,
-            ) from None
-        except OSError as error:
-            raise UsageError(
-                f"Policy {config} cannot be read: {error.strerror}. Run this as the site's user.",
-                code=ErrorCode.CONFIG_UNREADABLE,
-            ) from None
+        policy_file.require(config)
         return cls(config)
 
     @property

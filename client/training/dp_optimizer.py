@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from opacus.optimizers import DPOptimizer
+from opacus import optimizers
 from torch import Tensor, nn
 
 from silotune.client.training.noise import NoiseSource
@@ -37,9 +37,8 @@ from silotune.client.training.per_sample_gradients import PER_EXAMPLE, Losses, g
 from silotune.client.training.privacy_units import Group, UnitBatch
 
 QUANTUM_LOG2 = -23  # binary logarithm of the unit of a sum, over what one unit of privacy can add
-NOISE_ROUNDING_LOG2 = (
-    -10
-)  # the same of the grain of a noised sum, over the noise's standard deviation
+# Binary logarithm of what a noised sum is rounded to, over the noise's standard deviation.
+NOISE_ROUNDING_LOG2 = -10
 SLACK = 2.0**-20  # of the clip norm: more than float32 can add when a gradient is scaled
 GHOST_SLACK = 1e-3  # the same for Opacus' ghost norms, where it is a guess
 
@@ -56,11 +55,22 @@ def add_gaussian_noise(total: Tensor, std: float, source: NoiseSource) -> Tensor
     return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
 
-class DPOptimizer(DPOptimizer):  # type: ignore[misc]
+class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
     """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64.
 
-    units, unclipped: how many units this batch had, and how many with a norm within the clip norm.
-    Both are private.
+    Args:
+        optimizer: The optimizer that takes the noised gradients.
+        source: Where the noise comes from.
+        noise_multiplier: The standard deviation of a step's noise in clip norms.
+        clip_norm: The largest norm of a unit's gradient.
+        divisor: What the noised sum is divided by: public, the expected size of a batch.
+
+    Attributes:
+        units: How many units this batch had. It is private.
+        unclipped: How many of them had a norm within the clip norm. It is private.
+
+    Raises:
+        ValueError: If the noise multiplier is not positive.
     """
 
     def __init__(

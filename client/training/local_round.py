@@ -54,8 +54,8 @@ def train_round(
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the
-    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `local_state`, which is
-    made of such.
+    noised sums of client/training/dp_optimizer.py and `_Measured` alone, and of `local_state`,
+    which is made of such.
 
     The change is the sum of the steps, not a difference of weights: as float32 that would lie on a
     grid as coarse as the adapter that the server chose, and of a weighted sum of few possible

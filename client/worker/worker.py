@@ -1,7 +1,8 @@
 """The worker: the process that holds a site's records and answers a closed set of requests.
 
 `handle` takes and gives bytes (common/protocol/messages.py). It never raises: what goes wrong
-inside leaves the site as a code and a random incident id, and is written to the site's own log only.
+inside leaves the site as a code and a random incident id, and is written to the site's own log
+only.
 
 A round in order: the request is checked, the ledger is charged, the round is computed, the reply's
 bytes are made durable, the ledger notes their release, they leave. A crash anywhere before the last

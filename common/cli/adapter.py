@@ -26,8 +26,16 @@ def adapter() -> None:
 
 ADAPTER, MODEL = "adapter.safetensors", "--model FOLDER"
 MOST_NAMED = 8  # variants, in an error
-_run = click.argument("run", type=click.Path(path_type=Path))
-_data = click.argument("data", type=click.Path(path_type=Path))
+_run = click.argument(
+    "run",
+    type=click.Path(path_type=Path),
+    help="The folder of a run, which holds contract.json and adapter.safetensors.",
+)
+_data = click.argument(
+    "data",
+    type=click.Path(path_type=Path),
+    help="A file of rows: CSV, JSON Lines, Parquet, Excel or CoNLL.",
+)
 _model = click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -69,14 +77,16 @@ def watch(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Read a stream of rows with a run's adapter and say which labels came more or less often, and
-    since when. RUN is a run's folder (contract.json, adapter.safetensors); DATA needs no labels.
+    """Find out which labels of a stream of rows changed, and when.
 
-    What it writes is computed from the rows without noise: it stays where they are.
+    The run's adapter predicts the label of each row of DATA, which needs no labels. What is written
+    is computed from the rows without noise: it stays where they are.
 
     \b
-    $ silotune adapter watch runs/market-sentiment/variants/federated-lora-0 stream.csv --model
-    MODEL earnings  row 1,607: 61 % → 30 % since row 1,498
+    $ silotune adapter watch runs/market-sentiment/variants/federated-lora-0 stream.csv
+    2,000 rows of stream.csv · 1 changes
+    earnings  row 1,607: 61% → 30% since row 1,498
+    picture  watch/watch.svg
     """
     from silotune.common.data import records
     from silotune.common.inference import drift, label_monitor
@@ -121,7 +131,9 @@ def watch(
 @adapter.command()
 @_run
 @_data
-@click.argument("queries", nargs=-1, required=True)
+@click.argument(
+    "queries", nargs=-1, required=True, help="Texts to rank the items for, each in quotes."
+)
 @_model
 @reading_options
 @click.option(
@@ -147,12 +159,14 @@ def search(
     index: Path | None,
     as_json: bool,
 ) -> None:
-    """Rank the items of DATA for each of the QUERIES, by the adapter of a run of a ranking with
-    input.by = "bi". DATA has a column of the items' texts, named as in the contract.
+    """Rank the items of DATA for each of the QUERIES.
+
+    The run is one of a ranking with input.by = "bi". DATA has a column of the items' texts, named
+    as in the contract.
 
     \b
-    $ silotune adapter search runs/recommend/variants/federated-lora-0 films.csv "woman, teens,
-    artist" 1.92  Schindler's List (1993): Drama, War
+    $ silotune adapter search runs/recommend/variants/federated-lora-0 films.csv "woman, artist"
+     1.92  Schindler's List (1993): Drama, War
     """
     from silotune.common.data import records
     from silotune.common.inference.retrieval import Index, check_contract
@@ -202,8 +216,13 @@ def answer(
     most: int,
     as_json: bool,
 ) -> None:
-    """Answer each row of DATA by the adapter of a run of a language model, greedily. Where DATA has
-    answers too it says how far they are from these: ROUGE-1 and ROUGE-L (Lin 2004), exact matches.
+    """Answer each row of DATA with the adapter of a language model.
+
+    Decoding is greedy. Where DATA has answers, too, these are compared: ROUGE-1 and ROUGE-L (Lin
+    2004), exact matches.
+
+    \b
+    $ silotune adapter answer runs/service-answers/variants/federated-lora-0 questions.csv --rows 5
     """
     from silotune.common.data import records
     from silotune.common.models import factory as models

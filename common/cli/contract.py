@@ -7,12 +7,14 @@ import json
 import shlex
 import sys
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from pydantic import ValidationError
 
+from silotune.common.cli.completion import known
 from silotune.common.cli.main import (
     emit,
     next_step,
@@ -24,17 +26,29 @@ from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
-from silotune.common.errors import DataError, UsageError, did_you_mean
+from silotune.common.errors import DataError, SilotuneError, UsageError, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import busy, echo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from silotune.common.contract.contract import Contract
+    from silotune.common.contract.drafting import Answers
     from silotune.common.data.text_decoding import Reading
 
 
-# Named, not imported: a site's side loads only when its file's schema is asked for.
-SITE_POLICY = "silotune.client.site.policy"
+# The model of each other file, and the title of its schema. Named, not imported: a side loads only
+# when its file's schema is asked for.
+SCHEMAS = {
+    "site": ("silotune.client.site.policy", "Policy", "site.toml of a Silotune site"),
+    "server": (
+        "silotune.server.operations.server_folder",
+        "ServerSettings",
+        "server.toml of a Silotune server",
+    ),
+    "study": ("silotune.simulations.study.config", "Study", "Study of a Silotune recipe"),
+}
 
 
 @click.group()
@@ -42,18 +56,27 @@ def contract() -> None:
     """Draft, show or validate a contract."""
 
 
-CONTRACT = click.argument("contract", metavar="FILE|RUN|RECIPE", type=click.Path(path_type=Path))
+CONTRACT = click.argument(
+    "contract",
+    metavar="FILE|RUN|RECIPE",
+    type=click.Path(path_type=Path),
+    shell_complete=known(lambda _: recipe_files(), files=True),
+    help="A contract's file, the folder of a run, or the name of a recipe.",
+)
 
 
 @contract.command()
 @CONTRACT
 @click.option("--json", "as_json", is_flag=True, help="Print the canonical form as JSON.")
 def show(contract: Path, as_json: bool) -> None:
-    """What a contract says, and its hash: of a file, of a run's folder, or of a recipe.
+    """Show what a contract says, and its hash.
 
     \b
-    $ silotune contract show heart.toml
-    heart-diagnosis  2ba6e7630193…
+    $ silotune contract show heart-diagnosis
+    heart-diagnosis  …
+      privacy  ε ≤ 8, δ = 0.0001 per record and site (RDP; add or remove one); clip …
+      rounds   30; quorum 3 of 4
+    …
     """
     found = named(contract)
     p = found.privacy
@@ -81,12 +104,18 @@ def show(contract: Path, as_json: bool) -> None:
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
-    """Check a contract: a file, a run's folder, or a recipe. Every problem is listed with its line,
-    exit code 2 if there is any.
+    """Check a contract: a file, a run's folder, or a recipe.
+
+    Every problem is listed with its line; exit code 2 if there is any.
 
     What every site would refuse is found too (exit code 1): a bound that does not fit the noise
     and, with the model's folder (--model, or the cache's of a packaged model), targets and layers
     that the model does not have.
+
+    \b
+    $ silotune contract validate heart-diagnosis
+    ✓ heart-diagnosis is valid  …
+    …
     """
     with busy(f"validating {contract.name or contract}"):
         from silotune.common.cli import contract_validation
@@ -107,10 +136,16 @@ def validate(contract: Path, model: Path | None, as_json: bool) -> None:
 
 
 @contract.command()
-@click.argument("file", default="contract", type=click.Choice(["contract", "site"]))
+@click.argument(
+    "file",
+    default="contract",
+    type=click.Choice(["contract", *SCHEMAS]),
+    help="The file whose schema is printed; a contract's if it is not given.",
+)
 def schema(file: str) -> None:
-    """Print the JSON Schema (draft 2020-12) of a contract, or of site.toml. It describes every key.
+    """Print the JSON Schema of a contract, site.toml or another file.
 
+    It describes every key, in draft 2020-12.
     An editor that knows it completes and checks keys while a file is written. What depends on
     several keys at once is checked by `silotune contract validate` alone.
 
@@ -118,12 +153,20 @@ def schema(file: str) -> None:
     $ silotune contract schema > contract.schema.json
     $ silotune contract schema site > site.schema.json
     """
-    if file == "site":
-        policy = importlib.import_module(SITE_POLICY).Policy
-        found = types.json_schema(policy, "site.toml of a Silotune site")
-    else:
-        found = types.json_schema(contracts.Contract, "Contract of a Silotune federation")
-    echo(json.dumps(found, indent=1))
+    model, title = contracts.Contract, "Contract of a Silotune federation"
+    if file in SCHEMAS:
+        module, name, title = SCHEMAS[file]
+        model = getattr(importlib.import_module(module), name)
+    echo(json.dumps(types.json_schema(model, title), indent=1))
+
+
+def recipe_files() -> dict[str, Traversable]:
+    """The contract of each recipe: data of the package, whose code is not loaded."""
+    return {
+        folder.name: folder / "contract.toml"
+        for folder in resources.files("silotune.simulations.recipes").iterdir()
+        if (folder / "contract.toml").is_file()
+    }
 
 
 def named(name: Path) -> Contract:
@@ -134,11 +177,7 @@ def named(name: Path) -> Contract:
     """
     if (name / "contract.json").is_file():
         return contracts.load(name / "contract.json")
-    recipes = {
-        folder.name: folder / "contract.toml"
-        for folder in resources.files("silotune.simulations.recipes").iterdir()
-        if (folder / "contract.toml").is_file()  # data of the package: no code of it is loaded
-    }
+    recipes = recipe_files()
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
     if (name / "variants").is_dir():
@@ -160,19 +199,19 @@ def named(name: Path) -> Contract:
 @click.option(
     "--from",
     "data",
-    required=True,
     type=click.Path(path_type=Path),
     help="A file with a header: CSV, JSON Lines, Parquet, Excel or CoNLL.",
 )
 @click.option(
     "--out",
-    required=True,
     type=click.Path(path_type=Path),
     help="The .toml file to write, which must not exist.",
 )
 @click.option("--name", help="Of the contract; the file's if not given.")
 @click.option(
-    "--task", help="classification, multi-label, tokens, regression, ranking or language."
+    "--task",
+    shell_complete=known(lambda _: _tasks()),
+    help="classification, multi-label, tokens, regression, ranking or language.",
 )
 @click.option("--label", help="The column that holds what is to be learnt.")
 @click.option(
@@ -205,9 +244,7 @@ def named(name: Path) -> Contract:
 @click.option(
     "--epsilon",
     type=float,
-    default=8.0,
-    show_default=True,
-    help="ε of the guarantee, for each unit of a site and one run.",
+    help="ε of the guarantee, for each unit of a site and one run; 8 if not given.",
 )
 @click.option(
     "--delta",
@@ -225,16 +262,29 @@ def named(name: Path) -> Contract:
     type=click.Path(path_type=Path),
     help="The base model's folder: texts are then counted in its own tokens.",
 )
+@click.option(
+    "--interactive",
+    is_flag=True,
+    help="Ask for what is not given; on a terminal that is so without the option, too.",
+)
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def new(
-    data: Path, out: Path, as_json: bool, model: Path | None, reading: Reading, **given: Any
+    data: Path | None,
+    out: Path | None,
+    as_json: bool,
+    model: Path | None,
+    interactive: bool,
+    reading: Reading,
+    **given: Any,
 ) -> None:
     """Draft a contract from a table's header and your answers.
 
-    What is not given is asked for, in a terminal. No value of the table has a part in the contract:
-    labels, bin edges and numbers are what the field knows, and whoever gets the contract may know
-    them. When it is written, texts that are longer than the model reads are counted on this screen.
+    What is not given is asked for, in a terminal, and each answer is checked at once. Whoever stops
+    finds the answers again with the same --from and --out. No value of the table has a part in the
+    contract: labels, bin edges and numbers are what the field knows, and whoever gets the contract
+    may know them. When it is written, texts that are longer than the model reads are counted on
+    this screen.
 
     \b
     $ silotune contract new --from loans.csv --out loans.toml --label status \\
@@ -246,13 +296,30 @@ def new(
     from silotune.common.data import file_source, header
     from silotune.common.data.text_decoding import stem_of
 
-    if out.exists():
-        raise UsageError(f"{out} is there already; name a new file.")
+    interactive = interactive or sys.stdin.isatty()
+    if interactive:
+        data = data or _asked_path("File of records with a header", _readable)
+        out = out or _asked_path("Contract to write (.toml)", _new_file)
+    missing = [option for option, path in (("--from", data), ("--out", out)) if path is None]
+    if data is None or out is None:
+        raise UsageError(f"Not given: {', '.join(missing)}.")
+    _new_file(out)
     names = file_source.header(data, reading)
-    answers = _answers(given | {"name": given["name"] or stem_of(data)})
+    given["name"] = given["name"] or stem_of(data)
+    questions = None
+    if interactive:
+        from silotune.common.cli.contract_questions import Questions
+
+        again = ["contract", "new", "--from", data, "--out", out]
+        again += shlex.split(reading_words(reading, "--{key} {value}"))
+        questions = Questions(out, names.header if names.named else None, again)
+        given = questions.ask(given)
+    answers = _answers(given)
     if names.named:
         header.check_header(names.header, answers, data.name)
     write_durably(out, drafting.draft(answers).encode())
+    if questions:
+        questions.done()
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = f"{len(texts) or len(answers.columns)} columns"
@@ -275,6 +342,28 @@ def new(
             ]
         ),
     )
+
+
+def _asked_path(question: str, check: Callable[[Path], object]) -> Path:
+    """A path that is asked for until it is right."""
+    while True:
+        path = Path(click.prompt(question, err=True))
+        try:
+            check(path)
+        except SilotuneError as error:
+            echo(f"✗ {error}", err=True)
+        else:
+            return path
+
+
+def _new_file(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} is there already; name a new file.")
+
+
+def _readable(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"{path} is no file.")
 
 
 def _texts_cut(
@@ -302,42 +391,25 @@ def _texts_cut(
     return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
 
 
-def _answers(given: dict[str, Any]) -> Any:
-    """The answers, asked for where they are missing and somebody is there. UsageError."""
+def _answers(given: dict[str, Any]) -> Answers:
+    """The answers, all of them given. UsageError, ContractError."""
+    from silotune.common.cli.contract_questions import listed
     from silotune.common.contract.drafting import Answers, Column
 
-    asks: list[tuple[str, str]] = [
-        ("task", "Task (classification, multi-label, tokens, regression, ranking, language)"),
-        ("label", "Which column holds it"),
-        ("records", "How many records a site is to have, roughly"),
-    ]
+    asked = ["task", "label", "records"]
     if given["task"] not in ("regression", "language"):
-        asks.insert(2, ("labels", "Its labels, between commas"))
-    missing = [key for key, _ in asks if given[key] is None]
+        asked.insert(2, "labels")
+    missing = [key for key in asked if given[key] is None]
     missing += [key for key in ("sites",) if not given[key]]
     inputs = given["text"] or given["columns"] or given["pair"]
     missing += [] if inputs else ["text or column or pair"]
-    if missing and not sys.stdin.isatty():
+    if missing:
         raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
-    for key, question in asks:
-        if given[key] is None:
-            answer: Any = click.prompt(question)
-            given[key] = int(answer) if key == "records" and answer.isdigit() else answer
-    if not inputs:
-        given["text"] = click.prompt("Column of text (empty for a table)", default="") or None
-        while given["text"] is None:
-            answer = click.prompt(
-                "A column, as 'age: 40, 60' or 'sex: m, f' (empty: done)", default=""
-            )
-            if not answer:
-                break
-            given["columns"] = [*given["columns"], answer]
-    given["sites"] = given["sites"] or _list(click.prompt("Names of the sites, between commas"))
     values = given | {
         "columns": [Column.parse(answer) for answer in given["columns"]],
-        "labels": _list(given["labels"]),
-        "entity": _list(given["entity"]),
-        "others": _list(given["others"]),
+        "labels": listed(given["labels"]),
+        "entity": listed(given["entity"]),
+        "others": listed(given["others"]),
     }
     try:
         return Answers.model_validate({k: v for k, v in values.items() if v is not None})
@@ -345,5 +417,7 @@ def _answers(given: dict[str, Any]) -> Any:
         raise contract_error(error, "the answers", Answers) from None
 
 
-def _list(words: str | None) -> list[str]:
-    return [word.strip() for word in (words or "").split(",") if word.strip()]
+def _tasks() -> tuple[str, ...]:
+    from silotune.common.contract.drafting import Answers
+
+    return get_args(Answers.model_fields["task"].annotation)

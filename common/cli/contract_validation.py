@@ -20,7 +20,7 @@ def validate(contract: Contract, folder: Path | None) -> list[str]:
         folder: of its base model; None for the cache's, if the model is a packaged one.
 
     Raises:
-        SilotuneError: the first problem, with its code; the others stand below it.
+        SilotuneError: the first problem; its `problems` are all of them.
     """
     left_out = []
     if not isinstance(contract.model, OneHotModel):
@@ -34,6 +34,7 @@ def validate(contract: Contract, folder: Path | None) -> list[str]:
         contract, folder
     )
     if problems:
-        first, *others = problems
-        raise type(first)("\n".join(map(str, [first, *others])), code=first.code)
+        first = problems[0]
+        first.problems = [str(problem) for problem in problems]
+        raise first
     return left_out

@@ -1,15 +1,14 @@
 """`silotune`: noun, then verb. Each noun's commands live with their side and load when used.
 
-Exit codes: 0 done, 1 failed, 2 usage. Errors are one sentence with a code that
-`silotune explain` knows; a traceback shows only with --debug.
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted. Errors are one sentence with a code that
+`silotune explain` knows, and with --json one JSON object on standard error (failure.py); a
+traceback shows only with --debug.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import io
-import os
 import shlex
 import sys
 import traceback
@@ -17,35 +16,36 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
-from silotune.common.errors import (
-    CODES,
-    ContractError,
-    DataError,
-    ErrorCode,
-    SilotuneError,
-    UsageError,
-    did_you_mean,
-)
-from silotune.common.runtime.terminal import echo, escaped, escaped_json
+from silotune.common.cli.completion import known
+from silotune.common.cli.failure import USAGE, Failure, wants_json
+from silotune.common.errors import CODES, ErrorCode, UsageError, did_you_mean
+from silotune.common.runtime.terminal import echo, escaped_json
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.data.text_decoding import Reading
 
+PROGRAM = "silotune"
 CLOSE_CODE = 0.8  # codes are short: one of four characters in common says nothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Named, not imported: a side loads only when its noun is used, so --help takes no time.
 NOUNS = {
-    "adapter": ("silotune.common.cli.adapter", "use what a run has made"),
-    "contract": ("silotune.common.cli.contract", "show or validate a contract"),
-    "data": ("silotune.simulations.cli", "list and fetch public data and models"),
-    "model": ("silotune.common.cli.model", "check the folder of a base model"),
-    "sim": ("silotune.simulations.cli", "run recipes on this machine"),
-    "privacy": ("silotune.client.cli.privacy", "see what is spent, plan a budget"),
-    "server": ("silotune.server.cli", "run the server of a federation"),
-    "site": ("silotune.client.cli.site", "run a site"),
+    "adapter": ("silotune.common.cli.adapter", "Use the adapter of a run."),
+    "completion": (
+        "silotune.common.cli.completion",
+        "Print a script by which a shell completes commands, options and values.",
+    ),
+    "contract": ("silotune.common.cli.contract", "Draft, show or validate a contract."),
+    "data": ("silotune.simulations.cli", "List and fetch public data and models."),
+    "doctor": ("silotune.common.cli.doctor", "Check this machine and this installation."),
+    "model": ("silotune.common.cli.model", "Check the folder of a base model."),
+    "sim": ("silotune.simulations.cli", "Run recipes on this machine."),
+    "privacy": ("silotune.client.cli.privacy", "Look at the privacy ledger, or plan a budget."),
+    "server": ("silotune.server.cli", "Run the server of a federation."),
+    "site": ("silotune.client.cli.site", "Run a site."),
 }
 # What `contract validate` asks, named for the same reason: what a site would refuse of a contract.
 CONTRACT_CHECK = "silotune.client.operations.contract_check"
@@ -63,21 +63,21 @@ class Nouns(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, about) for name, (_, about) in NOUNS.items()]
-        rows += [(n, c.get_short_help_str()) for n, c in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl(sorted(rows))
+            formatter.write_dl(self._listed())
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None:
-            known = self.list_commands(ctx)
-            raise UsageError(
-                f"There is no command '{args[0]}'.{did_you_mean(args[0], known)} "
-                f"Known: {', '.join(known)}."
-            )
-        return super().resolve_command(ctx, args)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        found = [
+            CompletionItem(name, help=about)
+            for name, about in self._listed()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)  # the options
+
+    def _listed(self) -> list[tuple[str, str]]:
+        """Each command and what it is for."""
+        rows = [(name, about) for name, (_, about) in NOUNS.items()]
+        return sorted(rows + [(n, c.get_short_help_str()) for n, c in self.commands.items()])
 
 
 @click.group(
@@ -92,10 +92,17 @@ def silotune(debug: bool) -> None:
 
 
 @silotune.command()
-@click.argument("code")
+@click.argument(
+    "code", shell_complete=known(lambda _: CODES), help="A code as errors show it, such as E302."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def explain(code: str, as_json: bool) -> None:
-    """Explain an error code, offline."""
+    """Explain an error code, offline.
+
+    \b
+    $ silotune explain E601
+    E601  The run directory already holds a run, or is not a run.
+    """
     code = code.upper()
     if code not in CODES:
         raise UsageError(
@@ -143,14 +150,6 @@ def _show_traceback(*error: Any) -> None:
     echo("".join(traceback.format_exception(*error)).rstrip("\n"), err=True)
 
 
-def _say_unexpected(error: Exception) -> None:
-    echo(
-        f"✗ {ErrorCode.UNEXPECTED} An unexpected failure ({type(error).__name__}). Run again with "
-        "--debug to see where.",
-        err=True,
-    )
-
-
 def warning_lines(contract: Contract) -> list[str]:
     """What those who agree to a contract should know of it, each as a line of its own."""
     return [f"! {warning}" for warning in contract.warnings]
@@ -180,43 +179,19 @@ def main() -> None:
     debug = len(args) < len(sys.argv) - 1  # wherever it stands
     sys.excepthook = _show_traceback
     try:
-        silotune.main(args, prog_name="silotune", standalone_mode=False)
-    except SilotuneError as error:
-        if debug:
-            raise
-        problems = error.problems if isinstance(error, ContractError) else [str(error)]
-        sentences = "\n".join(escaped(problem, lines=False) for problem in problems)
-        echo(f"✗ {error.code} {sentences}", err=True)
-        if isinstance(error, DataError) and error.local:
-            local = error.local.replace("\n", "\n  ")  # no line of it looks like one of ours
-            echo(f"  on your screen only: {local}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(shown)
-        echo(shown.getvalue().rstrip("\n"), err=True)
-        sys.exit(2)
+        silotune.main(args, prog_name=PROGRAM, standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         # click makes an Abort of the other; who was interrupted may have said what is lost.
         echo(str(error.__cause__ or error) or "Stopped.", err=True)
         sys.exit(130)
-    except OSError as error:
-        if debug:
-            raise
-        if error.filename is None or error.strerror is None:
-            _say_unexpected(error)
-        else:
-            file = escaped(os.fsdecode(error.filename), lines=False)
-            echo(
-                f"✗ {ErrorCode.FILE_ACCESS_DENIED} {file}: {error.strerror}. This command runs as "
-                f"user {os.geteuid()}.",
-                err=True,
-            )
-        sys.exit(1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        echo(error.format_message(), err=True)
+        sys.exit(USAGE)
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, click.ClickException):
             raise
-        _say_unexpected(error)
-        sys.exit(1)
+        failure = Failure.of(error)
+        echo(failure.json() if wants_json(args) else failure.text(), err=True)
+        sys.exit(failure.exit_code)

@@ -16,12 +16,17 @@ def model() -> None:
 
 
 @model.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument(
+    "folder",
+    type=click.Path(path_type=Path),
+    help="The folder with the model's weights, configuration and tokenizer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def check(folder: Path, as_json: bool) -> None:
-    """Print the files that define a model and the hash for a contract's model.sha256.
+    """Print a model's files and the hash for a contract.
 
-    A folder with files that could change the model beside these is refused.
+    The hash, for model.sha256 of a contract, is that of the files that define the model. A folder
+    with files that could change the model beside these is refused.
 
     \b
     $ silotune model check models/all-MiniLM-L6-v2

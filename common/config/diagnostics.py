@@ -14,9 +14,8 @@ from silotune.common.runtime.terminal import escaped
 
 Lines = dict[tuple[str | int, ...], int]
 
-CONSTRAINT_VIOLATIONS = (
-    "constraint_violations"  # the error type of settings that are valid alone but not together
-)
+# The error type of settings that are valid alone but not together.
+CONSTRAINT_VIOLATIONS = "constraint_violations"
 WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a table",

@@ -60,8 +60,8 @@ class PublicGate(Frozen):
     compared but the noised sum itself, so it costs no privacy; what the round's sum cost its sites
     stays spent.
 
-    It bounds one round's harm. A malicious change of less than `max_degradation` a round passes it, and one that
-    spoils every round leaves no training at all."""
+    It bounds one round's harm. A malicious change of less than `max_degradation` a round passes it,
+    and one that spoils every round leaves no training at all."""
 
     metric: Name = Field(
         description="Metric on the operator's public rows that accepts or rejects a round's "

@@ -297,7 +297,8 @@ class Regression(Frozen):
         return (self._scale(min(max(number, self.lowest), self.highest)) - low) / (high - low)
 
     def read_otherwise(self, cell: str) -> str:
-        """The message about a number outside the bounds, which counts as the bound; '' of others."""
+        """The message about a number outside the bounds, which counts as the bound; '' of
+        others."""
         number = self._number(cell)
         if math.isnan(number) or self.lowest <= number <= self.highest:
             return ""

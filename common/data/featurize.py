@@ -64,7 +64,8 @@ def misfit(column: NumberColumn | CategoryColumn, raw: str) -> str:
 
 
 def below(column: NumberColumn, raw: str) -> str:
-    """The message about a number below the column's lowest, which counts as missing; '' of others."""
+    """The message about a number below the column's lowest, which counts as missing; '' of
+    others."""
     try:
         number = number_of(raw)
     except ValueError:

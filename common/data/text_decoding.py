@@ -127,7 +127,8 @@ def _check_start(path: Path, reading: Reading, start: bytes, marked: str) -> Non
     if marked and not reading.encoding.startswith(marked):
         raise DataError(
             f"Data file {path.name} begins with the byte order mark of {marked.upper()}, line 1 is "
-            f"not {usual_name(reading.encoding).upper()}: set {reading.setting('encoding', marked)}."
+            f"not {usual_name(reading.encoding).upper()}: set "
+            f"{reading.setting('encoding', marked)}."
         )
 
 
@@ -218,5 +219,6 @@ def wrong_encoding(path: Path, reading: Reading, where: str) -> DataError:
     except DataError:
         return DataError(f"{text}. Set {reading.setting('encoding', 'NAME')} to the one it is in.")
     return DataError(
-        f"{text}; it looks like {likely}. If that is right, set {reading.setting('encoding', likely)}."
+        f"{text}; it looks like {likely}. If that is right, set "
+        f"{reading.setting('encoding', likely)}."
     )

@@ -1,4 +1,5 @@
-"""When a stream of predictions changes: how often each label is predicted, and since when that differs.
+"""When a stream of predictions changes: how often each label is predicted, and since when that
+differs.
 
 A detector watches each label by itself. Nothing here is private or meant to be: what it says of
 private rows is given without noise and stays with whoever holds them.

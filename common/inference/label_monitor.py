@@ -67,7 +67,8 @@ def _keys(cells: Sequence[str]) -> list[Any] | None:
 def scores_by_tag(
     contract: Contract, model: Network, arrays: Any, inputs: Inputs
 ) -> dict[str, list[float]]:
-    """Of each label [N]: 1 where it is predicted, else 0; of a regression the share between bounds."""
+    """Of each label [N]: 1 where it is predicted, else 0; of a regression the share between
+    bounds."""
     task = contract.task
     encoded = model.encode(inputs)
     # What is kept of a row of these tasks does not depend on its target.

@@ -116,8 +116,8 @@ class Network(nn.Module):
         self, encoded: Encoded, index: Tensor, *, adapter: bool, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Outputs [len(index), L], or [len(index), T, L] for a task of tokens, of the records in
-        `index`; `adapter`: is it other than zero? dropout_mask: [F], what the head's inputs are multiplied
-        by."""
+        `index`; `adapter`: is it other than zero? dropout_mask: [F], what the head's inputs are
+        multiplied by."""
         features = self.features(encoded, index, adapter=adapter).to(self.device).float()
         outputs: Tensor = self.head(features if dropout_mask is None else features * dropout_mask)
         return outputs

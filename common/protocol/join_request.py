@@ -50,7 +50,8 @@ def same(fingerprint: str, given: str) -> bool:
     own, other = fingerprint.replace(":", ""), re.sub("[: ]", "", given).upper()
     if not re.fullmatch(f"[0-9A-F]{{{len(own)}}}", other):
         raise UsageError(
-            f"'{given}' is no fingerprint: this one has {len(own) // 2} pairs of hexadecimal digits."
+            f"'{given}' is no fingerprint: this one has {len(own) // 2} pairs of "
+            "hexadecimal digits."
         )
     return own == other
 

@@ -4,12 +4,15 @@ Names, file names, column headers, cells and messages of other processes can hol
 Some of them move the cursor, set the window's title, write the clipboard (OSC 52), hide what
 follows or turn the direction of writing. Every command prints by `echo` (tests/test_layout.py holds
 the code to that), and rich prints by a console that does the same
-(simulations/comparison/progress.py).
+(simulations/comparison/progress.py). The only control sequences are the colours that `echo` gives
+to its own signs, on a terminal alone and never with NO_COLOR set (https://no-color.org).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -20,6 +23,8 @@ from typing import Any
 import click
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, separators of lines
+_COLOURS = {"✗": "red", "✓": "green", "!": "yellow", "next:": "cyan"}
+_SIGN = re.compile(rf"^({'|'.join(_COLOURS)})(?= )", re.MULTILINE)
 _JOINERS = "\u200c\u200d"  # formats that spelling needs and that change nothing else
 
 
@@ -53,8 +58,10 @@ def escaped_json(data: Any) -> str:
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print lines of text to standard output or, with `err`, to standard error."""
-    click.echo(escaped(text), err=err)
+    """Print lines of text to standard output or, with `err`, to standard error. A sign at the start
+    of a line has its colour; click removes that where the stream is no terminal."""
+    shown = _SIGN.sub(lambda sign: click.style(sign[0], fg=_COLOURS[sign[0]]), escaped(text))
+    click.echo(shown, err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ class Objective:
         raise NotImplementedError
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n], 0 to 1: the share of each record that is predicted correctly; a contract may have it released."""
+        """[n], 0 to 1: the share of each record that is predicted correctly; a contract may have it
+        released."""
         raise NotImplementedError
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:

@@ -93,8 +93,9 @@ class ServerState:
         """Take in a round's mean change and metrics. ProtocolError if it leads out of bounds;
         nothing has changed then. present: the share of all weights whose changes are in it.
 
-        rejection_reason: is asked with the adapter, the one that the step leads to, and whether it adapts
-        layers. What it says against the step is returned; then nothing of the round is kept, and
+        rejection_reason: is asked with the adapter, the one that the step leads to, and whether it
+        adapts layers. What it says against the step is returned; then nothing of the round is kept,
+        and
         the server is at rest: a momentum that leads past the gate by itself would have every later
         round declined (a restart as in arXiv 1204.3982).
         """
@@ -172,7 +173,8 @@ class ServerState:
     def restore(
         self, server_round: int, arrays: Arrays, state: Arrays, standing: Mapping[str, Any]
     ) -> None:
-        """Stand where round `server_round` ended. ProtocolError if the adapter is not the contract's."""
+        """Stand where round `server_round` ended. ProtocolError if the adapter is not the
+        contract's."""
         tensors.check(arrays, self.shapes, "The stored adapter")
         self.server_round, self.adapter = server_round, arrays
         self._velocity, self._second, self._mean, self._control = (

@@ -2,23 +2,32 @@
 
 What Flower's own loop lacks and this one has: a wait for the roster that ends, a quorum, errors
 mapped to site names, replies that are validated, rounds that are committed. No weight, count or
-metric of a client's claim is read.
+metric of a client's claim is read: what stands in the Result was released under the contract.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from silotune.common.errors import ErrorCode, PeerError, ProtocolError
-from silotune.common.protocol.messages import RECORD, WIRE
+from silotune.common.errors import ErrorCode, PeerError, ProtocolError, UsageError
+from silotune.common.protocol.messages import RECORD, WIRE, Arrays
+from silotune.server.aggregation.mean import mean_figures
 from silotune.server.rounds.arrivals import Arrivals
 from silotune.server.rounds.exchange import NoReply, Reply, RoundProtocol
 from silotune.server.rounds.run import RoundRecord, Run
@@ -32,7 +41,11 @@ SOONEST, LATEST = 0.05, 3.0  # seconds between two looks for replies; a twentiet
 
 
 class SilotuneStrategy(Strategy):
-    """Sums of private updates, round by round, until the contract's plan is done."""
+    """Sums of private updates, round by round, until the contract's plan is done.
+
+    Args:
+        run: The run, with its contract, its folder and the adapter that it begins with.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -40,6 +53,7 @@ class SilotuneStrategy(Strategy):
         self._asked: dict[str, int] = {}
         self._stages: RoundProtocol[RoundRecord] | None = None  # of the open round
         self._requests: Mapping[str, bytes] = {}
+        self._facts: RoundRecord | None = None  # of the round that was committed last
 
     def summary(self) -> None:
         """Log what will run."""
@@ -66,7 +80,14 @@ class SilotuneStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Give the stage its replies; the last stage commits the round. RunError below quorum."""
+        """Give the stage its replies; the last stage commits the round.
+
+        Returns:
+            The adapter and the round's metrics after the last stage of a round; before it None.
+
+        Raises:
+            RunError: If fewer sites than the quorum count.
+        """
         assert self._stages is not None
         came: dict[str, Reply] = {}
         for reply in replies:
@@ -76,8 +97,9 @@ class SilotuneStrategy(Strategy):
                 came.setdefault(site, _wire(reply))
         try:
             self._requests = self._stages.send(came)
-        except StopIteration:
-            self._stages = None
+        except StopIteration as end:
+            self._stages, self._facts = None, end.value
+            return array_record(self.run.released()), self._train_metrics(end.value)
         return None, None
 
     def configure_evaluate(
@@ -91,18 +113,108 @@ class SilotuneStrategy(Strategy):
     ) -> MetricRecord | None:
         return None
 
-    def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
-        """Find the roster, then run every round of the contract. Raises RunError, PeerError."""
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Find the roster, then run every round of the contract.
+
+        Args:
+            grid: Flower's grid.
+            initial_arrays: The adapter that the run begins with, if given: the run has it already.
+            num_rounds: The contract's number of rounds, if given.
+            timeout: The contract's `deadline_seconds`, if given.
+            train_config: Empty, if given: sites train by the contract.
+            evaluate_config: Empty, if given: nothing is evaluated at a site.
+            evaluate_fn: Is called with the number and the adapter of each round that this call
+                carries out, beside what the run itself evaluates.
+
+        Returns:
+            The final adapter; for each round of this call the largest ε of a site (`epsilon`), that
+            of each (`epsilon.SITE`), the number of `sites` that count and the metrics that the
+            contract releases; and the metrics on the operator's public rows. Metrics of an
+            evaluation at the sites stay empty.
+
+        Raises:
+            UsageError: If an argument says something else than the contract or the run.
+            PeerError: If fewer sites than the quorum are there.
+            RunError: If a round cannot be completed.
+        """
+        self._check(initial_arrays, num_rounds, timeout, train_config, evaluate_config)
         self.summary()
-        if self.run.done:
-            return Result()
-        self.nodes = self._find_sites(grid)
+        result = Result()
+        if not self.run.done:
+            self.nodes = self._find_sites(grid)
         while not self.run.done:
-            requests = self.configure_train(
-                self.run.server_round, ArrayRecord(), ConfigRecord(), grid
+            number = self.run.server_round
+            arrays, metrics = None, None
+            while metrics is None:  # one stage of the round after the other
+                requests = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+                arrays, metrics = self.aggregate_train(number, self._exchange(grid, list(requests)))
+            assert self._facts is not None
+            result.train_metrics_clientapp[number] = metrics
+            measured = MetricRecord(
+                {name: value for name, value in self._facts.metrics.items() if value is not None}
             )
-            self.aggregate_train(self.run.server_round, self._exchange(grid, list(requests)))
-        return Result()
+            if evaluate_fn is not None and arrays is not None:
+                measured.update(evaluate_fn(number, arrays) or {})
+            if measured:
+                result.evaluate_metrics_serverapp[number] = measured
+        result.arrays = array_record(self.run.released())
+        return result
+
+    def _check(
+        self,
+        initial_arrays: ArrayRecord | None,
+        num_rounds: int | None,
+        timeout: float | None,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+    ) -> None:
+        """UsageError where an argument of `start` says something else than the contract or run."""
+        contract = self.run.contract
+        for argument, value, key, own in (
+            ("num_rounds", num_rounds, "rounds", contract.rounds),
+            ("timeout", timeout, "deadline_seconds", contract.deadline_seconds),
+        ):
+            if value is not None and value != own:
+                raise UsageError(
+                    f"{argument} = {value:g}, and the contract has {key} = {own:g}. Leave "
+                    f"{argument} out, or change the contract."
+                )
+        for argument, config in (
+            ("train_config", train_config),
+            ("evaluate_config", evaluate_config),
+        ):
+            for name, setting in (config or {}).items():
+                raise UsageError(
+                    f"{argument} has {name} = {setting!r}, and sites do what contract "
+                    f"{contract.name} says and nothing else. Leave {argument} out; the contract "
+                    "has its own keys for how a site trains."
+                )
+        if initial_arrays is not None:
+            _check_equal(initial_arrays, self.run.adapter)
+
+    def _train_metrics(self, facts: RoundRecord) -> MetricRecord:
+        """What is known of a round: a site's own figures only where the contract has no masks."""
+        found = MetricRecord({"sites": len(facts.sites)})
+        spent = {site: e for site, e in sorted(facts.epsilon.items()) if e is not None}
+        if spent:
+            found["epsilon"] = max(spent.values())
+            found.update({f"epsilon.{site}": epsilon for site, epsilon in spent.items()})
+        contract = self.run.contract
+        figures = facts.released.get("")  # the mean of masked figures
+        if figures is None and facts.released:
+            weights, ranges = contract.weights(), contract.metric_ranges
+            figures = mean_figures(facts.released, weights, ranges)
+        found.update({str(metric): figure for metric, figure in (figures or {}).items()})
+        return found
 
     def _exchange(self, grid: Grid, requests: list[Message]) -> Iterable[Message]:
         """Send, and collect what comes until the deadline. (Flower's own loop looks every three
@@ -182,6 +294,36 @@ class SilotuneStrategy(Strategy):
             log.warning("a node does not take part yet: %s (%s)", error, code)
             return False
         return True
+
+
+def array_record(arrays: Arrays) -> ArrayRecord:
+    """The tensors of an adapter as Flower has them, by their names."""
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def _check_equal(given: ArrayRecord, own: Arrays) -> None:
+    """UsageError unless the arrays that were given are those of the run."""
+    remedy = (
+        "A run begins with the arrays that it was made with: leave initial_arrays out, or make "
+        "the run with these."
+    )
+    if set(given) != set(own):
+        raise UsageError(
+            f"initial_arrays has {', '.join(sorted(given)) or 'no tensors'}, and the run has "
+            f"{', '.join(sorted(own))}. {remedy}"
+        )
+    for name, array in own.items():
+        value = given[name].numpy()
+        if value.shape != array.shape:
+            raise UsageError(
+                f"initial_arrays has {name} of shape {value.shape}, and the run has shape "
+                f"{array.shape}. {remedy}"
+            )
+        if not np.array_equal(value, array):
+            raise UsageError(
+                f"initial_arrays has {name} with other values than the run "
+                f"(mean {value.mean():.4g} and {array.mean():.4g}). {remedy}"
+            )
 
 
 def _wire(reply: Message) -> Reply:

@@ -6,7 +6,6 @@ nginx.conf  nginx/  flwr/  state.db  runs/
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +15,7 @@ from typing import Annotated, Self
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, model_validator
 
+from silotune.common.cli.main import command
 from silotune.common.config import types
 from silotune.common.config.types import Frozen
 from silotune.common.contract import contract as contracts
@@ -34,14 +34,29 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
 class ServerSettings(Frozen):
-    """server.toml. host, port: where sites connect, through nginx; link_port: Flower's SuperLink,
-    on the loopback interface alone, as metrics_port, where Prometheus asks (None: nowhere)."""
+    """server.toml: the addresses and ports of a server."""
 
-    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")]
-    port: Port = 8443
-    listen: Annotated[str, Field(pattern=r"^[0-9A-Fa-f.:]{2,45}$")] = "0.0.0.0"  # noqa: S104
-    link_port: Port = 8000
-    metrics_port: Port | None = None
+    host: str = Field(
+        pattern=r"^[A-Za-z0-9.:-]{1,253}$",
+        description="Name or IP address at which the sites reach the server.",
+    )
+    port: Port = Field(
+        default=8443, description="Port at which the sites connect, through nginx and TLS."
+    )
+    listen: str = Field(
+        default="0.0.0.0",  # noqa: S104
+        pattern=r"^[0-9A-Fa-f.:]{2,45}$",
+        description="IP address of this machine on which nginx listens; 0.0.0.0 for every one.",
+    )
+    link_port: Port = Field(
+        default=8000,
+        description="Port of Flower's SuperLink, on the loopback interface alone.",
+    )
+    metrics_port: Port | None = Field(
+        default=None,
+        description="Port of the Prometheus metrics, on the loopback interface alone; none if "
+        "absent.",
+    )
 
     @model_validator(mode="after")
     def _three_ports(self) -> Self:
@@ -62,12 +77,21 @@ class ServerFolder:
     @classmethod
     def open(cls, folder: Path) -> ServerFolder:
         """The server that a folder holds; UsageError E102 if this user can read none there."""
-        if not os.access(folder / "server.toml", os.R_OK):
+        file = folder / "server.toml"
+        try:
+            file.open("rb").close()
+        except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
-                f"{folder} holds no server: there is no server.toml that can be read. Name the "
-                "server's folder with --folder, or make a server: `silotune server init`.",
+                f"{folder} holds no server: there is no server.toml. Name the server's folder with "
+                "--folder, or make a server in a new one: "
+                f"{command('server', 'init', '--host', 'HOST', '--folder', 'FOLDER')}",
                 code=ErrorCode.CONFIG_UNREADABLE,
-            )
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"{file} cannot be read: {error.strerror}. Run this as the server's user.",
+                code=ErrorCode.CONFIG_UNREADABLE,
+            ) from None
         return cls(folder)
 
     @property

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from silotune.common.errors import PeerError, UsageError
-from silotune.common.runtime import prometheus, subprocesses
+from silotune.common.runtime import installation, prometheus, subprocesses
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.journal import Journal, Source
 from silotune.server.operations.server_folder import ServerFolder
@@ -39,8 +39,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         subprocesses.adopt_orphans()
-        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
-        if nginx is None:
+        if (nginx := installation.nginx()) is None:
             raise UsageError("nginx is not installed. On Debian: apt-get install nginx")
         folder, settings = self.place.folder.resolve(), self.place.settings
         self.check_ports()

@@ -52,8 +52,8 @@ class Acceptance:
             self._known = after, adapter_active, new
             return None
         return (
-            f"{metric} on public rows would go from {_formatted(old)} to {_formatted(new)}, which is "
-            f"worse by more than {most:g}: the sum was not taken, its ε stays spent"
+            f"{metric} on public rows would go from {_formatted(old)} to {_formatted(new)}, which "
+            f"is worse by more than {most:g}: the sum was not taken, its ε stays spent"
         )
 
     def _score_in_place(self, adapter: Arrays, adapter_active: bool) -> float | None:

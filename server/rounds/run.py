@@ -388,8 +388,8 @@ class Run:
             "stopped", round=self.server_round, code=code, why=why, failed=self.exchange.failed
         )
         return RunError(
-            f"Run stopped at round {self.server_round}: {why} No adapter released; ε counted for what "
-            "was computed.",
+            f"Run stopped at round {self.server_round}: {why} No adapter released; ε counted for "
+            "what was computed.",
             code=code,
         )
 

@@ -68,9 +68,9 @@ class Masking:
     def agree(
         self, sites: Collection[str], server_round: int, needed: Collection[str] = ()
     ) -> RoundProtocol[bool]:
-        """Have the sites agree on keys for the rounds from `server_round` on, if that is needed: there is
-        no agreement for this round, a site is left out that may be back, or one of the `needed` is
-        no member. Whether they did.
+        """Have the sites agree on keys for the rounds from `server_round` on, if that is needed:
+        there is no agreement for this round, a site is left out that may be back, or one of the
+        `needed` is no member. Whether they did.
 
         The first round after `restore` keeps the agreement where it can: its members may have been
         charged under it, and a site charges a round once. Who is new joins at the next round.

@@ -26,6 +26,7 @@ from pathlib import Path
 from silotune.client.preparation.deidentify import Deidentifier, Finding, simplified
 from silotune.client.preparation.name_lists import Names, folded
 from silotune.client.site.preparation_rules import KINDS, Deidentify
+from silotune.simulations.benchmarks import command_line
 from silotune.simulations.benchmarks.clean_sentences import clean_sentences
 from silotune.simulations.benchmarks.labelled_texts import Label, Labelled, Language, Set, texts
 
@@ -205,4 +206,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command_line.parser(__doc__).parse_args()
     main()

@@ -55,6 +55,7 @@ from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
 from silotune.common.protocol.messages import Arrays
 from silotune.server.aggregation.server_state import ServerState
+from silotune.simulations.benchmarks import command_line
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.datasets import catalog
 
@@ -222,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command_line.parser(__doc__).parse_args()
     main()

@@ -18,7 +18,6 @@ dp-cuda.json; a step ends there when the GPU has done it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -49,6 +48,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.attention import fuse_lora, register_attention
 from silotune.common.models.batching import Block
 from silotune.common.models.encoder import Encoder
+from silotune.simulations.benchmarks import command_line
 from silotune.simulations.datasets import catalog
 
 RESULTS = Path("simulations/benchmarks/results")
@@ -440,15 +440,27 @@ def main(cases: list[Case]) -> None:
 
 
 if __name__ == "__main__":
+    known = {case.label: case for case in CASES}
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("SIDE", "CASE"), help="only the peak memory of a side"
+    )
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="where to compute; cpu by default"
+    )
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help=f"all if none is named; one of: {', '.join(known)}".replace("%", "%%"),
+    )
+    asked = parser.parse_args()
+    if unknown := [case for case in asked.cases if case not in known]:
+        parser.error(f"there is no case {', '.join(unknown)}; known: {', '.join(known)}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--peak", nargs=2, metavar=("SIDE", "CASE"))
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("cases", nargs="*", help="labels; all if none is named")
-    asked, known = parser.parse_args(), {case.label: case for case in CASES}
     HERE = torch.device(asked.device)
     if asked.peak:
         measure_peak(asked.peak[0], known[asked.peak[1]])

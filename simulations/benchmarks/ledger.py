@@ -25,6 +25,7 @@ from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.record_ids import SIZE, RecordSet
 from silotune.client.privacy.reply_store import ReplyStore
+from silotune.simulations.benchmarks import command_line
 
 RESULTS = Path("simulations/benchmarks/results")
 ROUNDS = 500
@@ -128,4 +129,5 @@ def _percentiles(found: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    command_line.parser(__doc__).parse_args()
     main()

@@ -40,6 +40,7 @@ from statistics import median
 from typing import Any
 
 from silotune.server.flower.app_bundle import write_app
+from silotune.simulations.benchmarks import command_line
 from silotune.simulations.benchmarks.federation import (
     ALPHA,
     RANK,
@@ -223,6 +224,7 @@ def main(*, quick: bool) -> None:
 
 
 if __name__ == "__main__":
+    only_quick = command_line.is_quick(__doc__)
     os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all processes end, too
-    main(quick="--quick" in sys.argv)
+    main(quick=only_quick)

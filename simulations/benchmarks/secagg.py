@@ -52,6 +52,7 @@ from silotune.common.secagg import fixed_point
 from silotune.common.secagg.aggregator import SecAggAggregator
 from silotune.common.secagg.key_agreement import Agreement, Terms, default_threshold
 from silotune.common.secagg.participant import SecAggParticipant
+from silotune.simulations.benchmarks import command_line
 
 RESULTS = Path("simulations/benchmarks/results")
 SIZES = {100_000: "0.1M", 1_000_000: "1M", 10_000_000: "10M"}
@@ -338,10 +339,17 @@ def main(*, quick: bool) -> None:
 
 
 if __name__ == "__main__":
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="do little, and write no results")
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("SIDE", "ENTRIES"), help="only the peak memory of a side"
+    )
+    asked = parser.parse_args()
     logging.disable()  # what Flower says of every round
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core
-    if sys.argv[1:2] == ["--peak"]:
-        measure_peak(sys.argv[2], 1000)  # what is kept from the first use is not the update's
-        print(measure_peak(sys.argv[2], int(sys.argv[3])))
+    if asked.peak:
+        name, entries = asked.peak
+        measure_peak(name, 1000)  # what is kept from the first use is not the update's
+        print(measure_peak(name, int(entries)))
     else:
-        main(quick="--quick" in sys.argv)
+        main(quick=asked.quick)

@@ -46,6 +46,7 @@ from typing import Any
 
 import numpy as np
 
+from silotune.simulations.benchmarks import command_line
 from silotune.simulations.benchmarks.sim_ours import FLOAT32, OURS, PRIVATE, QUEUES
 from silotune.simulations.benchmarks.sim_pfl import BF16, PFL
 from silotune.simulations.benchmarks.sim_workload import (
@@ -229,4 +230,4 @@ def main(*, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv)
+    main(quick=command_line.is_quick(__doc__))

@@ -7,12 +7,11 @@ the scores of the public texts, and every round the durable writes of the server
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-from silotune.simulations.benchmarks import sim_workload
+from silotune.simulations.benchmarks import command_line, sim_workload
 from silotune.simulations.execution.variants import Job
 
 OURS = "ours"
@@ -56,4 +55,4 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    main(*command_line.side(__doc__))

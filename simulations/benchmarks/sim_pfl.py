@@ -8,11 +8,10 @@ algorithm evaluates in the first round, and its model has to have metrics: here 
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
-from silotune.simulations.benchmarks import sim_workload
+from silotune.simulations.benchmarks import command_line, sim_workload
 
 PFL, BF16 = "pfl", "pfl-bf16"
 
@@ -107,4 +106,4 @@ def main(side: str, case: str, folder: Path, rounds: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    main(*command_line.side(__doc__))

@@ -8,7 +8,6 @@ server is Flower's FedAvg. Here too only B and the head move; both factors go do
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from silotune.simulations.benchmarks import sim_workload
+from silotune.simulations.benchmarks import command_line, sim_workload
 
 client = ClientApp()
 SAMPLED = 0.5  # seconds between two looks at the memory of all processes
@@ -143,4 +142,5 @@ if __name__ == "__main__":
     # The module by its name, which Ray's actors import; __main__ they would get as a copy.
     from silotune.simulations.benchmarks import sim_stock
 
-    sim_stock.main(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    _, case, folder, rounds, out = command_line.side(__doc__)
+    sim_stock.main(case, folder, rounds, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from silotune.client.site.policy import permissive_policy
 from silotune.client.training.local_round import train_round
 from silotune.client.worker import worker
 from silotune.common.contract.contract import load
+from silotune.simulations.benchmarks import command_line
 
 
 def clocked(file: Path) -> Callable[..., Any]:
@@ -34,11 +34,11 @@ def clocked(file: Path) -> Callable[..., Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = command_line.parser(__doc__)
     parser.add_argument("folder", type=Path, help="of the site: keys/, state/, rows.csv")
-    parser.add_argument("name")
-    parser.add_argument("contract", type=Path)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("name", help="the site's name in the contract")
+    parser.add_argument("contract", type=Path, help="the contract's file")
+    parser.add_argument("model", type=Path, help="the base model's folder")
     words = parser.parse_args()
     torch.set_num_threads(1)
     contract, folder = load(words.contract), words.folder

@@ -17,6 +17,15 @@ from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.variants import variants_of
 
 
+def contracts_of(recipe: Recipe) -> dict[str, Contract]:
+    """The contract of each variant that can be exported, by name: the federated ones with DP."""
+    return {
+        variant.name: variant.contracts[0]
+        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        if len(variant.contracts) == 1 and variant.private
+    }
+
+
 def export(recipe: Recipe, variant: str, rounds: int | None, folder: Path) -> list[str]:
     """Write contract.json, records/<site>.csv and test.csv; returns the sites' names.
 
@@ -24,11 +33,7 @@ def export(recipe: Recipe, variant: str, rounds: int | None, folder: Path) -> li
     phase, whose budget stays the same. UsageError for an unknown variant, or a folder that is
     there.
     """
-    variants = {
-        a.name: a.contracts[0]
-        for a in variants_of(recipe.contract, recipe.facts["variants"])
-        if len(a.contracts) == 1 and a.private
-    }
+    variants = contracts_of(recipe)
     if variant not in variants:
         raise UsageError(
             f"There is no federated variant '{variant}'."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,30 @@ from silotune.common.errors import (
 AT_LEAST_ONE = ("repeats", "baseline_repeats", "evaluate_every", "processes")
 REFUSED = ("compile",)  # as Performance says, so it is not offered
 OF_FILE = ("encoding", "delimiter")  # settings of how `data` is read
+OF_COMPUTING = tuple(Performance.model_fields)
+
+
+def _flag(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise ValueError(word)
+    return word == "true"
+
+
+READERS: dict[str, Any] = {
+    "epsilon": float,
+    "delta": float,
+    "repeats": int,
+    "baseline_repeats": int,
+    "evaluate_every": int,
+    "processes": int,
+    "insecure_seed": int,
+    "variants": lambda text: text.split(","),
+    "masked": _flag,
+    "data": Path,
+    "site_column": str,
+    "model": Path,
+}
+OF_RUN = (*READERS, *OF_FILE, *OF_COMPUTING)  # all settings of `sim run`
 
 
 @dataclass
@@ -39,37 +65,24 @@ class Options:
     reading: Reading = field(default_factory=Reading)
     model: Path | None = None
     performance: Performance = field(default_factory=Performance)
+    quick: bool = False
 
     @classmethod
     def parse(cls, words: tuple[str, ...]) -> Options:
         """From `key=value` words; UsageError names the key, the value and what is allowed."""
         options, computing, of_file = cls(), dict[str, str](), dict[str, str]()
-        readers: dict[str, Any] = {
-            "epsilon": float,
-            "delta": float,
-            "repeats": int,
-            "baseline_repeats": int,
-            "evaluate_every": int,
-            "processes": int,
-            "insecure_seed": int,
-            "variants": lambda text: text.split(","),
-            "masked": _flag,
-            "data": Path,
-            "site_column": str,
-            "model": Path,
-        }
         for word in words:
-            key, value = _setting(word, [*readers, *OF_FILE, *Performance.model_fields])
+            key, value = _setting(word, OF_RUN)
             if key in OF_FILE:
                 of_file[key] = value
                 continue
-            if key in Performance.model_fields:
+            if key in OF_COMPUTING:
                 computing[key] = value
                 continue
             try:
-                setattr(options, key, readers[key](value))
+                setattr(options, key, READERS[key](value))
             except ValueError:
-                kind = {int: "a whole number", _flag: "true or false"}.get(readers[key], "a number")
+                kind = {int: "a whole number", _flag: "true or false"}.get(READERS[key], "a number")
                 raise UsageError(f"'{key}' must be {kind}, got '{value}'.") from None
             if key in AT_LEAST_ONE and int(value) < 1:
                 raise UsageError(f"'{key}' must be at least 1, got '{value}'.")
@@ -83,7 +96,7 @@ class Options:
 def computing(words: tuple[str, ...]) -> Performance:
     """How to compute, from `key=value` words: such as may change a result by its roundings alone.
     UsageError for others."""
-    found = _performance(dict(_setting(word, list(Performance.model_fields)) for word in words))
+    found = _performance(dict(_setting(word, OF_COMPUTING) for word in words))
     if found.gradients == "ghost":
         raise UsageError(
             "gradients=ghost does not clip exactly: figures made with it are not those of the "
@@ -92,7 +105,27 @@ def computing(words: tuple[str, ...]) -> Performance:
     return found
 
 
-def _setting(word: str, known: list[str]) -> tuple[str, str]:
+def misplaced_option(option: str, words: Sequence[str], known: Sequence[str]) -> str:
+    """What to type instead of a setting that was given like an option; "" if it is no setting.
+
+    Args:
+        option: as it was given: --epsilon.
+        words: the command line's.
+        known: the settings.
+    """
+    key = option.lstrip("-").replace("-", "_")
+    if key not in known:
+        return ""
+    value = "VALUE"
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+        elif word == option and following and not following.startswith("-"):
+            value = following
+    return f"Settings are KEY=VALUE, without dashes: {shlex.quote(f'{key}={value}')}."
+
+
+def _setting(word: str, known: Sequence[str]) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals or key not in known:
         offered = sorted(set(known) - set(REFUSED))
@@ -109,12 +142,6 @@ def _setting(word: str, known: list[str]) -> tuple[str, str]:
             + (rounds or did_you_mean(key, offered))
         )
     return key, value
-
-
-def _flag(word: str) -> bool:
-    if word not in ("true", "false"):
-        raise ValueError(word)
-    return word == "true"
 
 
 def _performance(words: dict[str, str]) -> Performance:

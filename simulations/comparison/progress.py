@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,11 @@ from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
+from silotune.simulations.comparison.duration import Duration, clock
 from silotune.simulations.execution.variants import Job, JobResult
 
 BAR = 12
-WIDE = 160  # columns of what is no terminal and does not say by COLUMNS how many it has
+WIDE = 80  # columns of what is no terminal and does not say by COLUMNS how many it has
 # What uses the adapter of a task: a verb of `silotune adapter`, the package that it needs, and the
 # extra that has it.
 USES = {
@@ -39,6 +41,7 @@ USES = {
     "ranking": ("search", "", ""),
     "language": ("answer", "rouge_score", "llm"),
 }
+NEXT, NOTE = "next:   ", "   ("  # how a `next:` line begins, and what comes behind its command
 GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
 PLAIN = Console()  # for measuring
 Columns = list[tuple[str, list[str]]]  # a title and a cell for each row
@@ -79,8 +82,7 @@ class Progress:
             self.console.width = WIDE
         self._live: Live | None = None
         self._jobs: list[Job] = []
-        self._main: tuple[str, int] = ("", 0)
-        self._rounds: dict[tuple[str, int], int] = {}
+        self._main: tuple[str, int] | None = None
         self._cost_done = self._cost_all = 0.0
         self._began = self._started = time.monotonic()
         self._finished = 0
@@ -89,7 +91,7 @@ class Progress:
     def busy(self, what: str) -> Iterator[None]:
         """Show that something of unknown length goes on; in a file or a pipe as a line."""
         if not self.console.is_terminal:
-            self.console.print(what)
+            self._entry("", what)
         with self.console.status(what):
             yield
 
@@ -100,33 +102,49 @@ class Progress:
         processes: int,
         notes: tuple[str, ...] = (),
         lengths: Lengths = Lengths(),  # noqa: B008 - frozen
+        last_time: Duration | None = None,
     ) -> None:
-        """The header: model, data, what is to be said of the data, plan."""
-        c, say = self.contract, self.console.print
+        """The header: model, data, what is to be said of the data, plan, and how long it takes by
+        the last comparison like it."""
+        c, say, entry = self.contract, self.console.print, self._entry
         records = sum(int(k["train"]) + int(k["test"]) for k in counts)
         where = f"{os.cpu_count()} cores, device {jobs[0].performance.device}"
-        say(f"Silotune · {where} · nothing keeps running afterwards")
+        entry("", f"Silotune · {where} · nothing keeps running afterwards")
         model = "one-hot public bins"
         if not isinstance(c.model, OneHotModel):
             model = f"{c.model.name} (sha256 {c.model.sha256[:4]}…)"
-        say(f"Model  {model}   Data  {self.facts['title']}, {records:,} records")
-        for note in notes:
-            say(f"       {note}")
-        if lengths.cut:
-            say(f"       {lengths.sentence}")
+        entry("Model  ", model)
+        entry("Data   ", f"{self.facts['title']}, {records:,} records")
+        for note in (*notes, *([lengths.sentence] if lengths.cut else [])):
+            entry("       ", note)
         p = c.privacy
         lora = f"{c.adapter.words} · " if c.adapter else ""
-        say(
-            f"Plan   {c.rounds} rounds · {lora}unit: one {p.unit} · "
-            f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
+        entry(
+            "Plan   ",
+            f"{c.rounds} rounds · {lora}"
+            + (
+                f"unit: one {p.unit} · "
+                f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
+                if p.mode == "dp"
+                else "no differential privacy"
+            ),
         )
         for warning in c.delta_warnings:
-            say(f"     ! {warning}")
+            entry("     ! ", warning)
         if c.secure_aggregation:
-            say(f"       updates masked: the server sees sums of at least {c.quorum} sites")
-        say(
-            f"       {len(jobs)} runs to compare {len({j.variant for j in jobs})} variants, "
-            f"{processes} at a time"
+            entry("       ", f"updates masked: the server sees sums of at least {c.quorum} sites")
+        entry(
+            "       ",
+            f"{len(jobs)} runs to compare {len({j.variant for j in jobs})} variants, "
+            f"{processes} at a time",
+        )
+        entry(
+            "       ",
+            f"about {clock(last_time.seconds(jobs, processes))} and "
+            f"{last_time.memory / 2**30:.1f} GB of memory, measured on this machine on "
+            f"{last_time.date}"
+            if last_time
+            else "first run on this machine: its first rounds show how long it takes",
         )
         if jobs[0].insecure_seed is not None:
             say("insecure_seed: the noise can be removed. For tests only.", style="bold red")
@@ -135,7 +153,10 @@ class Progress:
             f"Round  sites  loss   {self._metric_label():<8} (public test)  "
             f"ε of {epsilon_text(p.epsilon)}           left"
         )
-        self._jobs, self._main = jobs, (jobs[0].variant, jobs[0].repeat)
+        self._jobs, first = jobs, (jobs[0].variant, jobs[0].repeat)
+        # Of sites by themselves there are several, whose rounds would be mixed.
+        if sum((job.variant, job.repeat) == first for job in jobs) == 1:
+            self._main = first
         self._cost_all = sum(job.cost for job in jobs)
         self._began = self._started = time.monotonic()
         if self.console.is_terminal:
@@ -151,16 +172,22 @@ class Progress:
         """One committed round of any run; those of the main run become lines."""
         if not self._cost_done:
             self._began = time.monotonic()  # loading models is over; the rate counts from here
+        known = self._left() != ""
         self._cost_done += cost
+        if not known and self._left() and not self.console.is_terminal:
+            self._entry("       ", f"about {self._left()} left, measured by the first rounds")
         if (variant, repeat) == self._main:
             self.console.print(self._line(facts))
+            if facts.failed:
+                self._entry("         ", f"without {', '.join(facts.failed)}")
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
         if not self.console.is_terminal:
-            self.console.print(
-                f"done {self._finished}/{len(self._jobs)}: {result.variant}, repeat "
-                f"{result.repeat + 1}, {', '.join(result.sites)} ({result.seconds:.0f} s)"
+            self._entry(
+                f"done {self._finished}/{len(self._jobs)}: ",
+                f"{result.variant}, repeat {result.repeat + 1}, {', '.join(result.sites)} "
+                f"({result.seconds:.0f} s)",
             )
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
@@ -171,9 +198,9 @@ class Progress:
         say("")
         say(f"RESULT  {result['verdict']['word']}")
         for line in result["verdict"]["lines"]:
-            say(f"  {line}")
+            self._entry("  ", line)
         for line in result["verdict"]["warnings"]:
-            say(f"  Warning: {line}")
+            self._entry("  Warning: ", line)
         say("")
         for table in result_tables(result, self.console.width):
             say(table, soft_wrap=False)
@@ -182,8 +209,8 @@ class Progress:
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
         if self._jobs and (line := adapter_step(self._jobs[0])):
-            say(line)
-        say(next_step("contract", "show", folder))
+            say(folded_step(line, self.console.width))
+        say(folded_step(next_step("contract", "show", folder), self.console.width))
 
     def stop(self) -> None:
         """Give the terminal back, whatever happened."""
@@ -200,6 +227,10 @@ class Progress:
             f"{folder / 'variants'}."
         )
 
+    def _entry(self, label: str, text: str) -> None:
+        """A label and sentences, in lines that the console holds."""
+        self.console.print(folded(label, text, self.console.width))
+
     def _metric_label(self) -> str:
         return METRICS[str(self.facts["metric"])]
 
@@ -211,21 +242,20 @@ class Progress:
         budget = self.contract.privacy.epsilon
         shown = "–" if spent is None else epsilon_text(spent)
         filled = 0 if spent is None else min(BAR, round(BAR * spent / budget))
-        failed = f"  without {', '.join(facts.failed)}" if facts.failed else ""
         return (
             f"{facts.round:>3}/{total:<3} {len(facts.sites):>2}/{len(self.contract.sites):<2}  "
             f"{_number(loss, 2):>5}   {_number(metric, 3):>7}                "
-            f"{shown:>5} {'█' * filled}{'░' * (BAR - filled)} {self._left():>7}{failed}"
+            f"{shown:>5} {'█' * filled}{'░' * (BAR - filled)} {self._left():>7}"
         )
 
     def _left(self) -> str:
-        if self._cost_done < 0.02 * self._cost_all:
+        if self._cost_done < 0.05 * self._cost_all:
             return ""  # too early for a rate
-        return _clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
+        return clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
 
     def _status(self) -> Text:
         """The live line, as it is now."""
-        since = _clock(time.monotonic() - self._started)
+        since = clock(time.monotonic() - self._started)
         if not self._cost_done:
             return Text(f"starting {len(self._jobs)} runs, {since}")
         left = self._left()
@@ -260,9 +290,27 @@ def adapter_step(job: Job) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+def folded(label: str, text: str, width: int) -> str:
+    """`text` in lines of at most `width` characters: behind a label, and below each other."""
+    indent = cell_len(label)
+    lines = [line.plain.rstrip() for line in Text(text).wrap(PLAIN, max(width - indent, 1))]
+    return "\n".join((" " * indent if place else label) + line for place, line in enumerate(lines))
+
+
+def folded_step(line: str, width: int) -> str:
+    """A `next:` line that can still be pasted into a shell where it takes several lines. Only a
+    word that is too long by itself, a path, say, is longer than `width`."""
+    if cell_len(line) <= width:
+        return line
+    step, _, note = line.partition(NOTE)
+    first, *words = map(shlex.quote, shlex.split(step.removeprefix(NEXT)))
+    lines = [NEXT + first]
+    for word in words:
+        if cell_len(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(" " * len(NEXT) + word)
+    return " \\\n".join(lines) + (f"\n{' ' * len(NEXT)}({note}" if note else "")
 
 
 def _number(value: float | None, digits: int) -> str:

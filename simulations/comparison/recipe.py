@@ -29,6 +29,8 @@ from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.variants import scale_learning_rates, scaled_phases
 
 OWN_REPEATS = 2
+# Of the quick form: the most rounds of a phase, by whether it adapts layers, which takes longer.
+QUICK_ROUNDS = {False: 20, True: 3}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,33 @@ class Recipe:
             contract=scale_learning_rates(contract, factor),
             facts=self.facts | {"variants": variants},
         )
+
+    def quick(self) -> Recipe:
+        """The recipe with one run of each variant and fewer rounds: for a look, not for figures."""
+        variants = {
+            name: plan | {"phases": _shortened(plan["phases"])}
+            for name, plan in self.facts["variants"].items()
+        }
+        phases = self.contract.model_dump(mode="json", exclude_none=True)["phases"]
+        facts = {"variants": variants, "repeats": 1, "baseline_repeats": 1}
+        return replace(
+            self,
+            contract=self.contract.changed(phases=_shortened(phases)),
+            facts=self.facts | facts,
+        )
+
+
+def _shortened(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Phases, as tables, with no more rounds than the quick form has."""
+    made = []
+    for phase in phases:
+        rounds = min(phase["rounds"], QUICK_ROUNDS[phase["trains"] != "head"])
+        short = phase | {"rounds": rounds}
+        schedule = phase.get("schedule") or {}
+        if schedule.get("warmup_rounds", 0) >= rounds:
+            short["schedule"] = schedule | {"warmup_rounds": rounds - 1}
+        made.append(short)
+    return made
 
 
 def recipe_names() -> list[str]:

@@ -14,6 +14,7 @@ changed, and says of which commit and machine it is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from silotune.common.cli.failure import Failure
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
@@ -211,7 +213,14 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE|KEY=VALUE", help="recipes, and how to compute"
+    )
+    words = parser.parse_args().words
     names = [word for word in words if "=" not in word]
     performance = computing(tuple(word for word in words if "=" in word))
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -244,6 +253,7 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main())
     except SilotuneError as error:
-        sys.exit(f"✗ {error}")
+        echo(Failure.of(error).text(), err=True)
+        sys.exit(error.exit_code)

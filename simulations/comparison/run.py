@@ -34,6 +34,7 @@ from silotune.common.tasks.metrics import METRICS, constant, score
 from silotune.common.tokenization import token_lengths
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
+from silotune.simulations.comparison.duration import Duration, file_of
 from silotune.simulations.comparison.options import Options
 from silotune.simulations.comparison.progress import Progress
 from silotune.simulations.comparison.provenance import _processor, commit
@@ -43,7 +44,16 @@ from silotune.simulations.datasets import catalog
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
-from silotune.simulations.execution.variants import Job, JobResult, Variant, variants_of
+from silotune.simulations.execution.variants import (
+    MAIN,
+    Job,
+    JobResult,
+    Variant,
+    main_of,
+    variants_of,
+)
+
+QUICK = (MAIN, "federated-head", "pooled-no-dp")  # variants of the quick form, as far as there are
 
 
 def run(
@@ -59,18 +69,24 @@ def run(
 
     quiet: nothing is shown meanwhile. stderr: what is shown goes to standard error.
     """
-    began = time.perf_counter()
+    began, whole = time.perf_counter(), recipe.contract
+    if options.quick:
+        recipe = recipe.quick()
     if options.epsilon is not None:
         recipe = recipe.at(options.epsilon)
     contract, keys = recipe.contract, SigningKeys()
+    quick = _quick_form(contract.rounds, whole.rounds) if options.quick else ""
     if options.delta is not None:
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
         contract, keys = with_secure_aggregation(
             contract, options.insecure_seed, recipe.facts.get("bound")
         )
-    variants = _chosen(variants_of(contract, recipe.facts["variants"]), options.variants)
-    progress = Progress(recipe.facts, contract, quiet=quiet, stderr=stderr)
+    variants = _chosen(
+        variants_of(contract, recipe.facts["variants"]), options.variants, options.quick
+    )
+    shown = main_of(variants).contracts[0]
+    progress = Progress(recipe.facts, shown, quiet=quiet, stderr=stderr)
     _set_aside(folder)
     with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
         counts, rows, notes = recipe.rows(folder)
@@ -88,17 +104,28 @@ def run(
     measured = lengths_of(contract, model_folder, rows)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, keys))
-    results = _results(
+    last_time = file_of(whole, options.performance)
+    results, seconds = _results(
         jobs,
         processes,
         progress,
         folder,
-        partial(progress.start, counts, jobs, processes, notes, measured),
+        partial(
+            progress.start,
+            counts,
+            jobs,
+            processes,
+            (*notes, quick) if quick else notes,
+            measured,
+            Duration.load(last_time),
+        ),
         own_masks=recipe.contract.secure_aggregation is None,
     )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
+    today = datetime.now(UTC).date().isoformat()
+    Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
     result = summarise(contract, variants, results, recipe.facts, rows, measured)
     result |= {
         "format": 1,
@@ -126,6 +153,8 @@ def run(
         "model": contract.model.model_dump(mode="json"),
         "data": recipe.source | {"sites": counts, "notes": notes},
     }
+    if quick:
+        result["verdict"]["warnings"].insert(0, quick)
     result["privacy"]["insecure"] = options.insecure_seed is not None
     if options.insecure_seed is not None:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
@@ -147,18 +176,21 @@ def _results(
     start: Callable[[], None],
     *,
     own_masks: bool,
-) -> list[JobResult]:
-    """Of all jobs. start: shows the plan, once nothing of it would be refused. own_masks: they are
-    the simulation's, the contract has none."""
+) -> tuple[list[JobResult], float]:
+    """Of all jobs, and how many seconds they took. start: shows the plan, once nothing of it would
+    be refused. own_masks: they are the simulation's, the contract has none."""
     waiting = ExitStack()
     waiting.enter_context(progress.busy("checking the plan"))
+    began = 0.0
 
     def checked() -> None:
+        nonlocal began
         waiting.close()
         start()
+        began = time.perf_counter()
 
     try:
-        return run_jobs(jobs, processes, progress, checked=checked)
+        return run_jobs(jobs, processes, progress, checked=checked), time.perf_counter() - began
     except KeyboardInterrupt:
         raise KeyboardInterrupt(progress.interrupted(folder)) from None
     except RefusalError as error:
@@ -173,9 +205,19 @@ def _results(
         progress.stop()
 
 
-def _chosen(variants: list[Variant], names: Sequence[str]) -> list[Variant]:
-    """The main variant and those that are named; all of them if none is. UsageError: no such
-    variant."""
+def _quick_form(rounds: int, whole: int) -> str:
+    """What has to be known of figures of the quick form."""
+    if rounds == whole:
+        return "Quick form, with fewer variants and runs: their spread is not known."
+    return (
+        f"Quick form, with fewer variants and runs, and {rounds} of {whole} rounds: the figures "
+        "are not those of the contract, and the hash is of another one."
+    )
+
+
+def _chosen(variants: list[Variant], names: Sequence[str], quick: bool) -> list[Variant]:
+    """The variants that are named; if none is all of them, or those of the quick form. UsageError:
+    no such variant."""
     known = [variant.name for variant in variants]
     for name in names:
         if name not in known:
@@ -183,11 +225,9 @@ def _chosen(variants: list[Variant], names: Sequence[str]) -> list[Variant]:
                 f"There is no variant '{name}'.{did_you_mean(name, known)} "
                 f"Known: {', '.join(known)}."
             )
-    return (
-        [variant for variant in variants if variant.main or variant.name in names]
-        if names
-        else variants
-    )
+    if quick and not names:
+        names = [name for name in QUICK if name in known]
+    return [variant for variant in variants if not names or variant.name in names]
 
 
 def _check_figure(metric: str, contract: Contract, split: Path) -> None:
@@ -230,7 +270,7 @@ def _jobs(
     keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main variant's first run first, so that it can be watched; then the costly ones."""
-    facts = recipe.facts
+    facts, main = recipe.facts, main_of(variants)
     every = options.evaluate_every or facts["evaluate_every"]
     found = []
     for variant in variants:
@@ -252,14 +292,16 @@ def _jobs(
                         rows,
                         # One site has nothing to federate; no message needs to travel.
                         federated=len(contract.sites) > 1,
-                        evaluate_every=every if variant.main and repeat == 0 else contract.rounds,
+                        evaluate_every=every
+                        if variant is main and repeat == 0
+                        else contract.rounds,
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
                         keys=keys,
                     )
                 )
     yield from sorted(
-        found, key=lambda job: (job.variant != variants[0].name or job.repeat > 0, -job.cost)
+        found, key=lambda job: (job.variant != main.name or job.repeat > 0, -job.cost)
     )
 
 
@@ -332,4 +374,8 @@ def _set_aside(folder: Path) -> None:
     """Rename an older run out of the way: nothing that was written is lost."""
     if folder.exists():
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
-        folder.rename(folder.with_name(f"{folder.name}-{stamp}"))
+        name, number = f"{folder.name}-{stamp}", 1
+        while folder.with_name(name).exists():  # of the same second
+            number += 1
+            name = f"{folder.name}-{stamp}-{number}"
+        folder.rename(folder.with_name(name))

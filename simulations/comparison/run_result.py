@@ -13,7 +13,6 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.common.formats import strict_json
-from silotune.simulations.execution.variants import MAIN
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -65,15 +64,19 @@ class RunResult:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """The contract's own method on the public test rows: each metric's mean over its runs;
-        None where the rows do not define it."""
-        own = next(variant for variant in self.content["variants"] if variant["main"])
-        return {name: found and found["mean"] for name, found in own["metrics"].items()}
+        """The main method (the contract's own, if it was run) on the public test rows: each
+        metric's mean over its runs; None where the rows do not define it."""
+        return {name: found and found["mean"] for name, found in self._main["metrics"].items()}
 
     @property
     def adapter(self) -> Path:
-        """The file of the adapter that the first run of the contract's own method released."""
-        return self.folder / "variants" / f"{MAIN}-0" / "adapter.safetensors"
+        """The file of the adapter that the first run of the main method released."""
+        return self.folder / "variants" / f"{self._main['name']}-0" / "adapter.safetensors"
+
+    @property
+    def _main(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = next(v for v in self.content["variants"] if v["main"])
+        return found
 
     def table(self) -> pd.DataFrame:
         """The methods and their figures.

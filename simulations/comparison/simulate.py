@@ -25,6 +25,7 @@ from silotune.simulations.comparison.recipe import (
 )
 from silotune.simulations.comparison.run import run
 from silotune.simulations.comparison.run_result import RunResult
+from silotune.simulations.execution.device import check_device
 from silotune.simulations.execution.variants import MAIN, trained, variants_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def simulate(
         UsageError: If an argument is wrong; it says which one, and what is allowed. As a
             ContractError, if the contract does not allow a value.
         DataError: If the records do not fit the contract. What names rows or columns is a note
-            of the error, since it may hold what a record says.
+            of the error, since it may hold what a record says. If the device is not there.
         RefusalError: If every site would refuse the plan.
 
     Example:
@@ -113,8 +114,9 @@ def simulate(
         model=None if model is None else Path(model),
         performance=_performance(compute or {}),
     )
+    check_device(options.performance)
     reading = Reading.of(encoding, delimiter, "{key}={value!r}")
-    with _recipe(contract, data, site, reading) as recipe, _local_notes():
+    with _local_notes(), _recipe(contract, data, site, reading) as recipe:
         options.variants = _variants(recipe, baselines)
         place = Path("runs") / recipe.name if folder is None else Path(folder)
         command = _command(recipe, options, baselines)
@@ -156,7 +158,7 @@ def _recipe(
     if isinstance(contract, Contract):
         if data is None:
             raise UsageError("data is missing: name the contract's records, data=DataFrame.")
-        with tempfile.TemporaryDirectory(prefix="silotune-") as place, _local_notes():
+        with tempfile.TemporaryDirectory(prefix="silotune-") as place:
             table, site = _table(data, site, contract, Path(place))
             if not isinstance(data, str | Path):
                 reading = Reading()  # of the file that was just written

@@ -16,7 +16,7 @@ from silotune.common.data.records import Records
 from silotune.common.tasks.metrics import METRICS, Scores, constant, score
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.comparison.verdict import verdict
-from silotune.simulations.execution.variants import JobResult, Variant
+from silotune.simulations.execution.variants import JobResult, Variant, main_of
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -45,27 +45,32 @@ def summarise(
     public = {  # the test rows of each site
         site: records.read(split / "test" / f"{site}.csv", contract) for site in sites
     }
+    main = main_of(variants)
     rows = [
         _variant_row(
             variant, [r for r in results if r.variant == variant.name], sites, metric, contract
         )
+        | {"main": variant is main}
         for variant in variants
     ]
     same = _same_answer(public, contract, metric)
     rows = [same, *rows] if same else rows
-    main = min((r for r in results if r.variant == variants[0].name), key=lambda r: r.repeat)
-    last = main.rounds[-1]
+    own = main.contracts[0]
+    first_runs = [r for r in results if r.variant == main.name and r.repeat == 0]
+    spent = {site: e for run in first_runs for site, e in run.rounds[-1].epsilon.items()}
+    # Sites by themselves have a curve each, and none of them is the variant's.
+    curve = first_runs[0].rounds if len(first_runs) == 1 else ()
     return {
         "privacy": {
             "unit": contract.privacy.unit,
             "adjacency": f"add or remove one {contract.privacy.unit}",
-            "masked": contract.quorum if contract.secure_aggregation else None,
+            "masked": own.quorum if own.secure_aggregation else None,
             "epsilon": contract.privacy.epsilon,
             "delta": contract.privacy.delta,
             "accountant": "RDP",
             "noise": "ChaCha20, keyed by the operating system",
             "sites": [
-                {"site": s, "epsilon": last.epsilon.get(s), "delta": contract.target_of(s).delta}
+                {"site": s, "epsilon": spent.get(s), "delta": contract.target_of(s).delta}
                 for s in sites
             ],
         },
@@ -87,14 +92,14 @@ def summarise(
         "curve": [
             {
                 "round": f.round,
-                "phase": contract.round_plan(f.round).phase.trains,
+                "phase": own.round_plan(f.round).phase.trains,
                 "metric": f.metrics.get(metric),
                 "loss": f.metrics.get("loss"),
                 "seconds": f.seconds,
                 "sites": list(f.sites),
                 "epsilon": dict(f.epsilon),
             }
-            for f in main.rounds
+            for f in curve
         ],
     }
 
@@ -125,7 +130,6 @@ def _variant_row(
     return {
         "name": variant.name,
         "label": variant.label,
-        "main": variant.main,
         "private": variant.private,
         "repeats": len(repeats),
         "epsilon": contract.privacy.epsilon if variant.private else None,

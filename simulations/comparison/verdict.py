@@ -37,35 +37,29 @@ def verdict(
     queries: int = 0,
     lengths: Lengths = Lengths(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """rows: the variants of result.json; labels: the public rows' targets; queries: how many there
-    are to rank for; lengths: of the texts. Word, lines and warnings.
+    """rows: the variants of result.json, of which the one that is "main" is judged; labels: the
+    public rows' targets; queries: how many there are to rank for; lengths: of the
+    texts. Word, lines and warnings.
 
     word: "useless" if the metric is not better than always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
     """
     by_name = {row["name"]: row for row in rows}
     means = {name: row["metrics"][metric]["mean"] for name, row in by_name.items()}
-    main, here, name = by_name[MAIN], means[MAIN], METRICS[metric]
-    runs = [r for r in results if r.variant == MAIN]
+    main, name = next(row for row in rows if row["main"]), METRICS[metric]
+    here, runs = means[main["name"]], [r for r in results if r.variant == main["name"]]
+    # The others are baselines of the contract's own variant, and of no other.
+    baselines = set(by_name) if main["name"] == MAIN else set[str]()
     sign = -1 if metric in LOWER_IS_BETTER else 1
 
     def lead(other: float) -> float:
         """How much better the federation is."""
         return float(sign * (here - other))
 
-    plus_minus = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
-    parts = [f"{name} {here:.3f}{plus_minus}"]
-    same = means.get("majority")
-    if same is not None:
-        what = {"classification": "always-majority", "ranking": "a random order"}.get(
-            contract.task.kind, "always the same"
-        )
-        parts.append(f"{what} {same:.3f}")
-    parts += [
-        f"{words} {means[variant]:.3f}" for variant, words in OTHERS.items() if variant in means
-    ]
-    error = standard_error(metric, here, labels, queries)
-    lines, warnings = [" · ".join(parts)], []
+    same, error = means.get("majority"), standard_error(metric, here, labels, queries)
+    lines, warnings = [_figures(main, means, metric, contract)], list[str]()
+    if not baselines:
+        lines.append(f"These are of: {main['label']}. The contract's own variant was not run.")
     if error is not None:
         lines.append(
             f"± is the spread over runs. {len(labels):,} public rows leave a standard error of "
@@ -73,7 +67,7 @@ def verdict(
         )
 
     alone = {
-        variant: by_name[variant] for variant in ("alone", "alone-tuned") if variant in by_name
+        variant: by_name[variant] for variant in ("alone", "alone-tuned") if variant in baselines
     }
     if alone and all(row["sites_mean"] for row in (main, *alone.values())):
         defined = sum(cell is not None for cell in main["sites"].values())
@@ -97,7 +91,7 @@ def verdict(
                 f"On their own rows sites gain nothing that exceeds the spread over "
                 f"{SHORT[best]}: {own[main['name']] - own[best]:+.3f} ±{noise:.3f}."
             )
-    if "federated-no-dp" in means:
+    if "federated-no-dp" in baselines:
         losses = [by_name[a]["metrics"]["loss"]["mean"] for a in (main["name"], "federated-no-dp")]
         lines.append(
             f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}, and a log loss "
@@ -110,7 +104,7 @@ def verdict(
             trained(contract), words, lead(means[variant]), main, by_name[variant], metric, error
         )
         for variant, words in BASELINES.items()
-        if variant in means
+        if variant in baselines
     ]
     ranking = contract.task.kind == "ranking"
     one_class = [r for r in runs if r.scores[""]["predicted_classes"] == 1 and not ranking]
@@ -144,6 +138,22 @@ def verdict(
         "lines": lines,
         "warnings": warnings,
     }
+
+
+def _figures(
+    main: Mapping[str, Any], means: Mapping[str, float], metric: str, contract: Contract
+) -> str:
+    """The figure of the variant that is judged, and those of the others, in one line."""
+    spread = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
+    parts = [f"{METRICS[metric]} {means[main['name']]:.3f}{spread}"]
+    constant = {"classification": "always-majority", "ranking": "a random order"}
+    words = {"majority": constant.get(contract.task.kind, "always the same")} | OTHERS
+    parts += [
+        f"{words[variant]} {means[variant]:.3f}"
+        for variant in words
+        if variant in means and variant != main["name"]
+    ]
+    return " · ".join(parts)
 
 
 def _one_class(found: int, runs: int, contract: Contract, lengths: Lengths) -> str:

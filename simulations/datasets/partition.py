@@ -1,4 +1,5 @@
-"""Training rows re-partitioned among the sites of a recipe: alike, or skewed by a stated rule and seed.
+"""Training rows re-partitioned among the sites of a recipe: alike, or skewed by a stated rule and
+seed.
 
 The public test rows stay where they are. Where the contract has entities, all rows of one go to one
 site. Nothing is copied and nothing is left out.

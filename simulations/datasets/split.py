@@ -106,7 +106,8 @@ def of_file(
     few = [name for name in sites if (site == name).sum() < LEAST]
     if few:
         raise DataError(
-            f"{file.name} has fewer than {LEAST} rows for: {', '.join(few)}."
+            f"{file.name} has fewer than {LEAST} rows for: {', '.join(few)}. Each "
+            "site of the contract needs them: add rows, or take the site out of the contract."
             + "".join(f" {note[:1].upper()}{note[1:]}." for note in left_out.sentences),
             code=ErrorCode.TOO_FEW_ROWS,
             local=left_out.local,

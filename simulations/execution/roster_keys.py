@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -21,31 +22,42 @@ def with_secure_aggregation(
 ) -> tuple[Contract, SigningKeys]:
     """The contract with secure aggregation and a roster of new keys, and their private halves.
 
-    The threshold is the contract's own, or the usual one, or the contract's quorum where that is
-    lower and still enough.
     bound: of an update's entries, where the plan's rates need another than the usual.
     """
-    sites = [site.name for site in contract.sites]
-    usual = default_threshold(len(sites))
+    keys = {site.name: _key(site.name, insecure_seed) for site in contract.sites}
+    public = {
+        name: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw().hex()
+        for name, key in keys.items()
+    }
+    return with_masks(with_keys(contract, public), bound), keys
+
+
+def with_keys(contract: Contract, public: Mapping[str, str]) -> Contract:
+    """The contract with the sites' public keys in its roster."""
+    found: Contract = contract.changed(
+        sites=[
+            site.model_dump(mode="json") | {"public_key": public[site.name]}
+            for site in contract.sites
+        ]
+    )
+    return found
+
+
+def with_masks(contract: Contract, bound: float | None = None) -> Contract:
+    """A contract whose roster has keys with secure aggregation.
+
+    The threshold is the contract's own, or the usual one, or the contract's quorum where that is
+    lower and still enough.
+    """
+    count = len(contract.sites)
+    usual = default_threshold(count)
     own = contract.secure_aggregation and contract.secure_aggregation.threshold
-    threshold = own or min(usual, max(contract.quorum, len(sites) // 2 + 1))
-    keys = {name: _key(name, insecure_seed) for name in sites}
-    roster = [
-        site.model_dump(mode="json")
-        | {
-            "public_key": Ed25519PrivateKey.from_private_bytes(keys[site.name])
-            .public_key()
-            .public_bytes_raw()
-            .hex()
-        }
-        for site in contract.sites
-    ]
-    found = contract.changed(
-        sites=roster,
+    threshold = own or min(usual, max(contract.quorum, count // 2 + 1))
+    found: Contract = contract.changed(
         quorum=max(contract.quorum, threshold),
         secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
     )
-    return found, keys
+    return found
 
 
 def _key(name: str, insecure_seed: int | None) -> bytes:

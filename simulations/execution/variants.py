@@ -39,8 +39,18 @@ class Variant:
     contracts: tuple[Contract, ...]  # one, or one a site
 
     @property
-    def main(self) -> bool:
-        return self.name == MAIN
+    def federated(self) -> bool:
+        return len(self.contracts) == 1 and len(self.contracts[0].sites) > 1
+
+
+def main_of(variants: Sequence[Variant]) -> Variant:
+    """The variant that a comparison is about: the contract's own; where that was not asked for the
+    first federated one, or else the first that trains one model."""
+    for fits in (lambda v: v.name == MAIN, lambda v: v.federated, lambda v: len(v.contracts) == 1):
+        for variant in variants:
+            if fits(variant):
+                return variant
+    return variants[0]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from silotune.simulations.comparison.recipe import Recipe, load_recipe
 from silotune.simulations.comparison.run import run_jobs
 from silotune.simulations.datasets import catalog, split
 from silotune.simulations.datasets.partition import draw, repartition
+from silotune.simulations.execution.device import check_device
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
 from silotune.simulations.execution.variants import (
     Job,
@@ -62,8 +63,13 @@ class ProgressPrinter:
     """A line for each job that ends, with the time left."""
 
     def __init__(
-        self, jobs: list[Job], cells: list[Cell], take: Callable[[JobResult], None]
+        self,
+        jobs: list[Job],
+        cells: list[Cell],
+        take: Callable[[JobResult], None],
+        stderr: bool,
     ) -> None:
+        self.stderr = stderr
         self.cells, self.left = cells, sum(job.cost for job in jobs)
         self.whole, self.take, self.began = self.left, take, datetime.now(UTC)
         self.costs = {(job.variant, job.contract.sites[0].name): job.cost for job in jobs}
@@ -77,7 +83,7 @@ class ProgressPrinter:
         spent = (datetime.now(UTC) - self.began).total_seconds()
         minutes = spent * self.left / max(self.whole - self.left, 1e-9) / 60
         key = self.cells[int(result.variant)].key
-        echo(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left")
+        echo(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left", err=self.stderr)
 
 
 def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
@@ -141,12 +147,17 @@ def compare(
     recipe: Recipe | None = None,
     only: Sequence[str] = (),
     performance: Performance | None = None,
+    *,
+    stderr: bool = False,
 ) -> dict[str, Any]:
     """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
-    performance: how to compute; but for roundings a cell stays the same cell. UsageError for a
-    pattern that no key is like.
+    performance: how to compute; but for roundings a cell stays the same cell. stderr: what is shown
+    goes to standard error. UsageError for a pattern that no key is like, DataError for a device
+    that is not there.
     """
+    performance = performance or Performance()
+    check_device(performance)
     recipe = recipe or load_recipe(study.recipe)
     head = {
         "title": study.title,
@@ -157,7 +168,6 @@ def compare(
         "machine": machine(""),
         "study": study.model_dump(mode="json"),
     }
-    performance = performance or Performance()
     kept, cells = StudyStore(folder, head), {cell.key: cell for cell in cells_of(study, recipe)}
     left_out = [p for p in only if not any(fnmatchcase(key, p) for key in cells)]
     if left_out:
@@ -166,7 +176,9 @@ def compare(
             f"'{next(iter(cells))}'."
         )
     with tempfile.TemporaryDirectory(prefix="study-") as work:
-        found = _complete(study, recipe, cells, kept, Path(work), processes, only, performance)
+        found = _complete(
+            study, recipe, cells, kept, Path(work), processes, only, performance, stderr
+        )
         return head | {"cells": found}
 
 
@@ -179,6 +191,7 @@ def _complete(
     processes: int,
     only: Sequence[str],
     performance: Performance,
+    stderr: bool,
 ) -> dict[str, Any]:
     """Run the cells that are not there, or were made from something else; returns the study's."""
     natural = recipe.rows(work).folder
@@ -193,7 +206,7 @@ def _complete(
         for key, cell in cells.items()
         if key not in found and (not only or any(fnmatchcase(key, pattern) for pattern in only))
     ]
-    echo(f"{study.title}: {len(cells)} cells, {len(missing)} to run")
+    echo(f"{study.title}: {len(cells)} cells, {len(missing)} to run", err=stderr)
     parts: dict[str, list[JobResult]] = {}
     revision = commit()
 
@@ -208,7 +221,9 @@ def _complete(
 
     if missing:
         jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent, performance))
-        run_jobs(jobs, processes or os.cpu_count() or 1, ProgressPrinter(jobs, missing, take))
+        run_jobs(
+            jobs, processes or os.cpu_count() or 1, ProgressPrinter(jobs, missing, take, stderr)
+        )
     return dict(sorted(found.items()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -79,6 +80,25 @@ def test_a_folder_without_a_server_is_said_to_hold_none(
     assert err.startswith(f"✗ E102 {folder} holds no server")
     assert not list((tmp_path / "empty").iterdir())
     assert not (tmp_path / "nowhere").exists()
+    *_, remedy = err.partition("in a new one: silotune ")
+    known = {"HOST": "fl.example.org", "FOLDER": "new"}
+    assert run(*(known.get(word, word) for word in remedy.split()))[0] == 0
+    assert run("server", "status", "--folder", "new") == (0, "no run yet\n", "")
+
+
+def test_a_server_of_another_user_is_no_missing_server(
+    place: ServerFolder, run: Silotune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    code, _, err = run("server", "status", "--folder", "fed")
+    assert (code, err) == (
+        2,
+        "✗ E102 fed/server.toml cannot be read: Permission denied. Run this as the server's "
+        "user.\n",
+    )
 
 
 def test_a_certificate_that_is_gone_or_none_is_named(place: ServerFolder, run: Silotune) -> None:

@@ -8,6 +8,7 @@ Each row of the results says of which commit it is, and when it was taken.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -33,7 +34,12 @@ MOST_SECONDS = 18 * 60  # after which no fault is begun
 FEDERATIONS = {"plain": 3, "masked": 1, "own": 1}
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of faults to run")
+    words = parser.parse_args().words
     torch.set_num_threads(1)
     heed_interrupts()
     chosen = [f for f in faults() if not words or any(word in f.name for word in words)]
@@ -166,4 +172,4 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -84,6 +84,7 @@ COMMANDS = [
     ("site", "prepare", "contract.json"),
     ("site", "worker", "contract.json", "--socket", "s"),
     ("site", "own", "released"),
+    ("site", "metrics", "--port", "9464"),
     ("privacy", "spent"),
     ("privacy", "verify"),
     ("privacy", "export", "out.jsonl"),

@@ -316,7 +316,8 @@ def test_fingerprints_of_another_type_are_refused(home: Home, change: str) -> No
     with home.tampering() as database:
         database.executescript(
             "CREATE TABLE loose AS SELECT * FROM record_sets; DROP TABLE record_sets;"
-            f"ALTER TABLE loose RENAME TO record_sets; UPDATE record_sets SET fingerprints = {change};"
+            f"ALTER TABLE loose RENAME TO record_sets;"
+            f" UPDATE record_sets SET fingerprints = {change};"
         )
     assert home.refuses()
 
@@ -688,11 +689,11 @@ APPENDING = """
 import sys
 from pathlib import Path
 from silotune.client.privacy.keys import Keys
-from silotune.client.privacy.ledger import Ledger
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.record_ids import RecordSet
 
 folder, run, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-ledger = Ledger.open(folder / "state", Keys.load(folder / "keys"))
+ledger = PrivacyLedger.open(folder / "state", Keys.load(folder / "keys"))
 print("ready", flush=True)
 sys.stdin.readline()
 for attempt in range(1, times + 1):

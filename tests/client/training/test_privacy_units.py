@@ -623,7 +623,7 @@ def test_rows_of_different_lengths_make_one_gradient(
             ],
         }
     )
-    short, long = "pain in the chest", " ".join(["pain in the left variant"] * 5)
+    short, long = "pain in the chest", " ".join(["pain in the left arm"] * 5)
     people = ["ann", "bob", "ann", "ann", "eve", "ann", "bob", "ann"]
     texts = [long, short, short, short + " today", long, long + " too", long, "no pain"]
     rows = [(p, t, str(k % 2)) for k, (p, t) in enumerate(zip(people, texts, strict=True))]

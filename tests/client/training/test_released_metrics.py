@@ -48,7 +48,7 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
 ) -> None:
     """The noises in units of what one record can move: 1/s^2 must be their 1/s_i^2 together."""
     found: list[float] = []
-    optimizer, total = local_round.CryptoNoiseOptimizer, released_metrics.noisy_total
+    optimizer, total = local_round.DPOptimizer, released_metrics.noisy_total
 
     def spy_optimizer(sgd: Any, *, noise_multiplier: float, **more: Any) -> Any:
         found.append(noise_multiplier)
@@ -58,7 +58,7 @@ def test_gradients_and_metrics_together_are_the_mechanism_that_is_charged(
         found.append(noise_multiplier)
         return total(values, bound, noise_multiplier, source)
 
-    monkeypatch.setattr(local_round, "CryptoNoiseOptimizer", spy_optimizer)
+    monkeypatch.setattr(local_round, "DPOptimizer", spy_optimizer)
     monkeypatch.setattr(released_metrics, "noisy_total", spy_total)
     worker = make_worker(measured, write_rows(tmp_path / "rows.csv", 50))
     ask(worker)

@@ -547,9 +547,7 @@ def test_a_round_with_dropout_and_schedule_stays_within_the_clip_norm(monkeypatc
     contract = changed_phases(plain, dropout=0.5, schedule=schedule, rounds=4)
     model = model_of(contract, "bert")
     for place, factor in ((1, 0.5), (2, 1.0), (3, 5 / 6), (4, 2 / 3)):
-        whole, rest = (
-            change(contract, model, dropout_mask, place) for dropout_mask in (rows, rows[1:])
-        )
+        whole, rest = (change(contract, model, kept_rows, place) for kept_rows in (rows, rows[1:]))
         moved = np.linalg.norm(whole - rest) * contract.privacy.expected_units
         assert 0 < moved <= CLIP * factor * (1 + 1e-5)
         unscheduled = change(changed_phases(contract, schedule=None), model, rows, place)

@@ -81,7 +81,7 @@ def test_several_values_can_mean_one_label() -> None:
         ("multi-label", "a,b", "the contract's labels (a, b, c) between '|'"),
         (
             "tokens",
-            "O B-variant",
+            "O B-arm",
             "the tags O, B-site, I-site, B-sign, I-sign between spaces, or those of "
             "IOB1, BIOES or BILOU for the same entities",
         ),
@@ -353,8 +353,8 @@ def read(kind: str, model: str, **cells: str) -> Records:
 def test_rows_of_each_kind_of_input() -> None:
     found = read("tokens", "bert", text=" pain  in ", label="B-sign O")
     assert (found.inputs, found.labels, found.queries) == ([" pain  in "], [[3, 0]], ())
-    found = read("cross", "bert", query=" q7 ", question="pain", answer="variant", label="yes")
-    assert (found.inputs, found.labels, found.queries) == ([("pain", "variant")], [1], ("q7",))
+    found = read("cross", "bert", query=" q7 ", question="pain", answer="arm", label="yes")
+    assert (found.inputs, found.labels, found.queries) == ([("pain", "arm")], [1], ("q7",))
     found = read("language", "llama", text="pain", label="no pain")
     assert (found.inputs, found.labels) == ([("pain", "no pain")], ["no pain"])
 

@@ -31,11 +31,11 @@ def test_answers_are_the_models_own_and_are_scored_where_there_are_some(tmp_path
     (tmp_path / "contract.json").write_text(contract.model_dump_json())
     with model.lock:
         model.load(arrays)
-        wanted = [model.answer(text, 5) for text in ("pain in the chest", "left variant")]
+        wanted = [model.answer(text, 5) for text in ("pain in the chest", "left arm")]
     assert len(wanted[0].split()) > 1
     prompt, label = contract.columns[0], contract.task.label_column
     rows = tmp_path / "rows.csv"
-    rows.write_text(f"{prompt},{label}\npain in the chest,{wanted[0]}\nleft variant,xyzzy\n")
+    rows.write_text(f"{prompt},{label}\npain in the chest,{wanted[0]}\nleft arm,xyzzy\n")
     found = json.loads(call(tmp_path, rows, "--model", folder, "--most", 5, "--json").output)
     assert found["answers"] == wanted
     assert found["scores"] == {
@@ -43,11 +43,11 @@ def test_answers_are_the_models_own_and_are_scored_where_there_are_some(tmp_path
         "ROUGE-L": pytest.approx(0.5),
         "exact match": 0.5,
     }
-    rows.write_text(f"{prompt}\npain in the chest\nleft variant\n")
+    rows.write_text(f"{prompt}\npain in the chest\nleft arm\n")
     done = call(tmp_path, rows, "--model", folder, "--most", 5, "--rows", 1)
     assert f"→ {wanted[0]}" in done.output
     assert "ROUGE" not in done.output
-    assert "left variant" not in done.output
+    assert "left arm" not in done.output
 
 
 def test_rouge_is_that_of_the_paper() -> None:

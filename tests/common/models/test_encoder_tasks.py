@@ -26,7 +26,7 @@ from silotune.server.rounds.evaluation import PublicTest
 from tests import tiny
 
 EXACT = Performance(bf16="off", device="cpu", micro_batch=4)
-LONG = "pain in the left variant today and " * 3
+LONG = "pain in the left arm today and " * 3
 
 
 def encoder_of(kind: str, of: str, **more: Any) -> Encoder:
@@ -78,8 +78,8 @@ def seen(model: Encoder, inputs: list[Any], adapter: bool) -> Tensor:
     return out
 
 
-TEXTS = ["pain", "burning pain in the chest", LONG, "no pain today", "pain in variants " * 4]
-OTHERS = ["variant", "no", "the chest burned " * 3, "left variant", LONG]
+TEXTS = ["pain", "burning pain in the chest", LONG, "no pain today", "pain in arms " * 4]
+OTHERS = ["arm", "no", "the chest burned " * 3, "left arm", LONG]
 
 
 # --- words -------------------------------------------------------------------------------------
@@ -88,13 +88,13 @@ OTHERS = ["variant", "no", "the chest burned " * 3, "left variant", LONG]
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_words_first_piece_carries_its_tag(kind: str) -> None:
     model = encoder_of("tokens", kind)
-    encoded = model.encode(["burning pain", "variants in chests today"])
+    encoded = model.encode(["burning pain", "arms in chests today"])
     assert encoded.marks is not None
     assert encoded.starts is not None
     first, second = (
         [0, NO_WORD, 1],
         [0, NO_WORD, 1, 2, NO_WORD, 3],
-    )  # burn ##ing pain; variant ##s …
+    )  # burn ##ing pain; arm ##s …
     around = [NO_WORD] if kind == "bert" else []
     assert encoded.marks.tolist() == [*around, *first, *around, *around, *second, *around]
     labels = model.objective.tensor([[3, 0], [1, 0, 2, 4]])
@@ -145,7 +145,7 @@ def test_each_token_has_the_librarys_state(kind: str, adapter: bool) -> None:
 def test_a_word_of_which_nothing_is_left_shifts_no_other_words_tag(invisible: str) -> None:
     """BERT's tokenizer drops such characters: the words behind must keep their places."""
     model = encoder_of("tokens", "bert")
-    text = f"pain {invisible} in the variant {invisible}"
+    text = f"pain {invisible} in the arm {invisible}"
     labels = model.objective.tensor([[1, 0, 2, 3, 4, 0]])
     encoded = model.encode([text])
     counted = model.targets(encoded, labels, torch.tensor([0]))
@@ -181,7 +181,7 @@ def test_features_are_the_librarys_mean_pooling(kind: str, adapter: bool) -> Non
 
 def test_a_token_does_not_see_those_behind_it() -> None:
     model = encoder_of("tokens", "llama")
-    encoded = model.encode(["pain in the variant", "pain in the chest today"])
+    encoded = model.encode(["pain in the arm", "pain in the chest today"])
     with torch.no_grad():
         one, other = model(encoded, torch.tensor([0, 1]), adapter=True)
     torch.testing.assert_close(one[:3], other[:3], rtol=0, atol=1e-6)
@@ -228,23 +228,21 @@ def test_a_pair_read_as_one_is_the_tokenizers_pair(kind: str, adapter: bool) -> 
 
 def test_equal_texts_are_encoded_once() -> None:
     model = encoder_of("bi", "bert")
-    encoded = model.encode(
-        [("pain", "variant"), ("pain", "no"), ("variant", "pain"), ("pain", "variant")]
-    )
+    encoded = model.encode([("pain", "arm"), ("pain", "no"), ("arm", "pain"), ("pain", "arm")])
     assert encoded.texts.tolist() == [[0, 1], [0, 2], [1, 0], [0, 1]]
     assert len(encoded) == 4
     assert len(encoded.features) == 3
     assert encoded.starts is not None
     assert encoded.hidden is not None
     assert len(encoded.hidden) == int(encoded.starts[-1]) == 3 * 3
-    single = encoder_of("regression", "bert").encode(["pain", "variant", "pain"])
+    single = encoder_of("regression", "bert").encode(["pain", "arm", "pain"])
     assert single.texts.tolist() == [[0], [1], [0]]
     assert len(single.features) == 2
 
 
 def test_public_texts_count_as_often_as_they_are_listed() -> None:
     """The mean and the whitener are those of the sentences in the contract, not of its words."""
-    sentences = ["pain", "pain", "pain", "burning variant", LONG]
+    sentences = ["pain", "pain", "pain", "burning arm", LONG]
     plain = encoder_of("classification", "bert")
     found = encoder_of(
         "classification",
@@ -260,7 +258,7 @@ def test_public_texts_count_as_often_as_they_are_listed() -> None:
 # --- answers -----------------------------------------------------------------------------------
 
 ASKED = ["pain in the chest", "no pain", "burning " * 6, "pain today"]
-ANSWERS = ["left variant", "no", "the right variants burned today", "chest"]
+ANSWERS = ["left arm", "no", "the right arms burned today", "chest"]
 PAIRS = list(zip(ASKED, ANSWERS, strict=True))
 
 
@@ -325,12 +323,12 @@ def test_marks_are_on_the_answer_and_its_end_alone() -> None:
 @pytest.mark.parametrize("system", [None, "no pain"])
 def test_the_prompt_is_in_the_models_own_template(system: str | None) -> None:
     model = language_model(chat=True, task={"system": system})
-    said = model.backbone.tokenizer.decode(model.prompts.prompt("left variant"))
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
     start = f"<system> {system} </s> " if system else ""
-    assert said == f"{start}<user> left variant </s> <assistant>"
+    assert said == f"{start}<user> left arm </s> <assistant>"
     plain = language_model(task={"system": system})
-    assert plain.backbone.tokenizer.decode(plain.prompts.prompt("left variant")) == " ".join(
-        [*([system] if system else []), "left variant"]
+    assert plain.backbone.tokenizer.decode(plain.prompts.prompt("left arm")) == " ".join(
+        [*([system] if system else []), "left arm"]
     )
 
 
@@ -338,8 +336,8 @@ def test_of_what_is_too_long_the_beginning_of_the_users_text_is_left_out() -> No
     model = language_model(model={"max_tokens": 8})
     tokenizer = model.backbone.tokenizer
     words = tiny.WORDS
-    ids, before = model.prompts.tokens(" ".join(words), "left variant")
-    assert tokenizer.convert_ids_to_tokens(ids) == [*words[-5:], "left", "variant", "</s>"]
+    ids, before = model.prompts.tokens(" ".join(words), "left arm")
+    assert tokenizer.convert_ids_to_tokens(ids) == [*words[-5:], "left", "arm", "</s>"]
     assert before == 5
 
 
@@ -348,7 +346,7 @@ def test_an_answer_that_is_cut_has_no_end_token() -> None:
     model = language_model(model={"max_tokens": 8})
     tokenizer, words = model.backbone.tokenizer, tiny.WORDS
     for n in range(1, 8):
-        ids, before = model.prompts.tokens("left variant", " ".join(words[:n]))
+        ids, before = model.prompts.tokens("left arm", " ".join(words[:n]))
         answered = tokenizer.convert_ids_to_tokens(ids)[before:]
         assert answered == (words[:4] if n > 3 else [*words[:n], "</s>"])
     ids, before = model.prompts.tokens(" ".join(words), " ".join(words))
@@ -389,13 +387,13 @@ def test_the_system_message_is_in_the_prompt_by_every_template(
     template: str, tmp_path: Path
 ) -> None:
     model = chat_model(tmp_path / "m", template, task={"system": "the burn today"})
-    said = model.backbone.tokenizer.decode(model.prompts.prompt("left variant"))
+    said = model.backbone.tokenizer.decode(model.prompts.prompt("left arm"))
     assert said.count("the burn today") == 1
-    assert said.index("the burn today") < said.index("left variant")
+    assert said.index("the burn today") < said.index("left arm")
     assert said.endswith("</s> <assistant>")
     plain = chat_model(tmp_path / "plain", template)
-    assert "<user> left variant </s> <assistant>" in plain.backbone.tokenizer.decode(
-        plain.prompts.prompt("left variant")
+    assert "<user> left arm </s> <assistant>" in plain.backbone.tokenizer.decode(
+        plain.prompts.prompt("left arm")
     )
 
 
@@ -409,7 +407,7 @@ def test_a_long_prompt_keeps_the_system_message_and_the_template(
     model = chat_model(tmp_path / "m", template, **more)
     tokenizer = model.backbone.tokenizer
     rng = np.random.default_rng(0)
-    words = [str(word) for word in rng.choice(["pain", "chest", "variant", "left", "right"], 60)]
+    words = [str(word) for word in rng.choice(["pain", "chest", "arm", "left", "right"], 60)]
     whole = model.prompts.prompt(" ".join(words))
     for answer in ("no", " ".join(words)):
         ids, before = model.prompts.tokens(" ".join(words), answer)
@@ -428,7 +426,7 @@ def test_a_frame_that_leaves_no_room_is_refused_at_the_start(tmp_path: Path) -> 
         chat_model(tmp_path / "m", tiny.CHAT, **more)
     assert error.value.code == "E310"
     more["model"]["max_tokens"] = 40  # as it says
-    assert chat_model(tmp_path / "n", tiny.CHAT, **more).prompts.prompt("left variant")
+    assert chat_model(tmp_path / "n", tiny.CHAT, **more).prompts.prompt("left arm")
 
 
 def test_a_template_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -467,7 +465,7 @@ def test_a_text_of_nothing_is_read_too(kind: str, model: str) -> None:
 def test_an_empty_prompt_moves_no_other_records_marks() -> None:
     """Where a tokenizer makes nothing of it, the answer's first token has nothing before it."""
     model = language_model()
-    texts = [("", "left variant"), PAIRS[0], ("", "no"), PAIRS[1]]
+    texts = [("", "left arm"), PAIRS[0], ("", "no"), PAIRS[1]]
     labels = model.objective.tensor([answer for _, answer in texts])
     encoded = model.encode(texts)
     assert encoded.marks is not None

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import PeerError, RunError
+from silotune.common.errors import PeerError, RunError, UsageError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Description, Refusal, Train, Update
 from silotune.server.flower import strategy as module
@@ -166,6 +166,97 @@ def test_all_rounds_of_the_contract(start: Begin) -> None:
     assert committed(strategy) == [["north", "south"]] * 3
     np.testing.assert_array_equal(strategy.run.registry.adapter()["head.bias"], [6.0, 6.0])
     assert grid.exchanges == 4  # one description and three rounds
+
+
+def test_the_result_has_the_adapter_and_the_metrics_of_each_round(start: Begin) -> None:
+    strategy = start()
+    run, losses = strategy.run, iter([0.5, 0.4, 0.3])
+    run._evaluate = lambda adapter, adapter_active: {"loss": next(losses), "auc": None}
+    grid = FakeGrid({11: site("north", 1.0, epsilon=0.5), 22: site("south", 3.0, epsilon=0.75)})
+    result = strategy.start(
+        cast(Grid, grid),
+        evaluate_fn=lambda number, arrays: MetricRecord(
+            {"number": number, "bias": float(arrays["head.bias"].numpy()[0])}
+        ),
+    )
+    released = run.registry.adapter()
+    assert set(result.arrays) == set(released) == set(SHAPES)
+    for name, array in released.items():
+        np.testing.assert_array_equal(result.arrays[name].numpy(), array)
+    assert {n: dict(m) for n, m in result.train_metrics_clientapp.items()} == {
+        number: {"sites": 2, "epsilon": 0.75, "epsilon.north": 0.5, "epsilon.south": 0.75}
+        for number in (1, 2, 3)
+    }
+    on_public_rows = result.evaluate_metrics_serverapp
+    assert [(n, m["loss"], m["number"]) for n, m in on_public_rows.items()] == [
+        (1, 0.5, 1),
+        (2, 0.4, 2),
+        (3, 0.3, 3),
+    ]
+    assert on_public_rows[3]["bias"] == released["head.bias"][0]
+    assert "auc" not in on_public_rows[1]
+    assert result.evaluate_metrics_clientapp == {}
+
+
+def test_released_metrics_of_the_sites_are_in_the_result(start: Begin) -> None:
+    strategy = start(releases=[{"metric": "loss", "share": 0.1}])
+    sites = {
+        11: site("north", metrics={"loss": 0.25}),
+        22: site("south", metrics={"loss": 0.75}),
+    }
+    result = strategy.start(cast(Grid, FakeGrid(sites)))
+    assert [m["loss"] for m in result.train_metrics_clientapp.values()] == [0.5] * 3
+
+
+def test_the_result_of_a_finished_run_has_its_adapter(start: Begin) -> None:
+    strategy = run_on(start(), FakeGrid({11: site("north"), 22: site("south")}))
+    result = strategy.start(cast(Grid, FakeGrid({})))
+    np.testing.assert_array_equal(
+        result.arrays["head.bias"].numpy(), strategy.run.registry.adapter()["head.bias"]
+    )
+    assert result.train_metrics_clientapp == {}
+
+
+def arrays(**changed: np.ndarray) -> ArrayRecord:
+    own = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    return ArrayRecord({name: Array(value) for name, value in (own | changed).items()})
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"num_rounds": 5}, "num_rounds = 5, and the contract has rounds = 3"),
+    ({"timeout": 60.0}, "timeout = 60, and the contract has deadline_seconds = 5"),
+    ({"train_config": ConfigRecord({"lr": 0.1})}, "train_config has lr = 0.1, and sites"),
+    ({"evaluate_config": ConfigRecord({"k": 1})}, "evaluate_config has k = 1, and sites"),
+    (
+        {"initial_arrays": ArrayRecord({"w": Array(np.zeros(2))})},
+        "initial_arrays has w, and the run has head.bias, head.weight",
+    ),
+    (
+        {"initial_arrays": arrays(**{"head.bias": np.zeros(3)})},
+        r"head.bias of shape \(3,\), and the run has shape \(2,\)",
+    ),
+    (
+        {"initial_arrays": arrays(**{"head.bias": np.ones(2)})},
+        "head.bias with other values than the run .mean 1 and 0.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), CONTRADICTIONS)
+def test_an_argument_that_contradicts_the_contract_is_refused(
+    start: Begin, given: dict[str, Any], said: str
+) -> None:
+    grid = FakeGrid({11: site("north"), 22: site("south")})
+    with pytest.raises(UsageError, match=said):
+        start().start(cast(Grid, grid), **given)
+    assert grid.received == []
+
+
+def test_arguments_that_agree_with_the_contract_are_taken(start: Begin) -> None:
+    grid = FakeGrid({11: site("north"), 22: site("south")})
+    strategy = start()
+    strategy.start(cast(Grid, grid), arrays(), 3, 5.0, ConfigRecord(), ConfigRecord())
+    assert strategy.run.done
 
 
 @pytest.mark.parametrize("silent_for", [1, 2, 3])

@@ -144,7 +144,7 @@ def test_a_run_that_dies_before_its_release_is_released_when_it_is_taken_up(
         run.registry.adapter()
     again = server(federation, resume=True)
     assert again.done
-    assert same(again.registry.adapter(), again.iterate.adapter)
+    assert same(again.registry.adapter(), again.server_state.adapter)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,14 @@ HEAVY = "torch", "pandas", "numpy", "flwr", "transformers", "peft", "opacus", "p
 NAMES = {
     "silotune": {"Contract", "Recipe", "RunResult", "privacy", "simulate", "__version__"},
     "silotune.common": {"Contract", "SilotuneError"},
-    "silotune.client": {"Worker", "PrivacyLedger", "Policy", "DPOptimizer", "accountant"},
+    "silotune.client": {
+        "Worker",
+        "PrivacyLedger",
+        "Policy",
+        "DPOptimizer",
+        "RDPAccountant",
+        "accountant",
+    },
     "silotune.server": {"FederatedRun"},
     "silotune.simulations": {"Recipe", "RunResult", "simulate"},
 }
@@ -59,6 +66,11 @@ def test_each_name_is_listed_documented_and_there(package: str) -> None:
         found = getattr(module, name)
         assert found.__doc__, name
         assert getattr(module, name) is found
+
+
+@pytest.mark.parametrize("name", ["DPOptimizer", "PrivacyLedger", "RDPAccountant", "Worker"])
+def test_the_names_of_a_sites_classes_are_their_own(name: str) -> None:
+    assert getattr(silotune.client, name).__name__ == name
 
 
 def test_a_name_that_is_not_there() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import silotune as st
 from silotune.common.errors import ContractError, DataError, SilotuneError, UsageError
@@ -262,6 +263,7 @@ WRONG: list[tuple[dict[str, Any], type[SilotuneError], str]] = [
     ({"epsilon": -1.0}, ContractError, "'privacy.epsilon' must be greater than 0, got -1.0"),
     ({"compute": {"bf": True}}, ContractError, r"Unknown key 'bf' .* Did you mean 'bf16'"),
     ({"delimiter": ",,"}, UsageError, "delimiter"),
+    ({"compute": {"device": "mps"}}, ContractError, '"auto", "cpu", "cuda" or "cuda:0"'),
 ]
 
 
@@ -278,6 +280,15 @@ def test_wrong_arguments_are_named(
     with pytest.raises(error, match=said):
         st.simulate(**given | changed)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused_before_the_records_are_written(
+    contract: st.Contract, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pd.DataFrame, "to_csv", None)
+    with pytest.raises(DataError, match=r"^device is 'cuda:1', but torch can use 0 CUDA devices"):
+        st.simulate(contract, rows, compute={"device": "cuda:1"})
 
 
 def test_wrong_tables_by_site(rows: pd.DataFrame) -> None:
@@ -299,7 +310,8 @@ def test_what_records_say_is_a_note_of_the_error(
     with pytest.raises(DataError) as caught:
         st.simulate(contract, rows, site="hospital", folder=tmp_path / "run", progress=False)
     assert "perhaps" not in str(caught.value)
-    assert "perhaps" in "".join(caught.value.__notes__)
+    (note,) = caught.value.__notes__
+    assert "perhaps" in note
 
 
 def test_a_result_as_a_table() -> None:

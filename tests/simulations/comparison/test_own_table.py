@@ -101,7 +101,7 @@ def test_three_commands(table: Path) -> None:
             "site_column=branch",
             "repeats=1",
             "baseline_repeats=1",
-            "variants=pooled-no-dp",
+            "variants=federated-lora,pooled-no-dp",
             "--out",
             "run",
             "--json",
@@ -117,6 +117,7 @@ def test_three_commands(table: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
+    assert "RESULT" in done.stderr  # progress leaves standard output to the JSON
     assert {s["site"] for s in result["data"]["sites"]} == {"bank-a", "bank-b", "bank-c"}
     federated = next(variant for variant in result["variants"] if variant["main"])
     assert federated["metrics"]["auc"]["mean"] > 0.6
@@ -298,7 +299,7 @@ def test_rows_that_are_left_out_are_counted_and_said(
     )
     assert sum(int(c["train"]) + int(c["test"]) for c in found.counts) == 238
     table.write_text("\n".join(line.replace("bank-a", "Bank A") for line in lines))
-    with pytest.raises(DataError, match=r"fewer than 8 rows for: bank-a\. Left out") as error:
+    with pytest.raises(DataError, match=r"fewer than 8 rows for: bank-a\. .* Left out") as error:
         of_file(table, contract, "branch", tmp_path / "split")
     assert "'Bank A'" in error.value.local
 
@@ -387,7 +388,7 @@ def few(table: Path, out: str, *settings: str) -> list[str | Path]:
         "site_column=branch",
         "repeats=1",
         "baseline_repeats=1",
-        "variants=pooled-no-dp",
+        "variants=federated-lora,pooled-no-dp",
         "processes=1",
         *settings,
         "--out",
@@ -404,8 +405,8 @@ def test_a_device_that_is_not_there_stops_a_simulation_before_it_computes(
     code, said, wrong = run(*few(table, "run", "device=cuda"))
     assert code == 1
     assert "E309 device is 'cuda'" in wrong
-    assert "Plan" not in said
-    assert not (table.parent / "run" / "variants").exists()
+    assert said == ""  # not even the data was looked at
+    assert not (table.parent / "run").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -489,3 +490,75 @@ def test_a_target_that_no_layer_is_called_stops_a_simulation_before_it_computes(
     assert code == 1
     assert "E310 adapter.targets names 'qeury'" in wrong
     assert not (tmp_path / "run" / "variants").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("asked", "main", "rounds"),
+    [("pooled-no-dp,federated-no-dp", "federated-no-dp", True), ("alone", "alone", False)],
+)
+def test_the_variants_that_are_named_are_run_and_no_other(
+    table: Path,
+    contract_of: Callable[..., Path],
+    run: Callable[..., Ran],
+    asked: str,
+    main: str,
+    rounds: bool,
+) -> None:
+    contract_of(table)
+    code, said, wrong = run(*few(table, "run", f"variants={asked}"))
+    assert code == 0, wrong
+    assert {folder.name.split("-0")[0] for folder in (table.parent / "run/variants").iterdir()} == (
+        set(asked.split(","))
+    )
+    result = json.loads((table.parent / "run" / "result.json").read_text())
+    own = next(variant for variant in result["variants"] if variant["main"])
+    assert own["name"] == main
+    assert bool(result["curve"]) == rounds
+    shown = " ".join(said.split())
+    assert f"These are of: {own['label']}. The contract's own variant was not run." in shown
+    assert "price of privacy" not in shown
+    spent = [site["epsilon"] for site in result["privacy"]["sites"]]
+    assert all(value is not None and 0 < value <= 8.0 for value in spent) == own["private"]
+    assert ("no differential privacy" in shown) != own["private"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_quick_form_says_so_and_the_second_run_how_long_the_first_took(
+    table: Path,
+    contract_of: Callable[..., Path],
+    run: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path / "cache"))
+    file = contract_of(table)
+    file.write_text(re.sub(r"(?m)^rounds = .*$", "rounds = 21", file.read_text()))
+    contract = contracts.load(file)
+    words = "sim", "run", file, f"data={table}", "processes=1", "--quick", "--out", tmp_path / "run"
+    code, said, wrong = run(*words)
+    assert code == 0, wrong
+    shown = " ".join(said.split())
+    assert "first run on this machine: its first rounds show how long it takes" in shown
+    assert "left, measured by the first rounds" in shown
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    sentence = (
+        "Quick form, with fewer variants and runs, and 20 of 21 rounds: the figures are not those "
+        "of the contract, and the hash is of another one."
+    )
+    assert result["verdict"]["warnings"][0] == sentence
+    assert shown.count(sentence) == 2  # before the rounds and with the result
+    assert result["contract_sha256"] != contract.hash
+    assert [(v["name"], v["repeats"]) for v in result["variants"]] == [
+        ("majority", 1),
+        ("federated-lora", 1),
+        ("pooled-no-dp", 1),
+    ]
+    code, said, wrong = run(*words, "repeats=2", "variants=federated-no-dp")
+    assert code == 0, wrong
+    assert re.search(
+        r"about \d+s and \d+\.\d GB of memory, measured on this machine on \d{4}-\d\d-\d\d",
+        " ".join(said.split()),
+    )
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [(v["name"], v["repeats"]) for v in result["variants"][1:]] == [("federated-no-dp", 2)]

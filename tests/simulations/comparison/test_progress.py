@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from silotune.common.cli.main import next_step
 from silotune.common.contract.contract import Contract
+from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison import progress as progress_module
-from silotune.simulations.comparison.progress import Progress, result_tables
-from silotune.simulations.execution.variants import Job
+from silotune.simulations.comparison.progress import (
+    Progress,
+    folded_step,
+    result_tables,
+)
+from silotune.simulations.execution.variants import Job, JobResult
 from tests.conftest import Ran
 
 LABELS = (
@@ -211,7 +218,7 @@ def test_a_pipe_has_the_width_that_columns_says(
     table_contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = {"title": "x", "metric": "auc"}
-    for columns, width in (("80", 80), ("", 160), ("wide", 160)):
+    for columns, width in (("120", 120), ("", 80), ("wide", 80)):
         monkeypatch.setenv("COLUMNS", columns)
         assert Progress(facts, table_contract).console.width == width
 
@@ -223,3 +230,52 @@ def test_no_name_overruns_its_column(words: list[str], run: Callable[..., Ran]) 
     key = "title" if words[0] == "sim" else "about"
     both = zip(lines, rows, strict=False)  # `sim ls` says what to do next, too
     assert len({line.index(row[key], len(row["name"])) for line, row in both}) == 1
+
+
+# Lines of 80 columns
+
+
+def test_all_that_a_run_prints_fits_on_80_columns(
+    lora_contract: Contract, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    sites = [{"name": site} for site in HOSPITALS]
+    contract = lora_contract.changed(sites=sites, quorum=4, privacy={"delta": 0.009})
+    assert contract.delta_warnings  # a sentence of more than 80 characters
+    shown = Progress({"title": "Heart disease, " * 9, "metric": "auc"}, contract)
+    note = "Two rows of a site are left out, since what their columns say is not in the contract."
+    jobs = [job_of(contract)]
+    with shown.busy(f"fetching and checking data {shown.facts['title']}"):
+        shown.start(
+            [{"train": 1_000_000, "test": 1_000}], jobs, 2, (note,), Lengths((0, 0, 0, 5), 2)
+        )
+    failed = dict.fromkeys(HOSPITALS, "E401")
+    metrics = {"loss": 0.5, "auc": 0.9}
+    shown.round("federated-lora", 0, 1.0, RoundRecord(1, HOSPITALS, failed, {}, 0, 0, 0.0, metrics))
+    shown.done(JobResult("federated-lora", 0, HOSPITALS, {}, (), 99.0, 1, 1))
+    verdict = {"word": "usable", "lines": [note * 3], "warnings": [note]}
+    result = result_of(HOSPITALS, 8, 3) | {"verdict": verdict, "seconds": 9.0}
+    shown.finish(result | {"peak_memory_bytes": 2**31}, Path("runs") / "demo" / ("x" * 40))
+    said = capsys.readouterr().out
+    assert max(map(cell_len, said.splitlines())) <= 80
+    assert note in " ".join(said.split())
+    assert f"without {', '.join(HOSPITALS)}" in said
+    step = re.search(r"^next:   (silotune contract show .*)\Z", said, re.M | re.S)
+    assert step
+    assert shlex.split(step[1].replace("\\\n", "")) == [
+        "silotune",
+        "contract",
+        "show",
+        f"runs/demo/{'x' * 40}",
+    ]
+
+
+def test_a_command_of_several_lines_is_the_same_command_for_a_shell() -> None:
+    words = ("adapter", "watch", "a run/variants/federated-lora-0", "splits/heart/test/VA Long.csv")
+    whole = next_step(*words, note="needs: a package")
+    made = folded_step(whole, 60)
+    assert max(map(cell_len, made.splitlines())) <= 60
+    command, _, note = made.rpartition("\n")
+    assert note.strip() == "(needs: a package)"
+    assert shlex.split(command.removeprefix("next:").replace("\\\n", "")) == ["silotune", *words]
+    assert folded_step(whole, 200) == whole

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.cells import cell_len
 
 from silotune.client.privacy.accountant import epsilon, plan
 from silotune.client.worker.secagg import check_bound
@@ -27,7 +28,7 @@ from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
 from silotune.simulations.execution.roster_keys import with_secure_aggregation
-from silotune.simulations.execution.variants import Job, variants_of
+from silotune.simulations.execution.variants import Job, main_of, variants_of
 from tests.conftest import Ran
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_every_variant_of_a_recipe_is_a_contract_within_its_budget(name: str) -> None:
     recipe = load_recipe(name)
     variants = variants_of(recipe.contract, recipe.facts["variants"])
-    assert variants[0].main
+    assert main_of(variants) is variants[0]
     names = {variant.name for variant in variants}
     assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
     # A contract that trains a head alone is its own head variant, and a one-hot one its own
@@ -153,6 +154,26 @@ def test_the_settings_that_are_offered_are_sorted_and_none_of_them_is_refused() 
         Options.parse(("compile=true",))
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "heart-diagnosis", "--epsilon", "3"), "KEY=VALUE, without dashes: epsilon=3."),
+        (("run", "heart-diagnosis", "--epsilon=3"), "KEY=VALUE, without dashes: epsilon=3."),
+        (("run", "--baseline-repeats", "1", "heart-diagnosis"), ": baseline_repeats=1."),
+        (("run", "heart-diagnosis", "--masked", "--json"), ": masked=VALUE."),
+        (("compare", "heart-methods", "--bf16", "off"), ": bf16=off."),
+        (("compare", "heart-methods", "--epsilon", "3"), "No such option"),
+        (("run", "heart-diagnosis", "--quik"), "--quick"),
+    ],
+)
+def test_a_setting_that_is_given_like_an_option_is_shown_as_it_is_typed(
+    words: tuple[str, ...], says: str, run: Callable[..., Ran]
+) -> None:
+    code, said, wrong = run("sim", *words)
+    assert (code, said) == (2, "")
+    assert says in wrong
+
+
 def test_a_study_needs_a_process(run: Callable[..., Ran]) -> None:
     code, _, wrong = run("sim", "compare", "heart-methods", "--processes", "0")
     assert code == 2
@@ -192,6 +213,24 @@ def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
             assert same == before
             assert after.head_lr == before.head_lr * factor
             assert after.adapter_lr == (before.adapter_lr and before.adapter_lr * factor)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_quick_form_of_a_recipe_is_a_plan_with_the_same_guarantee_in_fewer_rounds(
+    name: str,
+) -> None:
+    recipe = load_recipe(name)
+    quick = recipe.quick()
+    assert (quick.facts["repeats"], quick.facts["baseline_repeats"]) == (1, 1)
+    for own in quick.at(3.0), quick:  # each variant is a valid contract
+        variants = variants_of(own.contract, own.facts["variants"])
+        for variant in variants:
+            for phase in variant.contracts[0].phases:
+                assert phase.rounds <= (3 if phase.adapts else 20)
+    assert quick.contract.privacy == recipe.contract.privacy
+    shortened = quick.contract.rounds < recipe.contract.rounds
+    assert (quick.contract.hash != recipe.contract.hash) == shortened
+    assert name != "heart-diagnosis" or quick.contract.rounds == 23
 
 
 def test_an_unknown_recipe_is_named() -> None:
@@ -237,6 +276,18 @@ def test_without_the_data_and_without_a_network(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_runs_of_the_same_second_are_set_aside_one_by_one(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / "demo"
+        folder.mkdir()
+        (folder / "result.json").write_text(str(number))
+        os.utime(folder, (1_000_000_000, 1_000_000_000))
+        _set_aside(folder)
+    stamp = "demo-20010909-014640"
+    kept = {path.name: (path / "result.json").read_text() for path in tmp_path.iterdir()}
+    assert kept == {stamp: "0", f"{stamp}-2": "1", f"{stamp}-3": "2"}
+
+
 def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "result.json").write_text("{}")
@@ -254,7 +305,7 @@ def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> 
         "run",
         "heart-diagnosis",
         "repeats=1",
-        "variants=federated-one-hot",
+        "variants=federated-lora,federated-one-hot",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -285,7 +336,7 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
             "make",
             "demo",
             f"OUT={tmp_path / 'demo'}",
-            "SETTINGS=repeats=1 baseline_repeats=1 variants=federated-head,federated-one-hot",
+            "SETTINGS=--quick variants=federated-lora,federated-head,federated-one-hot",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -297,8 +348,12 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     main = next(variant for variant in result["variants"] if variant["main"])
     assert main["metrics"]["auc"]["mean"] >= 0.88
-    assert len(result["curve"]) == 30
-    assert "30/30" in done.stdout
+    assert len(result["curve"]) == 20 + 3
+    assert "23/23" in done.stdout
+    assert "23 of 30 rounds" in result["verdict"]["warnings"][0]
+    of_run = done.stdout[done.stdout.index("fetching and checking data") :]
+    for line in of_run.splitlines():
+        assert cell_len(line) <= 80 or str(tmp_path) in line, line
     assert f"RESULT  {result['verdict']['word']}" in done.stdout
     for site in result["privacy"]["sites"]:
         assert 7.9 < site["epsilon"] <= 8.0
@@ -316,7 +371,9 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
             text=True,
             check=False,
         )
-        for following in re.findall(r"^next:   silotune (.*)$", done.stdout, re.M)
+        for following in re.findall(
+            r"^next:   silotune (.*)$", done.stdout.replace("\\\n" + " " * 8, ""), re.M
+        )
     )
     assert used.returncode == 0, used.stdout + used.stderr
     assert result["contract_sha256"] in shown.stdout, shown.stderr

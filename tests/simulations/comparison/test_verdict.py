@@ -19,6 +19,8 @@ def row(name: str, auc: float, *, sd: float = 0.002, own: float = 0.8) -> dict[s
     cell = {"mean": auc, "sd": sd, "values": [auc]}
     return {
         "name": name,
+        "label": f"Label of {name}",
+        "main": name == "federated-lora",
         "repeats": 3,
         "metrics": {"auc": cell, "loss": {"mean": 0.5, "sd": 0.0, "values": [0.5]}},
         "sites_mean": {"mean": own, "sd": 0.01},

@@ -58,7 +58,11 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
-    study: Study, recipe: Recipe, tmp_path: Path, ran: list[Job]
+    study: Study,
+    recipe: Recipe,
+    tmp_path: Path,
+    ran: list[Job],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = compare(study, tmp_path / "out", 1, recipe)
     assert len(found["cells"]) == 2 * 2 * 3 * 2  # repeats, partitions, variants, ε
@@ -78,7 +82,11 @@ def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
     file.write_text(json.dumps(kept))
     ran.clear()
     otherwise = Performance(micro_batch=3, device="cpu")
-    again = compare(study, tmp_path / "out", 1, recipe, performance=otherwise)
+    capsys.readouterr()
+    again = compare(study, tmp_path / "out", 1, recipe, performance=otherwise, stderr=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1 + 3  # how many there are to run, and one for each
     assert [job.performance for job in ran] == [otherwise] * 3  # two sites alone, all together
     assert set(again["cells"]) == set(found["cells"])
     # Changed: what is new is run.

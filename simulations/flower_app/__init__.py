@@ -1,0 +1,1 @@
+"""A Flower app that `flwr run` starts: a recipe in a local simulation, with sites on disk."""
