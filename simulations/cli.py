@@ -298,7 +298,11 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
 
 
 @sim.command("flower-app")
-@click.argument("recipe")
+@click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
 @click.option(
     "--variant",
     default="federated-lora",
@@ -320,9 +324,9 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
     help="Folder to write to, which must not exist.",
 )
 def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, out: Path) -> None:
-    """Write a Flower app that `flwr run` starts: a recipe with its data, in a local simulation.
+    """Write a recipe as a Flower app for `flwr run`.
 
-    Each site has its records and a privacy ledger of its own in the app's folder. Flower's
+    The app runs in Flower's local simulation. Each site has its records and a privacy ledger of its own in the app's folder. Flower's
     simulation needs Ray: pip install "flwr[simulation]".
 
     \b

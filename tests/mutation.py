@@ -50,7 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "client/privacy/test_ledger_export.py",
         "client/privacy/test_receipts.py",
         "client/privacy/test_reply_store.py",
-        "client/privacy/test_record_identity.py",
+        "client/records/test_record_identity.py",
         "client/privacy/test_budget_attacks.py",
     ),
     "client/privacy/reply_store.py": (
@@ -74,24 +74,24 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "client/privacy/budget.py": (
         "client/privacy/test_budget.py",
-        "client/privacy/test_record_identity.py",
+        "client/records/test_record_identity.py",
         "client/training/test_privacy_units.py",
     ),
-    "client/privacy/canonical_values.py": (
-        "client/privacy/test_canonical_values.py",
-        "client/privacy/test_record_ids.py",
-        "client/privacy/test_written_forms.py",
+    "client/records/canonical_values.py": (
+        "client/records/test_canonical_values.py",
+        "client/records/test_record_ids.py",
+        "client/records/test_written_forms.py",
     ),
-    "client/privacy/written_forms.py": (
-        "client/privacy/test_written_forms.py",
-        "client/privacy/test_record_identity.py",
+    "client/records/written_forms.py": (
+        "client/records/test_written_forms.py",
+        "client/records/test_record_identity.py",
     ),
-    "client/privacy/record_ids.py": (
-        "client/privacy/test_record_ids.py",
-        "client/privacy/test_written_forms.py",
-        "client/privacy/test_record_identity.py",
+    "client/records/record_ids.py": (
+        "client/records/test_record_ids.py",
+        "client/records/test_written_forms.py",
+        "client/records/test_record_identity.py",
     ),
-    "client/privacy/record_identity.py": ("client/privacy/test_record_identity.py",),
+    "client/records/record_identity.py": ("client/records/test_record_identity.py",),
     "client/worker/secagg.py": ("client/worker/test_secagg.py",),
     "client/worker/worker.py": (
         "client/worker/test_worker.py",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from silotune.client.preparation.cleaning import Prepared
     from silotune.client.preparation.profile import Charged, Counts
     from silotune.client.privacy.ledger import PrivacyLedger
-    from silotune.client.privacy.record_identity import Origin
+    from silotune.client.records.record_identity import Origin
     from silotune.client.site.folder import SiteFolder
     from silotune.client.site.policy import Data, Policy
     from silotune.common.contract.contract import Contract
@@ -172,7 +172,7 @@ def _hindrances(
     policy: Policy, contract: Contract, table: Table, secret: bytes, file: Path
 ) -> list[str]:
     """Why `silotune site check` would refuse the prepared rows, with its own words."""
-    from silotune.client.privacy import record_ids
+    from silotune.client.records import record_ids
     from silotune.client.site.policy import Data
 
     data = Data(file=file, key=policy.data.key, duplicate_records=policy.data.duplicate_records)

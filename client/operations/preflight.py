@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from silotune.client.operations.server_probe import shake
-from silotune.client.privacy import accountant, record_ids
+from silotune.client.privacy import accountant
 from silotune.client.privacy.budget import Budget, Limit, order_of
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records import record_ids
+from silotune.client.records.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site

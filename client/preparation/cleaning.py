@@ -22,10 +22,10 @@ from pyarrow import parquet
 
 from silotune.client.preparation.column_checks import Columns, Rule
 from silotune.client.preparation.deidentify import Deidentifier
-from silotune.client.privacy import record_ids
-from silotune.client.privacy.canonical_values import canonical, value
-from silotune.client.privacy.record_identity import Links, Origin, links_between
-from silotune.client.privacy.record_ids import Codes
+from silotune.client.records import record_ids
+from silotune.client.records.canonical_values import canonical, value
+from silotune.client.records.record_identity import Links, Origin, links_between
+from silotune.client.records.record_ids import Codes
 from silotune.client.site.preparation_rules import Deidentify, Prepare
 from silotune.common.cli.main import command
 from silotune.common.contract.contract import Contract
@@ -43,7 +43,7 @@ T = TypeVar("T")
 REFUSED, DROPPED, EMPTIED, LEFT = "refused", "dropped", "set to missing", "left as they are"
 REPLACED, REWRITTEN = "replaced", "rewritten"
 # ASCII's alone: other white space may be a part of a letter whose bytes were read in a wrong
-# encoding, and those bytes must stay whole (client/privacy/written_forms.py).
+# encoding, and those bytes must stay whole (client/records/written_forms.py).
 SPACE = string.whitespace
 
 
@@ -283,7 +283,7 @@ def _first(table: Table, apart: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def origin(prepared: Prepared, key: Sequence[str], secret: bytes) -> Origin:
-    """For the ledger, before the prepared rows are on disk (client/privacy/record_identity.py).
+    """For the ledger, before the prepared rows are on disk (client/records/record_identity.py).
     Rows are linked by `key` and by all columns; a basis that raw and prepared rows do not share has
     no links.
 

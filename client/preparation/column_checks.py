@@ -14,7 +14,7 @@ import pandas as pd
 import pandera.pandas as pandera
 from pandera.errors import SchemaErrors
 
-from silotune.client.privacy.canonical_values import canonical
+from silotune.client.records.canonical_values import canonical
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import NumberColumn, TableInput, TextInput
 from silotune.common.contract.task import Regression, Tokens

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from silotune.client.preparation.cleaning import blocks
-from silotune.client.privacy import budget, record_ids
+from silotune.client.privacy import budget
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_identity import Links
+from silotune.client.records import record_ids
+from silotune.client.records.record_identity import Links
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import (
     CategoryColumn,

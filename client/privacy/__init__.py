@@ -1,1 +1,1 @@
-"""What a site's records have spent: keys, fingerprints, accountant, ledger, budget."""
+"""What a site's records have spent: keys, accountant, ledger, budget."""

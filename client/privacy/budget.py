@@ -2,7 +2,7 @@
 
 Unit: a record, or an entity with all its records; adjacency: add or remove one. For a unit r let
 H(r) be the charges of the ledger whose record_set holds r, or a record that is the same one
-(client/privacy/record_ids.py, client/privacy/record_identity.py), in order. Each is a
+(client/records/record_ids.py, client/records/record_identity.py), in order. Each is a
 sequence of Poisson-subsampled Gaussian mechanisms with noise for that unit. The order a by which
 all records are accounted is named in the ledger's first charge, before anything was released.
 `check` passes a charge only if for every unit of the data set the Rényi sum of H(r) and the charge,
@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.privacy import accountant, record_identity
+from silotune.client.privacy import accountant
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged, Prepared
-from silotune.client.privacy.record_identity import Links
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records import record_identity
+from silotune.client.records.record_identity import Links
+from silotune.client.records.record_ids import RecordSet
 from silotune.common.contract.privacy import Unit, epsilon_text
 from silotune.common.errors import ErrorCode, RefusalError
 

@@ -48,8 +48,6 @@ from silotune.client.privacy.ledger_entries import (
     damaged,
     digest,
 )
-from silotune.client.privacy.record_identity import Links, Origin
-from silotune.client.privacy.record_ids import SIZE, Codes, RecordSet, basis_of
 from silotune.client.privacy.site_identity import SiteIdentity
 from silotune.client.privacy.stored_files import (
     FOLDER,
@@ -59,6 +57,8 @@ from silotune.client.privacy.stored_files import (
     free_bytes,
     storing,
 )
+from silotune.client.records.record_identity import Links, Origin
+from silotune.client.records.record_ids import SIZE, Codes, RecordSet, basis_of
 from silotune.common.errors import ErrorCode, RefusalError, counted
 from silotune.common.protocol.messages import Receipt
 from silotune.common.runtime.atomic_files import is_full
@@ -282,7 +282,7 @@ class PrivacyLedger:
 
     def link(self, origin: Origin, *, source: str, rows: int) -> Prepared:
         """Note, durably, which rows `rows` prepared ones were made of
-        (client/privacy/record_identity.py).
+        (client/records/record_identity.py).
 
         Args:
             origin: what they were made of.

@@ -110,7 +110,7 @@ class Released(EntryBase):
 
 
 class BasisLinks(Frozen):
-    """links: SHA-256 of the links (client/privacy/record_identity.py) between rows known by
+    """links: SHA-256 of the links (client/records/record_identity.py) between rows known by
     `basis`."""
 
     basis: str

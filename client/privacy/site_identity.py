@@ -20,7 +20,7 @@ class SiteIdentity:
 
     @property
     def fingerprint_key(self) -> bytes:
-        """For client/privacy/record_ids.py."""
+        """For client/records/record_ids.py."""
         return self._keys.derive("fingerprints")
 
     @property

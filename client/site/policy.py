@@ -12,10 +12,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from silotune.client.privacy import record_ids
 from silotune.client.privacy.budget import Limit
-from silotune.client.privacy.canonical_values import canonical
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records import record_ids
+from silotune.client.records.canonical_values import canonical
+from silotune.client.records.record_ids import RecordSet
 from silotune.client.site.preparation_rules import Prepare
 from silotune.common.config import types
 from silotune.common.config.types import (

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from silotune.client.privacy import record_ids
+from silotune.client.records import record_ids
 from silotune.common.contract.privacy import Entity
 from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
 from silotune.common.data.records import Table

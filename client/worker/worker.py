@@ -18,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from silotune.client.privacy import accountant, budget, record_ids
+from silotune.client.privacy import accountant, budget
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.privacy.site_sets import SiteSets
+from silotune.client.records import record_ids
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy
 from silotune.client.training import dataset, selftest

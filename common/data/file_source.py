@@ -311,7 +311,7 @@ def _conll(path: Path, reading: Reading) -> Iterator[Row]:
         for line, text in enumerate(file, start=1):
             # By ASCII's white space alone: another character may be part of a letter whose bytes
             # were read in a wrong encoding, and those bytes must stay whole
-            # (client/privacy/written_forms.py).
+            # (client/records/written_forms.py).
             parts = [part.strip(string.whitespace) for part in text.split("\t")]
             if len(parts) < 2:
                 parts = _ASCII_WORD.findall(text)

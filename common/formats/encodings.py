@@ -2,7 +2,7 @@
 
 The list is closed for two reasons. Python knows codecs that are no encodings of tables (rot13,
 idna, unicode_escape), and a record's identity is computed over every member of the list that
-decodes its bytes (client/privacy/written_forms.py), so that a file declared in the wrong encoding
+decodes its bytes (client/records/written_forms.py), so that a file declared in the wrong encoding
 stays the same records.
 """
 

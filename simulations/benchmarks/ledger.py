@@ -23,8 +23,8 @@ from silotune.client.privacy.budget import Budget
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Charged
-from silotune.client.privacy.record_ids import SIZE, RecordSet
 from silotune.client.privacy.reply_store import ReplyStore
+from silotune.client.records.record_ids import SIZE, RecordSet
 from silotune.simulations.benchmarks import command_line
 
 RESULTS = Path("simulations/benchmarks/results")

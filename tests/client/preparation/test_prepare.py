@@ -27,7 +27,7 @@ from silotune.client.preparation.cleaning import Prepared, prepare, write
 from silotune.client.privacy import budget
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_ids import of_table
+from silotune.client.records.record_ids import of_table
 from silotune.client.site import policy as policies
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Deidentify, Prepare

@@ -21,8 +21,8 @@ import pytest
 import sqlalchemy
 
 from silotune.client.operations.preflight import check
-from silotune.client.privacy import record_ids
 from silotune.client.privacy.ledger import PrivacyLedger
+from silotune.client.records import record_ids
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.policy import Data, Policy, parse, permissive_policy
 from silotune.client.worker.worker import Worker

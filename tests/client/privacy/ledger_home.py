@@ -14,8 +14,8 @@ from silotune.client.privacy.ledger import FILE, PrivacyLedger
 from silotune.client.privacy.ledger_entries import (
     Charged,
 )
-from silotune.client.privacy.record_ids import RecordSet
 from silotune.client.privacy.reply_store import ReplyStore
+from silotune.client.records.record_ids import RecordSet
 from silotune.common.errors import RefusalError
 
 FACTS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from silotune.client.privacy import accountant as accounting
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.privacy.budget import Budget, ChargeHistory, Limit, mechanism_of, order_of
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records.record_ids import RecordSet
 from silotune.common.errors import RefusalError
 
 DELTA = 1e-5

@@ -690,7 +690,7 @@ import sys
 from pathlib import Path
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records.record_ids import RecordSet
 
 folder, run, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = PrivacyLedger.open(folder / "state", Keys.load(folder / "keys"))

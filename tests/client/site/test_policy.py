@@ -16,7 +16,7 @@ from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Adopted
-from silotune.client.privacy.record_ids import RecordSet
+from silotune.client.records.record_ids import RecordSet
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy, permissive_policy

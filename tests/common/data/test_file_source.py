@@ -431,7 +431,7 @@ COLUMNS = 14
 MOST, START, MANY = 2 << 30, 120 << 20, 2_000_000
 MEASURE = """
     import json, pathlib, re, sys, time
-    from silotune.client.privacy import record_ids
+    from silotune.client.records import record_ids
     from silotune.common.contract import contract
     from silotune.common.data import records
 

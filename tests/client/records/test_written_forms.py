@@ -17,14 +17,14 @@ import pytest
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from silotune.client.privacy import written_forms
-from silotune.client.privacy.canonical_values import value
-from silotune.client.privacy.record_ids import RecordSet, of_table
+from silotune.client.records import written_forms
+from silotune.client.records.canonical_values import value
+from silotune.client.records.record_ids import RecordSet, of_table
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError
-from tests.client.privacy.record_tables import (
+from tests.client.records.record_tables import (
     HEADER,
     SECRET,
     made,

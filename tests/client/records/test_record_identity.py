@@ -23,13 +23,13 @@ from pyarrow import parquet
 
 from silotune.client.preparation.cleaning import Prepared, origin, prepare
 from silotune.client.privacy import ledger as ledgers
-from silotune.client.privacy import record_identity, record_ids
 from silotune.client.privacy.budget import Budget, overlaps, untraceable
-from silotune.client.privacy.canonical_values import value
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.record_identity import Links, components
-from silotune.client.privacy.record_ids import RecordSet, of_table
-from silotune.client.privacy.written_forms import READ_AS
+from silotune.client.records import record_identity, record_ids
+from silotune.client.records.canonical_values import value
+from silotune.client.records.record_identity import Links, components
+from silotune.client.records.record_ids import RecordSet, of_table
+from silotune.client.records.written_forms import READ_AS
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.privacy.record_identity import components
-from silotune.client.privacy.record_ids import RecordSet, of_table
+from silotune.client.records.record_identity import components
+from silotune.client.records.record_ids import RecordSet, of_table
 from silotune.common.data import records
 from silotune.common.data.records import Table
 

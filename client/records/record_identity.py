@@ -1,6 +1,6 @@
 """Which records are one and the same: the connected components of all that the ledger knows.
 
-Nodes are fingerprints and decodings (client/privacy/record_ids.py); edges join a record with its
+Nodes are fingerprints and decodings (client/records/record_ids.py); edges join a record with its
 decodings, and a prepared row with the raw row that `site prepare` made it of (`Links`). A charge of
 any node of a component is a charge of every record in it. Components that join charge more, never
 less.
@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.privacy.record_ids import Codes, RecordSet, RowPrints, codes_of
+from silotune.client.records.record_ids import Codes, RecordSet, RowPrints, codes_of
 
 
 class Links(NamedTuple):

@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from silotune.client.privacy.canonical_values import DATE, MIDNIGHT, canonical, moment_text, value
+from silotune.client.records.canonical_values import DATE, MIDNIGHT, canonical, moment_text, value
 from silotune.common.formats.encodings import ENCODINGS
 
 # UTF-16 is left out: its bytes have NULs in every column name, so they cannot be read as another.

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from silotune.client.privacy import record_ids
-from silotune.client.privacy.canonical_values import canonical
-from silotune.client.privacy.record_ids import RecordSet, of_table
+from silotune.client.records import record_ids
+from silotune.client.records.canonical_values import canonical
+from silotune.client.records.record_ids import RecordSet, of_table
 from silotune.common.data.records import Table
 from silotune.common.errors import DataError
-from tests.client.privacy.record_tables import (
+from tests.client.records.record_tables import (
     HEADER,
     ROWS,
     SECRET,

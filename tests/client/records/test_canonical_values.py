@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.client.privacy.canonical_values import canonical, value
+from silotune.client.records.canonical_values import canonical, value
 
 # What nobody sees
 

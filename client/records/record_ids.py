@@ -34,8 +34,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.privacy.canonical_values import canonical, value, written
-from silotune.client.privacy.written_forms import forms_of, other_ways
+from silotune.client.records.canonical_values import canonical, value, written
+from silotune.client.records.written_forms import forms_of, other_ways
 from silotune.common.data.records import Table
 from silotune.common.errors import DataError, ErrorCode, did_you_mean
 

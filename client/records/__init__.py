@@ -1,0 +1,1 @@
+"""When two records are the same record: canonical values, fingerprints, links of prepared rows."""
