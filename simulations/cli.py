@@ -326,8 +326,8 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
 def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, out: Path) -> None:
     """Write a recipe as a Flower app for `flwr run`.
 
-    The app runs in Flower's local simulation. Each site has its records and a privacy ledger of its own in the app's folder. Flower's
-    simulation needs Ray: pip install "flwr[simulation]".
+    The app runs in Flower's local simulation. Each site has its records and a privacy ledger of its
+    own in the app's folder. Flower's simulation needs Ray: pip install "flwr[simulation]".
 
     \b
     $ silotune sim flower-app heart-diagnosis --out heart

@@ -34,7 +34,8 @@ FOLDERS = {
         "model_files", "tokenization", "models", "inference", "cli",
     ],
     "client": [
-        "records", "privacy", "relay", "site", "training", "preparation", "worker", "operations", "cli",
+        "records", "privacy", "relay", "site", "training", "preparation", "worker", "operations",
+        "cli",
     ],
     "server": ["storage", "aggregation", "rounds", "operations", "flower", "report", "cli"],
     "simulations": [
