@@ -29,6 +29,7 @@ from silotune.server.cli import init as server_init
 from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.telemetry import ServerMonitor
 from silotune.server.storage import events
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 from silotune.simulations.study.config import Study
 
 NOTE = "*This page is generated from the code.*"
@@ -426,6 +427,7 @@ def undescribed() -> Iterator[str]:
         ("contract.toml", Contract),
         ("site.toml", Policy),
         ("server.toml", ServerSettings),
+        ("recipe.toml", RecipeConfig),
         ("study", Study),
     ):
         for name, _, rows in settings(model):

@@ -50,17 +50,17 @@ def sim_ls(as_json: bool) -> None:
     rows = [
         {
             "name": r.name,
-            "title": r.facts["title"],
-            "records": r.facts["records"],
-            "seconds": r.facts.get("measured", {}).get("seconds"),
+            "title": r.config.title,
+            "records": r.config.records,
+            "seconds": r.config.measured.seconds if r.config.measured else None,
         }
         for r in recipes
     ]
     wide = max(len(recipe.name) for recipe in recipes)
     lines = []
-    for r in rows:
-        took = clock(r["seconds"]) if r["seconds"] else "–"
-        lines.append(f"{r['name']:<{wide}} {r['records']:>7,} records {took:>6}  {r['title']}")
+    for r in recipes:
+        took = clock(r.config.measured.seconds) if r.config.measured else "–"
+        lines.append(f"{r.name:<{wide}} {r.config.records:>7,} records {took:>6}  {r.config.title}")
     emit(
         rows,
         as_json,

@@ -56,7 +56,7 @@ def recipe_adapter(name: str, folder: Path) -> str:
     contract = recipe.contract.changed(
         phases=[phase.model_dump(mode="json") | {"rounds": 1} for phase in recipe.contract.phases]
     )
-    table = TABLES[recipe.facts["table"]].make()
+    table = TABLES[recipe.table].make()
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True)
         for site in contract.weights():

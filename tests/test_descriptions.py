@@ -17,10 +17,12 @@ from silotune.client.site.policy import Policy
 from silotune.common.cli.main import NOUNS, silotune
 from silotune.common.contract.contract import Contract
 from silotune.server.operations.server_folder import ServerSettings
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 from silotune.simulations.study.config import Study
 from tests.test_readme import ROOT
 
 LEAST = 6  # words
+FILES = (Contract, Policy, ServerSettings, RecipeConfig, Study)  # the model of each file
 RECIPES = sorted((ROOT / "simulations" / "recipes").glob("*/contract.toml"))
 Ran = tuple[int, str, str]
 Schema = dict[str, Any]
@@ -87,10 +89,10 @@ def undescribed_arguments(root: click.Command) -> list[str]:
 
 
 def test_every_setting_has_a_description() -> None:
-    names = {model.__qualname__ for model in models_of(Contract, Policy, ServerSettings, Study)}
+    names = {model.__qualname__ for model in models_of(*FILES)}
     assert {"Site", "Phase", "Lora", "Deidentify", "Budgets.Budget", "Poison"} <= names
     assert len(names) > 40
-    assert not undescribed_fields(Contract, Policy, ServerSettings, Study)
+    assert not undescribed_fields(*FILES)
 
 
 def test_every_option_has_a_description() -> None:
@@ -110,7 +112,7 @@ def test_a_missing_description_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     from silotune.common.contract.training import Adam
 
     monkeypatch.setattr(Adam.model_fields["floor"], "description", None)
-    assert undescribed_fields(Contract, Policy, ServerSettings, Study) == ["Adam.floor"]
+    assert undescribed_fields(*FILES) == ["Adam.floor"]
     with click.Context(silotune) as context:
         plan = silotune.get_command(context, "privacy")
     assert isinstance(plan, click.Group)
@@ -177,7 +179,8 @@ def properties(part: Any) -> Iterator[tuple[str, Schema]]:
 
 
 @pytest.mark.parametrize(
-    ("file", "least"), [("contract", 31), ("site", 31), ("study", 15), ("server", 5)]
+    ("file", "least"),
+    [("contract", 31), ("site", 31), ("study", 15), ("recipe", 15), ("server", 5)],
 )
 def test_a_schema_describes_every_key(schema: Callable[..., Schema], file: str, least: int) -> None:
     found = schema(file)

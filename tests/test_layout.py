@@ -54,6 +54,7 @@ NAMED = {
     ("common/cli/contract.py", "silotune.simulations.recipes"): "recipes are contracts by name",
     ("common/cli/contract.py", "silotune.client.site.policy"): "`contract schema site`",
     ("common/cli/contract.py", "silotune.server.operations.server_folder"): "`… schema server`",
+    ("common/cli/contract.py", "silotune.simulations.recipes.recipe_config"): "`… schema recipe`",
     ("common/cli/contract.py", "silotune.simulations.study.config"): "`contract schema study`",
     ("common/model_files/model_source.py", "silotune.simulations.datasets.catalog"): "the cache",
     ("server/flower/app_bundle.py", "silotune.client.relay.client_app"): "a site's half of the app",

@@ -47,6 +47,11 @@ SCHEMAS = {
         "ServerSettings",
         "server.toml of a Silotune server",
     ),
+    "recipe": (
+        "silotune.simulations.recipes.recipe_config",
+        "RecipeConfig",
+        "recipe.toml of a Silotune recipe",
+    ),
     "study": ("silotune.simulations.study.config", "Study", "Study of a Silotune recipe"),
 }
 

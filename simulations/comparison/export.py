@@ -21,7 +21,7 @@ def contracts_of(recipe: Recipe) -> dict[str, Contract]:
     """The contract of each variant that can be exported, by name: the federated ones with DP."""
     return {
         variant.name: variant.contracts[0]
-        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        for variant in variants_of(recipe.contract, recipe.config.variants)
         if len(variant.contracts) == 1 and variant.private
     }
 
@@ -41,7 +41,7 @@ def export(recipe: Recipe, variant: str, rounds: int | None, folder: Path) -> li
         )
     if folder.exists():
         raise UsageError(f"{folder} is there already. Choose another folder.")
-    catalog.fetch(TABLES[recipe.facts["table"]].source)
+    catalog.fetch(TABLES[recipe.table].source)
     contract = variants[variant]
     slugs = {site.name: _slug(site.name) for site in contract.sites}
     phases = [phase.model_dump(mode="json", exclude_none=True) for phase in contract.phases]
@@ -55,7 +55,7 @@ def export(recipe: Recipe, variant: str, rounds: int | None, folder: Path) -> li
         ],
     )
     work = folder / "split"
-    split(recipe.facts["table"], work)
+    split(recipe.table, work)
     (folder / "records").mkdir()
     for name, slug in slugs.items():
         (work / "train" / f"{name}.csv").rename(folder / "records" / f"{slug}.csv")

@@ -22,24 +22,24 @@ def overview(recipe: Recipe) -> dict[str, Any]:
     `measured` is how long one run of the contract's own variant took where recipes.json has it,
     `last_run` the memory of the last `sim run` on this machine; each is None if it is not known.
     """
-    contract, facts = recipe.contract, recipe.facts
-    source = catalog.SOURCES[TABLES[facts["table"]].source]
+    contract, config = recipe.contract, recipe.config
+    source = catalog.SOURCES[TABLES[recipe.table].source]
     p, model = contract.privacy, contract.model
     last = Duration.load(file_of(contract, Performance()))
     return {
         "name": recipe.name,
-        "title": facts["title"],
-        "about": facts["about"].strip(),
+        "title": config.title,
+        "about": config.about.strip(),
         "task": contract.task.kind,
         "answers": contract.task.answers,
-        "metric": METRICS[facts["metric"]],
+        "metric": METRICS[config.metric],
         "data": {
             "source": source.name,
             "about": source.about,
             "licence": source.licence,
             "here": source.path.is_dir(),
             "on_an_index": source.requirement != catalog.LAID,
-            "records": facts["records"],
+            "records": config.records,
             "sites": [site.name for site in contract.sites],
         },
         "model": "one-hot public bins" if isinstance(model, OneHotModel) else model.name,
@@ -48,11 +48,11 @@ def overview(recipe: Recipe) -> dict[str, Any]:
         "privacy": {"epsilon": p.epsilon, "delta": p.delta, "unit": p.unit, "accountant": "RDP"},
         "rounds": contract.rounds,
         "variants": [
-            {"name": v.name, "label": v.label} for v in variants_of(contract, facts["variants"])
+            {"name": v.name, "label": v.label} for v in variants_of(contract, config.variants)
         ],
-        "repeats": facts["repeats"],
-        "baseline_repeats": facts["baseline_repeats"],
-        "measured": facts.get("measured"),
+        "repeats": config.repeats,
+        "baseline_repeats": config.baseline_repeats,
+        "measured": config.measured and config.measured.model_dump(),
         "last_run": None if last is None else {"date": last.date, "memory_bytes": last.memory},
         "sha256": contract.hash,
     }

@@ -31,6 +31,7 @@ from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.duration import Duration, clock
 from silotune.simulations.execution.variants import Job, JobResult
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 BAR = 12
 WIDE = 80  # columns of what is no terminal and does not say by COLUMNS how many it has
@@ -63,13 +64,13 @@ class Progress:
 
     def __init__(
         self,
-        facts: dict[str, Any],
+        config: RecipeConfig,
         contract: Contract,
         *,
         quiet: bool = False,
         stderr: bool = False,
     ) -> None:
-        self.facts, self.contract = facts, contract
+        self.config, self.contract = config, contract
         self.console = EscapingConsole(
             highlight=False,
             markup=False,
@@ -114,7 +115,7 @@ class Progress:
         if not isinstance(c.model, OneHotModel):
             model = f"{c.model.name} (sha256 {c.model.sha256[:4]}…)"
         entry("Model  ", model)
-        entry("Data   ", f"{self.facts['title']}, {records:,} records")
+        entry("Data   ", f"{self.config.title}, {records:,} records")
         for note in (*notes, *([lengths.sentence] if lengths.cut else [])):
             entry("       ", note)
         p = c.privacy
@@ -232,11 +233,11 @@ class Progress:
         self.console.print(folded(label, text, self.console.width))
 
     def _metric_label(self) -> str:
-        return METRICS[str(self.facts["metric"])]
+        return METRICS[self.config.metric]
 
     def _line(self, facts: RoundRecord) -> str:
         total = self.contract.rounds
-        metric = facts.metrics.get(self.facts["metric"])
+        metric = facts.metrics.get(self.config.metric)
         loss = facts.metrics.get("loss")
         spent = max((e for e in facts.epsilon.values() if e is not None), default=None)
         budget = self.contract.privacy.epsilon

@@ -7,7 +7,6 @@ one's own is a contract file and a table.
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from silotune.common.config import types
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
@@ -27,6 +27,7 @@ from silotune.simulations.datasets import catalog, split
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.variants import scale_learning_rates, scaled_phases
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 OWN_REPEATS = 2
 # Of the quick form: the most rounds of a phase, by whether it adapts layers, which takes longer.
@@ -35,47 +36,60 @@ QUICK_ROUNDS = {False: 20, True: 3}
 
 @dataclass(frozen=True)
 class Recipe:
-    """facts: those of recipe.toml. source: of the data, for a report. rows: given the folder of a
-    run it writes the split (simulations/datasets/split.py)."""
+    """A contract with what it is run on and compared with.
+
+    Attributes:
+        name: The recipe's name, or that of the contract's file.
+        contract: What is run.
+        config: What recipe.toml has beside it.
+        source: Name, SHA-256 and origin of the data, for a report.
+        rows: Given the folder of a run it writes the split (simulations/datasets/split.py).
+    """
 
     name: str
     contract: Contract
-    facts: dict[str, Any]
+    config: RecipeConfig
     source: dict[str, Any]
     rows: Callable[[Path], Split]
 
+    @property
+    def table(self) -> str:
+        """Name of the public table of a shipped recipe; KeyError for a file of one's own."""
+        if self.config.table is None:
+            raise KeyError(self.name)
+        return self.config.table
+
     def at(self, epsilon: float) -> Recipe:
         """The recipe with another ε, its learning rates under DP times what `lr_scale` of
-        recipe.toml
-        says for it: with more noise they must be lower, of the variants beside the contract,
+        recipe.toml says for it: with more noise they must be lower, those of the other variants,
         too."""
         contract = self.contract.changed(privacy={"epsilon": epsilon})
-        factor = self.facts.get("lr_scale", {}).get(f"{epsilon:g}")
+        factor = self.config.lr_scale.get(epsilon)
         if not factor:
             return replace(self, contract=contract)
         variants = {
             name: plan
             | ({} if name == "no-dp" else {"phases": scaled_phases(plan["phases"], factor)})
-            for name, plan in self.facts["variants"].items()
+            for name, plan in self.config.variants.items()
         }
         return replace(
             self,
             contract=scale_learning_rates(contract, factor),
-            facts=self.facts | {"variants": variants},
+            config=self.config.model_copy(update={"variants": variants}),
         )
 
     def quick(self) -> Recipe:
         """The recipe with one run of each variant and fewer rounds: for a look, not for figures."""
         variants = {
             name: plan | {"phases": _shortened(plan["phases"])}
-            for name, plan in self.facts["variants"].items()
+            for name, plan in self.config.variants.items()
         }
         phases = self.contract.model_dump(mode="json", exclude_none=True)["phases"]
-        facts = {"variants": variants, "repeats": 1, "baseline_repeats": 1}
+        changes = {"variants": variants, "repeats": 1, "baseline_repeats": 1}
         return replace(
             self,
             contract=self.contract.changed(phases=_shortened(phases)),
-            facts=self.facts | facts,
+            config=self.config.model_copy(update=changes),
         )
 
 
@@ -106,19 +120,22 @@ def load_recipe(name: str) -> Recipe:
         )
     folder = resources.files("silotune.simulations.recipes") / name
     text = (folder / "contract.toml").read_text(encoding="utf-8")
-    facts = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    found = catalog.SOURCES[TABLES[facts["table"]].source]
+    config = types.parse(
+        (folder / "recipe.toml").read_text(encoding="utf-8"), f"{name}/recipe.toml", RecipeConfig
+    )
+    table = str(config.table)
+    found = catalog.SOURCES[TABLES[table].source]
 
     def rows(_: Path) -> Split:
-        place = catalog.home() / "splits" / facts["table"]
-        return Split(split.split(facts["table"], place), place)
+        place = catalog.home() / "splits" / table
+        return Split(split.split(table, place), place)
 
     source = {
         "name": found.about,
         "sha256": found.sha256,
         "source": f"{found.requirement or found.path}, {found.main}; {found.licence}",
     }
-    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), facts, source, rows)
+    return Recipe(name, contracts.parse(text, f"{name}/contract.toml"), config, source, rows)
 
 
 def own_recipe(
@@ -143,15 +160,15 @@ def recipe_of(
     drawn by a fixed seed. DataError if the file cannot be read.
     """
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
-    facts: dict[str, Any] = {
-        "title": table.name,
-        "metric": _metric(contract.task),
-        "evaluate_every": 1,
-        "repeats": OWN_REPEATS,
-        "baseline_repeats": OWN_REPEATS,
-        "about": "A table of one's own, in a simulation: nothing left this machine.",
-        "variants": {"no-dp": {"phases": phases}},
-    }
+    config = RecipeConfig(
+        title=table.name,
+        metric=_metric(contract.task),
+        evaluate_every=1,
+        repeats=OWN_REPEATS,
+        baseline_repeats=OWN_REPEATS,
+        about="A table of one's own, in a simulation: nothing left this machine.",
+        variants={"no-dp": {"phases": phases}},
+    )
 
     def rows(folder: Path) -> Split:
         return split.of_file(table, contract, site_column, folder / "split", reading)
@@ -161,14 +178,14 @@ def recipe_of(
     except OSError as error:
         raise DataError(f"Data file {table} cannot be read: {error.strerror}.") from None
     source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
-    return Recipe(name, contract, facts, source, rows)
+    return Recipe(name, contract, config, source, rows)
 
 
 def with_baselines(recipe: Recipe) -> Recipe:
     """The recipe with plans for the baselines that train a head alone, where it has none and they
     make sense: its rounds that train the head alone, or all that train it, with the whole budget
     and the contract's learning rates."""
-    plans, contract = dict(recipe.facts["variants"]), recipe.contract
+    plans, contract = dict(recipe.config.variants), recipe.contract
     phases = _head_phases(contract)
     if not phases or contract.personal:
         return recipe
@@ -181,7 +198,7 @@ def with_baselines(recipe: Recipe) -> Recipe:
         and _valid(contract, **one_hot)
     ):
         plans.setdefault("one-hot", {"phases": phases})
-    return replace(recipe, facts=recipe.facts | {"variants": plans})
+    return replace(recipe, config=recipe.config.model_copy(update={"variants": plans}))
 
 
 def _head_phases(contract: Contract) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
     """The recipe, and its one-hot regression as one of its own where recipe.toml has a plan."""
     one_hot = [
         variant.contracts[0]
-        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        for variant in variants_of(recipe.contract, recipe.config.variants)
         if variant.name == "federated-one-hot"
     ]
     return [recipe] + [
@@ -68,16 +68,17 @@ def with_baseline(recipe: Recipe) -> list[Recipe]:
             recipe,
             name=f"{recipe.name} (one-hot)",
             contract=contract,
-            facts=recipe.facts
-            | {
-                "expect": None,
-                "rates": {},
-                "variants": {
-                    "no-dp": {
-                        "phases": contract.model_dump(mode="json", exclude_none=True)["phases"]
-                    }
-                },
-            },
+            config=recipe.config.model_copy(
+                update={
+                    "expect": None,
+                    "lr_scale": {},
+                    "variants": {
+                        "no-dp": {
+                            "phases": contract.model_dump(mode="json", exclude_none=True)["phases"]
+                        }
+                    },
+                }
+            ),
         )
         for contract in one_hot
     ]
@@ -102,14 +103,14 @@ class Column(NamedTuple):
 
 def columns_of(recipe: Recipe) -> list[Column]:
     found = {
-        variant.name: variant for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        variant.name: variant for variant in variants_of(recipe.contract, recipe.config.variants)
     }
     plain = found["federated-no-dp"].contracts[0]
     private = [
         Column.of(
             f"epsilon-{epsilon:g}",
             (recipe.at(epsilon).contract,),
-            recipe.facts.get("bound"),
+            recipe.config.bound,
         )
         for epsilon in EPSILONS
     ]
@@ -126,7 +127,7 @@ def row(
 ) -> dict[str, Any]:
     """One recipe's figures: column -> metric -> mean, sd and values. `known`, the row of before,
     keeps its columns where the same was asked for and as many runs."""
-    contract, repeats = recipe.contract, recipe.facts["repeats"]
+    contract, repeats = recipe.contract, recipe.config.repeats
     columns = columns_of(recipe)
     kept = {
         column.variant.name: before
@@ -170,8 +171,8 @@ def row(
     }
     return {
         "recipe": recipe.name,
-        "title": recipe.facts["title"],
-        "metric": recipe.facts["metric"],
+        "title": recipe.config.title,
+        "metric": recipe.config.metric,
         "unit": contract.privacy.unit,
         "delta": contract.privacy.delta,
         "rows": counts,
@@ -232,7 +233,7 @@ def main() -> int:
     missed = 0
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:
-        echo(f"{recipe.name}: {recipe.facts['title']}")
+        echo(f"{recipe.name}: {recipe.config.title}")
         made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
         rows[recipe.name] = made
         result = {
@@ -242,9 +243,9 @@ def main() -> int:
         }
         file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
-        metric, expect = recipe.facts["metric"], recipe.facts["expect"]
+        metric, expect = recipe.config.metric, recipe.config.expect
         pooled = made["columns"]["pooled"]["metrics"][metric]["mean"]
-        if expect and pooled < expect - recipe.facts.get("within", 0.015):
+        if expect and pooled < expect - recipe.config.within:
             echo(f"✗ {recipe.name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
             missed += 1
     echo(markdown(result))

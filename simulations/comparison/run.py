@@ -80,15 +80,15 @@ def run(
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
         contract, keys = with_secure_aggregation(
-            contract, options.insecure_seed, recipe.facts.get("bound")
+            contract, options.insecure_seed, recipe.config.bound
         )
     variants = _chosen(
-        variants_of(contract, recipe.facts["variants"]), options.variants, options.quick
+        variants_of(contract, recipe.config.variants), options.variants, options.quick
     )
     shown = main_of(variants).contracts[0]
-    progress = Progress(recipe.facts, shown, quiet=quiet, stderr=stderr)
+    progress = Progress(recipe.config, shown, quiet=quiet, stderr=stderr)
     _set_aside(folder)
-    with progress.busy(f"fetching and checking data {recipe.facts['title']}"):
+    with progress.busy(f"fetching and checking data {recipe.config.title}"):
         counts, rows, notes = recipe.rows(folder)
     sites = {str(c["site"]) for c in counts}
     unknown = set(contract.weights()) - sites
@@ -96,7 +96,7 @@ def run(
         raise RunError(
             f"The data has no rows of: {', '.join(sorted(unknown))}.", code=ErrorCode.TOO_FEW_ROWS
         )
-    _check_figure(recipe.facts["metric"], contract, rows)
+    _check_figure(recipe.config.metric, contract, rows)
     model_folder = None
     if not isinstance(contract.model, OneHotModel):
         with progress.busy(f"fetching and checking model {contract.model.name}"):
@@ -126,12 +126,12 @@ def run(
     )
     today = datetime.now(UTC).date().isoformat()
     Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    result = summarise(contract, variants, results, recipe.facts, rows, measured)
+    result = summarise(contract, variants, results, recipe.config, rows, measured)
     result |= {
         "format": 1,
         "recipe": recipe.name,
-        "title": recipe.facts["title"],
-        "about": recipe.facts["about"].strip(),
+        "title": recipe.config.title,
+        "about": recipe.config.about.strip(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
         "commit": commit(),
@@ -270,13 +270,14 @@ def _jobs(
     keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main variant's first run first, so that it can be watched; then the costly ones."""
-    facts, main = recipe.facts, main_of(variants)
-    every = options.evaluate_every or facts["evaluate_every"]
+    config, main = recipe.config, main_of(variants)
+    every = options.evaluate_every or config.evaluate_every
     found = []
     for variant in variants:
-        repeats = (options.baseline_repeats if variant.cheap else options.repeats) or facts[
-            "baseline_repeats" if variant.cheap else "repeats"
-        ]
+        if variant.cheap:
+            repeats = options.baseline_repeats or config.baseline_repeats
+        else:
+            repeats = options.repeats or config.repeats
         for repeat in range(repeats):
             for contract in variant.contracts:
                 place = f"{variant.name}-{repeat}"

@@ -252,7 +252,7 @@ def _variants(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
         raise UsageError(f"baselines must be a list, got {baselines!r}. Write [{baselines!r}].")
     variants = [
         variant.name
-        for variant in variants_of(recipe.contract, recipe.facts["variants"])
+        for variant in variants_of(recipe.contract, recipe.config.variants)
         if variant.name != MAIN
     ]
     known = {_short(name): name for name in variants}

@@ -17,6 +17,7 @@ from silotune.common.tasks.metrics import METRICS, Scores, constant, score
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.comparison.verdict import verdict
 from silotune.simulations.execution.variants import JobResult, Variant, main_of
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -35,12 +36,12 @@ def summarise(
     contract: Contract,
     variants: list[Variant],
     results: list[JobResult],
-    facts: dict[str, Any],
+    config: RecipeConfig,
     split: Path,
     lengths: Lengths,
 ) -> dict[str, Any]:
     """The parts of result.json that come from the runs. lengths: of the texts of all rows."""
-    metric = facts["metric"]
+    metric = config.metric
     sites = [site.name for site in contract.sites]
     public = {  # the test rows of each site
         site: records.read(split / "test" / f"{site}.csv", contract) for site in sites

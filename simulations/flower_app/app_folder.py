@@ -56,7 +56,7 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
     file = folder / "contract.json"
     contract = with_keys(contracts.load(file), make_sites(folder, names))
     if sites >= LEAST_SITES:
-        contract = with_masks(contract, recipe.facts.get("bound"))
+        contract = with_masks(contract, recipe.config.bound)
     file.write_text(contract.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
     model = ""
     if not isinstance(contract.model, OneHotModel):
@@ -69,7 +69,7 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
     more = f' --federation-config "num-supernodes={sites}"' if sites != SUPERNODES else ""
     facts = {
         "name": f"silotune-{recipe.name}",
-        "title": recipe.facts["title"],
+        "title": recipe.config.title,
         "flwr": metadata.version("flwr"),
         "folder": str(folder.resolve()),
         "model": model,

@@ -162,7 +162,7 @@ def compare(
     head = {
         "title": study.title,
         "recipe": study.recipe,
-        "metric": recipe.facts["metric"],
+        "metric": recipe.config.metric,
         "unit": recipe.contract.privacy.unit,
         "delta": recipe.contract.privacy.delta,
         "machine": machine(""),

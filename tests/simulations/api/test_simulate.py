@@ -237,15 +237,15 @@ def test_a_contract_of_ones_own_gets_a_head_and_a_one_hot_baseline(
         "federated-head",
         "federated-one-hot",
     ]
-    head = recipe.facts["variants"]["head"]["phases"]
+    head = recipe.config.variants["head"]["phases"]
     assert [(p["trains"], p["rounds"], p["budget_share"]) for p in head] == [("head", 1, 1.0)]
     last = lora_contract.model_dump(mode="json")["phases"][-1] | {"budget_share": 1.0}
     both = lora_contract.changed(phases=[last])
     recipe = with_baselines(recipe_of(both, "own", table, None))
-    (head,) = recipe.facts["variants"]["head"]["phases"]
+    (head,) = recipe.config.variants["head"]["phases"]
     assert (head["trains"], "adapter_lr" in head, head["budget_share"]) == ("head", False, 1.0)
     answers = tiny.contract_of("language", "llama")
-    assert "head" not in with_baselines(recipe_of(answers, "own", table, None)).facts["variants"]
+    assert "head" not in with_baselines(recipe_of(answers, "own", table, None)).config.variants
 
 
 WRONG: list[tuple[dict[str, Any], type[SilotuneError], str]] = [

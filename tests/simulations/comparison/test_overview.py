@@ -22,11 +22,12 @@ from tests.test_layout import ROOT
 def test_records_and_time_of_a_recipe_are_those_of_the_recorded_results(name: str) -> None:
     recorded = json.loads((ROOT / "simulations" / "studies" / "recipes.json").read_text())
     (found,) = [recipe for recipe in recorded["recipes"] if recipe["recipe"] == name]
-    facts, column = load_recipe(name).facts, found["columns"]["epsilon-8"]
-    assert facts["records"] == sum(site["train"] + site["test"] for site in found["rows"])
+    config, column = load_recipe(name).config, found["columns"]["epsilon-8"]
+    assert config.records == sum(site["train"] + site["test"] for site in found["rows"])
     seconds = round(column["seconds"] / column["repeats"])
     measured = {key: column[key] for key in ("machine", "commit")} | {"seconds": seconds}
-    assert facts.get("measured") == (measured if seconds else None)
+    recorded_facts = config.measured and config.measured.model_dump()
+    assert recorded_facts == (measured if seconds else None)
 
 
 def test_show_says_what_a_recipe_is(

@@ -156,7 +156,7 @@ def test_the_figure_is_one_that_the_task_has(
     table: Path, contract_of: Callable[..., Path], labels: str, metric: str
 ) -> None:
     found = own_recipe(contract_of(table, "--labels", labels), table, None)
-    assert found.facts["metric"] == metric
+    assert found.config.metric == metric
 
 
 def test_what_does_not_fit(

@@ -17,6 +17,7 @@ from rich.cells import cell_len
 
 from silotune.client.privacy.accountant import epsilon, plan
 from silotune.client.worker.secagg import check_bound
+from silotune.common.config import types
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
@@ -29,6 +30,7 @@ from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
 from silotune.simulations.execution.roster_keys import with_secure_aggregation
 from silotune.simulations.execution.variants import Job, main_of, variants_of
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 from tests.conftest import Ran
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_variant_of_a_recipe_is_a_contract_within_its_budget(name: str) -> None:
     recipe = load_recipe(name)
-    variants = variants_of(recipe.contract, recipe.facts["variants"])
+    variants = variants_of(recipe.contract, recipe.config.variants)
     assert main_of(variants) is variants[0]
     names = {variant.name for variant in variants}
     assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
@@ -60,17 +62,24 @@ def test_every_variant_of_a_recipe_is_a_contract_within_its_budget(name: str) ->
                 assert spent <= contract.privacy.epsilon
 
 
+def test_a_recipe_toml_is_checked_like_a_contract() -> None:
+    text = (ROOT / "simulations" / "recipes" / "heart-diagnosis" / "recipe.toml").read_text(
+        encoding="utf-8"
+    )
+    with pytest.raises(ContractError, match=r"Unknown key 'repeat' .*Did you mean 'repeats'"):
+        types.parse(text.replace("repeats =", "repeat =", 1), "recipe.toml", RecipeConfig)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_complete(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == recipe.contract.name == name
-    assert recipe.facts["table"] in TABLES
-    assert recipe.facts["metric"] in recipe.contract.task.metrics
-    assert {"title", "about", "repeats", "baseline_repeats", "evaluate_every"} <= set(recipe.facts)
-    hidden, _ = with_secure_aggregation(recipe.contract, 1, recipe.facts.get("bound"))
+    assert recipe.table in TABLES
+    assert recipe.config.metric in recipe.contract.task.metrics
+    hidden, _ = with_secure_aggregation(recipe.contract, 1, recipe.config.bound)
     check_bound(hidden, plan(hidden))  # or every site would refuse it
     entity = recipe.contract.privacy.entity
-    assert (TABLES[recipe.facts["table"]].entity or None) == (entity and entity.key[0])
+    assert (TABLES[recipe.table].entity or None) == (entity and entity.key[0])
     page = (ROOT / "simulations" / "recipes" / name / "README.md").read_text(encoding="utf-8")
     assert f"silotune sim run {name}" in page
     for part in ("What it is.", "What it is not.", "Sites.", "Unit.", "Licence.", "Limits."):
@@ -87,7 +96,7 @@ def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
     )
     model = None
     try:
-        table = TABLES[recipe.facts["table"]].make()
+        table = TABLES[recipe.table].make()
         if not isinstance(contract.model, OneHotModel):
             model = catalog.fetch(contract.model.name)
     except DataError as error:
@@ -100,7 +109,7 @@ def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
     job = Job("federated-lora", 0, contract, tmp_path / "run", model, tmp_path, True, 1)
     result = run_job(job, lambda *_: None)
     assert len(result.rounds) == len(contract.phases)
-    assert recipe.facts["metric"] in result.scores[""]
+    assert recipe.config.metric in result.scores[""]
     assert set(result.scores) == {"", *contract.weights()}
     spent = result.rounds[-1].epsilon
     assert set(spent) == set(contract.weights())
@@ -162,7 +171,7 @@ def test_the_settings_that_are_offered_are_sorted_and_none_of_them_is_refused() 
         (("run", "--baseline-repeats", "1", "heart-diagnosis"), ": baseline_repeats=1."),
         (("run", "heart-diagnosis", "--masked", "--json"), ": masked=VALUE."),
         (("compare", "heart-methods", "--bf16", "off"), ": bf16=off."),
-        (("compare", "heart-methods", "--epsilon", "3"), "No such option"),
+        (("compare", "heart-methods", "--epsilon", "3"), "There is no option"),
         (("run", "heart-diagnosis", "--quik"), "--quick"),
     ],
 )
@@ -198,7 +207,7 @@ def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
     variants = [
         {
             variant.name: variant.contracts[0]
-            for variant in variants_of(one.contract, one.facts["variants"])
+            for variant in variants_of(one.contract, one.config.variants)
         }
         for one in (recipe, recipe.at(3.0), recipe.at(2.0))
     ]
@@ -221,9 +230,9 @@ def test_the_quick_form_of_a_recipe_is_a_plan_with_the_same_guarantee_in_fewer_r
 ) -> None:
     recipe = load_recipe(name)
     quick = recipe.quick()
-    assert (quick.facts["repeats"], quick.facts["baseline_repeats"]) == (1, 1)
+    assert (quick.config.repeats, quick.config.baseline_repeats) == (1, 1)
     for own in quick.at(3.0), quick:  # each variant is a valid contract
-        variants = variants_of(own.contract, own.facts["variants"])
+        variants = variants_of(own.contract, own.config.variants)
         for variant in variants:
             for phase in variant.contracts[0].phases:
                 assert phase.rounds <= (3 if phase.adapts else 20)

@@ -158,7 +158,7 @@ def test_nobody_is_on_both_sides_or_at_two_sites(table: str, folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [(name, load_recipe(name).facts["table"]) for name in recipe_names()]
+    ("name", "table"), [(name, load_recipe(name).table) for name in recipe_names()]
 )
 def test_a_recipe_reads_its_table(name: str, table: str, folder: Path) -> None:
     contract = load_recipe(name).contract
