@@ -1,4 +1,4 @@
-"""The dossier of a run: one HTML file that reads offline, prints on A4 and can be filed.
+"""The report of a run: one HTML file that reads offline, prints on A4 and can be filed.
 
 `write_report` takes what stands in result.json and nothing else, so a report can be made again
 years later and comes out byte for byte the same. The file loads nothing and runs no script: what
@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 
 from silotune.common.errors import DataError
+from silotune.common.tasks.metrics import METRICS
 from silotune.server.report.formatting import DASH, duration, number, size, small
 from silotune.server.report.plots import (
     draw,
@@ -29,11 +30,9 @@ from silotune.server.report.plots import (
     total,
 )
 
-KNOWN_METRICS = {"auc": "AUC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
-
 
 def write_report(result: Mapping[str, Any], path: Path) -> None:
-    """Write the dossier of `result` (the content of result.json) to `path`, whole or not at all.
+    """Write the report of `result` (the content of result.json) to `path`, whole or not at all.
 
     What the result lacks is shown as a dash. DataError for a format other than 1.
     """
@@ -44,7 +43,7 @@ def write_report(result: Mapping[str, Any], path: Path) -> None:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The dossier as text. The same result always gives the same text."""
+    """The report as text. The same result always gives the same text."""
     if result.get("format") != 1:
         raise DataError(
             f"This result has format {result.get('format')!r}; this version of Silotune reads 1."
@@ -61,7 +60,8 @@ def render(result: Mapping[str, Any]) -> str:
     variants = result.get("variants") or []
     labels = dict([metric_of(result)])
     for name in (name for variant in variants for name in variant.get("metrics") or {}):
-        labels.setdefault(name, KNOWN_METRICS.get(name, name.replace("_", " ")))
+        label = METRICS.get(name, name.replace("_", " "))
+        labels.setdefault(name, label[:1].upper() + label[1:])
     return env.get_template("report.html.j2").render(
         {
             **result,

@@ -21,7 +21,7 @@ OTHERS = {
     "pooled-no-dp": "pooled without DP",
 }
 LOG_LOSS = ("classification", "multi-label", "ranking")  # of these the loss is a log loss
-SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with rates of its own"}
+SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with own learning rates"}
 BASELINES = {
     "federated-head": "the DP head on the frozen encoder",
     "federated-one-hot": "the DP one-hot regression",
@@ -62,8 +62,8 @@ def verdict(
         lines.append(f"These are of: {main['label']}. The contract's own variant was not run.")
     if error is not None:
         lines.append(
-            f"± is the spread over runs. {len(labels):,} public rows leave a standard error of "
-            f"{error:.3f} on each figure besides."
+            ("± is the spread over runs. " if main["repeats"] > 1 else "")
+            + f"With {len(labels):,} test records each figure has a standard error of {error:.3f}."
         )
 
     alone = {
@@ -76,10 +76,11 @@ def verdict(
             for variant, row in {**alone, main["name"]: main}.items()
         }
         lines.append(
-            f"On the public rows like its own a site gets {name} {own[main['name']]:.3f} from the "
-            f"federation (mean of {defined} of {len(contract.sites)} sites whose rows define it); "
+            f"On test records of its own site: {name} {own[main['name']]:.3f} with the "
+            f"federation (mean over {defined} of {len(contract.sites)} sites, for which it is "
+            "defined); "
             + ", ".join(f"{own[a]:.3f} {SHORT[a]}" for a in alone)
-            + ". On everybody's: "
+            + ". On all test records: "
             + f"{here:.3f}; "
             + ", ".join(f"{means[a]:.3f} {SHORT[a]}" for a in alone)
             + "."
@@ -88,16 +89,16 @@ def verdict(
         noise = max(row["sites_mean"]["sd"] for row in (main, alone[best]))
         if sign * (own[main["name"]] - own[best]) <= noise:
             warnings.append(
-                f"On their own rows sites gain nothing that exceeds the spread over "
+                "On their own test records sites have no measurable gain over "
                 f"{SHORT[best]}: {own[main['name']] - own[best]:+.3f} ±{noise:.3f}."
             )
     if "federated-no-dp" in baselines:
         losses = [by_name[a]["metrics"]["loss"]["mean"] for a in (main["name"], "federated-no-dp")]
         lines.append(
-            f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}, and a log loss "
-            f"of {losses[0]:.2f} against {losses[1]:.2f}: the noise makes it overconfident."
+            f"Utility loss due to DP: {here - means['federated-no-dp']:+.3f} {name}, and a log "
+            f"loss of {losses[0]:.2f} against {losses[1]:.2f}: the noise makes it overconfident."
             if losses[0] > losses[1] and contract.task.kind in LOG_LOSS and metric != "loss"
-            else f"The price of privacy: {here - means['federated-no-dp']:+.3f} {name}."
+            else f"Utility loss due to DP: {here - means['federated-no-dp']:+.3f} {name}."
         )
     lines += [
         _against(
@@ -181,7 +182,10 @@ def _against(
     noise = max(main["metrics"][metric]["sd"], other["metrics"][metric]["sd"], error or 0.0)
     won = "beats" if gain > noise else "does not beat"
     subject = ours if ours == "LoRA" else f"The {ours}"
-    return f"{subject} {won} {words} on this data: {gain:+.3f} (noticeable from {noise:.3f} on)."
+    return (
+        f"{subject} {won} {words} on this data: {gain:+.3f} "
+        f"(smallest detectable difference: {noise:.3f})."
+    )
 
 
 def standard_error(

@@ -517,7 +517,7 @@ def test_the_variants_that_are_named_are_run_and_no_other(
     assert bool(result["curve"]) == rounds
     shown = " ".join(said.split())
     assert f"These are of: {own['label']}. The contract's own variant was not run." in shown
-    assert "price of privacy" not in shown
+    assert "Utility loss" not in shown
     spent = [site["epsilon"] for site in result["privacy"]["sites"]]
     assert all(value is not None and 0 < value <= 8.0 for value in spent) == own["private"]
     assert ("no differential privacy" in shown) != own["private"]
