@@ -448,6 +448,23 @@ class Contract(Frozen):
     def weights(self) -> dict[str, float]:
         return {site.name: site.weight for site in self.sites}
 
+    def with_masks(self, bound: float | None = None) -> Contract:
+        """A contract whose roster has keys with secure aggregation: at its own threshold or else at
+        the usual one, and with a quorum of at least that.
+
+        Args:
+            bound: Of an update's entries; the usual one if it is None.
+
+        Raises:
+            ContractError: if the result is no valid contract.
+        """
+        own = self.secure_aggregation and self.secure_aggregation.threshold
+        threshold = own or key_agreement.default_threshold(len(self.sites))
+        return self.changed(
+            quorum=max(self.quorum, threshold),
+            secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
+        )
+
     def changed(self, **sections: Any) -> Contract:
         """A validated copy with top-level sections replaced (dicts are merged into a section).
 

@@ -25,7 +25,6 @@ from silotune.common.protocol import join_request
 from silotune.common.protocol.join_request import JoinRequest
 from silotune.common.protocol.messages import MAX_WIRE
 from silotune.common.runtime.atomic_files import write_durably
-from silotune.common.secagg.key_agreement import default_threshold
 from silotune.server.operations import certificate_authority
 
 LINK_NAME, CRL = "localhost", "ca.crl"
@@ -255,10 +254,7 @@ class ServerFolder:
         found: Contract = draft.changed(sites=sites, quorum=min(draft.quorum, len(sites)))
         if not masked or found.secure_aggregation is not None or not found.can_be_masked:
             return found
-        threshold = default_threshold(len(sites))
-        return found.changed(
-            secure_aggregation={"threshold": threshold}, quorum=max(found.quorum, threshold)
-        )
+        return found.with_masks()
 
     def write_contract(self, contract: Contract, draft: Path, *, replace: bool = False) -> Path:
         """contracts/<name>.json, which every site gets. draft: the file that it was made of.

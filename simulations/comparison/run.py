@@ -8,10 +8,11 @@ import os
 import queue
 import re
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -87,21 +88,23 @@ def run(
     )
     shown = main_of(variants).contracts[0]
     progress = Progress(recipe.config, shown, quiet=quiet, stderr=stderr)
-    _set_aside(folder)
-    with progress.busy(f"fetching and checking data {recipe.config.title}"):
-        counts, rows, notes = recipe.rows(folder)
-    sites = {str(c["site"]) for c in counts}
-    unknown = set(contract.weights()) - sites
-    if unknown:
-        raise RunError(
-            f"The data has no rows of: {', '.join(sorted(unknown))}.", code=ErrorCode.TOO_FEW_ROWS
-        )
-    _check_figure(recipe.config.metric, contract, rows)
-    model_folder = None
-    if not isinstance(contract.model, OneHotModel):
-        with progress.busy(f"fetching and checking model {contract.model.name}"):
-            model_folder = options.model or catalog.fetch(contract.model.name)
-    measured = lengths_of(contract, model_folder, rows)
+    with _instead_of_older(folder) as older:
+        with progress.busy(f"fetching and checking data {recipe.config.title}"):
+            counts, rows, notes = recipe.rows(folder)
+        sites = {str(c["site"]) for c in counts}
+        unknown = set(contract.weights()) - sites
+        if unknown:
+            raise RunError(
+                f"The data has no rows of: {', '.join(sorted(unknown))}.",
+                code=ErrorCode.TOO_FEW_ROWS,
+            )
+        _check_figure(recipe.config.metric, contract, rows)
+        model_folder = None
+        if not isinstance(contract.model, OneHotModel):
+            with progress.busy(f"fetching and checking model {contract.model.name}"):
+                model_folder = options.model or catalog.fetch(contract.model.name)
+        measured = lengths_of(contract, model_folder, rows)
+    notes = (*notes, *([quick] if quick else []), *older)
     processes = options.processes or os.cpu_count() or 1
     jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, keys))
     last_time = file_of(whole, options.performance)
@@ -115,7 +118,7 @@ def run(
             counts,
             jobs,
             processes,
-            (*notes, quick) if quick else notes,
+            notes,
             measured,
             Duration.load(last_time),
         ),
@@ -371,12 +374,27 @@ def _drain(channel: Any, progress: Watcher) -> None:
         progress.round(variant, repeat, cost, facts)
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename an older run out of the way: nothing that was written is lost."""
+@contextmanager
+def _instead_of_older(folder: Path) -> Iterator[list[str]]:
+    """Set an older run aside; where the body fails, it gets its place back. Yields what to say."""
+    older = _set_aside(folder)
+    try:
+        yield [f"the older run in {folder} is now {older}"] if older else []
+    except BaseException:
+        if older:
+            shutil.rmtree(folder, ignore_errors=True)
+            older.rename(folder)
+        raise
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Rename an older run out of the way, so that nothing is lost; its new place, if there is
+    one."""
     if folder.exists():
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
         name, number = f"{folder.name}-{stamp}", 1
         while folder.with_name(name).exists():  # of the same second
             number += 1
             name = f"{folder.name}-{stamp}-{number}"
-        folder.rename(folder.with_name(name))
+        return folder.rename(folder.with_name(name))
+    return None

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.common.contract.contract import Contract
-from silotune.common.secagg.key_agreement import default_threshold
 
 SigningKeys = dict[str, bytes]  # site -> private key, 32 bytes
 
@@ -29,7 +28,7 @@ def with_secure_aggregation(
         name: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw().hex()
         for name, key in keys.items()
     }
-    return with_masks(with_keys(contract, public), bound), keys
+    return with_keys(contract, public).with_masks(bound), keys
 
 
 def with_keys(contract: Contract, public: Mapping[str, str]) -> Contract:
@@ -39,23 +38,6 @@ def with_keys(contract: Contract, public: Mapping[str, str]) -> Contract:
             site.model_dump(mode="json") | {"public_key": public[site.name]}
             for site in contract.sites
         ]
-    )
-    return found
-
-
-def with_masks(contract: Contract, bound: float | None = None) -> Contract:
-    """A contract whose roster has keys with secure aggregation.
-
-    The threshold is the contract's own, or the usual one, or the contract's quorum where that is
-    lower and still enough.
-    """
-    count = len(contract.sites)
-    usual = default_threshold(count)
-    own = contract.secure_aggregation and contract.secure_aggregation.threshold
-    threshold = own or min(usual, max(contract.quorum, count // 2 + 1))
-    found: Contract = contract.changed(
-        quorum=max(contract.quorum, threshold),
-        secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
     )
     return found
 

@@ -15,7 +15,7 @@ from silotune.common.secagg.key_agreement import LEAST_SITES
 from silotune.simulations.comparison.export import export
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets import catalog
-from silotune.simulations.execution.roster_keys import with_keys, with_masks
+from silotune.simulations.execution.roster_keys import with_keys
 from silotune.simulations.flower_app.sites import make_sites
 
 CODE = ("__init__.py", "server_app.py", "client_app.py")
@@ -56,7 +56,7 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
     file = folder / "contract.json"
     contract = with_keys(contracts.load(file), make_sites(folder, names))
     if sites >= LEAST_SITES:
-        contract = with_masks(contract, recipe.config.bound)
+        contract = contract.with_masks(recipe.config.bound)
     file.write_text(contract.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
     model = ""
     if not isinstance(contract.model, OneHotModel):

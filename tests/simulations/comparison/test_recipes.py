@@ -19,12 +19,14 @@ from silotune.client.privacy.accountant import epsilon, plan
 from silotune.client.worker.secagg import check_bound
 from silotune.common.config import types
 from silotune.common.contract.compute import Performance
+from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import ContractError, DataError, UsageError
+from silotune.common.secagg.key_agreement import default_threshold
 from silotune.simulations.comparison.options import Options, computing
 from silotune.simulations.comparison.recipe import load_recipe, recipe_names
-from silotune.simulations.comparison.run import _set_aside
+from silotune.simulations.comparison.run import _instead_of_older, _set_aside
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
@@ -295,6 +297,28 @@ def test_runs_of_the_same_second_are_set_aside_one_by_one(tmp_path: Path) -> Non
     stamp = "demo-20010909-014640"
     kept = {path.name: (path / "result.json").read_text() for path in tmp_path.iterdir()}
     assert kept == {stamp: "0", f"{stamp}-2": "1", f"{stamp}-3": "2"}
+
+
+def test_an_older_run_keeps_its_place_where_the_new_one_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "result.json").write_text("older")
+    with pytest.raises(DataError), _instead_of_older(folder) as said:
+        assert said == [f"the older run in {folder} is now {next(tmp_path.glob('demo-*'))}"]
+        (folder / "split").mkdir(parents=True)
+        raise DataError("no such column")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+def test_masks_of_a_simulation_are_those_of_a_server(table_contract: Contract) -> None:
+    """Also where the contract's quorum is lower: no fewer sites open a sum than in a deployment."""
+    contract = table_contract.changed(
+        sites=[{"name": name} for name in ("a", "b", "c")], quorum=2, secure_aggregation=None
+    )
+    hidden, _ = with_secure_aggregation(contract, 1)
+    assert hidden.secure_aggregation is not None
+    assert (hidden.secure_aggregation.threshold, hidden.quorum) == (default_threshold(3), 3)
 
 
 def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
