@@ -27,7 +27,7 @@ from silotune.common.contract.contract import Contract, parse
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Agree, Describe, Message
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
@@ -77,7 +77,7 @@ def recipe_adapter(name: str, folder: Path) -> str:
         ),
         lambda *_: None,
     )
-    return hash_of(Registry(folder / "run").adapter())
+    return hash_of(RunStore(folder / "run").adapter())
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:

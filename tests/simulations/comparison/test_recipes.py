@@ -303,10 +303,18 @@ def test_an_older_run_keeps_its_place_where_the_new_one_is_refused(tmp_path: Pat
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "result.json").write_text("older")
-    with pytest.raises(DataError), _instead_of_older(folder) as said:
-        assert said == [f"the older run in {folder} is now {next(tmp_path.glob('demo-*'))}"]
-        (folder / "split").mkdir(parents=True)
-        raise DataError("no such column")
+    said: list[str] = []
+
+    def refused() -> None:
+        with _instead_of_older(folder) as notes:
+            said.extend(notes)
+            said.append(str(next(tmp_path.glob("demo-*"))))
+            (folder / "split").mkdir(parents=True)
+            raise DataError("no such column")
+
+    with pytest.raises(DataError):
+        refused()
+    assert said[0] == f"the older run in {folder} is now {said[1]}"
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert [path.name for path in folder.iterdir()] == ["result.json"]
 
