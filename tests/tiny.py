@@ -31,6 +31,7 @@ from silotune.common.data.records import Table
 from silotune.common.model_files import model_folder
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
+from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 WORDS = ["pain", "in", "the", "chest", "arm", "left", "right", "no", "today", "burn"]
 PIECES = ["##ing", "##s", "##ed"]
@@ -252,3 +253,16 @@ def moved(model: Network, seed: int = 0, by: float = 0.3) -> Arrays:
         else (array + rng.normal(0, by, array.shape)).astype(np.float32)
         for name, array in model.initial_arrays().items()
     }
+
+
+def recipe_config(title: str) -> RecipeConfig:
+    """The least that a recipe's page says."""
+    return RecipeConfig(
+        title=title,
+        about="Made-up rows.",
+        metric="auc",
+        repeats=1,
+        baseline_repeats=1,
+        evaluate_every=1,
+        variants={},
+    )

@@ -22,6 +22,7 @@ EXTRAS = {  # and what each is for; those of developers are left out
     "deidentify": "personal details in text: [prepare.deidentify] of site.toml",
     "llm": "packaged language models, and scores of `silotune adapter answer`",
     "monitor": "`silotune adapter watch`",
+    "simulation": "Ray, for `flwr run` on this machine (`silotune sim flower-app`)",
     "sql": "records from a database: [data] url of site.toml",
 }
 FLOWER = ("flwr", "flower-superlink", "flower-supernode")

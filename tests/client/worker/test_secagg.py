@@ -707,13 +707,13 @@ def test_a_plan_whose_updates_may_exceed_the_bound_does_not_start(federation: Fe
     check_bound(contract, plan)
     tight = contract.changed(secure_aggregation={"bound": 0.01})
     for bound in (0.01, 1e5):
-        with pytest.raises(RefusalError, match=r"must lie between 0.63 and 1.6e\+03"):
+        with pytest.raises(RefusalError, match=r"must be between 0.63 and 1.6e\+03"):
             check_bound(contract.changed(secure_aggregation={"bound": bound}), plan)
     check_bound(tight.changed(privacy={"mode": "none"}), plan)
     adam = contract.changed(
         phases=[{**contract.phases[0].model_dump(exclude_none=True), "adam": {"floor": 1e-3}}]
     )
-    with pytest.raises(RefusalError, match="must lie between"):
+    with pytest.raises(RefusalError, match="must be between"):
         check_bound(adam, plan)
     policy = permissive_policy(tight, "north", federation.files["north"], None)
     with pytest.raises(RefusalError, match="does not fit"):
@@ -749,7 +749,7 @@ def test_the_bound_must_hold_the_steps_and_eight_deviations_of_their_noise(
     else:
         most = 0.3 * (4 * 0.5 + 8 * 2 * second) * (3 if more else 1)
     too_small = contract.changed(secure_aggregation={"bound": 0.99 * most})
-    with pytest.raises(RefusalError, match=f"must lie between {most:.2g} and") as caught:
+    with pytest.raises(RefusalError, match=f"must be between {most:.2g} and") as caught:
         check_bound(too_small, plan)
     assert caught.value.code == "E205"
     check_bound(contract.changed(secure_aggregation={"bound": 1.01 * most}), plan)
@@ -768,7 +768,7 @@ def test_the_bound_must_hold_the_first_and_noisiest_round_of_a_phase_with_noise_
     )
     assert first > 1.1 * second
     for bound in (1.01 * second, 0.99 * first):
-        with pytest.raises(RefusalError, match=f"must lie between {first:.2g} and"):
+        with pytest.raises(RefusalError, match=f"must be between {first:.2g} and"):
             check_bound(contract.changed(secure_aggregation={"bound": bound}), plan)
     check_bound(contract.changed(secure_aggregation={"bound": 1.01 * first}), plan)
 

@@ -42,7 +42,7 @@ def completed(*words: str) -> list[str]:
         (["sim", "export"], recipe_names()),
         (["contract", "show"], recipe_names()),
         (["contract", "validate"], recipe_names()),
-        (["contract", "schema"], ["contract", "site"]),
+        (["contract", "schema"], ["contract", "recipe", "server", "site", "study"]),
         (["contract", "new", "--task"], get_args(Answers.model_fields["task"].annotation)),
         (["sim", "compare"], [p.stem for p in (ROOT / "simulations/studies").glob("*.toml")]),
         (

@@ -36,8 +36,8 @@ USAGE_ERRORS = {
     ),
     "contract schema else": (
         "E106",
-        "FILE of `silotune contract schema`: 'else' is not one of 'contract', 'site'. `silotune "
-        "contract schema --help` describes it.",
+        "FILE of `silotune contract schema`: 'else' is not one of 'contract', 'site', 'server', "
+        "'recipe', 'study'. `silotune contract schema --help` describes it.",
     ),
     "server init --host a --port x": (
         "E106",
@@ -161,7 +161,7 @@ def test_signs_have_colours_on_a_terminal(tmp_path: Path) -> None:
     assert on_a_terminal("silotune", "contrakt").startswith("\x1b[31m✗\x1b[0m E101 There is no ")
     said = on_a_terminal("silotune", "sim", "ls")
     assert said.count("\x1b[") == 2
-    assert "\n\x1b[36mnext:\x1b[0m   silotune sim run " in said
+    assert "\n\x1b[36mnext:\x1b[0m   silotune sim show " in said
 
 
 def test_no_colour_where_nobody_wants_or_sees_it(run: Silotune) -> None:

@@ -104,7 +104,7 @@ def test_credentials_of_an_index_do_not_get_into_the_file(
 
 
 def test_an_installation_has_every_extra_that_is_not_for_development() -> None:
-    assert {*EXTRAS, "dev", "bench", "docs", "mutation"} == set(
+    assert {*EXTRAS, "dev", "bench", "docs", "mutation", "simulation"} == set(
         PROJECT["project"]["optional-dependencies"]
     )
 

@@ -251,7 +251,7 @@ def asks_all_others_for_what_it_knows(member: type[SecAggParticipant]) -> Found:
     """Pasquini et al. 2022: an adapter whose update the server can work out goes to the others."""
     cast = Cast(terms(4, 3), member=member).agree()
     known = {name: update(name, 9) for name in "bcd"}
-    masked = {name: cast.mask(name, 1, known[name], asked=b"trap") for name in "bcd"}
+    masked = {name: cast.mask(name, 1, known[name], request_digest=b"trap") for name in "bcd"}
     masked["a"] = cast.mask("a")
     total = cast.finish(1, masked)
     return total - sum(units(known[name], factor_of(4)) for name in "bcd"), cast.truth("a")

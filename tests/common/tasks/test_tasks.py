@@ -220,7 +220,7 @@ def test_padding_behind_changes_no_loss(kind: str) -> None:
     outputs, targets = batch(kind)
     wider = torch.cat([outputs, 9 * torch.ones(N, 3, outputs.shape[2])], dim=1)
     marks = torch.cat([targets, torch.full((N, 3), IGNORED)], dim=1)
-    for value in ("losses", "right"):
+    for value in ("losses", "correct"):
         found = getattr(objective(kind), value)(wider, marks)
         expected = getattr(objective(kind), value)(outputs, targets)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

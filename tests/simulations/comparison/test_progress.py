@@ -29,21 +29,8 @@ from silotune.simulations.comparison.progress import (
     result_tables,
 )
 from silotune.simulations.execution.variants import Job, JobResult
-from silotune.simulations.recipes.recipe_config import RecipeConfig
 from tests.conftest import Ran
-
-
-def config(title: str) -> RecipeConfig:
-    return RecipeConfig(
-        title=title,
-        about="Made-up rows.",
-        metric="auc",
-        repeats=1,
-        baseline_repeats=1,
-        evaluate_every=1,
-        variants={},
-    )
-
+from tests.tiny import recipe_config
 
 LABELS = (
     "Always the majority class",
@@ -201,7 +188,7 @@ def job_of(contract: Contract) -> Job:
 def test_something_is_shown_at_once_and_no_time_left_without_a_time(
     table_contract: Contract, clock: Clock
 ) -> None:
-    shown = Progress(config("x"), table_contract)
+    shown = Progress(recipe_config("x"), table_contract)
     jobs = [job_of(table_contract)] * 100
     shown.console = Console(file=io.StringIO(), force_terminal=True, width=100)
     shown.start([], jobs, 1)
@@ -222,7 +209,7 @@ def test_something_is_shown_at_once_and_no_time_left_without_a_time(
 def test_a_pipe_says_at_once_what_takes_time(
     table_contract: Contract, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    shown = Progress(config("x"), table_contract, quiet=quiet)
+    shown = Progress(recipe_config("x"), table_contract, quiet=quiet)
     with shown.busy("checking the plan"):
         assert capsys.readouterr().out == ("" if quiet else "checking the plan\n")
     assert capsys.readouterr().out == ""
@@ -231,7 +218,7 @@ def test_a_pipe_says_at_once_what_takes_time(
 def test_a_pipe_has_the_width_that_columns_says(
     table_contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = config("x")
+    facts = recipe_config("x")
     for columns, width in (("120", 120), ("", 80), ("wide", 80)):
         monkeypatch.setenv("COLUMNS", columns)
         assert Progress(facts, table_contract).console.width == width
@@ -256,7 +243,7 @@ def test_all_that_a_run_prints_fits_on_80_columns(
     sites = [{"name": site} for site in HOSPITALS]
     contract = lora_contract.changed(sites=sites, quorum=4, privacy={"delta": 0.009})
     assert contract.delta_warnings  # a sentence of more than 80 characters
-    shown = Progress(config("Heart disease, " * 9), contract)
+    shown = Progress(recipe_config("Heart disease, " * 9), contract)
     note = "Two rows of a site are left out, since what their columns say is not in the contract."
     jobs = [job_of(contract)]
     with shown.busy(f"fetching and checking data {shown.config.title}"):
