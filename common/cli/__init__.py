@@ -1,1 +1,1 @@
-"""The commands that belong to no side."""
+"""Commands shared by sites and server."""
