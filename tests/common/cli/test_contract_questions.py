@@ -101,7 +101,7 @@ def test_who_stops_goes_on_with_the_same_answers(
     assert (code, said) == (130, "")
     assert not Path("loans.toml").exists()
     last = wrong.strip().splitlines()[-1]
-    advice = "The answers are kept in loans.answers.json; to go on with them: silotune "
+    advice = "The answers are kept in loans.answers.json; to resume: silotune "
     assert advice in last
     again = shlex.split(last.split(advice)[1])
     code, _, wrong = answering([""] * stop + GOOD[stop:], *again, "--interactive")
@@ -141,7 +141,7 @@ def test_a_terminal_asks_and_anything_else_says_what_is_missing(
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     code, _, wrong = run(*words)
     assert code == 2
-    assert "Not given: --task, --label, --labels, --records, --sites" in wrong
+    assert "Not given: --task, --label, --labels, --records, --site, and one of" in wrong
     code, _, wrong = run("contract", "new")
     assert code == 2
     assert "Not given: --from, --out." in wrong
