@@ -118,7 +118,7 @@ def watch(
     (out / "watch.json").write_text(text, encoding="utf-8")
     label_monitor.draw(values, alerts, out / "watch.svg")
     wide = max(map(len, values))
-    lines = [f"{len(inputs):,} rows of {data.name} · {counted(len(alerts), 'change')}"]
+    lines = [f"{counted(len(inputs), 'row')} of {data.name} · {counted(len(alerts), 'change')}"]
     lines += [
         f"{a.label:<{wide}}  row {a.row + 1:,}: {a.before:.0%} → {a.after:.0%} since row "
         f"{a.since + 1:,}"

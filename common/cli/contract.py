@@ -276,7 +276,7 @@ def named(name: Path) -> Contract:
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Ask for what is not given; on a terminal that is so without the option, too.",
+    help="Ask for what is not given; the default on a terminal.",
 )
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")

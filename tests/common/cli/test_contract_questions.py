@@ -52,6 +52,7 @@ def test_without_arguments_everything_is_asked_for(table: Path, answering: Answe
     assert "✗ loans.csv is there already; name a new file." in wrong
     assert "Columns: age, home, note, status" in wrong
     assert said.startswith("✓ loans.toml  2 columns, 2 sites")  # questions are on standard error
+    assert "! columns that the contract does not use: note\n" in said
     found = contracts.load(Path("loans.toml"))
     assert isinstance(found.input, TableInput)
     assert [column.name for column in found.input.columns] == ["age", "home"]
