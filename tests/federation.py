@@ -16,8 +16,8 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Train
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import RoundRecord, Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun, RoundRecord
+from silotune.server.storage.run_store import RunStore
 from tests import tiny
 
 EXACT = Performance(bf16="off", device="cpu", micro_batch=4)
@@ -73,8 +73,8 @@ def play(
 
     handles: dict[str, Answer] = {s: lambda wire, s=s: answer(s, wire) for s in SITES}
     network = build(contract, None if model == "one-hot" else tiny.folder_of(model), EXACT)
-    run = Run(
-        contract, Registry.create(folder / "run", contract), "run-1", network.initial_arrays()
+    run = FederatedRun(
+        contract, RunStore.create(folder / "run", contract), "run-1", network.initial_arrays()
     )
     facts = []
     while not run.done:

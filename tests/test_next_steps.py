@@ -23,7 +23,7 @@ from silotune.common.models.factory import build
 from silotune.server import cli as server_cli
 from silotune.server.operations import service
 from silotune.server.storage import events
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.comparison import run as simulation
 from silotune.simulations.comparison.progress import Progress, adapter_step
 from silotune.simulations.execution.variants import Job
@@ -395,7 +395,7 @@ def main_job(scene: Scene, contract: Contract, model: Path | None, rows: str = "
         scene.folder / "a split",
     )
     initial = build(contract, model).initial_arrays()
-    Registry.create(variant, contract).release(initial)
+    RunStore.create(variant, contract).release(initial)
     (split / "test").mkdir(parents=True)
     if rows:
         tiny.write(split / "test" / "north.csv", tiny.rows_of(rows, 40))

@@ -32,7 +32,7 @@ SPREADS = 8.0  # standard deviations of the noise that must fit into the bound
 FINENESS = 4.0  # units of the ring that the noise's standard deviation must have
 
 
-class Masking:
+class SiteMasking:
     """The agreements of one site under one contract."""
 
     def __init__(self, contract: Contract, name: str, sign: Sign) -> None:

@@ -34,7 +34,7 @@ from silotune.client.training.local_state import NOTHING, LocalState
 from silotune.client.training.noise import NoiseSource
 from silotune.client.worker import release
 from silotune.client.worker.request_outcome import Answered
-from silotune.client.worker.secagg import Masking, check_bound
+from silotune.client.worker.secagg import SiteMasking, check_bound
 from silotune.common.contract.adapter import Lora
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import epsilon_text
@@ -81,7 +81,7 @@ class Worker:
         insecure_seed: int | None = None,
         on_answer: Callable[[Answered], object] | None = None,
         lane: int = 0,
-        masking: Callable[[Contract, str, Sign], Masking] = Masking,
+        masking: Callable[[Contract, str, Sign], SiteMasking] = SiteMasking,
     ) -> None:
         for refusal in policy.refusals(contract):
             raise refusal
@@ -99,7 +99,7 @@ class Worker:
         self.limit = policy.limits[self.unit]
         self.plan = accountant.plan(contract, self.target)
         check_bound(contract, self.plan)
-        self.masking: Masking | None = None
+        self.masking: SiteMasking | None = None
         if contract.secure_aggregation is not None:
             if key != identity.public:
                 raise RefusalError(

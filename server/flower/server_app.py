@@ -16,10 +16,10 @@ from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import ErrorCode, RunError, SilotuneError
 from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
-from silotune.server.rounds.run import Run
+from silotune.server.rounds.run import FederatedRun
 from silotune.server.storage import events
 from silotune.server.storage.disk import no_room
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 
 STOPPED = "The server was told to stop the run."
 
@@ -49,12 +49,14 @@ def main(grid: Grid, context: Context) -> None:
                 config["encoding"], config["delimiter"] or None, "--{key} '{value}'"
             )
             evaluate = PublicTest(contract, model, {"": Path(config["test"])}, reading).metrics
-        begin = Registry.open if config["resume"] else Registry.create
+        begin = RunStore.open if config["resume"] else RunStore.create
         registry = begin(folder, contract, folder.parent / ".receipts")
         begun = True
         events.reserve(folder)
         registry.event("taken", **own)
-        run = Run(contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate)
+        run = FederatedRun(
+            contract, registry, config["run"], model.initial_arrays(), evaluate=evaluate
+        )
         if config["resume"]:
             run.restore()
         if config["resume"] == "skip" and not run.done:

@@ -30,7 +30,7 @@ from silotune.common.protocol.messages import RECORD, WIRE, Arrays
 from silotune.server.aggregation.mean import mean_figures
 from silotune.server.rounds.arrivals import Arrivals
 from silotune.server.rounds.exchange import NoReply, Reply, RoundProtocol
-from silotune.server.rounds.run import RoundRecord, Run
+from silotune.server.rounds.run import FederatedRun, RoundRecord
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class SilotuneStrategy(Strategy):
         run: The run, with its contract, its folder and the adapter that it begins with.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: FederatedRun) -> None:
         self.run = run
         self.nodes: dict[int, str] = {}
         self._asked: dict[str, int] = {}

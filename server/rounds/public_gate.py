@@ -17,7 +17,7 @@ from silotune.common.protocol.messages import Arrays
 Evaluate = Callable[[Arrays, bool], Mapping[str, float | None]]
 
 
-class Acceptance:
+class PublicGateCheck:
     """RunError E301 if the contract looks at public rows and there are none, or if they do not
     define the gate's metric. evaluate: adapter, whether it adapts layers -> metrics."""
 

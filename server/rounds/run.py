@@ -35,14 +35,14 @@ from silotune.server.aggregation import lora, robust
 from silotune.server.aggregation import mean as aggregate
 from silotune.server.aggregation.server_state import ServerState
 from silotune.server.rounds import exchange
-from silotune.server.rounds.public_gate import Acceptance, Evaluate
+from silotune.server.rounds.public_gate import Evaluate, PublicGateCheck
 from silotune.server.rounds.secagg import (
     LostSumError,
     MaskedRound,
-    Masking,
+    ServerMasking,
 )
-from silotune.server.rounds.update_validation import Gate
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.update_validation import UpdateValidator
+from silotune.server.storage.run_store import RunStore
 
 T = TypeVar("T")
 ATTEMPTS = 3
@@ -67,7 +67,7 @@ class RoundRecord:
     declined: str | None = None  # why the sum was not taken (server/rounds/public_gate.py)
 
 
-class Run:
+class FederatedRun:
     """One run: `describe`, `identify`; then `stages` each round.
 
     evaluate: adapter, whether it adapts layers -> metrics on the operator's public rows.
@@ -78,25 +78,25 @@ class Run:
     def __init__(
         self,
         contract: Contract,
-        registry: Registry,
+        registry: RunStore,
         run_id: str,
         initial: Arrays,
         *,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 1,
         on_round: Callable[[RoundRecord], None] | None = None,
-        masking: Callable[[Contract, str, exchange.RoundTraffic], Masking] = Masking,
+        masking: Callable[[Contract, str, exchange.RoundTraffic], ServerMasking] = ServerMasking,
     ) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
         self.server_state = ServerState(contract, initial)
         self._evaluate, self._every, self._on_round = evaluate, evaluate_every, on_round
-        self._acceptance = Acceptance(contract, evaluate, initial)
+        self._acceptance = PublicGateCheck(contract, evaluate, initial)
         self._open: dict[str, Arrays] = {}
         self._epsilon: dict[str, float | None] = {}
         self._metrics: dict[str, Mapping[Metric, float]] = {}
         self._challenge = secrets.token_hex(32)
         self._digests: dict[int, str] = {}
-        self.gate = Gate(contract, registry, run_id)
+        self.gate = UpdateValidator(contract, registry, run_id)
         self._began = time.perf_counter()
         self.exchange = exchange.RoundTraffic(contract, self._has_failed)
         self.masking = (
@@ -213,7 +213,7 @@ class Run:
         """Whether a sum of these sites counts."""
         return len(sites) >= self.contract.quorum and self._needed <= set(sites)
 
-    def _uncharged(self, sites: Collection[str], masking: Masking) -> list[str]:
+    def _uncharged(self, sites: Collection[str], masking: ServerMasking) -> list[str]:
         """The sites that were not charged under this agreement and can take part under another one:
         they have no secrets of it, are new, or refuse a sum of its members."""
         failed = self.exchange.failed
@@ -228,7 +228,7 @@ class Run:
             )
         ]
 
-    def _is_lost(self, masking: Masking) -> bool:
+    def _is_lost(self, masking: ServerMasking) -> bool:
         """Whether no later try of this round can bring enough updates together: under these keys
         sites that have lost their secrets or were charged are missing for good, under other keys
         all that were charged."""

@@ -51,7 +51,7 @@ class LostSumError(RunError):
     """A round's masked updates were charged, and too few sites can open their sum, now or ever."""
 
 
-class Masking:
+class ServerMasking:
     """The agreement on keys that is in force, and who has to wait for another one."""
 
     def __init__(self, contract: Contract, run_id: str, exchange: RoundTraffic) -> None:

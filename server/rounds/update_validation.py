@@ -14,14 +14,14 @@ from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Arrays, Masked, Message, Receipt, Update
 from silotune.common.protocol.tensors import Shapes
 from silotune.common.signing import verifies
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 
 
-class Gate:
+class UpdateValidator:
     """Of one run. Everything a reply claims is held against the contract; nothing is taken from it
     but the update, the metrics that the contract releases, ε for the report, and a receipt."""
 
-    def __init__(self, contract: Contract, registry: Registry, run_id: str) -> None:
+    def __init__(self, contract: Contract, registry: RunStore, run_id: str) -> None:
         self.contract, self.registry, self.run_id = contract, registry, run_id
 
     def check(

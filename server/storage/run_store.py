@@ -48,7 +48,7 @@ class Stored(NamedTuple):
     facts: dict[str, Any]
 
 
-class Registry:
+class RunStore:
     """The folder of one run; `create` refuses a folder that already holds one, `open` one that
     holds another contract's. Both refuse a folder that another process writes.
 
@@ -60,7 +60,7 @@ class Registry:
         self.folder, self._receipts = folder, receipts or folder / "receipts"
 
     @classmethod
-    def create(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> Registry:
+    def create(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> RunStore:
         if (folder / "contract.json").exists():
             raise RunError(
                 f"{folder} already holds a run. Take it up again with `silotune server resume`, or "
@@ -77,7 +77,7 @@ class Registry:
         return registry
 
     @classmethod
-    def open(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> Registry:
+    def open(cls, folder: Path, contract: Contract, receipts: Path | None = None) -> RunStore:
         """A run to go on with."""
         path = folder / "contract.json"
         if not path.is_file():

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from silotune.client.worker.secagg import Masking
+from silotune.client.worker.secagg import SiteMasking
 from silotune.common.config.types import Count, Frozen, Positive
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TextInput
@@ -135,7 +135,7 @@ def poisoned_client(answer: Answer, poison: Poison) -> Answer:
     return lie
 
 
-class LyingMasking(Masking):
+class LyingMasking(SiteMasking):
     """The masks of a site that lies: real ones, around what it did not compute."""
 
     def __init__(self, contract: Contract, name: str, sign: Sign, poison: Poison) -> None:
@@ -181,12 +181,12 @@ def malicious_sites(contract: Contract, poison: Poison | None) -> list[str]:
 
 def masking_of(
     site: str, contract: Contract, poison: Poison | None
-) -> Callable[[Contract, str, Sign], Masking]:
+) -> Callable[[Contract, str, Sign], SiteMasking]:
     """What makes a site's side of secure aggregation: a malicious one's masks what it did not
     compute."""
     if poison is not None and site in malicious_sites(contract, poison):
         return partial(LyingMasking, poison=poison)
-    return Masking
+    return SiteMasking
 
 
 def _target(task: Classification, poison: Poison) -> int:

@@ -24,8 +24,8 @@ from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import RoundRecord, Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun, RoundRecord
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.attacks.poisoning import (
     TRIGGERED,
     malicious_sites,
@@ -70,9 +70,9 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
         on_round(job, facts)
         _give_back_freed_memory()
 
-    run = Run(
+    run = FederatedRun(
         contract,
-        Registry.create(job.folder, contract),
+        RunStore.create(job.folder, contract),
         f"{job.variant}-{job.repeat}",
         model.initial_arrays(),
         evaluate=test.metrics,

@@ -19,7 +19,7 @@ from silotune.server import FederatedRun
 from silotune.server.flower.run_config import check_run_config
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.evaluation import PublicTest
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.flower_app.sites import Sites, check_nodes
 
 log = logging.getLogger("flwr")  # what `flwr log` shows
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     model = build(contract, model_folder)
     test = PublicTest(contract, model, {"": folder / "test.csv"})
     place = folder / "runs" / str(context.run_id)
-    registry = Registry.create(place, contract, folder / "runs" / ".receipts")
+    registry = RunStore.create(place, contract, folder / "runs" / ".receipts")
     run = FederatedRun(
         contract, registry, str(context.run_id), model.initial_arrays(), evaluate=test.metrics
     )

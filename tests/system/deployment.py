@@ -32,8 +32,8 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 
 BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
@@ -422,8 +422,8 @@ class Deployment:
             return why, self.resuming(name, *more)
         return why, self._background("run", self.contract, "--run", name)
 
-    def registry(self, name: str) -> Registry:
-        return Registry(self.server / "runs" / name)
+    def registry(self, name: str) -> RunStore:
+        return RunStore(self.server / "runs" / name)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         file = self.server / "runs" / name / "events.jsonl"
@@ -446,7 +446,9 @@ class Deployment:
             for m in self.members.values()
         }
         folder = self.folder / f"reference-{name}"
-        run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())
+        run = FederatedRun(
+            plain, RunStore.create(folder, plain), "r", build(plain, None).initial_arrays()
+        )
         for facts in self.registry(name).rounds():
             drive_round(run.stages(facts["sites"]), handles) if facts["sites"] else run.skip()
         return run.registry.adapter()

@@ -20,14 +20,16 @@ from silotune.common.contract.contract import Contract
 from silotune.common.models.factory import build
 from silotune.server.flower.app_bundle import write_app
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests.system.seeded_worker import SEED
 
 SITES = ("north", "south")
 
 
-def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: Path) -> Run:
+def in_process(
+    contract: Contract, files: dict[str, Path], model: Path, folder: Path
+) -> FederatedRun:
     workers = [
         Worker(
             permissive_policy(contract, s, files[s], model),
@@ -37,9 +39,9 @@ def in_process(contract: Contract, files: dict[str, Path], model: Path, folder: 
         )
         for s in SITES
     ]
-    run = Run(
+    run = FederatedRun(
         contract,
-        Registry.create(folder, contract),
+        RunStore.create(folder, contract),
         "reference",
         build(contract, model).initial_arrays(),
     )
@@ -79,7 +81,7 @@ def test_two_supernodes_give_the_adapter_of_the_in_process_path(
     done = tmp_path / "runs" / "deployed" / "adapter.safetensors"
     federation.wait_for(done.exists, 180, "the run's adapter", "superlink.log")
 
-    found = Registry(tmp_path / "runs" / "deployed").adapter()
+    found = RunStore(tmp_path / "runs" / "deployed").adapter()
     assert found.keys() == reference.registry.adapter().keys()
     for name, array in reference.registry.adapter().items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)

@@ -19,7 +19,7 @@ import pytest
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from tests.system.conftest import Federation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def test_the_commands_of_the_page(folder: Path) -> None:
     assert last["sites"] == len(contract.sites)
     assert 0.9 * contract.privacy.epsilon < last["epsilon"] <= contract.privacy.epsilon
     assert figures["evaluate"][str(contract.rounds)]["auc"] > 0.7
-    adapter = Registry.open(runs[0], contract).adapter()
+    adapter = RunStore.open(runs[0], contract).adapter()
     assert {name: list(array.shape) for name, array in adapter.items()} == figures["arrays"]
     for site in contract.sites:
         place = app / "sites" / site.name

@@ -25,8 +25,8 @@ from silotune.common.protocol import packing
 from silotune.common.protocol.messages import Arrays
 from silotune.server.flower.app_bundle import write_app
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests.system.seeded_worker import SEED
 
 SITES = ("a", "b", "c", "d", "e")
@@ -45,7 +45,9 @@ def unmasked(contract: Contract, files: dict[str, Path], folder: Path, sites: st
         ).handle
         for s in sites
     }
-    run = Run(plain, Registry.create(folder, plain), "r", build(plain, None).initial_arrays())
+    run = FederatedRun(
+        plain, RunStore.create(folder, plain), "r", build(plain, None).initial_arrays()
+    )
     while not run.done:
         drive_round(run.stages(list(workers)), workers)
     return run.registry.adapter()
@@ -109,13 +111,13 @@ def test_the_sum_is_right_though_one_site_dies_before_its_update_and_one_after(
 
     for site in STOPS:
         assert {process.wait() for process in started[site]} == {-signal.SIGKILL}
-    (facts,) = Registry(folder).rounds()
+    (facts,) = RunStore(folder).rounds()
     assert facts["sites"] == ["a", "b", "c", "e"]
     assert set(facts["failed"]) == {"d"}
     expected = unmasked(contract, files, tmp_path / "reference", "abce")
     others = unmasked(contract, files, tmp_path / "others", "abc")
     quantum = 1 / packing.factor(contract, 1.0)
-    for name, array in Registry(folder).adapter().items():
+    for name, array in RunStore(folder).adapter().items():
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=4 * quantum)
         assert np.abs(array - others[name]).max() > 100 * quantum  # without e it is another sum
     events = [json.loads(e) for e in (folder / "events.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from tests.system.test_boundary import way_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_the_tutorial_as_printed(folder: Path) -> None:
     )
     assert [number for number, _ in rounds] == list("12345"), text[-3000:]
     assert float(rounds[-1][1]) > 0.8
-    registry = Registry(folder / "operator" / "server" / "runs" / "heart")
+    registry = RunStore(folder / "operator" / "server" / "runs" / "heart")
     assert [facts["sites"] for facts in registry.rounds()] == [
         ["cleveland", "hungary", "va-long-beach"]
     ] * 5

@@ -33,8 +33,8 @@ from silotune.common.contract.privacy import Target
 from silotune.common.errors import ContractError, RefusalError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Message, Refusal, Train, Update
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 
 Rows = Callable[..., Path]
 MakeWorker = Callable[..., Worker]
@@ -135,7 +135,7 @@ def test_a_run_stops_at_the_sites_own_epsilon(
     assert isinstance(ask(worker, run="another"), Update)  # its own budget for ever has room
 
 
-def reply(run: Run, site: str, spent: float | None) -> bytes:
+def reply(run: FederatedRun, site: str, spent: float | None) -> bytes:
     return messages.pack(
         Message(
             Update(
@@ -178,7 +178,9 @@ def test_the_server_refuses_more_than_the_site_may_spend(
     silos: Contract, tmp_path: Path, name: str, spent: float | None, fits: bool
 ) -> None:
     initial = {"head.bias": np.zeros(2, np.float32), "head.weight": np.zeros((2, 6), np.float32)}
-    run = Run(silos.changed(quorum=1), Registry.create(tmp_path / "run", silos), "r", initial)
+    run = FederatedRun(
+        silos.changed(quorum=1), RunStore.create(tmp_path / "run", silos), "r", initial
+    )
     run.begin()
     for site in TARGETS:
         run.accept(site, 1, reply(run, site, spent if site == name else 1.0))

@@ -20,9 +20,9 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages, tensors
 from silotune.common.protocol.messages import Agree, Arrays, Message, Refusal
 from silotune.server.rounds.exchange import Reply, RoundProtocol, drive_round
-from silotune.server.rounds.run import RoundRecord, Run
-from silotune.server.rounds.secagg import LostSumError, Masking
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun, RoundRecord
+from silotune.server.rounds.secagg import LostSumError, ServerMasking
+from silotune.server.storage.run_store import RunStore
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from
 
 ALL = frozenset(SITES)
@@ -36,7 +36,7 @@ def federation(
     return Federation(table_contract, tmp_path, write_rows)
 
 
-class CheatingRun(Run):
+class CheatingRun(FederatedRun):
     """A server that asks for `attempt`, and keeps no rule by itself that the sites should keep."""
 
     attempt = 1
@@ -52,9 +52,12 @@ class CheatingRun(Run):
 
 
 def cheating(
-    federation: Federation, name: str, attempt: int = 1, masking: type[Masking] = Masking
+    federation: Federation,
+    name: str,
+    attempt: int = 1,
+    masking: type[ServerMasking] = ServerMasking,
 ) -> CheatingRun:
-    registry = Registry.create(federation.folder / name, federation.contract)
+    registry = RunStore.create(federation.folder / name, federation.contract)
     registry.survivors = lambda _: None  # type: ignore[method-assign]
     run = CheatingRun(
         federation.contract,
@@ -67,7 +70,9 @@ def cheating(
     return run
 
 
-def opened(run: Run, federation: Federation, sites: Collection[str], **handles: Answer) -> bool:
+def opened(
+    run: FederatedRun, federation: Federation, sites: Collection[str], **handles: Answer
+) -> bool:
     """Whether the round's sum was opened for these sites."""
     facts = drive_round(run.stages(sorted(sites)), federation.handles() | handles)
     assert facts.sites in ((), tuple(sorted(sites)))
@@ -127,13 +132,13 @@ def test_a_round_whose_reply_was_lost_is_not_charged_again_under_other_keys(
 # Two rounds from one adapter
 
 
-def standing_still(run: Run) -> Run:
+def standing_still(run: FederatedRun) -> FederatedRun:
     """The same run, whose server takes no step: each round begins with the same adapter."""
     run.server_state.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     return run
 
 
-class RekeyingMasking(Masking):
+class RekeyingMasking(ServerMasking):
     """A server that has the sites agree on other keys for each round."""
 
     def agree(

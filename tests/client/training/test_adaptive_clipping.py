@@ -31,8 +31,8 @@ from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.server.aggregation.mean import mean_figures
 from silotune.server.aggregation.server_optimizer import next_clip_norm
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 
 MakeWorker = Callable[..., Worker]
 N = 40
@@ -404,7 +404,7 @@ def test_a_run_finds_the_quantile(
         site: make_worker(contract, rows(tmp_path / f"{site}.csv", found), site, seed=1)
         for site, found in ages.items()
     }
-    run = Run(contract, Registry.create(tmp_path / "run", contract), "r", start)
+    run = FederatedRun(contract, RunStore.create(tmp_path / "run", contract), "r", start)
     used = []
     for _ in range(contract.rounds):
         run.begin()

@@ -22,8 +22,8 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, Update
 from silotune.server.rounds.exchange import SILENT, drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests import tiny
 from tests.federation import EXACT, SITES, ask, of_method, play, team, worker_of
 
@@ -42,7 +42,7 @@ def with_last(contract: Contract, **changes: Any) -> Contract:
 
 def run_of(
     contract: Contract, folder: Path, keys: dict[str, Keys]
-) -> tuple[Run, dict[str, Worker], list[Message]]:
+) -> tuple[FederatedRun, dict[str, Worker], list[Message]]:
     """A whole run, its workers, and what they replied."""
     workers, seen = team(contract, "classification", "bert", folder, keys), []
 
@@ -53,7 +53,7 @@ def run_of(
 
     handles = {s: lambda wire, s=s: handle(s, wire) for s in SITES}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
-    run = Run(contract, Registry.create(folder / "run", contract), "run-1", initial)
+    run = FederatedRun(contract, RunStore.create(folder / "run", contract), "run-1", initial)
     while not run.done:
         assert not drive_round(run.stages(SITES), handles).failed
     return run, workers, seen
@@ -183,7 +183,7 @@ def test_a_head_of_its_own_is_a_head_trained_alone(keys: dict[str, Keys], tmp_pa
         PrivacyLedger.in_memory("north", keys["north"]),
     )
     initial = worker.model.initial_arrays()
-    alone = Run(single, Registry.create(tmp_path / "alone", single), "run-1", initial)
+    alone = FederatedRun(single, RunStore.create(tmp_path / "alone", single), "run-1", initial)
     while not alone.done:
         drive_round(alone.stages(["north"]), {"north": worker.handle})
     found = own_of(workers["north"]).model(run.registry.adapter())
@@ -322,7 +322,7 @@ def test_corrections_add_up_to_nothing(
     workers = team(contract, "classification", "bert", tmp_path / "w", keys)
     handles = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
-    run = Run(contract, Registry.create(tmp_path / "run", contract), "run-1", initial)
+    run = FederatedRun(contract, RunStore.create(tmp_path / "run", contract), "run-1", initial)
     seen = 0
     while not run.done:
         asked, number = run.server_state.request_tensors(), run.server_round
@@ -379,8 +379,8 @@ def test_corrections_begin_anew_after_a_round_without_some_site(
     workers = team(contract, "classification", "bert", tmp_path / "w", keys)
     handles: dict[str, Any] = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
-    registry = Registry.create(tmp_path / "run", contract)
-    run, first = Run(contract, registry, "run-1", initial), contract.phases[0].rounds + 1
+    registry = RunStore.create(tmp_path / "run", contract)
+    run, first = FederatedRun(contract, registry, "run-1", initial), contract.phases[0].rounds + 1
     told = []
     while not run.done:
         asked = run.server_state.request_tensors()
@@ -389,8 +389,8 @@ def test_corrections_begin_anew_after_a_round_without_some_site(
         drive_round(run.stages(SITES), handles | gone)
         if run.server_round == first + 4:  # another server takes the run up
             registry.close()
-            registry = Registry.open(tmp_path / "run", contract)
-            run = Run(contract, registry, "run-1", initial)
+            registry = RunStore.open(tmp_path / "run", contract)
+            run = FederatedRun(contract, registry, "run-1", initial)
             assert run.restore() == first + 3
     assert told[first - 1 :] == [False, True, False, True, True]
 
@@ -604,7 +604,7 @@ def test_the_mean_of_copies_holds_when_a_site_is_missing(
     workers = team(contract, "classification", "bert", tmp_path / "w", keys)
     handles: dict[str, Any] = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
-    run = Run(contract, Registry.create(tmp_path / "run", contract), "run-1", initial)
+    run = FederatedRun(contract, RunStore.create(tmp_path / "run", contract), "run-1", initial)
     before = contract.phases[0].rounds
     while run.server_round < contract.rounds:
         gone = {"east": lambda _: SILENT} if run.server_round == before + 2 else {}

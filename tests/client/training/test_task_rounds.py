@@ -23,8 +23,8 @@ from silotune.common.protocol.messages import Arrays, Message, Refusal, Train, U
 from silotune.common.protocol.tensors import trained_names
 from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests import tiny
 from tests.federation import EXACT, SITES, Answer, ask, of_method, play, team, worker_of
 
@@ -214,13 +214,13 @@ def test_a_run_of_a_method_is_taken_up_again_where_it_was(method: str, tmp_path:
     workers = team(contract, "classification", "bert", folder, keys)
     handles: dict[str, Answer] = {site: worker.handle for site, worker in workers.items()}
     initial = build(contract, tiny.folder_of("bert"), EXACT).initial_arrays()
-    registry = Registry.create(folder / "run", contract)
+    registry = RunStore.create(folder / "run", contract)
     for number in range(contract.rounds):
-        run = Run(contract, registry, "run-1", initial)
+        run = FederatedRun(contract, registry, "run-1", initial)
         assert run.restore() == number
         drive_round(run.stages(list(handles)), handles)
         registry.close()
-        registry = Registry.open(folder / "run", contract)
+        registry = RunStore.open(folder / "run", contract)
     found = registry.adapter()
     assert found.keys() == whole.keys()
     assert all(found[name].tobytes() == whole[name].tobytes() for name in whole)
@@ -250,7 +250,7 @@ def test_fedex_is_the_mean_of_the_sites_models(tmp_path: Path) -> None:
             return reply
 
         handles: dict[str, Answer] = {s: lambda wire, s=s: answer(wire, s) for s in SITES}
-        run = Run(contract, Registry.create(folder / "run", contract), "r", start)
+        run = FederatedRun(contract, RunStore.create(folder / "run", contract), "r", start)
         while not run.done:
             assert not drive_round(run.stages(list(handles)), handles).failed
         layer = next(n for n in start if n.endswith("query.lora_A")).removesuffix(".lora_A")
@@ -339,7 +339,7 @@ def test_a_robust_rule_leaves_out_a_site_that_says_anything(tmp_path: Path) -> N
             )
 
         handles = {site: workers[site].handle for site in SITES} | {"east": poisoned}
-        run = Run(contract, Registry.create(folder / "run", contract), "r", initial)
+        run = FederatedRun(contract, RunStore.create(folder / "run", contract), "r", initial)
         while not run.done:
             assert not drive_round(run.stages(list(handles)), handles).failed
         found[name] = max(float(np.abs(a).max()) for a in run.registry.adapter().values())

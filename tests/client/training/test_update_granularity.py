@@ -27,8 +27,8 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages, packing
 from silotune.common.protocol.messages import Arrays, Message, Train
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 
 WEIGHTS = {"north": 1203.0, "south": 877.0, "east": 1540.0}
 SHIFT = np.float32(6e5)
@@ -74,7 +74,7 @@ def told_of(
         policy = permissive_policy(contract, site, file, None)
         handles[site] = Worker(policy, contract, PrivacyLedger.in_memory(site, keys[site])).handle
     shifted = {n: a + SHIFT for n, a in build(contract, None).initial_arrays().items()}
-    run = Run(contract, Registry.create(folder / "run", contract), "run-1", shifted)
+    run = FederatedRun(contract, RunStore.create(folder / "run", contract), "run-1", shifted)
     seen: list[Arrays] = []
     finish = run.finish
     monkeypatch.setattr(run, "finish", lambda mean: seen.append(mean[0]) or finish(mean))

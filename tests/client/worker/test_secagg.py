@@ -36,8 +36,8 @@ from silotune.common.protocol.messages import (
 from silotune.common.protocol.messages import Keys as PublicKeys
 from silotune.common.secagg import fixed_point
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import RoundRecord, Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun, RoundRecord
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.attacks.poisoning import Poison, masking_of
 
 SITES = ("north", "south", "east", "west")
@@ -87,10 +87,10 @@ class Federation:
             masking=masking_of(site, self.contract, self.poison),
         )
 
-    def run(self, name: str = "run-1", **changes: Any) -> Run:
-        registry = Registry.create(self.folder / f"runs-{name}", self.contract)
+    def run(self, name: str = "run-1", **changes: Any) -> FederatedRun:
+        registry = RunStore.create(self.folder / f"runs-{name}", self.contract)
         arrays = build(self.contract, None).initial_arrays()
-        return Run(self.contract, registry, name, arrays, **changes)
+        return FederatedRun(self.contract, registry, name, arrays, **changes)
 
     def handles(self) -> dict[str, Answer]:
         # Looked up at each call: a test may start a worker anew between two stages.
@@ -125,7 +125,7 @@ def released_contract(contract: Contract) -> Contract:
     )
 
 
-def play(run: Run, handles: dict[str, Answer]) -> list[RoundRecord]:
+def play(run: FederatedRun, handles: dict[str, Answer]) -> list[RoundRecord]:
     facts = []
     while not run.done:
         facts.append(drive_round(run.stages(list(handles)), handles))
@@ -443,7 +443,7 @@ def test_a_site_that_is_asked_from_another_adapter_alone_is_not_laid_open(
 # What a site refuses
 
 
-def first_requests(federation: Federation, run: Run) -> dict[str, bytes]:
+def first_requests(federation: Federation, run: FederatedRun) -> dict[str, bytes]:
     """The first round's training requests, after an honest agreement."""
     stages, handles = run.stages(SITES), federation.handles()
     wires = next(stages)

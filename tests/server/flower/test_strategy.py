@@ -22,8 +22,8 @@ from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Description, Refusal, Train, Update
 from silotune.server.flower import strategy as module
 from silotune.server.flower.strategy import SilotuneStrategy
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 
 SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
 # What a node makes of request bytes: reply bytes, a whole record, a Flower error, or silence.
@@ -101,9 +101,9 @@ def start(tmp_path: Path, table_contract: Contract) -> Callable[..., SilotuneStr
 
     def new(**changes: Any) -> SilotuneStrategy:
         contract = table_contract.changed(**{"deadline_seconds": 5.0, **changes})
-        registry = Registry.create(tmp_path / "run", contract)
+        registry = RunStore.create(tmp_path / "run", contract)
         zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-        return SilotuneStrategy(Run(contract, registry, "run-1", zeros))
+        return SilotuneStrategy(FederatedRun(contract, registry, "run-1", zeros))
 
     return new
 

@@ -19,7 +19,7 @@ from silotune.common.runtime.process_lock import try_lock
 from silotune.server.operations import telemetry
 from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.operations.telemetry import ServerMonitor
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 
 Shown = dict[tuple[str, ...], float]
 Event = dict[str, object]
@@ -161,7 +161,7 @@ def test_half_a_line_is_passed_over(place: ServerFolder) -> None:
 
 
 def test_the_registrys_own_events_are_read(place: ServerFolder, table_contract: Contract) -> None:
-    registry = Registry.create(place.runs / "own", table_contract, place.runs / ".receipts")
+    registry = RunStore.create(place.runs / "own", table_contract, place.runs / ".receipts")
     registry.event("run", run="own", contract=table_contract.hash, rounds=3)
     registry.event("rejected", round=1, site='north "x"\n', code="E402")
     registry.close()

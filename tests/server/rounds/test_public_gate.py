@@ -12,9 +12,9 @@ import pytest
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ContractError, RunError
 from silotune.common.protocol.messages import Arrays
-from silotune.server.rounds.public_gate import Acceptance
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.public_gate import PublicGateCheck
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests.server.rounds.test_run import events, filled, on_disk, play, update
 
 BEST = 3.0  # where the made-up metrics are at their best
@@ -43,12 +43,12 @@ def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
     return {"loss": off, "calibration": off, "auc": -off, "accuracy": -off}
 
 
-def begin(contract: Contract, folder: Path, **more: Any) -> Run:
-    registry = Registry.create(folder, contract)
-    return Run(contract, registry, "run-1", filled(0), **{"evaluate": evaluate} | more)
+def begin(contract: Contract, folder: Path, **more: Any) -> FederatedRun:
+    registry = RunStore.create(folder, contract)
+    return FederatedRun(contract, registry, "run-1", filled(0), **{"evaluate": evaluate} | more)
 
 
-def bias(run: Run) -> float:
+def bias(run: FederatedRun) -> float:
     return float(run.adapter["head.bias"][0])
 
 
@@ -135,8 +135,8 @@ def test_a_run_that_is_taken_up_again_declines_the_same(
             told.append(play(run, north=change, south=change).declined)
             if killed:
                 run.registry.close()
-                registry = Registry.open(run.registry.folder, contract)
-                run = Run(contract, registry, "run-1", filled(0), evaluate=evaluate)
+                registry = RunStore.open(run.registry.folder, contract)
+                run = FederatedRun(contract, registry, "run-1", filled(0), evaluate=evaluate)
                 run.restore()
         assert run.done
         ends.append((told, run.registry.adapter()["head.bias"].tolist()))
@@ -165,7 +165,7 @@ def test_each_phase_is_held_to_what_it_begins_with(table_contract: Contract) -> 
         return {"loss": float(adapter_active)}
 
     before, after = filled(0), filled(1)
-    acceptance = Acceptance(gated(table_contract), noted, before)
+    acceptance = PublicGateCheck(gated(table_contract), noted, before)
     assert acceptance.rejection_reason(before, after, False) is None
     assert acceptance.rejection_reason(after, filled(2), True) is None
     assert acceptance.rejection_reason(after, last := filled(3), False) is None

@@ -20,8 +20,8 @@ from silotune.common.models.factory import build
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import Arrays
 from silotune.server.rounds.exchange import SILENT, NoReply, drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from tests.client.worker.test_secagg import SITES, Answer, Federation, gone_from, released_contract
 
 Fresh = Callable[[str], Federation]
@@ -65,17 +65,19 @@ def fresh(
     return new
 
 
-def server(federation: Federation, *, resume: bool = False) -> Run:
+def server(federation: Federation, *, resume: bool = False) -> FederatedRun:
     """A server process's run: begun, or taken up again."""
     folder, contract = federation.folder / "run", federation.contract
-    registry = Registry.open(folder, contract) if resume else Registry.create(folder, contract)
-    run = Run(contract, registry, "run-1", build(contract, None).initial_arrays())
+    registry = RunStore.open(folder, contract) if resume else RunStore.create(folder, contract)
+    run = FederatedRun(contract, registry, "run-1", build(contract, None).initial_arrays())
     if resume:
         run.restore()
     return run
 
 
-def play(run: Run, handles: dict[str, Answer], stages: int = -1, *, answered: bool = True) -> bool:
+def play(
+    run: FederatedRun, handles: dict[str, Answer], stages: int = -1, *, answered: bool = True
+) -> bool:
     """Carry the run out; or only so many stages, and die before or after the sites' answers to
     the next one. True when it ran to its end."""
     while not run.done:
@@ -96,7 +98,7 @@ def play(run: Run, handles: dict[str, Answer], stages: int = -1, *, answered: bo
     return True
 
 
-def skipped(run: Run) -> list[str]:
+def skipped(run: FederatedRun) -> list[str]:
     """Why rounds were left out."""
     lines = (run.registry.folder / "events.jsonl").read_text().splitlines()
     return [event["why"] for event in map(json.loads, lines) if event["event"] == "skipped"]
@@ -109,15 +111,15 @@ def same(found: Arrays, expected: Arrays) -> bool:
 def test_a_server_that_dies_at_any_stage_goes_on_to_the_same_adapter(fresh: Fresh) -> None:
     whole = fresh("whole")
     assert play(server(whole), whole.handles())
-    expected = Registry(whole.folder / "run").adapter()
-    facts = Registry(whole.folder / "run").rounds()
+    expected = RunStore(whole.folder / "run").adapter()
+    facts = RunStore(whole.folder / "run").rounds()
     for answered in (False, True):
         for stages in range(100):
             federation = fresh(f"{stages}-{answered}")
             if play(server(federation), federation.handles(), stages, answered=answered):
                 break
             assert play(server(federation, resume=True), federation.handles())
-            registry = Registry(federation.folder / "run")
+            registry = RunStore(federation.folder / "run")
             assert same(registry.adapter(), expected), (stages, answered)
             for before, after in zip(facts, registry.rounds(), strict=True):
                 assert before["sites"] == after["sites"]
@@ -177,7 +179,7 @@ def test_a_damaged_round_is_said_and_the_one_before_is_used(
     assert any((run.registry.folder / "rounds").glob(".damaged-0002-*"))
     # The sites answer what is asked again with their stored bytes; nothing is paid twice.
     assert play(run, federation.handles())
-    assert same(run.registry.adapter(), Registry(whole.folder / "run").adapter())
+    assert same(run.registry.adapter(), RunStore(whole.folder / "run").adapter())
     assert all(len(ledger.charges) == 4 for ledger in federation.ledgers.values())
 
 
@@ -270,7 +272,7 @@ def test_a_run_of_another_contract_is_not_gone_on_with(fresh: Fresh) -> None:
     with pytest.raises(RunError, match="is a run of the contract"):
         server(federation, resume=True)
     with pytest.raises(RunError, match="holds no run"):
-        Registry.open(federation.folder / "nothing", federation.contract)
+        RunStore.open(federation.folder / "nothing", federation.contract)
 
 
 def test_the_stored_agreement_holds_what_passed_through_the_server_and_no_more(
@@ -466,7 +468,7 @@ def test_a_site_that_comes_while_the_server_is_away_joins_at_the_next_round(
     three = [site for site in SITES if site != "west"]
     handles = masked.handles()
 
-    def partly(run: Run, sites: Any, stages: int) -> None:
+    def partly(run: FederatedRun, sites: Any, stages: int) -> None:
         round_ = run.stages(sites)
         asked = next(round_)
         for _ in range(stages):

@@ -27,13 +27,13 @@ from silotune.common.protocol.messages import (
     Train,
     Update,
 )
-from silotune.server.rounds.run import RoundRecord, Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun, RoundRecord
+from silotune.server.storage.run_store import RunStore
 
 RECIPE = Path(__file__).parents[3] / "simulations" / "recipes" / "heart-diagnosis" / "contract.toml"
 # age: young, old, missing; smoker: yes, no, missing.
 SHAPES = {"head.bias": (2,), "head.weight": (2, 6)}
-Start = Callable[..., Run]
+Start = Callable[..., FederatedRun]
 
 
 def filled(value: float) -> Arrays:
@@ -45,16 +45,16 @@ def start(tmp_path: Path, table_contract: Contract) -> Start:
     """start(contract=table_contract, **more) -> a fresh run, each in its own folder."""
     count = 0
 
-    def new(contract: Contract = table_contract, **more: Any) -> Run:
+    def new(contract: Contract = table_contract, **more: Any) -> FederatedRun:
         nonlocal count
         count += 1
-        registry = Registry.create(tmp_path / f"run-{count}", contract)
-        return Run(contract, registry, "run-1", more.pop("initial", filled(0)), **more)
+        registry = RunStore.create(tmp_path / f"run-{count}", contract)
+        return FederatedRun(contract, registry, "run-1", more.pop("initial", filled(0)), **more)
 
     return new
 
 
-def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any) -> bytes:
+def update(run: FederatedRun, site: str, arrays: Arrays | float = 1.0, /, **changes: Any) -> bytes:
     """A site's reply to the open round; `changes` replaces header fields."""
     fields: dict[str, Any] = {
         "contract": run.contract.hash,
@@ -71,12 +71,12 @@ def update(run: Run, site: str, arrays: Arrays | float = 1.0, /, **changes: Any)
     return messages.pack(Message(Update(**(fields | changes)), body))
 
 
-def description(run: Run, site: str, **changes: Any) -> Description:
+def description(run: FederatedRun, site: str, **changes: Any) -> Description:
     fields = {"contract": run.contract.hash, "site": site, "signature": "0" * 128}
     return Description(**(fields | changes))
 
 
-def play(run: Run, **replies: Arrays | float) -> RoundRecord:
+def play(run: FederatedRun, **replies: Arrays | float) -> RoundRecord:
     """One round with these updates."""
     run.begin()
     for site, arrays in replies.items():
@@ -84,11 +84,11 @@ def play(run: Run, **replies: Arrays | float) -> RoundRecord:
     return run.finish()
 
 
-def on_disk(run: Run) -> list[int]:
+def on_disk(run: FederatedRun) -> list[int]:
     return [facts["round"] for facts in run.registry.rounds()]
 
 
-def events(run: Run, what: str | None = None) -> list[dict[str, Any]]:
+def events(run: FederatedRun, what: str | None = None) -> list[dict[str, Any]]:
     lines = (run.registry.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     return [event for event in found if what in (None, event["event"])]
@@ -174,19 +174,19 @@ def spoilt(value: float) -> Arrays:
     return arrays
 
 
-def float64(run: Run, site: str) -> bytes:
+def float64(run: FederatedRun, site: str) -> bytes:
     header = messages.unpack(update(run, site)).header.model_dump_json()
     arrays = {n: a.astype(np.float64) for n, a in filled(1.0).items()}
     return save_tensors(arrays, metadata={"silotune": header})
 
 
-def refusal(run: Run, site: str, code: str = "E210") -> bytes:
+def refusal(run: FederatedRun, site: str, code: str = "E210") -> bytes:
     return messages.pack(
         Message(Refusal(contract=run.contract.hash, site=site, code=code, incident="ab" * 8))
     )
 
 
-BAD: dict[str, tuple[Callable[[Run, str], bytes], str]] = {
+BAD: dict[str, tuple[Callable[[FederatedRun, str], bytes], str]] = {
     "nothing": (lambda run, site: b"", "E401"),
     "rubbish": (lambda run, site: b"rubbish" * 9, "E501"),
     "cut": (lambda run, site: update(run, site)[:-1], "E501"),
@@ -568,7 +568,9 @@ def receipt(site: str, number: int, head: str = "0" * 64, **more: str) -> dict[s
     return {"sequence": number, "head": head, "signature": signature} | more
 
 
-def signed(run: Run, site: str, number: int, head: str = "0" * 64, **changes: Any) -> bytes:
+def signed(
+    run: FederatedRun, site: str, number: int, head: str = "0" * 64, **changes: Any
+) -> bytes:
     unsigned = update(run, site, **{"receipt": receipt(site, number, head), **changes})
     return messages.pack(messages.signed(messages.unpack(unsigned), KEYS[site].sign))
 
@@ -764,8 +766,8 @@ def test_a_run_ends_early_by_public_rows(
         play(run, north=1.0, south=1.0)
         if killed:
             run.registry.close()
-            registry = Registry.open(run.registry.folder, contract)
-            run = Run(contract, registry, "run-1", filled(0), evaluate=evaluate)
+            registry = RunStore.open(run.registry.folder, contract)
+            run = FederatedRun(contract, registry, "run-1", filled(0), evaluate=evaluate)
             run.restore()
     assert on_disk(run) == list(range(1, rounds + 1))
     assert [e["round"] for e in events(run, "released")][-1] == rounds
@@ -787,9 +789,9 @@ def test_a_receipt_that_nobody_can_check_is_not_kept(start: Start) -> None:
 
 
 def test_receipts_outlive_a_run(keyed: Contract, tmp_path: Path) -> None:
-    def begin(number: int, contract: Contract) -> Run:
-        registry = Registry.create(tmp_path / f"run-{number}", contract, tmp_path / ".receipts")
-        run = Run(contract, registry, "run-1", filled(0))
+    def begin(number: int, contract: Contract) -> FederatedRun:
+        registry = RunStore.create(tmp_path / f"run-{number}", contract, tmp_path / ".receipts")
+        run = FederatedRun(contract, registry, "run-1", filled(0))
         run.begin()
         return run
 

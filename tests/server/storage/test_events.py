@@ -16,7 +16,7 @@ from silotune.common.errors import RunError
 from silotune.server import cli
 from silotune.server.storage import disk, events, run_store
 from silotune.server.storage.events import Events, run_status
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, table_contract: Contract) -> Registry:
+def run(tmp_path: Path, table_contract: Contract) -> RunStore:
     """A run that this process carries out."""
-    return Registry.create(tmp_path / "run", table_contract)
+    return RunStore.create(tmp_path / "run", table_contract)
 
 
 def test_events_come_once_and_whole(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_a_full_disk_left_of_a_line_spoils_no_other(tmp_path: Path) -> None
     assert [e["event"] for e in Events(tmp_path).new()] == ["released"]
 
 
-def follow(run: Registry, *told: tuple[str, dict[str, object]]) -> Path:
+def follow(run: RunStore, *told: tuple[str, dict[str, object]]) -> Path:
     seen = Events(run.folder)
     seen.new()
     for kind, facts in told:
@@ -67,7 +67,7 @@ def follow(run: Registry, *told: tuple[str, dict[str, object]]) -> Path:
 BEGUN: tuple[str, dict[str, object]] = ("taken", {"token": "mine"})
 
 
-def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_ends_well(run: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"loss": 0.5, "auc": 0.875, "macro_f1": 0.1, "accuracy": None}
     found = follow(
         run,
@@ -86,13 +86,13 @@ def test_a_run_that_ends_well(run: Registry, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("kind", ["stopped", "failed"])
-def test_a_run_that_stops(run: Registry, kind: str) -> None:
+def test_a_run_that_stops(run: RunStore, kind: str) -> None:
     with pytest.raises(RunError, match="quorum") as error:
         follow(run, BEGUN, (kind, {"code": "E402", "why": "below the quorum"}))
     assert error.value.code == "E402"
 
 
-def test_a_run_whose_process_died(run: Registry) -> None:
+def test_a_run_whose_process_died(run: RunStore) -> None:
     """SIGKILL says nothing: what is left is that nobody holds the run."""
     run.close()
     with pytest.raises(RunError, match="ended without an error message") as error:
@@ -102,7 +102,7 @@ def test_a_run_whose_process_died(run: Registry) -> None:
 
 
 def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(
-    run: Registry, capsys: pytest.CaptureFixture[str]
+    run: RunStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waiting = {
         "sites": ["hungary", "switzerland"],
@@ -134,7 +134,7 @@ def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(
 
 
 def test_a_full_disk_is_told_also_where_no_event_could_be_written(
-    run: Registry, monkeypatch: pytest.MonkeyPatch
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(run.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=disk.LEAST_FREE - 1))
@@ -164,7 +164,7 @@ def test_the_last_event_of_a_run_has_room_on_a_full_disk(
     assert not reserve.exists()
 
 
-def test_a_run_that_has_said_why_it_stopped_does_not_count_as_running(run: Registry) -> None:
+def test_a_run_that_has_said_why_it_stopped_does_not_count_as_running(run: RunStore) -> None:
     """Its process may take a moment to end."""
     run.event("run", rounds=3)
     run.event("failed", code="E604", why="the disk is full")
@@ -173,12 +173,12 @@ def test_a_run_that_has_said_why_it_stopped_does_not_count_as_running(run: Regis
     assert cli._standing(run.folder)["state"] == "running"
 
 
-def test_what_a_process_said_last_is_heard(run: Registry) -> None:
+def test_what_a_process_said_last_is_heard(run: RunStore) -> None:
     run.close()
     assert follow(run, BEGUN, ("released", {"round": 3})).name == "adapter.safetensors"
 
 
-def test_a_second_server_is_refused_and_the_first_goes_on(run: Registry) -> None:
+def test_a_second_server_is_refused_and_the_first_goes_on(run: RunStore) -> None:
     refused: dict[str, object] = {"code": "E602", "why": "another server"}
     others = ("taken", {"token": "another"}), ("released", {"round": 3})
     with pytest.raises(RunError, match="another server"):
@@ -187,19 +187,19 @@ def test_a_second_server_is_refused_and_the_first_goes_on(run: Registry) -> None
     assert follow(run, BEGUN, theirs, ("released", {"round": 3}))
 
 
-def test_a_run_that_never_begins(run: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_never_begins(run: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "FIRST_SECONDS", 0.0)
     with pytest.raises(RunError, match="did not begin"):
         follow(run)
 
 
-def test_looking_at_a_run_keeps_nobody_from_it(run: Registry, table_contract: Contract) -> None:
+def test_looking_at_a_run_keeps_nobody_from_it(run: RunStore, table_contract: Contract) -> None:
     assert run_store.is_running(run.folder)
     with pytest.raises(RunError, match="Another server"):
-        Registry.open(run.folder, table_contract)
+        RunStore.open(run.folder, table_contract)
     run.close()
     assert not run_store.is_running(run.folder)
-    again = Registry.open(run.folder, table_contract)
+    again = RunStore.open(run.folder, table_contract)
     assert cli._standing(run.folder)["state"] == "running"
     again.close()
 

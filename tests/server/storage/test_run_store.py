@@ -18,7 +18,7 @@ from silotune.common.errors import RunError
 from silotune.common.protocol.messages import Arrays
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.server.storage import run_store as module
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 
 ADAPTER: Arrays = {
     "head.bias": np.array([1, 2], np.float32),
@@ -28,11 +28,11 @@ STATE: Arrays = {"velocity/head.bias": np.zeros(2, np.float32)}
 
 
 @pytest.fixture
-def registry(tmp_path: Path, table_contract: Contract) -> Registry:
-    return Registry.create(tmp_path / "runs" / "one", table_contract)
+def registry(tmp_path: Path, table_contract: Contract) -> RunStore:
+    return RunStore.create(tmp_path / "runs" / "one", table_contract)
 
 
-def commit(registry: Registry, number: int) -> None:
+def commit(registry: RunStore, number: int) -> None:
     registry.commit(number, ADAPTER, STATE, {"round": number})
 
 
@@ -40,19 +40,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_create_writes_the_contract(registry: Registry, table_contract: Contract) -> None:
+def test_create_writes_the_contract(registry: RunStore, table_contract: Contract) -> None:
     written = json.loads((registry.folder / "contract.json").read_text(encoding="utf-8"))
     assert Contract.model_validate(written).hash == table_contract.hash
     assert registry.rounds() == []
 
 
 def test_create_refuses_a_folder_that_holds_a_run(
-    registry: Registry, table_contract: Contract
+    registry: RunStore, table_contract: Contract
 ) -> None:
     commit(registry, 1)
     before = {p: p.read_bytes() for p in registry.folder.rglob("*") if p.is_file()}
     with pytest.raises(RunError, match="already holds a run") as caught:
-        Registry.create(registry.folder, table_contract.changed(quorum=1))
+        RunStore.create(registry.folder, table_contract.changed(quorum=1))
     assert caught.value.code == "E601"
     assert {p: p.read_bytes() for p in registry.folder.rglob("*") if p.is_file()} == before
 
@@ -80,7 +80,7 @@ def test_the_contract_is_utf8_wherever_it_runs(tmp_path: Path, table_contract: C
     assert Contract.model_validate_json(written).hash == Contract.model_validate(dump).hash
 
 
-def test_a_committed_round(registry: Registry) -> None:
+def test_a_committed_round(registry: RunStore) -> None:
     commit(registry, 1)
     folder = registry.folder / "rounds" / "0001"
     assert names(folder) == ["adapter.safetensors", "round.json", "state.safetensors"]
@@ -90,7 +90,7 @@ def test_a_committed_round(registry: Registry) -> None:
     assert [facts["round"] for facts in registry.rounds()] == [1]
 
 
-def test_arrays_keep_their_layout(registry: Registry) -> None:
+def test_arrays_keep_their_layout(registry: RunStore) -> None:
     """safetensors writes raw memory: a transposed view must not come back transposed."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     registry.release({"x": array.T, "y": np.asfortranarray(array), "z": array[:, ::2]})
@@ -102,7 +102,7 @@ def test_arrays_keep_their_layout(registry: Registry) -> None:
 
 @pytest.mark.parametrize("where", ["rename", "round.json", "state"])
 def test_a_crash_leaves_no_round(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch, where: str
+    registry: RunStore, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     commit(registry, 1)
 
@@ -128,7 +128,7 @@ def test_a_crash_leaves_no_round(
     assert names(registry.folder / "rounds") == ["0001", "0002"]
 
 
-def test_half_written_rounds_are_ignored(registry: Registry) -> None:
+def test_half_written_rounds_are_ignored(registry: RunStore) -> None:
     commit(registry, 1)
     half = registry.folder / "rounds" / ".0002.tmp"
     half.mkdir()
@@ -139,7 +139,7 @@ def test_half_written_rounds_are_ignored(registry: Registry) -> None:
     assert "leftover" not in names(registry.folder / "rounds" / "0002")
 
 
-def test_a_round_is_committed_once(registry: Registry) -> None:
+def test_a_round_is_committed_once(registry: RunStore) -> None:
     commit(registry, 1)
     with pytest.raises(OSError, match="not empty"):
         registry.commit(1, {}, {}, {"round": 99})
@@ -147,7 +147,7 @@ def test_a_round_is_committed_once(registry: Registry) -> None:
 
 
 def test_everything_is_on_the_disk_before_the_rename(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files, then the folder that names them, then the rename, then the folder above."""
     steps: list[str] = []
@@ -172,13 +172,13 @@ def test_everything_is_on_the_disk_before_the_rename(
     ]
 
 
-def test_rounds_come_in_order(registry: Registry) -> None:
+def test_rounds_come_in_order(registry: RunStore) -> None:
     for number in (2, 10_000, 9_999, 1):
         commit(registry, number)
     assert [r["round"] for r in registry.rounds()] == [1, 2, 9_999, 10_000]
 
 
-def test_release_is_atomic(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_is_atomic(registry: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="no released adapter"):
         registry.adapter()
 
@@ -196,7 +196,7 @@ def test_release_is_atomic(registry: Registry, monkeypatch: pytest.MonkeyPatch) 
     assert registry.adapter().keys() == ADAPTER.keys()
 
 
-def test_events_are_one_json_object_a_line(registry: Registry) -> None:
+def test_events_are_one_json_object_a_line(registry: RunStore) -> None:
     registry.event("run", run="a\nb", site="Königsberg\u2028x")
     registry.event("stopped", failed={"north": "E500"})
     lines = (registry.folder / "events.jsonl").read_bytes().split(b"\n")

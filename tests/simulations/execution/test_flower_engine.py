@@ -18,16 +18,16 @@ from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError
 from silotune.common.models.factory import build
 from silotune.server.flower.strategy import SilotuneStrategy
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.execution.flower_engine import simulate
 
 Rows = Callable[..., Path]
 
 
-def new_run(contract: Contract, folder: Path) -> Run:
-    return Run(
-        contract, Registry.create(folder, contract), "r", build(contract, None).initial_arrays()
+def new_run(contract: Contract, folder: Path) -> FederatedRun:
+    return FederatedRun(
+        contract, RunStore.create(folder, contract), "r", build(contract, None).initial_arrays()
     )
 
 
@@ -79,7 +79,7 @@ def test_flower_gives_what_direct_calls_give(
 def test_a_site_that_fails_is_named_and_the_quorum_decides(
     table_contract: Contract, write_rows: Rows, tmp_path: Path
 ) -> None:
-    def go(contract: Contract, folder: Path) -> Run:
+    def go(contract: Contract, folder: Path) -> FederatedRun:
         workers = new_workers(contract, write_rows, tmp_path)
 
         def ask(context: Context, wire: bytes) -> bytes:

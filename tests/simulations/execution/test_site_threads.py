@@ -15,8 +15,8 @@ from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.models.factory import build
 from silotune.server.rounds.exchange import drive_round
-from silotune.server.rounds.run import Run
-from silotune.server.storage.run_store import Registry
+from silotune.server.rounds.run import FederatedRun
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.execution.site_threads import SiteThreadPool
 from tests import tiny
 from tests.federation import EXACT, SITES, of_method
@@ -42,7 +42,7 @@ def test_a_run_on_three_lanes_is_the_run_on_one(tmp_path: Path) -> None:
             )
         assert len({id(worker.model) for worker in workers.values()}) == count
         handles = {site: worker.handle for site, worker in workers.items()}
-        run = Run(contract, Registry.create(tmp_path / str(count), contract), "r", initial)
+        run = FederatedRun(contract, RunStore.create(tmp_path / str(count), contract), "r", initial)
         with lanes:
             while not run.done:
                 assert not drive_round(

@@ -21,7 +21,7 @@ from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import RunError, UsageError
-from silotune.server.storage.run_store import Registry
+from silotune.server.storage.run_store import RunStore
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.flower_app.app_folder import write_app
@@ -114,7 +114,7 @@ def test_masked_sites_are_trained_and_charged_on_disk(tmp_path: Path) -> None:
         assert charges(folder, site.name) == [(str(run), 1), (str(run), 2)]
     place = folder / "runs" / str(run)
     found = json.loads((place / "metrics.json").read_text())
-    adapter = Registry.open(place, contract).adapter()
+    adapter = RunStore.open(place, contract).adapter()
     assert {name: tuple(shape) for name, shape in found["arrays"].items()} == {
         name: array.shape for name, array in adapter.items()
     }
