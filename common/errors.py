@@ -132,9 +132,11 @@ CODES: dict[ErrorCode, str] = {
         "then lacks sites is given up, and the run goes on with the next one."
     ),
     ErrorCode.POLICY_VIOLATED: (
-        "The site's policy (site.toml) is narrower than the contract: unit or its key, clip norm, "
-        "delta, task, model, number of sites, masks, or how this machine may clip. The contract "
-        "must fit the policy, never the reverse."
+        "The site's policy (site.toml) does not permit the contract: its unit or key, clip norm, "
+        "delta, task, model, number of sites or secure aggregation. Or clipping by "
+        "performance.gradients = 'ghost' is not permitted, or does not work for this contract. Or "
+        "secure_aggregation.bound does not fit the noise of the plan. Change the contract to fit "
+        "the policy, never the reverse."
     ),
     ErrorCode.METRIC_NOT_PERMITTED: (
         "The contract wants a metric released that the site's policy does not permit."
@@ -260,9 +262,9 @@ CODES: dict[ErrorCode, str] = {
         "`silotune site start`."
     ),
     ErrorCode.NO_ANSWER: (
-        "A site did not answer within the contract's deadline; of a run: fewer sites answered "
-        "than the contract's quorum, so it stopped. No adapter was released; what was computed "
-        "stays counted."
+        "As the code of a site: the site did not answer within the contract's deadline. As the "
+        "code of a run: fewer sites answered than the contract's quorum, so the run stopped. No "
+        "adapter was released; what was charged stays charged."
     ),
     ErrorCode.SITE_ABSENT: (
         "A site was not connected, or had not answered, when the run began, so it takes part in "
@@ -315,7 +317,7 @@ CODES: dict[ErrorCode, str] = {
     ),
     ErrorCode.RUN_INTERRUPTED: (
         "The process that carried out a run was told to stop, or ended. What it had committed "
-        "stands and sites keep what they answered: `silotune server resume RUN` goes on from "
+        "stands and sites keep what they answered: `silotune server resume RUN` continues from "
         "there."
     ),
     ErrorCode.DISK_FULL: (

@@ -62,7 +62,7 @@ MODEL_HELP = "The base model's folder, if it is no packaged one."
 RUN_NAME = r"[a-z0-9][a-z0-9-]{0,63}"
 CLOSED_SUM = "does not open"
 NOT_BEGUN = "not begun"
-DIED = "The process that carried out the run ended without a word."
+DIED = "The process of the run ended without an error message."
 
 
 @click.group()
@@ -85,7 +85,7 @@ def server() -> None:
 def init(
     host: str, port: int, link_port: int, metrics_port: int | None, folder: Path, as_json: bool
 ) -> None:
-    """Make a server: a CA, its certificate, an empty roster.
+    """Create a server: a CA, its certificate, an empty roster.
 
     \b
     $ silotune server init --host fl.example.org --folder federation
@@ -205,7 +205,7 @@ def fingerprint(folder: Path) -> None:
 @click.option(
     "--replace",
     is_flag=True,
-    help="In the place of one of that name which no site has yet, and no run.",
+    help="Replace a contract of the same name that no site and no run uses.",
 )
 @FOLDER
 @JSON
@@ -280,7 +280,7 @@ def contract_(draft: Path, unmasked: bool, replace: bool, folder: Path, as_json:
 
 @server.command()
 @FOLDER
-@click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
+@click.option("--log-json", is_flag=True, help="Log each event as one line of JSON.")
 def start(folder: Path, log_json: bool) -> None:
     """Run Flower's SuperLink and nginx before it, until stopped.
 
@@ -314,7 +314,7 @@ def run(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Carry out a contract with the sites that are connected.
+    """Run a contract with the sites that are connected.
 
     Its rounds are shown until it ends.
 
@@ -337,7 +337,9 @@ def run(
 
 @server.command()
 @RUN
-@click.option("--skip-round", is_flag=True, help="Without the next round: what it cost is lost.")
+@click.option(
+    "--skip-round", is_flag=True, help="Skip the next round: the ε that it cost stays spent."
+)
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--test", type=click.Path(path_type=Path), help="Public rows to score by: a file.")
 @reading_options
@@ -350,7 +352,7 @@ def resume(
     reading: Reading,
     folder: Path,
 ) -> None:
-    """Go on with a run that stopped, from its last whole round.
+    """Resume a stopped run from its last complete round.
 
     Sites answer what they were asked before with what they answered then.
 
@@ -366,7 +368,7 @@ def resume(
         states = {found["run"]: found["state"] for found in map(_standing, _runs(place))}
         if name in states:
             raise UsageError(
-                f"The run '{name}' has no round to go on from ({states[name]}). Begin "
+                f"The run '{name}' has no round to resume from ({states[name]}). Begin "
                 f"it again: silotune server run CONTRACT --run {name}"
             )
         raise _unknown(place, name)
@@ -383,7 +385,7 @@ def stop(name: str, folder: Path) -> None:
 
     \b
     $ silotune server stop heart-diagnosis-20261122-1015 --folder federation
-    ✓ heart-diagnosis-20261122-1015 is told to stop
+    ✓ heart-diagnosis-20261122-1015: stop requested
     """
     from silotune.server.operations.server_folder import ServerFolder
     from silotune.server.operations.service import flwr
@@ -392,7 +394,7 @@ def stop(name: str, folder: Path) -> None:
     if not (number := _number(place, name)).is_file():
         raise _unknown(place, name)
     flwr(place, "stop", number.read_text(encoding="utf-8"), "silotune")
-    echo(f"✓ {name} is told to stop")
+    echo(f"✓ {name}: stop requested")
     if (place.runs / name / "contract.json").is_file():
         echo(
             next_step(
@@ -401,7 +403,7 @@ def stop(name: str, folder: Path) -> None:
                 name,
                 "--folder",
                 folder,
-                note="to go on with it, from its last whole round",
+                note="resumes it from its last complete round",
             )
         )
 
@@ -616,7 +618,7 @@ def _detached(place: ServerFolder, name: str, number: str, token: str, again: Se
     does = f"it is {_waiting(waiting)}, then" if waiting else "its"
     return "\n".join(
         [
-            f"Detached. The run {name} goes on: {does} sites train, and each round spends ε.",
+            f"Detached. The run {name} continues: {does} sites train, and each round spends ε.",
             *lines,
             f"resume:  {shlex.join(['silotune', *again])}   (once it is stopped; what it has "
             "committed is kept)",

@@ -137,7 +137,7 @@ class WithSettings(click.Command):
     "--quick",
     is_flag=True,
     help="A first look: three variants, one run of each, and at most 20 rounds of a phase of the "
-    "head and 3 of one that adapts layers. The figures are not the recipe's.",
+    "head and 3 of a LoRA phase. The figures are not the recipe's.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
@@ -148,12 +148,20 @@ def sim_run(
 
     A contract is run on a table of your own.
 
-    Settings: epsilon, delta, repeats, baseline_repeats, evaluate_every, variants, processes,
-    masked, insecure_seed; for a contract: data, a file (CSV, JSON Lines, Parquet, Excel or CoNLL),
-    encoding and delimiter if it is a text file that is not UTF-8 or whose header does not show how
-    it is divided, and site_column, or rows are dealt to the sites at random, and model, the folder
-    of a base model that is not packaged; and how to compute: device, bf16, gradients,
-    checkpointing, micro_batch, cache_megabytes, cache_folder.
+    \b
+    Settings of the comparison:
+      epsilon, delta, repeats, baseline_repeats, evaluate_every, variants,
+      processes, masked, insecure_seed
+    Settings for a contract:
+      data         file of records: CSV, JSON Lines, Parquet, Excel or CoNLL
+      encoding     encoding of a text file that is not UTF-8
+      delimiter    delimiter of a CSV file if its header does not show it
+      site_column  column that names each row's site; without it, rows are
+                   assigned to the sites at random
+      model        folder of a base model that is not packaged
+    Settings that say how to compute:
+      device, bf16, gradients, checkpointing, micro_batch, cache_megabytes,
+      cache_folder
 
     \b
     $ silotune sim run heart-diagnosis --quick
@@ -198,19 +206,21 @@ def sim_run(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
 )
 @click.option(
-    "--processes", type=click.IntRange(1), help="At once; as many as there are cores if not given."
+    "--processes",
+    type=click.IntRange(1),
+    help="Number of processes at a time (default: the number of cores).",
 )
 @click.option(
     "--only",
     multiple=True,
     metavar="PATTERN",
-    help="Only cells like this, '* | ε 8 | *'; the others later.",
+    help="Run only the cells that match, such as '* | ε 8 | *'.",
 )
 @click.option(
     "--rates",
     multiple=True,
     type=click.FloatRange(0, min_open=True),
-    help="Try the variants' learning rates times this, to choose by.",
+    help="Multiply the variants' learning rates by this and compare.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
 def sim_compare(
@@ -222,7 +232,7 @@ def sim_compare(
     rates: tuple[float, ...],
     as_json: bool,
 ) -> None:
-    """Run a study: variants × ε × partitions × seeds of a recipe. It goes on where it was stopped.
+    """Run a study: variants × ε × partitions × seeds of a recipe. Resumes if it was stopped.
 
     It writes study.json, a table (study.md) and pictures: the metric by ε, and by round and bytes
     where it was evaluated on the way, with 95 % intervals; and who has which rows.
@@ -273,7 +283,9 @@ def sim_compare(
     show_default=True,
     help="Name of the variant whose contract is exported.",
 )
-@click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
+@click.option(
+    "--rounds", type=click.IntRange(1), help="Rounds of the last phase (default: the recipe's)."
+)
 @click.option(
     "--out",
     required=True,
@@ -309,7 +321,9 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
     show_default=True,
     help="Name of the variant whose contract the app carries out.",
 )
-@click.option("--rounds", type=click.IntRange(1), help="Of its last phase, instead of its own.")
+@click.option(
+    "--rounds", type=click.IntRange(1), help="Rounds of the last phase (default: the recipe's)."
+)
 @click.option(
     "--sites",
     type=click.IntRange(2),

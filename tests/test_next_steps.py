@@ -462,7 +462,7 @@ def test_ctrl_c_on_a_run_says_that_it_goes_on_and_how_to_stop_it(
     monkeypatch.setattr("silotune.server.storage.run_store.is_running", lambda _: True)
     err = interrupted(scene, monkeypatch, run, *BEGUN)
     assert err.splitlines()[0] == (
-        "Detached. The run r goes on: its sites train, and each round spends ε."
+        "Detached. The run r continues: its sites train, and each round spends ε."
     )
     said = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", err, re.M))
     assert "r   0/3   running" in scene.says(*shlex.split(said["watch"])[1:])
@@ -492,7 +492,7 @@ def test_ctrl_c_on_a_run_that_waits_for_sites_says_so(
         },
     )
     assert err.startswith(
-        "Detached. The run r goes on: it is waiting for south, 15 s of 600, then "
+        "Detached. The run r continues: it is waiting for south, 15 s of 600, then "
         "sites train, and each round spends ε."
     )
 

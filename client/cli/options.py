@@ -45,4 +45,4 @@ CONTRACT = click.argument(
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
 )
-LOG_JSON = click.option("--log-json", is_flag=True, help="Say each event as one line of JSON.")
+LOG_JSON = click.option("--log-json", is_flag=True, help="Log each event as one line of JSON.")

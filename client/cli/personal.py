@@ -36,8 +36,8 @@ def own(released: Path, name: str | None, config: Path, out: Path, as_json: bool
     What the run left at this site (`personal` in the contract, or method fedsa) is put into the
     adapter that it released. What it writes is used like any run's folder (silotune adapter).
 
-    It is as private as what left the site: trained with the same noise, and paid for; under a
-    contract without DP as trained.
+    It is as private as what left the site: trained with the same noise, which is charged to ε.
+    Under a contract without DP it has no noise.
 
     \b
     $ silotune site own released --out own

@@ -56,7 +56,7 @@ site.add_command(worker)
 )
 @JSON
 def init(name: str, data: Path | None, folder: Path, as_json: bool) -> None:
-    """Make a site: keys, an empty ledger, and a policy to edit.
+    """Create a site: keys, an empty ledger, and a policy to edit.
 
     \b
     $ silotune site init --name hospital-a --folder hospital-a
@@ -195,7 +195,9 @@ def fingerprint(config: Path) -> None:
     type=click.Path(path_type=Path),
     help="File of the operator's CA certificate.",
 )
-@click.option("--fingerprint", required=True, help="Of the CA, as the operator reads it out.")
+@click.option(
+    "--fingerprint", required=True, help="Fingerprint of the CA, as the operator reads it out."
+)
 @click.option(
     "--set",
     "settings",
@@ -297,9 +299,9 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
 @CONFIG
 @JSON
 def check(contract: Path, config: Path, as_json: bool) -> None:
-    """Prove that this site can take part in a contract.
+    """Check whether this site can take part in a contract.
 
-    The server gets a greeting, nothing else; nothing is spent.
+    The server gets only a TLS handshake; nothing is spent.
 
     \b
     $ silotune site check heart.toml
@@ -334,8 +336,8 @@ def check(contract: Path, config: Path, as_json: bool) -> None:
 @click.option("--worker-user", help="Who may read the records: a user of this machine.")
 @click.option(
     "--relay-user",
-    help="Who runs Flower's SuperNode, and may not: "
-    "a user of its own, whose processes all end with the site.",
+    help="User for the relay (Flower's SuperNode). It must not be able to read the records, and "
+    "must have no other use: all its processes end with the site.",
 )
 @click.option("--one-user", is_flag=True, help="Run both as this user: NOT for private records.")
 @click.option("--metrics-port", type=PORT, help="Serve /metrics and /healthz on 127.0.0.1.")
@@ -401,7 +403,10 @@ def start(
     help="File of the node's key, which the server admits.",
 )
 def admission(address: str, ca: Path, key: Path) -> None:
-    """Say what the server says of a node key. `site start` runs this as the relay's user."""
+    """Ask the server whether it accepts this node key (internal).
+
+    `site start` runs this as the relay's user.
+    """
     from silotune.client.operations import node_admission
     from silotune.client.site.policy import Server
 

@@ -191,7 +191,7 @@ class Permits(Frozen):
         "contract names.",
     )
     metrics: Annotated[tuple[Metric, ...], Distinct] = Field(
-        default=(), description="Training metrics that may leave the site, noised and paid for."
+        default=(), description="Training metrics that may leave the site, noised and charged to ε."
     )
     max_clip_norm: Positive = Field(
         default=1.0, description="Largest clip norm that a contract may set, an L2 norm."

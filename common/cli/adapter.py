@@ -10,7 +10,7 @@ import click
 
 from silotune.common.cli.main import emit, reading_options
 from silotune.common.contract import contract as contracts
-from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError
+from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError, counted
 from silotune.common.model_files.model_source import required
 from silotune.common.protocol.tensors import check, load
 
@@ -80,11 +80,11 @@ def watch(
     """Find out which labels of a stream of rows changed, and when.
 
     The run's adapter predicts the label of each row of DATA, which needs no labels. What is written
-    is computed from the rows without noise: it stays where they are.
+    is computed from the rows without noise: keep the output with the records.
 
     \b
     $ silotune adapter watch runs/market-sentiment/variants/federated-lora-0 stream.csv
-    2,000 rows of stream.csv · 1 changes
+    2,000 rows of stream.csv · 1 change
     earnings  row 1,607: 61% → 30% since row 1,498
     picture  watch/watch.svg
     """
@@ -118,7 +118,7 @@ def watch(
     (out / "watch.json").write_text(text, encoding="utf-8")
     label_monitor.draw(values, alerts, out / "watch.svg")
     wide = max(map(len, values))
-    lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
+    lines = [f"{counted(len(inputs), 'row')} of {data.name} · {counted(len(alerts), 'change')}"]
     lines += [
         f"{a.label:<{wide}}  row {a.row + 1:,}: {a.before:.0%} → {a.after:.0%} since row "
         f"{a.since + 1:,}"

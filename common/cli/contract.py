@@ -26,7 +26,7 @@ from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
-from silotune.common.errors import DataError, SilotuneError, UsageError, did_you_mean
+from silotune.common.errors import DataError, SilotuneError, UsageError, counted, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import busy, echo
 
@@ -212,7 +212,7 @@ def named(name: Path) -> Contract:
     type=click.Path(path_type=Path),
     help="The .toml file to write, which must not exist.",
 )
-@click.option("--name", help="Of the contract; the file's if not given.")
+@click.option("--name", help="Contract name (default: the file's name).")
 @click.option(
     "--task",
     shell_complete=known(lambda _: _tasks()),
@@ -221,12 +221,18 @@ def named(name: Path) -> Contract:
 @click.option("--label", help="The column that holds what is to be learnt.")
 @click.option(
     "--labels",
-    help="Its values, or name=value, between commas; entities for tokens; of "
-    "a ranking the values that say a pair belongs together.",
+    help="Its values, or name=value, separated by commas; for tokens the entities; for a ranking "
+    "the values that say a pair belongs together.",
 )
-@click.option("--others", help="Of a ranking: the values that say it does not.")
-@click.option("--pair", nargs=2, metavar="FIRST SECOND", help="Of a ranking: its columns of text.")
-@click.option("--query", help="Of a ranking: the column whose equal values are ranked together.")
+@click.option(
+    "--others", help="For a ranking: the values that say a pair does not belong together."
+)
+@click.option(
+    "--pair", nargs=2, metavar="FIRST SECOND", help="For a ranking: its two text columns."
+)
+@click.option(
+    "--query", help="For a ranking: rows with the same value in this column are ranked together."
+)
 @click.option("--bounds", nargs=2, type=float, help="Lowest and highest number of a regression.")
 @click.option("--log", is_flag=True, help="Learn the logarithm of the number.")
 @click.option("--text", help="The column that holds the input text.")
@@ -245,7 +251,7 @@ def named(name: Path) -> Contract:
     help="Largest number of an entity's records that are used.",
 )
 @click.option("--site", "sites", multiple=True, help="Name of a site; given once for each site.")
-@click.option("--records", type=int, help="How many records (or entities) a site is to have.")
+@click.option("--records", type=int, help="Expected records (or entities) per site.")
 @click.option(
     "--epsilon",
     type=float,
@@ -260,7 +266,7 @@ def named(name: Path) -> Contract:
 @click.option(
     "--masked",
     is_flag=True,
-    help="Whether updates leave by secure aggregation: adds [secure_aggregation].",
+    help="Add secure aggregation: the table [secure_aggregation].",
 )
 @click.option(
     "--model",
@@ -270,7 +276,7 @@ def named(name: Path) -> Contract:
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Ask for what is not given; on a terminal that is so without the option, too.",
+    help="Ask for what is not given; the default on a terminal.",
 )
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
@@ -285,11 +291,10 @@ def new(
 ) -> None:
     """Draft a contract from a table's header and your answers.
 
-    What is not given is asked for, in a terminal, and each answer is checked at once. Whoever stops
-    finds the answers again with the same --from and --out. No value of the table has a part in the
-    contract: labels, bin edges and numbers are what the field knows, and whoever gets the contract
-    may know them. When it is written, texts that are longer than the model reads are counted on
-    this screen.
+    On a terminal, the command asks for what is not given and checks each answer at once. If you
+    stop, run the same command to resume. No table value is copied into the contract; take bin edges
+    and labels from domain knowledge. Everybody who gets the contract can read them. After the
+    contract is written, the texts that are too long for the model are counted, on this screen only.
 
     \b
     $ silotune contract new --from loans.csv --out loans.toml --label status \\
@@ -327,15 +332,27 @@ def new(
         questions.done()
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
-    what = f"{len(texts) or len(answers.columns)} columns"
-    counted, sentence = _texts_cut(data, reading, found, model)
+    what = counted(len(texts) or len(answers.columns), "column")
+    unused = [name for name in names.header if name not in answers.used] if names.named else []
+    lengths, sentence = _texts_cut(data, reading, found, model)
     emit(
-        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted},
+        {
+            "file": str(out),
+            "sha256": found.hash,
+            "warnings": found.warnings,
+            "unused_columns": unused,
+            **lengths,
+        },
         as_json,
         "\n".join(
             [
-                f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…",
+                f"✓ {out}  {what}, {counted(len(found.sites), 'site')}  {found.hash[:12]}…",
                 *warning_lines(found),
+                *(
+                    [f"! columns that the contract does not use: {', '.join(unused)}"]
+                    if unused
+                    else []
+                ),
                 f"{sentence}Look at edges, values and numbers: all of it is public.",
                 next_step(
                     "sim",
@@ -404,12 +421,14 @@ def _answers(given: dict[str, Any]) -> Answers:
     asked = ["task", "label", "records"]
     if given["task"] not in ("regression", "language"):
         asked.insert(2, "labels")
-    missing = [key for key in asked if given[key] is None]
-    missing += [key for key in ("sites",) if not given[key]]
-    inputs = given["text"] or given["columns"] or given["pair"]
-    missing += [] if inputs else ["text or column or pair"]
+    missing = [f"--{key}" for key in asked if given[key] is None]
+    missing += [] if given["sites"] else ["--site"]
+    if not (given["text"] or given["columns"] or given["pair"]):
+        missing.append(
+            "and one of --text, --column, --pair" if missing else "one of --text, --column, --pair"
+        )
     if missing:
-        raise UsageError("Not given: " + ", ".join(f"--{key}" for key in missing) + ".")
+        raise UsageError("Not given: " + ", ".join(missing) + ".")
     values = given | {
         "columns": [Column.parse(answer) for answer in given["columns"]],
         "labels": listed(given["labels"]),

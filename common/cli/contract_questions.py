@@ -51,7 +51,7 @@ class Questions:
         """The answers to all questions: those that were given, and those that are asked for now.
 
         Raises:
-            Abort: Whoever answers stops: it says where the answers are and how to go on.
+            Abort: Whoever answers stops: it says where the answers are and how to resume.
         """
         found = dict(given)
         try:
@@ -240,10 +240,7 @@ class Questions:
     def _advice(self) -> str:
         if not self.answered and not self._offered:
             return "Stopped before the first answer: nothing was written."
-        return (
-            f"Stopped. The answers are kept in {self.file}; to go on with them: "
-            f"{command(*self.words)}"
-        )
+        return f"Stopped. The answers are kept in {self.file}; to resume: {command(*self.words)}"
 
 
 def listed(words: str | None) -> list[str]:

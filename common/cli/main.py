@@ -116,8 +116,12 @@ def explain(code: str, as_json: bool) -> None:
 def reading_options(command: F) -> F:
     """Adds --encoding and --delimiter, of the file that a command reads, as `reading`."""
 
-    @click.option("--encoding", help="Of a text file that is not UTF-8: cp1252, latin-1, …")
-    @click.option("--delimiter", help="Of a CSV file, if its header does not show it: , ; tab or |")
+    @click.option(
+        "--encoding", help="Encoding of a text file that is not UTF-8: cp1252, latin-1, …"
+    )
+    @click.option(
+        "--delimiter", help="Delimiter of a CSV file if its header does not show it: , ; tab or |"
+    )
     @functools.wraps(command)
     def reads(*words: Any, encoding: str | None, delimiter: str | None, **more: Any) -> Any:
         from silotune.common.data.text_decoding import Reading

@@ -41,7 +41,7 @@ class Adaptive(Frozen):
 
 class EarlyStop(Frozen):
     """End a run in its last phase when `metric` on the operator's public rows has not been better
-    for `patience` evaluations in a row. Nothing private has a part in it."""
+    for `patience` evaluations in a row. No private record is used."""
 
     metric: Name = Field(
         description="Metric on the operator's public rows that decides about stopping."
@@ -74,9 +74,9 @@ class PublicGate(Frozen):
 
 
 class Robust(Frozen):
-    """A mean that up to `byzantine` of the sites cannot carry away (server/aggregation/robust.py).
-    Each of them needs to see the updates one by one, so it goes without masks; `max_norm` is the
-    norm that "norm" cuts updates to."""
+    """A mean on which up to `byzantine` malicious sites have limited effect
+    (server/aggregation/robust.py). Each rule needs to see single updates, so it goes without
+    masks; `max_norm` is the norm that "norm" cuts updates to."""
 
     rule: Literal["krum", "multi-krum", "trimmed-mean", "median", "norm"] = Field(
         description="Robust aggregation rule that replaces the weighted mean."

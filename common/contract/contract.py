@@ -44,7 +44,7 @@ from silotune.common.contract.privacy import (
 from silotune.common.contract.schedule import (
     RoundPlan,
     TensorGroups,
-    format_groups,
+    groups_in_words,
     kinds_of_round,
     round_plan,
 )
@@ -192,7 +192,7 @@ class Contract(Frozen):
     ) -> Contract:
         """A contract from a table's header and its owner's answers, as `silotune contract new`.
 
-        No value of the table has a part in it: labels, bin edges and numbers of records are what
+        No table value is copied into it: labels, bin edges and numbers of records are what
         the field knows, since whoever gets the contract may know all that it says. One of
         `columns`, `text` and `pair` says what a model reads.
 
@@ -244,9 +244,19 @@ class Contract(Frozen):
     @property
     def leaves(self) -> str:
         """What leaves a site under this contract, in words."""
-        trained = " and ".join(map(format_groups, self.sendings))
+        between = " or " if self.aggregation.method == "rolora" else ", then "
+        trained = between.join(
+            groups_in_words(groups, lora=isinstance(self.adapter, Lora)) for groups in self.sendings
+        )
+        secure = self.secure_aggregation
+        also = (
+            "a receipt of the ledger; names of site and run, numbers of round and attempt, hashes "
+            "of contract and request; signatures; "
+            + ("public keys and key shares of secure aggregation; " if secure else "")
+            + "after an error its code and a random incident number"
+        )
         if self.privacy.mode == "none":
-            return f"updates of {trained}, AS TRAINED: they can give records away"
+            return f"updates of {trained}, without noise: they can reveal records; {also}"
         metrics = ", ".join(self.metrics)
         masked = (
             f", masked so that only the sum of at least {self.quorum} sites can be read"
@@ -255,8 +265,8 @@ class Contract(Frozen):
         )
         return (
             f"updates of {trained}, clipped per {self.privacy.unit} and noised"
-            + (f", with {metrics}, bounded, noised and paid for" if metrics else "")
-            + f"{masked}; the ε spent; a receipt of the ledger; nothing else"
+            + (f", with {metrics}, bounded, noised and charged to ε" if metrics else "")
+            + f"{masked}; the ε spent; {also}"
         )
 
     @property

@@ -1,6 +1,6 @@
 """A contract drafted from a table's header and its owner's answers.
 
-Of the table the header alone has a part in it. What a contract says of values (labels, bin edges,
+Only the table's header is used. What a contract says of values (labels, bin edges,
 bounds, how many records) are the owner's answers: public knowledge of the field, never counted from
 records, since whoever gets the contract would learn it without any noise.
 """

@@ -92,7 +92,7 @@ class AdaptiveClipping(Frozen):
     """A clip norm that follows a quantile of the gradients' norms (Andrew, Thakkar, McMahan and
     Ramaswamy 2021, arXiv 1905.03871, section 2).
 
-    Each site releases the noised share of units that were not clipped (`unclipped`), paid for with
+    Each site releases the noised share of units that were not clipped (`unclipped`), charged with
     `share` of each step's budget. After a round the server multiplies the clip norm C by
     exp(-lr (unclipped - quantile)), within [min_clip_norm, max_clip_norm]. The first C is
     privacy.clip_norm.
@@ -193,7 +193,7 @@ class Privacy(Frozen):
 
 
 class Released(Frozen):
-    """A figure of a round's training that leaves a site with the update: bounded, noised, paid for.
+    """A figure of a round's training that leaves a site with the update: bounded, noised, charged.
 
     Each sampled unit adds its value, clipped to [0, bound]: its loss, or for accuracy 1 if it was
     classified rightly (an entity the mean over its records). `share` is the part of each step's

@@ -55,6 +55,13 @@ def format_groups(groups: Collection[TensorGroup]) -> str:
     return "+".join(group for group in ("head", "adapter", "A") if group in groups)
 
 
+def groups_in_words(groups: Collection[TensorGroup], *, lora: bool) -> str:
+    """ "head and LoRA (B)"; an adapter of another kind is "the adapter"."""
+    factors = " and ".join(name for name, g in (("A", "A"), ("B", "adapter")) if g in groups)
+    adapter = [f"LoRA ({factors})" if lora else "the adapter"] if factors else []
+    return " and ".join([*(["head"] if "head" in groups else []), *adapter])
+
+
 def round_plan(phases: Sequence[Phase], settings: Aggregation, server_round: int) -> RoundPlan:
     """The plan of a 1-based round. ValueError outside the plan."""
     left = server_round

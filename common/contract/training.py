@@ -46,7 +46,7 @@ class Schedule(Frozen):
     """What the rates of a phase are multiplied by, round by round: up from 0 over `warmup_rounds`
     rounds, then down towards `final_factor` along a line or half a cosine, or not at all.
     `final_factor` is what one more
-    round would have: a round at rate 0 would be paid for and change nothing."""
+    round would have: a round at rate 0 would be charged and change nothing."""
 
     shape: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -86,7 +86,7 @@ class Phase(Frozen):
     before; together they cost the same. A phase ends at the mean of its later iterates
     (`aggregation.averaging_start`); the next starts there, with reset optimizer state. `dropout` is
     the share of the head's inputs left out in a step: the same for all its records, drawn from
-    public numbers, so that no record has a part in it. With `proximal_mu` = mu each local step's
+    public numbers, so that no record is used. With `proximal_mu` = mu each local step's
     gradient has mu times the way from what the server sent added to it (FedProx, arXiv 1812.06127).
     With drift_correction = "scaffold" each step is corrected by how the site's mean gradient of the
     round before differed from all sites' (SCAFFOLD, arXiv 1910.06378, option II); where all sites

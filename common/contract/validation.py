@@ -289,7 +289,7 @@ def _of_aggregation(contract: Contract) -> ConstraintViolations:
     if robust and contract.metrics:
         wrong.append(
             "robust rules are for updates: a released metric, or adaptive clipping, "
-            "would still be a plain mean that one site can carry away"
+            "would still be a plain mean, which one malicious site can set to any value"
         )
     if robust and len(set(contract.weights().values())) > 1:
         wrong.append("robust rules count every site once: leave out the sites' weights")

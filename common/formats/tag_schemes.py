@@ -5,7 +5,7 @@ IOB2 begins each entity with B-x and goes on with I-x; every other word is O. Si
 (E-x ends an entity, S-x is one of a single word), BILOU (L-x and U-x are these) and IOE2 (E-x ends
 each entity, I-x are its other words). All of them name the same entities, so all are read, and
 rewritten to IOB2 word by word. A function of one sentence's
-tags: nothing of other records has a part in it.
+tags: other records are not used.
 
 Sequences that no scheme allows (I-x at the start of a sentence of IOB2) are read as conlleval reads
 them: an entity begins at B-x, S-x, or where the kind changes or the word before ended one; it ends

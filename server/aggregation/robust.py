@@ -1,4 +1,4 @@
-"""Means that some of the sites cannot carry away. They look at updates one by one: no masks.
+"""Robust means: a few malicious sites have limited effect. They need single updates: no masks.
 
 An update here is a site's whole change as one vector. All rules count every site once, whatever
 its weight in the contract, for a weight is what an attacker would ask for. They act on what is

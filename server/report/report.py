@@ -2,8 +2,8 @@
 
 `write_report` takes what stands in result.json and nothing else, so a report can be made again
 years later and comes out byte for byte the same. The file loads nothing and runs no script: what
-an officer signs must not change with a server's mood. All text is escaped by Jinja2's autoescape;
-the plots are SVG whose text goes through matplotlib's own escaping, with its mathematics off.
+an officer signs must not depend on the server. All text is escaped by Jinja2's autoescape; the
+plots are SVG whose text goes through matplotlib's own escaping, with its mathematics off.
 
 Two rules of privacy are kept here and not in the template. An epsilon is shown only together with
 its delta and its accountant (`guarantee`, `stated`), and seeded noise is never called private.

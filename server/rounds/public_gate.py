@@ -1,4 +1,4 @@
-"""The operator's gate: a round's aggregate is taken unless public rows speak against it.
+"""The operator's gate: an aggregate is rejected if it makes the score on public rows worse.
 
 It sees the sum and nothing of a single site, so it works under masks (plan.PublicGate). Its
 reference is the adapter in place, so a run that is taken up again needs nothing stored of it.

@@ -1,4 +1,4 @@
-"""Sites that lie, in simulations: what one of them can do, and what robust rules and bounds leave.
+"""Malicious sites in simulations: the effect of one, with and without robust rules and bounds.
 
 labels     each of its records has the next label (classification alone)
 backdoor   half of its records carry a trigger and the attacker's label; what counts is how often

@@ -150,8 +150,9 @@ class Progress:
         if jobs[0].insecure_seed is not None:
             say("insecure_seed: the noise can be removed. For tests only.", style="bold red")
         say("")
+        tested = "(public test)" if self.config.table else "(held-out)"
         say(
-            f"Round  sites  loss   {self._metric_label():<8} (public test)  "
+            f"Round  sites  loss   {self._metric_label():<8} {tested:<13}  "
             f"ε of {epsilon_text(p.epsilon)}           left"
         )
         self._jobs, first = jobs, (jobs[0].variant, jobs[0].repeat)

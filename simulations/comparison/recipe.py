@@ -1,7 +1,7 @@
 """A recipe: a contract, the rows it is run on, and the facts of its page.
 
 Shipped ones lie in recipes/, each in a folder with contract.toml, recipe.toml and README.md. One of
-one's own is a contract file and a table.
+your own is a contract file and a table.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def table(self) -> str:
-        """Name of the public table of a shipped recipe; KeyError for a file of one's own."""
+        """Name of the public table of a shipped recipe; KeyError for your own file."""
         if self.config.table is None:
             raise KeyError(self.name)
         return self.config.table
@@ -166,7 +166,7 @@ def recipe_of(
         evaluate_every=1,
         repeats=OWN_REPEATS,
         baseline_repeats=OWN_REPEATS,
-        about="A table of one's own, in a simulation: nothing left this machine.",
+        about="Your own file, in a simulation: nothing left this machine.",
         variants={"no-dp": {"phases": phases}},
     )
 
@@ -177,7 +177,7 @@ def recipe_of(
         digest = hashlib.sha256(table.read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(f"Data file {table} cannot be read: {error.strerror}.") from None
-    source = {"name": table.name, "sha256": digest, "source": "a file of one's own"}
+    source = {"name": table.name, "sha256": digest, "source": "your own file"}
     return Recipe(name, contract, config, source, rows)
 
 

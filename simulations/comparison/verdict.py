@@ -129,9 +129,9 @@ def verdict(
         p = contract.privacy
         lines.append(
             f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
-            f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. The other "
-            "variants and repeats compare on public data; on real records each would cost as much "
-            "again, and so would choosing the learning rates."
+            f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. On "
+            "private records each other variant and each repeat costs as much again, and so does "
+            "choosing the learning rates. The metrics are computed on held-out records, without DP."
         )
     weak = bool(one_class) or any(lead(means[variant]) <= 0 for variant in alone)
     return {

@@ -64,7 +64,7 @@ def of_file(
     folder: Path,
     reading: Reading | None = None,
 ) -> Split:
-    """The same of a file of one's own, for the contract's sites. Without `site_column` each row, or
+    """The same for your own file and the contract's sites. Without `site_column` each row, or
     entity, goes to a site drawn by a fixed seed.
 
     Raises:

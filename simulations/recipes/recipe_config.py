@@ -28,7 +28,7 @@ class RecipeConfig(Frozen):
     about: str = Field(description="Text about the data and their limits, which the report shows.")
     table: str | None = Field(
         default=None,
-        description="Name of the public table that Silotune reads; absent for a file of one's own.",
+        description="Name of the public table that Silotune reads; absent for your own file.",
     )
     metric: str = Field(description="Name of the metric that is reported and compared first.")
     records: Count | None = Field(
@@ -38,7 +38,7 @@ class RecipeConfig(Frozen):
         default=None, description="How long a run took on a known machine; absent if not recorded."
     )
     repeats: Count = Field(
-        description="Number of runs of each variant that adapts layers; they differ in their seeds."
+        description="Number of runs of each variant with an adapter; they differ in their seeds."
     )
     baseline_repeats: Count = Field(
         description="Number of runs of each variant that trains only a head."

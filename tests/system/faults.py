@@ -534,7 +534,7 @@ def interrupted(d: Deployment) -> str:
     run.send_signal(signal.SIGINT)
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 130, said
-    assert f"The run {name} goes on: its sites train, and each round spends ε." in said
+    assert f"The run {name} continues: its sites train, and each round spends ε." in said
     lines = dict(re.findall(r"^(watch|stop|resume): +(.*?)(?:   \(.*)?$", said, re.M))
     assert set(lines) == {"watch", "stop", "resume"}, said
     assert f"{name}   1/2   running" in pasted(d, lines["watch"])

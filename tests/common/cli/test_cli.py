@@ -298,8 +298,11 @@ def test_show(run: Callable[..., Ran]) -> None:
     p = heart.privacy
     assert f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per record and site (RDP; add or remove" in out
     assert f"{heart.rounds}; quorum {heart.quorum} of 4" in out
-    for name in (*heart.weights(), *heart.task.answers.split(", "), "head+adapter"):
+    for name in (*heart.weights(), *heart.task.answers.split(", "), "head, then head and LoRA (B)"):
         assert name in out
+    assert "nothing else" not in out
+    for also in ("a receipt of the ledger", "hashes of contract and request", "incident number"):
+        assert also in out
 
 
 @pytest.mark.parametrize("command", ["show", "validate"])

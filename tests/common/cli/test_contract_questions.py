@@ -52,6 +52,7 @@ def test_without_arguments_everything_is_asked_for(table: Path, answering: Answe
     assert "✗ loans.csv is there already; name a new file." in wrong
     assert "Columns: age, home, note, status" in wrong
     assert said.startswith("✓ loans.toml  2 columns, 2 sites")  # questions are on standard error
+    assert "! columns that the contract does not use: note\n" in said
     found = contracts.load(Path("loans.toml"))
     assert isinstance(found.input, TableInput)
     assert [column.name for column in found.input.columns] == ["age", "home"]
@@ -101,7 +102,7 @@ def test_who_stops_goes_on_with_the_same_answers(
     assert (code, said) == (130, "")
     assert not Path("loans.toml").exists()
     last = wrong.strip().splitlines()[-1]
-    advice = "The answers are kept in loans.answers.json; to go on with them: silotune "
+    advice = "The answers are kept in loans.answers.json; to resume: silotune "
     assert advice in last
     again = shlex.split(last.split(advice)[1])
     code, _, wrong = answering([""] * stop + GOOD[stop:], *again, "--interactive")
@@ -141,7 +142,7 @@ def test_a_terminal_asks_and_anything_else_says_what_is_missing(
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     code, _, wrong = run(*words)
     assert code == 2
-    assert "Not given: --task, --label, --labels, --records, --sites" in wrong
+    assert "Not given: --task, --label, --labels, --records, --site, and one of" in wrong
     code, _, wrong = run("contract", "new")
     assert code == 2
     assert "Not given: --from, --out." in wrong

@@ -282,7 +282,14 @@ def test_what_is_missing_is_told_where_nobody_can_be_asked(
 ) -> None:
     code, _, wrong = run(*new(table(tmp_path), tmp_path / "x.toml"))
     assert code == 2
-    for word in ("--task", "--label", "--labels", "--records", "--sites", "text or column or pair"):
+    for word in (
+        "--task",
+        "--label",
+        "--labels",
+        "--records",
+        "--site",
+        "and one of --text, --column, --pair",
+    ):
         assert word in wrong
 
 

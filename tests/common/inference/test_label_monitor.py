@@ -142,7 +142,7 @@ def test_text_output_names_rows_from_one(tmp_path: Path) -> None:
     assert "since row 101" in done.output
     assert all(f.stat().st_mode & 0o077 == 0 for f in tmp_path.glob("watch.*"))
     one = rows(tmp_path / "one.csv", [("1", "yes")])
-    assert "1 rows of one.csv · 0 changes" in call(run, one, "--out", tmp_path).output
+    assert "1 row of one.csv · 0 changes" in call(run, one, "--out", tmp_path).output
 
 
 def test_a_task_without_few_answers_is_refused(tmp_path: Path) -> None:

@@ -335,6 +335,7 @@ def test_one_site_and_one_variant_in_a_deployment(result: dict[str, Any]) -> Non
     result["curve"] = [{**result["curve"][0], "epsilon": {"Cleveland": 7.99}}]
     page = Page(render(result))
     assert "known to the site only" in page.text
+    assert "Test rows are the operator's own public rows" in page.text
     assert "simulated on one machine" not in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 3
 

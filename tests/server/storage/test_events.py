@@ -95,10 +95,10 @@ def test_a_run_that_stops(run: RunStore, kind: str) -> None:
 def test_a_run_whose_process_died(run: RunStore) -> None:
     """SIGKILL says nothing: what is left is that nobody holds the run."""
     run.close()
-    with pytest.raises(RunError, match="ended without a word") as error:
+    with pytest.raises(RunError, match="ended without an error message") as error:
         follow(run, BEGUN, ("committed", {"round": 1, "sites": []}))
     assert error.value.code == "E603"
-    assert cli._standing(run.folder)["state"].startswith("stopped: The process that")
+    assert cli._standing(run.folder)["state"].startswith("stopped: The process of the run")
 
 
 def test_a_missing_site_is_named_and_then_that_the_run_goes_on_without_it(

@@ -195,6 +195,7 @@ def test_something_is_shown_at_once_and_no_time_left_without_a_time(
     shown.stop()
     assert isinstance(shown.console.file, io.StringIO)
     assert "starting 100 runs, 0s" in shown.console.file.getvalue()
+    assert "held-out" in shown.console.file.getvalue()  # no public table: the user's own file
     clock.now = 95.0
     assert shown._status().plain == "starting 100 runs, 1m35s"
     shown.round("alone", 0, jobs[0].cost / 3, round_of(1))
