@@ -123,7 +123,8 @@ CODES: dict[ErrorCode, str] = {
     ),
     ErrorCode.DP_REQUIRED: (
         "The contract asks for training without differential privacy. A site agrees to that only "
-        "when its owner sets allow_without_dp."
+        "when its owner sets allow_without_dp. A worker whose ledger is on disk also refuses "
+        "insecure_seed: noise from a known seed protects nobody."
     ),
     ErrorCode.REPLY_LOST: (
         "A round was charged, but its reply was lost in a crash before it could leave. The charge "
