@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ErrorCode(StrEnum):
@@ -356,6 +356,9 @@ class ContractError(UsageError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+    def __reduce__(self) -> tuple[type[ContractError], tuple[list[str]], dict[str, Any]]:
+        return type(self), (self.problems,), self.__dict__
 
 
 class RefusalError(SilotuneError):

@@ -302,7 +302,7 @@ def test_noise_that_can_be_removed_needs_a_ledger_in_memory(
     path = write_rows(tmp_path / "rows.csv", 80)
     make_worker(table_contract, path, seed=1)
     ledger = PrivacyLedger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
-    with pytest.raises(RefusalError, match="insecure_seed .* ledger in memory") as refused_:
+    with pytest.raises(RefusalError, match=r"insecure_seed .* ledger in memory") as refused_:
         make_worker(table_contract, path, seed=1, ledger=ledger)
     assert refused_.value.code is ErrorCode.DP_REQUIRED
     make_worker(table_contract, path, ledger=ledger)
