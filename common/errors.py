@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ErrorCode(StrEnum):
@@ -123,7 +123,8 @@ CODES: dict[ErrorCode, str] = {
     ),
     ErrorCode.DP_REQUIRED: (
         "The contract asks for training without differential privacy. A site agrees to that only "
-        "when its owner sets allow_without_dp."
+        "when its owner sets allow_without_dp. A worker whose ledger is on disk also refuses "
+        "insecure_seed: noise from a known seed protects nobody."
     ),
     ErrorCode.REPLY_LOST: (
         "A round was charged, but its reply was lost in a crash before it could leave. The charge "
@@ -357,6 +358,9 @@ class ContractError(UsageError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+    def __reduce__(self) -> tuple[type[ContractError], tuple[list[str]], dict[str, Any]]:
+        return type(self), (self.problems,), self.__dict__
 
 
 class RefusalError(SilotuneError):

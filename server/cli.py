@@ -429,7 +429,8 @@ def status(folder: Path, as_json: bool) -> None:
 
 
 def _run_names(folder: Path) -> list[str]:
-    return sorted({file.parent.name for file in folder.glob("runs/*/events.jsonl")})
+    names = {file.parent.name for file in folder.glob("runs/*/events.jsonl")}
+    return sorted(name for name in names if re.fullmatch(RUN_NAME, name))
 
 
 def _runs(place: ServerFolder) -> list[Path]:

@@ -38,7 +38,10 @@ def worker_of(
     policy = permissive_policy(
         contract, site, file, None if model == "one-hot" else tiny.folder_of(model), EXACT
     )
-    return Worker(policy, contract, ledger or PrivacyLedger.in_memory(site), insecure_seed=seed + 1)
+    ledger = ledger or PrivacyLedger.in_memory(site)
+    return Worker(
+        policy, contract, ledger, insecure_seed=None if ledger.folder is not None else seed + 1
+    )
 
 
 def ask(worker: Worker, number: int, arrays: Arrays) -> Message:

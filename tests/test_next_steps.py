@@ -366,7 +366,7 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     folder = scene.folder / "a run"
     folder.mkdir()
     (folder / "contract.json").write_text(table_contract.model_dump_json())
-    progress = Progress(recipe_config("x"), table_contract)
+    progress = Progress(tiny.recipe_config("x"), table_contract)
     main = main_job(scene, table_contract, None)
     progress.start([], [main], 1)
     progress.finish(

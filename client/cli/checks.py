@@ -28,7 +28,7 @@ def show(
         contract: the contract's file.
         write_line: prints a line.
         as_json: print one JSON object instead of lines.
-        local: also what no log may hold.
+        local: also what no log may hold; on the screen only, never in JSON.
         network: also whether the server can be reached.
 
     Returns:
@@ -43,9 +43,9 @@ def show(
         rows = rows_of(SiteFolder.at(config), contract, network=network)
     problems = sum(row.state == "problem" for row in rows)
     lines = table(rows, local=local, end="No record was sent, nothing was spent.")
-    shown = [row if local else replace(row, local="") for row in rows]
     if as_json:
-        emit({"ready": not problems, "checks": [asdict(row) for row in shown]}, as_json, "")
+        shown = [asdict(replace(row, local="")) for row in rows]
+        emit({"ready": not problems, "checks": shown}, as_json, "")
     else:
         for line in lines:
             write_line(line)

@@ -66,7 +66,8 @@ ADAPTER_COPIES = 6  # a reply with its correction; an own adapter, copies and a 
 class Worker:
     """One site, one contract. Records, model and ledger are read once and stay in it.
 
-    insecure_seed: for simulations and tests only (client/training/noise.py). on_answer: is told of
+    insecure_seed: for simulations and tests only (client/training/noise.py), so the ledger must
+    then be in memory: RefusalError E203. on_answer: is told of
     each request before its reply leaves, and must not raise. lane: workers of one process that
     answer at the same time need models of their own (common/models/factory.py). masking: makes the
     site's side of secure aggregation, where the contract has it; another one is a malicious site's.
@@ -83,6 +84,12 @@ class Worker:
         lane: int = 0,
         masking: Callable[[Contract, str, Sign], SiteMasking] = SiteMasking,
     ) -> None:
+        if insecure_seed is not None and ledger.folder is not None:
+            raise RefusalError(
+                "insecure_seed makes noise that anyone can remove: leave it out, or use a ledger "
+                "in memory.",
+                code=ErrorCode.DP_REQUIRED,
+            )
         for refusal in policy.refusals(contract):
             raise refusal
         key = next(site.public_key for site in contract.sites if site.name == policy.name)

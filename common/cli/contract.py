@@ -334,14 +334,13 @@ def new(
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = counted(len(texts) or len(answers.columns), "column")
     unused = [name for name in names.header if name not in answers.used] if names.named else []
-    lengths, sentence = _texts_cut(data, reading, found, model)
+    sentence = "" if as_json else _texts_cut(data, reading, found, model)
     emit(
         {
             "file": str(out),
             "sha256": found.hash,
             "warnings": found.warnings,
             "unused_columns": unused,
-            **lengths,
         },
         as_json,
         "\n".join(
@@ -388,29 +387,21 @@ def _readable(path: Path) -> None:
         raise UsageError(f"{path} is no file.")
 
 
-def _texts_cut(
-    data: Path, reading: Reading, contract: Contract, model: Path | None
-) -> tuple[dict[str, int], str]:
-    """How many texts of the file the contract's model does not read to their end, as numbers and as
-    a line for the owner's screen; nothing where the contract has no column of text."""
+def _texts_cut(data: Path, reading: Reading, contract: Contract, model: Path | None) -> str:
+    """How many texts of the file the contract's model does not read to their end, as a line for the
+    owner's screen alone; nothing where the contract has no column of text."""
     from silotune.common.data import records
     from silotune.common.tokenization import token_lengths
 
     if isinstance(contract.input, TableInput):
-        return {}, ""
+        return ""
     try:
         found = token_lengths.measure(
             [records.read(data, contract, reading)], contract, token_lengths.tokenizer_of(model)
         )
     except DataError as error:
-        return {}, f"! texts not counted: {error}\n"
-    numbers = {
-        "texts": found.texts,
-        "cut": found.cut,
-        "entities": found.entities,
-        "entities_cut": found.lost,
-    }
-    return numbers, f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
+        return f"! texts not counted: {error}\n"
+    return f"{'!' if found.cut else '✓'} {found.sentence} (on this screen only)\n"
 
 
 def _answers(given: dict[str, Any]) -> Answers:

@@ -25,7 +25,8 @@ class PrivacyPlan:
         noise_by_round: The same for each round.
         sampling_rate: One for each phase: the probability with which a step takes a unit.
         steps: One for each phase: how many noised steps a site does.
-        epsilon_by_round: What all rounds up to each one cost together; infinite without privacy.
+        epsilon_by_round: What all rounds up to each one cost together, as a worker reports it after
+            that round; infinite without privacy.
         epsilon: What the whole plan costs.
         delta: The δ that goes with every ε here.
         unit: What is protected: one record, or one entity with all its records.
@@ -123,12 +124,11 @@ def plan(contract: Contract, site: str | None = None) -> PrivacyPlan:
         accountant.mechanism_of(contract, mechanisms, number)
         for number in range(1, contract.rounds + 1)
     ]
-    order = accountant.best_order(mechanisms, delta)  # the one by which a worker stops
     steps, spent = dict[tuple[float, float], int](), list[float]()
     for noise, rate, more in by_round:
         steps[noise, rate] = steps.get((noise, rate), 0) + more
         history = [Mechanism(*same, count) for same, count in steps.items()]
-        spent.append(accountant.epsilon_at(order, history, delta))
+        spent.append(accountant.epsilon(history, delta))
     firsts, first = list[int](), 0
     for phase in contract.phases:
         firsts.append(first)

@@ -11,12 +11,13 @@ import pytest
 
 from silotune.client.privacy.accountant import Mechanism, epsilon, epsilon_at
 from silotune.client.privacy.budget import mechanism_of
+from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import CODES, DataError, RefusalError
+from silotune.common.errors import CODES, DataError, ErrorCode, RefusalError
 from silotune.common.protocol import messages
 from silotune.common.protocol.messages import (
     Describe,
@@ -293,6 +294,18 @@ def test_a_site_without_rows_does_not_start(
     with pytest.raises(DataError, match="has no rows") as error:
         make_worker(table_contract, path, "north")
     assert error.value.code == "E304"
+
+
+def test_noise_that_can_be_removed_needs_a_ledger_in_memory(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+) -> None:
+    path = write_rows(tmp_path / "rows.csv", 80)
+    make_worker(table_contract, path, seed=1)
+    ledger = PrivacyLedger.create(tmp_path / "state", Keys.create(tmp_path / "keys"), "north")
+    with pytest.raises(RefusalError, match=r"insecure_seed .* ledger in memory") as refused_:
+        make_worker(table_contract, path, seed=1, ledger=ledger)
+    assert refused_.value.code is ErrorCode.DP_REQUIRED
+    make_worker(table_contract, path, ledger=ledger)
 
 
 def test_two_workers_with_one_seed_share_no_noise(

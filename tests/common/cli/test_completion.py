@@ -68,7 +68,7 @@ def test_only_what_begins_as_it_was_typed() -> None:
 
 
 def test_runs_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("first", "second"):
+    for name in ("first", "second", "\x1b[31mred", "a\nb"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "events.jsonl").touch()
     for verb in ("stop", "resume"):

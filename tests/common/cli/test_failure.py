@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import pty
 import subprocess
 import sys
@@ -15,7 +16,15 @@ import click
 import pytest
 
 from silotune.common.cli.failure import Failure, wants_json
-from silotune.common.errors import CODES, ContractError, DataError, RefusalError, RunError
+from silotune.common.errors import (
+    CODES,
+    ContractError,
+    DataError,
+    ErrorCode,
+    RefusalError,
+    RunError,
+    SilotuneError,
+)
 from tests.conftest import TABLE_CONTRACT, Ran
 
 Silotune = Callable[..., Ran]
@@ -174,3 +183,19 @@ def test_a_colour_is_nothing_that_a_text_can_have() -> None:
     said = on_a_terminal("silotune", "contract", "show", "\x1b[31mred\x1b[0m")
     assert said.count("\x1b[") == 2
     assert "\\x1b[31mred" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ContractError(["small.toml line 3: first.", "small.toml line 9: second."]),
+        DataError("A row is wrong.", code=ErrorCode.SCHEMA_MISMATCH, local="line 7"),
+        RefusalError("The budget is spent.", code=ErrorCode.BUDGET_EXCEEDED),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_pickling(error: SilotuneError) -> None:
+    found = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    assert vars(found) == vars(error)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
 from silotune import Contract, privacy
 from silotune.client.privacy import accountant
+from silotune.client.worker.worker import Worker
 from silotune.common.errors import UsageError
+from silotune.common.protocol.messages import Update
 from tests import tiny
+from tests.federation import ask
 
 
 def test_the_plan_is_the_workers(table_contract: Contract) -> None:
@@ -44,10 +49,24 @@ def test_phases_and_decaying_noise() -> None:
     assert first == second
     assert decayed[1] == pytest.approx(0.9 * decayed[0])
     mechanisms = accountant.plan(contract)
-    order = accountant.best_order(mechanisms, found.delta)
     assert found.epsilon_by_round[1] == pytest.approx(
-        accountant.epsilon_at(order, mechanisms[:1], found.delta)
+        accountant.epsilon(mechanisms[:1], found.delta)
     )
+
+
+def test_epsilon_by_round_is_what_a_worker_reports(
+    table_contract: Contract,
+    write_rows: Callable[..., Path],
+    make_worker: Callable[..., Worker],
+    tmp_path: Path,
+) -> None:
+    worker = make_worker(table_contract, write_rows(tmp_path / "rows.csv", 80))
+    reported = []
+    for number in range(1, table_contract.rounds + 1):
+        reply = ask(worker, number, worker.model.initial_arrays()).header
+        assert isinstance(reply, Update)
+        reported.append(reply.epsilon)
+    assert privacy.plan(table_contract).epsilon_by_round == pytest.approx(reported)
 
 
 def test_in_words(table_contract: Contract) -> None:
