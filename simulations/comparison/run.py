@@ -129,7 +129,10 @@ def run(
     )
     today = datetime.now(UTC).date().isoformat()
     Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    result = summarise(contract, variants, results, recipe.config, rows, measured)
+    insecure = options.insecure_seed is not None
+    result = summarise(
+        contract, variants, results, recipe.config, rows, measured, insecure=insecure
+    )
     result |= {
         "format": 1,
         "recipe": recipe.name,
@@ -158,8 +161,8 @@ def run(
     }
     if quick:
         result["verdict"]["warnings"].insert(0, quick)
-    result["privacy"]["insecure"] = options.insecure_seed is not None
-    if options.insecure_seed is not None:
+    result["privacy"]["insecure"] = insecure
+    if insecure:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contract.json").write_text(result["contract_json"] + "\n")
