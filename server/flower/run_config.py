@@ -52,7 +52,9 @@ def check_run_config(config: Mapping[str, object], contract: Contract) -> None:
 
 def _equal(given: object, value: float) -> bool:
     """Whether a value is the contract's, up to the rounding of a product or of decimals."""
-    return isinstance(given, int | float) and math.isclose(given, value, rel_tol=1e-9)
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return False
+    return math.isclose(given, value, rel_tol=1e-9)
 
 
 def _fixed(contract: Contract) -> dict[str, Fixed]:
