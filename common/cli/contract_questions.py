@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails
 from silotune.common.cli.main import command
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract.drafting import Answers, Column
-from silotune.common.errors import SilotuneError, UsageError, did_you_mean
+from silotune.common.errors import ErrorCode, SilotuneError, UsageError, did_you_mean
 from silotune.common.formats import strict_json
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import echo
@@ -30,6 +30,10 @@ LABELS = {
     "ranking": "Values that say a pair belongs together, between commas",
 }
 SHOWN = 40  # names of a header
+KEYS = (
+    "task", "label", "labels", "bounds", "others", "query", "pair", "text", "columns", "sites",
+    "records", "epsilon",
+)  # fmt: skip
 
 
 class Questions:
@@ -68,8 +72,9 @@ class Questions:
         return found
 
     def done(self) -> None:
-        """The contract is written: its answers are in it."""
-        self.file.unlink(missing_ok=True)
+        """The contract is written: its answers are in it. A file that this did not write stays."""
+        if self.answered:
+            self.file.unlink(missing_ok=True)
 
     def _ask_task(self, found: dict[str, Any]) -> None:
         self._missing(found, "task", f"Task ({TASKS})", lambda text: self._valid("task", text))
@@ -147,6 +152,12 @@ class Questions:
         if self._introduced:
             return
         self._introduced = True
+        if self.file.exists() and not self._offered:
+            raise UsageError(
+                f"{self.file} is there and holds no answers of before: rename it, or name another "
+                "contract with --out.",
+                code=ErrorCode.COMMAND_LINE_INVALID,
+            )
         if self.header is not None:
             more = ", …" if len(self.header) > SHOWN else ""
             echo(f"Columns: {', '.join(self.header[:SHOWN])}{more}", err=True)
@@ -228,7 +239,7 @@ class Questions:
             found = strict_json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not set(found) <= set(KEYS):
             return {}
         kinds = {"columns": list}  # of the others the answer is as it was typed
         return {key: v for key, v in found.items() if isinstance(v, kinds.get(key, str))}

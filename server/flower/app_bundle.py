@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+from silotune.common.config.types import as_toml
 from silotune.common.data.text_decoding import DELIMITERS, Reading
 
 PYPROJECT = """[project]
@@ -65,7 +66,7 @@ def write_app(
         PYPROJECT.format(
             version=metadata.version("silotune"),
             flwr=metadata.version("flwr"),
-            config="\n".join(f'{key} = "{value}"' for key, value in config.items()),
+            config="\n".join(f"{key} = {as_toml(str(value))}" for key, value in config.items()),
         )
     )
     (folder / "LICENSE").write_text("Apache-2.0\n")

@@ -1,15 +1,19 @@
 """Keys that Flower's apps usually have in their run config, held against the contract.
 
-The contract alone says how a run goes: a key that says something else would be ignored in silence.
+The contract alone says how a run goes: a key that says something else, or one that nothing reads,
+would be ignored in silence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
+
+APP = ("folder", "model", "site-epsilon")  # what the app itself reads
 
 
 class Fixed(NamedTuple):
@@ -23,18 +27,34 @@ def check_run_config(config: Mapping[str, object], contract: Contract) -> None:
     """Refuse a run config that says something else than the contract.
 
     Args:
-        config: The run config. Keys that are none of Flower's templates are left alone.
+        config: The run config: what the app reads, and keys that Flower's templates have.
         contract: What the run is carried out by.
 
     Raises:
-        UsageError: For the first key with another value; it names both values.
+        UsageError: For a key that is not known; it names the known ones. For the first key with
+            another value; it names both values.
     """
-    for key, fixed in _fixed(contract).items():
-        if key in config and any(config[key] != value for value in fixed.values):
+    known = _fixed(contract)
+    for key in config:
+        if key not in known and key not in APP:
+            raise UsageError(
+                f"{key} in the run config is not a key that the app reads: remove it, or use one "
+                f"of: {', '.join((*APP, *known))}.",
+                code=ErrorCode.CONFIG_INVALID,
+            )
+    for key, fixed in known.items():
+        if key in config and not all(_equal(config[key], value) for value in fixed.values):
             raise UsageError(
                 f"{key} = {config[key]!r} in the run config, and {fixed.clause}. Correct {key} or "
                 "remove it, or make an app with another contract."
             )
+
+
+def _equal(given: object, value: float) -> bool:
+    """Whether a value is the contract's, up to the rounding of a product or of decimals."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return False
+    return math.isclose(given, value, rel_tol=1e-9)
 
 
 def _fixed(contract: Contract) -> dict[str, Fixed]:

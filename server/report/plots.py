@@ -162,6 +162,8 @@ def _draw_epsilon(result: Mapping[str, Any]) -> Plot:
         spent = points_of((r.get("round"), (r.get("epsilon") or {}).get(site)) for r in curve)
         if spent:
             lines.setdefault(tuple(spent), []).append(site)
+    if privacy.get("insecure"):
+        return Plot(title, "The noise is from a known seed and gives no privacy: nothing to plot.")
     if not lines or not stated(result):
         return Plot(title, "No ε with its δ and accountant was recorded by round: nothing to plot.")
     terms = f"δ = {small(privacy['delta'])}, {privacy['accountant']}"

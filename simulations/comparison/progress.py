@@ -83,6 +83,7 @@ class Progress:
             self.console.width = WIDE
         self._live: Live | None = None
         self._jobs: list[Job] = []
+        self._insecure = False  # the noise is from a seed that is known
         self._main: tuple[str, int] | None = None
         self._cost_done = self._cost_all = 0.0
         self._began = self._started = time.monotonic()
@@ -108,6 +109,7 @@ class Progress:
         """The header: model, data, what is to be said of the data, plan, and how long it takes by
         the last comparison like it."""
         c, say, entry = self.contract, self.console.print, self._entry
+        self._insecure = jobs[0].insecure_seed is not None
         records = sum(int(k["train"]) + int(k["test"]) for k in counts)
         where = f"{os.cpu_count()} cores, device {jobs[0].performance.device}"
         entry("", f"Silotune · {where} · nothing keeps running afterwards")
@@ -126,7 +128,7 @@ class Progress:
             + (
                 f"unit: one {p.unit} · "
                 f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
-                if p.mode == "dp"
+                if p.mode == "dp" and not self._insecure
                 else "no differential privacy"
             ),
         )
@@ -147,7 +149,7 @@ class Progress:
             if last_time
             else "first run on this machine: its first rounds show how long it takes",
         )
-        if jobs[0].insecure_seed is not None:
+        if self._insecure:
             say("insecure_seed: the noise can be removed. For tests only.", style="bold red")
         say("")
         tested = "(public test)" if self.config.table else "(held-out)"
@@ -242,8 +244,10 @@ class Progress:
         loss = facts.metrics.get("loss")
         spent = max((e for e in facts.epsilon.values() if e is not None), default=None)
         budget = self.contract.privacy.epsilon
-        shown = "–" if spent is None else epsilon_text(spent)
-        filled = 0 if spent is None else min(BAR, round(BAR * spent / budget))
+        if self._insecure:
+            spent = math.inf
+        shown = "–" if spent is None else "∞" if self._insecure else epsilon_text(spent)
+        filled = 0 if spent is None or self._insecure else min(BAR, round(BAR * spent / budget))
         return (
             f"{facts.round:>3}/{total:<3} {len(facts.sites):>2}/{len(self.contract.sites):<2}  "
             f"{_number(loss, 2):>5}   {_number(metric, 3):>7}                "
@@ -351,12 +355,7 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
     cost: Columns = [
         (
             "ε (δ)",
-            [
-                f"{a['epsilon']:g} ({a['delta']:g})"
-                if a["epsilon"]
-                else ("–" if a["private"] else "∞")
-                for a in variants
-            ],
+            [_guarantee(a, insecure=result["privacy"].get("insecure", False)) for a in variants],
         ),
         ("kB up", [_kilobytes(a["bytes_up"]) for a in variants]),
         ("kB down", [_kilobytes(a["bytes_down"]) for a in variants]),
@@ -372,6 +371,13 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
         *_parts("Variant", labels, [*overall, *cost], width, bold),
         *_parts("Site", sites, of_variants, width, set()),
     ]
+
+
+def _guarantee(variant: dict[str, Any], *, insecure: bool) -> str:
+    """ε and δ in a table's cell; noise from a known seed gives no guarantee."""
+    if variant["epsilon"]:
+        return "∞" if insecure else f"{variant['epsilon']:g} ({variant['delta']:g})"
+    return "–" if variant["private"] else "∞"
 
 
 def _parts(

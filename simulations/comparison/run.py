@@ -55,6 +55,7 @@ from silotune.simulations.execution.variants import (
 )
 
 QUICK = (MAIN, "federated-head", "pooled-no-dp")  # variants of the quick form, as far as there are
+OF_A_RUN = ("result.json", "variants", "split", "contract.json")  # one of them is in a run's folder
 
 
 def run(
@@ -70,13 +71,12 @@ def run(
 
     quiet: nothing is shown meanwhile. stderr: what is shown goes to standard error.
     """
-    began, whole = time.perf_counter(), recipe.contract
+    began, given, whole = time.perf_counter(), recipe, recipe.contract
     if options.quick:
         recipe = recipe.quick()
     if options.epsilon is not None:
         recipe = recipe.at(options.epsilon)
     contract, keys = recipe.contract, SigningKeys()
-    quick = _quick_form(contract.rounds, whole.rounds) if options.quick else ""
     if options.delta is not None:
         contract = contract.changed(privacy={"delta": options.delta})
     if options.masked and len(contract.sites) >= 3:
@@ -86,8 +86,9 @@ def run(
     variants = _chosen(
         variants_of(contract, recipe.config.variants), options.variants, options.quick
     )
-    shown = main_of(variants).contracts[0]
-    progress = Progress(recipe.config, shown, quiet=quiet, stderr=stderr)
+    main = main_of(variants)
+    quick = _quick_form(main, given) if options.quick else ""
+    progress = Progress(recipe.config, main.contracts[0], quiet=quiet, stderr=stderr)
     with _instead_of_older(folder) as older:
         with progress.busy(f"fetching and checking data {recipe.config.title}"):
             counts, rows, notes = recipe.rows(folder)
@@ -129,10 +130,14 @@ def run(
     )
     today = datetime.now(UTC).date().isoformat()
     Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    result = summarise(contract, variants, results, recipe.config, rows, measured)
+    insecure = options.insecure_seed is not None
+    result = summarise(
+        contract, variants, results, recipe.config, rows, measured, insecure=insecure
+    )
     result |= {
         "format": 1,
         "recipe": recipe.name,
+        "quick": options.quick,
         "title": recipe.config.title,
         "about": recipe.config.about.strip(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -158,8 +163,8 @@ def run(
     }
     if quick:
         result["verdict"]["warnings"].insert(0, quick)
-    result["privacy"]["insecure"] = options.insecure_seed is not None
-    if options.insecure_seed is not None:
+    result["privacy"]["insecure"] = insecure
+    if insecure:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contract.json").write_text(result["contract_json"] + "\n")
@@ -208,8 +213,11 @@ def _results(
         progress.stop()
 
 
-def _quick_form(rounds: int, whole: int) -> str:
-    """What has to be known of figures of the quick form."""
+def _quick_form(main: Variant, recipe: Recipe) -> str:
+    """What has to be known of figures of the quick form. main: the variant that is judged; recipe:
+    the whole form."""
+    known = {v.name: v for v in variants_of(recipe.contract, recipe.config.variants)}
+    rounds, whole = main.contracts[0].rounds, known[main.name].contracts[0].rounds
     if rounds == whole:
         return "Quick form, with fewer variants and runs: their spread is not known."
     return (
@@ -389,8 +397,11 @@ def _instead_of_older(folder: Path) -> Iterator[list[str]]:
 
 def _set_aside(folder: Path) -> Path | None:
     """Rename an older run out of the way, so that nothing is lost; its new place, if there is
-    one."""
+    one. UsageError: what is there is no run."""
     if folder.exists():
+        _check_folder(folder)
+        if not any(folder.iterdir()):
+            return None
         stamp = datetime.fromtimestamp(folder.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
         name, number = f"{folder.name}-{stamp}", 1
         while folder.with_name(name).exists():  # of the same second
@@ -398,3 +409,13 @@ def _set_aside(folder: Path) -> Path | None:
             name = f"{folder.name}-{stamp}-{number}"
         return folder.rename(folder.with_name(name))
     return None
+
+
+def _check_folder(folder: Path) -> None:
+    """UsageError where a new run would move what is no older one."""
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if files and files.isdisjoint(OF_A_RUN):
+        raise UsageError(
+            f"{folder} is there and is no run's folder: name a new folder, or an empty one.",
+            code=ErrorCode.RUN_FOLDER_UNUSABLE,
+        )

@@ -7,17 +7,72 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, StringConstraints, field_validator
 
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.formats import strict_json
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
 
+FORMAT = 1  # of result.json
 SHOWN = 3  # metrics in a notebook; `table` has all
+
+
+class _Spread(BaseModel):
+    mean: float
+    sd: float
+    values: list[float]
+
+
+class _Variant(BaseModel):
+    name: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]  # names a folder, too
+    label: str
+    main: bool
+    private: bool
+    repeats: int
+    epsilon: float | None
+    delta: float | None
+    metrics: dict[str, _Spread | None]
+
+
+class _Privacy(BaseModel):
+    unit: str
+    adjacency: str
+    accountant: str
+    insecure: bool
+
+
+class _Metric(BaseModel):
+    name: str
+
+
+class _Verdict(BaseModel):
+    word: str
+    warnings: list[str]
+
+
+class _Content(BaseModel):
+    """What is read of result.json here; what else it has is for its report."""
+
+    format: int
+    contract_json: str
+    quick: bool = False
+    privacy: _Privacy
+    metric: _Metric
+    verdict: _Verdict
+    variants: list[_Variant] = Field(min_length=1)
+
+    @field_validator("variants")
+    @classmethod
+    def _one_is_judged(cls, variants: list[_Variant]) -> list[_Variant]:
+        if not any(variant.main for variant in variants):
+            raise ValueError("no variant is the main one")
+        return variants
 
 
 @dataclass(frozen=True)
@@ -45,11 +100,18 @@ class RunResult:
             Its result.
 
         Raises:
-            UsageError: If the folder has no result.
+            UsageError: If the folder has no result, a damaged one, or one of another format.
         """
         folder = Path(folder)
         try:
             content = strict_json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+                raise UsageError(
+                    f"{folder / 'result.json'} has format {content['format']!r}, and this Silotune "
+                    f"reads format {FORMAT}: use the Silotune that wrote it.",
+                    code=ErrorCode.RUN_FOLDER_UNUSABLE,
+                )
+            _Content.model_validate(content)
         except (OSError, ValueError):
             raise UsageError(
                 f"{folder} has no readable result.json: name the folder of a run that has ended."
@@ -61,6 +123,10 @@ class RunResult:
         """The result in a folder, from the content of its result.json."""
         contract = contracts.parse(content["contract_json"], str(folder / "contract.json"))
         return cls(folder, contract, content)
+
+    def __repr__(self) -> str:
+        quick = ", quick=True" if self.content.get("quick") else ""
+        return f"RunResult(folder={self.folder!r}{quick})"
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -86,7 +152,7 @@ class RunResult:
             runs, and under the metric's name with `_sd` their standard deviation (missing for one
             run); `runs`; `epsilon` and `delta`, which hold for each site and one run. Epsilon is
             infinite without a guarantee, and missing where no record has a part in a method. The
-            unit and the accountant are in `attrs`.
+            unit and the accountant are in `attrs`, and whether it was a run of `--quick`.
         """
         import pandas as pd
 
@@ -103,6 +169,7 @@ class RunResult:
         table = pd.DataFrame(rows).set_index("method")
         privacy = self.content["privacy"]
         table.attrs = {key: privacy[key] for key in ("unit", "adjacency", "accountant")}
+        table.attrs["quick"] = bool(self.content.get("quick"))
         return table
 
     def _epsilon(self, variant: Mapping[str, Any]) -> float:

@@ -119,7 +119,7 @@ def simulate(
     with _local_notes(), _recipe(contract, data, site, reading) as recipe:
         options.variants = _variants(recipe, baselines)
         place = Path("runs") / recipe.name if folder is None else Path(folder)
-        command = _command(recipe, options, baselines)
+        command = _command(recipe, options, baselines, site, encoding, delimiter)
         content = run(recipe, options, place, command, quiet=not progress, stderr=True)
     return RunResult.of(place, content)
 
@@ -276,15 +276,26 @@ def _short(variant: str) -> str:
     return "pooled" if variant == "pooled-no-dp" else variant.removeprefix("federated-")
 
 
-def _command(recipe: Recipe, options: Options, baselines: Sequence[str] | None) -> str:
+def _command(
+    recipe: Recipe,
+    options: Options,
+    baselines: Sequence[str] | None,
+    site: str | None,
+    encoding: str | None,
+    delimiter: str | None,
+) -> str:
     """The call as it stands in the report: what can change a figure."""
     given: dict[str, Any] = {
+        "site": site,
         "epsilon": options.epsilon,
         "delta": options.delta,
         "baselines": None if baselines is None else list(baselines),
         "repeats": options.repeats,
         "baseline_repeats": options.baseline_repeats,
+        "evaluate_every": options.evaluate_every,
         "secure_aggregation": None if options.masked else False,
+        "encoding": encoding,
+        "delimiter": delimiter,
         "compute": options.performance.model_dump(exclude_defaults=True) or None,
         "insecure_seed": options.insecure_seed,
     }

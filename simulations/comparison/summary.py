@@ -39,8 +39,11 @@ def summarise(
     config: RecipeConfig,
     split: Path,
     lengths: Lengths,
+    *,
+    insecure: bool = False,
 ) -> dict[str, Any]:
-    """The parts of result.json that come from the runs. lengths: of the texts of all rows."""
+    """The parts of result.json that come from the runs. lengths: of the texts of all rows;
+    insecure: the noise is from a seed that is known."""
     metric = config.metric
     sites = [site.name for site in contract.sites]
     public = {  # the test rows of each site
@@ -88,6 +91,7 @@ def summarise(
             [label for found in public.values() for label in found.labels],
             len({query for found in public.values() for query in found.queries}),
             lengths,
+            insecure=insecure,
         ),
         "variants": rows,
         "curve": [

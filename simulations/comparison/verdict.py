@@ -20,6 +20,7 @@ OTHERS = {
     "federated-no-dp": "without DP",
     "pooled-no-dp": "pooled without DP",
 }
+INSECURE = "insecure_seed: the noise can be removed; this run gives no privacy."
 LOG_LOSS = ("classification", "multi-label", "ranking")  # of these the loss is a log loss
 SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with own learning rates"}
 BASELINES = {
@@ -36,10 +37,12 @@ def verdict(
     labels: Sequence[Any],
     queries: int = 0,
     lengths: Lengths = Lengths(),  # noqa: B008 - frozen
+    *,
+    insecure: bool = False,
 ) -> dict[str, Any]:
     """rows: the variants of result.json, of which the one that is "main" is judged; labels: the
     public rows' targets; queries: how many there are to rank for; lengths: of the
-    texts. Word, lines and warnings.
+    texts; insecure: the noise is from a seed that is known. Word, lines and warnings.
 
     word: "useless" if the metric is not better than always giving the same answer; "weak" if a
     site alone does as well on everybody's rows, or the model knows one class only; else "usable".
@@ -125,7 +128,9 @@ def verdict(
             + ("a random order." if ranking else "always giving the same answer.")
         )
     spent = [e for r in runs for e in r.rounds[-1].epsilon.values() if e is not None]
-    if spent:
+    if insecure:
+        warnings.insert(0, INSECURE)
+    elif spent:
         p = contract.privacy
         lines.append(
             f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "

@@ -16,7 +16,7 @@ from silotune.simulations.comparison.export import export
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets import catalog
 from silotune.simulations.execution.roster_keys import with_keys
-from silotune.simulations.flower_app.sites import make_sites
+from silotune.simulations.flower_app.sites import LIMIT, make_sites
 
 CODE = ("__init__.py", "server_app.py", "client_app.py")
 SUPERNODES = 2  # of a simulation that is told nothing else
@@ -55,6 +55,8 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
     names = export(replace(recipe, contract=chosen), variant, rounds, folder)
     file = folder / "contract.json"
     contract = with_keys(contracts.load(file), make_sites(folder, names))
+    limit = RUNS * contract.privacy.epsilon
+    (folder / LIMIT).write_text(f"{limit!r}\n", encoding="utf-8")
     if sites >= LEAST_SITES:
         contract = contract.with_masks(recipe.config.bound)
     file.write_text(contract.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
@@ -73,7 +75,7 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
         "flwr": metadata.version("flwr"),
         "folder": str(folder.resolve()),
         "model": model,
-        "site_epsilon": RUNS * contract.privacy.epsilon,
+        "site_epsilon": limit,
         "rounds": contract.rounds,
         "epsilon": contract.privacy.epsilon,
         "sites": names,

@@ -20,7 +20,7 @@ from silotune.server.flower.run_config import check_run_config
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.storage.run_store import RunStore
-from silotune.simulations.flower_app.sites import Sites, check_nodes
+from silotune.simulations.flower_app.sites import Sites, check_nodes, lifetime_epsilon, sites_log
 
 log = logging.getLogger("flwr")  # what `flwr log` shows
 log.propagate = False  # Opacus gives the root logger a handler: each line would come twice
@@ -35,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     model_folder = Path(str(config["model"])) if config["model"] else None
     contract = Contract.load(folder / "contract.json")
     check_run_config(config, contract)
+    epsilon = lifetime_epsilon(folder, config["site-epsilon"])
     check_nodes(grid, contract)
 
     model = build(contract, model_folder)
@@ -44,8 +45,11 @@ def main(grid: Grid, context: Context) -> None:
     run = FederatedRun(
         contract, registry, str(context.run_id), model.initial_arrays(), evaluate=test.metrics
     )
-    epsilon = float(config["site-epsilon"])
-    with closing(registry), Sites(contract, folder, model_folder, context.run_id, epsilon):
+    with (
+        closing(registry),
+        sites_log(folder),  # before the sites: what one says of its records is not for `flwr log`
+        Sites(contract, folder, model_folder, context.run_id, epsilon),
+    ):
         result = SilotuneStrategy(run).start(grid)
 
     log.info("%s", result)

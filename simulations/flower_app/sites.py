@@ -2,14 +2,19 @@
 
 FOLDER/records/SITE.csv
 FOLDER/sites/SITE/keys/    FOLDER/sites/SITE/state/    made once; the ledger lasts over runs
+FOLDER/sites/site-epsilon  the largest lifetime budget that a run config can have
+FOLDER/sites.log           what goes wrong at a site, for the owner of its records alone
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,9 +28,12 @@ from silotune.client.relay import transport
 from silotune.client.site.policy import Budgets, Policy, permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
-from silotune.common.errors import UsageError
+from silotune.common.errors import ErrorCode, RunError, SilotuneError, UsageError
 from silotune.simulations.flower_app.sockets import socket_folder, socket_path
 
+log = logging.getLogger(__name__)
+
+LIMIT, LOG = "sites/site-epsilon", "sites.log"  # in the app's folder
 LOOK_SECONDS = 0.5  # between two looks at the simulated nodes
 
 
@@ -70,6 +78,56 @@ def check_nodes(grid: Grid, contract: Contract) -> None:
         )
 
 
+def lifetime_epsilon(folder: Path, asked: object) -> float:
+    """The lifetime budget of each site, which no run config can raise.
+
+    Args:
+        folder: The app's folder.
+        asked: `site-epsilon` of the run config.
+
+    Returns:
+        The budget, at most the one that the app was made with.
+
+    Raises:
+        UsageError: If it is larger, or no number; or if the app has none.
+    """
+    try:
+        limit = float((folder / LIMIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{folder / LIMIT} is missing or holds no number: make the app again with "
+            "`silotune sim flower-app`.",
+            code=ErrorCode.CONFIG_UNREADABLE,
+        ) from None
+    epsilon = float(asked) if isinstance(asked, int | float) else math.nan
+    if not 0 < epsilon <= limit:
+        raise UsageError(
+            f"site-epsilon = {asked!r} in the run config must be a number above 0 and at most "
+            f"{limit:g}, the limit that the app's ledgers were made with: correct it.",
+            code=ErrorCode.CONFIG_INVALID,
+        )
+    return epsilon
+
+
+@contextmanager
+def sites_log(folder: Path) -> Iterator[None]:
+    """What Silotune logs goes to a file of the owner's and not to `flwr log`: it can name columns
+    and rows of records."""
+    file = folder / LOG
+    file.touch(mode=0o600)
+    file.chmod(0o600)
+    handler, logger = logging.FileHandler(file, encoding="utf-8"), logging.getLogger("silotune")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        handler.close()
+
+
 class Sites:
     """The workers of all sites, which answer on sockets of the run while this is entered.
 
@@ -81,7 +139,8 @@ class Sites:
         epsilon: The lifetime budget of each site's records, over all runs.
 
     Raises:
-        RefusalError: If a site refuses the contract: its budget is spent, for example.
+        RunError: If a site refuses the contract (its budget is spent, for example) or cannot read
+            its records. It has the code and the site's name; the sentence is logged.
     """
 
     def __init__(
@@ -92,9 +151,19 @@ class Sites:
         self._workers = []
         for site in contract.sites:
             place = folder / "sites" / site.name
-            policy = _policy(contract, site.name, folder, model, epsilon)
-            ledger = PrivacyLedger.open(place / "state", Keys.load(place / "keys"))
-            self._workers.append(Worker(policy, contract, ledger))
+            try:
+                policy = _policy(contract, site.name, folder, model, epsilon)
+                ledger = PrivacyLedger.open(place / "state", Keys.load(place / "keys"))
+                self._workers.append(Worker(policy, contract, ledger))
+            except Exception as error:
+                log.exception("site %s", site.name)
+                known = isinstance(error, SilotuneError)
+                code = error.code if known else ErrorCode.UNEXPECTED
+                raise RunError(
+                    f"Site {site.name} does not take part ({code}): its reason is in "
+                    f"{folder / LOG}.",
+                    code=code,
+                ) from None
         self._sockets = [socket_path(run_id, place) for place in range(len(self._workers))]
 
     def __enter__(self) -> Self:

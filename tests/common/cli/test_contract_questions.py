@@ -167,3 +167,20 @@ def test_a_ranking_is_asked_for_all_it_needs(table: Path, answering: Answering) 
     assert code == 0, wrong
     assert "A pair is two columns, got 1." in wrong
     assert contracts.load(Path("loans.toml")).task.kind == "ranking"
+
+
+def test_a_file_of_somebody_elses_is_neither_deleted_nor_overwritten(
+    table: Path, answering: Answering
+) -> None:
+    other = Path("loans.answers.json")
+    other.write_text('{"quiz": ["a", "b"]}')
+    code, _, wrong = answering(GOOD, *WORDS)
+    assert code == 2
+    assert "loans.answers.json is there and holds no answers of before" in wrong
+    complete = [
+        "--task", "classification", "--label", "status", "--labels", "good,bad",
+        "--column", "age: 25, 40", "--site", "a", "--site", "b", "--records", "500",
+    ]  # fmt: skip
+    code, _, wrong = answering([], *WORDS, *complete)
+    assert code == 0, wrong
+    assert other.read_text() == '{"quiz": ["a", "b"]}'

@@ -27,7 +27,34 @@ AGREES: dict[str, object] = {
 
 
 def test_what_agrees_with_the_contract_passes(table_contract: Contract) -> None:
-    check_run_config(AGREES | {"my-own-key": "anything"}, table_contract)
+    check_run_config(AGREES | {"folder": "app", "model": "", "site-epsilon": 16.0}, table_contract)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epsilon", 100.0),
+        ("noise-multiplier", 0.0),
+        ("delta", 0.5),
+        ("sampling-rate", 1.0),
+        ("num_server_rounds", 3),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(
+    table_contract: Contract, key: str, value: object
+) -> None:
+    with pytest.raises(UsageError, match=rf"^{key} in .* remove it, .* folder, .* batch-size\.$"):
+        check_run_config(AGREES | {key: value}, table_contract)
+
+
+def test_a_product_may_differ_by_its_rounding(table_contract: Contract) -> None:
+    phase = table_contract.phases[0].model_dump(mode="json", exclude_none=True)
+    changed = table_contract.changed(
+        phases=[phase | {"sampling_rate": 0.07}], privacy={"expected_units": 100}
+    )
+    check_run_config({"batch-size": 7}, changed)
+    changed = table_contract.changed(phases=[phase | {"sampling_rate": 0.1, "local_steps": 3}])
+    check_run_config({"local-epochs": 0.3}, changed)
 
 
 @pytest.mark.parametrize("key", AGREES)

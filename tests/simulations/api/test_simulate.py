@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -193,7 +194,11 @@ def test_the_settings_are_those_of_the_command(
         delta=1e-5,
         baselines=[],
         repeats=2,
+        evaluate_every=2,
         processes=1,
+        site="hospital",
+        encoding="latin-1",
+        delimiter=";",
         secure_aggregation=False,
         compute={"micro_batch": 8},
         folder=tmp_path / "run",
@@ -205,8 +210,9 @@ def test_the_settings_are_those_of_the_command(
     assert options.performance.micro_batch == 8
     assert (asked[0]["quiet"], asked[0]["stderr"]) == (True, True)
     assert asked[0]["command"] == (
-        "silotune.simulate('small', epsilon=3, delta=1e-05, baselines=[], repeats=2, "
-        "secure_aggregation=False, compute={'micro_batch': 8})"
+        "silotune.simulate('small', site='hospital', epsilon=3, delta=1e-05, baselines=[], "
+        "repeats=2, evaluate_every=2, secure_aggregation=False, encoding='latin-1', "
+        "delimiter=';', compute={'micro_batch': 8})"
     )
 
 
@@ -332,6 +338,32 @@ def test_a_result_as_a_table() -> None:
     seeded = CONTENT | {"privacy": CONTENT["privacy"] | {"insecure": True}}
     table = st.RunResult(Path("run"), result.contract, seeded).table()
     assert math.isinf(table.loc["federated-lora", "epsilon"])
+
+
+def _content() -> dict[str, Any]:
+    contract = tiny.contract_of("classification", "one-hot")
+    content = CONTENT | {"format": 1, "contract_json": contract.model_dump_json()}
+    made: dict[str, Any] = json.loads(json.dumps(content))
+    return made
+
+
+def test_a_damaged_result_is_a_usage_error(tmp_path: Path) -> None:
+    def load(content: Any) -> st.RunResult:
+        (tmp_path / "result.json").write_text(json.dumps(content), encoding="utf-8")
+        return st.RunResult.load(tmp_path)
+
+    whole = _content()
+    assert load(whole).adapter.is_relative_to(tmp_path / "variants")
+    assert not load(whole).table().attrs["quick"]
+    for damaged in ([], {}, 5, *({k: v for k, v in whole.items() if k != key} for key in whole)):
+        with pytest.raises(UsageError, match="no readable result"):
+            load(damaged)
+    for key, value in (("name", "../../other"), ("name", ".."), ("metrics", 5), ("main", False)):
+        variants = [v | {key: value} for v in whole["variants"]]
+        with pytest.raises(UsageError, match="no readable result"):
+            load(whole | {"variants": variants})
+    with pytest.raises(UsageError, match="has format 2, and this Silotune reads format 1"):
+        load(whole | {"format": 2})
 
 
 def _variant(name: str, label: str, values: list[float], epsilon: float | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from silotune.common.errors import DataError, UsageError
 from silotune.simulations.comparison import run as run_module
 from silotune.simulations.comparison.recipe import own_recipe
 from silotune.simulations.comparison.run import lengths_of
+from silotune.simulations.comparison.run_result import RunResult
 from silotune.simulations.datasets.split import of_file
 from silotune.simulations.execution import worker_pool
 from tests import tiny
@@ -548,6 +549,10 @@ def test_the_quick_form_says_so_and_the_second_run_how_long_the_first_took(
     )
     assert result["verdict"]["warnings"][0] == sentence
     assert shown.count(sentence) == 2  # before the rounds and with the result
+    assert result["quick"] is True
+    loaded = RunResult.load(tmp_path / "run")
+    assert loaded.table().attrs["quick"] is True
+    assert repr(loaded).endswith(", quick=True)")
     assert result["contract_sha256"] != contract.hash
     assert [(v["name"], v["repeats"]) for v in result["variants"]] == [
         ("majority", 1),

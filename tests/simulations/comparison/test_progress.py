@@ -100,6 +100,14 @@ def figures_of(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def test_the_table_of_noise_from_a_known_seed_has_no_finite_epsilon() -> None:
+    result = result_of(("north",), 3, 1)
+    assert any("8 (0.0001)" in line for line in lines_of(result, 200))
+    result["privacy"]["insecure"] = True
+    assert not any("8 (0.0001)" in line for line in lines_of(result, 200))
+    assert sum("∞" in line for line in lines_of(result, 200)) == 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     width=st.integers(40, 220),

@@ -22,11 +22,11 @@ from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
-from silotune.common.errors import ContractError, DataError, UsageError
+from silotune.common.errors import ContractError, DataError, ErrorCode, UsageError
 from silotune.common.secagg.key_agreement import default_threshold
 from silotune.simulations.comparison.options import Options, computing
 from silotune.simulations.comparison.recipe import load_recipe, recipe_names
-from silotune.simulations.comparison.run import _instead_of_older, _set_aside
+from silotune.simulations.comparison.run import _instead_of_older, _quick_form, _set_aside
 from silotune.simulations.datasets import catalog
 from silotune.simulations.datasets.tables import TABLES
 from silotune.simulations.execution.job import run_job
@@ -244,6 +244,19 @@ def test_the_quick_form_of_a_recipe_is_a_plan_with_the_same_guarantee_in_fewer_r
     assert name != "heart-diagnosis" or quick.contract.rounds == 23
 
 
+def test_the_quick_form_names_the_rounds_of_the_variant_that_is_judged() -> None:
+    recipe = load_recipe("heart-diagnosis")
+    quick, rounds = recipe.quick(), set[str]()
+    for variant in variants_of(quick.contract, quick.config.variants):
+        said = _quick_form(variant, recipe)
+        plans = variants_of(recipe.contract, recipe.config.variants)
+        whole = next(v for v in plans if v.name == variant.name).contracts[0].rounds
+        short = variant.contracts[0].rounds
+        assert (f" {short} of {whole} rounds" in said) == (short < whole)
+        rounds.add(said)
+    assert len(rounds) > 1
+
+
 def test_an_unknown_recipe_is_named() -> None:
     with pytest.raises(UsageError, match="Did you mean 'heart-diagnosis'"):
         load_recipe("heart-diagnose")
@@ -317,6 +330,18 @@ def test_an_older_run_keeps_its_place_where_the_new_one_is_refused(tmp_path: Pat
     assert said[0] == f"the older run in {folder} is now {said[1]}"
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+def test_a_folder_that_is_no_runs_stays_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("1")
+    (tmp_path / "empty").mkdir()
+    for name in ("thesis", "thesis/chapter.tex"):
+        with pytest.raises(UsageError, match="is no run's folder") as refused:
+            _set_aside(tmp_path / name)
+        assert refused.value.code == ErrorCode.RUN_FOLDER_UNUSABLE
+    assert _set_aside(tmp_path / "empty") is None
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "empty"}
 
 
 def test_masks_of_a_simulation_are_those_of_a_server(table_contract: Contract) -> None:

@@ -86,6 +86,15 @@ def test_an_epsilon_is_never_without_delta_unit_and_accountant(table_contract: C
             assert all(word in line for word in ("δ", "per record", "RDP"))
 
 
+def test_noise_from_a_known_seed_has_no_epsilon_and_a_warning(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.8)]
+    found = verdict(rows, [job()], "auc", table_contract, [0] * 107 + [1] * 122, insecure=True)
+    assert not any("ε" in line for line in found["lines"])
+    assert found["warnings"][0] == (
+        "insecure_seed: the noise can be removed; this run gives no privacy."
+    )
+
+
 def test_where_less_is_better_a_smaller_number_leads(table_contract: Contract) -> None:
     def of(name: str, value: float) -> dict[str, Any]:
         found = row(name, 0.0)

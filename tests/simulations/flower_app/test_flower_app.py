@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import stat
 import tomllib
 from io import BytesIO
 from pathlib import Path
@@ -20,11 +22,12 @@ from flwr.serverapp import Grid
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
-from silotune.common.errors import RunError, UsageError
+from silotune.common.errors import ErrorCode, RunError, UsageError
 from silotune.server.storage.run_store import RunStore
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.flower_app.app_folder import write_app
+from silotune.simulations.flower_app.sites import lifetime_epsilon
 from silotune.simulations.flower_app.sockets import socket_folder
 
 pytestmark = pytest.mark.download
@@ -145,6 +148,37 @@ def test_what_contradicts_the_contract_is_refused_before_anything_is_charged(
         flwr_run(folder, 3)
     assert charges(folder, "hungary") == []
     assert not (folder / "runs").exists()
+
+
+def test_a_run_config_cannot_raise_the_budget_of_the_ledgers(tmp_path: Path) -> None:
+    (tmp_path / "sites").mkdir()
+    with pytest.raises(UsageError, match="make the app again"):
+        lifetime_epsilon(tmp_path, 8.0)
+    (tmp_path / "sites" / "site-epsilon").write_text("16.0\n")
+    assert lifetime_epsilon(tmp_path, 16) == 16.0
+    for asked in (16.1, math.inf, math.nan, 0, "8"):
+        with pytest.raises(UsageError, match="at most 16"):
+            lifetime_epsilon(tmp_path, asked)
+
+
+def test_what_a_site_says_of_its_records_stays_in_a_file_of_the_owners(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "app"
+    write(folder)
+    file = folder / "records" / "hungary.csv"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    lines[3] = lines[3].replace("Male", "Marsian").replace("Female", "Marsian")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match=r"^Site hungary does not take part \(E302\)") as failed:
+        flwr_run(folder, 2)
+    assert failed.value.code == ErrorCode.SCHEMA_MISMATCH
+    assert failed.value.__suppress_context__
+    said = "".join(capfd.readouterr()) + str(failed.value)
+    assert "allows" not in said
+    log = folder / "sites.log"
+    assert "column 'sex' allows" in log.read_text(encoding="utf-8")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
