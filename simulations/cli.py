@@ -353,7 +353,7 @@ def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, ou
 
     \b
     $ silotune sim flower-app heart-diagnosis --out heart
-    $ cd heart && flwr run . --stream
+    $ cd heart && FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 flwr run . --stream
     """
     from silotune.simulations.comparison.recipe import load_recipe
     from silotune.simulations.flower_app.app_folder import write_app

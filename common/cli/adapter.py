@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from silotune.common.cli.contract import check_ended
 from silotune.common.cli.main import emit, reading_options
 from silotune.common.contract import contract as contracts
-from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError
+from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError, counted
 from silotune.common.model_files.model_source import required
 from silotune.common.protocol.tensors import check, load
 
@@ -84,7 +85,7 @@ def watch(
 
     \b
     $ silotune adapter watch runs/market-sentiment/variants/federated-lora-0 stream.csv
-    2,000 rows of stream.csv · 1 changes
+    2,000 rows of stream.csv · 1 change
     earnings  row 1,607: 61% → 30% since row 1,498
     picture  watch/watch.svg
     """
@@ -118,7 +119,7 @@ def watch(
     (out / "watch.json").write_text(text, encoding="utf-8")
     label_monitor.draw(values, alerts, out / "watch.svg")
     wide = max(map(len, values))
-    lines = [f"{len(inputs):,} rows of {data.name} · {len(alerts)} changes"]
+    lines = [f"{len(inputs):,} rows of {data.name} · {counted(len(alerts), 'change')}"]
     lines += [
         f"{a.label:<{wide}}  row {a.row + 1:,}: {a.before:.0%} → {a.after:.0%} since row "
         f"{a.since + 1:,}"
@@ -255,6 +256,7 @@ def answer(
 
 def _contract(run: Path) -> Contract:
     """The contract of the run; UsageError that names its variants for a folder of `sim run`."""
+    check_ended(run)
     variants = [file.parent for file in sorted((run / "variants").glob(f"*/{ADAPTER}"))]
     if variants and not (run / ADAPTER).is_file():
         variants.sort(

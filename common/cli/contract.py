@@ -26,7 +26,7 @@ from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
-from silotune.common.errors import DataError, SilotuneError, UsageError, did_you_mean
+from silotune.common.errors import DataError, SilotuneError, UsageError, counted, did_you_mean
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import busy, echo
 
@@ -185,11 +185,7 @@ def named(name: Path) -> Contract:
     recipes = recipe_files()
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
-    if (name / "variants").is_dir():
-        raise UsageError(
-            f"{name} is a `silotune sim run` that has not ended, or was stopped: it has no "
-            "contract.json and no result. A new one begins again."
-        )
+    check_ended(name)
     if name.is_dir():
         raise UsageError(f"{name} is no run's folder: it has no contract.json.")
     if not name.exists() and name.suffix not in (".toml", ".json"):
@@ -198,6 +194,15 @@ def named(name: Path) -> Contract:
             f"{did_you_mean(str(name), recipes)} Recipes: {', '.join(sorted(recipes))}."
         )
     return contracts.load(name)
+
+
+def check_ended(run: Path) -> None:
+    """UsageError if this is the folder of a `sim run` without a result."""
+    if (run / "variants").is_dir() and not (run / "contract.json").is_file():
+        raise UsageError(
+            f"{run} is a `silotune sim run` that has not ended, or was stopped: it has no "
+            "contract.json and no result. A new one begins again."
+        )
 
 
 @contract.command()
@@ -327,14 +332,14 @@ def new(
         questions.done()
     found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
-    what = f"{len(texts) or len(answers.columns)} columns"
-    counted, sentence = _texts_cut(data, reading, found, model)
+    what = counted(len(texts) or len(answers.columns), "column")
+    cut, sentence = _texts_cut(data, reading, found, model)
     emit(
-        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **counted},
+        {"file": str(out), "sha256": found.hash, "warnings": found.warnings, **cut},
         as_json,
         "\n".join(
             [
-                f"✓ {out}  {what}, {len(found.sites)} sites  {found.hash[:12]}…",
+                f"✓ {out}  {what}, {counted(len(found.sites), 'site')}  {found.hash[:12]}…",
                 *warning_lines(found),
                 f"{sentence}Look at edges, values and numbers: all of it is public.",
                 next_step(

@@ -135,7 +135,7 @@ def misplaced_option(option: str, words: Sequence[str], known: Sequence[str]) ->
 
 
 def _setting(word: str, known: Sequence[str]) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
+    key, _, value = word.partition("=")
     if key in known and not value:
         raise UsageError(f"'{key}' needs a value: {key}={EXAMPLES.get(key, 'VALUE')}.")
     if key not in known:
