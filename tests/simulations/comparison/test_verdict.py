@@ -74,7 +74,7 @@ def test_texts_behind_the_cut_are_the_cause_that_is_named(table_contract: Contra
 def test_no_gain_on_own_rows_and_lost_sites_are_warnings(table_contract: Contract) -> None:
     rows = [row("majority", 0.5), row("federated-lora", 0.9, own=0.80), row("alone", 0.8, own=0.81)]
     found = words(rows, table_contract, failed={"south": "E501"})
-    assert any("gain nothing" in w for w in found["warnings"])
+    assert any("no measurable gain" in w for w in found["warnings"])
     assert any("without: south" in w for w in found["warnings"])
     assert "1 of 2 sites" in " ".join(found["lines"])
 
@@ -101,7 +101,7 @@ def test_where_less_is_better_a_smaller_number_leads(table_contract: Contract) -
     assert verdict_of(150.0, 140.0)["word"] == "weak"
     assert verdict_of(199.0, 210.0)["word"] == "useless"
     assert not any("standard error" in line for line in verdict_of(150.0, 170.0)["lines"])
-    assert any("gain nothing" in line for line in verdict_of(150.0, 140.0)["warnings"])
+    assert any("no measurable gain" in line for line in verdict_of(150.0, 140.0)["warnings"])
 
 
 def test_a_figure_without_a_known_error_has_no_standard_error(table_contract: Contract) -> None:
