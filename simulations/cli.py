@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,12 @@ from silotune.common.cli.main import emit, next_step
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import busy, echo
 from silotune.simulations.datasets import catalog
+
+if TYPE_CHECKING:
+    from silotune.simulations.comparison.options import Options
+    from silotune.simulations.comparison.recipe import Recipe
+
+RECIPE_PAGE = "recipe.toml"  # beside a shipped recipe's contract
 
 
 def _studies(_: click.Context) -> list[str]:
@@ -171,22 +178,37 @@ def sim_run(
     """
     with busy(f"starting {recipe}"):
         from silotune.simulations.comparison.options import Options
-        from silotune.simulations.comparison.recipe import load_recipe, own_recipe
         from silotune.simulations.comparison.run import run
         from silotune.simulations.execution.device import check_device
 
         options = replace(Options.parse(settings), quick=quick)
         check_device(options.performance)
-        if options.data is not None:
-            found = own_recipe(Path(recipe), options.data, options.site_column, options.reading)
-        elif Path(recipe).suffix in (".toml", ".json"):
-            raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
-        else:
-            found = load_recipe(recipe)
+        found = _asked(recipe, options)
     command = "silotune " + shlex.join(sys.argv[1:])
     result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
+
+
+def _asked(recipe: str, options: Options) -> Recipe:
+    """The shipped recipe of this name, or that of the contract in this file."""
+    from silotune.simulations.comparison.recipe import load_recipe, own_recipe
+
+    file = Path(recipe)
+    if file.name == RECIPE_PAGE:
+        raise UsageError(
+            f"{recipe} is a recipe's page: `silotune sim run NAME` runs a shipped recipe, and a "
+            "contract.toml with data=FILE.csv runs records of one's own."
+        )
+    if options.data is not None:
+        if not file.exists() and recipe in recipe_files():
+            raise UsageError(
+                f"{recipe} is a recipe and has its own records; data= is for a contract's file."
+            )
+        return own_recipe(file, options.data, options.site_column, options.reading)
+    if file.suffix in (".toml", ".json"):
+        raise UsageError(f"{recipe} is a contract: name its table, data=FILE.csv.")
+    return load_recipe(recipe)
 
 
 @sim.command("compare", cls=WithSettings)
@@ -345,7 +367,7 @@ def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, ou
 
     \b
     $ silotune sim flower-app heart-diagnosis --out heart
-    $ cd heart && flwr run . --stream
+    $ cd heart && FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 flwr run . --stream
     """
     from silotune.simulations.comparison.recipe import load_recipe
     from silotune.simulations.flower_app.app_folder import write_app

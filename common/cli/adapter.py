@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from silotune.common.cli.contract import check_ended
 from silotune.common.cli.main import emit, reading_options
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError, counted
@@ -255,6 +256,7 @@ def answer(
 
 def _contract(run: Path) -> Contract:
     """The contract of the run; UsageError that names its variants for a folder of `sim run`."""
+    check_ended(run)
     variants = [file.parent for file in sorted((run / "variants").glob(f"*/{ADAPTER}"))]
     if variants and not (run / ADAPTER).is_file():
         variants.sort(

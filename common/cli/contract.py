@@ -185,11 +185,7 @@ def named(name: Path) -> Contract:
     recipes = recipe_files()
     if not name.is_file() and str(name) in recipes:
         return contracts.parse(recipes[str(name)].read_text(encoding="utf-8"), f"{name}.toml")
-    if (name / "variants").is_dir():
-        raise UsageError(
-            f"{name} is a `silotune sim run` that has not ended, or was stopped: it has no "
-            "contract.json and no result. A new one begins again."
-        )
+    check_ended(name)
     if name.is_dir():
         raise UsageError(f"{name} is no run's folder: it has no contract.json.")
     if not name.exists() and name.suffix not in (".toml", ".json"):
@@ -198,6 +194,15 @@ def named(name: Path) -> Contract:
             f"{did_you_mean(str(name), recipes)} Recipes: {', '.join(sorted(recipes))}."
         )
     return contracts.load(name)
+
+
+def check_ended(run: Path) -> None:
+    """UsageError if this is the folder of a `sim run` without a result."""
+    if (run / "variants").is_dir() and not (run / "contract.json").is_file():
+        raise UsageError(
+            f"{run} is a `silotune sim run` that has not ended, or was stopped: it has no "
+            "contract.json and no result. A new one begins again."
+        )
 
 
 @contract.command()

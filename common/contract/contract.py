@@ -224,7 +224,7 @@ class Contract(Frozen):
 
         Raises:
             UsageError: If answers are missing, or do not go together.
-            DataError: If the header lacks a column that the answers name.
+            DataError: If the header lacks a column that the answers name; a note names the nearest.
         """
         from silotune.common.contract import drafting  # which needs contracts
 

@@ -170,12 +170,14 @@ def contract_of(
     names = [str(name) for name in header]
     absent = [name for name in answers.used if name not in names]
     if absent:
-        raise DataError(
+        absence = DataError(
             " ".join(f"Column '{name}' is not in the header." for name in absent),
             code=ErrorCode.SCHEMA_MISMATCH,
             local=f"it has: {', '.join(names[:40])}."
             + "".join(did_you_mean(name, names) for name in absent),
         )
+        absence.add_note(absence.local)  # a traceback shows it
+        raise absence
     return contracts.parse(draft(answers), "Contract.draft")
 
 

@@ -44,6 +44,15 @@ READERS: dict[str, Any] = {
     "site_column": str,
     "model": Path,
 }
+EXAMPLES = {
+    "epsilon": "3",
+    "delta": "1e-5",
+    "repeats": "3",
+    "variants": "federated-lora,alone",
+    "data": "FILE.csv",
+    "site_column": "COLUMN",
+    "model": "FOLDER",
+}
 OF_RUN = (*READERS, *OF_FILE, *OF_COMPUTING)  # all settings of `sim run`
 
 
@@ -126,8 +135,10 @@ def misplaced_option(option: str, words: Sequence[str], known: Sequence[str]) ->
 
 
 def _setting(word: str, known: Sequence[str]) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if not equals or key not in known:
+    key, _, value = word.partition("=")
+    if key in known and not value:
+        raise UsageError(f"'{key}' needs a value: {key}={EXAMPLES.get(key, 'VALUE')}.")
+    if key not in known:
         offered = sorted(set(known) - set(REFUSED))
         rounds = (
             (

@@ -24,6 +24,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import epsilon_text
+from silotune.common.errors import counted
 from silotune.common.model_files.model_source import folder_of
 from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
@@ -34,6 +35,8 @@ from silotune.simulations.execution.variants import Job, JobResult
 from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 BAR = 12
+# What the main run must have done before its rounds say how long the rest takes: seconds, share.
+LEAST_SECONDS, LEAST_SHARE = 5.0, 0.05
 WIDE = 80  # columns of what is no terminal and does not say by COLUMNS how many it has
 # What uses the adapter of a task: a verb of `silotune adapter`, the package that it needs, and the
 # extra that has it.
@@ -86,7 +89,13 @@ class Progress:
         self._insecure = False  # the noise is from a seed that is known
         self._main: tuple[str, int] | None = None
         self._cost_done = self._cost_all = 0.0
-        self._began = self._started = time.monotonic()
+        # Of the runs that the rate is taken from: all of their cost, that of their rounds after the
+        # first, which ends the loading of models, when that was, and how long these took.
+        self._rated_all = self._rated = self._rated_seconds = 0.0
+        self._rated_began: float | None = None
+        self._at_a_time = 1
+        self._last_time = 0.0
+        self._started = time.monotonic()
         self._finished = 0
 
     @contextmanager
@@ -138,7 +147,8 @@ class Progress:
             entry("       ", f"updates masked: the server sees sums of at least {c.quorum} sites")
         entry(
             "       ",
-            f"{len(jobs)} runs to compare {len({j.variant for j in jobs})} variants, "
+            f"{counted(len(jobs), 'run')} to compare "
+            f"{counted(len({j.variant for j in jobs}), 'variant')}, "
             f"{processes} at a time",
         )
         entry(
@@ -161,8 +171,11 @@ class Progress:
         # Of sites by themselves there are several, whose rounds would be mixed.
         if sum((job.variant, job.repeat) == first for job in jobs) == 1:
             self._main = first
-        self._cost_all = sum(job.cost for job in jobs)
-        self._began = self._started = time.monotonic()
+        self._cost_all = self._rated_all = sum(job.cost for job in jobs)
+        if self._main:
+            self._rated_all, self._at_a_time = jobs[0].cost, min(processes, len(jobs))
+        self._last_time = last_time.seconds(jobs, processes) if last_time else 0.0
+        self._started = time.monotonic()
         if self.console.is_terminal:
             self._live = Live(
                 get_renderable=self._status,
@@ -174,11 +187,15 @@ class Progress:
 
     def round(self, variant: str, repeat: int, cost: float, facts: RoundRecord) -> None:
         """One committed round of any run; those of the main run become lines."""
-        if not self._cost_done:
-            self._began = time.monotonic()  # loading models is over; the rate counts from here
-        known = self._left() != ""
+        known = self._measured
         self._cost_done += cost
-        if not known and self._left() and not self.console.is_terminal:
+        if self._main in (None, (variant, repeat)):
+            if self._rated_began is None:
+                self._rated_began = time.monotonic()
+            else:
+                self._rated += cost
+                self._rated_seconds = time.monotonic() - self._rated_began
+        if not known and self._left() and self._measured and not self.console.is_terminal:
             self._entry("       ", f"about {self._left()} left, measured by the first rounds")
         if (variant, repeat) == self._main:
             self.console.print(self._line(facts))
@@ -226,9 +243,9 @@ class Progress:
         if not self._jobs:
             return ""
         return (
-            f"Stopped: {self._finished} of {len(self._jobs)} runs were done, and their comparison "
-            "is lost: a new `silotune sim run` begins again. What they wrote is in "
-            f"{folder / 'variants'}."
+            f"Stopped: {self._finished} of {counted(len(self._jobs), 'run')} were done, and "
+            "their comparison is lost: a new `silotune sim run` begins again. What they wrote is "
+            f"in {folder / 'variants'}."
         )
 
     def _entry(self, label: str, text: str) -> None:
@@ -254,19 +271,29 @@ class Progress:
             f"{shown:>5} {'█' * filled}{'░' * (BAR - filled)} {self._left():>7}"
         )
 
+    @property
+    def _measured(self) -> bool:
+        """Whether there is a rate. Where there is a main run it is that of its rounds: those of a
+        cheap variant beside it say nothing of the others."""
+        enough = self._rated >= LEAST_SHARE * self._rated_all
+        return enough and self._rated_seconds >= LEAST_SECONDS
+
     def _left(self) -> str:
-        if self._cost_done < 0.05 * self._cost_all:
-            return ""  # too early for a rate
-        return clock((time.monotonic() - self._began) * (self._cost_all / self._cost_done - 1))
+        """By the rate, and before there is one by the last comparison like this; else ""."""
+        if self._measured:
+            rest = (self._cost_all - self._cost_done) / self._at_a_time
+            return clock(self._rated_seconds / self._rated * rest)
+        left = self._last_time - (time.monotonic() - self._started)
+        return clock(left) if left > 0 else ""
 
     def _status(self) -> Text:
         """The live line, as it is now."""
         since = clock(time.monotonic() - self._started)
         if not self._cost_done:
-            return Text(f"starting {len(self._jobs)} runs, {since}")
+            return Text(f"starting {counted(len(self._jobs), 'run')}, {since}")
         left = self._left()
         return Text(
-            f"comparing: {self._finished} of {len(self._jobs)} runs done, "
+            f"comparing: {self._finished} of {counted(len(self._jobs), 'run')} done, "
             f"{100 * self._cost_done / self._cost_all:.0f} %, {since} so far"
             + (f", {left} left" if left else "")
         )

@@ -243,8 +243,8 @@ def _joined(
 def _variants(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
     """The variants that the names mean; no name at all means every variant.
 
-    What the contract itself trains is its own method: "head" of a contract without an adapter adds
-    nothing to it.
+    What the contract itself trains is its own method and no baseline: "head" of a contract without
+    an adapter is refused.
     """
     if baselines is None:
         return []
@@ -256,13 +256,18 @@ def _variants(recipe: Recipe, baselines: Sequence[str] | None) -> list[str]:
         if variant.name != MAIN
     ]
     known = {_short(name): name for name in variants}
-    own = {MAIN}
+    own = set[str]()
     if recipe.contract.adapter is None:
-        own |= {"head", "federated-head", trained(recipe.contract)}
+        own = {"head", "federated-head", trained(recipe.contract)}
     chosen = [MAIN]
     for name in baselines:
-        if name in own:
+        if name == MAIN:
             continue
+        if name in own:
+            raise UsageError(
+                f"baselines has {name!r}, which is the method itself of this contract: leave it "
+                f"out. Known: {', '.join(known)}."
+            )
         if name not in variants and name not in known:
             raise UsageError(
                 f"baselines has {name!r}, which is no method of this contract."

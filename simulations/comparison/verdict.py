@@ -9,6 +9,7 @@ from typing import Any
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import epsilon_text
 from silotune.common.contract.task import LOWER_IS_BETTER
+from silotune.common.errors import counted
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.execution.variants import MAIN, JobResult, trained
@@ -63,7 +64,7 @@ def verdict(
     lines, warnings = [_figures(main, means, metric, contract)], list[str]()
     if not baselines:
         lines.append(f"These are of: {main['label']}. The contract's own variant was not run.")
-    if error is not None:
+    if error:  # of figures such as AUC 1 the formula gives 0, which is no error that rows have
         lines.append(
             ("± is the spread over runs. " if main["repeats"] > 1 else "")
             + f"With {len(labels):,} test records each figure has a standard error of {error:.3f}."
@@ -80,8 +81,8 @@ def verdict(
         }
         lines.append(
             f"On test records of its own site: {name} {own[main['name']]:.3f} with the "
-            f"federation (mean over {defined} of {len(contract.sites)} sites, for which it is "
-            "defined); "
+            f"federation (mean over {defined} of {counted(len(contract.sites), 'site')}, for "
+            "which it is defined); "
             + ", ".join(f"{own[a]:.3f} {SHORT[a]}" for a in alone)
             + ". On all test records: "
             + f"{here:.3f}; "
@@ -166,7 +167,7 @@ def _one_class(found: int, runs: int, contract: Contract, lengths: Lengths) -> s
     """What is said when a model always gives the same answer, and the likely cause."""
     what = "the same number" if contract.task.kind == "regression" else "only one class"
     unread = 2 * lengths.lost > lengths.entities
-    return f"The model predicts {what} in {found} of {runs} runs. Likely: " + (
+    return f"The model predicts {what} in {found} of {counted(runs, 'run')}. Likely: " + (
         "it does not read most of the entities, which lie behind the cut."
         if unread
         else "too much noise for this many records."

@@ -19,6 +19,8 @@ from silotune.simulations.execution.roster_keys import with_keys
 from silotune.simulations.flower_app.sites import LIMIT, make_sites
 
 CODE = ("__init__.py", "server_app.py", "client_app.py")
+# Silotune is used as installed; Flower would build an environment with uv, from a package index.
+NO_ENVIRONMENT = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
 SUPERNODES = 2  # of a simulation that is told nothing else
 RUNS = 2  # that a site's budget is for; composed they cost less than twice one run
 
@@ -69,6 +71,7 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
     for name in CODE:
         (code / name).write_text((own / name).read_text(encoding="utf-8"), encoding="utf-8")
     more = f' --federation-config "num-supernodes={sites}"' if sites != SUPERNODES else ""
+    command = f"{NO_ENVIRONMENT} flwr run . --stream{more}"
     facts = {
         "name": f"silotune-{recipe.name}",
         "title": recipe.config.title,
@@ -79,11 +82,11 @@ def write_app(recipe: Recipe, variant: str, rounds: int | None, sites: int, fold
         "rounds": contract.rounds,
         "epsilon": contract.privacy.epsilon,
         "sites": names,
-        "federation": more,
+        "command": command,
     }
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - TOML
     for name in ("pyproject.toml", "README.md"):
         template = environment.from_string((own / f"{name}.j2").read_text(encoding="utf-8"))
         (folder / name).write_text(template.render(facts), encoding="utf-8")
     (folder / "LICENSE").write_text("Apache-2.0\n", encoding="utf-8")
-    return f"flwr run . --stream{more}"
+    return command

@@ -226,6 +226,8 @@ def test_a_packaged_model_is_found_in_the_cache_and_another_one_asked_for(
     error = call(run, data, "--out", tmp_path / "watch").exception
     assert isinstance(error, DataError)
     assert error.code == "E305"
+    error = call(tmp_path / "runs", data).exception
+    assert "has not ended, or was stopped" in str(error)
     (tmp_path / "runs" / "contract.json").write_text(made.model_dump_json())
     error = call(tmp_path / "runs", data).exception
     assert isinstance(error, UsageError)

@@ -67,7 +67,7 @@ def test_draft_is_what_the_command_drafts() -> None:
         ({"sites": []}, ContractError, "'sites' needs at least 1, has 0"),
         ({"records": 0}, ContractError, "'records' must be greater than or equal to 1, got 0"),
         ({"epsilon": -1.0}, ContractError, "'epsilon' must be greater than 0, got -1.0"),
-        ({"label": "statu"}, DataError, r"Column 'statu' is not in the header\.$"),
+        ({"label": "statu"}, DataError, r"Column 'statu' is not in the header\.\n"),
     ],
 )
 def test_wrong_answers_are_named(
@@ -76,4 +76,5 @@ def test_wrong_answers_are_named(
     with pytest.raises(error, match=said) as caught:
         Contract.draft(HEADER, **ANSWERS | changed)
     if isinstance(caught.value, DataError):
-        assert "Did you mean 'status'" in caught.value.local
+        (note,) = caught.value.__notes__
+        assert "Did you mean 'status'" in note

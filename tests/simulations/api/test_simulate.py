@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,6 +26,7 @@ from silotune.simulations.comparison import simulate as module
 from silotune.simulations.comparison.recipe import load_recipe, recipe_of, with_baselines
 from silotune.simulations.comparison.simulate import _joined, _variants
 from tests import tiny
+from tests.test_layout import ROOT
 
 SCRIPT = """
 import numpy as np
@@ -38,7 +41,7 @@ print("this script runs")
 
 contract = st.Contract.load("small.toml")
 plan = st.privacy.plan(contract)
-run = st.simulate(contract, data=df, site="hospital", epsilon=8, baselines=["head"], repeats=1,
+run = st.simulate(contract, data=df, site="hospital", epsilon=8, baselines=[], repeats=1,
                   processes=1)
 table = run.table()
 assert list(table.index) == ["majority", "federated-lora"], table
@@ -264,6 +267,11 @@ WRONG: list[tuple[dict[str, Any], type[SilotuneError], str]] = [
     ({"contract": 5}, UsageError, "contract is a int, and must be a Contract, a Recipe or"),
     ({"contract": "heart-diagnosis"}, UsageError, r"'data' goes with .* Leave data out"),
     ({"baselines": ["tuned"]}, UsageError, "'tuned', .* Known: alone, no-dp, pooled"),
+    (
+        {"baselines": ["head"]},
+        UsageError,
+        "'head', which is the method itself of this contract: leave it out. Known: alone, no-dp",
+    ),
     ({"repeats": 0}, UsageError, "'repeats' must be at least 1, got 0"),
     ({"processes": 1.5}, UsageError, "'processes' must be a whole number, got 1.5"),
     ({"epsilon": -1.0}, ContractError, "'privacy.epsilon' must be greater than 0, got -1.0"),
@@ -364,6 +372,21 @@ def test_a_damaged_result_is_a_usage_error(tmp_path: Path) -> None:
             load(whole | {"variants": variants})
     with pytest.raises(UsageError, match="has format 2, and this Silotune reads format 1"):
         load(whole | {"format": 2})
+
+
+def test_the_table_that_the_readme_prints_is_not_cut() -> None:
+    names = load_recipe("heart-diagnosis").contract.task.metrics
+    found = [_variant("federated-no-dp", "Federated", [0.51234, 0.6], None)]
+    for variant in found:
+        variant["metrics"] = dict.fromkeys([*names, "loss"], variant["metrics"]["accuracy"])
+    contract = tiny.contract_of("classification", "one-hot")
+    run = st.RunResult(Path("run"), contract, CONTENT | {"variants": found})
+    for page in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (shown,) = re.findall(r"^print\(run\.table\(\)\[(\[.*?\])\]\)", text, re.M)
+        lines = str(run.table()[ast.literal_eval(shown)]).splitlines()
+        assert "..." not in lines[0]
+        assert max(map(len, lines)) <= 80
 
 
 def _variant(name: str, label: str, values: list[float], epsilon: float | None) -> dict[str, Any]:

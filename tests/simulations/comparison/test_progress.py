@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison import progress as progress_module
+from silotune.simulations.comparison.duration import Duration
 from silotune.simulations.comparison.progress import (
     Progress,
     folded_step,
@@ -212,6 +214,51 @@ def test_something_is_shown_at_once_and_no_time_left_without_a_time(
     assert "left" not in shown._status().plain
     shown.round("alone", 0, 10 * jobs[0].cost, round_of(2))
     assert re.search(r"10 %, 1m40s so far, \d+s left$", shown._status().plain)
+
+
+def test_the_time_left_is_by_the_rounds_of_the_main_run(
+    table_contract: Contract, clock: Clock
+) -> None:
+    main = job_of(table_contract)
+    jobs = [main, *(replace(main, variant=f"other-{k}") for k in range(3))]
+    shown = Progress(recipe_config("x"), table_contract, quiet=True)
+    shown.start([], jobs, 2)  # four runs alike, two at a time
+    clock.now = 20.0
+    shown.round("other-0", 0, main.cost / 3, round_of(1))
+    clock.now = 20.1
+    shown.round("other-0", 0, main.cost / 3, round_of(2))  # cheap: 2/3 of a run in 0.1 s
+    assert shown._left() == ""
+    clock.now = 30.0
+    shown.round("federated-lora", 0, main.cost / 3, round_of(1))
+    assert shown._left() == ""
+    clock.now = 40.0
+    shown.round("federated-lora", 0, main.cost / 3, round_of(2))
+    # A run takes 30 s; 4 - 4/3 of them are left.
+    assert shown._left() == "40s"
+
+
+def test_before_rounds_show_the_time_left_it_is_that_of_the_last_comparison(
+    table_contract: Contract, clock: Clock
+) -> None:
+    main = job_of(table_contract)
+    jobs = [main, replace(main, variant="other")]
+    shown = Progress(recipe_config("x"), table_contract, quiet=True)
+    shown.start([], jobs, 1, last_time=Duration.of(jobs, 1, 100.0, 1, "2026-11-30"))
+    clock.now = 10.0
+    shown.round("other", 0, main.cost / 3, round_of(1))
+    assert shown._left() == "1m30s"
+    for now in (11.0, 12.0):  # too short for a rate
+        clock.now = now
+        shown.round("federated-lora", 0, main.cost / 3, round_of(1))
+    assert shown._left() == "1m28s"
+    clock.now = 101.0
+    assert shown._left() == ""
+
+
+def test_one_is_no_plural(table_contract: Contract, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress(recipe_config("x"), table_contract)
+    shown.start([], [job_of(table_contract)], 1)
+    assert "1 run to compare 1 variant, 1 at a time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quiet", [False, True])

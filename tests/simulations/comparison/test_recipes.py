@@ -144,7 +144,7 @@ def test_rows_are_the_same_with_other_releases_of_pandas(
         (("processes=0",), "'processes' must be at least 1, got '0'"),
         (("rounds=3",), "Rounds are the contract's: `silotune sim export RECIPE --rounds N"),
         (("epsilonn=3",), "Did you mean 'epsilon'"),
-        (("epsilon",), "key=value"),
+        (("epsilon",), "'epsilon' needs a value: epsilon=3."),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(words: tuple[str, ...], says: str) -> None:
@@ -183,6 +183,27 @@ def test_a_setting_that_is_given_like_an_option_is_shown_as_it_is_typed(
     code, said, wrong = run("sim", *words)
     assert (code, said) == (2, "")
     assert says in wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("heart-diagnosis", "data=clinic.csv"),
+            "heart-diagnosis is a recipe and has its own records; data= is for a contract's file.",
+        ),
+        (("heart-diagnosis", "epsilon"), "'epsilon' needs a value: epsilon=3."),
+        (("heart-diagnosis", "device="), "'device' needs a value: device=VALUE."),
+        (("a/recipe.toml",), "a/recipe.toml is a recipe's page: `silotune sim run NAME` runs"),
+        (("a/recipe.toml", "data=x.csv"), "a contract.toml with data=FILE.csv runs records"),
+    ],
+)
+def test_what_cannot_be_run_is_told_with_what_can(
+    words: tuple[str, ...], says: str, run: Callable[..., Ran]
+) -> None:
+    code, said, wrong = run("sim", "run", *words)
+    assert (code, said) == (2, "")
+    assert says in " ".join(wrong.split())
 
 
 def test_a_study_needs_a_process(run: Callable[..., Ran]) -> None:

@@ -113,6 +113,16 @@ def test_where_less_is_better_a_smaller_number_leads(table_contract: Contract) -
     assert any("no measurable gain" in line for line in verdict_of(150.0, 140.0)["warnings"])
 
 
+def test_a_figure_without_a_known_error_has_no_standard_error(table_contract: Contract) -> None:
+    sentence = "standard error"
+    found = words([row("majority", 0.5), row("federated-lora", 1.0)], table_contract)
+    assert sentence not in " ".join(found["lines"])
+    found = words([row("majority", 0.5), row("federated-lora", 0.9)], table_contract)
+    assert sentence in " ".join(found["lines"])
+    one = words([row("majority", 0.5), row("federated-lora", 0.8)], table_contract, classes=1)
+    assert "in 1 of 1 run." in one["warnings"][0]
+
+
 def test_a_recipe_without_an_adapter_does_not_speak_of_lora(table_contract: Contract) -> None:
     rows = [row("majority", 0.5), row("federated-lora", 0.8), row("federated-one-hot", 0.9)]
     text = " ".join(words(rows, table_contract)["lines"])

@@ -24,6 +24,7 @@ from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import ErrorCode, RunError, UsageError
 from silotune.server.storage.run_store import RunStore
+from silotune.simulations.cli import sim_flower_app
 from silotune.simulations.comparison.recipe import load_recipe
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.flower_app.app_folder import write_app
@@ -74,7 +75,10 @@ def charges(folder: Path, site: str) -> list[tuple[str, int]]:
 
 def test_the_folder_is_a_flower_app(tmp_path: Path) -> None:
     folder = tmp_path / 'a "folder"'
-    assert write(folder) == "flwr run . --stream"
+    command = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 flwr run . --stream"
+    assert write(folder) == command
+    assert f"    {command}\n" in (folder / "README.md").read_text(encoding="utf-8")
+    assert command in str(sim_flower_app.help)
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     config = project["tool"]["flwr"]["app"]["config"]
     assert config == {
