@@ -160,7 +160,9 @@ def plan(
 
     source = click.get_current_context().get_parameter_source
     alone = ("epsilon", "noise_multiplier", "delta", "sampling_rate", "steps")
-    given = [f"--{key.replace('_', '-')}" for key in alone if source(key) != ParameterSource.DEFAULT]
+    given = [
+        f"--{key.replace('_', '-')}" for key in alone if source(key) != ParameterSource.DEFAULT
+    ]
     if contract is not None and given:
         raise UsageError(
             f"--contract has a plan of its own: leave out {', '.join(given)}, or --contract."

@@ -72,6 +72,14 @@ def row_of(run: Run, site: SiteFolder, name: str) -> dict[str, str]:
     return found
 
 
+def test_join_names_the_option_that_is_wrong(site: SiteFolder, run: Run) -> None:
+    words = ("--server", "localhost", "--ca", "ca.crt", "--fingerprint", "AA")
+    code, _, err = run("site", "join", "contract.json", *words, "--config", site.config)
+    assert code == 2
+    assert "must be HOST:PORT, such as fl.example.org:8443" in err
+    assert 'got "localhost" (--server).' in err
+
+
 # Which site ------------------------------------------------------------------------------------
 
 
