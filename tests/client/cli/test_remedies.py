@@ -175,6 +175,23 @@ def test_an_export_replaces_no_file(site: SiteFolder, run: Run) -> None:
     assert "Name a new file." in err
 
 
+def test_check_names_the_ways_into_a_contract(
+    site: SiteFolder, run: Run, table_contract: Contract
+) -> None:
+    roster = row_of(run, site, "roster")
+    assert roster["result"] == "this site is in it, without a key"
+    for words in ("north.request.json to the operator", "server add REQUEST", "server contract"):
+        assert words in roster["fix"]
+    assert row_of(run, site, "masks")["fix"] == (
+        "secure aggregation needs 3 sites, and the contract has 2"
+    )
+    edit(site, table_contract.hash, "0" * 64)
+    assert (
+        "agrees to it: silotune site join contract.json --server"
+        in (row_of(run, site, "permission")["fix"])
+    )
+
+
 # Remedies of check -----------------------------------------------------------------------------
 
 
