@@ -372,7 +372,7 @@ def _fix_of_masks(contract: Contract) -> str:
             f"secure aggregation needs {key_agreement.LEAST_SITES} sites, and the contract has "
             f"{len(contract.sites)}"
         )
-    return f"{contract.aggregation.method} needs each site's update by itself"
+    return "the contract's [aggregation] needs each site's update by itself"
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:
