@@ -97,13 +97,9 @@ def init(
     from silotune.server.operations import certificate_authority
     from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 
-    settings = types.parse(
-        json.dumps(
-            {"host": host, "port": port, "link_port": link_port, "metrics_port": metrics_port}
-        ),
-        "options.json",
-        ServerSettings,
-    )
+    given = {"host": host, "port": port, "link_port": link_port, "metrics_port": metrics_port}
+    options = {key: f"--{key.replace('_', '-')}" for key in given}
+    settings = types.of_options(ServerSettings, options, given)
     place = ServerFolder.create(folder, settings)
     print_ = certificate_authority.fingerprint((place.folder / "ca.crt").read_bytes())
     emit(

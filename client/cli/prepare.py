@@ -129,7 +129,14 @@ def _prepare(
         first = f"set file = {where} {instead}in [data] of {config}, then: "
         sign = next_step(*on_site(config, "sign"), first=first)
         words = (*again, "--out", out) if out else again
-        prepare_again = next_step(*words, first="correct what has a !, then: ")
+        in_policy = (
+            f"site.toml needs its owner's signature again: {command(*on_site(config, 'sign'))}"
+        )
+        prepare_again = next_step(
+            *words,
+            first="correct what has a !, then: ",
+            note=f"after a change, {in_policy}" if hindrances else "",
+        )
         lines.append(prepare_again if hindrances or lengths.all_lost else sign)
     facts = {
         "prepared": written,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from silotune.client.cli.options import CONFIG, JSON
 from silotune.common.cli.main import emit, next_step
@@ -157,6 +158,15 @@ def plan(
     from silotune.common.contract import contract as contracts
     from silotune.common.contract.privacy import epsilon_text
 
+    source = click.get_current_context().get_parameter_source
+    alone = ("epsilon", "noise_multiplier", "delta", "sampling_rate", "steps")
+    given = [
+        f"--{key.replace('_', '-')}" for key in alone if source(key) != ParameterSource.DEFAULT
+    ]
+    if contract is not None and given:
+        raise UsageError(
+            f"--contract has a plan of its own: leave out {', '.join(given)}, or --contract."
+        )
     for name, value, kind in (
         ("--epsilon", epsilon, types.Epsilon),
         ("--delta", delta, types.Delta),

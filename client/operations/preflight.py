@@ -40,6 +40,7 @@ from silotune.common.data.records import Records
 from silotune.common.errors import DataError, ErrorCode, RefusalError, SilotuneError, counted
 from silotune.common.model_files.model_source import SOURCES
 from silotune.common.runtime.check import Check
+from silotune.common.secagg import key_agreement
 from silotune.common.tokenization import token_lengths
 
 T = TypeVar("T")
@@ -102,8 +103,8 @@ def check(site: SiteFolder, contract_file: Path, *, network: bool = False) -> li
     if network and policy:
         _check_server(table, policy, site, contract_file)
     if policy and contract:
-        table.rows += _permission(policy, contract, site)
-        table.rows.append(_roster(policy, contract, keys))
+        table.rows += _permission(policy, contract, site, contract_file)
+        table.rows.append(_roster(policy, contract, keys, site))
         table.rows.append(_masks(policy, contract))
         if not isinstance(contract.model, OneHotModel):
             table.attempt(
@@ -289,31 +290,33 @@ def _signature(site: SiteFolder, ledger: PrivacyLedger, keys: Keys) -> tuple[Pol
     return policy, f"the owner's, number {ledger.policy.serial}"
 
 
-def _permission(policy: Policy, contract: Contract, site: SiteFolder) -> list[Check]:
+def _permission(
+    policy: Policy, contract: Contract, site: SiteFolder, contract_file: Path
+) -> list[Check]:
     refusals = policy.refusals(contract)
     if not refusals:
         return [Check("permission", "ok", "the policy permits this contract")]
+    fixes = [
+        "ask the operator for a contract that fits, or, "
+        f"if the records' owner agrees, {_then_sign(site, f'change {site.config}')}"
+    ] * len(refusals)
+    if contract.hash not in policy.permits.contracts:  # which is the first of the reasons
+        join = command(*on_site(site.config, "join", contract_file, *JOIN))
+        fixes[0] = f"if the records' owner agrees to it: {join}   ({JOIN_NOTE})"
     return [
-        Check(
-            "permission",
-            "problem",
-            str(refusal),
-            "ask the operator for a contract that fits, or, "
-            f"if the records' owner agrees, {_then_sign(site, f'change {site.config}')}",
-            refusal.code,
-        )
-        for refusal in refusals
+        Check("permission", "problem", str(refusal), fix, refusal.code)
+        for refusal, fix in zip(refusals, fixes, strict=True)
     ]
 
 
-def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
-    entry = next((site for site in contract.sites if site.name == policy.name), None)
+def _roster(policy: Policy, contract: Contract, keys: Keys | None, site: SiteFolder) -> Check:
+    entry = next((entry for entry in contract.sites if entry.name == policy.name), None)
     if entry is None:
         return Check(
             "roster",
             "problem",
             f"'{policy.name}' is not in it",
-            "the operator adds the site to the contract",
+            f"the operator names it in the draft; {_fix_of_roster(policy, site)}",
             ErrorCode.CONTRACT_NOT_ACCEPTED,
         )
     if entry.public_key is None:
@@ -321,23 +324,25 @@ def _roster(policy: Policy, contract: Contract, keys: Keys | None) -> Check:
             "roster",
             "warning",
             "this site is in it, without a key",
-            _fix_of_roster(policy, keys) if keys else "",
+            _fix_of_roster(policy, site),
         )
     if keys is not None and entry.public_key != keys.public:
         return Check(
             "roster",
             "problem",
             f"the key {entry.public_key[:12]}… is not this site's",
-            _fix_of_roster(policy, keys),
+            _fix_of_roster(policy, site),
             ErrorCode.CONTRACT_NOT_ACCEPTED,
         )
     return Check("roster", "ok", f"{policy.name}, key {entry.public_key[:12]}…")
 
 
-def _fix_of_roster(policy: Policy, keys: Keys) -> str:
+def _fix_of_roster(policy: Policy, site: SiteFolder) -> str:
+    words = ("--folder", "FOLDER")
+    add = command("server", "add", "REQUEST", "--fingerprint", "FINGERPRINT", *words)
     return (
-        f"the operator sets public_key = \"{keys.public}\" for '{policy.name}' in the "
-        "contract's [[sites]]"
+        f"send {site.folder / policy.name}.request.json to the operator, whose commands are: "
+        f"{add}, then: {command('server', 'contract', 'DRAFT', *words)}"
     )
 
 
@@ -347,7 +352,7 @@ def _masks(policy: Policy, contract: Contract) -> Check:
             "masks",
             "warning",
             contract.masks,
-            "ask the operator for a contract with [secure_aggregation]",
+            _fix_of_masks(contract),
         )
     try:
         check_bound(contract, accountant.plan(contract, policy.target(contract)))
@@ -356,6 +361,18 @@ def _masks(policy: Policy, contract: Contract) -> Check:
             "masks", "problem", str(error), "the operator changes the contract", error.code
         )
     return Check("masks", "ok", contract.masks)
+
+
+def _fix_of_masks(contract: Contract) -> str:
+    if contract.can_be_masked:
+        made = command("server", "contract", "DRAFT", "--folder", "FOLDER")
+        return f"ask the operator for a contract with [secure_aggregation]: {made}"
+    if len(contract.sites) < key_agreement.LEAST_SITES:
+        return (
+            f"secure aggregation needs {key_agreement.LEAST_SITES} sites, and the contract has "
+            f"{len(contract.sites)}"
+        )
+    return "the contract's [aggregation] needs each site's update by itself"
 
 
 def _model(policy: Policy, contract: Contract) -> tuple[None, str]:

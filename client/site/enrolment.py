@@ -17,7 +17,7 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 
 from silotune.client.site import policy as policies
 from silotune.client.site.folder import SiteFolder
-from silotune.client.site.policy import Policy
+from silotune.client.site.policy import Policy, Server
 from silotune.client.site.safe_read import read_plain
 from silotune.common.config import types
 from silotune.common.contract.contract import Contract
@@ -43,6 +43,8 @@ def enrol(
     settings: further values, by dotted key, as TOML ('data.duplicate_records' -> '"keep"'), or as
     text.
     """
+    given = {"address": address, "ca": ca}
+    types.of_options(Server, {"address": "--server", "ca": "--ca"}, given)
     try:
         authority = x509.load_pem_x509_certificate(read_plain(ca).data)
     except ValueError:

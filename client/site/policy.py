@@ -346,8 +346,8 @@ class Policy(Frozen):
                 (
                     ErrorCode.CONTRACT_NOT_ACCEPTED,
                     f"The contract '{contract.name}' ({contract.hash}) is not among the contracts "
-                    "this site permits. If you agree to it, add its hash to permits.contracts and "
-                    "sign.",
+                    "this site permits. If you agree to it: `silotune site join`, or add its hash "
+                    "to permits.contracts and sign.",
                 )
             )
         if self.name not in contract.weights():

@@ -269,11 +269,6 @@ def check_ended(run: Path) -> None:
     "1 / (10 x records), and at most 1e-4.",
 )
 @click.option(
-    "--masked",
-    is_flag=True,
-    help="Add secure aggregation: the table [secure_aggregation].",
-)
-@click.option(
     "--model",
     type=click.Path(path_type=Path),
     help="The base model's folder: texts are then counted in its own tokens.",
@@ -295,6 +290,8 @@ def new(
     **given: Any,
 ) -> None:
     """Draft a contract from a table's header and your answers.
+
+    Secure aggregation needs the sites' keys: `silotune server contract` adds it from the roster.
 
     On a terminal, the command asks for what is not given and checks each answer at once. If you
     stop, run the same command to resume. No table value is copied into the contract; take bin edges
@@ -329,13 +326,18 @@ def new(
         again += shlex.split(reading_words(reading, "--{key} {value}"))
         questions = Questions(out, names.header if names.named else None, again)
         given = questions.ask(given)
-    answers = _answers(given)
-    if names.named:
-        header.check_header(names.header, answers, data.name)
-    write_durably(out, drafting.draft(answers).encode())
+    try:
+        answers = _answers(given)
+        if names.named:
+            header.check_header(names.header, answers, data.name)
+        write_durably(out, drafting.draft(answers).encode())
+        found = contracts.load(out)
+    except SilotuneError:
+        if questions and questions.kept:
+            echo(questions.kept, err=True)
+        raise
     if questions:
         questions.done()
-    found = contracts.load(out)
     texts = answers.pair or ((answers.text,) if answers.text else ())
     what = counted(len(texts) or len(answers.columns), "column")
     unused = [name for name in names.header if name not in answers.used] if names.named else []
@@ -385,6 +387,10 @@ def _asked_path(question: str, check: Callable[[Path], object]) -> Path:
 def _new_file(path: Path) -> None:
     if path.exists():
         raise UsageError(f"{path} is there already; name a new file.")
+    if path.suffix != ".toml":
+        raise UsageError(
+            f"A contract is drafted as TOML: name a file that ends in .toml, not {path}."
+        )
 
 
 def _readable(path: Path) -> None:

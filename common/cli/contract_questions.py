@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ class Questions:
             raise click.Abort(self._advice()) from None
         return found
 
+    @property
+    def kept(self) -> str:
+        """Where the answers are and how to go on with them; "" if there are none."""
+        if not self.answered and not self._offered:
+            return ""
+        return f"The answers are kept in {self.file}; to go on with them: {command(*self.words)}"
+
     def done(self) -> None:
         """The contract is written: its answers are in it. A file that this did not write stays."""
         if self.answered:
@@ -111,11 +119,12 @@ class Questions:
     def _ask_columns(self, found: dict[str, Any]) -> None:
         """One column after the other; those of before first."""
         columns: list[str] = []
-        before = list(self._offered.get("columns", []))
+        offered = list(self._offered.get("columns", []))
         while True:
             question = "A column, 'age: 40, 60' (bin edges) or 'sex: m, f' (values); - if done"
-            default = before.pop(0) if before else ("-" if columns else None)
-            _, answer = self._answer(question, default, self._table_column)
+            default = offered.pop(0) if offered else ("-" if columns else None)
+            check = partial(self._table_column, before=columns)
+            _, answer = self._answer(question, default, check)
             if answer:
                 columns.append(answer)
                 found["columns"] = tuple(columns)
@@ -188,10 +197,12 @@ class Questions:
             raise UsageError(f"'{text}' is no column.{did_you_mean(text, self.header)}")
         return text
 
-    def _table_column(self, text: str) -> str:
+    def _table_column(self, text: str, before: Sequence[str]) -> str:
         if text == "-":
             return ""
-        self._column(Column.parse(text).name)
+        name = self._column(Column.parse(text).name)
+        if name in [Column.parse(answer).name for answer in before]:
+            raise UsageError(f"Column '{name}' is named already; name another one, or - if done.")
         return text
 
     def _pair(self, text: str) -> tuple[str, str]:
@@ -249,9 +260,9 @@ class Questions:
         write_durably(self.file, json.dumps(self._offered | self.answered, indent=1).encode())
 
     def _advice(self) -> str:
-        if not self.answered and not self._offered:
-            return "Stopped before the first answer: nothing was written."
-        return f"Stopped. The answers are kept in {self.file}; to resume: {command(*self.words)}"
+        if self.kept:
+            return f"Stopped. {self.kept}"
+        return "Stopped before the first answer: nothing was written."
 
 
 def listed(words: str | None) -> list[str]:

@@ -29,8 +29,16 @@ WORDS = {
     "path_type": "must be a path",
 }
 LONGEST_KEY = 200
-PATTERNS = {  # part of a pattern -> what it means
+PATTERNS = {  # part of a pattern -> what it means; the first that fits
     "{64}": "must be 64 hexadecimal digits",
+    "{128}": "must be 128 hexadecimal digits",
+    "{16}": "must be 16 hexadecimal digits",
+    "A-Za-z0-9 ._-": "must be a plain name of letters, digits, space, '.', '_' or '-'",
+    "a-z0-9-": "must be a name of lower-case letters, digits and '-'",
+    "ecdsa-sha2": "must be an ECDSA public key of OpenSSH (ecdsa-sha2-nistp384 …)",
+    ":\\d{1,5}": "must be HOST:PORT, such as fl.example.org:8443",
+    "A-Za-z0-9.:-": "must be a host name or an IP address, such as fl.example.org",
+    "A-Fa-f.:": "must be an IP address, such as 192.0.2.7",
     "cuda": 'must be "auto", "cpu", "cuda" or "cuda:0" and so on',
 }
 
@@ -82,7 +90,7 @@ def _sentence(error: Any, source: str, lines: Lines, root: type[BaseModel]) -> s
         if kind == "string_pattern_mismatch":
             message = next(
                 (words for part, words in PATTERNS.items() if part in context["pattern"]),
-                "must be a plain name of letters, digits, space, '.', '_' or '-'",
+                f"must match {context['pattern']}",
             )
         if kind == "too_short":
             message = f"needs at least {context['min_length']}, has {context['actual_length']}"

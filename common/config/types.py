@@ -7,7 +7,7 @@ allowed (common/config/diagnostics.py).
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -119,6 +119,19 @@ def read_text(path: Path, what: str) -> str:
         raise UsageError(
             f"{what} {path} is not UTF-8 text.", code=ErrorCode.CONFIG_UNREADABLE
         ) from None
+
+
+def of_options(model: type[Model], options: Mapping[str, str], values: Mapping[str, Any]) -> Model:
+    """A model of values from the command line; ContractError lists every problem.
+
+    options: The option that each of the values was given by, which the sentences name.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        keys = {key for e in error.errors() for key in (e["loc"][:1] or options)}
+        wrong = [option for key, option in options.items() if key in keys]
+        raise contract_error(error, ", ".join(wrong), model) from None
 
 
 def parse(text: str, source: str, model: type[Model]) -> Model:

@@ -298,7 +298,17 @@ class Contract(Frozen):
     @property
     def warnings(self) -> list[str]:
         """What is allowed, and what the sites should know before they agree to it, in sentences."""
-        return [*self.delta_warnings, *self.masking_warnings]
+        return [*self.delta_warnings, *self.site_warnings, *self.masking_warnings]
+
+    @property
+    def site_warnings(self) -> tuple[str, ...]:
+        """Of a contract with nobody to train with."""
+        if len(self.sites) > 1:
+            return ()
+        return (
+            "there is one site: it refuses this contract unless its site.toml has "
+            "permits.min_sites = 1. Name two sites at least.",
+        )
 
     @property
     def masking_warnings(self) -> tuple[str, ...]:

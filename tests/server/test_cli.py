@@ -101,6 +101,20 @@ def test_a_server_of_another_user_is_no_missing_server(
     )
 
 
+def test_init_names_the_option_that_is_wrong(
+    run: Silotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("server", "init", "--host", "bad host", "--folder", "new")
+    assert code == 2
+    assert "'host' must be a host name or an IP address" in err
+    assert 'got "bad host" (--host).' in err
+    code, _, err = run("server", "init", "--host", "h", "--port", "8000", "--folder", "new")
+    assert code == 2
+    assert "must differ (--host, --port, --link-port, --metrics-port)." in err
+    assert not Path("new").exists()
+
+
 def test_a_certificate_that_is_gone_or_none_is_named(place: ServerFolder, run: Silotune) -> None:
     (place.folder / "ca.crt").write_text("nothing")
     assert "E102 fed/ca.crt holds no PEM" in run("server", "fingerprint", "--folder", "fed")[2]

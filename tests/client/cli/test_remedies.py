@@ -72,6 +72,14 @@ def row_of(run: Run, site: SiteFolder, name: str) -> dict[str, str]:
     return found
 
 
+def test_join_names_the_option_that_is_wrong(site: SiteFolder, run: Run) -> None:
+    words = ("--server", "localhost", "--ca", "ca.crt", "--fingerprint", "AA")
+    code, _, err = run("site", "join", "contract.json", *words, "--config", site.config)
+    assert code == 2
+    assert "must be HOST:PORT, such as fl.example.org:8443" in err
+    assert 'got "localhost" (--server).' in err
+
+
 # Which site ------------------------------------------------------------------------------------
 
 
@@ -165,6 +173,23 @@ def test_an_export_replaces_no_file(site: SiteFolder, run: Run) -> None:
     code, _, err = run("privacy", "export", file, "--config", site.config)
     assert (code, file.read_bytes()) == (2, before)
     assert "Name a new file." in err
+
+
+def test_check_names_the_ways_into_a_contract(
+    site: SiteFolder, run: Run, table_contract: Contract
+) -> None:
+    roster = row_of(run, site, "roster")
+    assert roster["result"] == "this site is in it, without a key"
+    for words in ("north.request.json to the operator", "server add REQUEST", "server contract"):
+        assert words in roster["fix"]
+    assert row_of(run, site, "masks")["fix"] == (
+        "secure aggregation needs 3 sites, and the contract has 2"
+    )
+    edit(site, table_contract.hash, "0" * 64)
+    assert (
+        "agrees to it: silotune site join contract.json --server"
+        in (row_of(run, site, "permission")["fix"])
+    )
 
 
 # Remedies of check -----------------------------------------------------------------------------

@@ -306,6 +306,10 @@ def test_plan_and_its_reverse_agree(run: Run) -> None:
 def test_plan_of_a_contract(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     found = json.loads(run("privacy", "plan", "--contract", "contract.json", "--json").output)
     assert found["epsilon_rdp"] == pytest.approx(table_contract.privacy.epsilon, rel=1e-4)
+    for option in ("--epsilon", "--noise-multiplier", "--steps", "--sampling-rate", "--delta"):
+        given = (option, "1" if option == "--steps" else "0.001")
+        refused = run("privacy", "plan", "--contract", "contract.json", *given, code=1)
+        assert f"leave out {option}, or --contract" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +323,7 @@ def test_plan_of_a_contract(run: Run, site: SiteFolder, table_contract: Contract
         (),
         ("--epsilon", "1", "--noise-multiplier", "1"),
         ("--noise-multiplier", "inf"),
+        ("--contract", "contract.json", "--epsilon", "3"),
     ],
 )
 def test_plan_refuses_what_is_no_plan(run: Run, words: tuple[str, ...]) -> None:

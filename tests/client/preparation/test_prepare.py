@@ -641,6 +641,8 @@ def test_what_check_would_refuse_of_prepared_rows_is_said_and_mended(site: SiteF
     assert 'duplicates = "drop" in [prepare]' in done.output
     again = "next:   correct what has a !, then: silotune site prepare contract.json --config "
     assert again in done.output
+    sign = "site.toml needs its owner's signature again: silotune site sign --config site.toml)"
+    assert sign in done.output
     rule(site, '[prepare]\nduplicates = "drop"\n')
     done = run()
     assert f"{refusal}records.parquet has fewer rows than permits.min_records = 4." in done.output

@@ -45,11 +45,12 @@ GOOD = [
 
 
 def test_without_arguments_everything_is_asked_for(table: Path, answering: Answering) -> None:
-    asked = ["none.csv", "loans.csv", "loans.csv", "loans.toml", *GOOD]
+    asked = ["none.csv", "loans.csv", "loans.csv", "loans.json", "loans.toml", *GOOD]
     code, said, wrong = answering(asked, "contract", "new", "--interactive")
     assert code == 0, wrong
     assert "✗ none.csv is no file." in wrong
     assert "✗ loans.csv is there already; name a new file." in wrong
+    assert "name a file that ends in .toml, not loans.json" in wrong
     assert "Columns: age, home, note, status" in wrong
     assert said.startswith("✓ loans.toml  2 columns, 2 sites")  # questions are on standard error
     assert "! columns that the contract does not use: note\n" in said
@@ -75,6 +76,7 @@ WORDS = "contract", "new", "--interactive", "--from", "loans.csv", "--out", "loa
         (4, "age", "'age' says nothing of a column"),
         (4, "age: 40, 25", "The edges of column 'age' must increase"),
         (4, "agee: 25, 40", "'agee' is no column. Did you mean 'age'"),
+        (5, "age: 30", "Column 'age' is named already"),
         (7, "a, a", "Each site needs a name of its own."),
         (7, "a/b", "'sites.1' must be a plain name"),
         (8, "many", "'many' is not a whole number"),
@@ -113,6 +115,34 @@ def test_who_stops_goes_on_with_the_same_answers(
     assert isinstance(found.input, TableInput)
     assert [column.name for column in found.input.columns] == ["age", "home"]
     assert found.privacy.epsilon == 3.0
+
+
+def test_answers_that_make_no_contract_are_kept(table: Path, answering: Answering) -> None:
+    answers = [*GOOD[:2], "good, good", *GOOD[3:]]
+    code, said, wrong = answering(answers, *WORDS)
+    assert (code, said) == (2, "")
+    assert "stands twice" in wrong
+    advice = "The answers are kept in loans.answers.json; to go on with them: silotune contract new"
+    assert advice in wrong
+    assert Path("loans.answers.json").exists()
+    assert not Path("loans.toml").exists()
+
+
+def test_masks_are_not_drafted_and_a_contract_is_toml(table: Path, run: Callable[..., Ran]) -> None:
+    words = "contract", "new", "--from", "loans.csv", "--out"
+    code, _, wrong = run(*words, "loans.json", "--interactive")
+    assert code == 2
+    assert "name a file that ends in .toml, not loans.json" in wrong
+    assert run(*words, "loans.toml", "--masked")[0] == 2
+    assert "`silotune server contract` adds it" in run("contract", "new", "--help")[1]
+
+
+def test_a_contract_of_one_site_is_drafted_with_a_warning(
+    table: Path, answering: Answering
+) -> None:
+    code, said, _ = answering([*GOOD[:7], "a", *GOOD[8:]], *WORDS)
+    assert code == 0
+    assert "! there is one site: it refuses this contract unless its site.toml has" in said
 
 
 def test_who_stops_at_once_leaves_no_file(table: Path, answering: Answering) -> None:
