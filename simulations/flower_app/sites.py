@@ -157,8 +157,7 @@ class Sites:
                 self._workers.append(Worker(policy, contract, ledger))
             except Exception as error:
                 log.exception("site %s", site.name)
-                known = isinstance(error, SilotuneError)
-                code = error.code if known else ErrorCode.UNEXPECTED
+                code = error.code if isinstance(error, SilotuneError) else ErrorCode.UNEXPECTED
                 raise RunError(
                     f"Site {site.name} does not take part ({code}): its reason is in "
                     f"{folder / LOG}.",
