@@ -255,12 +255,12 @@ def moved(model: Network, seed: int = 0, by: float = 0.3) -> Arrays:
     }
 
 
-def recipe_config(title: str) -> RecipeConfig:
+def recipe_config(title: str, metric: str = "auc") -> RecipeConfig:
     """The least that a recipe's page says."""
     return RecipeConfig(
         title=title,
         about="Made-up rows.",
-        metric="auc",
+        metric=metric,
         repeats=1,
         baseline_repeats=1,
         evaluate_every=1,

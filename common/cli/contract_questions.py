@@ -77,7 +77,7 @@ class Questions:
         """Where the answers are and how to go on with them; "" if there are none."""
         if not self.answered and not self._offered:
             return ""
-        return f"The answers are kept in {self.file}; to go on with them: {command(*self.words)}"
+        return f"The answers are kept in {self.file}; to resume: {command(*self.words)}"
 
     def done(self) -> None:
         """The contract is written: its answers are in it. A file that this did not write stays."""

@@ -122,7 +122,7 @@ def test_answers_that_make_no_contract_are_kept(table: Path, answering: Answerin
     code, said, wrong = answering(answers, *WORDS)
     assert (code, said) == (2, "")
     assert "stands twice" in wrong
-    advice = "The answers are kept in loans.answers.json; to go on with them: silotune contract new"
+    advice = "The answers are kept in loans.answers.json; to resume: silotune contract new"
     assert advice in wrong
     assert Path("loans.answers.json").exists()
     assert not Path("loans.toml").exists()

@@ -347,7 +347,12 @@ def test_a_header_is_read_from_every_kind_of_file(
     assert code == 0, wrong
     assert "! 3 of 6 texts have more words than the model's 96 tokens: what is beyond" in said
     as_json = json.loads(run(*new(path, tmp_path / "b.toml", *answers, *more, "--json"))[1])
-    assert set(as_json) == {"file", "sha256", "warnings"}  # the counts are for the screen alone
+    assert set(as_json) == {
+        "file",
+        "sha256",
+        "warnings",
+        "unused_columns",
+    }
     # What it advises next reads the file likewise.
     words = shlex.split(said.splitlines()[-1].removeprefix("next:"))
     assert words[4:] == [

@@ -19,6 +19,7 @@ from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
 from silotune.simulations.study.config import Study
 from silotune.simulations.study.study import cells_of, compare, request_digest
+from tests import tiny
 from tests.client.worker.test_secagg import SITES, Federation
 from tests.simulations.datasets.test_partition import contract_of, split_where_smokers_are_ill
 
@@ -153,7 +154,9 @@ def recipe(tmp_path: Path) -> Recipe:
         phases=[{"trains": "head", "rounds": 4, "sampling_rate": 1.0, "head_lr": 2.0}],
         aggregation={"server_momentum": 0.0},
     )
-    return Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
+    return Recipe(
+        "small", base, tiny.recipe_config("small", "accuracy"), {}, lambda _: Split([], source)
+    )
 
 
 def test_variants_with_masks_are_run_with_them_and_asked_once(

@@ -22,6 +22,7 @@ from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.study.config import Study
 from silotune.simulations.study.study import compare
+from tests import tiny
 from tests.simulations.datasets.test_partition import (
     contract_of,
     split_of,
@@ -114,7 +115,9 @@ def test_the_plain_mean_is_carried_away_and_the_median_is_not(tmp_path: Path) ->
         phases=[{"trains": "head", "rounds": 6, "sampling_rate": 1.0, "head_lr": 2.0}],
         aggregation={"server_momentum": 0.0},
     )
-    recipe = Recipe("small", base, {"metric": "accuracy"}, {}, lambda _: Split([], source))
+    recipe = Recipe(
+        "small", base, tiny.recipe_config("small", "accuracy"), {}, lambda _: Split([], source)
+    )
     poison = {"kind": "sign", "factor": 100.0}
     robust = {"aggregation": {"robust": {"rule": "median"}}}
     study = Study.model_validate(

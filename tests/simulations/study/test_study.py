@@ -23,6 +23,7 @@ from silotune.simulations.study import report
 from silotune.simulations.study.config import Study, load_study, rates_of, study_file
 from silotune.simulations.study.store import StudyStore
 from silotune.simulations.study.study import cells_of, compare
+from tests import tiny
 from tests.simulations.datasets.test_partition import contract_of, split_of
 
 TOML = """
@@ -54,7 +55,13 @@ def study(tmp_path: Path) -> Study:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     source = split_of(tmp_path / "rows")
-    return Recipe("small", contract_of(), {"metric": "accuracy"}, {}, lambda _: Split([], source))
+    return Recipe(
+        "small",
+        contract_of(),
+        tiny.recipe_config("small", "accuracy"),
+        {},
+        lambda _: Split([], source),
+    )
 
 
 def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
