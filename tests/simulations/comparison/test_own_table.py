@@ -533,6 +533,7 @@ def test_the_quick_form_says_so_and_the_second_run_how_long_the_first_took(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("SILOTUNE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("silotune.simulations.comparison.progress.LEAST_SECONDS", 0.0)
     file = contract_of(table)
     file.write_text(re.sub(r"(?m)^rounds = .*$", "rounds = 21", file.read_text()))
     contract = contracts.load(file)
