@@ -23,6 +23,7 @@ from silotune.common.cli.main import (
     reading_words,
     warning_lines,
 )
+from silotune.common.cli.options import JSON
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import ErrorCode, PeerError, RunError, UsageError
@@ -43,9 +44,6 @@ FOLDER = click.option(
     show_default=True,
     type=click.Path(path_type=Path),
     help="Folder of the server, which `server init` makes.",
-)
-JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
 )
 RUN = click.argument(
     "name",

@@ -14,6 +14,7 @@ import click
 from silotune.common.cli.completion import known
 from silotune.common.cli.contract import recipe_files
 from silotune.common.cli.main import emit, next_step
+from silotune.common.cli.options import JSON
 from silotune.common.errors import UsageError
 from silotune.common.runtime.terminal import busy, echo
 from silotune.simulations.datasets import catalog
@@ -41,13 +42,36 @@ def _variants(context: click.Context) -> list[str]:
     return [name for word in words if word in recipes for name in contracts_of(load_recipe(word))]
 
 
+RECIPE = click.argument(
+    "recipe",
+    shell_complete=known(lambda _: recipe_files()),
+    help="Name of a recipe; `silotune sim ls` lists them.",
+)
+VARIANT = click.option(
+    "--variant",
+    shell_complete=known(_variants),
+    default="federated-lora",
+    show_default=True,
+    help="Name of the variant whose contract is written.",
+)
+ROUNDS = click.option(
+    "--rounds", type=click.IntRange(1), help="Rounds of the last phase (default: the recipe's)."
+)
+NEW_FOLDER = click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write to, which must not exist.",
+)
+
+
 @click.group()
 def sim() -> None:
     """Run recipes on this machine."""
 
 
 @sim.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def sim_ls(as_json: bool) -> None:
     """List the recipes."""
     from silotune.simulations.comparison.duration import clock
@@ -82,12 +106,8 @@ def sim_ls(as_json: bool) -> None:
 
 
 @sim.command("show")
-@click.argument(
-    "recipe",
-    shell_complete=known(lambda _: recipe_files()),
-    help="Name of a recipe; `silotune sim ls` lists them.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@RECIPE
+@JSON
 def sim_show(recipe: str, as_json: bool) -> None:
     """Show what a recipe is, and how long a run took.
 
@@ -147,7 +167,7 @@ class WithSettings(click.Command):
     "head and 3 of a LoRA phase. The figures are not the recipe's.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that the run is written to.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def sim_run(
     recipe: str, settings: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
 ) -> None:
@@ -244,7 +264,7 @@ def _asked(recipe: str, options: Options) -> Recipe:
     type=click.FloatRange(0, min_open=True),
     help="Multiply the variants' learning rates by this and compare.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def sim_compare(
     study: str,
     settings: tuple[str, ...],
@@ -293,27 +313,10 @@ def sim_compare(
 
 
 @sim.command("export")
-@click.argument(
-    "recipe",
-    shell_complete=known(lambda _: recipe_files()),
-    help="Name of a recipe; `silotune sim ls` lists them.",
-)
-@click.option(
-    "--variant",
-    shell_complete=known(_variants),
-    default="federated-lora",
-    show_default=True,
-    help="Name of the variant whose contract is exported.",
-)
-@click.option(
-    "--rounds", type=click.IntRange(1), help="Rounds of the last phase (default: the recipe's)."
-)
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write to, which must not exist.",
-)
+@RECIPE
+@VARIANT
+@ROUNDS
+@NEW_FOLDER
 def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None:
     """Write the files that a deployment of a recipe needs.
 
@@ -332,20 +335,9 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
 
 
 @sim.command("flower-app")
-@click.argument(
-    "recipe",
-    shell_complete=known(lambda _: recipe_files()),
-    help="Name of a recipe; `silotune sim ls` lists them.",
-)
-@click.option(
-    "--variant",
-    default="federated-lora",
-    show_default=True,
-    help="Name of the variant whose contract the app carries out.",
-)
-@click.option(
-    "--rounds", type=click.IntRange(1), help="Rounds of the last phase (default: the recipe's)."
-)
+@RECIPE
+@VARIANT
+@ROUNDS
 @click.option(
     "--sites",
     type=click.IntRange(2),
@@ -353,12 +345,7 @@ def sim_export(recipe: str, variant: str, rounds: int | None, out: Path) -> None
     show_default=True,
     help="How many of the recipe's sites take part; Flower simulates 2 unless told otherwise.",
 )
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write to, which must not exist.",
-)
+@NEW_FOLDER
 def sim_flower_app(recipe: str, variant: str, rounds: int | None, sites: int, out: Path) -> None:
     """Write a recipe as a Flower app for `flwr run`.
 
@@ -383,7 +370,7 @@ def data() -> None:
 
 
 @data.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def data_ls(as_json: bool) -> None:
     """List what can be fetched and what is already here."""
     rows = [

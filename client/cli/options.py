@@ -42,7 +42,4 @@ CONTRACT = click.argument(
     type=click.Path(path_type=Path),
     help="The contract's file, as the operator sent it to the site.",
 )
-JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
-)
 LOG_JSON = click.option("--log-json", is_flag=True, help="Log each event as one line of JSON.")

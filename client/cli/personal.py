@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from silotune.client.cli.options import CONFIG, JSON
+from silotune.client.cli.options import CONFIG
 from silotune.common.cli.main import emit
+from silotune.common.cli.options import JSON
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import UsageError
 from silotune.common.protocol.tensors import load

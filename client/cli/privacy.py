@@ -10,8 +10,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from silotune.client.cli.options import CONFIG, JSON
+from silotune.client.cli.options import CONFIG
 from silotune.common.cli.main import emit, next_step
+from silotune.common.cli.options import JSON
 from silotune.common.errors import UsageError, counted
 from silotune.common.runtime.terminal import echo
 

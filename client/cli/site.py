@@ -11,14 +11,15 @@ from pathlib import Path
 import click
 
 from silotune.client.cli import checks
-from silotune.client.cli.options import CONFIG, CONTRACT, JSON, LOG_JSON
+from silotune.client.cli.options import CONFIG, CONTRACT, LOG_JSON
 from silotune.client.cli.personal import own
 from silotune.client.cli.prepare import prepare
 from silotune.client.cli.worker import worker
 from silotune.client.site.commands import JOIN, JOIN_NOTE, on_site
 from silotune.common.cli.main import command, emit, next_step
+from silotune.common.cli.options import JSON
 from silotune.common.contract import contract as contracts
-from silotune.common.errors import SilotuneError, UsageError
+from silotune.common.errors import SilotuneError, UsageError, counted
 from silotune.common.runtime.journal import Journal
 from silotune.common.runtime.terminal import echo
 
@@ -27,6 +28,16 @@ KEY = click.option(
     "--key",
     type=click.Path(path_type=Path),
     help="File of the owner's private key, which signs the policy.",
+)
+
+ADDRESS = click.option(
+    "--server", "address", required=True, help="The server's HOST:PORT, as the operator says."
+)
+CA = click.option(
+    "--ca",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of the operator's CA certificate.",
 )
 
 
@@ -186,15 +197,8 @@ def fingerprint(config: Path) -> None:
 @site.command("join")
 @CONTRACT
 @CONFIG
-@click.option(
-    "--server", "address", required=True, help="The server's HOST:PORT, as the operator says."
-)
-@click.option(
-    "--ca",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="File of the operator's CA certificate.",
-)
+@ADDRESS
+@CA
 @click.option(
     "--fingerprint", required=True, help="Fingerprint of the CA, as the operator reads it out."
 )
@@ -284,7 +288,7 @@ def _sign(config: Path, key: Path | None, contract: Path | None, *, as_json: boo
         {"serial": signed.serial, "policy": signed.policy, "budgets": limits},
         as_json,
         f"✓ {config} is policy number {signed.serial} of {policy.name}: "
-        f"{policy.limits_in_words()}, {permitted} contract{'s' * (permitted != 1)}\n"
+        f"{policy.limits_in_words()}, {counted(permitted, 'contract')}\n"
         "A worker that is running finishes the run it has begun, as far as this policy permits "
         "it. For another run, start it again.\n"
         + next_step(
@@ -387,15 +391,8 @@ def start(
 
 
 @site.command(hidden=True)
-@click.option(
-    "--server", "address", required=True, help="The server's HOST:PORT, as the operator says."
-)
-@click.option(
-    "--ca",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="File of the operator's CA certificate.",
-)
+@ADDRESS
+@CA
 @click.option(
     "--key",
     required=True,

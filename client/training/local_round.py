@@ -49,8 +49,8 @@ def train_round(
     local_state: LocalState = NOTHING,
 ) -> tuple[Arrays, dict[Metric, float]]:
     """The change of the round's trained tensors after `mechanism.steps` private steps, and the
-    contract's released metrics (means over the steps of sum / expected batch). own: what the site
-    has of its own, of earlier changes: it begins there.
+    contract's released metrics (means over the steps of sum / expected batch). local_state: what
+    the site has of its own, of earlier changes: it begins there.
 
     In mode "dp" the return values together are (with the accountant's epsilon for `mechanism`)
     differentially private in `data`: they are a function of `adapter`, public constants and the

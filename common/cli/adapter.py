@@ -10,6 +10,7 @@ import click
 
 from silotune.common.cli.contract import check_ended
 from silotune.common.cli.main import emit, reading_options
+from silotune.common.cli.options import JSON
 from silotune.common.contract import contract as contracts
 from silotune.common.errors import DataError, ErrorCode, ProtocolError, UsageError, counted
 from silotune.common.model_files.model_source import required
@@ -42,9 +43,6 @@ _model = click.option(
     type=click.Path(path_type=Path),
     help="Folder of the base model, if it is no packaged one.",
 )
-_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON instead of text."
-)
 
 
 @adapter.command()
@@ -67,7 +65,7 @@ _json = click.option(
     type=click.Path(path_type=Path),
     help="Folder that the result is written to.",
 )
-@_json
+@JSON
 def watch(
     run: Path,
     data: Path,
@@ -149,7 +147,7 @@ def watch(
     type=click.Path(path_type=Path),
     help="File that keeps the items' vectors for the next time.",
 )
-@_json
+@JSON
 def search(
     run: Path,
     data: Path,
@@ -207,7 +205,7 @@ def search(
     type=click.IntRange(1),
     help="Largest number of tokens of an answer.",
 )
-@_json
+@JSON
 def answer(
     run: Path,
     data: Path,

@@ -22,6 +22,7 @@ from silotune.common.cli.main import (
     reading_words,
     warning_lines,
 )
+from silotune.common.cli.options import JSON
 from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
@@ -107,7 +108,7 @@ def show(contract: Path, as_json: bool) -> None:
 @contract.command()
 @CONTRACT
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of its base model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def validate(contract: Path, model: Path | None, as_json: bool) -> None:
     """Check a contract: a file, a run's folder, or a recipe.
 
@@ -279,7 +280,7 @@ def check_ended(run: Path) -> None:
     help="Ask for what is not given; the default on a terminal.",
 )
 @reading_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def new(
     data: Path | None,
     out: Path | None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from silotune.common.cli.main import emit
+from silotune.common.cli.options import JSON
 from silotune.common.runtime import installation, machine
 from silotune.common.runtime.check import Check, table
 from silotune.common.runtime.terminal import busy
@@ -21,7 +22,7 @@ SHOWN = ("name", "state", "result", "fix")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def doctor(as_json: bool) -> None:
     """Check this machine and this installation.
 

@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem
 
 from silotune.common.cli.completion import known
 from silotune.common.cli.failure import USAGE, Failure, wants_json
+from silotune.common.cli.options import JSON
 from silotune.common.errors import CODES, ErrorCode, UsageError, did_you_mean
 from silotune.common.runtime.terminal import echo, escaped_json
 
@@ -95,7 +96,7 @@ def silotune(debug: bool) -> None:
 @click.argument(
     "code", shell_complete=known(lambda _: CODES), help="A code as errors show it, such as E302."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def explain(code: str, as_json: bool) -> None:
     """Explain an error code, offline.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from silotune.common.cli.main import emit
+from silotune.common.cli.options import JSON
 from silotune.common.model_files import model_folder
 
 
@@ -21,7 +22,7 @@ def model() -> None:
     type=click.Path(path_type=Path),
     help="The folder with the model's weights, configuration and tokenizer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
+@JSON
 def check(folder: Path, as_json: bool) -> None:
     """Print a model's files and the hash for a contract.
 

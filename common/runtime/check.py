@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from silotune.common.errors import counted
+
 State = Literal["ok", "warning", "problem"]
 SIGNS = {"ok": "✓", "warning": "!", "problem": "✗"}
 
@@ -41,7 +43,7 @@ def table(rows: Sequence[Check], *, local: bool = False, end: str = "") -> list[
     problems = sum(row.state == "problem" for row in rows)
     warnings = sum(row.state == "warning" for row in rows)
     lines.append(
-        f"{'Not ready' if problems else 'Ready'}: {problems} problem{'s' * (problems != 1)}, "
-        f"{warnings} warning{'s' * (warnings != 1)}." + f" {end}" * bool(end)
+        f"{'Not ready' if problems else 'Ready'}: {counted(problems, 'problem')}, "
+        f"{counted(warnings, 'warning')}." + f" {end}" * bool(end)
     )
     return lines

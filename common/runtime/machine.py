@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from silotune.common.errors import counted
 from silotune.common.runtime.check import Check, State
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -53,7 +54,7 @@ def devices() -> Iterator[Check]:
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     threads = torch.get_num_threads()
-    said = f"{torch.__version__}, build for {build}, {threads} thread{'s' * (threads != 1)}"
+    said = f"{torch.__version__}, build for {build}, {counted(threads, 'thread')}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that is too old: the row says so
         usable = torch.cuda.is_available()
@@ -128,7 +129,7 @@ def _memory() -> Check:
     if limit is not None and limit < total:
         total, free = limit, min(free, limit - (_number(CGROUP / "memory.current") or 0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    said = f"{cores} core{'s' * (cores != 1)}, {_gb(total)} memory, {_gb(free)} available"
+    said = f"{counted(cores, 'core')}, {_gb(total)} memory, {_gb(free)} available"
     if free < LEAST_MEMORY:
         return Check(
             "memory",

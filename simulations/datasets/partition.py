@@ -101,9 +101,9 @@ def repartition(
     partition: Partition,
     seed: int,
 ) -> Path:
-    """The recipe's split (simulations/datasets/split.py) in `source`, with its training rows dealt
-    anew to these sites; returns where it lies: `source` itself if it is to stay natural. contract:
-    the recipe's. DataError without the column.
+    """The recipe's split (simulations/datasets/split.py) in `source`, with its training rows
+    re-partitioned among these sites; returns its folder: `source` itself if it is to stay natural.
+    contract: the recipe's. DataError without the column.
     """
     if partition.kind == "natural":
         return source
