@@ -128,7 +128,8 @@ def _memory() -> Check:
     limit = _number(CGROUP / "memory.max")
     if limit is not None and limit < total:
         total, free = limit, min(free, limit - (_number(CGROUP / "memory.current") or 0))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     said = f"{counted(cores, 'core')}, {_gb(total)} memory, {_gb(free)} available"
     if free < LEAST_MEMORY:
         return Check(
