@@ -141,10 +141,10 @@ class WithSettings(click.Command):
             from silotune.simulations.comparison import options
 
             known = options.OF_RUN if self.name == "run" else options.OF_COMPUTING
-            told = options.misplaced_option(error.option_name, words, known)
-            if not told:
+            sentence = options.misplaced_option(error.option_name, words, known)
+            if not sentence:
                 raise
-            raise UsageError(told) from None
+            raise UsageError(sentence) from None
 
 
 @sim.command("run", cls=WithSettings)

@@ -78,20 +78,20 @@ def worker(
         found.state / telemetry.FILE, policy.server.ca if policy.server else None
     )
 
-    def told(answered: request_outcome.Answered) -> None:
+    def log_answer(answered: request_outcome.Answered) -> None:
         tally.note(answered)
         if answered.kind == request_outcome.OTHER:
             return  # counted; of its lines whoever reaches the socket could make any number
         journal.emit(answered.text, "answered", answered.facts)
 
-    answering = Worker(policy, contracts.load(contract), ledger, on_answer=told)
+    answering = Worker(policy, contracts.load(contract), ledger, on_answer=log_answer)
     listener = transport.listen(socket) if socket is not None else sockets.socket(fileno=fd)
 
-    def say() -> None:
+    def announce_ready() -> None:
         tally.ready()
         journal.emit(f"{policy.name} is ready", "ready")
         if ready_fd is not None:
             os.write(ready_fd, transport.READY)
             os.close(ready_fd)
 
-    transport.serve(answering.handle, listener, say)
+    transport.serve(answering.handle, listener, announce_ready)
