@@ -177,7 +177,8 @@ def an_empty_batch_is_only_noise() -> None:
     toy = Toy()
     assert float(toy.gradient([]).abs().max()) == 0.0
     noisy = toy.gradient([], NoiseSource(site="a"), sigma=2.0)
-    assert bool((noisy != 0).all())
+    # One coordinate in 2,600 is zero: the noise lies on a grid of 2^-10 sigma.
+    assert int((noisy == 0).sum()) < 5
 
 
 def a_record_that_overflows_cannot_spoil_the_sum() -> None:

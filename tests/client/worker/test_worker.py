@@ -259,7 +259,9 @@ def test_an_empty_sample_answers_with_noise(
         phases=[{"trains": "head", "rounds": 3, "sampling_rate": 1e-6, "head_lr": 0.5}]
     )
     update = ask(make_worker(contract, write_rows(tmp_path / "rows.csv", 5))).arrays
-    assert all((a != 0).all() for a in update.values())
+    values = np.concatenate([a.ravel() for a in update.values()])
+    # One coordinate in 2,600 is zero: the noise lies on a grid of 2^-10 sigma.
+    assert (values == 0).mean() < 0.5
 
 
 def test_without_dp_only_where_the_owner_allows_it(
