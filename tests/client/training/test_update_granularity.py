@@ -144,7 +144,7 @@ def test_no_weights_of_a_server_put_a_copys_change_on_a_coarse_grid(
     )
     policy = permissive_policy(contract, "north", write_rows(tmp_path / "north.csv", 60), None)
     for shift in (1.0, 12.0, 3e4):
-        worker = Worker(policy, contract, PrivacyLedger.in_memory("north", keys))
+        worker = Worker(policy, contract, PrivacyLedger.in_memory("north", keys), insecure_seed=1)
         start = build(contract, None).initial_arrays()
         for number, arrays in (
             (1, start),
