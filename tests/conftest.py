@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.site.policy import permissive_policy
@@ -20,6 +21,7 @@ from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import SilotuneError
 from silotune.simulations.datasets import catalog
 
+SYSTEM = "tests/system/"
 # Each pytest-xdist process has one core to itself; more threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -159,6 +161,20 @@ def lora_contract(table_contract: Contract) -> Contract:
             ],
         }
     )
+
+
+class SystemTogether(LoadScopeScheduling):
+    """The tests of real processes one after another on one of pytest-xdist's processes, from the
+    start; the others run everything else meanwhile. They share users and ports of this machine, so
+    at the end of a run they would wait for one another while the cores rest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return SYSTEM if nodeid.startswith(SYSTEM) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SystemTogether:
+    return SystemTogether(config, log)
 
 
 Ran = tuple[int, str, str]

@@ -26,7 +26,6 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.download
-@pytest.mark.xdist_group("system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's packages
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_every_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,6 @@ def run(words: list[str | Path], folder: Path) -> str:
 
 
 @pytest.mark.download
-@pytest.mark.xdist_group("system")
 @pytest.mark.parametrize(
     "block",
     [

@@ -225,9 +225,8 @@ class Federation:
 
 @pytest.fixture(autouse=True)
 def _one_at_a_time() -> Iterator[None]:
-    """Across pytest-xdist's processes: sites of different tests share the two users, and a site
-    that ends takes all of its relay's processes with it. (xdist 3.8 groups nothing on pytest 9.2.)
-    """
+    """Across all test runs on this machine: sites of different tests share the two users, and a
+    site that ends takes all of its relay's processes with it."""
     with (Path(tempfile.gettempdir()) / "silotune-system-tests.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

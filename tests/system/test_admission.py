@@ -21,7 +21,6 @@ def make_key(path: Path) -> Path:
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("system")
 def test_a_server_says_whether_it_knows_a_node_key_and_the_relay_still_gets_in(
     federation: Any, tmp_path: Path
 ) -> None:

@@ -37,7 +37,6 @@ ROUNDS = 2
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.xdist_group("system"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes as two users"),
 ]
 

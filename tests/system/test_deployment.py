@@ -52,7 +52,6 @@ def in_process(
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("system")
 def test_two_supernodes_give_the_adapter_of_the_in_process_path(
     lora_contract: Contract,
     encoder_folder: Path,

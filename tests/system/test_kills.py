@@ -172,7 +172,6 @@ def killing(
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("system")
 def test_two_hundred_deaths_lose_no_charge_and_leak_no_reply(killing: Killing) -> None:
     [judge] = killing(200, 5, "as-it-is")
     assert not judge.wrong, judge.wrong[:20]
@@ -187,7 +186,6 @@ def test_two_hundred_deaths_lose_no_charge_and_leak_no_reply(killing: Killing) -
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("system")
 def test_a_worker_in_the_wrong_order_is_found(killing: Killing) -> None:
     """The judge's own proof: the charge after training, or the reply before its release."""
     for judge, wrong in zip(

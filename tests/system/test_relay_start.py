@@ -23,7 +23,6 @@ def cpu_seconds() -> float:
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("system")
 def test_the_relay_starts_quickly_and_without_torch() -> None:
     best = min(cpu_seconds() for _ in range(TRIES))
     print(f"\nimporting the relay: {best:.2f} s of CPU")

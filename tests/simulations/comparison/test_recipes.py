@@ -89,7 +89,6 @@ def test_a_recipe_is_complete(name: str) -> None:
 
 
 @pytest.mark.download
-@pytest.mark.xdist_group("tables")
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_tiny_job_of_a_recipe(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
@@ -384,7 +383,6 @@ def test_an_older_run_is_set_aside_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.download
-@pytest.mark.xdist_group("system")
 def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).parent / "silotune"),
@@ -414,7 +412,6 @@ def test_nothing_outlives_a_killed_run(encoder_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.download
-@pytest.mark.xdist_group("system")
 def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     encoder_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from silotune.simulations.comparison.recipe import load_recipe, recipe_names
 from silotune.simulations.datasets.split import split
 from silotune.simulations.datasets.tables import TABLES
 
-pytestmark = [pytest.mark.download, pytest.mark.xdist_group("tables")]
+pytestmark = pytest.mark.download
 
 # Training and public test rows of each site.
 SITES = {
