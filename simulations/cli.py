@@ -173,7 +173,8 @@ def sim_run(
 ) -> None:
     """Run a recipe or a contract, with all variants of a comparison.
 
-    A contract is run on a table of your own.
+    A contract is run on a table of your own. A variant whose training diverges is marked in the
+    result; if it is the main one, the command's exit code is 1.
 
     \b
     Settings of the comparison:
@@ -208,6 +209,8 @@ def sim_run(
     result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
+    if next(variant for variant in result["variants"] if variant["main"])["stopped"]:
+        sys.exit(1)
 
 
 def _asked(recipe: str, options: Options) -> Recipe:

@@ -31,7 +31,7 @@ from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.duration import Duration, clock
-from silotune.simulations.execution.variants import Job, JobResult
+from silotune.simulations.execution.variants import Job, JobResult, Stopped
 from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 BAR = 12
@@ -204,12 +204,26 @@ class Progress:
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
+        if result.stopped:
+            self._note_stopped(result, result.stopped)
         if not self.console.is_terminal:
             self._entry(
                 f"done {self._finished}/{len(self._jobs)}: ",
                 f"{result.variant}, repeat {result.repeat + 1}, {', '.join(result.sites)} "
                 f"({result.seconds:.0f} s)",
             )
+
+    def _note_stopped(self, result: JobResult, stopped: Stopped) -> None:
+        """Say which run came to no model; what it was to do yet takes no time."""
+        job = next(
+            job
+            for job in self._jobs
+            if (job.variant, job.repeat) == (result.variant, result.repeat)
+            and result.sites == tuple(site.name for site in job.contract.sites)
+        )
+        self._cost_done += job.cost - sum(job.cost_of(facts.round) for facts in result.rounds)
+        label = f"{stopped.word}: "
+        self._entry(label, f"{result.variant}, repeat {result.repeat + 1}, {stopped.why}")
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
         """The verdict, the table, where the report is and what to do next."""
@@ -226,10 +240,11 @@ class Progress:
         for table in result_tables(result, self.console.width):
             say(table, soft_wrap=False)
             say("")
+        whole = not next(v for v in result["variants"] if v["main"])["stopped"]
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        if self._jobs and (line := adapter_step(self._jobs[0])):
+        if whole and self._jobs and (line := adapter_step(self._jobs[0])):
             say(folded_step(line, self.console.width))
         say(folded_step(next_step("contract", "show", folder), self.console.width))
 
@@ -350,10 +365,13 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _pm(found: dict[str, Any] | None, repeats: int) -> str:
+def _pm(variant: dict[str, Any], found: dict[str, Any] | None) -> str:
+    """A figure of a variant in a table's cell: with its spread, if there are several runs."""
+    if variant["stopped"]:
+        return str(variant["stopped"]["word"])
     if not found:
         return "–"
-    return f"{found['mean']:.3f}" + (f" ±{found['sd']:.3f}" if repeats > 1 else "")
+    return f"{found['mean']:.3f}" + (f" ±{found['sd']:.3f}" if variant["repeats"] > 1 else "")
 
 
 def result_tables(result: dict[str, Any], width: int) -> list[Table]:
@@ -372,13 +390,11 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
     overall: Columns = [
         (
             f"{metric['label']}, all",
-            [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in variants],
+            [_pm(a, a["metrics"][metric["name"]]) for a in variants],
         ),
-        ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in variants]),
+        ("mean of sites", [_pm(a, a["sites_mean"]) for a in variants]),
     ]
-    of_sites: Columns = [
-        (site, [_pm(a["sites"][site], a["repeats"]) for a in variants]) for site in sites
-    ]
+    of_sites: Columns = [(site, [_pm(a, a["sites"][site]) for a in variants]) for site in sites]
     cost: Columns = [
         (
             "ε (δ)",

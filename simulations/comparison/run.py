@@ -67,7 +67,8 @@ def run(
     quiet: bool = False,
     stderr: bool = False,
 ) -> dict[str, Any]:
-    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result.
+    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result. A variant
+    whose training diverges is marked in it, a baseline also where it fails otherwise.
 
     quiet: nothing is shown meanwhile. stderr: what is shown goes to standard error.
     """
@@ -128,11 +129,17 @@ def run(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
-    today = datetime.now(UTC).date().isoformat()
-    Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    insecure = options.insecure_seed is not None
+    if not any(r.stopped for r in results):  # what stopped early has not taken its time
+        today = datetime.now(UTC).date().isoformat()
+        Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
     result = summarise(
-        contract, variants, results, recipe.config, rows, measured, insecure=insecure
+        contract,
+        variants,
+        results,
+        recipe.config,
+        rows,
+        measured,
+        insecure=options.insecure_seed is not None,
     )
     result |= {
         "format": 1,
@@ -163,8 +170,8 @@ def run(
     }
     if quick:
         result["verdict"]["warnings"].insert(0, quick)
-    result["privacy"]["insecure"] = insecure
-    if insecure:
+    result["privacy"]["insecure"] = options.insecure_seed is not None
+    if options.insecure_seed is not None:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contract.json").write_text(result["contract_json"] + "\n")
@@ -310,6 +317,7 @@ def _jobs(
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
                         keys=keys,
+                        optional=variant is not main,
                     )
                 )
     yield from sorted(

@@ -23,6 +23,7 @@ from typing import Any
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
+from silotune.common.errors import ErrorCode
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import Poison
 
@@ -55,7 +56,7 @@ def main_of(variants: Sequence[Variant]) -> Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one contract of a variant."""
+    """One run of one contract of a variant. optional: where it fails, the others go on."""
 
     variant: str
     repeat: int
@@ -69,6 +70,7 @@ class Job:
     performance: Performance = field(default_factory=Performance)
     keys: Mapping[str, bytes] = field(default_factory=dict)  # of the roster's sites, if it has any
     poison: Poison | None = None  # goes with federated = False
+    optional: bool = False
 
     @property
     def cost(self) -> float:
@@ -84,10 +86,24 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why a run has no model: a code of common/errors.py, and the sentence with the remedy."""
+
+    code: ErrorCode
+    why: str
+
+    @property
+    def word(self) -> str:
+        """For tables."""
+        return "diverged" if self.code == ErrorCode.DIVERGED else "failed"
+
+
+@dataclass(frozen=True)
 class JobResult:
     """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
     is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
-    own, the same of that model, by site. gpu: its name, where one computed."""
+    own, the same of that model, by site. gpu: its name, where one computed. stopped: None where
+    the run ended as planned; otherwise there are no scores, and the rounds until then."""
 
     variant: str
     repeat: int
@@ -99,6 +115,7 @@ class JobResult:
     pid: int
     own: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     gpu: str = ""
+    stopped: Stopped | None = None
 
 
 def scale_learning_rates(contract: Contract, factor: float) -> Contract:

@@ -190,9 +190,9 @@ BAD: dict[str, tuple[Callable[[FederatedRun, str], bytes], str]] = {
     "nothing": (lambda run, site: b"", "E401"),
     "rubbish": (lambda run, site: b"rubbish" * 9, "E501"),
     "cut": (lambda run, site: update(run, site)[:-1], "E501"),
-    "nan": (lambda run, site: update(run, site, spoilt(np.nan)), "E502"),
-    "inf": (lambda run, site: update(run, site, spoilt(np.inf)), "E502"),
-    "-inf": (lambda run, site: update(run, site, spoilt(-np.inf)), "E502"),
+    "nan": (lambda run, site: update(run, site, spoilt(np.nan)), "E508"),
+    "inf": (lambda run, site: update(run, site, spoilt(np.inf)), "E508"),
+    "-inf": (lambda run, site: update(run, site, spoilt(-np.inf)), "E508"),
     "float64": (float64, "E502"),
     "no arrays": (lambda run, site: update(run, site, {}), "E502"),
     "one array": (
@@ -263,14 +263,44 @@ def test_below_the_quorum_nothing_is_committed(start: Start, case: str) -> None:
     run.accept("south", 10, update(run, "south"))
     with pytest.raises(RunError) as caught:
         run.finish()
-    assert caught.value.code == "E402"
-    assert "round 1: 1 of 2 sites counted" in str(caught.value)
-    assert f"north: {code}" in str(caught.value)
+    if code == "E508":
+        assert caught.value.code == "E508"
+        assert str(caught.value).startswith(
+            "Run stopped at round 1: training diverged: the updates of north have values that are "
+            "not finite or beyond 1e+06. Lower head_lr and adapter_lr in the contract's [[phases]]."
+        )
+    else:
+        assert caught.value.code == "E402"
+        assert "round 1: 1 of 2 sites counted" in str(caught.value)
+        assert f"north: {code}" in str(caught.value)
     assert "No adapter released" in str(caught.value)
     assert on_disk(run) == []
     assert not (run.registry.folder / "adapter.safetensors").exists()
     assert not run.adapter["head.weight"].any()
     assert events(run, "stopped")[0]["failed"] == {"north": code}
+
+
+def test_a_site_that_diverged_does_not_explain_one_that_is_silent(start: Start) -> None:
+    """Lower rates would not bring the silent one back."""
+    run = start()
+    run.begin()
+    run.accept("north", 10, update(run, "north", spoilt(np.nan)))
+    with pytest.raises(RunError, match=r"0 of 2 sites counted \(north: E508\)") as caught:
+        run.finish()
+    assert caught.value.code == "E402"
+
+
+def test_a_sum_that_leads_out_of_range_has_diverged(start: Start) -> None:
+    run = start()
+    play(run, north=9e5, south=9e5)
+    with pytest.raises(RunError) as caught:
+        play(run, north=9e5, south=9e5)
+    assert caught.value.code == "E508"
+    assert str(caught.value).startswith(
+        "Run stopped at round 2: training diverged: The aggregate: 'head.bias' has values beyond "
+        "1e+06. Lower head_lr and adapter_lr in the contract's [[phases]]."
+    )
+    assert on_disk(run) == [1]
 
 
 def test_silence_is_no_reply(start: Start) -> None:

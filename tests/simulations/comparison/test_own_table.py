@@ -351,35 +351,6 @@ def test_texts_that_are_cut_are_said_and_named_as_the_cause(
 # What a site would refuse is said before anything is computed
 
 
-class InProcess:
-    """A pool of processes that are this one: starting some takes longer than what they do here."""
-
-    def __init__(self, *_: object, initargs: tuple[Any, int], **__: object) -> None:
-        worker_pool._channel = initargs[0]
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        worker_pool._channel = None
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args))
-        except (Exception, KeyboardInterrupt) as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "ProcessPoolExecutor", InProcess)
-
-
 def few(table: Path, out: str, *settings: str) -> list[str | Path]:
     return [
         "sim",
