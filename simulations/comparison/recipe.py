@@ -155,9 +155,9 @@ def recipe_of(
     site_column: str | None,
     reading: Reading | None = None,
 ) -> Recipe:
-    """A contract and a file of records: every variant has the contract's plan, the figure is the
-    task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
-    drawn by a fixed seed. DataError if the file cannot be read.
+    """A contract and a file of records: every variant has the contract's plan, and without DP its
+    clipping, too; the figure is the task's first metric that it defines. Without `site_column` each
+    row, or entity, goes to a site drawn by a fixed seed. DataError if the file cannot be read.
     """
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     config = RecipeConfig(
@@ -167,7 +167,8 @@ def recipe_of(
         repeats=OWN_REPEATS,
         baseline_repeats=OWN_REPEATS,
         about="Your own file, in a simulation: nothing left this machine.",
-        variants={"no-dp": {"phases": phases}},
+        # With the same clipping the contract's learning rates fit without noise, too.
+        variants={"no-dp": {"phases": phases, "privacy": {"clip_only": True}}},
     )
 
     def rows(folder: Path) -> Split:

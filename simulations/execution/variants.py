@@ -6,7 +6,7 @@ alone               the same plan and epsilon, each site by itself; scored on it
 alone-tuned         the same with learning rates chosen for a site alone
 federated-head      DP, frozen encoder, only the head, where the recipe's contract adapts layers
 federated-one-hot   DP, regression on the one-hot public bins (tables only)
-federated-no-dp     the contract without clipping and noise
+federated-no-dp     the contract without noise, and without clipping unless the plan asks for it
 pooled-no-dp        the same with all rows in one place
 
 The first three and the last two are of every recipe but for alone-tuned, which like the others is
@@ -185,16 +185,10 @@ def variants_of(contract: Contract, plans: dict[str, Any]) -> list[Variant]:
         )
     # Without noise an adapter may pay that with it does not: [variants.no-dp] may have one of its
     # own.
-    plain = contract.changed(
-        privacy={"mode": "none", "adaptive": None},
-        secure_aggregation=None,
-        **plans["no-dp"],
-    )
-    what = trained(plain)
-    variants.append(
-        Variant("federated-no-dp", f"Federated {what} without DP", False, False, (plain,))
-    )
-    variants.append(
-        Variant("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled(plain),))
-    )
+    changes = dict(plans["no-dp"])
+    privacy = {"mode": "none", "adaptive": None} | changes.pop("privacy", {})
+    plain = contract.changed(privacy=privacy, secure_aggregation=None, **changes)
+    what = f"{trained(plain)} without {'noise' if plain.privacy.clip_only else 'DP'}"
+    variants.append(Variant("federated-no-dp", f"Federated {what}", False, False, (plain,)))
+    variants.append(Variant("pooled-no-dp", f"Pooled {what}", False, False, (pooled(plain),)))
     return variants

@@ -266,10 +266,15 @@ def test_an_empty_sample_answers_with_noise(
     assert (values == 0).mean() < 0.5
 
 
+@pytest.mark.parametrize("clipping", [{}, {"clip_only": True}])
 def test_without_dp_only_where_the_owner_allows_it(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+    table_contract: Contract,
+    write_rows: Rows,
+    tmp_path: Path,
+    make_worker: MakeWorker,
+    clipping: dict[str, bool],
 ) -> None:
-    contract = table_contract.changed(privacy={"mode": "none"})
+    contract = table_contract.changed(privacy={"mode": "none", **clipping})
     path = write_rows(tmp_path / "rows.csv", 20)
     allowing = permissive_policy(contract, "north", path, None)
     policy = allowing.model_copy(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import RunError, UsageError
 from silotune.simulations.comparison.options import Options
@@ -95,6 +96,33 @@ def test_a_baseline_that_diverges_is_marked_and_the_others_are_reported(
     }
     assert found["r2"].isna().to_dict()["federated-no-dp"]
     assert "<td>diverged</td>" in RunResult.load(folder)._repr_html_()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_with_the_contracts_clipping_its_rates_fit_without_noise(
+    contract: Contract, table: Path, tmp_path: Path
+) -> None:
+    """The same rates without clipping: a price of privacy below zero, or none at all."""
+    own = contract.changed(phases=[WILD | {"head_lr": 20.0}])
+    recipe, names = recipe_of(own, "own", table, None), ("federated-no-dp", "pooled-no-dp")
+    result = run(recipe, options_of(*names), tmp_path / "run", "a test", quiet=True)
+    for name in names:
+        row = row_of(result, name)
+        assert (row["stopped"], row["private"], row["epsilon"]) == (None, False, None)
+        assert row["label"].endswith("one-hot without noise")
+        found = contracts.load(tmp_path / "run" / "variants" / f"{name}-0" / "contract.json")
+        assert found.privacy.model_dump(include={"mode", "clip_only", "clip_norm"}) == {
+            "mode": "none",
+            "clip_only": True,
+            "clip_norm": own.privacy.clip_norm,
+        }
+        assert (found.phases, found.aggregation) == (own.phases, own.aggregation)
+    unclipped = recipe.config.model_copy(
+        update={"variants": {"no-dp": {"phases": [WILD | {"head_lr": 20.0}]}}}
+    )
+    other = replace(recipe, config=unclipped)
+    result = run(other, options_of(*names), tmp_path / "other", "a test", quiet=True)
+    assert all(row_of(result, name)["stopped"] for name in names)
 
 
 @pytest.mark.usefixtures("in_process")
