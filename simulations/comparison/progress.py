@@ -31,7 +31,7 @@ from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.duration import Duration, clock
-from silotune.simulations.execution.variants import Job, JobResult, Stopped
+from silotune.simulations.execution.variants import PLAIN, Job, JobResult
 from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 BAR = 12
@@ -47,7 +47,7 @@ USES = {
 }
 NEXT, NOTE = "next:   ", "   ("  # how a `next:` line begins, and what comes behind its command
 GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
-PLAIN = Console()  # for measuring
+MEASURING = Console()
 Columns = list[tuple[str, list[str]]]  # a title and a cell for each row
 
 
@@ -204,8 +204,12 @@ class Progress:
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
+        self._cost_done += self._cost_without_rounds(result)
         if result.stopped:
-            self._note_stopped(result, result.stopped)
+            self._entry(
+                f"{result.stopped.word}: ",
+                f"{result.variant}, repeat {result.repeat + 1}, {result.stopped.why}",
+            )
         if not self.console.is_terminal:
             self._entry(
                 f"done {self._finished}/{len(self._jobs)}: ",
@@ -213,17 +217,16 @@ class Progress:
                 f"({result.seconds:.0f} s)",
             )
 
-    def _note_stopped(self, result: JobResult, stopped: Stopped) -> None:
-        """Say which run came to no model; what it was to do yet takes no time."""
-        job = next(
+    def _cost_without_rounds(self, result: JobResult) -> float:
+        """Of a run that has ended: what was planned beyond its rounds, which is all of one without
+        rounds and the rest of one that stopped."""
+        asked = (result.variant, result.repeat, result.sites)
+        of_job = next(
             job
             for job in self._jobs
-            if (job.variant, job.repeat) == (result.variant, result.repeat)
-            and result.sites == tuple(site.name for site in job.contract.sites)
+            if (job.variant, job.repeat, tuple(site.name for site in job.contract.sites)) == asked
         )
-        self._cost_done += job.cost - sum(job.cost_of(facts.round) for facts in result.rounds)
-        label = f"{stopped.word}: "
-        self._entry(label, f"{result.variant}, repeat {result.repeat + 1}, {stopped.why}")
+        return of_job.cost - sum(of_job.cost_of(facts.round) for facts in result.rounds)
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
         """The verdict, the table, where the report is and what to do next."""
@@ -316,6 +319,8 @@ class Progress:
 
 def adapter_step(job: Job) -> str:
     """The line that uses a run's adapter on rows that it was tested by; "" if no command does."""
+    if job.variant == PLAIN:
+        return ""
     contract, files = job.contract, sorted((job.data / "test").glob("*.csv"))
     verb, package, extra = USES.get(contract.task.kind, ("", "", ""))
     more: list[object] = []
@@ -341,7 +346,7 @@ def adapter_step(job: Job) -> str:
 def folded(label: str, text: str, width: int) -> str:
     """`text` in lines of at most `width` characters: behind a label, and below each other."""
     indent = cell_len(label)
-    lines = [line.plain.rstrip() for line in Text(text).wrap(PLAIN, max(width - indent, 1))]
+    lines = [line.plain.rstrip() for line in Text(text).wrap(MEASURING, max(width - indent, 1))]
     return "\n".join((" " * indent if place else label) + line for place, line in enumerate(lines))
 
 
@@ -457,7 +462,7 @@ def _parts(
             title, own = columns[place][0], narrow[place]
             more = min(spare, max(cell_len(title) - own, 0))
             spare -= more
-            lines = [line.plain.rstrip() for line in Text(title).wrap(PLAIN, own + more)]
+            lines = [line.plain.rstrip() for line in Text(title).wrap(MEASURING, own + more)]
             table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True, min_width=own)
         for row, name in enumerate(rows):
             cells = [Text(columns[place][1][row]) for place in part]

@@ -141,11 +141,11 @@ def load_recipe(name: str) -> Recipe:
 def own_recipe(
     file: Path, table: Path, site_column: str | None, reading: Reading | None = None
 ) -> Recipe:
-    """`recipe_of` a contract's file. UsageError if there is no such file."""
+    """`recipe_of` a contract's file, with its baselines. UsageError if there is no such file."""
     contract = contracts.load(file)
     if not table.is_file():
         raise UsageError(f"data={table} is no file. Name a file of records.")
-    return recipe_of(contract, file.stem, table, site_column, reading)
+    return with_baselines(recipe_of(contract, file.stem, table, site_column, reading))
 
 
 def recipe_of(

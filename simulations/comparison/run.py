@@ -47,6 +47,7 @@ from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
 from silotune.simulations.execution.variants import (
     MAIN,
+    PLAIN,
     Job,
     JobResult,
     Variant,
@@ -292,7 +293,9 @@ def _jobs(
     every = options.evaluate_every or config.evaluate_every
     found = []
     for variant in variants:
-        if variant.cheap:
+        if variant.name == PLAIN:
+            repeats = 1  # nothing in it is drawn
+        elif variant.cheap:
             repeats = options.baseline_repeats or config.baseline_repeats
         else:
             repeats = options.repeats or config.repeats

@@ -15,6 +15,7 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.formats import strict_json
+from silotune.simulations.execution.variants import PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -149,6 +150,8 @@ class RunResult:
         """
         if stopped := self._main["stopped"]:
             raise UsageError(f"{self._main['label']} released no adapter. {stopped['why']}")
+        if self._main["name"] == PLAIN:
+            raise UsageError(f"{self._main['label']} has no adapter: run another variant, too.")
         return self.folder / "variants" / f"{self._main['name']}-0" / "adapter.safetensors"
 
     @property

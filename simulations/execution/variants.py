@@ -8,9 +8,11 @@ federated-head      DP, frozen encoder, only the head, where the recipe's contra
 federated-one-hot   DP, regression on the one-hot public bins (tables only)
 federated-no-dp     the contract without noise, and without clipping unless the plan asks for it
 pooled-no-dp        the same with all rows in one place
+plain               a small model of scikit-learn of all rows in one place, without DP
+                    (plain_baseline.py); none for language
 
-The first three and the last two are of every recipe but for alone-tuned, which like the others is
-there if recipe.toml has its phases.
+The others are of every recipe but for alone-tuned, federated-head and federated-one-hot, which are
+there if recipe.toml has their phases.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from typing import Any
 
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import ErrorCode
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import Poison
 
 MAIN = "federated-lora"
+PLAIN = "plain"
 POOLED = "all sites"
+PLAIN_COST = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Job:
     @property
     def cost(self) -> float:
         """A rough relative cost, for the estimate of the time left; adapter rounds dominate."""
+        if self.variant == PLAIN:
+            return PLAIN_COST
         return sum(self.cost_of(r) for r in range(1, self.contract.rounds + 1))
 
     def cost_of(self, round_number: int) -> float:
@@ -138,6 +145,18 @@ def trained(contract: Contract) -> str:
     return "one-hot" if isinstance(contract.model, OneHotModel) else "head"
 
 
+def plain_model(contract: Contract) -> str:
+    """What the plain baseline of a contract is, in words; "" if there is none."""
+    task = contract.task.kind
+    if task == "language":
+        return ""
+    if task == "tokens":
+        return "Word-window tagger"
+    if isinstance(contract.input, TableInput):
+        return "Gradient boosting"
+    return f"TF-IDF + {'ridge' if task == 'regression' else 'logistic'} regression"
+
+
 def alone(contract: Contract) -> tuple[Contract, ...]:
     """The same plan at each site by itself."""
     return tuple(
@@ -191,4 +210,6 @@ def variants_of(contract: Contract, plans: dict[str, Any]) -> list[Variant]:
     what = f"{trained(plain)} without {'noise' if plain.privacy.clip_only else 'DP'}"
     variants.append(Variant("federated-no-dp", f"Federated {what}", False, False, (plain,)))
     variants.append(Variant("pooled-no-dp", f"Pooled {what}", False, False, (pooled(plain),)))
+    if words := plain_model(contract):
+        variants.append(Variant(PLAIN, f"{words}, pooled, no DP", False, True, (pooled(plain),)))
     return variants

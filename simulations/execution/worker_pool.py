@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from silotune.common.errors import ErrorCode, SilotuneError
-from silotune.simulations.execution.variants import Job, JobResult, Stopped
+from silotune.simulations.execution.variants import PLAIN, Job, JobResult, Stopped
 
 TRACE = "failure.txt"  # in a run's folder: what went wrong in it unexpectedly
 
@@ -51,9 +51,12 @@ def work(job: Job) -> JobResult:
     """Run one job, with its progress sent through the pool's queue. What goes wrong in an optional
     one is told by its result."""
     from silotune.simulations.execution.job import run_job
+    from silotune.simulations.execution.plain_baseline import run_plain
 
     began = time.perf_counter()
     try:
+        if job.variant == PLAIN:
+            return run_plain(job)
         return run_job(
             job, lambda j, facts: _channel.put((j.variant, j.repeat, j.cost_of(facts.round), facts))
         )
