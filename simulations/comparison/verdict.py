@@ -187,7 +187,7 @@ def _poor_baselines(
                 f"{label}: {METRICS[metric]} is not better than "
                 f"{by_name['majority']['label'].lower()}. "
                 + (
-                    "The records may tell little about what is to be predicted."
+                    "The records may be too few for it, or tell little about the answers."
                     if plain
                     else "It says nothing of what DP costs; its learning rates may not suit it."
                 )

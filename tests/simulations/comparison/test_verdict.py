@@ -70,8 +70,8 @@ def test_a_plain_model_may_be_worse_but_not_learn_nothing(table_contract: Contra
     assert not words([*rows, row("plain", 0.7)], table_contract)["warnings"]
     found = words([*rows, row("plain", 0.5)], table_contract)
     assert found["warnings"] == [
-        "Label of plain: AUC is not better than label of majority. The records may tell little "
-        "about what is to be predicted."
+        "Label of plain: AUC is not better than label of majority. The records may be too few "
+        "for it, or tell little about the answers."
     ]
     assert "plain model without DP 0.500" in found["lines"][0]
 
