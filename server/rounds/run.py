@@ -6,6 +6,7 @@ directly. Both go through the same checks.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -442,6 +443,7 @@ class FederatedRun:
             metrics = self._evaluate(self.released(), adapter_active)
             if self._stalled(metrics):
                 self.server_state.end()
+                metrics = self._evaluate(self.released(), adapter_active)
         facts = RoundRecord(
             self.server_round,
             tuple(sorted(self._open)),
@@ -488,7 +490,10 @@ class FederatedRun:
             return False
         value = metrics.get(stop.metric)
         if value is not None:
-            self._scores.append(signed_score(stop.metric, value))
+            scored = signed_score(stop.metric, value)
+            if scored > max(self._scores, default=-math.inf):
+                self.server_state.keep_best()
+            self._scores.append(scored)
         before, latest = self._scores[: -stop.patience], self._scores[-stop.patience :]
         return bool(before) and max(latest) <= max(before)
 

@@ -769,13 +769,15 @@ def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
 
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize(
-    ("metric", "scores", "rounds"),
+    ("metric", "scores", "rounds", "best"),
     [
-        ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7),  # the first phase does not count
-        ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
-        ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
-        ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
-        ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+        # The first phase does not count.
+        ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7, 5),
+        ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9, 9),
+        ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9, 5),
+        ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7, 5),
+        ("loss", [0.1] * 3 + [0.4, 0.5, 2.0, 9.0, 0.3, 0.2], 6, 4),
+        ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7, 5),
     ],
 )
 def test_a_run_ends_early_by_public_rows(
@@ -784,11 +786,14 @@ def test_a_run_ends_early_by_public_rows(
     metric: str,
     scores: list[float | None],
     rounds: int,
+    best: int,
     killed: bool,
 ) -> None:
-    contract = early(table_contract, 2, metric)
+    """At what it had come to at its best; the run's last metrics are of what it releases."""
+    contract, seen = early(table_contract, 2, metric), list[Arrays]()
 
     def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
+        seen.append(adapter)
         return {"loss": 1.0, "auc": 1.0, metric: scores[run.server_round - 1]}
 
     run = start(contract, evaluate=evaluate)
@@ -802,6 +807,9 @@ def test_a_run_ends_early_by_public_rows(
     assert on_disk(run) == list(range(1, rounds + 1))
     assert [e["round"] for e in events(run, "released")][-1] == rounds
     np.testing.assert_array_equal(run.registry.adapter()["head.bias"], run.adapter["head.bias"])
+    released = run.registry.adapter()["head.bias"]
+    np.testing.assert_array_equal(released, seen[best - 1]["head.bias"])
+    np.testing.assert_array_equal(released, seen[-1]["head.bias"])
 
 
 def test_ending_early_needs_public_rows(start: Start, table_contract: Contract) -> None:
