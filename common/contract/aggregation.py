@@ -41,7 +41,9 @@ class Adaptive(Frozen):
 
 class EarlyStop(Frozen):
     """End a run in its last phase when `metric` on the operator's public rows has not been better
-    for `patience` evaluations in a row. No private record is used."""
+    for `patience` evaluations in a row, and release what the phase had come to at its best
+    evaluation. The rounds that are left out cost nothing. No private record is used. Rows that
+    choose when to stop make their own figures look better than others': report others."""
 
     metric: Name = Field(
         description="Metric on the operator's public rows that decides about stopping."
