@@ -169,6 +169,9 @@ class Aggregation(Frozen):
         ]
 
 
+USUAL_BOUND = 16.0  # of an update's entries
+
+
 class SecureAggregation(Frozen):
     """Updates leave masked, and the server learns only their weighted sum
     (common/secagg/participant.py).
@@ -188,7 +191,7 @@ class SecureAggregation(Frozen):
         "the sum; 2 threshold must exceed n + max_colluding_sites.",
     )
     bound: Bound = Field(
-        default=16.0,
+        default=USUAL_BOUND,
         description="Largest absolute entry of an update; it also sets the precision of the "
         "fixed-point ring.",
     )
