@@ -401,6 +401,7 @@ def _variant(name: str, label: str, values: list[float], epsilon: float | None) 
         "repeats": len(values),
         "epsilon": epsilon,
         "delta": 1e-4 if epsilon else None,
+        "stopped": None,
         "metrics": {"accuracy": {"mean": float(np.mean(values)), "sd": sd, "values": values}},
     }
 
