@@ -42,9 +42,11 @@ AVERAGING_START = 0.5
 # The clip norm over the first gradient's norm, that of a record whose features have mean square
 # norm: an outlier counts no more, and while the head learns most gradients fall below it.
 CLIP_SHARE = 0.25
-NOISE_OF_CLASSES = 1.0  # tau of two classes; each doubling of the classes adds NOISE_PER_DOUBLING
-NOISE_PER_DOUBLING = 0.4
-NOISE_OF_LABEL = 1.0  # tau of a logit of its own: multi-label and ranking
+NOISE_OF_CLASSES = 1.0  # tau of two classes
+NOISE_PER_DOUBLING = 0.15  # what each doubling of the classes adds
+# tau of a logit of its own, of multi-label and ranking: of two classes that is the difference of
+# the logits, which has twice the standard deviation of each less their mean.
+NOISE_OF_LABEL = 2.0
 NOISE_OF_NUMBER = 0.08  # tau of a regression, whose targets lie between 0 and 1
 STABLE_SHARE = 0.7  # of the largest rate at which the heavy ball converges for a regression
 LARGEST_STEP = 60.0  # of a logit in a round, were all clipped gradients alike
