@@ -47,7 +47,7 @@ table = run.table()
 assert list(table.index) == ["majority", "federated-lora"], table
 assert table.loc["federated-lora", "auc"] == run.metrics["auc"] > 0.5
 assert table.loc["federated-lora", ["epsilon", "delta"]].tolist() == [8.0, 1e-4]
-assert table.attrs["accountant"] == "RDP"
+assert table.attrs["accountant"] == "exact composition"
 run.report("report.html")
 assert "<table>" in run._repr_html_()
 assert run.adapter.is_file()
@@ -417,7 +417,7 @@ CONTENT: dict[str, Any] = {
     "privacy": {
         "unit": "record",
         "adjacency": "add or remove one record",
-        "accountant": "RDP",
+        "accountant": "exact composition",
         "insecure": False,
     },
 }
