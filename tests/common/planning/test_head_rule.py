@@ -143,6 +143,12 @@ def test_class_weights_are_not_undone_by_the_clip_norm() -> None:
     assert largest[1] == pytest.approx(largest[2])
 
 
+def test_a_record_of_many_words_is_clipped_to_less() -> None:
+    words = replace(FACTS, task="tokens")
+    share = plan_head(words).clip_norm / head_rule.first_gradient_norm(words)
+    assert share == pytest.approx(head_rule.CLIP_SHARE_OF_WORDS, rel=0.06)
+
+
 def test_a_given_clip_norm_changes_the_rate_alone() -> None:
     """Half the clip norm has half the noise: twice the rate gives it the same effect."""
     own = plan_head(FACTS)
