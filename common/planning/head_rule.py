@@ -43,6 +43,7 @@ AVERAGING_START = 0.5
 # norm. Gradients cut to one norm keep it while errors shrink, and the noise is relative to the clip
 # norm. Where classes have weights it is 1: a lower one would undo the weights.
 CLIP_SHARE = 0.25
+CLIP_SHARE_OF_NUMBER = 0.12  # of a regression, whose errors end far below one half
 CLIP_SHARE_OF_WORDS = 0.1  # where a record's gradient is the mean of its words', which differ
 NOISE_OF_CLASSES = 1.0  # tau of two classes
 NOISE_PER_DOUBLING = 0.15  # what each doubling of the classes adds
@@ -198,6 +199,8 @@ def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
 def _clip_share(facts: HeadFacts) -> float:
     if facts.task == "tokens":
         return CLIP_SHARE_OF_WORDS
+    if facts.task == "regression":
+        return CLIP_SHARE_OF_NUMBER
     return CLIP_SHARE if facts.class_weights is None else 1.0
 
 

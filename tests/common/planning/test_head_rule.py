@@ -143,10 +143,19 @@ def test_class_weights_are_not_undone_by_the_clip_norm() -> None:
     assert largest[1] == pytest.approx(largest[2])
 
 
-def test_a_record_of_many_words_is_clipped_to_less() -> None:
-    words = replace(FACTS, task="tokens")
-    share = plan_head(words).clip_norm / head_rule.first_gradient_norm(words)
-    assert share == pytest.approx(head_rule.CLIP_SHARE_OF_WORDS, rel=0.06)
+@pytest.mark.parametrize(
+    ("task", "share"),
+    [
+        ("classification", head_rule.CLIP_SHARE),
+        ("multi-label", head_rule.CLIP_SHARE),
+        ("tokens", head_rule.CLIP_SHARE_OF_WORDS),
+        ("regression", head_rule.CLIP_SHARE_OF_NUMBER),
+    ],
+)
+def test_the_clip_norm_is_a_share_of_the_first_gradients(task: HeadTask, share: float) -> None:
+    facts = replace(FACTS, task=task)
+    found = plan_head(facts).clip_norm / head_rule.first_gradient_norm(facts)
+    assert found == pytest.approx(share, rel=0.06)
 
 
 def test_a_given_clip_norm_changes_the_rate_alone() -> None:
