@@ -363,8 +363,17 @@ def mechanism_of(
 
 
 def by_round(contract: Contract, mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
-    """The mechanism of each round of a plan."""
-    return [mechanism_of(contract, mechanisms, n + 1) for n in range(contract.rounds)]
+    """The mechanism of each round of a plan: its noise and rate, with the steps of one round."""
+    found: list[Mechanism] = []
+    parts = iter(mechanisms)
+    part = next(parts)
+    for phase in contract.phases:
+        for _ in range(phase.rounds):
+            if not part.steps:
+                part = next(parts)
+            found.append(part._replace(steps=phase.local_steps))
+            part = part._replace(steps=part.steps - phase.local_steps)
+    return found
 
 
 def rounds_in(contract: Contract, mechanisms: Sequence[Mechanism]) -> int:
