@@ -751,7 +751,7 @@ def nothing_is_left(site: SiteFolder, run: Callable[..., str], contract: Contrac
     """`site check` says so, and a worker does not start."""
     budget = budget_row()
     assert (budget["state"], budget["code"]) == ("problem", "E210")
-    assert "spent before 8.00" in budget["result"]
+    assert "spent before 9.75" in budget["result"]  # by RDP, as another plan
     policy, ledger, _ = site.open()
     table = records.named_by(contract, policy.data.table())
     found = of_table(table, policy.data.key, ledger.identity.fingerprint_key)
