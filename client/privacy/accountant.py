@@ -14,11 +14,13 @@ octave, which costs at most 0.4 % of epsilon beside all orders in between.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -185,13 +187,26 @@ def _rdp_of_step(noise_multiplier: float, sampling_rate: float, order: float) ->
     """The RDP of one step; RDP adds up over steps."""
     if order > LAST_OF_OPACUS and order == int(order) and sampling_rate < 1:
         return _rdp_at_whole_order(noise_multiplier, sampling_rate, int(order))
-    from opacus.accountants.analysis import rdp
-
-    return float(
-        rdp.compute_rdp(
-            q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=[order]
-        )[0]
+    found = _rdp_of_opacus().compute_rdp(
+        q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=[order]
     )
+    return float(found[0])
+
+
+@cache
+def _rdp_of_opacus() -> Any:
+    """Opacus' module for the RDP of a step, by itself: importing its package loads torch, for which
+    `privacy spent` would wait seconds."""
+    package = importlib.util.find_spec("opacus")
+    assert package is not None
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "accountants", "analysis", "rdp.py")
+    spec = importlib.util.spec_from_file_location("opacus_rdp", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _rdp_at_whole_order(sigma: float, q: float, order: int) -> float:
@@ -363,8 +378,17 @@ def mechanism_of(
 
 
 def by_round(contract: Contract, mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
-    """The mechanism of each round of a plan."""
-    return [mechanism_of(contract, mechanisms, n + 1) for n in range(contract.rounds)]
+    """The mechanism of each round of a plan: its noise and rate, with the steps of one round."""
+    found: list[Mechanism] = []
+    parts = iter(mechanisms)
+    part = next(parts)
+    for phase in contract.phases:
+        for _ in range(phase.rounds):
+            if not part.steps:
+                part = next(parts)
+            found.append(part._replace(steps=phase.local_steps))
+            part = part._replace(steps=part.steps - phase.local_steps)
+    return found
 
 
 def rounds_in(contract: Contract, mechanisms: Sequence[Mechanism]) -> int:

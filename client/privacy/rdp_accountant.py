@@ -14,7 +14,7 @@ class RDPAccountant:
     Of `opacus.accountants.RDPAccountant` it has `history`, `step`, `get_epsilon`, `mechanism` and
     `len`; it has no `get_privacy_spent`, no hook of an optimizer, no `state_dict` and no choice of
     orders. Beside Opacus' orders it tries larger ones, so that it gives the same ε, or a smaller
-    one where ε is small. It loads no torch before the first step is accounted.
+    one where ε is small. It loads no torch.
 
     What it gives is valid for steps that were fixed beforehand, as a contract's are. A site's
     ledger stops a server that chooses as it goes by one order that is fixed first

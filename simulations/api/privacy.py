@@ -120,10 +120,7 @@ def plan(contract: Contract, site: str | None = None) -> PrivacyPlan:
     p = contract.privacy
     delta = contract.target_of(site).delta if site else p.delta
     mechanisms = accountant.plan(contract, contract.target_of(site) if site else None)
-    by_round = [
-        accountant.mechanism_of(contract, mechanisms, number)
-        for number in range(1, contract.rounds + 1)
-    ]
+    by_round = accountant.by_round(contract, mechanisms)
     steps, spent = dict[tuple[float, float], int](), list[float]()
     for noise, rate, more in by_round:
         steps[noise, rate] = steps.get((noise, rate), 0) + more

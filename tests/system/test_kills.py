@@ -35,14 +35,15 @@ POINTS = 9  # in victim.py
 
 @pytest.fixture
 def contract(table_contract: Contract) -> Contract:
-    """Many cheap rounds, of two steps so that there is a middle."""
+    """Many cheap rounds, of two steps so that there is a middle; without sampling, so that the ε
+    after each one is quick to find."""
     return table_contract.changed(
         privacy={"epsilon": 100.0},
         phases=[
             {
                 "trains": "head",
                 "rounds": 20_000,
-                "sampling_rate": 0.5,
+                "sampling_rate": 1.0,
                 "local_steps": 2,
                 "head_lr": 0.5,
             }

@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -542,6 +544,18 @@ def test_what_is_left_is_what_a_gaussian_mechanism_may_still_cost(used: float) -
 def test_a_plan_has_noise_where_a_unit_is_hardly_ever_sampled() -> None:
     """Within delta such a unit could be published whole."""
     assert noise_for(8.0, DELTA, 1e-6, 3) == pytest.approx(accountant.LEAST_NOISE)
+
+
+def test_no_account_loads_torch() -> None:
+    """`privacy spent` and `privacy plan` would wait for it."""
+    code = (
+        "import sys; from silotune.client.privacy import accountant as a\n"
+        "steps = [a.Mechanism(1.3, 0.25, 4)]\n"
+        "assert a.plan_epsilon(steps, 1e-4) < a.epsilon(steps, 1e-4)\n"
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_delta_is_split_and_all_of_it_is_used() -> None:

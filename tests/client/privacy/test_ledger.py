@@ -174,6 +174,7 @@ def test_no_field_of_any_entry_can_be_changed(home: Home) -> None:
         str: lambda v: ("0" if v[0] != "0" else "1") + v[1:],
         int: lambda v: v + 1,
         float: lambda v: v / 2,
+        list: lambda v: [*v, {"noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1}],
         type(None): lambda _: "0" * 64,
     }
     rows = home.rows()

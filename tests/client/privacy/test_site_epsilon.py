@@ -384,6 +384,7 @@ def test_each_round_is_given_its_own_mechanism(decaying: Contract) -> None:
     with pytest.raises(ValueError, match="not in the plan"):
         mechanism_of(decaying, found, 10)
     by_round = [mechanism_of(decaying, found, number) for number in range(1, 10)]
+    assert accounting.by_round(decaying, found) == by_round
     assert plan_epsilon(by_round, 1e-4) == plan_epsilon(found, 1e-4)
 
 

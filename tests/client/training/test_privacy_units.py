@@ -759,7 +759,7 @@ def test_an_entitys_spending_follows_its_key(
     assert refusal.value.code == "E210"
     assert len(ledger.charges) == 3
     fresh = written(tmp_path / "fresh.csv", [(f"n{p}", a, s, y) for p, a, s, y in ROWS])
-    assert Worker(named(again, fresh), again, ledger).budget.spent(1e-4) == 0
+    assert Worker(named(again, fresh), again, ledger).budget.spent(1e-4).epsilon == 0
 
 
 @pytest.mark.parametrize("key", [(), ("patient",)])
