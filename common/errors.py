@@ -79,6 +79,7 @@ class ErrorCode(StrEnum):
     MASKED_SUM_INVALID = "E505"
     SECAGG_SECRETS_LOST = "E506"
     SEALED_SHARE_INVALID = "E507"
+    DIVERGED = "E508"
 
     RUN_FOLDER_UNUSABLE = "E601"
     RUN_IN_PROGRESS = "E602"
@@ -288,7 +289,8 @@ CODES: dict[ErrorCode, str] = {
     ),
     ErrorCode.MESSAGE_UNREADABLE: ("A message could not be read: it is not in Silotune's format."),
     ErrorCode.UPDATE_INVALID: (
-        "An update was rejected: wrong names, shapes, type, or a value that is not finite."
+        "An update was rejected: wrong names, shapes or type, a norm beyond the contract's, or a "
+        "figure that the contract does not allow."
     ),
     ErrorCode.MESSAGE_MISMATCH: (
         "A message belongs to another contract, run, round or site than the one expected."
@@ -307,6 +309,14 @@ CODES: dict[ErrorCode, str] = {
     ErrorCode.SEALED_SHARE_INVALID: (
         "What another member of an agreement sealed for this site does not open. The site that "
         "refuses is not at fault; its own log names the one that sealed it."
+    ),
+    ErrorCode.DIVERGED: (
+        "Training diverged: a value of an update, of the model or of the server's momentum is not "
+        "finite or beyond 1e6. As the code of a site: its update was not used. As the code of a "
+        "run: too few updates were left, or the sum of them led out of range, so the run stopped. "
+        "No adapter was released; what was charged stays charged. Lower head_lr and adapter_lr in "
+        "the contract's [[phases]], or aggregation.server_momentum. If one site alone sends such "
+        "updates, whatever the rates, leave it out of the contract."
     ),
     ErrorCode.UNEXPECTED: (
         "An unexpected failure inside a site. The incident id finds the details in that site's "

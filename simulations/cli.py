@@ -140,7 +140,7 @@ class WithSettings(click.Command):
         except click.NoSuchOption as error:
             from silotune.simulations.comparison import options
 
-            known = options.OF_RUN if self.name == "run" else options.OF_COMPUTING
+            known = options.OF_RUN if self.name == "run" else options.OF_COMPARE
             sentence = options.misplaced_option(error.option_name, words, known)
             if not sentence:
                 raise
@@ -173,7 +173,8 @@ def sim_run(
 ) -> None:
     """Run a recipe or a contract, with all variants of a comparison.
 
-    A contract is run on a table of your own.
+    A contract is run on a table of your own. A variant whose training diverges is marked in the
+    result; if it is the main one, the command's exit code is 1.
 
     \b
     Settings of the comparison:
@@ -208,6 +209,8 @@ def sim_run(
     result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
+    if next(variant for variant in result["variants"] if variant["main"])["stopped"]:
+        sys.exit(1)
 
 
 def _asked(recipe: str, options: Options) -> Recipe:
@@ -234,15 +237,15 @@ def _asked(recipe: str, options: Options) -> Recipe:
 @sim.command("compare", cls=WithSettings)
 @click.argument(
     "study",
-    metavar="STUDY|STUDY.toml",
+    metavar="STUDY|STUDY.toml|CONTRACT.toml",
     shell_complete=known(_studies, files=True),
-    help="Name of a study that Silotune has, or a study's file.",
+    help="Name of a study that Silotune has, a study's file, or, with --rates, a contract's.",
 )
 @click.argument(
     "settings",
     nargs=-1,
     metavar="[KEY=VALUE]...",
-    help="How to compute, such as device=cuda; the text above says which.",
+    help="How to compute, such as device=cuda, and a contract's records; see the text above.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder that the study's result is written to."
@@ -282,27 +285,46 @@ def sim_compare(
     With --rates each variant is run once at each of them and scored on a quarter of the training
     rows, so that what is chosen by that was not chosen by the rows of the study's own table.
 
+    A contract of one's own has one variant, itself, and needs --rates and its records: data,
+    site_column, encoding, delimiter and model as for `sim run`. If the records are private, rates
+    that were chosen by them cost privacy that no ε includes: use public records that are like them.
+
     Settings say how to compute, as those of `sim run` do: device, bf16, micro_batch and so on.
 
     \b
     $ silotune sim compare heart-methods
     $ silotune sim compare ner-methods micro_batch=256 --processes 16
     $ silotune sim compare heart-methods --rates 0.5 --rates 1 --rates 2
+    $ silotune sim compare loans.toml data=loans.csv --rates 0.25 --rates 1
     """
-    from silotune.simulations.comparison.options import computing
-    from silotune.simulations.study.config import load_study, rates_of, study_file
+    from silotune.simulations.comparison.options import comparing
+    from silotune.simulations.comparison.recipe import own_recipe
+    from silotune.simulations.study.config import load_study, rates_of, study_file, study_of
     from silotune.simulations.study.report import draw, markdown
     from silotune.simulations.study.study import compare
 
-    file = study_file(study)
+    options, recipe = comparing(settings), None
+    if options.data is None:
+        file = study_file(study)
+        asked = load_study(file)
+    else:
+        file = Path(study)
+        if not rates:
+            raise UsageError(
+                "data= goes with a contract and --rates: --rates 0.5 --rates 2 compares half and "
+                "twice its learning rates. `silotune sim run` compares its variants."
+            )
+        recipe = own_recipe(file, options.data, options.site_column, options.reading)
+        asked = study_of(recipe.contract)
     folder = out or Path("runs") / "studies" / (f"{file.stem}-rates" if rates else file.stem)
-    asked = load_study(file)
     found = compare(
         rates_of(asked, rates) if rates else asked,
         folder,
         processes or 0,
+        recipe,
         only=only,
-        performance=computing(settings),
+        performance=options.performance,
+        model=options.model,
         stderr=as_json,
     )
     text = markdown(found) + f"\nCommand: `silotune {shlex.join(sys.argv[1:])}`\n"

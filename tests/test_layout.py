@@ -30,8 +30,8 @@ FIRST = ""
 API = "simulations/api/"
 FOLDERS = {
     "common": [
-        FIRST, "runtime", "formats", "config", "secagg", "contract", "protocol", "data", "tasks",
-        "model_files", "tokenization", "models", "inference", "cli",
+        FIRST, "runtime", "formats", "config", "secagg", "planning", "contract", "protocol", "data",
+        "tasks", "model_files", "tokenization", "models", "inference", "cli",
     ],
     "client": [
         "records", "privacy", "relay", "site", "training", "preparation", "worker", "operations",
@@ -74,7 +74,13 @@ MAY_IMPORT_FLWR = {
     "simulations/benchmarks/stock_app.py",  # and a Flower app as its documentation teaches
 }
 # What a part of the project never loads: the boundary, and what has to start fast.
-NO_TORCH = ("common/contract/", "common/protocol/", "common/secagg/", "client/relay/")
+NO_TORCH = (
+    "common/planning/",
+    "common/contract/",
+    "common/protocol/",
+    "common/secagg/",
+    "client/relay/",
+)
 
 
 def modules() -> list[str]:

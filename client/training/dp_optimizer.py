@@ -55,32 +55,27 @@ def add_gaussian_noise(total: Tensor, std: float, source: NoiseSource) -> Tensor
     return ((total + std * noise.to(total.device)) / grain).round_() * grain
 
 
-class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
-    """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64.
+class ClippingOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
+    """Opacus' DPOptimizer with an exact sum of clipped gradients and no noise: NO privacy. It is
+    for variants that show what the noise costs.
 
     Args:
-        optimizer: The optimizer that takes the noised gradients.
-        source: Where the noise comes from.
-        noise_multiplier: The standard deviation of a step's noise in clip norms.
+        optimizer: The optimizer that takes the gradients.
         clip_norm: The largest norm of a unit's gradient.
-        divisor: What the noised sum is divided by: public, the expected size of a batch.
+        divisor: What the sum is divided by: public, the expected size of a batch.
 
     Attributes:
         units: How many units this batch had. It is private.
         unclipped: How many of them had a norm within the clip norm. It is private.
-
-    Raises:
-        ValueError: If the noise multiplier is not positive.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        source: NoiseSource,
-        noise_multiplier: float,
         clip_norm: float,
         divisor: float,
+        noise_multiplier: float = 0.0,
     ) -> None:
         super().__init__(
             optimizer,
@@ -89,9 +84,6 @@ class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
             expected_batch_size=None,
             loss_reduction="sum",
         )
-        if not noise_multiplier > 0:
-            raise ValueError("a private step needs a positive noise multiplier")
-        self.source = source
         self.divisor = divisor
         self.units = self.unclipped = 0
 
@@ -142,6 +134,47 @@ class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
         self.unclipped += len(norms) - int((norms > self.max_grad_norm).sum())
 
     def add_noise(self) -> None:
+        """The sum over the public divisor, into each `.grad`, as it is."""
+        for p in self.params:
+            p.grad = (p.summed_grad * self.unit / self.divisor).to(p.dtype)
+            p.summed_grad = None
+
+
+class DPOptimizer(ClippingOptimizer):
+    """Opacus' DPOptimizer with an exact sum, and the noise from `NoiseSource` in float64.
+
+    Args:
+        optimizer: The optimizer that takes the noised gradients.
+        source: Where the noise comes from.
+        noise_multiplier: The standard deviation of a step's noise in clip norms.
+        clip_norm: The largest norm of a unit's gradient.
+        divisor: What the noised sum is divided by: public, the expected size of a batch.
+
+    Attributes:
+        units: How many units this batch had. It is private.
+        unclipped: How many of them had a norm within the clip norm. It is private.
+
+    Raises:
+        ValueError: If the noise multiplier is not positive.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        source: NoiseSource,
+        noise_multiplier: float,
+        clip_norm: float,
+        divisor: float,
+    ) -> None:
+        super().__init__(
+            optimizer, clip_norm=clip_norm, divisor=divisor, noise_multiplier=noise_multiplier
+        )
+        if not noise_multiplier > 0:
+            raise ValueError("a private step needs a positive noise multiplier")
+        self.source = source
+
+    def add_noise(self) -> None:
         """The noised sum over the public divisor, into each `.grad`."""
         for p in self.params:
             total = add_gaussian_noise(
@@ -153,13 +186,14 @@ class DPOptimizer(optimizers.DPOptimizer):  # type: ignore[misc]
 
 def private_gradient(
     modules: Iterable[nn.Module],
-    optimizer: DPOptimizer,
+    optimizer: ClippingOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     *,
     gradients: str = "expanded",
 ) -> None:
-    """Leave the noised, divided sum of clipped per-unit gradients in each parameter's `.grad`.
+    """Leave the noised, divided sum of clipped per-unit gradients in each parameter's `.grad`; it
+    is private if the optimizer is a DPOptimizer, which adds noise.
 
     modules: those that hold exactly the optimizer's parameters.
     groups: together one Poisson sample (client/training/privacy_units.py); may be none.
@@ -183,7 +217,7 @@ def private_gradient(
 
 def _accumulate(
     modules: list[nn.Module],
-    optimizer: DPOptimizer,
+    optimizer: ClippingOptimizer,
     groups: Iterable[Group],
     losses: Losses,
     gradients: str,
@@ -211,7 +245,7 @@ def _accumulate(
 
 
 def _add_ghost(
-    modules: list[nn.Module], optimizer: DPOptimizer, part: UnitBatch, losses: Losses
+    modules: list[nn.Module], optimizer: ClippingOptimizer, part: UnitBatch, losses: Losses
 ) -> None:
     if part.owners is not None:
         raise ValueError("ghost clipping has no gradient of an entity")

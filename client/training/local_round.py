@@ -20,6 +20,7 @@ from silotune.client.privacy.accountant import Mechanism
 from silotune.client.training.dataset import Dataset
 from silotune.client.training.dp_adam import NoiseCorrectedAdam
 from silotune.client.training.dp_optimizer import (
+    ClippingOptimizer,
     DPOptimizer,
     plain_gradient,
     private_gradient,
@@ -62,8 +63,8 @@ def train_round(
     values each one can be told (tests/client/training/test_update_granularity.py).
     """
     names = trained_names(adapter, plan.trains)
-    private = contract.privacy.mode == "dp"
-    with model.lock, model.requiring(names), model.batch_invariant(private):
+    clipped = contract.privacy.mode == "dp" or contract.privacy.clip_only is True
+    with model.lock, model.requiring(names), model.batch_invariant(clipped):
         trainer = LocalTrainer(
             contract, plan, mechanism, model, data, adapter, source, clip_norm, local_state
         )
@@ -109,14 +110,18 @@ class LocalTrainer:
         }
         gradient_noise = mechanism.noise_multiplier / math.sqrt(1 - contract.released_share)
         self._inner = self._optimizer(gradient_noise * clip_norm / self.divisor)
-        self._private = None
+        self._clipping: ClippingOptimizer | None = None
         if contract.privacy.mode == "dp":
-            self._private = DPOptimizer(
+            self._clipping = DPOptimizer(
                 torch.optim.SGD(self.tensors.values()),
                 source=source,
                 noise_multiplier=gradient_noise,
                 clip_norm=clip_norm,
                 divisor=self.divisor,
+            )
+        elif contract.privacy.clip_only:
+            self._clipping = ClippingOptimizer(
+                torch.optim.SGD(self.tensors.values()), clip_norm=clip_norm, divisor=self.divisor
             )
 
     def _optimizer(self, noise_std: float) -> torch.optim.Optimizer:
@@ -136,7 +141,7 @@ class LocalTrainer:
         )
         groups = self._sample()
         self._gradient(groups)
-        self.measured.step(groups, self._private)
+        self.measured.step(groups, self._clipping)
         for name, tensor in self.tensors.items():
             self._moved[name].grad = self._corrected(name, tensor.grad)
         self._inner.step()
@@ -165,12 +170,12 @@ class LocalTrainer:
 
     def _gradient(self, groups: list[Group]) -> None:
         """Put the sample's gradient into the tensors' `grad`: clipped and noised under DP."""
-        if self._private is None:
+        if self._clipping is None:
             plain_gradient(self.tensors.values(), groups, self._losses, self.divisor)
             return
         private_gradient(
             self.model.trained_modules(self.plan.trains),
-            self._private,
+            self._clipping,
             groups,
             self._losses,
             gradients=self.model.performance.gradients,

@@ -12,7 +12,7 @@ from torch import Tensor
 from silotune.client.privacy.accountant import Mechanism
 from silotune.client.training.dp_optimizer import (
     QUANTUM_LOG2,
-    DPOptimizer,
+    ClippingOptimizer,
     add_gaussian_noise,
     power_of_two,
 )
@@ -46,7 +46,7 @@ class _Measured:
         if self.contract.releases:
             self._seen[id(rows)] = logits.detach(), labels
 
-    def step(self, groups: Sequence[Group], optimizer: DPOptimizer | None) -> None:
+    def step(self, groups: Sequence[Group], optimizer: ClippingOptimizer | None) -> None:
         """Add a step's noised sums; forget what was seen."""
         for released in self.contract.releases:
             value = self.values[released.metric]

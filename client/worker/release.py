@@ -91,7 +91,8 @@ def update(
     agreement: str | None = None,
     mask: Callable[[Arrays, dict[Metric, float]], bytes] | None = None,
 ) -> bytes:
-    """The reply that `charge` paid for. ProtocolError E502 if it is not exactly what it should be.
+    """The reply that `charge` paid for. ProtocolError E502 if it is not exactly what it should be,
+    E508 if training diverged.
 
     shapes: of all the model's adapter tensors. mask: turns the checked update into the masked one
     of `agreement`; the contract says whether there must be one.
@@ -154,5 +155,5 @@ def _check(arrays: Arrays, shapes: Shapes) -> None:
     norm = float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in arrays.values())))
     if norm > tensors.LARGEST:
         raise ProtocolError(
-            f"The reply's norm is beyond {tensors.LARGEST:g}.", code=ErrorCode.UPDATE_INVALID
+            f"The reply's norm is beyond {tensors.LARGEST:g}.", code=ErrorCode.DIVERGED
         )

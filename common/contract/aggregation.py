@@ -41,7 +41,9 @@ class Adaptive(Frozen):
 
 class EarlyStop(Frozen):
     """End a run in its last phase when `metric` on the operator's public rows has not been better
-    for `patience` evaluations in a row. No private record is used."""
+    for `patience` evaluations in a row, and release what the phase had come to at its best
+    evaluation. The rounds that are left out cost nothing. No private record is used. Rows that
+    choose when to stop make their own figures look better than others': report others."""
 
     metric: Name = Field(
         description="Metric on the operator's public rows that decides about stopping."
@@ -167,6 +169,9 @@ class Aggregation(Frozen):
         ]
 
 
+USUAL_BOUND = 16.0  # of an update's entries
+
+
 class SecureAggregation(Frozen):
     """Updates leave masked, and the server learns only their weighted sum
     (common/secagg/participant.py).
@@ -186,7 +191,7 @@ class SecureAggregation(Frozen):
         "the sum; 2 threshold must exceed n + max_colluding_sites.",
     )
     bound: Bound = Field(
-        default=16.0,
+        default=USUAL_BOUND,
         description="Largest absolute entry of an update; it also sets the precision of the "
         "fixed-point ring.",
     )

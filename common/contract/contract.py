@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,13 @@ from silotune.common.config.types import (
     Sha256,
 )
 from silotune.common.contract.adapter import Adapter, Lora
-from silotune.common.contract.aggregation import BY_ONE, Aggregation, SecureAggregation
+from silotune.common.contract.aggregation import (
+    BY_ONE,
+    USUAL_BOUND,
+    Aggregation,
+    SecureAggregation,
+)
+from silotune.common.contract.head_facts import rule_warnings
 from silotune.common.contract.inputs import Input, PairInput, columns_of
 from silotune.common.contract.model import Model
 from silotune.common.contract.privacy import (
@@ -298,7 +305,12 @@ class Contract(Frozen):
     @property
     def warnings(self) -> list[str]:
         """What is allowed, and what the sites should know before they agree to it, in sentences."""
-        return [*self.delta_warnings, *self.site_warnings, *self.masking_warnings]
+        return [
+            *self.delta_warnings,
+            *self.site_warnings,
+            *self.masking_warnings,
+            *rule_warnings(self),
+        ]
 
     @property
     def site_warnings(self) -> tuple[str, ...]:
@@ -473,17 +485,33 @@ class Contract(Frozen):
         the usual one, and with a quorum of at least that.
 
         Args:
-            bound: Of an update's entries; the usual one if it is None.
+            bound: Of an update's entries; if it is None the contract's own, or else `update_bound`.
 
         Raises:
             ContractError: if the result is no valid contract.
         """
-        own = self.secure_aggregation and self.secure_aggregation.threshold
-        threshold = own or key_agreement.default_threshold(len(self.sites))
+        secure = self.secure_aggregation
+        threshold = (secure and secure.threshold) or key_agreement.default_threshold(
+            len(self.sites)
+        )
+        bound = bound or (secure.bound if secure else self.update_bound)
         return self.changed(
             quorum=max(self.quorum, threshold),
-            secure_aggregation={"threshold": threshold} | ({"bound": bound} if bound else {}),
+            secure_aggregation={"threshold": threshold, "bound": bound},
         )
+
+    @property
+    def update_bound(self) -> float:
+        """A bound of an update's entries that fits the phases' rates: a power of two, at least the
+        usual one and twice what a round's clipped gradients can add up to, so that noise up to as
+        much has room."""
+        steps = [
+            max(phase.head_lr or 0.0, phase.adapter_lr or 0.0) * phase.local_steps
+            for phase in self.phases
+            if phase.adam is None  # whose steps do not grow with the clip norm
+        ]
+        largest = 2 * max(steps, default=0.0) * self.privacy.largest_clip_norm
+        return max(USUAL_BOUND, 2.0 ** math.ceil(math.log2(max(largest, 1.0))))
 
     def changed(self, **sections: Any) -> Contract:
         """A validated copy with top-level sections replaced (dicts are merged into a section).

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -20,8 +21,11 @@ from pydantic import Field, ValidationError, model_validator
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.config.types import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.contract import contract as contracts
+from silotune.common.contract.aggregation import USUAL_BOUND
+from silotune.common.contract.head_facts import facts_of
 from silotune.common.contract.privacy import delta_for
 from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
+from silotune.common.planning import head_rule
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 LANGUAGE = (
@@ -133,8 +137,9 @@ def draft(answers: Answers) -> str:
         autoescape=False,  # noqa: S701 - TOML
     )
     environment.filters["toml"] = _toml
-    template = (resources.files("silotune.common.contract") / "contract.toml.j2").read_text("utf-8")
-    text = environment.from_string(template).render(
+    source = (resources.files("silotune.common.contract") / "contract.toml.j2").read_text("utf-8")
+    render = partial(
+        environment.from_string(source).render,
         a=answers,
         encoder=ENCODER,
         language=LANGUAGE,
@@ -142,8 +147,18 @@ def draft(answers: Answers) -> str:
         phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
         quorum=max(1, -(-2 * len(answers.sites) // 3)),
     )
-    contracts.parse(text, "the draft")
-    return text
+    text = render(plan=None, clip_norm=1.0, bound=USUAL_BOUND)
+    contract = contracts.parse(text, "the draft")
+    facts = facts_of(contract, contract.phases[0])
+    if facts is None:
+        return text
+    plan = head_rule.plan_head(facts)
+    noise = head_rule.output_noise(facts, plan.rounds, plan.head_lr, plan.clip_norm)
+    render = partial(
+        render, plan=plan, clip_norm=plan.clip_norm, noise=noise, rule=head_rule.VERSION
+    )
+    planned = contracts.parse(render(bound=USUAL_BOUND), "the draft")
+    return render(bound=planned.update_bound)
 
 
 def contract_of(

@@ -126,15 +126,21 @@ class Privacy(Frozen):
     (epsilon, delta)-DP of all the run's replies of one site together; adjacency: add or remove one
     `unit`. A site trains with per-unit gradients clipped to `clip_norm`, summed, plus Gaussian
     noise, divided by the public constant `expected_units` (how many units a site is expected to
-    have: records or entities) times the sampling rate. mode "none" trains without clipping or
-    noise, for comparison; a site refuses it unless its owner allows it. A delta of 1 /
+    have: records or entities) times the sampling rate. mode "none" trains without noise, and
+    without clipping unless `clip_only` is set, for comparison; a site refuses it unless its owner
+    allows it. A delta of 1 /
     expected_units or more needs `allow_large_delta` (`size_of_delta`).
     """
 
     mode: Literal["dp", "none"] = Field(
         default="dp",
-        description='"dp" clips and noises; "none" does neither and gives no guarantee, for '
+        description='"dp" clips and noises; "none" adds no noise and gives no guarantee, for '
         "comparison alone.",
+    )
+    clip_only: Literal[True] | None = Field(
+        default=None,
+        description='With mode = "none": true clips gradients to clip_norm as "dp" does, to '
+        "compare with a private run at the same learning rates; not clipped if absent.",
     )
     unit: Unit = Field(
         default="record",
@@ -176,8 +182,10 @@ class Privacy(Frozen):
     def _consistent(self) -> Self:
         if (self.unit == "entity") != (self.entity is not None):
             raise ValueError('unit = "entity" and a table [privacy.entity] go together')
+        if self.clip_only and self.mode == "dp":
+            raise ValueError('clip_only goes with mode = "none": mode = "dp" always clips')
         if self.adaptive and self.mode == "none":
-            raise ValueError('mode = "none" does not clip, so it has no adaptive clipping')
+            raise ValueError('mode = "none" does not clip adaptively: that takes a noised share')
         if self.adaptive and not (
             self.adaptive.min_clip_norm <= self.clip_norm <= self.adaptive.max_clip_norm
         ):

@@ -160,6 +160,11 @@ class Phase(Frozen):
         description="Share of the head's inputs that are dropped in a step, the same inputs for "
         "all its records; none if absent.",
     )
+    rule: Count | None = Field(
+        default=None,
+        description="Version of the rule that gave rounds, head_lr and privacy.clip_norm from the "
+        "contract's public facts; if absent, they were chosen otherwise.",
+    )
 
     @model_validator(mode="after")
     def _rates(self) -> Self:
@@ -200,6 +205,8 @@ class Phase(Frozen):
                 "drift_correction is for several rounds of several plain local steps from one "
                 "model: without adam, proximal_mu and personal"
             )
+        if self.rule and self.trains != "head":
+            raise ValueError("rule is of a phase that trains the head alone")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:

@@ -87,8 +87,8 @@ LARGEST = 1e6  # of any entry; weights that train are below 100
 
 
 def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
-    """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32, and no entry
-    is beyond LARGEST or not finite. (That stops overflow, not poisoning by plausible values.)
+    """ProtocolError E502 unless `arrays` are exactly these names and shapes, float32; E508 if an
+    entry is beyond LARGEST or not finite. (That stops overflow, not poisoning by plausible values.)
     """
     if set(arrays) != set(shapes):
         missing, extra = set(shapes) - set(arrays), set(arrays) - set(shapes)
@@ -109,11 +109,11 @@ def check(arrays: Arrays, shapes: Shapes, what: str) -> None:
             )
         if not np.isfinite(array).all():
             raise ProtocolError(
-                f"{what}: '{name}' has values that are not finite.", code=ErrorCode.UPDATE_INVALID
+                f"{what}: '{name}' has values that are not finite.", code=ErrorCode.DIVERGED
             )
         if array.size and np.abs(array).max() > LARGEST:
             raise ProtocolError(
-                f"{what}: '{name}' has values beyond {LARGEST:g}.", code=ErrorCode.UPDATE_INVALID
+                f"{what}: '{name}' has values beyond {LARGEST:g}.", code=ErrorCode.DIVERGED
             )
 
 

@@ -36,6 +36,7 @@ class ServerState:
         self._control: Arrays = {}  # scaffold: the sites' mean gradient in round _control_of
         self._control_of = 0
         self._ended = False
+        self._best: Arrays = {}  # of what the last phase has come to
 
     @property
     def done(self) -> bool:
@@ -50,9 +51,14 @@ class ServerState:
     def in_last_phase(self) -> bool:
         return self.phase is self.contract.phases[-1]
 
+    def keep_best(self) -> None:
+        """Note that what the phase has come to is the best so far."""
+        self._best = self.released()
+
     def end(self) -> None:
-        """Make the open round the last."""
+        """Make the open round the last, and go back to the best."""
         self._ended = True
+        self.adapter, self._mean, self._averaged = self._best, {}, 0
 
     @property
     def plan(self) -> RoundPlan:
@@ -157,6 +163,7 @@ class ServerState:
                 ("second", self._second),
                 ("mean", self._mean),
                 ("control", self._control),
+                ("best", self._best),
             )
             for name, array in arrays.items()
         }
@@ -177,9 +184,9 @@ class ServerState:
         contract's."""
         tensors.check(arrays, self.shapes, "The stored adapter")
         self.server_round, self.adapter = server_round, arrays
-        self._velocity, self._second, self._mean, self._control = (
+        self._velocity, self._second, self._mean, self._control, self._best = (
             {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)}
-            for kind in ("velocity/", "second/", "mean/", "control/")
+            for kind in ("velocity/", "second/", "mean/", "control/", "best/")
         )
         self._control_of = int(standing.get("control_of", 0))
         self._ended = bool(standing.get("ended"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Task
 from silotune.common.data import records
 from silotune.common.data.text_decoding import Reading
 from silotune.common.models.base import Network
@@ -45,20 +46,31 @@ class PublicTest:
     def scores(self, adapter: Arrays, *, adapter_active: bool) -> dict[str, Scores]:
         """Scores of all rows under "", and of each group under its name."""
         outputs = self.outputs(adapter, adapter_active=adapter_active)
-        found = {"": range(len(outputs))} | {
-            group: [row for row, own in enumerate(self.groups) if own == group]
-            for group in dict.fromkeys(self.groups)
-        }
-        return {
-            group: score(
-                self.task,
-                [outputs[r] for r in rows],
-                [self.labels[r] for r in rows],
-                [self.queries[r] for r in rows] if self.queries else (),
-            )
-            for group, rows in found.items()
-        }
+        return scores_by_group(self.task, outputs, self.labels, self.queries, self.groups)
 
     def metrics(self, adapter: Arrays, adapter_active: bool) -> Scores:
         """The overall scores, for the curve of a run."""
         return self.scores(adapter, adapter_active=adapter_active)[""]
+
+
+def scores_by_group(
+    task: Task,
+    outputs: Sequence[Any],
+    labels: Sequence[Any],
+    queries: Sequence[str],
+    groups: Sequence[str],
+) -> dict[str, Scores]:
+    """Scores of all rows under "", and of each group under its name. groups: of each row."""
+    found = {"": range(len(outputs))} | {
+        group: [row for row, own in enumerate(groups) if own == group]
+        for group in dict.fromkeys(groups)
+    }
+    return {
+        group: score(
+            task,
+            [outputs[r] for r in rows],
+            [labels[r] for r in rows],
+            [queries[r] for r in rows] if queries else (),
+        )
+        for group, rows in found.items()
+    }

@@ -6,6 +6,7 @@ directly. Both go through the same checks.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -198,6 +199,12 @@ class FederatedRun:
             )
 
     def _too_few(self) -> RunError:
+        diverged = sorted(s for s, c in self.exchange.failed.items() if c == ErrorCode.DIVERGED)
+        if diverged and self._enough({*self._open, *diverged}):
+            return self._diverged(
+                f"the updates of {', '.join(diverged)} have values that are not finite or beyond "
+                f"{tensors.LARGEST:g}."
+            )
         why = (
             f"{len(self._open)} of {len(self.contract.sites)} sites counted "
             f"({self.exchange.reasons()}), the quorum is {self.contract.quorum}."
@@ -208,6 +215,12 @@ class FederatedRun:
                 "for a sum with them from this adapter, and then give none for another set (E220)."
             )
         return self._stopped(why, ErrorCode.NO_ANSWER)
+
+    def _diverged(self, what: str) -> RunError:
+        return self._stopped(
+            f"training diverged: {what} Lower head_lr and adapter_lr in the contract's [[phases]].",
+            ErrorCode.DIVERGED,
+        )
 
     def _enough(self, sites: Collection[str]) -> bool:
         """Whether a sum of these sites counts."""
@@ -423,13 +436,14 @@ class FederatedRun:
                 change, figures, self._acceptance.rejection_reason, present=self._present()
             )
         except ProtocolError as error:
-            raise self._stopped(str(error), ErrorCode.UPDATE_INVALID) from None
+            raise self._diverged(str(error)) from None
         metrics: Mapping[str, float | None] = {}
         if self._evaluate and (self.server_state.final or self.server_round % self._every == 0):
             adapter_active = self.server_state.phase.adapts
             metrics = self._evaluate(self.released(), adapter_active)
             if self._stalled(metrics):
                 self.server_state.end()
+                metrics = self._evaluate(self.released(), adapter_active)
         facts = RoundRecord(
             self.server_round,
             tuple(sorted(self._open)),
@@ -476,7 +490,10 @@ class FederatedRun:
             return False
         value = metrics.get(stop.metric)
         if value is not None:
-            self._scores.append(signed_score(stop.metric, value))
+            scored = signed_score(stop.metric, value)
+            if scored > max(self._scores, default=-math.inf):
+                self.server_state.keep_best()
+            self._scores.append(scored)
         before, latest = self._scores[: -stop.patience], self._scores[-stop.patience :]
         return bool(before) and max(latest) <= max(before)
 

@@ -54,6 +54,7 @@ EXAMPLES = {
     "model": "FOLDER",
 }
 OF_RUN = (*READERS, *OF_FILE, *OF_COMPUTING)  # all settings of `sim run`
+OF_COMPARE = ("data", "site_column", "model", *OF_FILE, *OF_COMPUTING)  # … of `sim compare`
 
 
 @dataclass
@@ -105,13 +106,26 @@ class Options:
 def computing(words: tuple[str, ...]) -> Performance:
     """How to compute, from `key=value` words: such as may change a result by its roundings alone.
     UsageError for others."""
-    found = _performance(dict(_setting(word, OF_COMPUTING) for word in words))
-    if found.gradients == "ghost":
+    return _exact(_performance(dict(_setting(word, OF_COMPUTING) for word in words)))
+
+
+def comparing(words: tuple[str, ...]) -> Options:
+    """What `key=value` says to `sim compare`: how to compute, and the records of a contract of
+    one's own. UsageError for others."""
+    for word in words:
+        _setting(word, OF_COMPARE)
+    found = Options.parse(words)
+    _exact(found.performance)
+    return found
+
+
+def _exact(performance: Performance) -> Performance:
+    if performance.gradients == "ghost":
         raise UsageError(
             "gradients=ghost does not clip exactly: figures made with it are not those of the "
             "contract. Use expanded or hooks."
         )
-    return found
+    return performance
 
 
 def misplaced_option(option: str, words: Sequence[str], known: Sequence[str]) -> str:

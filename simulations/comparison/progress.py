@@ -31,7 +31,7 @@ from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.duration import Duration, clock
-from silotune.simulations.execution.variants import Job, JobResult
+from silotune.simulations.execution.variants import PLAIN, Job, JobResult
 from silotune.simulations.recipes.recipe_config import RecipeConfig
 
 BAR = 12
@@ -47,7 +47,7 @@ USES = {
 }
 NEXT, NOTE = "next:   ", "   ("  # how a `next:` line begins, and what comes behind its command
 GAP, SHORTEST_NAME = 2, 16  # characters between columns; of a name, before it takes several lines
-PLAIN = Console()  # for measuring
+MEASURING = Console()
 Columns = list[tuple[str, list[str]]]  # a title and a cell for each row
 
 
@@ -204,12 +204,29 @@ class Progress:
 
     def done(self, result: JobResult) -> None:
         self._finished += 1
+        self._cost_done += self._cost_without_rounds(result)
+        if result.stopped:
+            self._entry(
+                f"{result.stopped.word}: ",
+                f"{result.variant}, repeat {result.repeat + 1}, {result.stopped.why}",
+            )
         if not self.console.is_terminal:
             self._entry(
                 f"done {self._finished}/{len(self._jobs)}: ",
                 f"{result.variant}, repeat {result.repeat + 1}, {', '.join(result.sites)} "
                 f"({result.seconds:.0f} s)",
             )
+
+    def _cost_without_rounds(self, result: JobResult) -> float:
+        """Of a run that has ended: what was planned beyond its rounds, which is all of one without
+        rounds and the rest of one that stopped."""
+        asked = (result.variant, result.repeat, result.sites)
+        of_job = next(
+            job
+            for job in self._jobs
+            if (job.variant, job.repeat, tuple(site.name for site in job.contract.sites)) == asked
+        )
+        return of_job.cost - sum(of_job.cost_of(facts.round) for facts in result.rounds)
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
         """The verdict, the table, where the report is and what to do next."""
@@ -226,10 +243,11 @@ class Progress:
         for table in result_tables(result, self.console.width):
             say(table, soft_wrap=False)
             say("")
+        whole = not next(v for v in result["variants"] if v["main"])["stopped"]
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        if self._jobs and (line := adapter_step(self._jobs[0])):
+        if whole and self._jobs and (line := adapter_step(self._jobs[0])):
             say(folded_step(line, self.console.width))
         say(folded_step(next_step("contract", "show", folder), self.console.width))
 
@@ -301,6 +319,8 @@ class Progress:
 
 def adapter_step(job: Job) -> str:
     """The line that uses a run's adapter on rows that it was tested by; "" if no command does."""
+    if job.variant == PLAIN:
+        return ""
     contract, files = job.contract, sorted((job.data / "test").glob("*.csv"))
     verb, package, extra = USES.get(contract.task.kind, ("", "", ""))
     more: list[object] = []
@@ -326,7 +346,7 @@ def adapter_step(job: Job) -> str:
 def folded(label: str, text: str, width: int) -> str:
     """`text` in lines of at most `width` characters: behind a label, and below each other."""
     indent = cell_len(label)
-    lines = [line.plain.rstrip() for line in Text(text).wrap(PLAIN, max(width - indent, 1))]
+    lines = [line.plain.rstrip() for line in Text(text).wrap(MEASURING, max(width - indent, 1))]
     return "\n".join((" " * indent if place else label) + line for place, line in enumerate(lines))
 
 
@@ -350,10 +370,13 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _pm(found: dict[str, Any] | None, repeats: int) -> str:
+def _pm(variant: dict[str, Any], found: dict[str, Any] | None) -> str:
+    """A figure of a variant in a table's cell: with its spread, if there are several runs."""
+    if variant["stopped"]:
+        return str(variant["stopped"]["word"])
     if not found:
         return "–"
-    return f"{found['mean']:.3f}" + (f" ±{found['sd']:.3f}" if repeats > 1 else "")
+    return f"{found['mean']:.3f}" + (f" ±{found['sd']:.3f}" if variant["repeats"] > 1 else "")
 
 
 def result_tables(result: dict[str, Any], width: int) -> list[Table]:
@@ -372,13 +395,11 @@ def result_tables(result: dict[str, Any], width: int) -> list[Table]:
     overall: Columns = [
         (
             f"{metric['label']}, all",
-            [_pm(a["metrics"][metric["name"]], a["repeats"]) for a in variants],
+            [_pm(a, a["metrics"][metric["name"]]) for a in variants],
         ),
-        ("mean of sites", [_pm(a["sites_mean"], a["repeats"]) for a in variants]),
+        ("mean of sites", [_pm(a, a["sites_mean"]) for a in variants]),
     ]
-    of_sites: Columns = [
-        (site, [_pm(a["sites"][site], a["repeats"]) for a in variants]) for site in sites
-    ]
+    of_sites: Columns = [(site, [_pm(a, a["sites"][site]) for a in variants]) for site in sites]
     cost: Columns = [
         (
             "ε (δ)",
@@ -441,7 +462,7 @@ def _parts(
             title, own = columns[place][0], narrow[place]
             more = min(spare, max(cell_len(title) - own, 0))
             spare -= more
-            lines = [line.plain.rstrip() for line in Text(title).wrap(PLAIN, own + more)]
+            lines = [line.plain.rstrip() for line in Text(title).wrap(MEASURING, own + more)]
             table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True, min_width=own)
         for row, name in enumerate(rows):
             cells = [Text(columns[place][1][row]) for place in part]

@@ -141,11 +141,11 @@ def load_recipe(name: str) -> Recipe:
 def own_recipe(
     file: Path, table: Path, site_column: str | None, reading: Reading | None = None
 ) -> Recipe:
-    """`recipe_of` a contract's file. UsageError if there is no such file."""
+    """`recipe_of` a contract's file, with its baselines. UsageError if there is no such file."""
     contract = contracts.load(file)
     if not table.is_file():
         raise UsageError(f"data={table} is no file. Name a file of records.")
-    return recipe_of(contract, file.stem, table, site_column, reading)
+    return with_baselines(recipe_of(contract, file.stem, table, site_column, reading))
 
 
 def recipe_of(
@@ -155,9 +155,9 @@ def recipe_of(
     site_column: str | None,
     reading: Reading | None = None,
 ) -> Recipe:
-    """A contract and a file of records: every variant has the contract's plan, the figure is the
-    task's first metric that it defines. Without `site_column` each row, or entity, goes to a site
-    drawn by a fixed seed. DataError if the file cannot be read.
+    """A contract and a file of records: every variant has the contract's plan, and without DP its
+    clipping, too; the figure is the task's first metric that it defines. Without `site_column` each
+    row, or entity, goes to a site drawn by a fixed seed. DataError if the file cannot be read.
     """
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     config = RecipeConfig(
@@ -167,7 +167,8 @@ def recipe_of(
         repeats=OWN_REPEATS,
         baseline_repeats=OWN_REPEATS,
         about="Your own file, in a simulation: nothing left this machine.",
-        variants={"no-dp": {"phases": phases}},
+        # With the same clipping the contract's learning rates fit without noise, too.
+        variants={"no-dp": {"phases": phases, "privacy": {"clip_only": True}}},
     )
 
     def rows(folder: Path) -> Split:

@@ -29,7 +29,7 @@ from silotune.common.cli.failure import Failure
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
-from silotune.common.errors import SilotuneError
+from silotune.common.errors import RunError, SilotuneError
 from silotune.common.runtime.terminal import echo
 from silotune.common.tasks.metrics import METRICS
 from silotune.simulations.comparison.options import computing
@@ -52,7 +52,8 @@ class TableRows:
         pass
 
     def done(self, result: JobResult) -> None:
-        scores = {k: round(v, 3) for k, v in result.scores[""].items() if v is not None}
+        found = result.scores.get("", {})
+        scores = {k: round(v, 3) for k, v in found.items() if v is not None}
         echo(f"  {result.variant} {result.repeat} ({result.seconds:.0f} s) {scores}")
 
 
@@ -157,6 +158,9 @@ def row(
             for at, own in enumerate(variant.contracts)
         ]
         results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, TableRows())
+    for result in results:
+        if result.stopped:
+            raise RunError(f"{result.variant}: {result.stopped.why}", code=result.stopped.code)
     made = {
         column.variant.name: {
             "asked": column.asked,

@@ -47,6 +47,7 @@ from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
 from silotune.simulations.execution.variants import (
     MAIN,
+    PLAIN,
     Job,
     JobResult,
     Variant,
@@ -67,7 +68,8 @@ def run(
     quiet: bool = False,
     stderr: bool = False,
 ) -> dict[str, Any]:
-    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result.
+    """Run the recipe, write `folder`/{contract.json,result.json,report.html}; the result. A variant
+    whose training diverges is marked in it, a baseline also where it fails otherwise.
 
     quiet: nothing is shown meanwhile. stderr: what is shown goes to standard error.
     """
@@ -128,11 +130,17 @@ def run(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + sum(
         {r.pid: r.peak_bytes for r in results}.values()
     )
-    today = datetime.now(UTC).date().isoformat()
-    Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    insecure = options.insecure_seed is not None
+    if not any(r.stopped for r in results):  # what stopped early has not taken its time
+        today = datetime.now(UTC).date().isoformat()
+        Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
     result = summarise(
-        contract, variants, results, recipe.config, rows, measured, insecure=insecure
+        contract,
+        variants,
+        results,
+        recipe.config,
+        rows,
+        measured,
+        insecure=options.insecure_seed is not None,
     )
     result |= {
         "format": 1,
@@ -163,8 +171,8 @@ def run(
     }
     if quick:
         result["verdict"]["warnings"].insert(0, quick)
-    result["privacy"]["insecure"] = insecure
-    if insecure:
+    result["privacy"]["insecure"] = options.insecure_seed is not None
+    if options.insecure_seed is not None:
         result["privacy"]["noise"] = f"ChaCha20 from the PUBLIC seed {options.insecure_seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contract.json").write_text(result["contract_json"] + "\n")
@@ -285,7 +293,9 @@ def _jobs(
     every = options.evaluate_every or config.evaluate_every
     found = []
     for variant in variants:
-        if variant.cheap:
+        if variant.name == PLAIN:
+            repeats = 1  # nothing in it is drawn
+        elif variant.cheap:
             repeats = options.baseline_repeats or config.baseline_repeats
         else:
             repeats = options.repeats or config.repeats
@@ -310,6 +320,7 @@ def _jobs(
                         insecure_seed=options.insecure_seed,
                         performance=options.performance,
                         keys=keys,
+                        optional=variant is not main,
                     )
                 )
     yield from sorted(

@@ -15,6 +15,7 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import ErrorCode, UsageError
 from silotune.common.formats import strict_json
+from silotune.simulations.execution.variants import PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
@@ -29,6 +30,11 @@ class _Spread(BaseModel):
     values: list[float]
 
 
+class _Stopped(BaseModel):
+    word: str
+    why: str
+
+
 class _Variant(BaseModel):
     name: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]  # names a folder, too
     label: str
@@ -37,6 +43,7 @@ class _Variant(BaseModel):
     repeats: int
     epsilon: float | None
     delta: float | None
+    stopped: _Stopped | None
     metrics: dict[str, _Spread | None]
 
 
@@ -131,12 +138,20 @@ class RunResult:
     @property
     def metrics(self) -> dict[str, float | None]:
         """The main method (the contract's own, if it was run) on the public test rows: each
-        metric's mean over its runs; None where the rows do not define it."""
+        metric's mean over its runs; None where the rows do not define it, or it diverged."""
         return {name: found and found["mean"] for name, found in self._main["metrics"].items()}
 
     @property
     def adapter(self) -> Path:
-        """The file of the adapter that the first run of the main method released."""
+        """The file of the adapter that the first run of the main method released.
+
+        Raises:
+            UsageError: If the main method came to no adapter; it says why.
+        """
+        if stopped := self._main["stopped"]:
+            raise UsageError(f"{self._main['label']} released no adapter. {stopped['why']}")
+        if self._main["name"] == PLAIN:
+            raise UsageError(f"{self._main['label']} has no adapter: run another variant, too.")
         return self.folder / "variants" / f"{self._main['name']}-0" / "adapter.safetensors"
 
     @property
@@ -151,7 +166,8 @@ class RunResult:
             A row for each method, by its name. Columns: `label`; for each metric its mean over the
             runs, and under the metric's name with `_sd` their standard deviation (missing for one
             run); `runs`; `epsilon` and `delta`, which hold for each site and one run. Epsilon is
-            infinite without a guarantee, and missing where no record has a part in a method. The
+            infinite without a guarantee, and missing where no record has a part in a method.
+            `stopped` is empty, or "diverged" or "failed" of a method that has no figures. The
             unit and the accountant are in `attrs`, and whether it was a run of `--quick`.
         """
         import pandas as pd
@@ -165,6 +181,7 @@ class RunResult:
                 row[f"{name}_sd"] = found["sd"] if several else math.nan
             row |= {"runs": variant["repeats"], "epsilon": self._epsilon(variant)}
             row["delta"] = math.nan if not math.isfinite(row["epsilon"]) else variant["delta"]
+            row["stopped"] = variant["stopped"]["word"] if variant["stopped"] else ""
             rows.append(row)
         table = pd.DataFrame(rows).set_index("method")
         privacy = self.content["privacy"]
@@ -215,7 +232,7 @@ class RunResult:
                 f"<td>{escape(text)}</td>"
                 for text in (
                     variant["label"],
-                    *(_figure(variant["metrics"].get(name)) for name in names),
+                    *(_figure(variant, variant["metrics"].get(name)) for name in names),
                     guarantee(self.content, variant["epsilon"], variant["delta"])
                     if variant["private"]
                     else "none",
@@ -232,7 +249,9 @@ class RunResult:
         )
 
 
-def _figure(found: Mapping[str, Any] | None) -> str:
+def _figure(variant: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
+    if variant["stopped"]:
+        return str(variant["stopped"]["word"])
     if not found:
         return "–"
     spread = f" ±{found['sd']:.3f}" if len(found["values"]) > 1 else ""

@@ -72,8 +72,8 @@ def simulate(
             are taken.
         delta: Instead of the contract's δ.
         baselines: The methods to compare with: names of the result's table, or without
-            "federated-" and "-no-dp": "alone", "head", "one-hot", "no-dp", "pooled". None for all
-            that the contract allows; an empty list for none.
+            "federated-" and "-no-dp": "alone", "head", "one-hot", "no-dp", "pooled", "plain". None
+            for all that the contract allows; an empty list for none.
         repeats: How many runs each method has that trains layers or splits the budget.
         baseline_repeats: How many runs the others have.
         evaluate_every: Rounds between the evaluations of the first run.

@@ -13,6 +13,7 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import LOWER_IS_BETTER, Ranking
 from silotune.common.data import records
 from silotune.common.data.records import Records
+from silotune.common.errors import counted
 from silotune.common.tasks.metrics import METRICS, Scores, constant, score
 from silotune.common.tokenization.token_lengths import Lengths
 from silotune.simulations.comparison.verdict import verdict
@@ -61,7 +62,9 @@ def summarise(
     rows = [same, *rows] if same else rows
     own = main.contracts[0]
     first_runs = [r for r in results if r.variant == main.name and r.repeat == 0]
-    spent = {site: e for run in first_runs for site, e in run.rounds[-1].epsilon.items()}
+    spent = {
+        site: e for run in first_runs if run.rounds for site, e in run.rounds[-1].epsilon.items()
+    }
     # Sites by themselves have a curve each, and none of them is the variant's.
     curve = first_runs[0].rounds if len(first_runs) == 1 else ()
     return {
@@ -83,16 +86,7 @@ def summarise(
             "label": METRICS[metric],
             "higher_is_better": metric not in LOWER_IS_BETTER,
         },
-        "verdict": verdict(
-            rows,
-            results,
-            metric,
-            contract,
-            [label for found in public.values() for label in found.labels],
-            len({query for found in public.values() for query in found.queries}),
-            lengths,
-            insecure=insecure,
-        ),
+        "verdict": _verdict(rows, results, metric, contract, public, lengths, insecure=insecure),
         "variants": rows,
         "curve": [
             {
@@ -109,14 +103,51 @@ def summarise(
     }
 
 
+def _verdict(
+    rows: list[dict[str, Any]],
+    results: list[JobResult],
+    metric: str,
+    contract: Contract,
+    public: dict[str, Records],
+    lengths: Lengths,
+    *,
+    insecure: bool,
+) -> dict[str, Any]:
+    """Of the variants that have figures. Those without are warnings; where the main one has none
+    the word says so."""
+    warnings = [
+        f"{row['label']} {stopped['word']} in {stopped['runs']} of "
+        f"{counted(row['repeats'], 'repeat')} ({stopped['code']}). {stopped['why']}"
+        for row in rows
+        if (stopped := row["stopped"])
+    ]
+    main = next(row for row in rows if row["main"])
+    if main["stopped"]:
+        return {"word": main["stopped"]["word"], "lines": [], "warnings": warnings}
+    found = verdict(
+        [row for row in rows if not row["stopped"]],
+        results,
+        metric,
+        contract,
+        [label for found in public.values() for label in found.labels],
+        len({query for found in public.values() for query in found.queries}),
+        lengths,
+        insecure=insecure,
+    )
+    return found | {"warnings": [*found["warnings"], *warnings]}
+
+
 def _variant_row(
     variant: Variant, runs: list[JobResult], sites: list[str], metric: str, contract: Contract
 ) -> dict[str, Any]:
     repeats = sorted({r.repeat for r in runs})
+    in_order = sorted(runs, key=lambda r: r.repeat)  # not as they ended
+    stopped = next((r.stopped for r in in_order if r.stopped), None)
+    done = [] if stopped else runs  # a mean over the runs that did not diverge says nothing
     alone = len(variant.contracts) > 1
     # A site alone is judged on the rows like its own; pooled figures would mix four models.
     by_site = {
-        s: spread([r.scores[s][metric] for r in runs if not alone or r.sites == (s,)])
+        s: spread([r.scores[s][metric] for r in done if not alone or r.sites == (s,)])
         for s in sites
     }
     means = []
@@ -124,7 +155,7 @@ def _variant_row(
         of_sites = [
             r.scores[s][metric]
             for s in sites
-            for r in runs
+            for r in done
             if r.repeat == repeat and (not alone or r.sites == (s,))
         ]
         known = [v for v in of_sites if v is not None]
@@ -139,7 +170,14 @@ def _variant_row(
         "repeats": len(repeats),
         "epsilon": contract.privacy.epsilon if variant.private else None,
         "delta": contract.privacy.delta if variant.private else None,
-        "metrics": {name: spread(_overall(runs, repeats, name)) for name in contract.task.metrics},
+        "stopped": stopped
+        and {
+            "word": stopped.word,
+            "runs": sum(r.stopped is not None for r in runs),
+            "code": stopped.code,
+            "why": stopped.why,
+        },
+        "metrics": {name: spread(_overall(done, repeats, name)) for name in contract.task.metrics},
         "sites": by_site,
         "sites_mean": spread(means),
         "bytes_up": round(statistics.fmean(per_site_up)) if federated else 0,
@@ -193,6 +231,7 @@ def _same_answer(
         "repeats": 1,
         "epsilon": None,
         "delta": None,
+        "stopped": None,
         "metrics": {name: spread([overall.get(name)]) for name in task.metrics},
         "sites": by_site,
         "sites_mean": spread(known),

@@ -20,10 +20,12 @@ OTHERS = {
     "federated-one-hot": "DP one-hot regression",
     "federated-no-dp": "without DP",
     "pooled-no-dp": "pooled without DP",
+    "plain": "plain model without DP",
 }
 INSECURE = "insecure_seed: the noise can be removed; this run gives no privacy."
 LOG_LOSS = ("classification", "multi-label", "ranking")  # of these the loss is a log loss
 SHORT = {"alone": "alone by the same plan", "alone-tuned": "alone with own learning rates"}
+WITHOUT_DP = ("federated-no-dp", "pooled-no-dp", "plain")
 BASELINES = {
     "federated-head": "the DP head on the frozen encoder",
     "federated-one-hot": "the DP one-hot regression",
@@ -128,7 +130,9 @@ def verdict(
             f"{name} is not better than "
             + ("a random order." if ranking else "always giving the same answer.")
         )
-    spent = [e for r in runs for e in r.rounds[-1].epsilon.values() if e is not None]
+    if baselines:
+        warnings += _poor_baselines(by_name, metric, least)
+    spent = [e for r in runs if r.rounds for e in r.rounds[-1].epsilon.values() if e is not None]
     if insecure:
         warnings.insert(0, INSECURE)
     elif spent:
@@ -161,6 +165,39 @@ def _figures(
         if variant in means and variant != main["name"]
     ]
     return " · ".join(parts)
+
+
+def _poor_baselines(
+    by_name: Mapping[str, Mapping[str, Any]], metric: str, least: float
+) -> list[str]:
+    """Of baselines without DP that say nothing of what DP costs: they have learnt nothing, or are
+    worse than the main variant by more than `least` and the spread over runs. (A plain model may be
+    worse.)"""
+    sign, found = -1 if metric in LOWER_IS_BETTER else 1, []
+
+    def lead(first: str, second: str) -> float:
+        pair = (by_name[name]["metrics"][metric]["mean"] for name in (first, second))
+        return float(sign * (next(pair) - next(pair)))
+
+    for name in (name for name in WITHOUT_DP if name in by_name):
+        label, plain = by_name[name]["label"], name == "plain"
+        sds = (by_name[other]["metrics"][metric]["sd"] for other in (MAIN, name))
+        if "majority" in by_name and lead(name, "majority") <= least:
+            found.append(
+                f"{label}: {METRICS[metric]} is not better than "
+                f"{by_name['majority']['label'].lower()}. "
+                + (
+                    "The records may be too few for it, or tell little about the answers."
+                    if plain
+                    else "It says nothing of what DP costs; its learning rates may not suit it."
+                )
+            )
+        elif not plain and lead(MAIN, name) > max(least, *sds):
+            found.append(
+                f"{label}: {METRICS[metric]} is worse than with DP by {lead(MAIN, name):.3f}. It "
+                "says nothing of what DP costs; its learning rates or rounds may not suit it."
+            )
+    return found
 
 
 def _one_class(found: int, runs: int, contract: Contract, lengths: Lengths) -> str:

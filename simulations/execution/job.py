@@ -19,8 +19,10 @@ from silotune.client.relay.client_app import relay_app
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
+from silotune.common.errors import ErrorCode, RunError
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
+from silotune.common.tasks.metrics import Scores
 from silotune.server.flower.strategy import SilotuneStrategy
 from silotune.server.rounds.evaluation import PublicTest
 from silotune.server.rounds.exchange import drive_round
@@ -34,11 +36,12 @@ from silotune.simulations.attacks.poisoning import (
 )
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.execution.site_threads import SiteThreadPool
-from silotune.simulations.execution.variants import POOLED, Job, JobResult
+from silotune.simulations.execution.variants import POOLED, Job, JobResult, Stopped
 
 
 def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult:
-    """Carry out one job. Federated jobs go through Flower's simulation runtime."""
+    """Carry out one job. Federated jobs go through Flower's simulation runtime. Where training
+    diverges the result says so; what else goes wrong is raised."""
     # How many products torch keeps prepared in each thread, by shape (1024 if not said): 45 MB less
     # in bench-sim, and no slower, as oneDNN keeps them also, once for all threads. It is read at
     # a thread's first product.
@@ -79,36 +82,27 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
         evaluate_every=job.evaluate_every,
         on_round=note,
     )
-    if job.federated:
-        nodes = list(workers.values())
-        client = relay_app(
-            lambda context, wire: nodes[int(context.node_config["partition-id"])].handle(wire)
-        )
-        simulate(SilotuneStrategy(run).start, client, len(workers))
-    else:
-        handles: dict[str, Callable[[bytes], bytes]] = {
-            site: worker.handle for site, worker in workers.items()
-        }
-        for site in malicious_sites(contract, job.poison):
-            assert job.poison is not None
-            if contract.secure_aggregation is None:
-                handles[site] = poisoned_client(handles[site], job.poison)
-        with lanes:
-            while not run.done:
-                drive_round(run.stages(handles), handles, partial(lanes.ask, handles))
+    stopped = None
+    try:
+        _carry_out(job, run, workers, lanes)
+    except RunError as error:
+        if error.code != ErrorCode.DIVERGED:
+            raise
+        stopped = Stopped(error.code, str(error))
     seconds = time.perf_counter() - began
-    adapter_active = contract.adapter is not None
-    scores = test.scores(run.registry.adapter(), adapter_active=adapter_active)
-    own = {}
-    if contract.personal:
+    scores: dict[str, Scores] = {}
+    own: dict[str, dict[str, Scores]] = {}
+    if stopped is None:
+        adapter_active = contract.adapter is not None
         released = run.registry.adapter()
-        for site, worker in workers.items():
-            model_of_site = worker.local_state(run.run_id, contract.rounds + 1).model(released)
-            own[site] = test.scores(model_of_site, adapter_active=adapter_active)
-    if (job.data / TRIGGERED).is_dir():
-        triggered = _public_test(model, contract, job.data / TRIGGERED)
-        adapter = run.registry.adapter()
-        scores[TRIGGERED] = triggered.scores(adapter, adapter_active=adapter_active)[""]
+        scores = test.scores(released, adapter_active=adapter_active)
+        if contract.personal:
+            for site, worker in workers.items():
+                model_of_site = worker.local_state(run.run_id, contract.rounds + 1).model(released)
+                own[site] = test.scores(model_of_site, adapter_active=adapter_active)
+        if (job.data / TRIGGERED).is_dir():
+            triggered = _public_test(model, contract, job.data / TRIGGERED)
+            scores[TRIGGERED] = triggered.scores(released, adapter_active=adapter_active)[""]
     return JobResult(
         job.variant,
         job.repeat,
@@ -120,7 +114,31 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
         os.getpid(),
         own,
         torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
+        stopped,
     )
+
+
+def _carry_out(
+    job: Job, run: FederatedRun, workers: dict[str, Worker], lanes: SiteThreadPool
+) -> None:
+    """All rounds. RunError where the run stops."""
+    if job.federated:
+        nodes = list(workers.values())
+        client = relay_app(
+            lambda context, wire: nodes[int(context.node_config["partition-id"])].handle(wire)
+        )
+        simulate(SilotuneStrategy(run).start, client, len(workers))
+        return
+    handles: dict[str, Callable[[bytes], bytes]] = {
+        site: worker.handle for site, worker in workers.items()
+    }
+    for site in malicious_sites(job.contract, job.poison):
+        assert job.poison is not None
+        if job.contract.secure_aggregation is None:
+            handles[site] = poisoned_client(handles[site], job.poison)
+    with lanes:
+        while not run.done:
+            drive_round(run.stages(handles), handles, partial(lanes.ask, handles))
 
 
 def _ledger(job: Job, site: str) -> PrivacyLedger:

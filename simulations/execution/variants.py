@@ -6,11 +6,13 @@ alone               the same plan and epsilon, each site by itself; scored on it
 alone-tuned         the same with learning rates chosen for a site alone
 federated-head      DP, frozen encoder, only the head, where the recipe's contract adapts layers
 federated-one-hot   DP, regression on the one-hot public bins (tables only)
-federated-no-dp     the contract without clipping and noise
+federated-no-dp     the contract without noise, and without clipping unless the plan asks for it
 pooled-no-dp        the same with all rows in one place
+plain               a small model of scikit-learn of all rows in one place, without DP
+                    (plain_baseline.py); none for language
 
-The first three and the last two are of every recipe but for alone-tuned, which like the others is
-there if recipe.toml has its phases.
+The others are of every recipe but for alone-tuned, federated-head and federated-one-hot, which are
+there if recipe.toml has their phases.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from typing import Any
 
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
+from silotune.common.errors import ErrorCode
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import Poison
 
 MAIN = "federated-lora"
+PLAIN = "plain"
 POOLED = "all sites"
+PLAIN_COST = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def main_of(variants: Sequence[Variant]) -> Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one contract of a variant."""
+    """One run of one contract of a variant. optional: where it fails, the others go on."""
 
     variant: str
     repeat: int
@@ -69,10 +75,13 @@ class Job:
     performance: Performance = field(default_factory=Performance)
     keys: Mapping[str, bytes] = field(default_factory=dict)  # of the roster's sites, if it has any
     poison: Poison | None = None  # goes with federated = False
+    optional: bool = False
 
     @property
     def cost(self) -> float:
         """A rough relative cost, for the estimate of the time left; adapter rounds dominate."""
+        if self.variant == PLAIN:
+            return PLAIN_COST
         return sum(self.cost_of(r) for r in range(1, self.contract.rounds + 1))
 
     def cost_of(self, round_number: int) -> float:
@@ -84,10 +93,24 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why a run has no model: a code of common/errors.py, and the sentence with the remedy."""
+
+    code: ErrorCode
+    why: str
+
+    @property
+    def word(self) -> str:
+        """For tables."""
+        return "diverged" if self.code == ErrorCode.DIVERGED else "failed"
+
+
+@dataclass(frozen=True)
 class JobResult:
     """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
     is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
-    own, the same of that model, by site. gpu: its name, where one computed."""
+    own, the same of that model, by site. gpu: its name, where one computed. stopped: None where
+    the run ended as planned; otherwise there are no scores, and the rounds until then."""
 
     variant: str
     repeat: int
@@ -99,6 +122,7 @@ class JobResult:
     pid: int
     own: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     gpu: str = ""
+    stopped: Stopped | None = None
 
 
 def scale_learning_rates(contract: Contract, factor: float) -> Contract:
@@ -119,6 +143,18 @@ def trained(contract: Contract) -> str:
     if contract.adapter:
         return "LoRA"
     return "one-hot" if isinstance(contract.model, OneHotModel) else "head"
+
+
+def plain_model(contract: Contract) -> str:
+    """What the plain baseline of a contract is, in words; "" if there is none."""
+    task = contract.task.kind
+    if task == "language":
+        return ""
+    if task == "tokens":
+        return "Word-window tagger"
+    if isinstance(contract.input, TableInput):
+        return "Gradient boosting"
+    return f"TF-IDF + {'ridge' if task == 'regression' else 'logistic'} regression"
 
 
 def alone(contract: Contract) -> tuple[Contract, ...]:
@@ -168,16 +204,12 @@ def variants_of(contract: Contract, plans: dict[str, Any]) -> list[Variant]:
         )
     # Without noise an adapter may pay that with it does not: [variants.no-dp] may have one of its
     # own.
-    plain = contract.changed(
-        privacy={"mode": "none", "adaptive": None},
-        secure_aggregation=None,
-        **plans["no-dp"],
-    )
-    what = trained(plain)
-    variants.append(
-        Variant("federated-no-dp", f"Federated {what} without DP", False, False, (plain,))
-    )
-    variants.append(
-        Variant("pooled-no-dp", f"Pooled {what} without DP", False, False, (pooled(plain),))
-    )
+    changes = dict(plans["no-dp"])
+    privacy = {"mode": "none", "adaptive": None} | changes.pop("privacy", {})
+    plain = contract.changed(privacy=privacy, secure_aggregation=None, **changes)
+    what = f"{trained(plain)} without {'noise' if plain.privacy.clip_only else 'DP'}"
+    variants.append(Variant("federated-no-dp", f"Federated {what}", False, False, (plain,)))
+    variants.append(Variant("pooled-no-dp", f"Pooled {what}", False, False, (pooled(plain),)))
+    if words := plain_model(contract):
+        variants.append(Variant(PLAIN, f"{words}, pooled, no DP", False, True, (pooled(plain),)))
     return variants

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import threading
+import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from silotune.simulations.execution.variants import Job, JobResult
+from silotune.common.errors import ErrorCode, SilotuneError
+from silotune.simulations.execution.variants import PLAIN, Job, JobResult, Stopped
+
+TRACE = "failure.txt"  # in a run's folder: what went wrong in it unexpectedly
 
 _channel: Any = None
 
@@ -42,9 +48,40 @@ def check(jobs: Sequence[Job]) -> None:
 
 
 def work(job: Job) -> JobResult:
-    """Run one job, with its progress sent through the pool's queue."""
+    """Run one job, with its progress sent through the pool's queue. What goes wrong in an optional
+    one is told by its result."""
     from silotune.simulations.execution.job import run_job
+    from silotune.simulations.execution.plain_baseline import run_plain
 
-    return run_job(
-        job, lambda j, facts: _channel.put((j.variant, j.repeat, j.cost_of(facts.round), facts))
+    began = time.perf_counter()
+    try:
+        if job.variant == PLAIN:
+            return run_plain(job)
+        return run_job(
+            job, lambda j, facts: _channel.put((j.variant, j.repeat, j.cost_of(facts.round), facts))
+        )
+    except Exception as error:
+        if not job.optional:
+            raise
+        return JobResult(
+            job.variant,
+            job.repeat,
+            tuple(site.name for site in job.contract.sites),
+            {},
+            (),
+            time.perf_counter() - began,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            os.getpid(),
+            stopped=_stopped(job, error),
+        )
+
+
+def _stopped(job: Job, error: Exception) -> Stopped:
+    if isinstance(error, SilotuneError):
+        return Stopped(error.code, str(error))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / TRACE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return Stopped(
+        ErrorCode.UNEXPECTED,
+        f"An unexpected failure ({type(error).__name__}): {job.folder / TRACE} says where.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic import Field, PlainSerializer, model_validator
 
 from silotune.common.config import types
 from silotune.common.config.types import Count, Frozen, Name, Positive
+from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
 from silotune.simulations.attacks.poisoning import Poison
 from silotune.simulations.datasets.partition import Partition
@@ -127,8 +129,33 @@ class Study(Frozen):
 
 def load_study(file: Path) -> Study:
     """UsageError or ContractError for a file that is none."""
-    found: Study = types.parse(types.read_text(file, "Study"), file.name, Study)
+    text = types.read_text(file, "Study")
+    if is_contract(text):
+        raise UsageError(
+            f"{file} is a contract: name its table, data=FILE.csv, and the --rates to compare."
+        )
+    found: Study = types.parse(text, file.name, Study)
     return found
+
+
+def is_contract(text: str) -> bool:
+    """Whether a file's text is a contract and no study."""
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return {"task", "privacy"} <= set(found)
+
+
+def study_of(contract: Contract) -> Study:
+    """The study of a contract of one's own: its one variant at its ε, for `rates_of`."""
+    return Study(
+        title=contract.name,
+        recipe=contract.name,
+        evaluate_every=contract.rounds,
+        epsilons=(contract.privacy.epsilon,),
+        variants={contract.name: StudyVariant()},
+    )
 
 
 def rates_of(study: Study, factors: Sequence[float]) -> Study:

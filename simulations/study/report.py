@@ -55,6 +55,16 @@ def values_of(found: dict[str, Any], variant: str, epsilon: float, partition: st
     ]
 
 
+def _diverged(found: dict[str, Any], variant: str, epsilon: float, partition: str) -> bool:
+    """Whether a repeat has no figure: the mean of the others says nothing."""
+    asked = None if math.isinf(epsilon) else epsilon
+    return any(
+        cell.get("stopped")
+        and (cell["variant"], cell["epsilon"], cell["partition"]) == (variant, asked, partition)
+        for cell in found["cells"].values()
+    )
+
+
 def markdown(found: dict[str, Any]) -> str:
     """A table for each partition: variants by ε, mean ± half the 95 % interval."""
     study, metric = found["study"], METRICS[found["metric"]]
@@ -99,7 +109,9 @@ def markdown(found: dict[str, Any]) -> str:
         for variant in study["variants"]:
             cells = []
             for epsilon in epsilons:
-                cells.append(_formatted(values_of(found, variant, epsilon, partition)))
+                diverged = _diverged(found, variant, epsilon, partition)
+                values = values_of(found, variant, epsilon, partition)
+                cells.append("diverged" if diverged else _formatted(values))
             lines.append(f"| {variant} | {' | '.join(cells)} |")
     fooled = {
         variant: [

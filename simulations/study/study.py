@@ -44,6 +44,14 @@ from silotune.simulations.execution.variants import (
 from silotune.simulations.study.config import REPLACED, Study, StudyVariant, _finite
 from silotune.simulations.study.store import StudyStore
 
+NO_SCORES: dict[str, Any] = {
+    "scores": {},
+    "triggered": {},
+    "sites": {},
+    "released": {},
+    "curve": [],
+}
+
 
 class Cell(NamedTuple):
     """One value of the grid, of one repeat. contracts: one for each site that trains locally."""
@@ -83,7 +91,9 @@ class ProgressPrinter:
         spent = (datetime.now(UTC) - self.began).total_seconds()
         minutes = spent * self.left / max(self.whole - self.left, 1e-9) / 60
         key = self.cells[int(result.variant)].key
-        echo(f"  {key}  {result.seconds:.0f} s, about {minutes:.0f} min left", err=self.stderr)
+        how = f", {result.stopped.word}" if result.stopped else ""
+        left = f"about {minutes:.0f} min left"
+        echo(f"  {key}  {result.seconds:.0f} s{how}, {left}", err=self.stderr)
 
 
 def cells_of(study: Study, recipe: Recipe) -> Iterator[Cell]:
@@ -148,13 +158,14 @@ def compare(
     only: Sequence[str] = (),
     performance: Performance | None = None,
     *,
+    model: Path | None = None,
     stderr: bool = False,
 ) -> dict[str, Any]:
     """Run what is missing of the study and keep it in `folder`; returns what there is of it. only:
     patterns of shells; the cells whose key (`Cell.key`) is like none of them are left for later.
-    performance: how to compute; but for roundings a cell stays the same cell. stderr: what is shown
-    goes to standard error. UsageError for a pattern that no key is like, DataError for a device
-    that is not there.
+    performance: how to compute; but for roundings a cell stays the same cell. model: the folder of
+    a base model that is not packaged. stderr: what is shown goes to standard error. UsageError for
+    a pattern that no key is like, DataError for a device that is not there.
     """
     performance = performance or Performance()
     check_device(performance)
@@ -177,7 +188,7 @@ def compare(
         )
     with tempfile.TemporaryDirectory(prefix="study-") as work:
         found = _complete(
-            study, recipe, cells, kept, Path(work), processes, only, performance, stderr
+            study, recipe, cells, kept, Path(work), processes, only, performance, model, stderr
         )
         return head | {"cells": found}
 
@@ -191,6 +202,7 @@ def _complete(
     processes: int,
     only: Sequence[str],
     performance: Performance,
+    model: Path | None,
     stderr: bool,
 ) -> dict[str, Any]:
     """Run the cells that are not there, or were made from something else; returns the study's."""
@@ -220,7 +232,8 @@ def _complete(
             kept.put(cell.key, made)
 
     if missing:
-        jobs = list(_jobs(study, recipe, missing, natural, work, kept.file.parent, performance))
+        place = kept.file.parent
+        jobs = list(_jobs(study, recipe, missing, natural, work, place, performance, model))
         run_jobs(
             jobs, processes or os.cpu_count() or 1, ProgressPrinter(jobs, missing, take, stderr)
         )
@@ -243,14 +256,15 @@ def _jobs(
     work: Path,
     folder: Path,
     performance: Performance,
+    own_model: Path | None,
 ) -> Iterator[Job]:
     sites = _numbered(study.sites) if study.sites else list(recipe.contract.weights())
     places: dict[tuple[str, int], Path] = {}
     for number, cell in enumerate(cells):
         contract, poison = cell.contracts[0], study.variants[cell.variant].poison
-        model = (
-            None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
-        )
+        model = None
+        if not isinstance(contract.model, OneHotModel):
+            model = own_model or catalog.fetch(contract.model.name)
         dealt = (cell.partition, cell.repeat)
         if dealt not in places:
             partition = study.partitions[cell.partition]
@@ -297,7 +311,24 @@ def _jobs(
 def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
     """What is kept of a cell: scores on all scored rows (where each site has a model of its own the
     mean over them), by site (`released`: where the site's own model stands in `sites`), and the
-    curve of variants that train together."""
+    curve of variants that train together. `stopped`: why there are no scores, where a run
+    diverged."""
+    stopped = next((result.stopped for result in results if result.stopped), None)
+    kept = _scores_of(results) if stopped is None else NO_SCORES
+    return {
+        "variant": cell.variant,
+        "epsilon": _finite(cell.epsilon),
+        "partition": cell.partition,
+        "repeat": cell.repeat,
+        "stopped": stopped and stopped.why,
+        **kept,
+        "declined": sum(r.declined is not None for result in results for r in result.rounds),
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "machine": machine(results[0].gpu),
+    }
+
+
+def _scores_of(results: list[JobResult]) -> dict[str, Any]:
     first = results[0]
     models = {site: result.scores for result in results for site in result.sites}
     if len(results) == 1:
@@ -310,18 +341,11 @@ def _facts(cell: Cell, results: list[JobResult]) -> dict[str, Any]:
                 overall.setdefault(metric, []).append(value)
     by_site = {site: dict(scores[site]) for site, scores in models.items() if site in scores}
     return {
-        "variant": cell.variant,
-        "epsilon": _finite(cell.epsilon),
-        "partition": cell.partition,
-        "repeat": cell.repeat,
         "scores": {metric: sum(own) / len(own) for metric, own in overall.items()},
         "triggered": dict(results[0].scores.get(TRIGGERED, {})),
         "sites": by_site,
         "released": {site: dict(first.scores[site]) for site in first.own if site in first.scores},
         "curve": _curve(results[0].rounds) if len(results) == 1 else [],
-        "declined": sum(r.declined is not None for result in results for r in result.rounds),
-        "seconds": round(sum(result.seconds for result in results), 1),
-        "machine": machine(first.gpu),
     }
 
 

@@ -13,7 +13,11 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from silotune.client.training import dp_optimizer
-from silotune.client.training.dp_optimizer import DPOptimizer, private_gradient
+from silotune.client.training.dp_optimizer import (
+    ClippingOptimizer,
+    DPOptimizer,
+    private_gradient,
+)
 from silotune.client.training.noise import NoiseSource
 from silotune.client.training.per_sample_gradients import PER_EXAMPLE, by_expanding
 from silotune.client.training.privacy_units import Group, UnitBatch
@@ -371,6 +375,20 @@ def test_the_optimizer_refuses_to_run_without_noise() -> None:
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="positive noise"):
             toy.gradient([], sigma=sigma)
+
+
+def test_clipping_alone_gives_the_clipped_sum_and_no_noise() -> None:
+    """For variants that show what the noise costs; records that are not clipped count whole."""
+    toy = Toy()
+    index = torch.arange(len(toy.x))
+    optimizer = ClippingOptimizer(
+        torch.optim.SGD(toy.parameters, lr=1.0), clip_norm=CLIP, divisor=8.0
+    )
+    groups = [Group(len(b), [UnitBatch(b, len(b))]) for b in index.split(7)]
+    private_gradient(toy.linears, optimizer, groups, toy.losses)
+    found = flat(p.grad for p in toy.parameters)
+    torch.testing.assert_close(found, toy.by_hand(index) / 8.0, rtol=1e-4, atol=1e-5)
+    assert 0 < optimizer.unclipped < optimizer.units == len(index)
 
 
 def test_a_parameter_outside_the_clipped_set_is_refused() -> None:

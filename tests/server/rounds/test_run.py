@@ -190,9 +190,9 @@ BAD: dict[str, tuple[Callable[[FederatedRun, str], bytes], str]] = {
     "nothing": (lambda run, site: b"", "E401"),
     "rubbish": (lambda run, site: b"rubbish" * 9, "E501"),
     "cut": (lambda run, site: update(run, site)[:-1], "E501"),
-    "nan": (lambda run, site: update(run, site, spoilt(np.nan)), "E502"),
-    "inf": (lambda run, site: update(run, site, spoilt(np.inf)), "E502"),
-    "-inf": (lambda run, site: update(run, site, spoilt(-np.inf)), "E502"),
+    "nan": (lambda run, site: update(run, site, spoilt(np.nan)), "E508"),
+    "inf": (lambda run, site: update(run, site, spoilt(np.inf)), "E508"),
+    "-inf": (lambda run, site: update(run, site, spoilt(-np.inf)), "E508"),
     "float64": (float64, "E502"),
     "no arrays": (lambda run, site: update(run, site, {}), "E502"),
     "one array": (
@@ -263,14 +263,44 @@ def test_below_the_quorum_nothing_is_committed(start: Start, case: str) -> None:
     run.accept("south", 10, update(run, "south"))
     with pytest.raises(RunError) as caught:
         run.finish()
-    assert caught.value.code == "E402"
-    assert "round 1: 1 of 2 sites counted" in str(caught.value)
-    assert f"north: {code}" in str(caught.value)
+    if code == "E508":
+        assert caught.value.code == "E508"
+        assert str(caught.value).startswith(
+            "Run stopped at round 1: training diverged: the updates of north have values that are "
+            "not finite or beyond 1e+06. Lower head_lr and adapter_lr in the contract's [[phases]]."
+        )
+    else:
+        assert caught.value.code == "E402"
+        assert "round 1: 1 of 2 sites counted" in str(caught.value)
+        assert f"north: {code}" in str(caught.value)
     assert "No adapter released" in str(caught.value)
     assert on_disk(run) == []
     assert not (run.registry.folder / "adapter.safetensors").exists()
     assert not run.adapter["head.weight"].any()
     assert events(run, "stopped")[0]["failed"] == {"north": code}
+
+
+def test_a_site_that_diverged_does_not_explain_one_that_is_silent(start: Start) -> None:
+    """Lower rates would not bring the silent one back."""
+    run = start()
+    run.begin()
+    run.accept("north", 10, update(run, "north", spoilt(np.nan)))
+    with pytest.raises(RunError, match=r"0 of 2 sites counted \(north: E508\)") as caught:
+        run.finish()
+    assert caught.value.code == "E402"
+
+
+def test_a_sum_that_leads_out_of_range_has_diverged(start: Start) -> None:
+    run = start()
+    play(run, north=9e5, south=9e5)
+    with pytest.raises(RunError) as caught:
+        play(run, north=9e5, south=9e5)
+    assert caught.value.code == "E508"
+    assert str(caught.value).startswith(
+        "Run stopped at round 2: training diverged: The aggregate: 'head.bias' has values beyond "
+        "1e+06. Lower head_lr and adapter_lr in the contract's [[phases]]."
+    )
+    assert on_disk(run) == [1]
 
 
 def test_silence_is_no_reply(start: Start) -> None:
@@ -739,13 +769,15 @@ def early(contract: Contract, patience: int, metric: str = "auc") -> Contract:
 
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize(
-    ("metric", "scores", "rounds"),
+    ("metric", "scores", "rounds", "best"),
     [
-        ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7),  # the first phase does not count
-        ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9),
-        ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9),
-        ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
-        ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7),
+        # The first phase does not count.
+        ("auc", [0.9, 0.9, 0.9, 0.6, 0.7, 0.7, 0.7, 0.9, 0.9], 7, 5),
+        ("auc", [0.1] * 3 + [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 9, 9),
+        ("auc", [0.1] * 3 + [None, 0.5, None, 0.5, None, 0.5], 9, 5),
+        ("loss", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7, 5),
+        ("loss", [0.1] * 3 + [0.4, 0.5, 2.0, 9.0, 0.3, 0.2], 6, 4),
+        ("calibration", [0.1] * 3 + [0.5, 0.4, 0.4, 0.4, 0.3, 0.2], 7, 5),
     ],
 )
 def test_a_run_ends_early_by_public_rows(
@@ -754,11 +786,14 @@ def test_a_run_ends_early_by_public_rows(
     metric: str,
     scores: list[float | None],
     rounds: int,
+    best: int,
     killed: bool,
 ) -> None:
-    contract = early(table_contract, 2, metric)
+    """At what it had come to at its best; the run's last metrics are of what it releases."""
+    contract, seen = early(table_contract, 2, metric), list[Arrays]()
 
     def evaluate(adapter: Arrays, adapter_active: bool) -> dict[str, float | None]:
+        seen.append(adapter)
         return {"loss": 1.0, "auc": 1.0, metric: scores[run.server_round - 1]}
 
     run = start(contract, evaluate=evaluate)
@@ -772,6 +807,9 @@ def test_a_run_ends_early_by_public_rows(
     assert on_disk(run) == list(range(1, rounds + 1))
     assert [e["round"] for e in events(run, "released")][-1] == rounds
     np.testing.assert_array_equal(run.registry.adapter()["head.bias"], run.adapter["head.bias"])
+    released = run.registry.adapter()["head.bias"]
+    np.testing.assert_array_equal(released, seen[best - 1]["head.bias"])
+    np.testing.assert_array_equal(released, seen[-1]["head.bias"])
 
 
 def test_ending_early_needs_public_rows(start: Start, table_contract: Contract) -> None:

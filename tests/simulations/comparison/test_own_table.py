@@ -26,6 +26,7 @@ from silotune.simulations.comparison.run import lengths_of
 from silotune.simulations.comparison.run_result import RunResult
 from silotune.simulations.datasets.split import of_file
 from silotune.simulations.execution import worker_pool
+from silotune.simulations.execution.variants import variants_of
 from tests import tiny
 from tests.common.data.test_text_decoding import (
     csv_text,
@@ -351,35 +352,6 @@ def test_texts_that_are_cut_are_said_and_named_as_the_cause(
 # What a site would refuse is said before anything is computed
 
 
-class InProcess:
-    """A pool of processes that are this one: starting some takes longer than what they do here."""
-
-    def __init__(self, *_: object, initargs: tuple[Any, int], **__: object) -> None:
-        worker_pool._channel = initargs[0]
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        worker_pool._channel = None
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args))
-        except (Exception, KeyboardInterrupt) as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "ProcessPoolExecutor", InProcess)
-
-
 def few(table: Path, out: str, *settings: str) -> list[str | Path]:
     return [
         "sim",
@@ -522,6 +494,43 @@ def test_the_variants_that_are_named_are_run_and_no_other(
     spent = [site["epsilon"] for site in result["privacy"]["sites"]]
     assert all(value is not None and 0 < value <= 8.0 for value in spent) == own["private"]
     assert ("no differential privacy" in shown) != own["private"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_plain_baseline_by_itself_is_a_result_without_an_adapter(
+    table: Path, contract_of: Callable[..., Path], run: Callable[..., Ran]
+) -> None:
+    contract_of(table)
+    code, said, wrong = run(*few(table, "run", "variants=plain"), "repeats=3")
+    assert code == 0, wrong
+    found = RunResult.load(table.parent / "run")
+    (row,) = [variant for variant in found.content["variants"] if variant["main"]]
+    assert (row["name"], row["label"]) == ("plain", "Gradient boosting, pooled, no DP")
+    assert (row["repeats"], row["private"], row["bytes_up"]) == (1, False, 0)
+    assert set(row["sites"]) == {"bank-a", "bank-b", "bank-c"}
+    assert found.metrics["auc"] == row["metrics"]["auc"]["mean"] > 0.6
+    assert found.content["curve"] == []
+    assert "adapter watch" not in said
+    with pytest.raises(UsageError, match="has no adapter"):
+        _ = found.adapter
+
+
+def test_ones_own_contract_has_the_baselines_of_a_recipe(
+    table: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    out = table.with_suffix(".toml")
+    text = [*ANSWERS[:6], "--text", "home", *ANSWERS[10:]]
+    assert run("contract", "new", "--from", table, "--out", out, *text)[0] == 0
+    found = own_recipe(out, table, None)
+    names = [variant.name for variant in variants_of(found.contract, found.config.variants)]
+    assert names == [
+        "federated-lora",
+        "alone",
+        "federated-head",
+        "federated-no-dp",
+        "pooled-no-dp",
+        "plain",
+    ]
 
 
 @pytest.mark.usefixtures("in_process")

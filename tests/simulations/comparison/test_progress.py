@@ -68,6 +68,7 @@ def result_of(sites: tuple[str, ...], variants: int, repeats: int, seed: int = 0
                 "private": place % 2 == 0,
                 "epsilon": 8.0 if place % 2 == 0 else None,
                 "delta": 1e-4,
+                "stopped": None,
                 "metrics": {"auc": figure()},
                 "sites_mean": figure(),
                 "sites": {site: figure() for site in sites},

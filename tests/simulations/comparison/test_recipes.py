@@ -45,6 +45,7 @@ def test_every_variant_of_a_recipe_is_a_contract_within_its_budget(name: str) ->
     assert main_of(variants) is variants[0]
     names = {variant.name for variant in variants}
     assert {"alone", "federated-no-dp", "pooled-no-dp"} <= names
+    assert ("plain" in names) == (recipe.contract.task.kind != "language")
     # A contract that trains a head alone is its own head variant, and a one-hot one its own
     # one-hot.
     adapts = recipe.contract.adapter is not None
@@ -236,7 +237,7 @@ def test_at_another_epsilon_the_rates_are_those_of_the_recipe_for_it() -> None:
     for name, own in variants[0].items():
         fewer, other = variants[1][name], variants[2][name]
         private = own.privacy.mode == "dp"
-        assert private == (name not in ("federated-no-dp", "pooled-no-dp"))
+        assert private == (name not in ("federated-no-dp", "pooled-no-dp", "plain"))
         if private:
             assert (fewer.privacy.epsilon, other.privacy.epsilon) == (3.0, 2.0)
         factor = 0.5 if private else 1.0

@@ -47,6 +47,35 @@ def test_a_lead_within_the_error_of_the_rows_is_no_lead(lora_contract: Contract)
     assert "LoRA beats the DP head" in " ".join(words(rows, table_contract)["lines"])
 
 
+@pytest.mark.parametrize("name", ["federated-no-dp", "pooled-no-dp"])
+def test_a_baseline_without_dp_that_is_no_measure_of_its_cost_is_a_warning(
+    table_contract: Contract, name: str
+) -> None:
+    """At the majority class it gave a price of privacy of +0.196, without a word."""
+    rows = [row("majority", 0.5), row("federated-lora", 0.8)]
+    for auc, expected in (
+        (0.505, f"Label of {name}: AUC is not better than label of majority. It says nothing of"),
+        (0.785, f"Label of {name}: AUC is worse than with DP by 0.015. It says nothing of what"),
+        (0.795, None),
+        (0.9, None),
+    ):
+        found = words([*rows, row(name, auc)], table_contract)["warnings"]
+        assert [w.startswith(str(expected)) for w in found] == ([True] if expected else [])
+    noisy = row(name, 0.75, sd=0.06)
+    assert not words([*rows, noisy], table_contract)["warnings"]
+
+
+def test_a_plain_model_may_be_worse_but_not_learn_nothing(table_contract: Contract) -> None:
+    rows = [row("majority", 0.5), row("federated-lora", 0.8)]
+    assert not words([*rows, row("plain", 0.7)], table_contract)["warnings"]
+    found = words([*rows, row("plain", 0.5)], table_contract)
+    assert found["warnings"] == [
+        "Label of plain: AUC is not better than label of majority. The records may be too few "
+        "for it, or tell little about the answers."
+    ]
+    assert "plain model without DP 0.500" in found["lines"][0]
+
+
 def test_the_verdict_words(table_contract: Contract) -> None:
     majority = row("majority", 0.5)
     assert words([majority, row("federated-lora", 0.505)], table_contract)["word"] == "useless"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from silotune.simulations.study.config import Study, load_study, rates_of, study
 from silotune.simulations.study.store import StudyStore
 from silotune.simulations.study.study import cells_of, compare
 from tests import tiny
+from tests.conftest import Ran
 from tests.simulations.datasets.test_partition import contract_of, split_of
 
 TOML = """
@@ -254,6 +257,45 @@ def test_rates_are_chosen_without_the_public_rows(
     text = report.markdown(found)
     assert "on a quarter of the training rows of `heart-diagnosis`; one run each; δ" in text
     assert "| pooled x0.5 | " in text
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rates_of_a_contract_of_ones_own_are_compared_and_one_may_diverge(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    sites = [{"name": "north"}, {"name": "south"}]
+    contract = tiny.contract_of(
+        "regression",
+        "one-hot",
+        sites=sites,
+        quorum=2,
+        privacy={"expected_units": 30.0, "clip_norm": 1e3},
+    )
+    contract = contract.changed(
+        phases=[contract.phases[0].model_dump(mode="json") | {"rounds": 8, "head_lr": 1e-4}]
+    )
+    (tmp_path / "own.json").write_text(contract.model_dump_json(exclude_none=True))
+    table = tiny.write(tmp_path / "rows.csv", tiny.rows_of("regression", 80))
+    words = ["sim", "compare", tmp_path / "own.json", f"data={table}", "--processes", "1"]
+    code, said, wrong = run(*words, "--rates", "1", "--rates", "1e8", "--out", tmp_path / "out")
+    assert code == 0, wrong
+    assert "R² on a quarter of the training rows of `tiny`" in said
+    (kept,) = [line for line in said.splitlines() if line.startswith("| tiny x1 |")]
+    assert re.fullmatch(r"\| tiny x1 \| -?\d+\.\d{3} \|", kept)
+    assert "| tiny x1e+08 | diverged |" in said
+    cells = json.loads((tmp_path / "out" / "study.json").read_text())["cells"].values()
+    (stopped,) = [cell for cell in cells if cell["stopped"]]
+    assert "training diverged" in stopped["stopped"]
+    assert stopped["scores"] == {}
+    code, again, wrong = run(*words, "--rates", "1", "--rates", "1e8", "--out", tmp_path / "out")
+    assert "2 cells, 0 to run" in again, wrong
+    code, _, wrong = run(*words)
+    assert (code, "goes with a contract and --rates" in wrong) == (2, True)
+    (tmp_path / "own.toml").write_text("[task]\n[privacy]\n")
+    code, _, wrong = run("sim", "compare", tmp_path / "own.toml", "--rates", "2")
+    assert (code, "own.toml is a contract: name its table, data=FILE.csv" in wrong) == (2, True)
+    code, _, wrong = run("sim", "compare", "heart-methods", "epsilon=3")
+    assert (code, "'epsilon=3' is not a setting" in wrong) == (2, True)
 
 
 def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(

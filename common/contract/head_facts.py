@@ -1,0 +1,121 @@
+"""What a contract says that the rule for heads needs, and where its numbers are not the rule's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from silotune.common.contract.inputs import PairInput
+from silotune.common.contract.model import EncoderModel, LanguageModel, OneHotModel
+from silotune.common.contract.task import Language
+from silotune.common.planning import head_rule
+from silotune.common.planning.head_rule import HeadFacts, plan_head
+
+if TYPE_CHECKING:
+    from silotune.common.contract.contract import Contract
+    from silotune.common.contract.training import Phase
+
+
+def facts_of(contract: Contract, phase: Phase) -> HeadFacts | None:
+    """The facts by which the rule plans a phase that trains the head alone.
+
+    Args:
+        contract: Whose phase it is.
+        phase: Only its share of the budget is looked at.
+
+    Returns:
+        The facts; None where the rule does not apply: there is no linear head, or the norm of its
+        inputs does not follow from the contract.
+    """
+    norm, task, privacy = _feature_norm(contract), contract.task, contract.privacy
+    if norm is None or isinstance(task, Language):
+        return None
+    return HeadFacts(
+        task=task.kind,
+        outputs=task.outputs,
+        feature_norm=norm,
+        units=privacy.expected_units,
+        sites=len(contract.sites),
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        budget_share=phase.budget_share,
+    )
+
+
+def _feature_norm(contract: Contract) -> float | None:
+    """Root mean square norm of the head's inputs, of records like the public ones. The features of
+    a pair that is read apart are products of two texts', whose norm the contract does not say."""
+    model = contract.model
+    if isinstance(model, OneHotModel):
+        return None if model.hidden else model.norm
+    if isinstance(model, LanguageModel):
+        return None
+    if isinstance(contract.input, PairInput) and contract.input.by == "bi":
+        return None
+    return _norm_of_text(model)
+
+
+def _norm_of_text(model: EncoderModel) -> float | None:
+    if model.standardise:
+        return model.standardise.norm
+    return 1.0 if model.normalise else None
+
+
+def rule_warnings(contract: Contract) -> tuple[str, ...]:
+    """Of phases that name a rule whose numbers they do not have, in sentences."""
+    return tuple(
+        sentence
+        for at, phase in enumerate(contract.phases)
+        if phase.rule is not None and (sentence := _warning(contract, f"phases.{at + 1}", phase))
+    )
+
+
+def _warning(contract: Contract, key: str, phase: Phase) -> str:
+    if phase.rule != head_rule.VERSION:
+        return (
+            f"{key}.rule = {phase.rule}: this Silotune has rule {head_rule.VERSION} and cannot "
+            "compare its numbers with the contract's."
+        )
+    facts = facts_of(contract, phase)
+    if facts is None:
+        return (
+            f"{key}.rule = {phase.rule}, but the rule needs a linear head on features whose norm "
+            f"the contract says. Remove {key}.rule."
+        )
+    wrong = [
+        f"{name} = {_words(planned)} where the contract has {_words(found)}"
+        for name, (planned, found) in _numbers(contract, key, phase, facts).items()
+        if planned != found
+    ]
+    if not wrong:
+        return ""
+    return (
+        f"{key}.rule = {phase.rule} gives {'; '.join(wrong)}. Set the rule's numbers, or remove "
+        f"{key}.rule if the contract's are meant."
+    )
+
+
+def _numbers(
+    contract: Contract, key: str, phase: Phase, facts: HeadFacts
+) -> dict[str, tuple[Any, Any]]:
+    """By setting: what the rule plans, and what the contract has."""
+    plan, aggregation = plan_head(facts), contract.aggregation
+    planned = {
+        "trains": "head",
+        "rounds": plan.rounds,
+        "sampling_rate": plan.sampling_rate,
+        "local_steps": 1,
+        "budget_share": phase.budget_share,
+        "head_lr": plan.head_lr,
+        "rule": phase.rule,
+    }
+    found = phase.model_dump(mode="json", exclude_none=True)
+    return {
+        **{f"{key}.{name}": (planned.get(name), found.get(name)) for name in planned | found},
+        "privacy.clip_norm": (plan.clip_norm, contract.privacy.clip_norm),
+        "aggregation.server_momentum": (plan.server_momentum, aggregation.server_momentum),
+        "aggregation.averaging_start": (plan.averaging_start, aggregation.averaging_start),
+    }
+
+
+def _words(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,198 @@
+"""The rule that plans the training of a linear head from public facts alone.
+
+A phase that trains a head on frozen features, with full batches, adds Gaussian noise whose size is
+known before any record is read. So is its effect on the outputs: with a learning rate r, T rounds
+of noise multiplier s, clip norm C, n expected units at each of S sites and features x, the noise
+alone gives an output the standard deviation
+
+    tau = r s C / (n sqrt(S)) gain(T) sqrt(E |x|^2 + 1) sqrt(1 - 1 / K)
+
+(`output_noise`): the server takes the mean over the sites, `gain` is what momentum and the average
+of the later iterates make of it, the 1 is the bias' own feature, and of K logits whose mean does
+not count the share 1 - 1/K is left. The rule takes the learning rate at which tau is the target
+of the task (`target_noise`), or `largest_rate` if that is less.
+
+Why tau and not the rate. For a squared error with D equally strong features, a signal of standard
+deviation A and a noise of nu an output and unit of time, gradient flow for a time t leaves the
+error A^2 exp(-2 x) + D^2 nu^2 x (1 - exp(-2 x)) / (2 R^2 h^2), with x = t h R^2 / D, h the loss'
+curvature and R^2 = E |x|^2. At its minimum tau = x sqrt(rho) A with rho = (D nu / (R h A))^2: from
+rho = 0.01 to rho = 10 that is 0.3 A to 0.65 A, while the best rate changes a hundredfold.
+
+The number of rounds costs no privacy at a given budget: the noise of a step grows with sqrt(T), and
+the rate at a given tau falls with T. More rounds only make each step smaller.
+
+Limits: full batches, plain steps, equal weights of the sites, a linear head. The noise multiplier
+is that of the exact Gaussian mechanism; an accountant that needs more noise raises tau by as much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from silotune.common.planning.gaussian_mechanism import noise_multiplier
+
+VERSION = 1
+ROUNDS = 60
+ROUNDS_OF_NUMBER = 100  # of a regression, whose loss bears no large steps
+SERVER_MOMENTUM = 0.9
+AVERAGING_START = 0.5
+# The clip norm over the first gradient's norm, that of a record whose features have mean square
+# norm: an outlier counts no more, and while the head learns most gradients fall below it.
+CLIP_SHARE = 0.25
+NOISE_OF_CLASSES = 1.0  # tau of two classes; each doubling of the classes adds NOISE_PER_DOUBLING
+NOISE_PER_DOUBLING = 0.4
+NOISE_OF_LABEL = 1.0  # tau of a logit of its own: multi-label and ranking
+NOISE_OF_NUMBER = 0.08  # tau of a regression, whose targets lie between 0 and 1
+STABLE_SHARE = 0.7  # of the largest rate at which the heavy ball converges for a regression
+LARGEST_STEP = 60.0  # of a logit in a round, were all clipped gradients alike
+
+HeadTask = Literal["classification", "tokens", "multi-label", "ranking", "regression"]
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What the rule needs to know, all of it public.
+
+    Attributes:
+        task: The task's kind.
+        outputs: How many outputs the head has.
+        feature_norm: Root mean square L2 norm of the head's inputs.
+        units: How many units (records or entities) a site is expected to have.
+        sites: How many sites there are.
+        epsilon: Of the guarantee of a run at each site.
+        delta: Of the same guarantee.
+        budget_share: Share of the privacy budget that the phase spends.
+    """
+
+    task: HeadTask
+    outputs: int
+    feature_norm: float
+    units: float
+    sites: int
+    epsilon: float
+    delta: float
+    budget_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What the rule plans, in the contract's own words.
+
+    Attributes:
+        rounds: phases.rounds.
+        sampling_rate: phases.sampling_rate.
+        head_lr: phases.head_lr.
+        clip_norm: privacy.clip_norm.
+        server_momentum: aggregation.server_momentum.
+        averaging_start: aggregation.averaging_start.
+    """
+
+    rounds: int
+    sampling_rate: float
+    head_lr: float
+    clip_norm: float
+    server_momentum: float
+    averaging_start: float
+
+
+def plan_head(facts: HeadFacts, clip_norm: float | None = None) -> HeadPlan:
+    """The plan of a phase that trains the head alone, with numbers of two digits.
+
+    Args:
+        facts: Public facts.
+        clip_norm: The clip norm, where it is given; the rule's own if it is None.
+
+    Returns:
+        The plan. Equal facts give the same one everywhere.
+    """
+    rounds = ROUNDS_OF_NUMBER if facts.task == "regression" else ROUNDS
+    clip_norm = clip_norm or _two_digits(CLIP_SHARE * first_gradient_norm(facts))
+    rate = target_noise(facts) / output_noise(facts, rounds, 1.0, clip_norm)
+    return HeadPlan(
+        rounds=rounds,
+        sampling_rate=1.0,
+        head_lr=_two_digits(min(rate, largest_rate(facts, clip_norm))),
+        clip_norm=clip_norm,
+        server_momentum=SERVER_MOMENTUM,
+        averaging_start=AVERAGING_START,
+    )
+
+
+def target_noise(facts: HeadFacts) -> float:
+    """The standard deviation of an output that noise alone is to have: tau of the rule."""
+    if facts.task in ("classification", "tokens"):
+        return NOISE_OF_CLASSES + NOISE_PER_DOUBLING * math.log2(facts.outputs / 2)
+    return NOISE_OF_NUMBER if facts.task == "regression" else NOISE_OF_LABEL
+
+
+def output_noise(facts: HeadFacts, rounds: int, head_lr: float, clip_norm: float) -> float:
+    """tau of a plan: the standard deviation over inputs and noise of an output (of a logit less the
+    mean of all, where their softmax counts) at the phase's end, were all gradients 0."""
+    multiplier = noise_multiplier(facts.epsilon, facts.delta) * math.sqrt(
+        rounds / facts.budget_share
+    )
+    of_weight = head_lr * multiplier * clip_norm / (facts.units * math.sqrt(facts.sites))
+    return (
+        of_weight
+        * math.sqrt(sum(weight**2 for weight in step_weights(rounds)))
+        * _input_norm(facts)
+        * math.sqrt(_free_share(facts))
+    )
+
+
+def step_weights(
+    rounds: int, momentum: float = SERVER_MOMENTUM, averaging_start: float = AVERAGING_START
+) -> Sequence[float]:
+    """How often each round's mean update counts in the average that a phase ends with.
+
+    With momentum b the update of round s is in the iterate of round t (1 - b^(t - s + 1)) / (1 - b)
+    times. The sum of the squares is the gain of independent noise.
+    """
+    averaged = [t for t in range(1, rounds + 1) if t > rounds * averaging_start]
+    return [
+        sum(1 - momentum ** (t - s + 1) for t in averaged if t >= s)
+        / ((1 - momentum) * len(averaged))
+        for s in range(1, rounds + 1)
+    ]
+
+
+def first_gradient_norm(facts: HeadFacts) -> float:
+    """The norm of a record's gradient at the first step, where its features have mean square norm:
+    that of a softmax' error at equal probabilities, or of an error of one half."""
+    error = 0.5
+    if facts.task in ("classification", "tokens"):
+        error = math.sqrt(_free_share(facts))
+    elif facts.task == "multi-label":  # the loss is a mean over the labels
+        error = 0.5 / math.sqrt(facts.outputs)
+    return error * _input_norm(facts)
+
+
+def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
+    """The largest rate, however little noise there is.
+
+    Of a regression STABLE_SHARE of 2 (1 + b) / L, up to which the heavy ball with momentum b
+    converges (Polyak 1964) for a squared error of curvature L <= E |x|^2 + 1. The losses of logits
+    saturate and their clipped gradients are bounded: there the rate at which a round moves a logit
+    by LARGEST_STEP at most, beyond which the classes change no more, and probabilities get worse.
+    """
+    norm = _input_norm(facts)
+    if facts.task == "regression":
+        return STABLE_SHARE * 2 * (1 + SERVER_MOMENTUM) / norm**2
+    return LARGEST_STEP / (clip_norm * norm)
+
+
+def _input_norm(facts: HeadFacts) -> float:
+    """Root mean square norm of the features with the bias' own."""
+    return math.sqrt(facts.feature_norm**2 + 1)
+
+
+def _free_share(facts: HeadFacts) -> float:
+    """1 - 1/K where K logits count up to their mean, else 1."""
+    return 1 - 1 / facts.outputs if facts.task in ("classification", "tokens") else 1.0
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")

@@ -1,0 +1,173 @@
+"""The facts that a contract gives the rule for heads, and the warning where its numbers differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silotune.common.contract import drafting
+from silotune.common.contract.contract import Contract, parse
+from silotune.common.contract.drafting import Answers, Column
+from silotune.common.contract.head_facts import facts_of, rule_warnings
+from silotune.common.errors import UsageError
+from silotune.common.planning import head_rule
+from silotune.common.planning.head_rule import HeadFacts, plan_head
+from tests.conftest import Ran
+
+ANSWERS: dict[str, Any] = {
+    "name": "loans",
+    "task": "classification",
+    "label": "status",
+    "labels": ("good", "bad"),
+    "columns": (Column.parse("age: 25, 40"), Column.parse("home: rent, own")),
+    "sites": ("a", "b", "c"),
+    "records": 500,
+}
+TEXT: dict[str, Any] = {"columns": (), "text": "message"}
+RANKING: dict[str, Any] = {
+    "task": "ranking",
+    "others": ("1",),
+    "columns": (),
+    "query": "who",
+    "pair": ("user", "item"),
+}
+
+
+def drafted(**more: Any) -> Contract:
+    return parse(drafting.draft(Answers.model_validate(ANSWERS | more)))
+
+
+def test_the_facts_of_a_table() -> None:
+    contract = drafted(epsilon=3.0)
+    assert facts_of(contract, contract.phases[0]) == HeadFacts(
+        task="classification",
+        outputs=2,
+        feature_norm=2.0,
+        units=500,
+        sites=3,
+        epsilon=3.0,
+        delta=1e-4,
+    )
+
+
+def test_the_norm_of_texts_features() -> None:
+    contract = drafted(**TEXT)
+    (head, _) = contract.phases
+    facts = facts_of(contract, head)
+    assert facts is not None
+    assert (facts.feature_norm, facts.budget_share) == (1.0, 0.25)
+    for model, norm in (
+        ({"standardise": {"norm": 4.0, "sentences": ["a", "b"]}}, 4.0),
+        ({"normalise": False}, None),
+    ):
+        found = facts_of(contract.changed(model=model), head)
+        assert (found and found.feature_norm) == norm
+
+
+def test_where_the_rule_does_not_apply() -> None:
+    for more in (TEXT | {"task": "language", "labels": ()}, RANKING):
+        contract = drafted(**more)
+        assert facts_of(contract, contract.phases[0]) is None
+        assert all(phase.rule is None for phase in contract.phases)
+    contract = drafted()
+    assert facts_of(contract.changed(model={"hidden": 8}), contract.phases[0]) is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        TEXT,
+        {"task": "multi-label"},
+        {"task": "regression", "labels": (), "bounds": (0.0, 1e5)},
+        {"records": 100_000, "epsilon": 0.5},
+    ],
+)
+def test_a_draft_has_the_rules_numbers(more: dict[str, Any]) -> None:
+    contract = drafted(**more)
+    head = contract.phases[0]
+    facts = facts_of(contract, head)
+    assert facts is not None
+    plan = plan_head(facts)
+    assert head.rule == head_rule.VERSION
+    assert (head.trains, head.rounds, head.sampling_rate) == ("head", plan.rounds, 1.0)
+    assert (head.head_lr, contract.privacy.clip_norm) == (plan.head_lr, plan.clip_norm)
+    assert rule_warnings(contract) == ()
+
+
+def test_a_draft_says_what_noise_alone_does() -> None:
+    text = drafting.draft(Answers.model_validate(ANSWERS))
+    contract = parse(text)
+    head = contract.phases[0]
+    facts = facts_of(contract, head)
+    assert facts is not None
+    assert head.head_lr is not None
+    noise = head_rule.output_noise(facts, head.rounds, head.head_lr, contract.privacy.clip_norm)
+    (said,) = re.findall(r"a standard deviation of ([0-9.e-]+)\.\n", text)
+    assert float(said) == pytest.approx(noise, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "named"),
+    [
+        ("phases", {"head_lr": 123.0}, "phases.1.head_lr"),
+        ("phases", {"rounds": 7}, "phases.1.rounds"),
+        ("phases", {"local_steps": 3}, "phases.1.local_steps"),
+        ("phases", {"schedule": {"shape": "linear"}}, "phases.1.schedule"),
+        ("privacy", {"clip_norm": 0.7}, "privacy.clip_norm"),
+        ("privacy", {"epsilon": 0.5}, "phases.1.head_lr"),
+        ("aggregation", {"server_momentum": 0.5}, "aggregation.server_momentum"),
+    ],
+)
+def test_other_numbers_than_the_rules_are_named(
+    section: str, change: dict[str, Any], named: str
+) -> None:
+    contract = drafted(records=100)
+    if section == "phases":
+        (head,) = contract.model_dump(mode="json", exclude_none=True)["phases"]
+        contract = contract.changed(phases=[head | change])
+    else:
+        contract = contract.changed(**{section: change})
+    (sentence,) = rule_warnings(contract)
+    assert named in sentence
+    assert sentence in contract.warnings
+    without = [phase | {"rule": None} for phase in contract.model_dump(mode="json")["phases"]]
+    assert rule_warnings(contract.changed(phases=without)) == ()
+
+
+def test_the_advice_of_the_warning_is_right() -> None:
+    """Numbers set as the sentence says: no warning is left."""
+    contract = drafted().changed(privacy={"epsilon": 0.5})
+    (sentence,) = rule_warnings(contract)
+    (rate,) = re.findall(r"phases\.1\.head_lr = ([0-9.e+-]+) where", sentence)
+    (head,) = contract.model_dump(mode="json", exclude_none=True)["phases"]
+    assert rule_warnings(contract.changed(phases=[head | {"head_lr": float(rate)}])) == ()
+
+
+def test_a_rule_of_another_version_is_a_warning() -> None:
+    contract = drafted()
+    (head,) = contract.model_dump(mode="json", exclude_none=True)["phases"]
+    (sentence,) = rule_warnings(contract.changed(phases=[head | {"rule": 2}]))
+    assert sentence.startswith("phases.1.rule = 2: this Silotune has rule 1")
+
+
+def test_a_rule_where_it_cannot_apply() -> None:
+    contract = drafted()
+    (sentence,) = rule_warnings(contract.changed(model={"hidden": 8}))
+    assert "Remove phases.1.rule" in sentence
+    phases = [phase.model_dump(exclude_none=True) for phase in drafted(**TEXT).phases]
+    with pytest.raises(UsageError, match="rule is of a phase that trains the head alone"):
+        drafted(**TEXT).changed(phases=[phases[0], phases[1] | {"rule": 1}])
+
+
+def test_the_commands_say_it(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    path = tmp_path / "loans.toml"
+    path.write_text(drafting.draft(Answers.model_validate(ANSWERS)).replace("= 8.0", "= 0.5", 1))
+    for command in ("show", "validate"):
+        code, out, _ = run("contract", command, path)
+        assert code == 0
+        assert "phases.1.rule = 1 gives" in " ".join(out.split())
