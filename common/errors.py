@@ -156,7 +156,10 @@ CODES: dict[ErrorCode, str] = {
     ),
     ErrorCode.BUDGET_EXCEEDED: (
         "The plan would spend more of the privacy budget than is left. Fewer rounds, more noise "
-        "or a smaller sampling rate fit; only the owner of the records can raise the limit."
+        "or a smaller sampling rate fit; only the owner of the records can raise the limit. In the "
+        "middle of a run: repeated attempts have taken the steps that its plan has for this round, "
+        "or other charges the room for it; `silotune server resume RUN --skip-round` goes on "
+        "without the round."
     ),
     ErrorCode.LEDGER_ROLLED_BACK: (
         "The site's ledger lacks an entry it once gave a receipt for: it was rolled back, copied "

@@ -237,7 +237,7 @@ def _asked(recipe: str, options: Options) -> Recipe:
 @sim.command("compare", cls=WithSettings)
 @click.argument(
     "study",
-    metavar="STUDY|STUDY.toml|CONTRACT.toml",
+    metavar="STUDY|FILE.toml",
     shell_complete=known(_studies, files=True),
     help="Name of a study that Silotune has, a study's file, or, with --rates, a contract's.",
 )

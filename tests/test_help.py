@@ -13,7 +13,7 @@ import click
 import pytest
 
 from silotune.common.cli.main import NOUNS, silotune
-from silotune.simulations.comparison.options import Options, computing
+from silotune.simulations.comparison.options import Options, comparing
 from silotune.simulations.comparison.recipe import recipe_names
 from silotune.simulations.study.config import study_file
 from tests.conftest import Ran
@@ -124,8 +124,8 @@ def test_every_example_is_a_command_that_can_be_read(
     if context.command_path == "silotune sim run":
         Options.parse(params["settings"])
     if context.command_path == "silotune sim compare":
-        study_file(params["study"])
-        computing(params["settings"])
+        options = comparing(params["settings"])
+        assert options.data or study_file(params["study"])
 
 
 def test_an_example_of_a_command_or_option_that_is_not_there_is_found(

@@ -31,8 +31,8 @@ def spent(config: Path, as_json: bool) -> None:
     \b
     $ silotune privacy spent
     hospital-a · ε ≤ 8, δ = 0.0001 per record over its lifetime, add or remove one
-    Records    first used   rows  runs  rounds  ε spent (RDP)  ε (PRV)  room for a plan of
-    notes.csv  2026-11-22  6,000     1      18           4.90     4.41                4.93
+    Records    first used   rows  runs  rounds  ε spent       counted by  further plan
+    notes.csv  2026-11-22  6,000     1      18     4.90  exact composition          2.93
     """
     from silotune.client.privacy.budget import Budget
     from silotune.client.site.folder import SiteFolder
@@ -45,7 +45,7 @@ def spent(config: Path, as_json: bool) -> None:
         # Without a budget for the unit any more: at the one that there is.
         limit = limits.get(entry.unit) or next(iter(limits.values()))
         charges = [c for c in ledger.charges.values() if c.record_set == entry.record_set]
-        epsilon = budget.spent(limit.delta)
+        spent_ = budget.spent(limit.delta)
         rows.append(
             {
                 "records": entry.source,
@@ -56,8 +56,8 @@ def spent(config: Path, as_json: bool) -> None:
                 "runs": len({(c.contract, c.run) for c in charges}),
                 "rounds": len(charges),
                 "not_released": sum(c.sequence not in ledger.releases for c in charges),
-                "epsilon_rdp": _finite(epsilon),
-                "epsilon_prv": _finite(budget.tight(limit.delta)),
+                "epsilon": _finite(spent_.epsilon),
+                "accountant": spent_.accountant,
                 "remaining_epsilon": budget.remaining_epsilon(limit),
             }
         )
@@ -77,9 +77,9 @@ def spent(config: Path, as_json: bool) -> None:
         "rows",
         "runs",
         "rounds",
-        "ε spent (RDP)",
-        "ε (PRV)",
-        "room for a plan of",
+        "ε spent",
+        "counted by",
+        "further plan",
     )
     cells: list[tuple[str, ...]] = [
         (
@@ -88,15 +88,17 @@ def spent(config: Path, as_json: bool) -> None:
             f"{r['rows']:,}",
             str(r["runs"]),
             str(r["rounds"]),
-            _shown(r["epsilon_rdp"]),
-            _shown(r["epsilon_prv"]),
+            _shown(r["epsilon"]),
+            r["accountant"],
             _shown(r["remaining_epsilon"]),
         )
         for r in rows
     ]
     notes = [
-        "A file's ε is that of the record in it that has spent most, over every file; RDP at the "
-        "order fixed before the first charge is what the limit counts, PRV is tighter."
+        "A file's ε is that of the record in it that has spent most, over every file. The first "
+        "plan on these records is counted by exact composition. From a second one on all is "
+        "counted by RDP, which gives more, so the room for a further plan is less than the limit "
+        "less what is spent."
     ]
     lost = sum(r["not_released"] for r in rows)
     if lost:
@@ -148,8 +150,8 @@ def plan(
 
     \b
     $ silotune privacy plan --epsilon 8 --delta 1e-4 --sampling-rate 0.25 --steps 30
-    30 steps, sampling rate 0.25, noise multiplier 1.1067
-      ε 8.00 (RDP) · 7.05 (PRV) at δ = 0.0001 per record, add or remove one
+    30 steps, sampling rate 0.25, noise multiplier 1.0300
+      ε 8.00 (exact composition) at δ = 0.0001 per record, add or remove one
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -202,14 +204,14 @@ def plan(
             epsilon or 0.0, delta, sampling_rate, steps
         )
         mechanisms = [Mechanism(sigma, sampling_rate, steps)]
-    rdp, prv = accountant.epsilon(mechanisms, delta), accountant.tight_epsilon(mechanisms, delta)
+    cost = accountant.plan_epsilon(mechanisms, delta)
     shares = accountant.shares(mechanisms, delta)
     facts = {
         "unit": unit,
         "adjacency": "add or remove one",
         "delta": delta,
-        "epsilon_rdp": rdp,
-        "epsilon_prv": prv,
+        "epsilon": cost,
+        "accountant": accountant.EXACT,
         "mechanisms": [
             {**m._asdict(), "share": share} for m, share in zip(mechanisms, shares, strict=True)
         ],
@@ -226,8 +228,8 @@ def plan(
                     + (f", {100 * share:.0f}% of the budget" if len(shares) > 1 else "")
                     for m, share in zip(mechanisms, shares, strict=True)
                 ),
-                f"  ε {epsilon_text(rdp)} (RDP) · {epsilon_text(prv)} (PRV) at δ = {delta:g} per "
-                f"{unit}, add or remove one",
+                f"  ε {epsilon_text(cost)} ({accountant.EXACT}) at δ = {delta:g} per {unit}, "
+                "add or remove one",
                 *(
                     [
                         "  sites' weights with the least noise in the mean: "

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from silotune.client.operations.server_probe import shake
 from silotune.client.privacy import accountant
-from silotune.client.privacy.budget import Budget, Limit, order_of
+from silotune.client.privacy.budget import Budget, Limit, order_of, planned
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.records import record_ids
@@ -34,7 +34,7 @@ from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import OneHotModel
-from silotune.common.contract.privacy import Unit, delta_for, epsilon_text, size_of_delta
+from silotune.common.contract.privacy import Unit, delta_for, size_of_delta
 from silotune.common.data import records, sql_source
 from silotune.common.data.records import Records
 from silotune.common.errors import DataError, ErrorCode, RefusalError, SilotuneError, counted
@@ -602,17 +602,11 @@ def _budget(ledger: PrivacyLedger, found: RecordSet, policy: Policy, contract: C
         )
     unit = contract.privacy.unit
     limit, budget = policy.limits[unit], Budget(ledger, found, unit)
-    plan = accountant.plan(contract, policy.target(contract))
+    plan = planned(ledger, contract, policy.target(contract))
     order = ledger.order or order_of(plan, limit)
-    spent, together = budget.spent(limit.delta), budget.together(plan, order, limit.delta)
-    text = (
-        f"this plan {epsilon_text(accountant.epsilon(plan, limit.delta))} · "
-        f"spent before {epsilon_text(spent)} · "
-        f"together {epsilon_text(together)} (RDP, δ = {limit.delta:g}) · "
-        f"limit {epsilon_text(limit.epsilon)}"
-    )
+    text = budget.figures(budget.with_plan(plan, order, limit.delta), plan, order, limit)
     try:
-        budget.check(plan, order, limit, "this plan")
+        budget.check_plan(plan, order, limit, "this plan")
     except RefusalError as error:
         fix = _alternatives(budget, plan, order, limit, policy, contract)
         if reasons := budget.reasons():
@@ -622,6 +616,15 @@ def _budget(ledger: PrivacyLedger, found: RecordSet, policy: Policy, contract: C
                 "each time, from before they are first prepared or used"
             )
         return Check("privacy budget", "problem", text, fix, error.code)
+    if budget.ends_early(plan, order, limit):
+        return Check(
+            "privacy budget",
+            "warning",
+            f"{text}; a run of this contract has begun: it can go on, and a further one has only "
+            "the rounds that it leaves",
+            "ask the operator to resume that run, which charges no round twice: "
+            f"{command('server', 'resume', 'RUN')}",
+        )
     return Check("privacy budget", "ok", text)
 
 
@@ -639,19 +642,18 @@ def _alternatives(
     if not rounds:
         return "nothing fits: this site cannot take part with these records"
 
-    def scale_noise(factor: float) -> list[accountant.Mechanism]:
-        return [m._replace(noise_multiplier=m.noise_multiplier * factor) for m in plan]
+    def fits(factor: float) -> bool:
+        noisier = accountant.scaled(plan, factor)
+        return budget.with_plan(noisier, order, limit.delta).epsilon <= limit.epsilon
 
     low, high = 1.0, 2.0
-    while high < accountant.MOST_NOISE and (
-        budget.together(scale_noise(high), order, limit.delta) > limit.epsilon
-    ):
+    while high < accountant.MOST_NOISE and not fits(high):
         low, high = high, high * 2
     while high / low > 1.001:
         middle = (low * high) ** 0.5
-        fits = budget.together(scale_noise(middle), order, limit.delta) <= limit.epsilon
-        low, high = (low, middle) if fits else (middle, high)
-    smaller = accountant.epsilon(scale_noise(high), policy.target(contract).delta)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    noisier = accountant.scaled(plan, high)
+    smaller = accountant.plan_epsilon(noisier, policy.target(contract).delta)
     if smaller < 0.01:
         return f"would fit: {rounds} of {contract.rounds} rounds at this noise"
     return (

@@ -1,8 +1,11 @@
 """Privacy accounting: what a plan costs, and the noise that makes it cost what it may.
 
-Adjacency: add or remove one unit. Each step is the Poisson-subsampled Gaussian mechanism
-(Mironov, Talwar, Zhang 2019, arXiv 1908.10530); steps compose in Rényi DP and convert to
+Adjacency: add or remove one unit. Each step is the Poisson-subsampled Gaussian mechanism. There are
+two accounts. A run's steps are fixed by its contract, so a plan is counted by exact composition
+(`plan_epsilon`; client/privacy/exact_composition.py). What is chosen as it goes, run after run, is
+counted in Rényi DP (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), which converts to
 (epsilon, delta) by Balle et al. 2020 (arXiv 1905.09982), both as Opacus' RDP accountant has them.
+Delta is split between the two (`split_delta`); why: client/privacy/budget.py.
 
 At order a the conversion alone adds about log(1 / delta) / (a - 1), whatever the noise. So a small
 epsilon needs large orders: ALPHAS goes on beyond Opacus' last order, 63, in steps of a fourth of an
@@ -12,15 +15,16 @@ octave, which costs at most 0.4 % of epsilon beside all orders in between.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import gammaln, logsumexp
 
+from silotune.client.privacy import exact_composition
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Target
 from silotune.common.errors import ErrorCode, UsageError
@@ -32,6 +36,9 @@ ALPHAS = (
 )
 LAST_OF_OPACUS = 63  # its binomial coefficients overflow from order 1030 on
 MOST_NOISE = 1e4  # a plan that needs more noise than this has no use
+LEAST_NOISE = 0.1  # where a unit is sampled with a probability below delta, none would be needed
+EXACT, RDP = "exact composition", "RDP"  # the names of the two accounts
+PLAN_SHARE = 0.9  # of delta; more for the filter would make each plan noisier, less the second one
 
 
 class Mechanism(NamedTuple):
@@ -42,8 +49,40 @@ class Mechanism(NamedTuple):
     steps: int
 
 
+def split_delta(delta: float) -> tuple[float, float]:
+    """What of `delta` a plan is counted at by exact composition, and what the filter of all that is
+    beyond one plan is."""
+    return PLAN_SHARE * delta, (1 - PLAN_SHARE) * delta
+
+
+def plan_epsilon(steps: Sequence[Mechanism], delta: float) -> float:
+    """Epsilon of steps of one plan by exact composition, as contracts and reports state it.
+
+    Args:
+        steps: Some or all of the steps of a plan that was fixed beforehand.
+        delta: What goes with it for a run or a lifetime; the plan is counted at its part of it.
+
+    Returns:
+        Epsilon; 0 without steps, inf without noise.
+    """
+    return exact_epsilon(steps, split_delta(delta)[0])
+
+
+def exact_epsilon(steps: Sequence[Mechanism], delta: float) -> float:
+    """Epsilon of a fixed set of steps by exact composition; where delta is too small for it, by
+    RDP, which bounds that from above."""
+    if not steps:
+        return 0.0
+    if any(m.noise_multiplier <= 0 for m in steps) or not 0 < delta < 1:
+        return math.inf
+    if delta < exact_composition.LEAST_DELTA and any(m.sampling_rate < 1 for m in steps):
+        return epsilon(steps, delta)
+    value = exact_composition.epsilon(merged(steps), delta)
+    return math.inf if math.isnan(value) else value
+
+
 def epsilon(history: Sequence[Mechanism], delta: float) -> float:
-    """Epsilon of everything in `history` together; 0 if it is empty, inf without noise.
+    """Epsilon of everything in `history` together by RDP; 0 if it is empty, inf without noise.
 
     The best of all orders: valid for a history that was fixed beforehand, as a plan is. What stops
     a server that chooses as it goes is `epsilon_at`.
@@ -94,49 +133,45 @@ def best_repeating_order(plan: Sequence[Mechanism], epsilon: float, delta: float
 def remaining_epsilon(
     order: float, history: Sequence[Mechanism], epsilon_: float, delta: float
 ) -> float:
-    """Epsilon of the largest further plan that fits with `history` within (epsilon_, delta).
+    """Epsilon of the largest further plan that the filter lets pass after `history`.
 
     Taken for a Gaussian mechanism without sampling, whose RDP at order a is a rho; sampled plans of
     the same epsilon cost about as much at the orders that matter here.
     """
     if any(m.noise_multiplier <= 0 for m in history):
         return 0.0
-    rho = (epsilon_ - _rdp_conversion_term(order, delta) - _rdp_at(order, history)) / order
-    return epsilon([Mechanism(math.sqrt(0.5 / rho), 1.0, 1)], delta) if rho > 1e-9 else 0.0
+    left = epsilon_ - _rdp_conversion_term(order, split_delta(delta)[1]) - _rdp_at(order, history)
+    rho = left / order
+    return plan_epsilon([Mechanism(math.sqrt(0.5 / rho), 1.0, 1)], delta) if rho > 1e-9 else 0.0
 
 
-def tight_epsilon(history: Sequence[Mechanism], delta: float) -> float:
-    """Epsilon by numerical composition of privacy loss variables (Gopi, Lee, Wutschitz 2021,
-    arXiv 2106.02848; Opacus' PRV accountant, its upper bound): for reports, never for stopping.
-
-    Below a delta of 1e-8 its rounding can carry it below the truth; there, and wherever RDP says
-    less, this is the RDP bound.
-    """
-    if not history:
-        return 0.0
-    bound = epsilon(history, delta)
-    if math.isinf(bound) or delta < 1e-8:
-        return bound
-    from opacus.accountants import PRVAccountant  # loads torch: commands that account nothing wait
-
-    accountant = PRVAccountant()
-    accountant.history = list(_merged(history))
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        return min(float(accountant.get_epsilon(delta)), bound)
+def merged(history: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
+    """Equal steps as one Mechanism, sorted: the same for the same set of steps in any order."""
+    kinds = _count(history)
+    return tuple(sorted(Mechanism(sigma, q, n) for (sigma, q), n in kinds.items()))
 
 
-def _merged(history: Sequence[Mechanism]) -> list[Mechanism]:
-    """Equal steps as one Mechanism."""
+def left_of(plan: Sequence[Mechanism], taken: Sequence[Mechanism]) -> tuple[Mechanism, ...] | None:
+    """The steps of `plan` that are not in `taken`; None if a step of `taken` is none of the plan's,
+    or one more than it has."""
+    left = _count(plan)
+    left.subtract(_count(taken))
+    if any(n < 0 for n in left.values()):
+        return None
+    return tuple(Mechanism(sigma, q, n) for (sigma, q), n in left.items() if n)
+
+
+def _count(history: Sequence[Mechanism]) -> Counter[tuple[float, float]]:
+    """The number of steps of each noise multiplier and rate."""
     steps: Counter[tuple[float, float]] = Counter()
     for m in history:
         steps[m.noise_multiplier, m.sampling_rate] += m.steps
-    return [Mechanism(sigma, q, n) for (sigma, q), n in steps.items()]
+    return steps
 
 
 def _rdp_at(order: float, history: Sequence[Mechanism]) -> float:
     return sum(
-        _rdp_of_step(m.noise_multiplier, m.sampling_rate, order) * m.steps for m in _merged(history)
+        _rdp_of_step(m.noise_multiplier, m.sampling_rate, order) * m.steps for m in merged(history)
     )
 
 
@@ -186,29 +221,24 @@ def plan(contract: Contract, target: Target | None = None) -> list[Mechanism]:
     the zCDP budget T / (2 sigma^2) is then exactly b (Bun and Steinke 2016). Beside one with a much
     larger rate, a phase whose sigma falls below about 1 takes more than b: `shares` says how much.
     Decaying noise is scaled so that the sum of 1 / sigma^2 stays the same. The one unknown s is
-    found by bisection on the composed epsilon.
+    found by the epsilon of exact composition (`plan_epsilon`).
     """
     p = contract.privacy
-    epsilon_, delta = target or Target(p.epsilon, p.delta)
-
-    def at(s: float) -> list[Mechanism]:
-        found: list[Mechanism] = []
-        for phase in contract.phases:
-            steps = phase.rounds * phase.local_steps
-            sigma = s * phase.sampling_rate * math.sqrt(steps / phase.budget_share)
-            if phase.noise_decay is None:
-                found.append(Mechanism(sigma, phase.sampling_rate, steps))
-                continue
-            decay = [phase.noise_decay**k for k in range(phase.rounds)]
-            scale = math.sqrt(sum(d**-2 for d in decay) / phase.rounds)
-            found += [
-                Mechanism(sigma * d * scale, phase.sampling_rate, phase.local_steps) for d in decay
-            ]
-        return found
-
+    found: list[Mechanism] = []
+    for phase in contract.phases:
+        steps = phase.rounds * phase.local_steps
+        sigma = phase.sampling_rate * math.sqrt(steps / phase.budget_share)
+        if phase.noise_decay is None:
+            found.append(Mechanism(sigma, phase.sampling_rate, steps))
+            continue
+        decay = [phase.noise_decay**k for k in range(phase.rounds)]
+        scale = math.sqrt(sum(d**-2 for d in decay) / phase.rounds)
+        found += [
+            Mechanism(sigma * d * scale, phase.sampling_rate, phase.local_steps) for d in decay
+        ]
     if p.mode == "none":
-        return [m._replace(noise_multiplier=0.0) for m in at(1.0)]
-    return at(_calibrate(at, epsilon_, delta))
+        return scaled(found, 0.0)
+    return scaled(found, _calibrate(tuple(found), *(target or Target(p.epsilon, p.delta))))
 
 
 def inverse_variance_weights(contract: Contract) -> dict[str, float]:
@@ -227,6 +257,8 @@ def inverse_variance_weights(contract: Contract) -> dict[str, float]:
 
 def shares(mechanisms: Sequence[Mechanism], delta: float) -> list[float]:
     """What part of a plan's Rényi divergence each mechanism takes, at the plan's best order."""
+    if len(mechanisms) == 1:
+        return [1.0]
     order = best_order(mechanisms, delta)
     parts = [_rdp_at(order, [m]) for m in mechanisms]
     return [part / sum(parts) for part in parts]
@@ -234,50 +266,87 @@ def shares(mechanisms: Sequence[Mechanism], delta: float) -> list[float]:
 
 def noise_for(epsilon_: float, delta: float, sampling_rate: float, steps: int) -> float:
     """The smallest noise multiplier by which `steps` steps cost at most (epsilon, delta)."""
-
-    def at(s: float) -> list[Mechanism]:
-        return [Mechanism(s, sampling_rate, steps)]
-
-    return _calibrate(at, epsilon_, delta)
+    return _calibrate((Mechanism(1.0, sampling_rate, steps),), epsilon_, delta)
 
 
-def _calibrate(at: Callable[[float], list[Mechanism]], target: float, delta: float) -> float:
-    """The smallest s, to 1e-6, with epsilon(at(s)) <= target.
+def scaled(mechanisms: Sequence[Mechanism], factor: float) -> list[Mechanism]:
+    """The same steps with `factor` times the noise."""
+    return [m._replace(noise_multiplier=factor * m.noise_multiplier) for m in mechanisms]
 
-    Args:
-        at: The plan whose noise multipliers are s times those of `at(1.0)`.
-        target: The largest epsilon of the plan, at `delta`.
+
+@lru_cache(maxsize=1 << 10)
+def _calibrate(mechanisms: tuple[Mechanism, ...], target: float, delta: float) -> float:
+    """The smallest factor of all noise multipliers, to 1e-6, by which the plan costs at most
+    `target` at `delta` and has noise of at least LEAST_NOISE.
 
     Raises:
         UsageError: E103, if a plan whose smallest noise multiplier is MOST_NOISE costs more.
     """
-    scale = MOST_NOISE / min(m.noise_multiplier for m in at(1.0))
-    least = epsilon(at(scale), delta)
-    if least > target:
-        fewer = [m._replace(steps=1) for m in at(scale)[:1]]
-        raise UsageError(
-            f"epsilon = {target:g} with delta = {delta:g} cannot be reached: with a noise "
-            f"multiplier of {MOST_NOISE:,.0f}, the largest that is accounted for, this plan costs "
-            f"{_rounded_up(least):g}. Set epsilon to at least {_rounded_up(least):g}"
-            + (", or plan fewer steps." if epsilon(fewer, delta) <= target else "."),
-            code=ErrorCode.CONFIG_INVALID,
-        )
-    high = 1.0
-    while epsilon(at(high), delta) > target:
-        high *= 2
-    while epsilon(at(high / 2), delta) <= target:
-        high /= 2
-    low = high / 2
-    while high / low > 1 + 1e-6:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if epsilon(at(middle), delta) > target else (low, middle)
-    return high
+
+    def cost(factor: float) -> float:
+        return plan_epsilon(scaled(mechanisms, factor), delta)
+
+    smallest = min(m.noise_multiplier for m in mechanisms)
+    least, most = LEAST_NOISE / smallest, MOST_NOISE / smallest
+    low = high = min(max(_likely_factor(mechanisms, target, delta), least), most)
+    width = 1.02
+    while cost(high) > target:
+        if high == most:
+            raise _unreachable(mechanisms, target, delta)
+        low, high, width = high, min(high * width, most), width**2
+    while cost(low) <= target:
+        if low == least:
+            return low
+        low, high, width = max(low / width, least), low, width**2
+
+    def excess(log_factor: float) -> float:
+        return math.log(max(cost(math.exp(log_factor)) / target, 1e-3))
+
+    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=1e-7))
+    while cost(found) > target:  # by the last digit
+        found *= 1 + 1e-7
+    return min(found, high)
+
+
+def _likely_factor(mechanisms: Sequence[Mechanism], target: float, delta: float) -> float:
+    """About what `_calibrate` finds: as if the privacy loss were Gaussian."""
+    from dp_accounting.gaussian_mechanism import get_sigma_gaussian
+
+    sigma = get_sigma_gaussian(target, split_delta(delta)[0])
+
+    def excess(log_factor: float) -> float:
+        found = exact_composition.loss_variance(scaled(mechanisms, math.exp(log_factor)))
+        return math.log(found * sigma**2)
+
+    return math.exp(brentq(excess, -30, 30))
+
+
+def _unreachable(mechanisms: Sequence[Mechanism], target: float, delta: float) -> UsageError:
+    """That a plan costs more than `target` with any noise."""
+    most = scaled(mechanisms, MOST_NOISE / min(m.noise_multiplier for m in mechanisms))
+    least = _rounded_up(plan_epsilon(most, delta))
+    fewer = [most[0]._replace(steps=1)]
+    return UsageError(
+        f"epsilon = {target:g} with delta = {delta:g} cannot be reached: with a noise "
+        f"multiplier of {MOST_NOISE:,.0f}, the largest that is accounted for, this plan costs "
+        f"{least:g}. Set epsilon to at least {least:g}"
+        + (", or plan fewer steps." if plan_epsilon(fewer, delta) <= target else "."),
+        code=ErrorCode.CONFIG_INVALID,
+    )
 
 
 def _rounded_up(value: float) -> float:
     """The next number with two digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit) * unit
+
+
+def are_close(one: Sequence[Mechanism], other: Sequence[Mechanism]) -> bool:
+    """Whether two plans are the same but for the last digits of their noise."""
+    return [m[1:] for m in one] == [m[1:] for m in other] and all(
+        math.isclose(a.noise_multiplier, b.noise_multiplier, rel_tol=1e-5)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def mechanism_of(
@@ -291,6 +360,11 @@ def mechanism_of(
             return mechanism._replace(steps=steps)
         before -= mechanism.steps
     raise ValueError(f"the plan ends before round {round_number}")
+
+
+def by_round(contract: Contract, mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
+    """The mechanism of each round of a plan."""
+    return [mechanism_of(contract, mechanisms, n + 1) for n in range(contract.rounds)]
 
 
 def rounds_in(contract: Contract, mechanisms: Sequence[Mechanism]) -> int:

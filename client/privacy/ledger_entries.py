@@ -66,6 +66,14 @@ class Adopted(EntryBase):
     others: tuple[UnitLimit, ...] = ()
 
 
+class PlannedSteps(Frozen):
+    """Equal steps of a run's plan."""
+
+    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+    sampling_rate: Rate
+    steps: Count
+
+
 class Charged(EntryBase):
     """`steps` steps of a mechanism on the records of `record_set`; stands whatever happens next.
 
@@ -73,8 +81,9 @@ class Charged(EntryBase):
     and not in an entry of their own when the records are new, so that the number of entries, which
     a receipt shows, depends on requests alone. order: the Rényi order by which all is accounted,
     the same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
-    noise_multiplier 0: without DP. adapter: SHA-256 of the adapter that the round began with, under
-    secure aggregation (client/privacy/site_sets.py).
+    noise_multiplier 0: without DP. plan: in the first charge of a run, all steps that the run may
+    take, in order; in its later ones, and without DP, nothing. adapter: SHA-256 of the adapter that
+    the round began with, under secure aggregation (client/privacy/site_sets.py).
     """
 
     state: Literal["CHARGED"] = "CHARGED"
@@ -92,6 +101,7 @@ class Charged(EntryBase):
     sampling_rate: Rate
     steps: Count
     order: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)]
+    plan: tuple[PlannedSteps, ...] = ()
     adapter: Sha256 | None = None
 
     @property

@@ -48,6 +48,7 @@ from silotune.common.signing import Sign
 log = logging.getLogger(__name__)
 
 LARGEST_METRIC = 1e6
+ROUNDING = 1 + 1e-9  # what another machine's libraries may make of a plan's ε
 
 
 def description(contract: Contract, site: str, challenge: str, sign: Sign) -> bytes:
@@ -101,7 +102,7 @@ def update(
     if charge.contract != contract.hash or (p.mode == "dp") != (charge.noise_multiplier > 0):
         raise ProtocolError("The reply is not what was charged.", code=ErrorCode.UPDATE_INVALID)
     most = contract.target_of(site).epsilon
-    if (epsilon is None) != (p.mode == "none") or (epsilon or 0.0) > most:
+    if (epsilon is None) != (p.mode == "none") or (epsilon or 0.0) > most * ROUNDING:
         raise ProtocolError("The reply's ε is outside the contract.", code=ErrorCode.UPDATE_INVALID)
     if set(metrics) != set(contract.metrics):
         raise ProtocolError(

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from silotune.client.privacy import accountant, budget
 from silotune.client.privacy.accountant import Mechanism
-from silotune.client.privacy.budget import Budget
+from silotune.client.privacy.budget import Budget, Limit
 from silotune.client.privacy.ledger import PrivacyLedger
-from silotune.client.privacy.ledger_entries import Charged
+from silotune.client.privacy.ledger_entries import Charged, PlannedSteps
 from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.privacy.site_sets import SiteSets
 from silotune.client.records import record_ids
@@ -104,7 +105,8 @@ class Worker:
         self.adopted = ledger.policy
         self.unit, self.target = contract.privacy.unit, policy.target(contract)
         self.limit = policy.limits[self.unit]
-        self.plan = accountant.plan(contract, self.target)
+        self.plan = budget.planned(ledger, contract, self.target)
+        self.rounds = accountant.by_round(contract, self.plan)
         check_bound(contract, self.plan)
         self.masking: SiteMasking | None = None
         if contract.secure_aggregation is not None:
@@ -115,8 +117,7 @@ class Worker:
                 )
             self.masking = masking(contract, policy.name, identity.sign)
         self.site_sets = SiteSets(ledger, contract.hash, policy.permits.set_changes)
-        # Fixed before the first request, so that the stops below hold for an adaptive server.
-        self.run_order = accountant.best_order(self.plan, self.target.delta)
+        # Fixed before the first request, so that the stop below holds for an adaptive server.
         self._first_order = budget.order_of(self.plan, self.limit)
         self.source = NoiseSource(site=policy.name, insecure_seed=insecure_seed)
         # Once: what is fingerprinted is what is trained on.
@@ -130,7 +131,7 @@ class Worker:
         self.source_name = table.source
         self.budget = Budget(ledger, self.record_set, self.unit)
         if not any(charge.contract == contract.hash for charge in ledger.charges.values()):
-            self._check_budget(self.plan, "This contract's plan", policy)
+            self._check_plan("This contract's plan", policy)
         self.own_shapes = self.shapes = tensors.shapes_of(self.model.initial_arrays())
         if isinstance(contract.adapter, Lora):
             self.shapes = tensors.reshaped(self.own_shapes, contract.adapter.rank)
@@ -208,14 +209,13 @@ class Worker:
         self._check_arrays(plan, arrays)
         asked = tensors.pad_or_truncate_rank(arrays, self.own_shapes)
         clip_norm = self._clip_norm(request)
-        mechanism = accountant.mechanism_of(self.contract, self.plan, request.round)
-        charge, own = self._charge(request, arrays, message.blobs, digest, mechanism)
+        charge, own = self._charge(request, plan, arrays, message.blobs, digest)
         if isinstance(own, bytes):
             return own
         change, metrics = train_round(
             self.contract,
             plan,
-            mechanism,
+            budget.mechanism_of(charge),
             self.model,
             self.data,
             asked,
@@ -278,10 +278,10 @@ class Worker:
     def _charge(
         self,
         request: Train,
+        plan: RoundPlan,
         arrays: Arrays,
         shares: messages.Blobs,
         digest: str,
-        mechanism: Mechanism,
     ) -> tuple[Charged, LocalState | bytes]:
         """The charge for a request, and what the run left here before it; or the charge it had
         before, with its reply. Raises RefusalError.
@@ -307,7 +307,8 @@ class Worker:
                 )
             elif request.agreement is not None or shares:
                 raise RefusalError("The contract's updates are not masked.")
-            self._check_run(request, mechanism, policy)
+            charges = self._run_charges(request.run)
+            mechanism = self._check_run(request.run, plan, charges, policy)
             own = self.local_state(request.run, request.round)  # refused before anything is charged
             self.replies.check_room(self._reply_room)
             return self.ledger.charge(
@@ -323,6 +324,7 @@ class Worker:
                 noise_multiplier=mechanism.noise_multiplier,
                 sampling_rate=mechanism.sampling_rate,
                 steps=mechanism.steps,
+                plan=() if charges else self._named_plan(),
                 adapter=adapter_sha256,
             ), own
 
@@ -389,44 +391,81 @@ class Worker:
         later.check_records(self.record_set, self.unit)
         return later
 
-    def _check_run(self, request: Train, mechanism: Mechanism, policy: Policy) -> None:
-        """RefusalError E210 unless the round fits the contract's ε for this run and, with all that
-        was ever charged, the limits for these records; a run's first, unless its whole plan does.
+    def _check_run(
+        self, run: str, asked: RoundPlan, charges: list[Charged], policy: Policy
+    ) -> Mechanism:
+        """The mechanism for a round. RefusalError E210 unless it is a step of the run's plan that
+        was not taken, and fits, with all that was ever charged, the limits for these records; a
+        run's first, unless its whole plan does.
 
-        policy: holds beside the one that this worker started with (`_policy_for`).
+        charges: of the run so far. policy: holds beside the one that this worker started with
+        (`_policy_for`).
         """
         if self.contract.privacy.mode == "none":
-            return
-        epsilon, delta = self.target
-        epsilon = min(epsilon, policy.target(self.contract).epsilon)
-        charges = self._run_charges(request.run)
-        so_far = [budget.mechanism_of(charge) for charge in charges]
-        for charge in charges[-1:]:  # those before it were held to the same plan
-            # At another noise this run's order would be another, chosen after replies were seen.
-            planned = accountant.mechanism_of(self.contract, self.plan, charge.round)
-            if not math.isclose(charge.noise_multiplier, planned.noise_multiplier, rel_tol=1e-5):
-                raise RefusalError(
-                    f"Run {request.run} began at another noise: [run] in site.toml has changed "
-                    "since. Put it back, or let the server start another run.",
-                    code=ErrorCode.POLICY_NOT_SIGNED,
-                )
-        bound = accountant.epsilon_at(self.run_order, [*so_far, mechanism], delta)
-        if not bound <= epsilon * (1 + 1e-9):
+            return self.rounds[asked.server_round - 1]
+        if charges and charges[0].plan != self._named_plan():
+            # The plan would be another one, chosen after replies were seen.
             raise RefusalError(
-                f"One more round would bring this run's ε to {epsilon_text(bound)} of "
-                f"{epsilon_text(epsilon)} at "
-                f"δ = {delta:g}.",
-                code=ErrorCode.BUDGET_EXCEEDED,
+                f"Run {run} began at another noise: [run] in site.toml has changed "
+                "since. Put it back, or let the server start another run.",
+                code=ErrorCode.POLICY_NOT_SIGNED,
             )
-        if so_far:
-            self._check_budget([mechanism], "This round", policy)
-        else:
-            self._check_budget(self.plan, "This run's plan", policy)
+        mechanism = self._step_left(asked, charges)
+        so_far = [budget.mechanism_of(charge) for charge in charges]
+        epsilon, delta = policy.target(self.contract).epsilon, self.target.delta
+        if epsilon < self.target.epsilon:
+            bound = accountant.plan_epsilon([*so_far, mechanism], delta)
+            if not bound <= epsilon * budget.ROUNDING:
+                raise RefusalError(
+                    f"One more round would bring this run's ε to {epsilon_text(bound)} of "
+                    f"{epsilon_text(epsilon)} at δ = {delta:g}, which the owner has signed since "
+                    "it began.",
+                    code=ErrorCode.BUDGET_EXCEEDED,
+                )
+        if not charges:
+            self._check_plan("This run's plan", policy)
+        then = accountant.left_of(self.plan, [*so_far, mechanism]) or ()
+        for limit in self._limits(policy):
+            self.budget.check([mechanism], self.plan, self.order, limit, "This round", then)
+        return mechanism
 
-    def _check_budget(self, more: list[Mechanism], what: str, policy: Policy) -> None:
-        if self.contract.privacy.mode == "dp":
-            for limit in dict.fromkeys((self.limit, policy.limits[self.unit])):
-                self.budget.check(more, self.order, limit, what)
+    def _step_left(self, asked: RoundPlan, charges: list[Charged]) -> Mechanism:
+        """The step that a round takes: its own or, where earlier attempts have taken that, another
+        one of its phase that no charge of the run has taken. RefusalError E210 if there is none."""
+        first = asked.server_round - asked.round_in_phase
+        phase = self.rounds[first : first + asked.phase.rounds]
+        left = Counter(phase)
+        left.subtract(
+            budget.mechanism_of(charge)
+            for charge in charges
+            if 0 < charge.round - first <= asked.phase.rounds
+        )
+        own = asked.round_in_phase - 1
+        for mechanism in (*phase[own:], *phase[:own]):
+            if left[mechanism] > 0:
+                return mechanism
+        raise RefusalError(
+            f"Round {asked.server_round} has no step left: earlier attempts took all that the "
+            "plan of this run has for the phase. The operator can let the run go on without this "
+            "round: silotune server resume RUN --skip-round.",
+            code=ErrorCode.BUDGET_EXCEEDED,
+        )
+
+    def _named_plan(self) -> tuple[PlannedSteps, ...]:
+        """The plan as a run's first charge names it."""
+        if self.contract.privacy.mode == "none":
+            return ()
+        return tuple(PlannedSteps(**mechanism._asdict()) for mechanism in self.plan)
+
+    def _check_plan(self, what: str, policy: Policy) -> None:
+        for limit in self._limits(policy):
+            self.budget.check_plan(self.plan, self.order, limit, what)
+
+    def _limits(self, policy: Policy) -> list[Limit]:
+        """What holds for these records over their lifetime."""
+        if self.contract.privacy.mode == "none":
+            return []
+        return list(dict.fromkeys((self.limit, policy.limits[self.unit])))
 
     def _run_charges(self, run: str) -> list[Charged]:
         return [
@@ -439,6 +478,5 @@ class Worker:
         """What this run has spent of the contract's ε: a function of its requests alone."""
         if self.contract.privacy.mode == "none":
             return None
-        epsilon, delta = self.target
         history = [budget.mechanism_of(charge) for charge in self._run_charges(run)]
-        return min(accountant.epsilon(history, delta), epsilon)
+        return accountant.plan_epsilon(history, self.target.delta)

@@ -80,14 +80,16 @@ def show(contract: Path, as_json: bool) -> None:
     \b
     $ silotune contract show heart-diagnosis
     heart-diagnosis  …
-      privacy  ε ≤ 8, δ = 0.0001 per record and site (RDP; add or remove one); clip …
+      privacy  ε ≤ 8, δ = 0.0001 per record and site (exact composition; add or remove
+      one); clip …
       rounds   30; quorum 3 of 4
     …
     """
     found = named(contract)
     p = found.privacy
     guarantee = (
-        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (RDP; add or remove one)"
+        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (exact composition; add or "
+        "remove one)"
         if p.mode == "dp"
         else "NO differential privacy"
     )

@@ -21,7 +21,6 @@ from pydantic import Field, ValidationError, model_validator
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.config.types import Count, Delta, Epsilon, Frozen, Name, Number
 from silotune.common.contract import contract as contracts
-from silotune.common.contract.aggregation import USUAL_BOUND
 from silotune.common.contract.head_facts import facts_of
 from silotune.common.contract.privacy import delta_for
 from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
@@ -147,18 +146,16 @@ def draft(answers: Answers) -> str:
         phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
         quorum=max(1, -(-2 * len(answers.sites) // 3)),
     )
-    text = render(plan=None, clip_norm=1.0, bound=USUAL_BOUND)
+    text = render(plan=None, clip_norm=1.0)
     contract = contracts.parse(text, "the draft")
     facts = facts_of(contract, contract.phases[0])
     if facts is None:
         return text
     plan = head_rule.plan_head(facts)
     noise = head_rule.output_noise(facts, plan.rounds, plan.head_lr, plan.clip_norm)
-    render = partial(
-        render, plan=plan, clip_norm=plan.clip_norm, noise=noise, rule=head_rule.VERSION
-    )
-    planned = contracts.parse(render(bound=USUAL_BOUND), "the draft")
-    return render(bound=planned.update_bound)
+    text = render(plan=plan, clip_norm=plan.clip_norm, noise=noise, rule=head_rule.VERSION)
+    contracts.parse(text, "the draft")
+    return text
 
 
 def contract_of(

@@ -38,6 +38,7 @@ def facts_of(contract: Contract, phase: Phase) -> HeadFacts | None:
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         budget_share=phase.budget_share,
+        class_weights=getattr(task, "class_weights", None),
     )
 
 

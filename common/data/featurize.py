@@ -36,22 +36,29 @@ def allowed(column: NumberColumn | CategoryColumn) -> tuple[str, ...]:
 
 def choice_of(column: NumberColumn | CategoryColumn, raw: str) -> Choice:
     """The index of the column's choice that `raw` falls into; OutsideSchemaError if none."""
+    if isinstance(column, NumberColumn):
+        number = number_in(column, raw)
+        return None if math.isnan(number) else bisect_right(column.edges, number)
     raw = raw.strip()
     if not raw:
         return None
-    if isinstance(column, CategoryColumn):
-        found = index_among(column.raw_values, raw)
-        if found is None:
-            raise OutsideSchemaError(column.name, allowed(column)[0], raw)
-        return found
+    found = index_among(column.raw_values, raw)
+    if found is None:
+        raise OutsideSchemaError(column.name, allowed(column)[0], raw)
+    return found
+
+
+def number_in(column: NumberColumn, raw: str) -> float:
+    """The number that `raw` is, NaN where it is missing; OutsideSchemaError if it is none."""
+    raw = raw.strip()
+    if not raw:
+        return math.nan
     try:
         number = number_of(raw)
     except ValueError:
         what = allowed(column)[bool(unread(raw))]
         raise OutsideSchemaError(column.name, what, raw) from None
-    if math.isnan(number) or (column.lowest is not None and number < column.lowest):
-        return None
-    return bisect_right(column.edges, number)
+    return math.nan if column.lowest is not None and number < column.lowest else number
 
 
 def misfit(column: NumberColumn | CategoryColumn, raw: str) -> str:

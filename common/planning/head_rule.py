@@ -40,11 +40,14 @@ ROUNDS_OF_NUMBER = 100  # of a regression, whose loss bears no large steps
 SERVER_MOMENTUM = 0.9
 AVERAGING_START = 0.5
 # The clip norm over the first gradient's norm, that of a record whose features have mean square
-# norm: an outlier counts no more, and while the head learns most gradients fall below it.
+# norm. Gradients cut to one norm keep it while errors shrink, and the noise is relative to the clip
+# norm. Where classes have weights it is 1: a lower one would undo the weights.
 CLIP_SHARE = 0.25
-NOISE_OF_CLASSES = 1.0  # tau of two classes; each doubling of the classes adds NOISE_PER_DOUBLING
-NOISE_PER_DOUBLING = 0.4
-NOISE_OF_LABEL = 1.0  # tau of a logit of its own: multi-label and ranking
+NOISE_OF_CLASSES = 1.0  # tau of two classes
+NOISE_PER_DOUBLING = 0.15  # what each doubling of the classes adds
+# tau of a logit of its own, of multi-label and ranking: of two classes that is the difference of
+# the logits, which has twice the standard deviation of each less their mean.
+NOISE_OF_LABEL = 2.0
 NOISE_OF_NUMBER = 0.08  # tau of a regression, whose targets lie between 0 and 1
 STABLE_SHARE = 0.7  # of the largest rate at which the heavy ball converges for a regression
 LARGEST_STEP = 60.0  # of a logit in a round, were all clipped gradients alike
@@ -65,6 +68,7 @@ class HeadFacts:
         epsilon: Of the guarantee of a run at each site.
         delta: Of the same guarantee.
         budget_share: Share of the privacy budget that the phase spends.
+        class_weights: What the classes count in the loss; None if they count alike.
     """
 
     task: HeadTask
@@ -75,6 +79,7 @@ class HeadFacts:
     epsilon: float
     delta: float
     budget_share: float = 1.0
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def plan_head(facts: HeadFacts, clip_norm: float | None = None) -> HeadPlan:
         The plan. Equal facts give the same one everywhere.
     """
     rounds = ROUNDS_OF_NUMBER if facts.task == "regression" else ROUNDS
-    clip_norm = clip_norm or _two_digits(CLIP_SHARE * first_gradient_norm(facts))
+    share = CLIP_SHARE if facts.class_weights is None else 1.0
+    clip_norm = clip_norm or _two_digits(share * first_gradient_norm(facts))
     rate = target_noise(facts) / output_noise(facts, rounds, 1.0, clip_norm)
     return HeadPlan(
         rounds=rounds,
@@ -161,10 +167,11 @@ def step_weights(
 
 def first_gradient_norm(facts: HeadFacts) -> float:
     """The norm of a record's gradient at the first step, where its features have mean square norm:
-    that of a softmax' error at equal probabilities, or of an error of one half."""
+    that of a softmax' error at equal probabilities times the largest weight of a class, or of an
+    error of one half."""
     error = 0.5
     if facts.task in ("classification", "tokens"):
-        error = math.sqrt(_free_share(facts))
+        error = math.sqrt(_free_share(facts)) * max(facts.class_weights or (1.0,))
     elif facts.task == "multi-label":  # the loss is a mean over the labels
         error = 0.5 / math.sqrt(facts.outputs)
     return error * _input_norm(facts)
@@ -177,11 +184,15 @@ def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
     converges (Polyak 1964) for a squared error of curvature L <= E |x|^2 + 1. The losses of logits
     saturate and their clipped gradients are bounded: there the rate at which a round moves a logit
     by LARGEST_STEP at most, beyond which the classes change no more, and probabilities get worse.
+    Classes with weights count in the mean as if those were in inverse proportion to their shares.
     """
     norm = _input_norm(facts)
     if facts.task == "regression":
         return STABLE_SHARE * 2 * (1 + SERVER_MOMENTUM) / norm**2
-    return LARGEST_STEP / (clip_norm * norm)
+    weights = facts.class_weights or (1.0,)
+    first = first_gradient_norm(facts) / max(weights)
+    mean = sum(min(clip_norm, first * w) / w for w in weights) / sum(1 / w for w in weights)
+    return LARGEST_STEP / (mean * norm)
 
 
 def _input_norm(facts: HeadFacts) -> float:

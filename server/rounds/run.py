@@ -214,6 +214,13 @@ class FederatedRun:
                 f" {', '.join(sorted(missing))} must be among them: sites may have given shares "
                 "for a sum with them from this adapter, and then give none for another set (E220)."
             )
+        failed = sorted(self.exchange.failed.items())
+        spent = [site for site, code in failed if code == ErrorCode.BUDGET_EXCEEDED]
+        if spent and self.server_round > 1:
+            why += (
+                f" {', '.join(spent)} will refuse this round again (E210): with --skip-round the "
+                "resumed run goes on without it."
+            )
         return self._stopped(why, ErrorCode.NO_ANSWER)
 
     def _diverged(self, what: str) -> RunError:

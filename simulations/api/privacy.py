@@ -88,8 +88,8 @@ class PrivacyPlan:
 def plan(contract: Contract, site: str | None = None) -> PrivacyPlan:
     """The noise that a contract's plan needs, and the ε after each round.
 
-    The plan is the same that each site's worker computes, composed in Rényi DP. No record has a
-    part in it.
+    The plan is the same that each site's worker computes, by exact
+    composition. No record has a part in it.
 
     Args:
         contract: The contract.
@@ -128,7 +128,7 @@ def plan(contract: Contract, site: str | None = None) -> PrivacyPlan:
     for noise, rate, more in by_round:
         steps[noise, rate] = steps.get((noise, rate), 0) + more
         history = [Mechanism(*same, count) for same, count in steps.items()]
-        spent.append(accountant.epsilon(history, delta))
+        spent.append(accountant.plan_epsilon(history, delta))
     firsts, first = list[int](), 0
     for phase in contract.phases:
         firsts.append(first)
@@ -142,7 +142,7 @@ def plan(contract: Contract, site: str | None = None) -> PrivacyPlan:
         epsilon=spent[-1],
         delta=delta,
         unit=p.unit,
-        accountant="RDP",
+        accountant=accountant.EXACT,
         contract=contract.name,
         site=site,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import epsilon_text
@@ -45,7 +46,7 @@ def overview(recipe: Recipe) -> dict[str, Any]:
         "model": "one-hot public bins" if isinstance(model, OneHotModel) else model.name,
         "trains": contract.adapter.words if contract.adapter else "the head",
         "method": contract.aggregation.method if contract.adapter else "mean of the updates",
-        "privacy": {"epsilon": p.epsilon, "delta": p.delta, "unit": p.unit, "accountant": "RDP"},
+        "privacy": {"epsilon": p.epsilon, "delta": p.delta, "unit": p.unit, "accountant": EXACT},
         "rounds": contract.rounds,
         "variants": [
             {"name": v.name, "label": v.label} for v in variants_of(contract, config.variants)

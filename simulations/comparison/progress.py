@@ -19,6 +19,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.cli.main import next_step
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import PairInput
@@ -136,7 +137,7 @@ class Progress:
             f"{c.rounds} rounds · {lora}"
             + (
                 f"unit: one {p.unit} · "
-                f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} (RDP)"
+                f"each site ε ≤ {epsilon_text(p.epsilon)}, δ = {p.delta:g} ({EXACT})"
                 if p.mode == "dp" and not self._insecure
                 else "no differential privacy"
             ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.task import LOWER_IS_BETTER, Ranking
 from silotune.common.data import records
@@ -74,7 +75,7 @@ def summarise(
             "masked": own.quorum if own.secure_aggregation else None,
             "epsilon": contract.privacy.epsilon,
             "delta": contract.privacy.delta,
-            "accountant": "RDP",
+            "accountant": EXACT,
             "noise": "ChaCha20, keyed by the operating system",
             "sites": [
                 {"site": s, "epsilon": spent.get(s), "delta": contract.target_of(s).delta}

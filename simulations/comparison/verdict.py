@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import epsilon_text
 from silotune.common.contract.task import LOWER_IS_BETTER
@@ -139,7 +140,7 @@ def verdict(
         p = contract.privacy
         lines.append(
             f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
-            f"δ {p.delta:g} (RDP), for one run of this plan and the adapter it releases. On "
+            f"δ {p.delta:g} ({EXACT}), for one run of this plan and the adapter it releases. On "
             "private records each other variant and each repeat costs as much again, and so does "
             "choosing the learning rates. The metrics are computed on held-out records, without DP."
         )

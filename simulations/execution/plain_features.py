@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from silotune.common.contract.inputs import NumberColumn, TableInput
 from silotune.common.data import featurize, records
-from silotune.common.formats.cell_values import number_of
 
 # Of languages that put no space between words.
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
@@ -53,14 +52,11 @@ def of_table(file: Path, spec: TableInput) -> NDArray[np.float64]:
     for column in spec.columns:
         at = table.header.index(column.name)
         cells = [row[at] for _, row in table.rows]
-        choices = [featurize.choice_of(column, cell) for cell in cells]
         if isinstance(column, NumberColumn):
-            numbers = [
-                np.nan if choice is None else number_of(cell.strip())
-                for choice, cell in zip(choices, cells, strict=True)
-            ]
+            numbers = [featurize.number_in(column, cell) for cell in cells]
             found.append(np.array(numbers)[:, None])
             continue
+        choices = [featurize.choice_of(column, cell) for cell in cells]
         places = np.array([-1 if choice is None else choice for choice in choices])
         found.append(places[:, None] == np.arange(len(column.choices)))
     return np.hstack(found).astype(np.float64)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.client.privacy.accountant import RDP
 from silotune.common.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -87,11 +88,12 @@ def markdown(found: dict[str, Any]) -> str:
         * len(study["partitions"])
         * sum(len(variant.get("epsilons") or epsilons) for variant in study["variants"].values())
     )
+    accountant = found.get("accountant", RDP)  # which older studies do not name
     lines = [
         f"# {found['title']}",
         "",
-        f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, RDP, per "
-        f"{found['unit']}."
+        f"{metric} on {rows} of `{found['recipe']}`; {runs}; δ {found['delta']:g}, {accountant}, "
+        f"per {found['unit']}."
         + (f" Commit {', '.join(commits)}; {'; '.join(where)}." if commits else ""),
     ]
     if len(found["cells"]) < whole:

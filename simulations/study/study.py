@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
@@ -176,6 +177,7 @@ def compare(
         "metric": recipe.config.metric,
         "unit": recipe.contract.privacy.unit,
         "delta": recipe.contract.privacy.delta,
+        "accountant": EXACT,
         "machine": machine(""),
         "study": study.model_dump(mode="json"),
     }

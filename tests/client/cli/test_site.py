@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+from silotune.client.privacy import accountant
 from silotune.client.privacy.reply_store import ReplyStore
 from silotune.client.relay import transport
 from silotune.client.site.folder import SiteFolder
@@ -244,18 +245,21 @@ def test_what_would_fit_does_fit(run: Run, site: SiteFolder, table_contract: Con
 def test_spent_shows_what_the_ledger_holds(
     run: Run, site: SiteFolder, table_contract: Contract
 ) -> None:
-    train(site, table_contract, 2)
+    train(site, table_contract, 1)
     found = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
     (row,), limit = found["record_sets"], found["limits"]["record"]["epsilon"]
-    assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (2, 1, 120, 0)
-    assert 0 < row["epsilon_prv"] < row["epsilon_rdp"] < limit
-    # Epsilons add up to more than they compose to, so there is more room than the difference.
-    assert limit - row["epsilon_rdp"] < row["remaining_epsilon"] < limit
-    assert "rows.csv" in run("privacy", "spent", "--config", site.config).output
+    assert (row["rounds"], row["runs"], row["rows"], row["not_released"]) == (1, 1, 120, 0)
+    begun = [m._replace(steps=1) for m in accountant.plan(table_contract)]
+    assert row["epsilon"] == accountant.plan_epsilon(begun, table_contract.privacy.delta)
+    assert row["accountant"] == "exact composition"
+    assert 0 < row["remaining_epsilon"] < limit
+    text = run("privacy", "spent", "--config", site.config).output
+    assert "rows.csv" in text
+    assert "exact composition" in text
 
 
 def test_the_room_is_what_still_fits(run: Run, site: SiteFolder, table_contract: Contract) -> None:
-    train(site, table_contract, 2)
+    train(site, table_contract, 1)
     spent = json.loads(run("privacy", "spent", "--config", site.config, "--json").output)
     room = spent["record_sets"][0]["remaining_epsilon"]
     for epsilon, state in ((room * 0.97, "ok"), (room * 1.03, "problem")):
@@ -266,6 +270,34 @@ def test_the_room_is_what_still_fits(run: Run, site: SiteFolder, table_contract:
         )
         Path("contract.json").write_text(other.model_dump_json())
         assert checks(run, site, code=1)["privacy budget"]["state"] == state
+
+
+def test_a_run_that_has_begun_can_go_on_and_a_further_one_ends_early(
+    run: Run, site: SiteFolder, table_contract: Contract
+) -> None:
+    """The limit is the contract's ε: the plan fits once, whichever runs take its steps."""
+    train(site, table_contract, 1)
+    row = checks(run, site)["privacy budget"]
+    assert row["state"] == "warning"
+    assert "together 8.00 (exact composition" in row["result"]
+    assert "a further one has only the rounds that it leaves" in row["result"]
+    assert "silotune server resume RUN" in row["fix"]
+    edit(site, "epsilon = 8.0", "epsilon = 60.0")
+    run("site", "sign", "--config", site.config)
+    assert checks(run, site)["privacy budget"]["state"] == "ok"
+
+
+def test_a_second_plan_is_told_by_one_account(
+    run: Run, site: SiteFolder, table_contract: Contract
+) -> None:
+    train(site, table_contract, 1)
+    other = table_contract.changed(name="other", privacy={"epsilon": 6.0})
+    Path("contract.json").write_text(other.model_dump_json())
+    row = checks(run, site, code=1)["privacy budget"]
+    assert row["state"] == "problem"
+    assert row["result"].count("(RDP") == 1
+    assert "exact composition, " not in row["result"]
+    assert "what goes beyond one plan is counted by RDP" in row["result"]
 
 
 def test_an_export_verifies_without_the_site(
@@ -299,13 +331,13 @@ def test_plan_and_its_reverse_agree(run: Run) -> None:
     found = json.loads(run("privacy", "plan", "--epsilon", "3", *words).output)
     sigma = found["mechanisms"][0]["noise_multiplier"]
     back = json.loads(run("privacy", "plan", "--noise-multiplier", str(sigma), *words).output)
-    assert back["epsilon_rdp"] == pytest.approx(3, rel=1e-4)
-    assert back["epsilon_prv"] < back["epsilon_rdp"]
+    assert back["epsilon"] == pytest.approx(3, rel=1e-5)
+    assert back["accountant"] == "exact composition"
 
 
 def test_plan_of_a_contract(run: Run, site: SiteFolder, table_contract: Contract) -> None:
     found = json.loads(run("privacy", "plan", "--contract", "contract.json", "--json").output)
-    assert found["epsilon_rdp"] == pytest.approx(table_contract.privacy.epsilon, rel=1e-4)
+    assert found["epsilon"] == pytest.approx(table_contract.privacy.epsilon, rel=1e-5)
     for option in ("--epsilon", "--noise-multiplier", "--steps", "--sampling-rate", "--delta"):
         given = (option, "1" if option == "--steps" else "0.001")
         refused = run("privacy", "plan", "--contract", "contract.json", *given, code=1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.client.privacy.accountant import epsilon_at
+from silotune.client.privacy.accountant import merged
 from silotune.client.privacy.budget import Budget, Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import FILE, PrivacyLedger
@@ -93,7 +93,8 @@ class Home:
 
     def spent(self, worker: Worker) -> float:
         ledger = self.ledger()
-        return Budget(ledger, worker.record_set, "record").spent(self.contract.privacy.delta)
+        budget = Budget(ledger, worker.record_set, "record")
+        return budget.spent(self.contract.privacy.delta).epsilon
 
 
 @pytest.fixture
@@ -735,11 +736,13 @@ def test_two_workers_at_once(home: Home) -> None:
     purse = Budget(ledger, pair[0].record_set, "record")
     (past,) = purse.pasts()
     assert past.order is not None
-    spent = epsilon_at(past.order, past.history, limit.delta)
-    assert spent <= limit.epsilon * (1 + 1e-9)
-    # And they went as far as they could.
+    assert past.spent(limit.delta).epsilon <= limit.epsilon * (1 + 1e-9)
+    # And they went as far as they could: together through the plan that is theirs.
+    plan = pair[0].plan
+    assert pair[1].plan == plan
+    assert past.left_of(merged(plan)) == ()
     with pytest.raises(RefusalError):
-        purse.check([past.history[0]], past.order, limit, "one more")
+        purse.check([past.history[0]], plan, past.order, limit, "one more")
 
 
 def test_two_workers_of_two_contracts(home: Home) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client.privacy.accountant import Mechanism, epsilon, epsilon_at
-from silotune.client.privacy.budget import mechanism_of
+from silotune.client.privacy import accountant
+from silotune.client.privacy.accountant import Mechanism, merged, plan_epsilon
+from silotune.client.privacy.budget import mechanism_of, plan_of
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
+from silotune.client.site import policy as policies
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker import worker as workers
 from silotune.client.worker.worker import Worker
@@ -77,8 +79,8 @@ def test_the_whole_plan_spends_exactly_its_budget(worker: Worker) -> None:
         assert isinstance(header, Update)
         spent.append(header.epsilon)
     assert spent == sorted(spent)
-    assert spent[-1] == pytest.approx(worker.contract.privacy.epsilon, rel=1e-4)
-    assert spent[-1] == pytest.approx(epsilon(history(worker), worker.contract.privacy.delta))
+    assert spent[-1] == pytest.approx(worker.contract.privacy.epsilon, rel=1e-6)
+    assert spent[-1] == plan_epsilon(history(worker), worker.contract.privacy.delta)
 
 
 def test_the_same_bytes_cost_nothing_again(worker: Worker) -> None:
@@ -104,9 +106,7 @@ def test_neither_attempts_nor_other_runs_get_past_the_budget(worker: Worker) -> 
     granted = [h for h in codes if isinstance(h, Update)]
     assert len(granted) == worker.contract.rounds
     assert {h.code for h in codes if isinstance(h, Refusal)} == {"E210"}
-    assert epsilon(history(worker), worker.contract.privacy.delta) <= (
-        worker.contract.privacy.epsilon * (1 + 1e-9)
-    )
+    assert merged(history(worker)) == merged(worker.plan)
 
 
 def test_it_is_charged_before_anything_is_computed(
@@ -231,27 +231,96 @@ def test_a_servers_huge_weights_do_not_tell_who_is_there(
             assert len(history(worker)) == (kind is Update)
 
 
-def test_an_adaptive_server_stays_within_a_fixed_order(
-    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
-) -> None:
-    """Rounds of two phases in any mixture: the filter's order bounds whatever was granted."""
-    phase = {"trains": "head", "head_lr": 0.1}
-    contract = table_contract.changed(
+PHASE = {"trains": "head", "head_lr": 0.1}
+
+
+@pytest.fixture
+def phases(table_contract: Contract) -> Contract:
+    return table_contract.changed(
         phases=[
-            {**phase, "rounds": 6, "sampling_rate": 1.0, "budget_share": 0.7},
-            {**phase, "rounds": 4, "sampling_rate": 0.1, "budget_share": 0.3},
+            {**PHASE, "rounds": 6, "sampling_rate": 1.0, "budget_share": 0.7},
+            {**PHASE, "rounds": 4, "sampling_rate": 0.1, "budget_share": 0.3},
         ]
     )
+
+
+def test_an_adaptive_server_gets_the_steps_of_the_plan_and_no_more(
+    phases: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+) -> None:
+    """Rounds of two phases in any mixture, attempt after attempt."""
     path = write_rows(tmp_path / "rows.csv", 20)
     rng = np.random.default_rng(0)
-    for trial in range(8):
-        worker = make_worker(contract, path, "north")
+    for trial in range(4):
+        worker = make_worker(phases, path, "north")
         share = rng.random()
         for attempt in range(1, 60):
             ask(worker, 1 if rng.random() < share else 7, attempt, run=f"r{trial}")
-        p = contract.privacy
-        assert epsilon_at(worker.run_order, history(worker), p.delta) <= p.epsilon * (1 + 1e-9)
-        assert len(history(worker)) < 59
+        assert merged(history(worker)) == merged(worker.plan)
+
+
+def test_a_phase_ends_when_its_steps_are_taken_and_the_next_one_goes_on(
+    phases: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+) -> None:
+    """A policy with room for more: an attempt takes a step of its own phase only."""
+    policy = permissive_policy(phases, "north", write_rows(tmp_path / "rows.csv", 20), None)
+    large = policies.Budgets.Budget(epsilon=90.0, delta=phases.privacy.delta)
+    policy = policy.model_copy(update={"budgets": policies.Budgets(record=large)})
+    worker = Worker(policy, phases, PrivacyLedger.in_memory("north"))
+    for number, attempt in ((1, 1), (1, 2), (1, 3), (3, 1), (4, 1), (5, 1)):
+        assert isinstance(ask(worker, number, attempt).header, Update)
+    assert refused(ask(worker, 6)) == "E210"
+    assert refused(ask(worker, 2)) == "E210"
+    for number in range(7, 11):
+        assert isinstance(ask(worker, number).header, Update)
+    assert refused(ask(worker, 10, 2)) == "E210"
+    assert merged(history(worker)) == merged(worker.plan)
+
+
+def test_an_attempt_where_the_noise_decays_takes_the_next_step_of_the_phase(
+    table_contract: Contract, write_rows: Rows, tmp_path: Path, make_worker: MakeWorker
+) -> None:
+    contract = table_contract.changed(
+        phases=[{**PHASE, "rounds": 3, "sampling_rate": 0.5, "noise_decay": 0.8}]
+    )
+    worker = make_worker(contract, write_rows(tmp_path / "rows.csv", 20))
+    for number, attempt in ((2, 1), (2, 2), (3, 1)):
+        assert isinstance(ask(worker, number, attempt).header, Update)
+    assert history(worker) == [worker.rounds[1], worker.rounds[2], worker.rounds[0]]
+    assert refused(ask(worker, 3, 2)) == "E210"
+
+
+def test_the_first_charge_of_a_run_names_its_plan(worker: Worker) -> None:
+    for number in (1, 2):
+        ask(worker, number)
+    first, second = worker.ledger.charges.values()
+    assert plan_of(first) == worker.plan
+    assert second.plan == ()
+
+
+def test_a_plan_that_differs_in_its_last_digits_is_the_one_that_was_named(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of a library may have computed it."""
+    ask(worker)
+    nearly = [m._replace(noise_multiplier=m.noise_multiplier * (1 + 1e-7)) for m in worker.plan]
+    monkeypatch.setattr(accountant, "plan", lambda *_: nearly)
+    again = Worker(worker.policy, worker.contract, worker.ledger)
+    assert again.plan == worker.plan
+    assert isinstance(ask(again, 2).header, Update)
+    assert isinstance(ask(again, 3).header, Update)
+
+
+def test_a_run_that_died_in_its_first_round_locks_nothing(worker: Worker) -> None:
+    """With a limit of just the contract's ε: another run takes the steps that it left."""
+    ask(worker)
+    again = Worker(worker.policy, worker.contract, worker.ledger)
+    assert [isinstance(ask(again, n, run="second").header, Update) for n in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert merged(history(again)) == merged(again.plan)
+    assert refused(ask(again, run="third")) == "E210"
 
 
 def test_an_empty_sample_answers_with_noise(

@@ -296,7 +296,7 @@ def test_show(run: Callable[..., Ran]) -> None:
     assert out.splitlines()[0] == f"heart-diagnosis  {heart.hash}"
     # An epsilon is never shown without its delta, unit and accountant.
     p = heart.privacy
-    assert f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per record and site (RDP; add or remove" in out
+    assert f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per record and site (exact composition;" in out
     assert f"{heart.rounds}; quorum {heart.quorum} of 4" in out
     for name in (*heart.weights(), *heart.task.answers.split(", "), "head, then head and LoRA (B)"):
         assert name in out

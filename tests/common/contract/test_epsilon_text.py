@@ -50,4 +50,4 @@ def test_a_plan_with_a_small_epsilon_says_it(run: Callable[..., Ran]) -> None:
         "30",
     )
     assert code == 0, err
-    assert "ε 0.0040 (RDP)" in out
+    assert "ε 0.0040 (exact composition)" in out

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from silotune.client.privacy import accountant
+from silotune.client.worker.secagg import check_bound
 from silotune.common.contract import drafting
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.contract.drafting import Answers, Column
@@ -24,7 +26,7 @@ ANSWERS: dict[str, Any] = {
     "label": "status",
     "labels": ("good", "bad"),
     "columns": (Column.parse("age: 25, 40"), Column.parse("home: rent, own")),
-    "sites": ("a", "b", "c"),
+    "sites": ("a", "b", "c", "d"),
     "records": 500,
 }
 TEXT: dict[str, Any] = {"columns": (), "text": "message"}
@@ -48,7 +50,7 @@ def test_the_facts_of_a_table() -> None:
         outputs=2,
         feature_norm=2.0,
         units=500,
-        sites=3,
+        sites=4,
         epsilon=3.0,
         delta=1e-4,
     )
@@ -162,6 +164,29 @@ def test_a_rule_where_it_cannot_apply() -> None:
     phases = [phase.model_dump(exclude_none=True) for phase in drafted(**TEXT).phases]
     with pytest.raises(UsageError, match="rule is of a phase that trains the head alone"):
         drafted(**TEXT).changed(phases=[phases[0], phases[1] | {"rule": 1}])
+
+
+@pytest.mark.parametrize("records", [20, 500, 100_000])
+@pytest.mark.parametrize("epsilon", [0.5, 8.0])
+def test_a_drafts_updates_fit_the_bound_of_masked_ones(records: int, epsilon: float) -> None:
+    """The bound that masks get once the roster's keys are known."""
+    draft = drafted(records=records, epsilon=epsilon)
+    keys = [{"name": site.name, "public_key": f"{at:064x}"} for at, site in enumerate(draft.sites)]
+    masked = draft.changed(sites=keys).with_masks()
+    assert masked.secure_aggregation is not None
+    assert masked.secure_aggregation.bound == draft.update_bound
+    check_bound(masked, accountant.plan(masked))
+
+
+def test_a_bound_of_the_contracts_own_stays() -> None:
+    draft = drafted(records=100_000)
+    keys = [{"name": site.name, "public_key": f"{at:064x}"} for at, site in enumerate(draft.sites)]
+    own = draft.changed(sites=keys, quorum=3, secure_aggregation={"bound": 99.0}).with_masks()
+    assert own.secure_aggregation is not None
+    assert own.secure_aggregation.bound == 99.0
+    given = own.with_masks(300.0).secure_aggregation
+    assert given is not None
+    assert given.bound == 300.0
 
 
 def test_the_commands_say_it(tmp_path: Path, run: Callable[..., Ran]) -> None:

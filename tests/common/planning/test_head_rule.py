@@ -127,3 +127,41 @@ def test_training_by_the_rule_does_not_diverge(number: int) -> None:
     else:
         right = ((predicted > 0) == (y > 0.5)).mean()
         assert right > max(0.6, np.maximum(y.mean(axis=0), 1 - y.mean(axis=0)).mean())
+
+
+def test_class_weights_are_not_undone_by_the_clip_norm() -> None:
+    """A record of the heaviest class keeps its first gradient, and what weighs little may take
+    larger steps."""
+    facts = replace(FACTS, outputs=2, units=1e6)
+    weighted = replace(facts, class_weights=(0.02, 1.0))
+    plan = plan_head(weighted)
+    assert plan.clip_norm == pytest.approx(head_rule.first_gradient_norm(weighted), rel=0.06)
+    assert plan_head(facts).clip_norm == pytest.approx(plan.clip_norm / 4, rel=0.06)
+    alike = replace(facts, class_weights=(1.0, 1.0))
+    largest = [head_rule.largest_rate(f, plan.clip_norm) for f in (weighted, alike, facts)]
+    assert largest[0] > 10 * largest[1]
+    assert largest[1] == pytest.approx(largest[2])
+
+
+def test_a_given_clip_norm_changes_the_rate_alone() -> None:
+    """Half the clip norm has half the noise: twice the rate gives it the same effect."""
+    own = plan_head(FACTS)
+    half = plan_head(FACTS, own.clip_norm / 2)
+    assert half.clip_norm == own.clip_norm / 2
+    assert half == replace(own, clip_norm=half.clip_norm, head_lr=half.head_lr)
+    assert half.head_lr == pytest.approx(2 * own.head_lr, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({"units": 4000.0}, 4.0),
+        ({"sites": 16}, 2.0),
+        ({"budget_share": 0.25}, 0.5),
+        ({"feature_norm": math.sqrt(7.0)}, 0.25),  # of the features and of the clip norm
+    ],
+)
+def test_the_rate_follows_from_the_facts(change: dict[str, float], factor: float) -> None:
+    facts = replace(FACTS, epsilon=1.0)
+    rates = [plan_head(f).head_lr for f in (facts, replace(facts, **change))]
+    assert rates[1] / rates[0] == pytest.approx(factor, rel=0.1)

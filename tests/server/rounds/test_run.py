@@ -27,6 +27,7 @@ from silotune.common.protocol.messages import (
     Train,
     Update,
 )
+from silotune.server.rounds.exchange import drive_round
 from silotune.server.rounds.run import FederatedRun, RoundRecord
 from silotune.server.storage.run_store import RunStore
 
@@ -721,6 +722,23 @@ def test_a_lost_reply_is_asked_for_again_where_the_quorum_needs_it(
             facts = end.value
         assert attempts == expected
         assert facts.sites == (("north", "south") if quorum == 2 else ("north",))
+
+
+def test_a_round_for_which_sites_have_no_step_left_can_be_left_out(start: Start) -> None:
+    """They would refuse it again and again; the rounds before it are not lost."""
+    run = start()
+    play(run, north=1.0, south=1.0)
+    begun = run.adapter["head.bias"].copy()
+    sites = {name: lambda _, name=name: refusal(run, name, "E210") for name in ("north", "south")}
+    with pytest.raises(RunError, match=r"north, south will refuse .* \(E210\): with --skip-round"):
+        drive_round(run.stages(list(sites)), sites)
+    run.skip()
+    assert run.server_round == 3
+    np.testing.assert_array_equal(run.adapter["head.bias"], begun)
+    first = start()
+    with pytest.raises(RunError) as error:
+        drive_round(first.stages(["north"]), {"north": lambda _: refusal(first, "north", "E210")})
+    assert "--skip-round" not in str(error.value)
 
 
 def test_no_site_is_charged_again_for_a_round_that_cannot_count(

@@ -47,7 +47,7 @@ table = run.table()
 assert list(table.index) == ["majority", "federated-lora"], table
 assert table.loc["federated-lora", "auc"] == run.metrics["auc"] > 0.5
 assert table.loc["federated-lora", ["epsilon", "delta"]].tolist() == [8.0, 1e-4]
-assert table.attrs["accountant"] == "RDP"
+assert table.attrs["accountant"] == "exact composition"
 run.report("report.html")
 assert "<table>" in run._repr_html_()
 assert run.adapter.is_file()
@@ -401,6 +401,7 @@ def _variant(name: str, label: str, values: list[float], epsilon: float | None) 
         "repeats": len(values),
         "epsilon": epsilon,
         "delta": 1e-4 if epsilon else None,
+        "stopped": None,
         "metrics": {"accuracy": {"mean": float(np.mean(values)), "sd": sd, "values": values}},
     }
 
@@ -416,7 +417,7 @@ CONTENT: dict[str, Any] = {
     "privacy": {
         "unit": "record",
         "adjacency": "add or remove one record",
-        "accountant": "RDP",
+        "accountant": "exact composition",
         "insecure": False,
     },
 }

@@ -45,7 +45,7 @@ def test_show_says_what_a_recipe_is(
         "CC BY 4.0 (UCI Machine Learning Repository)",
         "4: Cleveland, Hungary, Switzerland, VA Long Beach",
         "all-MiniLM-L6-v2; trains LoRA r=2",
-        "ε ≤ 8.00, δ = 0.0001 per record and site (RDP)",
+        "ε ≤ 8.00, δ = 0.0001 per record and site (exact composition)",
         "rounds 30",
         "federated-lora, alone, alone-tuned, federated-head",
         "37s for one run of federated-lora (x86_64, 2 cores, commit 30774eb+)",

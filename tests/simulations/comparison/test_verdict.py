@@ -112,7 +112,7 @@ def test_an_epsilon_is_never_without_delta_unit_and_accountant(table_contract: C
     found = words([row("majority", 0.5), row("federated-lora", 0.8)], table_contract)
     for line in found["lines"]:
         if "ε" in line:
-            assert all(word in line for word in ("δ", "per record", "RDP"))
+            assert all(word in line for word in ("δ", "per record", "exact composition"))
 
 
 def test_noise_from_a_known_seed_has_no_epsilon_and_a_warning(table_contract: Contract) -> None:

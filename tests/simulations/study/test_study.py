@@ -316,7 +316,9 @@ def test_only_what_was_asked_for_is_run_and_the_rest_is_kept(
     assert len(ran) == 1
     assert set(second["cells"]) == set(first["cells"]) | {"together | ε 8 | natural | 0"}
     assert "\n7 of 12 cells are there.\n" in report.markdown(second)
-    assert "RDP, per record.\n0 of 12 cells are there.\n" in report.markdown(second | {"cells": {}})
+    assert "exact composition, per record.\n0 of 12 cells are there.\n" in report.markdown(
+        second | {"cells": {}}
+    )
     with pytest.raises(UsageError, match="--only 'together' is like no cell"):
         compare(small, tmp_path / "out", 1, recipe, only=["* | ε 8 | *", "together"])
     # Of another grid in the same folder: both are kept, and each tells its own.
