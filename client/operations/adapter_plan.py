@@ -7,18 +7,18 @@ from pathlib import Path
 
 from silotune.client.privacy import accountant
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.drafting import AdapterPlan
 from silotune.common.contract.head_facts import facts_of
-from silotune.common.contract.task import Language
 from silotune.common.models import adapter_noise
 from silotune.common.models.adapted import Adapted
 from silotune.common.models.factory import build
 from silotune.common.planning import head_rule
-from silotune.common.planning.adapter_rule import AdapterFacts, adapter_rate, signal_ratio
+from silotune.common.planning.adapter_rule import (
+    AdapterFacts,
+    AdapterPlan,
+    adapter_rate,
+    signal_ratio,
+)
 from silotune.common.protocol.tensors import trained_names
-
-# An unembedding is frozen and cannot follow turned states as a trained head does.
-COSINE_OF_LANGUAGE = 0.97
 
 
 def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
@@ -40,7 +40,6 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
     mechanism = accountant.mechanism_of(contract, accountant.plan(contract), contract.rounds)
     model = build(contract, folder)
     assert isinstance(model, Adapted)
-    cosine = COSINE_OF_LANGUAGE if isinstance(contract.task, Language) else adapter_noise.COSINE
     shapes = model.initial_arrays()
     names = [n for n in trained_names(shapes, plan.trains) if not n.startswith("head.")]
     facts = AdapterFacts(
@@ -54,19 +53,16 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
         ),
         entries=sum(shapes[name].size for name in names),
         tolerated_noise=adapter_noise.tolerated_noise(
-            model, adapter_noise.public_inputs(contract, model), plan.trains, cosine=cosine
+            model, adapter_noise.public_inputs(contract, model), plan.trains
         ),
     )
-    head_lr, head = phase.head_lr, facts_of(contract, phase)
-    if head_lr is not None and head is not None:
-        of_head = head_rule.noise_of_weights(head, facts.noise_at_unit_rate)
-        head_lr = min(
-            head_rule.target_noise(head) / of_head, head_rule.largest_rate(head, p.clip_norm)
-        )
+    head_lr, head = None, facts_of(contract, phase)
+    if phase.head_lr is not None and head is not None:
+        head_lr = head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm)
     return AdapterPlan(
         adapter_lr=_two_digits(adapter_rate(facts)),
         head_lr=None if head_lr is None else _two_digits(head_lr),
-        cosine=cosine,
+        cosine=adapter_noise.COSINE,
         signal_ratio=signal_ratio(facts),
     )
 

@@ -23,7 +23,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-VERSION = 1
 LEAST_RATIO = 3.0
 
 
@@ -68,3 +67,27 @@ def signal_ratio(facts: AdapterFacts) -> float:
     """The largest movement by gradients over the movement by noise, both as L2 norms."""
     by_gradients = facts.clip_norm * sum(facts.weights)
     return by_gradients / (facts.noise_at_unit_rate * math.sqrt(facts.entries))
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What the rule plans for a phase that trains an adapter, and the head with it.
+
+    Attributes:
+        adapter_lr: phases.adapter_lr.
+        head_lr: phases.head_lr; None where no head is trained, or the rule for heads does not know
+            its features' norm.
+        cosine: The mean cosine that the noise alone leaves between a text's features with and
+            without the adapter.
+        signal_ratio: The largest movement by gradients over the movement by noise.
+    """
+
+    adapter_lr: float
+    head_lr: float | None
+    cosine: float
+    signal_ratio: float
+
+    @property
+    def has_room(self) -> bool:
+        """Whether an adapter can learn more than the noise takes away."""
+        return self.signal_ratio >= LEAST_RATIO
