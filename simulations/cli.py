@@ -209,7 +209,7 @@ def sim_run(
     result = run(found, options, out or Path("runs") / found.name, command, stderr=as_json)
     if as_json:
         emit(result, True, "")
-    if next(variant for variant in result["variants"] if variant["main"])["stopped"]:
+    if any(variant["main"] and variant["stopped"] for variant in result["variants"]):
         sys.exit(1)
 
 

@@ -161,7 +161,7 @@ def scene(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(supervisor.Supervisor, "run", lambda _: 0)
     monkeypatch.setattr(service.Service, "run", lambda _: 0)
-    monkeypatch.setattr(simulation, "run", lambda *_, **__: {})
+    monkeypatch.setattr(simulation, "run", lambda *_, **__: {"variants": []})
     return Scene(tmp_path, run, write_rows)
 
 

@@ -43,6 +43,8 @@ AVERAGING_START = 0.5
 # norm. Gradients cut to one norm keep it while errors shrink, and the noise is relative to the clip
 # norm. Where classes have weights it is 1: a lower one would undo the weights.
 CLIP_SHARE = 0.25
+CLIP_SHARE_OF_NUMBER = 0.12  # of a regression, whose errors end far below one half
+CLIP_SHARE_OF_WORDS = 0.1  # where a record's gradient is the mean of its words', which differ
 NOISE_OF_CLASSES = 1.0  # tau of two classes
 NOISE_PER_DOUBLING = 0.15  # what each doubling of the classes adds
 # tau of a logit of its own, of multi-label and ranking: of two classes that is the difference of
@@ -114,8 +116,7 @@ def plan_head(facts: HeadFacts, clip_norm: float | None = None) -> HeadPlan:
         The plan. Equal facts give the same one everywhere.
     """
     rounds = ROUNDS_OF_NUMBER if facts.task == "regression" else ROUNDS
-    share = CLIP_SHARE if facts.class_weights is None else 1.0
-    clip_norm = clip_norm or _two_digits(share * first_gradient_norm(facts))
+    clip_norm = clip_norm or _two_digits(_clip_share(facts) * first_gradient_norm(facts))
     return HeadPlan(
         rounds=rounds,
         sampling_rate=1.0,
@@ -214,6 +215,14 @@ def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
     first = first_gradient_norm(facts) / max(weights)
     mean = sum(min(clip_norm, first * w) / w for w in weights) / sum(1 / w for w in weights)
     return LARGEST_STEP / (mean * norm)
+
+
+def _clip_share(facts: HeadFacts) -> float:
+    if facts.task == "tokens":
+        return CLIP_SHARE_OF_WORDS
+    if facts.task == "regression":
+        return CLIP_SHARE_OF_NUMBER
+    return CLIP_SHARE if facts.class_weights is None else 1.0
 
 
 def _input_norm(facts: HeadFacts) -> float:

@@ -244,11 +244,11 @@ class Progress:
         for table in result_tables(result, self.console.width):
             say(table, soft_wrap=False)
             say("")
-        whole = not next(v for v in result["variants"] if v["main"])["stopped"]
+        stopped = any(variant["main"] and variant["stopped"] for variant in result["variants"])
         memory = result["peak_memory_bytes"] / 2**30
         say(f"{result['seconds']:.0f} s · {memory:.1f} GB memory")
         say(f"report  {folder / 'report.html'}")
-        if whole and self._jobs and (line := adapter_step(self._jobs[0])):
+        if not stopped and self._jobs and (line := adapter_step(self._jobs[0])):
             say(folded_step(line, self.console.width))
         say(folded_step(next_step("contract", "show", folder), self.console.width))
 

@@ -143,6 +143,21 @@ def test_class_weights_are_not_undone_by_the_clip_norm() -> None:
     assert largest[1] == pytest.approx(largest[2])
 
 
+@pytest.mark.parametrize(
+    ("task", "share"),
+    [
+        ("classification", head_rule.CLIP_SHARE),
+        ("multi-label", head_rule.CLIP_SHARE),
+        ("tokens", head_rule.CLIP_SHARE_OF_WORDS),
+        ("regression", head_rule.CLIP_SHARE_OF_NUMBER),
+    ],
+)
+def test_the_clip_norm_is_a_share_of_the_first_gradients(task: HeadTask, share: float) -> None:
+    facts = replace(FACTS, task=task)
+    found = plan_head(facts).clip_norm / head_rule.first_gradient_norm(facts)
+    assert found == pytest.approx(share, rel=0.06)
+
+
 def test_a_given_clip_norm_changes_the_rate_alone() -> None:
     """Half the clip norm has half the noise: twice the rate gives it the same effect."""
     own = plan_head(FACTS)
