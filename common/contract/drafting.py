@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from itertools import pairwise
@@ -25,8 +25,10 @@ from silotune.common.contract.head_facts import facts_of
 from silotune.common.contract.privacy import delta_for
 from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
 from silotune.common.planning import head_rule
+from silotune.common.planning.adapter_rule import LEAST_RATIO, AdapterPlan
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
+Planner = Callable[[contracts.Contract], AdapterPlan | None]
 LANGUAGE = (
     "SmolLM2-135M-Instruct",
     "5e681ceb930bb166ff23668c394168699c408f1f540a01e3662b1aecfd14a701",
@@ -127,8 +129,28 @@ class Answers(Frozen):
         return found
 
 
-def draft(answers: Answers) -> str:
-    """The contract as TOML, with comments that say what to look at. It is a valid one."""
+def draft(answers: Answers, planner: Planner | None = None) -> str:
+    """The contract as TOML, with comments that say what to look at. It is a valid one.
+
+    Args:
+        answers: What the owner says.
+        planner: Given a draft, the plan of its adapter's phase, for which it needs the base model;
+            without one, or where it gives None, that phase has default rates.
+
+    Returns:
+        The text.
+    """
+    text = _rendered(answers, None)
+    contract = contracts.parse(text, "the draft")
+    if planner is None or contract.adapter is None or answers.task == "language":
+        return text  # the rule was not tried on language models
+    text = _rendered(answers, planner(contract))
+    contracts.parse(text, "the draft")
+    return text
+
+
+def _rendered(answers: Answers, adapter: AdapterPlan | None) -> str:
+    """The draft with a plan of its adapter, or with default rates."""
     environment = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -137,6 +159,7 @@ def draft(answers: Answers) -> str:
     )
     environment.filters["toml"] = _toml
     source = (resources.files("silotune.common.contract") / "contract.toml.j2").read_text("utf-8")
+    room = adapter is None or adapter.has_room
     render = partial(
         environment.from_string(source).render,
         a=answers,
@@ -145,6 +168,9 @@ def draft(answers: Answers) -> str:
         delta=answers.delta or delta_for(answers.records),
         phrase=lambda name: re.sub(r"[_\W]+", " ", name).strip().lower() or name,
         quorum=max(1, -(-2 * len(answers.sites) // 3)),
+        adapter=adapter,
+        adapts=room and not answers.columns,
+        least_ratio=LEAST_RATIO,
     )
     text = render(plan=None, clip_norm=1.0)
     contract = contracts.parse(text, "the draft")
@@ -153,9 +179,7 @@ def draft(answers: Answers) -> str:
         return text
     plan = head_rule.plan_head(facts)
     noise = head_rule.output_noise(facts, plan.rounds, plan.head_lr, plan.clip_norm)
-    text = render(plan=plan, clip_norm=plan.clip_norm, noise=noise, rule=head_rule.VERSION)
-    contracts.parse(text, "the draft")
-    return text
+    return render(plan=plan, clip_norm=plan.clip_norm, noise=noise, rule=head_rule.VERSION)
 
 
 def contract_of(

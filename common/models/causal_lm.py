@@ -62,12 +62,16 @@ class LanguageModel(Adapted):
     ) -> Tensor:
         """Logits of the next token, [len(index), K, V], at the answers' places alone: a vocabulary
         has several layers' worth of products, and most tokens are the prompt's."""
-        states, _ = self._upper(encoded, encoded.texts[index, 0], self._width(encoded, index))
+        states = self.features(encoded, index, adapter=adapter)
         rows, places = torch.arange(len(index))[:, None], self._places(encoded, index)
         states = states[rows, places.clamp(min=0)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = nn.functional.linear(states, self._unembedding[0])
         return logits
+
+    def features(self, encoded: Encoded, index: Tensor, *, adapter: bool) -> Tensor:
+        """The states behind the last layer, [len(index), T, H]."""
+        return self._upper(encoded, encoded.texts[index, 0], self._width(encoded, index))[0]
 
     def targets(self, encoded: Encoded, labels: Tensor, index: Tensor) -> Tensor:
         assert encoded.marks is not None

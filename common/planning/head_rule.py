@@ -117,15 +117,31 @@ def plan_head(facts: HeadFacts, clip_norm: float | None = None) -> HeadPlan:
     """
     rounds = ROUNDS_OF_NUMBER if facts.task == "regression" else ROUNDS
     clip_norm = clip_norm or _two_digits(_clip_share(facts) * first_gradient_norm(facts))
-    rate = target_noise(facts) / output_noise(facts, rounds, 1.0, clip_norm)
     return HeadPlan(
         rounds=rounds,
         sampling_rate=1.0,
-        head_lr=_two_digits(min(rate, largest_rate(facts, clip_norm))),
+        head_lr=_two_digits(head_rate(facts, weight_noise(facts, rounds, clip_norm), clip_norm)),
         clip_norm=clip_norm,
         server_momentum=SERVER_MOMENTUM,
         averaging_start=AVERAGING_START,
     )
+
+
+def head_rate(facts: HeadFacts, noise_at_unit_rate: float, clip_norm: float) -> float:
+    """The learning rate of the head in a phase.
+
+    Args:
+        facts: Public facts.
+        noise_at_unit_rate: The standard deviation of what the phase's noise leaves in a weight at a
+            learning rate of 1.
+        clip_norm: The clip norm.
+
+    Returns:
+        The rate at which noise alone gives an output the standard deviation `target_noise`, or
+        `largest_rate` if that is less.
+    """
+    rate = target_noise(facts) / _of_output(facts, noise_at_unit_rate)
+    return min(rate, largest_rate(facts, clip_norm))
 
 
 def target_noise(facts: HeadFacts) -> float:
@@ -138,16 +154,21 @@ def target_noise(facts: HeadFacts) -> float:
 def output_noise(facts: HeadFacts, rounds: int, head_lr: float, clip_norm: float) -> float:
     """tau of a plan: the standard deviation over inputs and noise of an output (of a logit less the
     mean of all, where their softmax counts) at the phase's end, were all gradients 0."""
+    return _of_output(facts, head_lr * weight_noise(facts, rounds, clip_norm))
+
+
+def weight_noise(facts: HeadFacts, rounds: int, clip_norm: float) -> float:
+    """The standard deviation of what noise leaves in a weight at a learning rate of 1."""
     multiplier = noise_multiplier(facts.epsilon, facts.delta) * math.sqrt(
         rounds / facts.budget_share
     )
-    of_weight = head_lr * multiplier * clip_norm / (facts.units * math.sqrt(facts.sites))
-    return (
-        of_weight
-        * math.sqrt(sum(weight**2 for weight in step_weights(rounds)))
-        * _input_norm(facts)
-        * math.sqrt(_free_share(facts))
-    )
+    gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds)))
+    return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites)) * gain
+
+
+def _of_output(facts: HeadFacts, of_weight: float) -> float:
+    """The standard deviation of an output by independent noise in the weights."""
+    return of_weight * _input_norm(facts) * math.sqrt(_free_share(facts))
 
 
 def step_weights(

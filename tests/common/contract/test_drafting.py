@@ -16,12 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from silotune.common.contract import drafting
-from silotune.common.contract.contract import parse
+from silotune.common.contract.contract import Contract, parse
 from silotune.common.contract.drafting import Answers, Column
 from silotune.common.contract.inputs import NumberColumn, TableInput
 from silotune.common.contract.privacy import Entity
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import UsageError
+from silotune.common.planning.adapter_rule import LEAST_RATIO, AdapterPlan
 from silotune.simulations.comparison.options import Options
 from tests.common.data.test_text_decoding import (
     csv_text,
@@ -391,3 +392,38 @@ def test_rows_that_do_not_fit_yet_do_not_stop_the_draft(
     assert CANARY not in said + wrong + out.read_text()
     code, said, _ = run(*new(path, tmp_path / "again.toml", *answers, "--encoding", "rot13"))
     assert code == 2
+
+
+TEXT = TABLE | {"columns": (), "text": "note", "records": 700}
+
+
+def test_an_adapter_is_planned_by_a_planner_where_there_is_room() -> None:
+    seen = []
+
+    def planner(contract: Contract) -> AdapterPlan:
+        seen.append(contract)
+        return AdapterPlan(adapter_lr=0.37, head_lr=5.5, cosine=0.5, signal_ratio=LEAST_RATIO)
+
+    answers = Answers.model_validate(TEXT)
+    text = drafting.draft(answers, planner)
+    head, both = parse(text).phases
+    assert (both.adapter_lr, both.head_lr) == (0.37, 5.5)
+    assert "mean cosine of 0.5" in text
+    assert [c.hash for c in seen] == [parse(drafting.draft(answers)).hash]
+    assert head.rule == parse(drafting.draft(answers)).phases[0].rule
+
+
+def test_without_room_the_head_alone_is_planned_with_the_whole_budget() -> None:
+    answers = Answers.model_validate(TEXT)
+    text = drafting.draft(answers, lambda _: AdapterPlan(0.37, 5.5, 0.5, 0.9 * LEAST_RATIO))
+    found = parse(text)
+    assert found.adapter is None
+    assert [(p.trains, p.budget_share) for p in found.phases] == [("head", 1.0)]
+    assert not found.warnings  # its numbers are those of the rule for heads
+    assert "no room for LoRA" in text
+
+
+def test_without_the_model_the_rates_are_defaults_and_the_text_says_so() -> None:
+    answers = Answers.model_validate(TEXT)
+    assert drafting.draft(answers, lambda _: None) == drafting.draft(answers)
+    assert "the base model was not at hand" in drafting.draft(answers)

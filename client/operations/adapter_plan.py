@@ -1,0 +1,72 @@
+"""The learning rates of a drafted contract's adapter phase, from its noise and its model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from silotune.client.privacy import accountant
+from silotune.common.contract.contract import Contract
+from silotune.common.contract.head_facts import facts_of
+from silotune.common.models import adapter_noise
+from silotune.common.models.adapted import Adapted
+from silotune.common.models.factory import build
+from silotune.common.planning import head_rule
+from silotune.common.planning.adapter_rule import (
+    AdapterFacts,
+    AdapterPlan,
+    adapter_rate,
+    signal_ratio,
+)
+from silotune.common.protocol.tensors import trained_names
+
+
+def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
+    """The plan of a contract's last phase, which trains an adapter.
+
+    Args:
+        contract: A draft, whose adapter's and head's rates in that phase are of no matter.
+        folder: Its base model's.
+
+    Returns:
+        The rates, and whether there is room for an adapter.
+
+    Raises:
+        DataError: If the folder does not hold the contract's model, or the adapter does not fit it.
+        UsageError: E103, if no noise reaches the contract's epsilon.
+    """
+    plan, p = contract.round_plan(contract.rounds), contract.privacy
+    phase, aggregation = plan.phase, contract.aggregation
+    mechanism = accountant.mechanism_of(contract, accountant.plan(contract), contract.rounds)
+    model = build(contract, folder)
+    assert isinstance(model, Adapted)
+    shapes = model.initial_arrays()
+    names = [n for n in trained_names(shapes, plan.trains) if not n.startswith("head.")]
+    facts = AdapterFacts(
+        noise_multiplier=mechanism.noise_multiplier,
+        clip_norm=p.clip_norm,
+        sampling_rate=phase.sampling_rate,
+        units=p.expected_units,
+        sites=len(contract.sites),
+        weights=head_rule.step_weights(
+            phase.rounds, aggregation.server_momentum, aggregation.averaging_start
+        ),
+        entries=sum(shapes[name].size for name in names),
+        tolerated_noise=adapter_noise.tolerated_noise(
+            model, adapter_noise.public_inputs(contract, model), plan.trains
+        ),
+    )
+    head_lr, head = None, facts_of(contract, phase)
+    if phase.head_lr is not None and head is not None:
+        head_lr = head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm)
+    return AdapterPlan(
+        adapter_lr=_two_digits(adapter_rate(facts)),
+        head_lr=None if head_lr is None else _two_digits(head_lr),
+        cosine=adapter_noise.COSINE,
+        signal_ratio=signal_ratio(facts),
+    )
+
+
+def _two_digits(value: float) -> float:
+    assert math.isfinite(value)
+    return float(f"{value:.2g}")
