@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from silotune.client.operations import adapter_noise
 from silotune.client.privacy import accountant
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.head_facts import facts_of
-from silotune.common.models import adapter_noise
 from silotune.common.models.adapted import Adapted
 from silotune.common.models.factory import build
 from silotune.common.planning import head_rule

@@ -7,7 +7,7 @@ The noise that a phase leaves in each entry of the adapter has the standard devi
 for a learning rate r, T rounds of noise multiplier s, clip norm C and sampling rate q, n expected
 units at each of S sites, equal weights, plain steps, and the gain that momentum and the average of
 the later iterates have on independent noise (common/planning/head_rule.py, `step_weights`). The
-rule takes the rate at which v is what the adapter bears (common/models/adapter_noise.py): more
+rule takes the rate at which v is what the adapter bears (client/operations/adapter_noise.py): more
 would turn the features beyond use, less would learn less of what the same noise allows.
 
 Whether there is room for an adapter: were the gradients of all units alike and as large as the clip

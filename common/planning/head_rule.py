@@ -32,8 +32,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from silotune.common.planning.gaussian_mechanism import noise_multiplier
-
 VERSION = 1
 ROUNDS = 60
 ROUNDS_OF_NUMBER = 100  # of a regression, whose loss bears no large steps
@@ -159,9 +157,11 @@ def output_noise(facts: HeadFacts, rounds: int, head_lr: float, clip_norm: float
 
 def weight_noise(facts: HeadFacts, rounds: int, clip_norm: float) -> float:
     """The standard deviation of what noise leaves in a weight at a learning rate of 1."""
-    multiplier = noise_multiplier(facts.epsilon, facts.delta) * math.sqrt(
-        rounds / facts.budget_share
-    )
+    # Half a second, for which no command waits that only reads a contract.
+    from dp_accounting.gaussian_mechanism import get_sigma_gaussian
+
+    of_release = float(get_sigma_gaussian(facts.epsilon, facts.delta))
+    multiplier = of_release * math.sqrt(rounds / facts.budget_share)
     gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds)))
     return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites)) * gain
 

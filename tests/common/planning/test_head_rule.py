@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from dp_accounting.gaussian_mechanism import get_sigma_gaussian
 
 from silotune.common.planning import head_rule
-from silotune.common.planning.gaussian_mechanism import noise_multiplier
 from silotune.common.planning.head_rule import HeadFacts, HeadTask, plan_head
 from silotune.server.aggregation.server_optimizer import running_mean, server_momentum_step
 
@@ -48,7 +48,7 @@ def test_noise_alone_moves_the_outputs_as_the_rule_says(number: int) -> None:
     plan = plan_head(facts)
     size, repeats = int(rng.integers(8, 24)), 1 + 300 // facts.outputs
     shape = (size + 1, facts.outputs * repeats)
-    steps = noise_multiplier(facts.epsilon, facts.delta) * math.sqrt(
+    steps = get_sigma_gaussian(facts.epsilon, facts.delta) * math.sqrt(
         plan.rounds / facts.budget_share
     )
     change = plan.head_lr * steps * plan.clip_norm / facts.units

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from silotune.client.operations import adapter_noise
+from silotune.client.operations.adapter_noise import public_inputs, tolerated_noise
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
-from silotune.common.models import adapter_noise
 from silotune.common.models.adapted import Adapted
-from silotune.common.models.adapter_noise import public_inputs, tolerated_noise
 from silotune.common.models.causal_lm import LanguageModel
 from silotune.common.models.encoder import Encoder
 from silotune.common.protocol.tensors import trained_names

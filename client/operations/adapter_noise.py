@@ -4,7 +4,7 @@ Noise is known before any record is read, and so is what it does to a model: Gau
 adapter turns the features of every text. Where it turns them to a cosine of COSINE of what they
 were, about half of a feature is left for the head to read; at twice that noise almost nothing is.
 A learning rate that leaves so much noise in the released adapter is the largest that is of use
-(common/planning/training_plan.py), whatever is to be learnt. No record is used.
+(common/planning/adapter_rule.py), whatever is to be learnt. No record is used.
 
 Shapes: n inputs, T tokens, F features.
 """
