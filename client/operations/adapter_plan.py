@@ -13,6 +13,7 @@ from silotune.common.models.adapted import Adapted
 from silotune.common.models.factory import build
 from silotune.common.planning import head_rule
 from silotune.common.planning.adapter_rule import (
+    LARGEST_HEAD_STEP,
     AdapterFacts,
     AdapterPlan,
     adapter_rate,
@@ -58,7 +59,10 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
     )
     head_lr, head = None, facts_of(contract, phase)
     if phase.head_lr is not None and head is not None:
-        head_lr = head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm)
+        head_lr = min(
+            head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm),
+            LARGEST_HEAD_STEP / p.clip_norm,
+        )
     return AdapterPlan(
         adapter_lr=_two_digits(adapter_rate(facts)),
         head_lr=None if head_lr is None else _two_digits(head_lr),

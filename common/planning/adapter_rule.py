@@ -10,6 +10,11 @@ the later iterates have on independent noise (common/planning/head_rule.py, `ste
 rule takes the rate at which v is what the adapter bears (client/operations/adapter_noise.py): more
 would turn the features beyond use, less would learn less of what the same noise allows.
 
+With many records the noise vanishes and that rate grows without bound, so LARGEST_STEP limits the
+step r C of a round whose clipped gradients are all alike, and LARGEST_HEAD_STEP that of the head
+beside it. Both are rates that trained well with features of norm 1. Six sites of 2,000 texts at
+epsilon 8 came to a single class with steps of 4.6 and 43.
+
 Whether there is room for an adapter: were the gradients of all units alike and as large as the clip
 norm, they would move the adapter by r C sum(weights), and the noise by v sqrt(D) for D trained
 entries. `signal_ratio` is the quotient; no rate changes it. Below LEAST_RATIO the head alone is
@@ -24,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_RATIO = 3.0
+LARGEST_STEP, LARGEST_HEAD_STEP = 1.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,10 @@ class AdapterFacts:
 
 
 def adapter_rate(facts: AdapterFacts) -> float:
-    """The learning rate at which noise alone leaves in an entry what the adapter bears."""
-    return facts.tolerated_noise / facts.noise_at_unit_rate
+    """The learning rate at which noise alone leaves in an entry what the adapter bears, or the one
+    of a step of LARGEST_STEP if that is less."""
+    by_noise = facts.tolerated_noise / facts.noise_at_unit_rate
+    return min(by_noise, LARGEST_STEP / facts.clip_norm)
 
 
 def signal_ratio(facts: AdapterFacts) -> float:
@@ -77,8 +85,8 @@ class AdapterPlan:
         adapter_lr: phases.adapter_lr.
         head_lr: phases.head_lr; None where no head is trained, or the rule for heads does not know
             its features' norm.
-        cosine: The mean cosine that the noise alone leaves between a text's features with and
-            without the adapter.
+        cosine: The least mean cosine that the noise alone leaves between a text's features with
+            and without the adapter.
         signal_ratio: The largest movement by gradients over the movement by noise.
     """
 
