@@ -22,7 +22,7 @@ docs: $(INSTALLED)  ## the documentation as a site in build/docs; a warning is a
 	    --config-settings editable_mode=strict -e '.[dev,docs]'
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
-nightly: $(INSTALLED) mutation  ## what takes minutes: two million rows, mutants
+nightly: $(INSTALLED) mutation  ## what takes minutes: two million rows, notebooks, mutants
 	$(BIN)/pytest -m nightly
 
 mutation: $(INSTALLED)  ## faults put into the files that protect records; the tests must see each

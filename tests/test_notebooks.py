@@ -25,6 +25,7 @@ def test_there_are_notebooks() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["notebook-privacy", "notebook-quickstart"]
 
 
+@pytest.mark.nightly  # a minute each
 @pytest.mark.download
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's packages
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

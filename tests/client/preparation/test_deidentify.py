@@ -335,6 +335,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 # ── How much is found ─────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.nightly  # half a minute
 def test_ten_thousand_short_texts(redacting: Deidentifier) -> None:
     began = time.perf_counter()
     column = redacting.clean_many([NOTE, CHINESE, "Thanks, see you at the clinic."] * 3334)
@@ -356,7 +357,10 @@ INDEPENDENT_RECALL = {
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-@pytest.mark.parametrize("which", ["heldout", "independent"])
+@pytest.mark.parametrize(
+    "which",
+    ["heldout", pytest.param("independent", marks=pytest.mark.nightly)],  # the second is long
+)
 def test_recall_and_precision_on_texts_that_the_rules_were_not_written_by(
     which: Set,
     language: Literal["en", "zh"],

@@ -520,7 +520,8 @@ def test_ones_own_contract_has_the_baselines_of_a_recipe(
     table: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     out = table.with_suffix(".toml")
-    text = [*ANSWERS[:6], "--text", "home", *ANSWERS[10:]]
+    # So many that there is room for LoRA.
+    text = [*ANSWERS[:6], "--text", "home", *ANSWERS[10:], "--records", "20000"]
     assert run("contract", "new", "--from", table, "--out", out, *text)[0] == 0
     found = own_recipe(out, table, None)
     names = [variant.name for variant in variants_of(found.contract, found.config.variants)]
