@@ -3,7 +3,7 @@
 The first command makes the run, the second draws it; it needs the package playwright and Chromium.
 
     COLUMNS=100 silotune sim run heart-diagnosis repeats=1 baseline_repeats=1 \
-        variants=pooled-no-dp,federated-head --out runs/picture > runs/picture.txt
+        variants=federated-lora,pooled-no-dp,federated-head --out runs/picture > runs/picture.txt
     python docs/pictures.py runs/picture.txt runs/picture/report.html --browser /usr/bin/chromium
 """
 
@@ -22,7 +22,10 @@ from rich.text import Text
 IMAGES = Path(__file__).resolve().parent / "images"
 COLUMNS = 100
 TITLE = "silotune sim run heart-diagnosis"
-SETTINGS = "repeats=1 baseline_repeats=1 variants=pooled-no-dp,federated-head --out runs/picture"
+SETTINGS = (
+    "repeats=1 baseline_repeats=1 \\\n    "
+    "variants=federated-lora,pooled-no-dp,federated-head --out runs/picture"
+)
 ROUND = re.compile(r" *(\d+)/(\d+)  ")
 SHOWN_AT_EITHER_END = 3  # rounds
 WIDTH, HEIGHT = 1000, 1530  # of the report, down to its first plot
@@ -37,11 +40,13 @@ def shortened(output: str) -> list[str]:
     without the paths of this machine at the end."""
     lines: list[str] = []
     for line in output.splitlines():
+        if line.startswith("next:"):
+            break
         found = ROUND.match(line)
         if found and SHOWN_AT_EITHER_END < int(found[1]) <= int(found[2]) - SHOWN_AT_EITHER_END:
             if lines[-1] != "  …":
                 lines.append("  …")
-        elif not line.startswith(("next:", "fetching", "checking", "done ")):
+        elif not line.startswith(("fetching", "checking", "done ")):
             lines.append(line)
     return lines
 
