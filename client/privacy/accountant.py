@@ -77,7 +77,7 @@ def exact_epsilon(steps: Sequence[Mechanism], delta: float) -> float:
         return 0.0
     if any(m.noise_multiplier <= 0 for m in steps) or not 0 < delta < 1:
         return math.inf
-    if delta < exact_composition.LEAST_DELTA and any(m.sampling_rate < 1 for m in steps):
+    if delta < exact_composition.least_delta(steps):
         return epsilon(steps, delta)
     value = exact_composition.epsilon(merged(steps), delta)
     return math.inf if math.isnan(value) else value

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 POINTS = 30
 MOST_POINTS = 6_000
 FINEST = 2.0**-27  # of the grid: below it rounding shows
-LEAST_DELTA = 1e-10  # of what the numerical composition resolves
+# What the numerical composition resolves; its Fourier transforms leave about 1e-16 a step.
+LEAST_DELTA, DELTA_OF_A_STEP = 1e-10, 1e-14
 
 
 @lru_cache(maxsize=1 << 13)
@@ -50,7 +51,7 @@ def epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
 
     Args:
         mechanisms: Each kind of step once, with noise; at least one.
-        delta: The δ that goes with it; at least LEAST_DELTA where something is sampled.
+        delta: The δ that goes with it; at least `least_delta` of them.
     """
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
@@ -64,6 +65,13 @@ def epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
         loss = _loss(m.noise_multiplier, m.sampling_rate, interval).self_compose(m.steps)
         composed = composed.compose(loss) if composed else loss
     return float(composed.get_epsilon_for_delta(delta))
+
+
+def least_delta(mechanisms: Sequence[Mechanism]) -> float:
+    """The smallest δ at which `epsilon` is no less than what these steps cost."""
+    if all(m.sampling_rate == 1 for m in mechanisms):
+        return 0.0
+    return max(LEAST_DELTA, DELTA_OF_A_STEP * sum(m.steps for m in mechanisms))
 
 
 def loss_variance(mechanisms: Sequence[Mechanism]) -> float:
