@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate, chain
 
 from silotune.client.privacy import accountant, budget
 from silotune.client.privacy.accountant import Mechanism
@@ -107,6 +108,16 @@ class Worker:
         self.limit = policy.limits[self.unit]
         self.plan = budget.planned(ledger, contract, self.target)
         self.rounds = accountant.by_round(contract, self.plan)
+        # Once: a charge waits for it otherwise. By the number of rounds before the phase.
+        firsts = accumulate((phase.rounds for phase in contract.phases), initial=0)
+        self._steps_of_phase = {
+            first: Counter(self.rounds[first : first + phase.rounds])
+            for first, phase in zip(firsts, contract.phases, strict=False)
+        }
+        self._named_plan = tuple(
+            PlannedSteps(**mechanism._asdict())
+            for mechanism in (self.plan if contract.privacy.mode == "dp" else ())
+        )
         check_bound(contract, self.plan)
         self.masking: SiteMasking | None = None
         if contract.secure_aggregation is not None:
@@ -324,7 +335,7 @@ class Worker:
                 noise_multiplier=mechanism.noise_multiplier,
                 sampling_rate=mechanism.sampling_rate,
                 steps=mechanism.steps,
-                plan=() if charges else self._named_plan(),
+                plan=() if charges else self._named_plan,
                 adapter=adapter_sha256,
             ), own
 
@@ -403,7 +414,7 @@ class Worker:
         """
         if self.contract.privacy.mode == "none":
             return self.rounds[asked.server_round - 1]
-        if charges and charges[0].plan != self._named_plan():
+        if charges and charges[0].plan != self._named_plan:
             # The plan would be another one, chosen after replies were seen.
             raise RefusalError(
                 f"Run {run} began at another noise: [run] in site.toml has changed "
@@ -432,17 +443,14 @@ class Worker:
     def _step_left(self, asked: RoundPlan, charges: list[Charged]) -> Mechanism:
         """The step that a round takes: its own or, where earlier attempts have taken that, another
         one of its phase that no charge of the run has taken. RefusalError E210 if there is none."""
-        first = asked.server_round - asked.round_in_phase
-        phase = self.rounds[first : first + asked.phase.rounds]
-        left = Counter(phase)
-        left.subtract(
-            budget.mechanism_of(charge)
-            for charge in charges
-            if 0 < charge.round - first <= asked.phase.rounds
+        first, rounds = asked.server_round - asked.round_in_phase, asked.phase.rounds
+        taken = Counter(
+            budget.mechanism_of(charge) for charge in charges if 0 < charge.round - first <= rounds
         )
         own = asked.round_in_phase - 1
-        for mechanism in (*phase[own:], *phase[:own]):
-            if left[mechanism] > 0:
+        for place in chain(range(own, rounds), range(own)):
+            mechanism = self.rounds[first + place]
+            if taken[mechanism] < self._steps_of_phase[first][mechanism]:
                 return mechanism
         raise RefusalError(
             f"Round {asked.server_round} has no step left: earlier attempts took all that the "
@@ -450,12 +458,6 @@ class Worker:
             "round: silotune server resume RUN --skip-round.",
             code=ErrorCode.BUDGET_EXCEEDED,
         )
-
-    def _named_plan(self) -> tuple[PlannedSteps, ...]:
-        """The plan as a run's first charge names it."""
-        if self.contract.privacy.mode == "none":
-            return ()
-        return tuple(PlannedSteps(**mechanism._asdict()) for mechanism in self.plan)
 
     def _check_plan(self, what: str, policy: Policy) -> None:
         for limit in self._limits(policy):

@@ -183,8 +183,7 @@ def test_two_hundred_deaths_lose_no_charge_and_leak_no_reply(killing: Killing) -
     assert kills == 200 + 5 * POINTS
     # They fell everywhere, or nothing was shown.
     assert {"open", "ask", "compute", "computed"} <= set(judge.ended)
-    # How many replies get out before a kill depends on the machine's load.
-    assert len(judge.charged) > len(judge.released) > 10
+    assert len(judge.charged) > len(judge.released) > 100
 
 
 @pytest.mark.system

@@ -8,6 +8,7 @@ JSON line a child to FOLDER/notes.jsonl. A folder with the name of a mutant gets
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -316,6 +317,7 @@ def main(seed: int, kills: int, each: int, folder: Path) -> None:
     policy = permissive_policy(contract, "north", folder / "rows.csv", None)
     warm = Worker(policy, contract, PrivacyLedger.in_memory("north"))
     warm.handle(request(contract, warm.model.initial_arrays(), "1.1"))
+    gc.freeze()  # or children collect what they inherit, which takes longer than they live
     rng = random.Random(seed)  # noqa: S311
     order = ["random"] * kills + [point for point in POINTS for _ in range(each)]
     rng.shuffle(order)
