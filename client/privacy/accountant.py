@@ -367,14 +367,11 @@ def are_close(one: Sequence[Mechanism], other: Sequence[Mechanism]) -> bool:
 def mechanism_of(
     contract: Contract, mechanisms: Sequence[Mechanism], round_number: int
 ) -> Mechanism:
-    """The mechanism of one round of a plan: its noise and rate, with the steps of one round."""
-    steps = contract.round_plan(round_number).phase.local_steps
-    before = sum(contract.round_plan(n).phase.local_steps for n in range(1, round_number))
-    for mechanism in mechanisms:
-        if before < mechanism.steps:
-            return mechanism._replace(steps=steps)
-        before -= mechanism.steps
-    raise ValueError(f"the plan ends before round {round_number}")
+    """The one of a round in `by_round`. ValueError for a round that is not in the plan."""
+    rounds = by_round(contract, mechanisms)
+    if not 1 <= round_number <= len(rounds):
+        raise ValueError(f"round {round_number} is not in the plan of {len(rounds)} rounds")
+    return rounds[round_number - 1]
 
 
 def by_round(contract: Contract, mechanisms: Sequence[Mechanism]) -> list[Mechanism]:

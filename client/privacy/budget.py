@@ -68,7 +68,7 @@ from silotune.common.contract.privacy import Target, Unit, epsilon_text
 from silotune.common.errors import ErrorCode, RefusalError
 
 UNBOUNDED = Mechanism(0.0, 1.0, 1)
-ROUNDING = 1 + 1e-9
+ROUNDING = 1 + 1e-9  # what another machine's libraries may make of a plan's ε
 Plan = tuple[Mechanism, ...]  # a set of steps, as `accountant.merged` has it
 
 

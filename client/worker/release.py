@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from silotune.client.privacy.budget import ROUNDING
 from silotune.client.privacy.ledger_entries import Charged
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
@@ -48,7 +49,6 @@ from silotune.common.signing import Sign
 log = logging.getLogger(__name__)
 
 LARGEST_METRIC = 1e6
-ROUNDING = 1 + 1e-9  # what another machine's libraries may make of a plan's ε
 
 
 def description(contract: Contract, site: str, challenge: str, sign: Sign) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from silotune.client.privacy.accountant import Mechanism, mechanism_of
+from silotune.client.privacy.accountant import Mechanism, by_round
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.privacy import Metric
 from silotune.common.errors import ErrorCode, ProtocolError, RefusalError
@@ -129,9 +129,9 @@ def check_bound(contract: Contract, plan: Sequence[Mechanism]) -> None:
     would be cut off at it, or be lost in the ring's rounding."""
     if contract.secure_aggregation is None or contract.privacy.mode == "none":
         return
-    bound, first = contract.secure_aggregation.bound, 1
+    bound, first, rounds = contract.secure_aggregation.bound, 0, by_round(contract, plan)
     for phase in contract.phases:  # with noise_decay the first round of a phase has most noise
-        mechanism = mechanism_of(contract, plan, first)
+        mechanism = rounds[first]
         first += phase.rounds
         clip = contract.privacy.largest_clip_norm
         divisor = contract.privacy.expected_units * mechanism.sampling_rate

@@ -733,8 +733,8 @@ def test_two_workers_at_once(home: Home) -> None:
     ledger = home.ledger()
     assert len(ledger.charges) == len(ledger.releases) == found.count("")
     assert len(ledger.entries) == 1 + 2 * len(ledger.charges)
-    purse = Budget(ledger, pair[0].record_set, "record")
-    (past,) = purse.pasts()
+    budget_of_pair = Budget(ledger, pair[0].record_set, "record")
+    (past,) = budget_of_pair.pasts()
     assert past.order is not None
     assert past.spent(limit.delta).epsilon <= limit.epsilon * (1 + 1e-9)
     # And they went as far as they could: together through the plan that is theirs.
@@ -742,7 +742,7 @@ def test_two_workers_at_once(home: Home) -> None:
     assert pair[1].plan == plan
     assert past.left_of(merged(plan)) == ()
     with pytest.raises(RefusalError):
-        purse.check([past.history[0]], plan, past.order, limit, "one more")
+        budget_of_pair.check([past.history[0]], plan, past.order, limit, "one more")
 
 
 def test_two_workers_of_two_contracts(home: Home) -> None:
