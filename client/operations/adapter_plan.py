@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from silotune.client.operations import adapter_noise
+from silotune.client.operations import adapter_tolerance
 from silotune.client.privacy import accountant
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.head_facts import facts_of
@@ -13,7 +13,6 @@ from silotune.common.models.adapted import Adapted
 from silotune.common.models.factory import build
 from silotune.common.planning import head_rule
 from silotune.common.planning.adapter_rule import (
-    LARGEST_HEAD_STEP,
     AdapterFacts,
     AdapterPlan,
     adapter_rate,
@@ -43,6 +42,9 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
     assert isinstance(model, Adapted)
     shapes = model.initial_arrays()
     names = [n for n in trained_names(shapes, plan.trains) if not n.startswith("head.")]
+    tolerance = adapter_tolerance.adapter_tolerance(
+        model, adapter_tolerance.public_inputs(contract, model), plan.trains
+    )
     facts = AdapterFacts(
         noise_multiplier=mechanism.noise_multiplier,
         clip_norm=p.clip_norm,
@@ -53,20 +55,16 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
             phase.rounds, aggregation.server_momentum, aggregation.averaging_start
         ),
         entries=sum(shapes[name].size for name in names),
-        tolerated_noise=adapter_noise.tolerated_noise(
-            model, adapter_noise.public_inputs(contract, model), plan.trains
-        ),
+        tolerated_noise=tolerance.noise,
+        tolerated_step=tolerance.step,
     )
     head_lr, head = None, facts_of(contract, phase)
     if phase.head_lr is not None and head is not None:
-        head_lr = min(
-            head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm),
-            LARGEST_HEAD_STEP / p.clip_norm,
-        )
+        head_lr = head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm)
     return AdapterPlan(
         adapter_lr=_two_digits(adapter_rate(facts)),
         head_lr=None if head_lr is None else _two_digits(head_lr),
-        cosine=adapter_noise.COSINE,
+        cosine=adapter_tolerance.COSINE,
         signal_ratio=signal_ratio(facts),
     )
 

@@ -7,13 +7,14 @@ The noise that a phase leaves in each entry of the adapter has the standard devi
 for a learning rate r, T rounds of noise multiplier s, clip norm C and sampling rate q, n expected
 units at each of S sites, equal weights, plain steps, and the gain that momentum and the average of
 the later iterates have on independent noise (common/planning/head_rule.py, `step_weights`). The
-rule takes the rate at which v is what the adapter bears (client/operations/adapter_noise.py): more
-would turn the features beyond use, less would learn less of what the same noise allows.
+rule takes the rate at which v is what the adapter bears (client/operations/adapter_tolerance.py):
+more would turn the features beyond use, less would learn less of what the same noise allows.
 
-With many records the noise vanishes and that rate grows without bound, so LARGEST_STEP limits the
-step r C of a round whose clipped gradients are all alike, and LARGEST_HEAD_STEP that of the head
-beside it. Both are rates that trained well with features of norm 1. Six sites of 2,000 texts at
-epsilon 8 came to a single class with steps of 4.6 and 43.
+With many records the noise vanishes and that rate grows without bound. The rule's limit is the rate
+at which the step r C of a round whose clipped gradients are all alike, in the direction that moves
+the features most, is the largest that the adapter bears: beyond it learning overshoots.
+
+The head beside the adapter has the rate of common/planning/head_rule.py with the phase's own noise.
 
 Whether there is room for an adapter: were the gradients of all units alike and as large as the clip
 norm, they would move the adapter by r C sum(weights), and the noise by v sqrt(D) for D trained
@@ -29,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_RATIO = 3.0
-LARGEST_STEP, LARGEST_HEAD_STEP = 1.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class AdapterFacts:
         weights: How often each round's mean update counts in what the phase ends with.
         entries: How many entries of the adapter are trained.
         tolerated_noise: The standard deviation of noise in an entry that the adapter bears.
+        tolerated_step: The L2 norm of a round's step that the adapter bears in any direction.
     """
 
     noise_multiplier: float
@@ -55,6 +56,7 @@ class AdapterFacts:
     weights: Sequence[float]
     entries: int
     tolerated_noise: float
+    tolerated_step: float
 
     @property
     def noise_at_unit_rate(self) -> float:
@@ -66,9 +68,9 @@ class AdapterFacts:
 
 def adapter_rate(facts: AdapterFacts) -> float:
     """The learning rate at which noise alone leaves in an entry what the adapter bears, or the one
-    of a step of LARGEST_STEP if that is less."""
+    of the largest step that it bears if that is less."""
     by_noise = facts.tolerated_noise / facts.noise_at_unit_rate
-    return min(by_noise, LARGEST_STEP / facts.clip_norm)
+    return min(by_noise, facts.tolerated_step / facts.clip_norm)
 
 
 def signal_ratio(facts: AdapterFacts) -> float:
