@@ -14,11 +14,12 @@ Shapes: n inputs, T tokens, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor
 
 from silotune.common.contract.contract import Contract
@@ -37,7 +38,7 @@ INPUTS = 24
 # Draws of the noise, whose effects are averaged: as many as have DRAWN entries together.
 DRAWN, LEAST_DRAWS, MOST_DRAWS = 1 << 13, 2, 8
 LEAST, MOST = 1e-6, 1e3  # of a standard deviation, and of a step
-STEPS = 12  # of the bisection, each on half of what is left of the logarithm
+ACCURACY = 0.01  # of their logarithms
 ITERATIONS = 8  # of the power method, after which the features' movement grew by less than 2 %
 SMALL = 1e-2  # the norm of a movement that counts as a derivative's
 
@@ -178,17 +179,12 @@ def _largest(features: _FeaturesOf, directions: Sequence[Arrays], cosine: float)
         moved = torch.stack([features.moved(direction, by) for direction in directions])
         return float((moved * features.at_start).sum(dim=-1).mean())
 
-    return _bisected(kept, cosine)
-
-
-def _bisected(kept: Callable[[float], float], cosine: float) -> float:
-    low, high = LEAST, MOST
-    if kept(high) > cosine:
+    if kept(MOST) > cosine:
         return MOST
-    for _ in range(STEPS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if kept(middle) > cosine else (low, middle)
-    return math.sqrt(low * high)
+    found = optimize.brentq(
+        lambda log: kept(math.exp(log)) - cosine, math.log(LEAST), math.log(MOST), xtol=ACCURACY
+    )
+    return math.exp(found)
 
 
 def _scaled(direction: Arrays, by: float) -> Arrays:

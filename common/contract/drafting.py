@@ -26,6 +26,7 @@ from silotune.common.contract.privacy import delta_for
 from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
 from silotune.common.planning import head_rule
 from silotune.common.planning.adapter_rule import LEAST_RATIO, AdapterPlan
+from silotune.common.planning.public_sentences import NORM, SENTENCES
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
 Planner = Callable[[contracts.Contract], AdapterPlan | None]
@@ -171,6 +172,8 @@ def _rendered(answers: Answers, adapter: AdapterPlan | None) -> str:
         adapter=adapter,
         adapts=room and not answers.columns,
         least_ratio=LEAST_RATIO,
+        sentences=SENTENCES,
+        norm=NORM,
     )
     text = render(plan=None, clip_norm=1.0)
     contract = contracts.parse(text, "the draft")

@@ -5,6 +5,8 @@ complaints, notes, news, of several fields and lengths, so that their mean is wh
 in common. A contract that lists sentences of its own field instead describes its features better.
 """
 
+# Of the features: the bias, whose input is 1, then has little of the gradient and of its noise.
+NORM = 4.0
 SENTENCES = (
     "Thank you for your help, everything works again.",
     "The delivery is two weeks late and nobody answers my calls.",

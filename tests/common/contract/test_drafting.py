@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,10 +20,13 @@ from silotune.common.contract import drafting
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.contract.drafting import Answers, Column
 from silotune.common.contract.inputs import NumberColumn, TableInput
+from silotune.common.contract.model import EncoderModel
 from silotune.common.contract.privacy import Entity
 from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import UsageError
+from silotune.common.planning import head_rule
 from silotune.common.planning.adapter_rule import LEAST_RATIO, AdapterPlan
+from silotune.common.planning.public_sentences import SENTENCES
 from silotune.simulations.comparison.options import Options
 from tests.common.data.test_text_decoding import (
     csv_text,
@@ -394,7 +398,21 @@ def test_rows_that_do_not_fit_yet_do_not_stop_the_draft(
     assert code == 2
 
 
-TEXT = TABLE | {"columns": (), "text": "note", "records": 700}
+NOTES = TABLE | {"columns": (), "text": "note", "records": 700}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [NOTES, NOTES | {"task": "tokens", "labels": ("disease",)}],
+    ids=["classification", "tokens"],
+)
+def test_a_text_s_features_have_a_norm_by_public_sentences(answers: dict[str, Any]) -> None:
+    contract = parse(drafting.draft(Answers.model_validate(answers)))
+    assert isinstance(contract.model, EncoderModel)
+    assert contract.model.standardise is not None
+    assert contract.model.standardise.sentences == SENTENCES
+    assert contract.phases[0].rule == head_rule.VERSION
+    assert not contract.warnings
 
 
 def test_an_adapter_is_planned_by_a_planner_where_there_is_room() -> None:
@@ -404,7 +422,7 @@ def test_an_adapter_is_planned_by_a_planner_where_there_is_room() -> None:
         seen.append(contract)
         return AdapterPlan(adapter_lr=0.37, head_lr=5.5, cosine=0.5, signal_ratio=LEAST_RATIO)
 
-    answers = Answers.model_validate(TEXT)
+    answers = Answers.model_validate(NOTES)
     text = drafting.draft(answers, planner)
     head, both = parse(text).phases
     assert (both.adapter_lr, both.head_lr) == (0.37, 5.5)
@@ -414,7 +432,7 @@ def test_an_adapter_is_planned_by_a_planner_where_there_is_room() -> None:
 
 
 def test_without_room_the_head_alone_is_planned_with_the_whole_budget() -> None:
-    answers = Answers.model_validate(TEXT)
+    answers = Answers.model_validate(NOTES)
     text = drafting.draft(answers, lambda _: AdapterPlan(0.37, 5.5, 0.5, 0.9 * LEAST_RATIO))
     found = parse(text)
     assert found.adapter is None
@@ -424,6 +442,6 @@ def test_without_room_the_head_alone_is_planned_with_the_whole_budget() -> None:
 
 
 def test_without_the_model_the_rates_are_defaults_and_the_text_says_so() -> None:
-    answers = Answers.model_validate(TEXT)
+    answers = Answers.model_validate(NOTES)
     assert drafting.draft(answers, lambda _: None) == drafting.draft(answers)
     assert "the base model was not at hand" in drafting.draft(answers)

@@ -61,12 +61,14 @@ def test_the_norm_of_texts_features() -> None:
     (head, _) = contract.phases
     facts = facts_of(contract, head)
     assert facts is not None
-    assert (facts.feature_norm, facts.budget_share) == (1.0, 0.25)
+    assert (facts.feature_norm, facts.budget_share) == (4.0, 0.25)
     for model, norm in (
-        ({"standardise": {"norm": 4.0, "sentences": ["a", "b"]}}, 4.0),
-        ({"normalise": False}, None),
+        ({"standardise": {"norm": 3.0, "sentences": ["a", "b"]}}, 3.0),
+        ({"standardise": None}, 1.0),
+        ({"standardise": None, "normalise": False}, None),
     ):
-        found = facts_of(contract.changed(model=model), head)
+        raw = contract.model_dump(mode="json") | {"model": contract.model.model_dump() | model}
+        found = facts_of(Contract.model_validate(raw), head)
         assert (found and found.feature_norm) == norm
 
 
