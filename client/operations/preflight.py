@@ -253,8 +253,8 @@ def _check_records(
     unit = contract.privacy.unit if contract else next(iter(policy.limits))
     table.attempt(
         "records",
-        lambda error: _fix_of_records(site, error),
-        lambda: _records(policy, records_, unit),
+        lambda error: _fix_of_records(site, error, unit),
+        lambda: _records(policy, records_, unit, ledger),
     )
     if contract and contract.privacy.unit in policy.limits:
         if contract.privacy.mode == "dp":
@@ -533,8 +533,10 @@ def _record_set(found: records.Table, policy: Policy, secret: bytes) -> tuple[Re
     return record_ids.of_table(found, policy.data.key, secret), ", ".join(policy.data.key)
 
 
-def _records(policy: Policy, found: RecordSet, unit: Unit) -> tuple[None, str]:
-    policy.check_records(found, unit)
+def _records(
+    policy: Policy, found: RecordSet, unit: Unit, ledger: PrivacyLedger | None
+) -> tuple[None, str]:
+    policy.check_records(found, unit, ledger)
     if unit == "entity":
         count = counted(len(found.fingerprints), "entity", "entities")
         return None, f"{counted(found.rows, 'row')} of {count}"
@@ -542,10 +544,14 @@ def _records(policy: Policy, found: RecordSet, unit: Unit) -> tuple[None, str]:
     return None, f"{found.rows:,}{repeated}"
 
 
-def _fix_of_records(site: SiteFolder, error: SilotuneError) -> str:
+def _fix_of_records(site: SiteFolder, error: SilotuneError, unit: Unit) -> str:
     if error.code == ErrorCode.TOO_FEW_ROWS:
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
-    return "remove the copies, or " + _in_policy(
+    if unit == "entity":
+        return "write the key alike in each row of an entity, or " + _in_policy(
+            site, 'set duplicate_records = "keep" in [data]'
+        )
+    return "keep one row of each record, or " + _in_policy(
         site,
         'name the columns that tell records apart as key, or set duplicate_records = "keep", '
         "in [data]",

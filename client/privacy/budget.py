@@ -341,6 +341,28 @@ def overlaps(
     return {name: found.get(name, everything) | lost for name in charged}
 
 
+def rows_of_one_record(ledger: PrivacyLedger | None, records: RecordSet) -> list[list[int]]:
+    """The rows of one file that are the same record (with a key of entities: the same entity) in
+    different forms: `site prepare` made one of the other, or they are written in two ways. All of
+    them are charged as one unit, which could then move a step by several times the clip norm.
+
+    Args:
+        ledger: The site's, which has the links of its preparations; None if there is none yet.
+        records: Of a file that was read, so that their rows are known.
+
+    Returns:
+        For each such record the numbers of its rows, one for each form, in order.
+    """
+    links = ledger.links(records.basis) if ledger else []
+    if not links and not len(records.decodings.codes):
+        return []
+    (component,) = record_identity.components([records], links)
+    order = np.argsort(component, kind="stable")
+    ends = np.flatnonzero(np.diff(component[order])) + 1
+    groups = np.split(records.lines[order], ends)
+    return sorted(sorted(rows.tolist()) for rows in groups if len(rows) > 1)
+
+
 def untraceable(ledger: PrivacyLedger, records: RecordSet) -> NDArray[np.bool_]:
     """[R] which of `records` may have been made by a preparation that has no links for their basis,
     or be what it was made of: those with a cell that it changed, as it was or as it is. The names

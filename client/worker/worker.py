@@ -137,7 +137,7 @@ class Worker:
         narrowed = contract.at(policy.name)
         self.model: Network = build(narrowed, policy.model.folder, policy.performance, lane)
         self.data = dataset.load(table, contract, self.model)
-        policy.check_records(self.record_set, self.unit)
+        policy.check_records(self.record_set, self.unit, ledger)
         selftest.check(contract, self.model)
         self.source_name = table.source
         self.budget = Budget(ledger, self.record_set, self.unit)
@@ -399,7 +399,7 @@ class Worker:
         later = signed_policy.adopted(self.ledger).for_worker_of(self.policy)
         for refusal in later.refusals(self.contract):
             raise refusal
-        later.check_records(self.record_set, self.unit)
+        later.check_records(self.record_set, self.unit, self.ledger)
         return later
 
     def _check_run(

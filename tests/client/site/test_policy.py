@@ -268,21 +268,21 @@ def records(rows: int, distinct: int) -> RecordSet:
 
 def test_too_few_records_are_refused_without_their_number(policy: Policy) -> None:
     narrow = with_permits(policy, min_records=100)
-    narrow.check_records(records(100, 100))
+    narrow.check_records(records(100, 100), "record", None)
     with pytest.raises(DataError, match=r"fewer rows than permits\.min_records = 100") as error:
-        narrow.check_records(records(99, 99))
+        narrow.check_records(records(99, 99), "record", None)
     assert error.value.code == "E304"
     assert "99" not in str(error.value)
 
 
 def test_repeated_records_are_refused_unless_the_owner_keeps_them(policy: Policy) -> None:
-    policy.check_records(records(5, 4))
+    policy.check_records(records(5, 4), "record", None)
     refusing = policy.model_copy(
         update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
-    refusing.check_records(records(5, 5))
+    refusing.check_records(records(5, 5), "record", None)
     with pytest.raises(DataError, match="the same record more than once") as error:
-        refusing.check_records(records(59, 42))
+        refusing.check_records(records(59, 42), "record", None)
     assert error.value.code == "E307"
     assert "17" not in str(error.value)
     assert error.value.local.startswith("17 rows")
