@@ -195,7 +195,6 @@ class Contract(Frozen):
         max_records_per_entity: int = 10,
         epsilon: float = 8.0,
         delta: float | None = None,
-        secure_aggregation: bool = False,
     ) -> Contract:
         """A contract from a table's header and its owner's answers, as `silotune contract new`.
 
@@ -224,10 +223,11 @@ class Contract(Frozen):
             max_records_per_entity: The most records of an entity that a step takes.
             epsilon: The ε of a run at each site.
             delta: By default the largest power of ten that is at most 1e-4 and 1 / (10 records).
-            secure_aggregation: Whether the server sees sums of updates only.
 
         Returns:
-            A valid contract.
+            A valid contract, without secure aggregation, which needs the sites' keys:
+            `silotune server contract` adds it from the roster, `silotune.simulate` with keys of its
+            own.
 
         Raises:
             UsageError: If answers are missing, or do not go together.
