@@ -33,6 +33,7 @@ from silotune.common.cli.main import command
 from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.head_facts import forecast_of, forecast_sentences
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import Unit, delta_for, size_of_delta
 from silotune.common.data import records, sql_source
@@ -120,6 +121,7 @@ def check(site: SiteFolder, contract_file: Path, *, network: bool = False) -> li
         )
         _check_records(table, policy, contract, ledger, site, contract_file)
     if contract:
+        table.rows += _forecast(contract)
         table.rows.append(Check("leaves the site", "ok", contract.leaves))
     return table.rows
 
@@ -632,6 +634,24 @@ def _budget(ledger: PrivacyLedger, found: RecordSet, policy: Policy, contract: C
             f"{command('server', 'resume', 'RUN')}",
         )
     return Check("privacy budget", "ok", text)
+
+
+def _forecast(contract: Contract) -> list[Check]:
+    """What the plan can learn, by the contract alone."""
+    found = forecast_of(contract)
+    if found is None:
+        return []
+    return [
+        Check(
+            "forecast",
+            "ok" if found.shows else "warning",
+            "; ".join(forecast_sentences(contract)).removeprefix("! "),
+            ""
+            if found.shows
+            else "ask the operator for a contract with more records at each site (n is "
+            "privacy.expected_units), more sites or a larger ε, before anything is spent",
+        )
+    ]
 
 
 def _alternatives(

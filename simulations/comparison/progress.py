@@ -22,6 +22,7 @@ from rich.text import Text
 from silotune.client.privacy.accountant import EXACT
 from silotune.common.cli.main import next_step
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.head_facts import forecast_sentences
 from silotune.common.contract.inputs import PairInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import epsilon_text
@@ -144,6 +145,8 @@ class Progress:
         )
         for warning in c.delta_warnings:
             entry("     ! ", warning)
+        for sentence in forecast_sentences(c):
+            entry("     " if sentence.startswith("!") else "       ", sentence)
         if c.secure_aggregation:
             entry("       ", f"updates masked: the server sees sums of at least {c.quorum} sites")
         entry(

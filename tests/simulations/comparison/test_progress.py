@@ -262,6 +262,18 @@ def test_one_is_no_plural(table_contract: Contract, capsys: pytest.CaptureFixtur
     assert "1 run to compare 1 variant, 1 at a time" in capsys.readouterr().out
 
 
+def test_the_head_says_what_the_plan_can_learn(
+    table_contract: Contract, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase = {"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}
+    contract = table_contract.changed(privacy={"epsilon": 0.5}, phases=[phase])
+    shown = Progress(recipe_config("x"), contract)
+    shown.start([], [job_of(contract)], 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert " ! too few records for a medium signal at this ε (n = 50 records per site" in said
+    assert "the noise alone moves a score by" in said
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_pipe_says_at_once_what_takes_time(
     table_contract: Contract, capsys: pytest.CaptureFixture[str], quiet: bool
