@@ -272,16 +272,19 @@ class Budget:
         if after.accountant == EXACT:
             costs = (past.spent(limit.delta) for past in self.pasts())
             before = max(cost.epsilon for cost in costs if cost.accountant == EXACT)
-            own, why = accountant.plan_epsilon(plan, limit.delta), ""
+            own = accountant.plan_epsilon(plan, limit.delta)
+            named, pasts = accountant.merged(plan), self.pasts()
+            same = before and all(past.left_of(named) is not None for past in pasts)
+            why = "; what was spent are steps of this plan" if same else ""
         else:
             of_filter = accountant.split_delta(limit.delta)[1]
             before = max(past.epsilon(of_filter) for past in self.pasts())
             own = accountant.epsilon_at(order, plan, of_filter)
             why = "; what goes beyond one plan is counted by RDP, more than by exact composition"
+        terms = f"{after.accountant}, δ = {limit.delta:g} per {self.unit}"
         return (
             f"this plan {epsilon_text(own)} · spent before {epsilon_text(before)} · together "
-            f"{epsilon_text(after.epsilon)} ({after.accountant}, δ = {limit.delta:g}) · limit "
-            f"{epsilon_text(limit.epsilon)}{why}"
+            f"{epsilon_text(after.epsilon)} ({terms}) · limit {epsilon_text(limit.epsilon)}{why}"
         )
 
     def reasons(self) -> list[str]:
