@@ -93,8 +93,9 @@ def show(contract: Path, as_json: bool) -> None:
     found = named(contract)
     p = found.privacy
     guarantee = (
-        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (exact composition; add or "
-        "remove one)"
+        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site"
+        + (f", but {found.own_targets}" if found.own_targets else "")
+        + " (exact composition; add or remove one)"
         if p.mode == "dp"
         else "NO differential privacy"
     )

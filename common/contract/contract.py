@@ -398,9 +398,26 @@ class Contract(Frozen):
         return target
 
     @property
+    def own_targets(self) -> str:
+        """The sites at which a run may cost something else than [privacy] says, in words; empty if
+        there are none."""
+        usual = Target(self.privacy.epsilon, self.privacy.delta)
+        return "; ".join(
+            f"{site.name} ε ≤ {target.epsilon:g}, δ = {target.delta:g}"
+            for site in self.sites
+            if (target := self.target_of(site.name)) != usual
+        )
+
+    @property
+    def largest_target(self) -> Target:
+        """What holds at every site: the largest epsilon and the largest delta of any."""
+        epsilons, deltas = zip(*(self.target_of(site.name) for site in self.sites), strict=True)
+        return Target(max(epsilons), max(deltas))
+
+    @property
     def largest_delta(self) -> float:
         """The largest delta that a run has at any site."""
-        return max(self.target_of(site.name).delta for site in self.sites)
+        return self.largest_target.delta
 
     @property
     def size_of_delta(self) -> DeltaSize:

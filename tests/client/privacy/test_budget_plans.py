@@ -377,8 +377,8 @@ def test_a_plan_beyond_the_limit_does_not_begin_and_is_told_by_one_account() -> 
         site.budget().check_plan(PLAN, site.order, site.limit, "This run's plan")
     assert str(refusal.value) == (
         f"This run's plan exceeds the lifetime budget of these records: this plan {SPENT:.2f} · "
-        f"spent before 0.00 · together {SPENT:.2f} (exact composition, δ = 1e-05 per record) · limit "
-        f"{SPENT / 2:.2f}."
+        f"spent before 0.00 · together {SPENT:.2f} (exact composition, δ = 1e-05 per record) · "
+        f"limit {SPENT / 2:.2f}."
     )
 
 
@@ -393,8 +393,8 @@ def test_a_second_plan_is_told_by_one_account_and_why() -> None:
     ]
     assert str(refusal.value).endswith(
         f"this plan {costs[0]:.2f} · spent before {costs[1]:.2f} · together {costs[2]:.2f} (RDP, "
-        f"δ = 1e-05 per record) · limit {SPENT:.2f}; what goes beyond one plan is counted by RDP, more than "
-        "by exact composition."
+        f"δ = 1e-05 per record) · limit {SPENT:.2f}; what goes beyond one plan is counted by RDP, "
+        "more than by exact composition."
     )
 
 

@@ -341,6 +341,20 @@ def test_show_json_is_the_canonical_form(run: Callable[..., Ran]) -> None:
     assert contracts.Contract.model_validate(data).hash == heart.hash
 
 
+def test_show_says_where_a_site_has_a_target_of_its_own(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.toml"
+    text = HEART.read_text().replace('name = "Hungary"', 'name = "Hungary"\nepsilon = 2.0')
+    path.write_text(text)
+    out = run("contract", "show", path)[1]
+    assert (
+        "privacy  ε ≤ 8, δ = 0.0001 per record and site, but Hungary ε ≤ 2, δ = 0.0001 (exact "
+        "composition; add or remove one)"
+    ) in out
+    assert "but" not in run("contract", "show", HEART)[1].splitlines()[1]
+
+
 def test_show_says_what_the_plan_can_learn(run: Callable[..., Ran], tmp_path: Path) -> None:
     text, path = HEART.read_text(), tmp_path / "plan.toml"
     shown = {}
