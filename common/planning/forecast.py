@@ -29,6 +29,11 @@ the others:
 
     d' = d / sqrt(1 + B / d^2),   B = 2 (K D v Q / (W f R^2))^2 + 2 K D / N.
 
+Where classes have weights w_k, their shares count as h / w_k with h = 1 / sum(1 / w_k), so that all
+weigh alike, and a share of right answers is one of as many test records of each class. Then h takes
+the place of 1 / K in a, f is that of the largest weight, and the means are known by fewer records:
+B = 2 (D v Q / (W f h R^2))^2 + 2 mean(w) D / (h N).
+
 Of a logit of its own (a label of L, a pair) the gradient is half as long, of one output, and a mean
 over the labels: B = (4 L D v Q / (W f R^2))^2 + 4 D / N. The expected share of right answers is
 A(d').
@@ -39,8 +44,8 @@ learnt has an error of sqrt(d^2 - d'^2) / sqrt(D (K - 1)) in d'. It is checked o
 (tests/common/planning/test_forecast.py).
 
 Limits: features equally strong (where few carry most of the variance, signals along these are
-learnt from fewer records), classes equally common and without weights (a rare one needs more), full
-batches, plain steps, one epsilon for all sites.
+learnt from fewer records), classes equally common or as rare as their weights say, full batches,
+plain steps, one epsilon for all sites.
 """
 
 from __future__ import annotations
@@ -110,7 +115,7 @@ class Forecast:
 
     Attributes:
         task: The task's kind.
-        classes: How many there are, equally common; two of a logit of its own.
+        classes: How many there are; two of a logit of its own.
         epsilon: Of the guarantee.
         units: Expected units of a site.
         output_noise: The standard deviation of an output by noise alone.
@@ -145,7 +150,8 @@ class Forecast:
             First whether a medium signal shows, and what would help if it does not.
         """
         few = {"record": "records", "entity": "entities"}[unit]
-        between = BETWEEN.get(self.task, f"{self.classes} equally common classes")
+        classes = f"{self.classes} classes with as many test records of each"
+        between = BETWEEN.get(self.task, classes)
         medium = (
             f"a medium signal (the best possible model is right in {100 * self.attainable:.0f} of "
             f"100 cases between {between}, a constant answer in {100 / self.classes:.0f})"
@@ -223,8 +229,11 @@ def _kept(facts: PlanFacts, effect: float) -> float:
     relative = noise * facts.features * input_norm(head) / (sum(weights) * uncut * facts.spread**2)
     records = head.units * head.sites
     if head.task == "classification":
-        of_noise = 2 * (head.outputs * relative) ** 2
-        of_chance = 2 * head.outputs * facts.features / records
+        weights_of = head.class_weights or (1.0,) * head.outputs
+        alike = 1 / sum(1 / weight for weight in weights_of)
+        mean = sum(weights_of) / len(weights_of)
+        of_noise = 2 * (relative / alike) ** 2
+        of_chance = 2 * mean / alike * facts.features / records
     else:
         labels = head.outputs if head.task == "multi-label" else 1
         of_noise = (4 * labels * relative) ** 2

@@ -20,10 +20,18 @@ TESTED = 10_000  # records, so that what is compared with the margin is the mode
 
 
 def planned(
-    classes: int, features: int, norm: float, sites: int, epsilon: float, units: float
+    classes: int,
+    features: int,
+    norm: float,
+    sites: int,
+    epsilon: float,
+    units: float,
+    weights: tuple[float, ...] | None = None,
 ) -> PlanFacts:
     """The rule's plan for these facts."""
-    head = HeadFacts("classification", classes, norm, units, sites, epsilon, 1e-4)
+    head = HeadFacts(
+        "classification", classes, norm, units, sites, epsilon, 1e-4, class_weights=weights
+    )
     plan = plan_head(head)
     return PlanFacts(
         head=head,
@@ -60,13 +68,16 @@ def accuracy(facts: PlanFacts, effect: float, seed: int) -> float:
     directions = np.linalg.qr(rng.normal(size=(features, classes)))[0].T
     means = (directions - directions.mean(axis=0)) * effect * within / math.sqrt(2)
 
-    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.arange(count) % classes
+    factors = np.array(head.class_weights or (1.0,) * classes)
+
+    def drawn(count: int, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.repeat(np.arange(classes), np.round(count * shares / shares.sum()).astype(int))
+        count = len(labels)
         rows = means[labels] + within * rng.normal(size=(count, features))
         return np.concatenate([rows, np.ones((count, 1))], axis=1), labels
 
     records = round(head.units) * head.sites
-    x, y = drawn(records)
+    x, y = drawn(records, 1 / factors)
     norms, wanted = np.linalg.norm(x, axis=1), np.eye(classes)[y]
     multiplier = accountant.noise_for(head.epsilon, head.delta, 1.0, facts.rounds)
     noise = multiplier * facts.clip_norm * math.sqrt(head.sites)
@@ -74,7 +85,7 @@ def accuracy(facts: PlanFacts, effect: float, seed: int) -> float:
     velocity, averaged = np.zeros_like(weights), []
     for number in range(1, facts.rounds + 1):
         scores = np.exp(x @ weights)
-        errors = wanted - scores / scores.sum(axis=1, keepdims=True)
+        errors = factors[y][:, None] * (wanted - scores / scores.sum(axis=1, keepdims=True))
         lengths = np.linalg.norm(errors, axis=1) * norms
         errors *= np.minimum(1, facts.clip_norm / lengths)[:, None]
         total = x.T @ errors + noise * rng.normal(size=weights.shape)
@@ -82,7 +93,7 @@ def accuracy(facts: PlanFacts, effect: float, seed: int) -> float:
         weights = weights + facts.rate * velocity
         if number > facts.rounds * facts.averaging_start:
             averaged.append(weights)
-    test, truth = drawn(TESTED)
+    test, truth = drawn(TESTED, np.ones(classes))
     return float(np.mean((test @ np.mean(averaged, axis=0)).argmax(axis=1) == truth))
 
 
@@ -118,6 +129,15 @@ def test_the_expected_share_is_what_synthetic_sets_have(units: int) -> None:
     assert forecast_of(facts).expected == pytest.approx(float(np.mean(shares)), abs=0.02)
 
 
+@pytest.mark.parametrize("units", [500, 2000])
+def test_a_rare_class_with_its_weight_needs_more_records(units: int) -> None:
+    rare = planned(2, 200, 2.0, 4, 3.0, units, weights=(0.1, 1.0))
+    shares = [accuracy(rare, 1.0, seed) for seed in range(3)]
+    expected = forecast_of(rare).expected
+    assert expected == pytest.approx(float(np.mean(shares)), abs=0.02)
+    assert expected < forecast_of(planned(2, 200, 2.0, 4, 3.0, units)).expected - 0.02
+
+
 @pytest.mark.parametrize("at", range(len(SETS)))
 def test_the_numbers_that_would_do_do(at: int) -> None:
     """And a tenth less would not."""
@@ -147,8 +167,8 @@ def test_sentences() -> None:
         "n ≥ 350 or ε ≥ 1.9 would do"
     )
     assert (
-        "right in 69 of 100 cases between 2 equally common classes, a constant answer in 50"
-        in (few[1])
+        "right in 69 of 100 cases between 2 classes with as many test records of each, a constant "
+        "answer in 50" in (few[1])
     )
     enough = forecast_of(planned(2, 384, 2.0, 4, 8.0, units=2000)).sentences("record")
     assert "expected to be right in 67" in enough[0]
