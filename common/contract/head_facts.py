@@ -9,8 +9,9 @@ from silotune.common.contract.inputs import PairInput, TableInput
 from silotune.common.contract.model import EncoderModel, LanguageModel, OneHotModel
 from silotune.common.contract.task import Language
 from silotune.common.planning import head_rule
-from silotune.common.planning.forecast import Forecast, PlanFacts, forecast
+from silotune.common.planning.forecast import Forecast, forecast
 from silotune.common.planning.head_rule import HeadFacts, plan_head
+from silotune.common.planning.plan_facts import PlanFacts
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract

@@ -171,13 +171,18 @@ def weight_noise(
     averaging_start: float = AVERAGING_START,
 ) -> float:
     """The standard deviation of what noise leaves in a weight at a learning rate of 1."""
+    gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds, momentum, averaging_start)))
+    return round_noise(facts, rounds, clip_norm) * gain
+
+
+def round_noise(facts: HeadFacts, rounds: int, clip_norm: float) -> float:
+    """The standard deviation of the noise in an entry of a round's mean gradient."""
     # Half a second, for which no command waits that only reads a contract.
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian
 
     of_release = float(get_sigma_gaussian(facts.epsilon, facts.delta))
     multiplier = of_release * math.sqrt(rounds / facts.budget_share)
-    gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds, momentum, averaging_start)))
-    return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites)) * gain
+    return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites))
 
 
 def _of_output(facts: HeadFacts, of_weight: float) -> float:
