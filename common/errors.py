@@ -224,8 +224,9 @@ CODES: dict[ErrorCode, str] = {
         "the cache folder from a machine that has it."
     ),
     ErrorCode.DUPLICATE_RECORDS: (
-        "Rows of the data file are the same record more than once. The guarantee is for one "
-        "record, so copies would weaken it. Name data.key, remove copies, or keep them knowingly."
+        "Rows of the data file are the same record more than once, as copies or in different "
+        "forms: raw beside prepared, or written in two ways. The guarantee is for one record, so "
+        "each further row would weaken it. Name data.key, remove copies, or keep them knowingly."
     ),
     ErrorCode.NO_ROOM_FOR_CACHE: (
         "The frozen layers' outputs fit neither in the memory they may take nor on the disk. Free "

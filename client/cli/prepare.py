@@ -118,7 +118,7 @@ def _prepare(
         # Before the rows are on disk: no prepared row may exist that the ledger does not know.
         ledger.link(origin, source=data.source, rows=found.rows)
         cleaning.write(prepared.table, file)
-        hindrances = _hindrances(policy, agreed, prepared.table, secret, file)
+        hindrances = _hindrances(policy, agreed, prepared.table, ledger, file)
     lines, lengths = _lines(data, raw, prepared, found, charged, warnings), found.lengths
     lines += [f"! `silotune site check` would refuse these rows. {text}" for text in hindrances]
     lines.append(f"report    {report}  (counts of private records: it must not leave this site)")
@@ -176,7 +176,7 @@ def _keep_what_is_there(data: Data, file: Path, report: Path, again: str) -> Non
 
 
 def _hindrances(
-    policy: Policy, contract: Contract, table: Table, secret: bytes, file: Path
+    policy: Policy, contract: Contract, table: Table, ledger: PrivacyLedger, file: Path
 ) -> list[str]:
     """Why `silotune site check` would refuse the prepared rows, with its own words."""
     from silotune.client.records import record_ids
@@ -184,10 +184,10 @@ def _hindrances(
 
     data = Data(file=file, key=policy.data.key, duplicate_records=policy.data.duplicate_records)
     judged = policy.model_copy(update={"data": data})
-    found = record_ids.of_table(table, data.key, secret)
+    found = record_ids.of_table(table, data.key, ledger.identity.fingerprint_key)
     return [
         f"{problem} {problem.local}".strip()
-        for problem in judged.problems_of_records(found, contract.privacy.unit)
+        for problem in judged.problems_of_records(found, contract.privacy.unit, ledger)
     ]
 
 

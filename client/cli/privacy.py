@@ -31,8 +31,8 @@ def spent(config: Path, as_json: bool) -> None:
     \b
     $ silotune privacy spent
     hospital-a · ε ≤ 8, δ = 0.0001 per record over its lifetime, add or remove one
-    Records    first used   rows  runs  rounds  ε spent       counted by  further plan
-    notes.csv  2026-11-22  6,000     1      18     4.90  exact composition          2.93
+    Records    first used   rows  runs  rounds  ε spent     per         counted by  further plan
+    notes.csv  2026-11-22  6,000     1      18     4.90  record  exact composition          2.93
     """
     from silotune.client.privacy.budget import Budget
     from silotune.client.site.folder import SiteFolder
@@ -78,6 +78,7 @@ def spent(config: Path, as_json: bool) -> None:
         "runs",
         "rounds",
         "ε spent",
+        "per",
         "counted by",
         "further plan",
     )
@@ -89,6 +90,7 @@ def spent(config: Path, as_json: bool) -> None:
             str(r["runs"]),
             str(r["rounds"]),
             _shown(r["epsilon"]),
+            r["unit"],
             r["accountant"],
             _shown(r["remaining_epsilon"]),
         )

@@ -33,6 +33,7 @@ from silotune.common.cli.main import command
 from silotune.common.config.types import as_toml
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.head_facts import forecast_of, forecast_sentences
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import Unit, delta_for, size_of_delta
 from silotune.common.data import records, sql_source
@@ -120,6 +121,7 @@ def check(site: SiteFolder, contract_file: Path, *, network: bool = False) -> li
         )
         _check_records(table, policy, contract, ledger, site, contract_file)
     if contract:
+        table.rows += _forecast(contract)
         table.rows.append(Check("leaves the site", "ok", contract.leaves))
     return table.rows
 
@@ -253,8 +255,8 @@ def _check_records(
     unit = contract.privacy.unit if contract else next(iter(policy.limits))
     table.attempt(
         "records",
-        lambda error: _fix_of_records(site, error),
-        lambda: _records(policy, records_, unit),
+        lambda error: _fix_of_records(site, error, unit),
+        lambda: _records(policy, records_, unit, ledger),
     )
     if contract and contract.privacy.unit in policy.limits:
         if contract.privacy.mode == "dp":
@@ -533,8 +535,10 @@ def _record_set(found: records.Table, policy: Policy, secret: bytes) -> tuple[Re
     return record_ids.of_table(found, policy.data.key, secret), ", ".join(policy.data.key)
 
 
-def _records(policy: Policy, found: RecordSet, unit: Unit) -> tuple[None, str]:
-    policy.check_records(found, unit)
+def _records(
+    policy: Policy, found: RecordSet, unit: Unit, ledger: PrivacyLedger | None
+) -> tuple[None, str]:
+    policy.check_records(found, unit, ledger)
     if unit == "entity":
         count = counted(len(found.fingerprints), "entity", "entities")
         return None, f"{counted(found.rows, 'row')} of {count}"
@@ -542,10 +546,14 @@ def _records(policy: Policy, found: RecordSet, unit: Unit) -> tuple[None, str]:
     return None, f"{found.rows:,}{repeated}"
 
 
-def _fix_of_records(site: SiteFolder, error: SilotuneError) -> str:
+def _fix_of_records(site: SiteFolder, error: SilotuneError, unit: Unit) -> str:
     if error.code == ErrorCode.TOO_FEW_ROWS:
         return "add records, or " + _in_policy(site, "lower min_records in [permits]")
-    return "remove the copies, or " + _in_policy(
+    if unit == "entity":
+        return "write the key alike in each row of an entity, or " + _in_policy(
+            site, 'set duplicate_records = "keep" in [data]'
+        )
+    return "keep one row of each record, or " + _in_policy(
         site,
         'name the columns that tell records apart as key, or set duplicate_records = "keep", '
         "in [data]",
@@ -626,6 +634,24 @@ def _budget(ledger: PrivacyLedger, found: RecordSet, policy: Policy, contract: C
             f"{command('server', 'resume', 'RUN')}",
         )
     return Check("privacy budget", "ok", text)
+
+
+def _forecast(contract: Contract) -> list[Check]:
+    """What the plan can learn, by the contract alone."""
+    found = forecast_of(contract)
+    if found is None:
+        return []
+    return [
+        Check(
+            "forecast",
+            "ok" if found.shows else "warning",
+            "; ".join(forecast_sentences(contract)).removeprefix("! "),
+            ""
+            if found.shows
+            else "ask the operator for a contract with more records at each site (n is "
+            "privacy.expected_units), more sites or a larger ε, before anything is spent",
+        )
+    ]
 
 
 def _alternatives(

@@ -11,14 +11,20 @@ passes a charge only if for every unit r of the data set one of two holds:
 (plan) all of H(r) and the charge belong to runs of one and the same plan P, a set of steps that
        each of these runs has named in the ledger at its first charge; together they are no more
        than the steps of P, kind by kind; and P as a whole is (epsilon, d1)-DP by exact composition.
-(filter) the Rényi sum of H(r) and the charge, at the order a that the ledger's first charge names,
-       converted at d2, is at most epsilon.
+(filter) the Rényi sum of H(r) and the charge, at the order a that the ledger's first charge with
+       noise names, converted at d2, is at most epsilon.
 
 **The guarantee.** All replies ever made of r together are (epsilon, delta)-DP for r, also when
-servers choose each request after seeing every reply. Proof. Nothing depends on r before its first
-charge, so let what came before be given; P, if there is one, and a are then fixed. Let M be the law
-of all that leaves with r, M' without, and E the event that all charges of r are as (plan) says. It
-can be told from what left.
+servers choose each request after seeing every reply. Proof. Let the transcript be the ledger's
+charges in order, each with the reply that was computed for it; without r, a charge "of r" is one on
+the same file without r. What leaves is a part of the transcript: a charge may stand whose reply was
+lost before it left. So it is enough to show the guarantee for the transcript, as if all of it were
+seen. Each charge is a function of requests, plans and earlier charges, and so of the transcript
+before it, alike with and without r. Nothing depends on r before its first charge, so let what came
+before be given; P, if there is one, and a are then fixed. Let M be the law of the transcript with
+r, M' without, and E the event that all charges of r are as (plan) says: it can be told from the
+charges. (Where the owner let r be charged without DP, nothing is claimed for r, and nothing with
+noise passes after that.)
 1. Let M1 be M, but halted where it would grant a charge of r beyond (plan). It takes steps of P
    alone, each at most once, in an order and on inputs that may depend on every reply. So it is
    (epsilon, d1)-DP by exact composition (client/privacy/exact_composition.py), and it is M on E:
@@ -266,16 +272,19 @@ class Budget:
         if after.accountant == EXACT:
             costs = (past.spent(limit.delta) for past in self.pasts())
             before = max(cost.epsilon for cost in costs if cost.accountant == EXACT)
-            own, why = accountant.plan_epsilon(plan, limit.delta), ""
+            own = accountant.plan_epsilon(plan, limit.delta)
+            named, pasts = accountant.merged(plan), self.pasts()
+            same = before and all(past.left_of(named) is not None for past in pasts)
+            why = "; what was spent are steps of this plan" if same else ""
         else:
             of_filter = accountant.split_delta(limit.delta)[1]
             before = max(past.epsilon(of_filter) for past in self.pasts())
             own = accountant.epsilon_at(order, plan, of_filter)
             why = "; what goes beyond one plan is counted by RDP, more than by exact composition"
+        terms = f"{after.accountant}, δ = {limit.delta:g} per {self.unit}"
         return (
             f"this plan {epsilon_text(own)} · spent before {epsilon_text(before)} · together "
-            f"{epsilon_text(after.epsilon)} ({after.accountant}, δ = {limit.delta:g}) · limit "
-            f"{epsilon_text(limit.epsilon)}{why}"
+            f"{epsilon_text(after.epsilon)} ({terms}) · limit {epsilon_text(limit.epsilon)}{why}"
         )
 
     def reasons(self) -> list[str]:
@@ -341,6 +350,28 @@ def overlaps(
     return {name: found.get(name, everything) | lost for name in charged}
 
 
+def rows_of_one_record(ledger: PrivacyLedger | None, records: RecordSet) -> list[list[int]]:
+    """The rows of one file that are the same record (with a key of entities: the same entity) in
+    different forms: `site prepare` made one of the other, or they are written in two ways. All of
+    them are charged as one unit, which could then move a step by several times the clip norm.
+
+    Args:
+        ledger: The site's, which has the links of its preparations; None if there is none yet.
+        records: Of a file that was read, so that their rows are known.
+
+    Returns:
+        For each such record the numbers of its rows, one for each form, in order.
+    """
+    links = ledger.links(records.basis) if ledger else []
+    if not links and not len(records.decodings.codes):
+        return []
+    (component,) = record_identity.components([records], links)
+    order = np.argsort(component, kind="stable")
+    ends = np.flatnonzero(np.diff(component[order])) + 1
+    groups = np.split(records.lines[order], ends)
+    return sorted(sorted(rows.tolist()) for rows in groups if len(rows) > 1)
+
+
 def untraceable(ledger: PrivacyLedger, records: RecordSet) -> NDArray[np.bool_]:
     """[R] which of `records` may have been made by a preparation that has no links for their basis,
     or be what it was made of: those with a cell that it changed, as it was or as it is. The names
@@ -382,9 +413,9 @@ def planned(ledger: PrivacyLedger, contract: Contract, target: Target) -> list[M
 
 
 def order_of(plan: Sequence[Mechanism], limit: Limit) -> float:
-    """The order for a ledger without charges: the one by which the filter lets this plan pass most
-    often."""
+    """The order for a ledger without charges that have noise: the one by which the filter lets this
+    plan pass most often. For a plan without noise any: it fixes none (`PrivacyLedger.order`)."""
     if any(m.noise_multiplier <= 0 for m in plan):
-        return 4.0
+        return 2.0
     of_filter = accountant.split_delta(limit.delta)[1]
     return accountant.best_repeating_order(plan, limit.epsilon, of_filter)

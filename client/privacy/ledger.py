@@ -183,8 +183,10 @@ class PrivacyLedger:
 
     @property
     def order(self) -> float | None:
-        """The Rényi order of every account here: fixed by the first charge of all."""
-        return next((charge.order for charge in self.charges.values()), None)
+        """The Rényi order of every account here: fixed by the first charge with noise. A charge
+        without has no finite epsilon at any order, and none is chosen for it."""
+        noised = (charge for charge in self.charges.values() if charge.noise_multiplier > 0)
+        return next((charge.order for charge in noised), None)
 
     @property
     def policy(self) -> Adopted | None:

@@ -80,10 +80,10 @@ class Charged(EntryBase):
     basis, rows: of the record_set; source: the file's name, for people. They stand in every charge
     and not in an entry of their own when the records are new, so that the number of entries, which
     a receipt shows, depends on requests alone. order: the Rényi order by which all is accounted,
-    the same in every charge (client/privacy/budget.py). request: SHA-256 of what was asked.
-    noise_multiplier 0: without DP. plan: in the first charge of a run, all steps that the run may
-    take, in order; in its later ones, and without DP, nothing. adapter: SHA-256 of the adapter that
-    the round began with, under secure aggregation (client/privacy/site_sets.py).
+    the same in every charge with noise (client/privacy/budget.py). request: SHA-256 of what was
+    asked. noise_multiplier 0: without DP. plan: in the first charge of a run, all steps that the
+    run may take, in order; in its later ones, and without DP, nothing. adapter: SHA-256 of the
+    adapter that the round began with, under secure aggregation (client/privacy/site_sets.py).
     """
 
     state: Literal["CHARGED"] = "CHARGED"

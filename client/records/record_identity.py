@@ -14,6 +14,10 @@ columns, columns that were renamed or selected by other names) it cannot be: the
 cell that the preparation changed, as it was or as it is, counts as charged, whatever its column is
 called; a record without one is the same before and after (client/privacy/budget.py). Not covered:
 columns that took the names of others since, so that the names are those by which rows were linked.
+
+One file with both r and p would have one unit take part twice: it is refused where the rows are
+linked (`budget.rows_of_one_record`). Read by other columns that is not recognised: what both forms
+of a changed cell have in common is not kept, and either form alone is a file that may be used.
 """
 
 from __future__ import annotations

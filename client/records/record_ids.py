@@ -66,7 +66,8 @@ class RecordSet:
     `rows` counts the file's rows; it is larger than len(fingerprints) where records stand twice.
     columns: the JSON list that `basis` is the digest of; "" where it is not known. holding: tells
     for each record whether one of its cells is among these (`cell_codes`); None where only the
-    fingerprints are known.
+    fingerprints are known. lines: the number of each record's first row in the file; empty where
+    only the fingerprints are known.
     """
 
     basis: str
@@ -76,6 +77,9 @@ class RecordSet:
     decodings: Decodings = NO_DECODINGS
     holding: Callable[[Codes], NDArray[np.bool_]] | None = field(
         default=None, compare=False, repr=False
+    )
+    lines: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False
     )
 
     @cached_property
@@ -137,7 +141,7 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> RecordSet:
     """The record_set of a file's rows. secret: 32 bytes, the site's own. DataError: no such
     column."""
     found = of_rows(table, basis_columns(table, key), secret, keyed=bool(key))
-    prints, record = np.unique(found.fingerprints, return_inverse=True)
+    prints, first, record = np.unique(found.fingerprints, return_index=True, return_inverse=True)
     owners, codes = record[found.decodings.owners], found.decodings.codes
     order = np.lexsort((codes, owners))
     owners, codes = owners[order], codes[order]
@@ -154,7 +158,8 @@ def of_table(table: Table, key: Sequence[str], secret: bytes) -> RecordSet:
         ] = True
         return has
 
-    return RecordSet(found.basis, prints, len(table.rows), found.columns, decodings, holding)
+    lines = np.array([line for line, _ in table.rows], dtype=np.int64)[first]
+    return RecordSet(found.basis, prints, len(table.rows), found.columns, decodings, holding, lines)
 
 
 def cell_codes(cell: str, encoding: str, secret: bytes) -> frozenset[int]:

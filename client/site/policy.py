@@ -7,12 +7,14 @@ Nothing that arrives from a server changes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from silotune.client.privacy.budget import Limit
+from silotune.client.privacy.budget import Limit, rows_of_one_record
+from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.records import record_ids
 from silotune.client.records.canonical_values import canonical
 from silotune.client.records.record_ids import RecordSet
@@ -35,10 +37,13 @@ from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import Metric, Target, Unit
 from silotune.common.contract.task import TaskKind
 from silotune.common.data import file_source, records, sql_source
+from silotune.common.data.file_source import SHOWN_ROWS, rows_in_words
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading, delimiter_of
 from silotune.common.errors import DataError, ErrorCode, RefusalError, counted
 from silotune.common.formats.encodings import encoding_of
+
+SHOWN_GROUPS = 3  # of rows that are one record, in the sentence that refuses them
 
 
 def _flag_or_auto(value: object) -> object:
@@ -78,8 +83,8 @@ class Data(Frozen):
     )
     duplicate_records: Literal["refuse", "keep"] = Field(
         default="refuse",
-        description='Whether rows that are the same record are an error ("refuse") or count '
-        'separately ("keep").',
+        description="Whether rows that are the same record, or keys that are the same entity in "
+        'different forms, are an error ("refuse") or count separately ("keep").',
     )
 
     @model_validator(mode="after")
@@ -287,13 +292,25 @@ class Policy(Frozen):
         agreed = contract.target_of(self.name)
         return agreed._replace(epsilon=min(agreed.epsilon, self.run.epsilon or agreed.epsilon))
 
-    def check_records(self, found: RecordSet, unit: Unit = "record") -> None:
+    def check_records(self, found: RecordSet, unit: Unit, ledger: PrivacyLedger | None) -> None:
         """DataError unless the records are as many and as distinct as the owner wants."""
-        for problem in self.problems_of_records(found, unit):
+        for problem in self.problems_of_records(found, unit, ledger):
             raise problem
 
-    def problems_of_records(self, found: RecordSet, unit: Unit) -> list[DataError]:
-        """In which way the records are fewer or less distinct than the owner wants."""
+    def problems_of_records(
+        self, found: RecordSet, unit: Unit, ledger: PrivacyLedger | None
+    ) -> list[DataError]:
+        """In which way the records are fewer or less distinct than the owner wants.
+
+        Args:
+            found: The records.
+            unit: The privacy unit of the contract.
+            ledger: The site's, which knows which rows `site prepare` made of which; None if there
+                is none yet.
+
+        Returns:
+            E304 for too few; E307 for rows that are one unit but would be clipped as several.
+        """
         problems = []
         count, what = found.rows, "rows"
         if unit == "entity":
@@ -318,7 +335,29 @@ class Policy(Frozen):
                     local=f"{counted(found.repeated, 'row repeats', 'rows repeat')} another one.",
                 )
             )
+        same = rows_of_one_record(ledger, found)
+        if same and self.data.duplicate_records == "refuse":
+            problems.append(self._of_one_record(same, unit))
         return problems
+
+    def _of_one_record(self, same: Sequence[Sequence[int]], unit: Unit) -> DataError:
+        """That rows which are clipped apart are one record or entity in several forms."""
+        what, remedy = "record", "Keep one row of each record: the raw or the prepared one"
+        if unit == "entity":
+            what = f"entity ({', '.join(self.data.key)})"
+            remedy = "Write its key alike in each of its rows"
+        shown = "; ".join(
+            rows_in_words(rows[:SHOWN_ROWS], len(rows)) for rows in same[:SHOWN_GROUPS]
+        )
+        more = f"; and {len(same) - SHOWN_GROUPS:,} more" if len(same) > SHOWN_GROUPS else ""
+        return DataError(
+            f"Rows of {self.data.source} are one {what} in different forms: `silotune site "
+            "prepare` made one of the other, or the same values are written in two ways; the "
+            f"privacy unit is one {unit}. {remedy}, or set data.duplicate_records = "
+            '"keep" if they are different people.',
+            code=ErrorCode.DUPLICATE_RECORDS,
+            local=f"The same {unit} each: {shown}{more}.",
+        )
 
     def for_worker_of(self, started: Policy) -> Policy:
         """What this policy says of a worker that runs: its own rules, over the records, the model

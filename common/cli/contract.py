@@ -26,6 +26,7 @@ from silotune.common.cli.options import JSON
 from silotune.common.config import types
 from silotune.common.config.diagnostics import contract_error
 from silotune.common.contract import contract as contracts
+from silotune.common.contract.head_facts import forecast_sentences
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import DataError, SilotuneError, UsageError, counted, did_you_mean
@@ -92,8 +93,9 @@ def show(contract: Path, as_json: bool) -> None:
     found = named(contract)
     p = found.privacy
     guarantee = (
-        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site (exact composition; add or "
-        "remove one)"
+        f"ε ≤ {p.epsilon:g}, δ = {p.delta:g} per {p.unit} and site"
+        + (f", but {found.own_targets}" if found.own_targets else "")
+        + " (exact composition; add or remove one)"
         if p.mode == "dp"
         else "NO differential privacy"
     )
@@ -105,6 +107,10 @@ def show(contract: Path, as_json: bool) -> None:
         f"  sites    {', '.join(s.name for s in found.sites)}",
         f"  answers  {found.task.answers}",
         f"  leaves a site: {found.leaves}",
+        *(
+            f"  {'forecast' if not at else '':8} {sentence}"
+            for at, sentence in enumerate(forecast_sentences(found))
+        ),
         *warning_lines(found),
     ]
     data = json.loads(found.model_dump_json()) | {"sha256": found.hash}

@@ -195,7 +195,6 @@ class Contract(Frozen):
         max_records_per_entity: int = 10,
         epsilon: float = 8.0,
         delta: float | None = None,
-        secure_aggregation: bool = False,
     ) -> Contract:
         """A contract from a table's header and its owner's answers, as `silotune contract new`.
 
@@ -224,10 +223,11 @@ class Contract(Frozen):
             max_records_per_entity: The most records of an entity that a step takes.
             epsilon: The ε of a run at each site.
             delta: By default the largest power of ten that is at most 1e-4 and 1 / (10 records).
-            secure_aggregation: Whether the server sees sums of updates only.
 
         Returns:
-            A valid contract.
+            A valid contract, without secure aggregation, which needs the sites' keys:
+            `silotune server contract` adds it from the roster, `silotune.simulate` with keys of its
+            own.
 
         Raises:
             UsageError: If answers are missing, or do not go together.
@@ -398,9 +398,26 @@ class Contract(Frozen):
         return target
 
     @property
+    def own_targets(self) -> str:
+        """The sites at which a run may cost something else than [privacy] says, in words; empty if
+        there are none."""
+        usual = Target(self.privacy.epsilon, self.privacy.delta)
+        return "; ".join(
+            f"{site.name} ε ≤ {target.epsilon:g}, δ = {target.delta:g}"
+            for site in self.sites
+            if (target := self.target_of(site.name)) != usual
+        )
+
+    @property
+    def largest_target(self) -> Target:
+        """What holds at every site: the largest epsilon and the largest delta of any."""
+        epsilons, deltas = zip(*(self.target_of(site.name) for site in self.sites), strict=True)
+        return Target(max(epsilons), max(deltas))
+
+    @property
     def largest_delta(self) -> float:
         """The largest delta that a run has at any site."""
-        return max(self.target_of(site.name).delta for site in self.sites)
+        return self.largest_target.delta
 
     @property
     def size_of_delta(self) -> DeltaSize:

@@ -93,7 +93,6 @@ class Answers(Frozen):
     records: Annotated[int, Field(ge=1, le=100_000_000)]
     epsilon: Epsilon = 8.0
     delta: Delta | None = None
-    masked: bool = False
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -189,7 +188,6 @@ def contract_of(
     header: Iterable[str],
     *,
     columns: Mapping[str, Sequence[object]] | None,
-    secure_aggregation: bool,
     **given: Any,
 ) -> contracts.Contract:
     """The contract of `Contract.draft`, whose arguments these are."""
@@ -202,7 +200,7 @@ def contract_of(
         answers = Answers.model_validate(
             given
             | {key: [str(value) for value in values] for key, values in lists.items()}
-            | {"columns": of_columns, "masked": secure_aggregation}
+            | {"columns": of_columns}
         )
     except ValidationError as error:
         raise contract_error(error, "Contract.draft", Answers) from None

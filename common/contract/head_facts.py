@@ -1,18 +1,24 @@
-"""What a contract says that the rule for heads needs, and where its numbers are not the rule's."""
+"""What a contract says that the rule for heads and the forecast need, and where its numbers are not
+the rule's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from silotune.common.contract.inputs import PairInput
+from silotune.common.contract.inputs import PairInput, TableInput
 from silotune.common.contract.model import EncoderModel, LanguageModel, OneHotModel
 from silotune.common.contract.task import Language
 from silotune.common.planning import head_rule
+from silotune.common.planning.forecast import Forecast, forecast
 from silotune.common.planning.head_rule import HeadFacts, plan_head
+from silotune.common.planning.plan_facts import PlanFacts
 
 if TYPE_CHECKING:
     from silotune.common.contract.contract import Contract
     from silotune.common.contract.training import Phase
+
+# Features of the encoders that are packaged. A contract does not say how many its model has.
+FEATURES_OF_TEXT = 384
 
 
 def facts_of(contract: Contract, phase: Phase) -> HeadFacts | None:
@@ -59,6 +65,59 @@ def _norm_of_text(model: EncoderModel) -> float | None:
     if model.standardise:
         return model.standardise.norm
     return 1.0 if model.normalise else None
+
+
+def forecast_of(contract: Contract) -> Forecast | None:
+    """What the plan of a contract can learn by its first phase, if that trains the head alone with
+    full batches and plain steps that all sites share.
+
+    Args:
+        contract: The contract.
+
+    Returns:
+        The forecast; None where there is none, or no noise.
+    """
+    phase, aggregation = contract.phases[0], contract.aggregation
+    plain = phase.trains == "head" and phase.sampling_rate == 1
+    special = (phase.adam, phase.personal, aggregation.server_optimizer, aggregation.robust)
+    head = facts_of(contract, phase)
+    if contract.privacy.mode == "none" or not plain or any(special) or head is None:
+        return None
+    assert phase.head_lr is not None
+    features, spread = _features(contract, head.feature_norm)
+    return forecast(
+        PlanFacts(
+            head=head,
+            rounds=phase.rounds,
+            rate=phase.head_lr * phase.local_steps,
+            clip_norm=contract.privacy.clip_norm,
+            server_momentum=aggregation.server_momentum,
+            averaging_start=aggregation.averaging_start,
+            features=features,
+            spread=spread,
+        )
+    )
+
+
+def forecast_sentences(contract: Contract) -> list[str]:
+    """The forecast for people, the first one with a "!" where records are too few; empty if there
+    is none."""
+    found = forecast_of(contract)
+    if found is None:
+        return []
+    plan = "this plan" if len(contract.phases) == 1 else "this plan's first phase"
+    first, *rest = found.sentences(contract.privacy.unit, plan)
+    return [first if found.shows else f"! {first}", *rest]
+
+
+def _features(contract: Contract, norm: float) -> tuple[int, float]:
+    """How many features there are that do not follow from others, and their root mean square norm
+    less their mean; of a one-hot table as if each column's values were equally common."""
+    if not (isinstance(contract.model, OneHotModel) and isinstance(contract.input, TableInput)):
+        return FEATURES_OF_TEXT, norm
+    sizes = [len(column.choices) for column in contract.input.columns]
+    varying = sum(1 - 1 / size for size in sizes) / len(sizes)
+    return max(sum(size - 1 for size in sizes), 1), norm * max(varying, 1e-3) ** 0.5
 
 
 def rule_warnings(contract: Contract) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from silotune.common.config.types import (
 
 LearningRate = Annotated[float, Field(gt=0, le=1e4, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
+MOST_STEPS = 1_000_000  # of a phase: what the ledger's entries and the accounts are made for
 
 
 class Adam(Frozen):
@@ -209,6 +210,15 @@ class Phase(Frozen):
             raise ValueError("rule is of a phase that trains the head alone")
         if self.dropout and self.trains == "adapter":
             raise ValueError("dropout is of the head's inputs, and this phase trains no head")
+        return self
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.rounds * self.local_steps > MOST_STEPS:
+            raise ValueError(
+                f"rounds times local_steps is {self.rounds * self.local_steps:,}; a phase has at "
+                f"most {MOST_STEPS:,} steps. Lower one of them"
+            )
         if self.noise_decay and self.noise_decay ** (self.rounds - 1) < 1e-3:
             raise ValueError(
                 "noise_decay over this many rounds ends below a thousandth of the first noise"

@@ -149,26 +149,45 @@ def target_noise(facts: HeadFacts) -> float:
     return NOISE_OF_NUMBER if facts.task == "regression" else NOISE_OF_LABEL
 
 
-def output_noise(facts: HeadFacts, rounds: int, head_lr: float, clip_norm: float) -> float:
+def output_noise(
+    facts: HeadFacts,
+    rounds: int,
+    head_lr: float,
+    clip_norm: float,
+    momentum: float = SERVER_MOMENTUM,
+    averaging_start: float = AVERAGING_START,
+) -> float:
     """tau of a plan: the standard deviation over inputs and noise of an output (of a logit less the
     mean of all, where their softmax counts) at the phase's end, were all gradients 0."""
-    return _of_output(facts, head_lr * weight_noise(facts, rounds, clip_norm))
+    noise = weight_noise(facts, rounds, clip_norm, momentum, averaging_start)
+    return _of_output(facts, head_lr * noise)
 
 
-def weight_noise(facts: HeadFacts, rounds: int, clip_norm: float) -> float:
+def weight_noise(
+    facts: HeadFacts,
+    rounds: int,
+    clip_norm: float,
+    momentum: float = SERVER_MOMENTUM,
+    averaging_start: float = AVERAGING_START,
+) -> float:
     """The standard deviation of what noise leaves in a weight at a learning rate of 1."""
+    gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds, momentum, averaging_start)))
+    return round_noise(facts, rounds, clip_norm) * gain
+
+
+def round_noise(facts: HeadFacts, rounds: int, clip_norm: float) -> float:
+    """The standard deviation of the noise in an entry of a round's mean gradient."""
     # Half a second, for which no command waits that only reads a contract.
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian
 
     of_release = float(get_sigma_gaussian(facts.epsilon, facts.delta))
     multiplier = of_release * math.sqrt(rounds / facts.budget_share)
-    gain = math.sqrt(sum(weight**2 for weight in step_weights(rounds)))
-    return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites)) * gain
+    return multiplier * clip_norm / (facts.units * math.sqrt(facts.sites))
 
 
 def _of_output(facts: HeadFacts, of_weight: float) -> float:
     """The standard deviation of an output by independent noise in the weights."""
-    return of_weight * _input_norm(facts) * math.sqrt(_free_share(facts))
+    return of_weight * input_norm(facts) * math.sqrt(_free_share(facts))
 
 
 def step_weights(
@@ -196,7 +215,7 @@ def first_gradient_norm(facts: HeadFacts) -> float:
         error = math.sqrt(_free_share(facts)) * max(facts.class_weights or (1.0,))
     elif facts.task == "multi-label":  # the loss is a mean over the labels
         error = 0.5 / math.sqrt(facts.outputs)
-    return error * _input_norm(facts)
+    return error * input_norm(facts)
 
 
 def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
@@ -208,7 +227,7 @@ def largest_rate(facts: HeadFacts, clip_norm: float) -> float:
     by LARGEST_STEP at most, beyond which the classes change no more, and probabilities get worse.
     Classes with weights count in the mean as if those were in inverse proportion to their shares.
     """
-    norm = _input_norm(facts)
+    norm = input_norm(facts)
     if facts.task == "regression":
         return STABLE_SHARE * 2 * (1 + SERVER_MOMENTUM) / norm**2
     weights = facts.class_weights or (1.0,)
@@ -225,7 +244,7 @@ def _clip_share(facts: HeadFacts) -> float:
     return CLIP_SHARE if facts.class_weights is None else 1.0
 
 
-def _input_norm(facts: HeadFacts) -> float:
+def input_norm(facts: HeadFacts) -> float:
     """Root mean square norm of the features with the bias' own."""
     return math.sqrt(facts.feature_norm**2 + 1)
 

@@ -22,6 +22,7 @@ from rich.text import Text
 from silotune.client.privacy.accountant import EXACT
 from silotune.common.cli.main import next_step
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.head_facts import forecast_sentences
 from silotune.common.contract.inputs import PairInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.contract.privacy import epsilon_text
@@ -142,8 +143,12 @@ class Progress:
                 else "no differential privacy"
             ),
         )
+        if p.mode == "dp" and not self._insecure and c.own_targets:
+            entry("       ", f"but {c.own_targets} ({EXACT})")
         for warning in c.delta_warnings:
             entry("     ! ", warning)
+        for sentence in forecast_sentences(c):
+            entry("     " if sentence.startswith("!") else "       ", sentence)
         if c.secure_aggregation:
             entry("       ", f"updates masked: the server sees sums of at least {c.quorum} sites")
         entry(
@@ -166,7 +171,7 @@ class Progress:
         tested = "(public test)" if self.config.table else "(held-out)"
         say(
             f"Round  sites  loss   {self._metric_label():<8} {tested:<13}  "
-            f"ε of {epsilon_text(p.epsilon)}           left"
+            f"ε of {epsilon_text(c.largest_target.epsilon)}           left"
         )
         self._jobs, first = jobs, (jobs[0].variant, jobs[0].repeat)
         # Of sites by themselves there are several, whose rounds would be mixed.
@@ -279,7 +284,7 @@ class Progress:
         metric = facts.metrics.get(self.config.metric)
         loss = facts.metrics.get("loss")
         spent = max((e for e in facts.epsilon.values() if e is not None), default=None)
-        budget = self.contract.privacy.epsilon
+        budget = self.contract.largest_target.epsilon
         if self._insecure:
             spent = math.inf
         shown = "–" if spent is None else "∞" if self._insecure else epsilon_text(spent)

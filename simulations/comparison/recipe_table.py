@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from silotune.client.privacy.accountant import EXACT
 from silotune.common.cli.failure import Failure
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
@@ -94,8 +95,10 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, name: str, contracts: tuple[Contract, ...], bound: float | None = None) -> Column:
-        asked = ",".join(contract.hash[:16] for contract in contracts)
-        private, keys = contracts[0].privacy.mode == "dp", SigningKeys()
+        private = contracts[0].privacy.mode == "dp"
+        # By another account the same ε has another noise.
+        asked = ",".join(contract.hash[:16] for contract in contracts) + f" {EXACT}" * private
+        keys = SigningKeys()
         if private and len(contracts[0].sites) >= 3:
             contract, keys = with_secure_aggregation(contracts[0], None, bound)
             contracts = (contract,)

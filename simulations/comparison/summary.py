@@ -73,12 +73,16 @@ def summarise(
             "unit": contract.privacy.unit,
             "adjacency": f"add or remove one {contract.privacy.unit}",
             "masked": own.quorum if own.secure_aggregation else None,
-            "epsilon": contract.privacy.epsilon,
-            "delta": contract.privacy.delta,
+            **contract.largest_target._asdict(),
             "accountant": EXACT,
             "noise": "ChaCha20, keyed by the operating system",
             "sites": [
-                {"site": s, "epsilon": spent.get(s), "delta": contract.target_of(s).delta}
+                {
+                    "site": s,
+                    "epsilon": spent.get(s),
+                    "budget": contract.target_of(s).epsilon,
+                    "delta": contract.target_of(s).delta,
+                }
                 for s in sites
             ],
         },
@@ -163,14 +167,15 @@ def _variant_row(
         means.append(statistics.fmean(known) if known else None)
     per_site_up = [sum(f.bytes_up for f in r.rounds) / len(r.sites) for r in runs]
     per_site_down = [sum(f.bytes_down for f in r.rounds) / len(r.sites) for r in runs]
+    targets = [own.largest_target for own in variant.contracts]
     federated = variant.contracts[0].rounds and len(variant.contracts[0].sites) > 1
     return {
         "name": variant.name,
         "label": variant.label,
         "private": variant.private,
         "repeats": len(repeats),
-        "epsilon": contract.privacy.epsilon if variant.private else None,
-        "delta": contract.privacy.delta if variant.private else None,
+        "epsilon": max(target.epsilon for target in targets) if variant.private else None,
+        "delta": max(target.delta for target in targets) if variant.private else None,
         "stopped": stopped
         and {
             "word": stopped.word,

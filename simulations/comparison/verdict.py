@@ -137,19 +137,25 @@ def verdict(
     if insecure:
         warnings.insert(0, INSECURE)
     elif spent:
-        p = contract.privacy
-        lines.append(
-            f"ε {epsilon_text(max(spent))} of {epsilon_text(p.epsilon)} per {p.unit} at each site, "
-            f"δ {p.delta:g} ({EXACT}), for one run of this plan and the adapter it releases. On "
-            "private records each other variant and each repeat costs as much again, and so does "
-            "choosing the learning rates. The metrics are computed on held-out records, without DP."
-        )
+        lines.append(_spent(max(spent), contract))
     weak = bool(one_class) or any(lead(means[variant]) <= 0 for variant in alone)
     return {
         "word": "useless" if useless else "weak" if weak else "usable",
         "lines": lines,
         "warnings": warnings,
     }
+
+
+def _spent(epsilon: float, contract: Contract) -> str:
+    """The ε of the site that has spent most, with all that makes it a guarantee."""
+    target, unit = contract.largest_target, contract.privacy.unit
+    which = "the site that spends most" if contract.own_targets else "each site"
+    return (
+        f"ε {epsilon_text(epsilon)} of {epsilon_text(target.epsilon)} per {unit} at {which}, δ "
+        f"{target.delta:g} ({EXACT}), for one run of this plan and the adapter it releases. On "
+        "private records each other variant and each repeat costs as much again, and so does "
+        "choosing the learning rates. The metrics are computed on held-out records, without DP."
+    )
 
 
 def _figures(

@@ -142,10 +142,13 @@ def _numbered(sites: int) -> list[str]:
 
 
 def request_digest(cell: Cell, study: Study, rows: str) -> str:
-    """A hash of what a cell asks for. rows: the SHA-256 of the recipe's split."""
+    """A hash of what a cell asks for. rows: the SHA-256 of the recipe's split. With DP the account
+    is a part of it: by another one the same ε has another noise."""
     partition, poison = study.partitions[cell.partition], study.variants[cell.variant].poison
     parts = [*(contract.hash for contract in cell.contracts), partition.model_dump_json()]
     parts += [rows, str(study.evaluate_every)]
+    if cell.contracts[0].privacy.mode == "dp":
+        parts.append(EXACT)
     if poison:  # what was asked before there was `every` is asked still
         parts.append(poison.model_dump_json(exclude=None if poison.every else {"every"}))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

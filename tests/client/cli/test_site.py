@@ -287,6 +287,22 @@ def test_a_run_that_has_begun_can_go_on_and_a_further_one_ends_early(
     assert checks(run, site)["privacy budget"]["state"] == "ok"
 
 
+def test_check_says_what_the_plan_can_learn(
+    run: Run, site: SiteFolder, table_contract: Contract
+) -> None:
+    def row(epsilon: float) -> dict[str, str]:
+        phase = {"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}
+        other = table_contract.changed(privacy={"epsilon": epsilon}, phases=[phase])
+        Path("contract.json").write_text(other.model_dump_json())
+        return checks(run, site, code=1)["forecast"]
+
+    few = row(0.5)
+    assert few["state"] == "warning"
+    assert "too few records for a medium signal at this ε" in few["result"]
+    assert "more records at each site" in few["fix"]
+    assert row(8.0)["state"] == "ok"
+
+
 def test_a_second_plan_is_told_by_one_account(
     run: Run, site: SiteFolder, table_contract: Contract
 ) -> None:

@@ -328,6 +328,17 @@ def test_the_order_of_a_new_plan_counts_only_for_records_without_a_past(
     assert new.together([B], [A], 2.0, DELTA) != new.together([B], [A], 40.0, DELTA)
 
 
+def test_a_first_charge_without_noise_fixes_no_order() -> None:
+    """It would be the order of all later plans on other records."""
+    ledger = PrivacyLedger.in_memory("north")
+    charge(ledger, lineage_of([1]), Mechanism(0.0, 1.0, 1), 2.0)
+    assert ledger.order is None
+    charge(ledger, lineage_of([2]), A, 7.0)
+    charge(ledger, lineage_of([3]), A, 7.0)
+    assert ledger.order == 7.0
+    assert budget_of(ledger, [1]).spent(DELTA).epsilon == math.inf
+
+
 @pytest.mark.parametrize("broken", [math.nan, 0.0, -1.0])
 def test_nothing_fits_a_limit_that_is_no_number_or_nothing(
     ledger: PrivacyLedger, broken: float

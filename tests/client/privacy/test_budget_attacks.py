@@ -8,14 +8,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from silotune.client.privacy.accountant import merged
+from silotune.client.privacy.accountant import merged, plan_epsilon
 from silotune.client.privacy.budget import Budget, Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import FILE, PrivacyLedger
@@ -505,6 +505,29 @@ def test_what_a_later_policy_forbids_stops_a_run_in_progress(
     )
     assert code(worker, 2) == expected
     assert len(home.charges()) == 1
+
+
+def test_a_smaller_epsilon_of_a_run_ends_it_whichever_steps_it_has_taken(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of a quiet and a loud phase: by the exact ε of the steps taken so far the quiet rounds
+    would still pass, and which of them come first is the server's choice."""
+    quiet = {"trains": "head", "rounds": 2, "sampling_rate": 1.0, "head_lr": 0.1}
+    two = home.contract.changed(
+        phases=[quiet | {"budget_share": 0.1}, quiet | {"budget_share": 0.9}]
+    )
+    home = replace(home, contract=two)
+    worker = home.worker(policy=sign_policy(home))
+    assert code(worker) == ""
+    sign_policy(home, ("[permits]", "[run]\nepsilon = 6.0\n[permits]"))
+    first = worker.rounds[0]
+    assert plan_epsilon([first, first], two.privacy.delta) < 6.0
+    assert [code(worker, number) for number in (2, 3)] == ["E210"] * 2
+    assert "began with a plan of ε = 8.00 (exact composition" in caplog.text
+    assert len(home.charges()) == 1
+    # The remedy: the former value.
+    sign_policy(home)
+    assert [code(worker, number) for number in (2, 3, 4)] == [""] * 3
 
 
 def test_a_run_in_progress_gains_nothing_by_a_wider_policy(home: Home) -> None:

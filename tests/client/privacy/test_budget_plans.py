@@ -341,6 +341,11 @@ def test_another_run_of_the_same_contract_takes_what_is_left() -> None:
     budget = site.budget()
     budget.check_plan(PLAN, site.order, site.limit, "it")
     assert budget.ends_early(PLAN, site.order, site.limit)
+    after = budget.with_plan(PLAN, site.order, DELTA)
+    assert budget.figures(after, PLAN, site.order, site.limit).endswith(
+        f"together {SPENT:.2f} (exact composition, δ = 1e-05 per record) · limit {SPENT:.2f}; "
+        "what was spent are steps of this plan"
+    )
     assert [site.passes(WHOLE, run="second") for _ in range(4)] == [True] * 3 + [False]
     assert [site.passes(SAMPLED, run="second") for _ in range(7)] == [True] * 6 + [False]
     assert site.spent() == Cost(pytest.approx(SPENT), EXACT)
@@ -372,8 +377,8 @@ def test_a_plan_beyond_the_limit_does_not_begin_and_is_told_by_one_account() -> 
         site.budget().check_plan(PLAN, site.order, site.limit, "This run's plan")
     assert str(refusal.value) == (
         f"This run's plan exceeds the lifetime budget of these records: this plan {SPENT:.2f} · "
-        f"spent before 0.00 · together {SPENT:.2f} (exact composition, δ = 1e-05) · limit "
-        f"{SPENT / 2:.2f}."
+        f"spent before 0.00 · together {SPENT:.2f} (exact composition, δ = 1e-05 per record) · "
+        f"limit {SPENT / 2:.2f}."
     )
 
 
@@ -388,8 +393,8 @@ def test_a_second_plan_is_told_by_one_account_and_why() -> None:
     ]
     assert str(refusal.value).endswith(
         f"this plan {costs[0]:.2f} · spent before {costs[1]:.2f} · together {costs[2]:.2f} (RDP, "
-        f"δ = 1e-05) · limit {SPENT:.2f}; what goes beyond one plan is counted by RDP, more than "
-        "by exact composition."
+        f"δ = 1e-05 per record) · limit {SPENT:.2f}; what goes beyond one plan is counted by RDP, "
+        "more than by exact composition."
     )
 
 

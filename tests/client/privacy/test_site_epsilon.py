@@ -25,6 +25,7 @@ from silotune.client.privacy.accountant import (
 )
 from silotune.client.privacy.budget import mechanism_of as charged
 from silotune.client.privacy.ledger import PrivacyLedger
+from silotune.client.privacy.ledger_entries import PlannedSteps
 from silotune.client.site import policy as policies
 from silotune.client.site.policy import Policy, permissive_policy
 from silotune.client.worker.worker import Worker
@@ -463,6 +464,14 @@ def test_noise_does_not_decay_to_nothing(
         return
     with pytest.raises(ContractError, match="noise_decay"):
         table_contract.changed(phases=[phase])
+
+
+def test_a_phase_has_no_more_steps_than_a_charge_can_name(table_contract: Contract) -> None:
+    phase = {"trains": "head", "rounds": 1000, "sampling_rate": 0.1, "head_lr": 0.5}
+    most = table_contract.changed(phases=[phase | {"local_steps": 1000}])
+    PlannedSteps(**plan(most)[0]._asdict())
+    with pytest.raises(ContractError, match=r"rounds times local_steps is 1,001,000; a phase has"):
+        table_contract.changed(phases=[phase | {"local_steps": 1001}])
 
 
 def test_decay_is_for_noise_that_is_there(decaying: Contract) -> None:

@@ -23,13 +23,14 @@ from pyarrow import parquet
 
 from silotune.client.preparation.cleaning import Prepared, origin, prepare
 from silotune.client.privacy import ledger as ledgers
-from silotune.client.privacy.budget import Budget, overlaps, untraceable
+from silotune.client.privacy.budget import Budget, overlaps, rows_of_one_record, untraceable
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.records import record_identity, record_ids
 from silotune.client.records.canonical_values import value
 from silotune.client.records.record_identity import Links, components
 from silotune.client.records.record_ids import RecordSet, of_table
 from silotune.client.records.written_forms import READ_AS
+from silotune.client.site import policy as policies
 from silotune.client.site.folder import SiteFolder
 from silotune.client.site.preparation_rules import Prepare
 from silotune.client.worker.worker import Worker
@@ -742,9 +743,14 @@ def answer(worker: Worker, number: int, run_id: str) -> Any:
 
 def budget_row() -> dict[str, str]:
     """What `site check` says of the budget."""
+    return check_row("privacy budget")
+
+
+def check_row(name: str) -> dict[str, str]:
+    """A row of `site check`."""
     done = CliRunner().invoke(silotune, ["site", "check", "contract.json", "--json"])
     found: list[dict[str, str]] = json.loads(done.output)["checks"]
-    return next(row for row in found if row["name"] == "privacy budget")
+    return next(row for row in found if row["name"] == name)
 
 
 def nothing_is_left(site: SiteFolder, run: Callable[..., str], contract: Contract) -> None:
@@ -816,6 +822,88 @@ def test_prepared_records_saved_as_csv_are_known(
     write_csv(site.folder / "export.csv", [list(row.values()) for row in prepared][::-1], written)
     use(site, run, "export.csv", read)
     nothing_is_left(site, run, contract)
+
+
+def mixed(site: SiteFolder, forms: int = ROWS) -> None:
+    """both.csv: the raw rows, and the first `forms` of the prepared ones."""
+    prepared = parquet.read_table(site.folder / "prepared" / "records.parquet").to_pylist()
+    write_csv(
+        site.folder / "both.csv",
+        [*raw_rows(), *(list(row.values()) for row in prepared[:forms])],
+    )
+
+
+def test_a_raw_row_and_the_row_that_was_made_of_it_are_refused_in_one_file(
+    site: SiteFolder,
+    run: Callable[..., str],
+    contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They would be charged as one record and clipped as two: twice the sensitivity."""
+    rule(site, "redact")
+    run("prepare")
+    mixed(site)
+    use(site, run, "both.csv")
+    policy, ledger, _ = site.open()
+    assert policy.data.duplicate_records == "refuse"
+    with pytest.raises(DataError, match="one record in different forms") as error:
+        Worker(policy, contract, ledger)
+    assert error.value.code == "E307"
+    assert "rows 2, 106; rows 3, 107; rows 4, 108; and 101 more" in error.value.local
+    assert "106" not in str(error.value)
+    row = check_row("records")
+    assert (row["state"], row["code"]) == ("problem", "E307")
+    assert "keep one row of each record" in row["fix"]
+    # Without the refusal one record would take two places in what is trained on.
+    monkeypatch.setattr(policies, "rows_of_one_record", lambda *_: [])
+    worker = Worker(policy, contract, ledger)
+    found = components([worker.record_set], ledger.links(worker.record_set.basis))[0]
+    assert np.bincount(found).max() == 2
+    assert len(worker.data.units) == 2 * ROWS
+
+
+def test_the_remedies_of_rows_in_two_forms_work(
+    site: SiteFolder, run: Callable[..., str], contract: Contract
+) -> None:
+    rule(site, "redact")
+    run("prepare")
+    mixed(site, forms=1)
+    lines = (site.folder / "both.csv").read_text(encoding="utf-8").splitlines()
+    use(site, run, "both.csv")
+    policy, ledger, _ = site.open()
+    with pytest.raises(DataError, match="different forms") as error:
+        Worker(policy, contract, ledger)
+    assert error.value.local == "The same record each: rows 2, 106."
+    (site.folder / "both.csv").write_text("\n".join(lines[:1] + lines[2:]) + "\n")
+    Worker(policy, contract, ledger)
+    text = "\n".join(lines) + "\n"
+    (site.folder / "both.csv").write_text(text)
+    keep = policy.data.model_copy(update={"duplicate_records": "keep"})
+    Worker(policy.model_copy(update={"data": keep}), contract, ledger)
+
+
+def test_rows_in_two_ways_of_writing_are_refused_in_one_file() -> None:
+    ledger = PrivacyLedger.in_memory("north")
+    table = table_of([["0.1", "x", "ill"], ["7", "y", "ill"], ["0.10000000149011612", "x", "ill"]])
+    found = of_table(table, (), ledger.identity.fingerprint_key)
+    assert found.repeated == 0
+    assert rows_of_one_record(ledger, found) == [[2, 4]]
+    assert rows_of_one_record(None, found) == [[2, 4]]
+
+
+def test_an_entity_whose_key_was_changed_is_refused_beside_itself() -> None:
+    """With the raw key in some rows and the prepared one in others it would be two entities, also
+    where several rows have each."""
+    ledger = PrivacyLedger.in_memory("north")
+    raw = table_of([["anna", "x", "ill"], ["bob", "y", "well"], ["anna", "z", "ill"]])
+    done = prepared_by(CHANGES["redact"], raw, (0,))
+    made = origin(done, ["note"], ledger.identity.fingerprint_key)
+    ledger.link(made, source="notes.csv", rows=3)
+    both = Table("both.csv", HEADER, [*raw.rows, *((9, cells) for _, cells in done.table.rows[:1])])
+    found = of_table(both, ["note"], ledger.identity.fingerprint_key)
+    assert rows_of_one_record(ledger, found) == [[2, 9]]
+    alone = of_table(raw, ["note"], ledger.identity.fingerprint_key)
+    assert rows_of_one_record(ledger, alone) == []
 
 
 def test_records_prepared_twice_are_known(

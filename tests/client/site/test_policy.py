@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from silotune.client.privacy.budget import Limit
 from silotune.client.privacy.keys import Keys
 from silotune.client.privacy.ledger import PrivacyLedger
 from silotune.client.privacy.ledger_entries import Adopted
-from silotune.client.records.record_ids import RecordSet
+from silotune.client.records.record_ids import RecordSet, of_table
 from silotune.client.site import policy as policies
 from silotune.client.site import signed_policy
 from silotune.client.site.policy import Policy, permissive_policy
 from silotune.common.contract.compute import Performance
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.model import EncoderModel
+from silotune.common.contract.privacy import Unit
+from silotune.common.data.records import Table
 from silotune.common.errors import ContractError, DataError, RefusalError, UsageError
 
 TEXT = """
@@ -268,24 +271,53 @@ def records(rows: int, distinct: int) -> RecordSet:
 
 def test_too_few_records_are_refused_without_their_number(policy: Policy) -> None:
     narrow = with_permits(policy, min_records=100)
-    narrow.check_records(records(100, 100))
+    narrow.check_records(records(100, 100), "record", None)
     with pytest.raises(DataError, match=r"fewer rows than permits\.min_records = 100") as error:
-        narrow.check_records(records(99, 99))
+        narrow.check_records(records(99, 99), "record", None)
     assert error.value.code == "E304"
     assert "99" not in str(error.value)
 
 
 def test_repeated_records_are_refused_unless_the_owner_keeps_them(policy: Policy) -> None:
-    policy.check_records(records(5, 4))
+    policy.check_records(records(5, 4), "record", None)
     refusing = policy.model_copy(
         update={"data": policy.data.model_copy(update={"duplicate_records": "refuse"})}
     )
-    refusing.check_records(records(5, 5))
+    refusing.check_records(records(5, 5), "record", None)
     with pytest.raises(DataError, match="the same record more than once") as error:
-        refusing.check_records(records(59, 42))
+        refusing.check_records(records(59, 42), "record", None)
     assert error.value.code == "E307"
     assert "17" not in str(error.value)
     assert error.value.local.startswith("17 rows")
+
+
+@pytest.mark.parametrize("unit", ["record", "entity"])
+def test_rows_in_two_forms_are_refused_unless_the_owner_keeps_them(
+    policy: Policy, unit: Unit
+) -> None:
+    """Of records and of entities; by the numbers of their rows on the owner's screen alone."""
+    cells = [("0.1", "a"), ("7", "b"), ("0.10000000149011612", "a")]
+    for number in (1.3, 2.3, 3.3, 4.3):  # with its own digits, and with those of 32 bits
+        cells += [(str(number), "c"), (str(float(np.float32(number))), "c")]
+    rows = [(line, list(row)) for line, row in enumerate(cells, 2)]
+    key = ["number"]
+    found = of_table(Table("rows.csv", ["number", "group"], rows), key, bytes(32))
+    data = policy.data.model_copy(update={"key": tuple(key)})
+    keeping = policy.model_copy(update={"data": data})
+    keeping.check_records(found, unit, None)
+    refusing = policy.model_copy(
+        update={"data": data.model_copy(update={"duplicate_records": "refuse"})}
+    )
+    with pytest.raises(DataError, match="in different forms") as error:
+        refusing.check_records(found, unit, None)
+    assert error.value.code == "E307"
+    what = {"record": "one record in", "entity": "one entity (number) in"}[unit]
+    assert what in str(error.value)
+    assert f"the privacy unit is one {unit}. " in str(error.value)
+    assert error.value.local.startswith(f"The same {unit} each: rows 2, 4; ")
+    assert error.value.local.endswith("; rows 7, 8; and 2 more.")
+    only = of_table(Table("rows.csv", ["number", "group"], rows[1:3]), key, bytes(32))
+    refusing.check_records(only, unit, None)
 
 
 def test_a_later_policy_is_held_against_how_a_running_worker_computes(

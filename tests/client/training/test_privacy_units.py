@@ -917,7 +917,7 @@ def test_rows_of_one_entity_are_no_repeated_records(entities: Contract, tmp_path
     )
     worker = Worker(refusing, entities, PrivacyLedger.in_memory("north"))
     with pytest.raises(DataError, match="the same record more than once"):
-        refusing.check_records(worker.record_set, "record")
+        refusing.check_records(worker.record_set, "record", worker.ledger)
 
 
 SITE = """

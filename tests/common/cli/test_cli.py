@@ -341,6 +341,39 @@ def test_show_json_is_the_canonical_form(run: Callable[..., Ran]) -> None:
     assert contracts.Contract.model_validate(data).hash == heart.hash
 
 
+def test_show_says_where_a_site_has_a_target_of_its_own(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.toml"
+    text = HEART.read_text().replace('name = "Hungary"', 'name = "Hungary"\nepsilon = 2.0')
+    path.write_text(text)
+    out = run("contract", "show", path)[1]
+    assert (
+        "privacy  ε ≤ 8, δ = 0.0001 per record and site, but Hungary ε ≤ 2, δ = 0.0001 (exact "
+        "composition; add or remove one)"
+    ) in out
+    assert "but" not in run("contract", "show", HEART)[1].splitlines()[1]
+
+
+def test_show_says_what_the_plan_can_learn(run: Callable[..., Ran], tmp_path: Path) -> None:
+    text, path = HEART.read_text(), tmp_path / "plan.toml"
+    shown = {}
+    for epsilon in (8.0, 1.0, 2.1):
+        path.write_text(text.replace("epsilon = 8.0", f"epsilon = {epsilon}"))
+        shown[epsilon] = run("contract", "show", path)[1]
+    assert (
+        "\n  forecast with a medium signal (the best possible model is right in 69 of" in shown[8.0]
+    )
+    assert (
+        "\n  forecast ! too few records for a medium signal at this ε (n = 200 records per site, "
+        "ε = 1): n ≥ 380 or ε ≥ 2.1 would do\n"
+    ) in shown[1.0]
+    assert "too few records" not in shown[2.1]
+    path.write_text(text.replace("expected_units = 200", "expected_units = 380"))
+    path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 1.0"))
+    assert "too few records" not in run("contract", "show", path)[1]
+
+
 def test_show_says_when_there_is_no_privacy(run: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "open.toml"
     path.write_text(HEART.read_text().replace("[privacy]", '[privacy]\nmode = "none"'))
@@ -348,6 +381,7 @@ def test_show_says_when_there_is_no_privacy(run: Callable[..., Ran], tmp_path: P
     assert "NO differential privacy" in out
     assert "ε ≤" not in out
     assert "noised" not in out
+    assert "forecast" not in out
 
 
 def test_validate(run: Callable[..., Ran]) -> None:

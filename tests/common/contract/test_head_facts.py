@@ -14,7 +14,12 @@ from silotune.client.worker.secagg import check_bound
 from silotune.common.contract import drafting
 from silotune.common.contract.contract import Contract, parse
 from silotune.common.contract.drafting import Answers, Column
-from silotune.common.contract.head_facts import facts_of, rule_warnings
+from silotune.common.contract.head_facts import (
+    facts_of,
+    forecast_of,
+    forecast_sentences,
+    rule_warnings,
+)
 from silotune.common.errors import UsageError
 from silotune.common.planning import head_rule
 from silotune.common.planning.head_rule import HeadFacts, plan_head
@@ -189,6 +194,51 @@ def test_a_bound_of_the_contracts_own_stays() -> None:
     given = own.with_masks(300.0).secure_aggregation
     assert given is not None
     assert given.bound == 300.0
+
+
+def test_which_plans_have_a_forecast() -> None:
+    draft = drafted()
+    phase = draft.phases[0].model_dump(mode="json", exclude_none=True) | {"rule": None}
+    own = {"personal": "mean-regularised", "proximal_mu": 0.01}
+    assert forecast_of(draft) is not None
+    for changed in (
+        {"privacy": {"mode": "none"}},
+        {"phases": [phase | {"sampling_rate": 0.5}]},
+        {"phases": [phase | own], "aggregation": {"server_momentum": 0.0}},
+        {"phases": [phase | {"local_steps": 4, "adam": {"floor": 1e-3}}]},
+        {"aggregation": {"robust": {"rule": "median"}}},
+        {"model": {"hidden": 8}},
+    ):
+        assert forecast_of(draft.changed(**changed)) is None, changed
+    # Several steps a round cost the budget of one, and go as far together.
+    several = forecast_of(draft.changed(phases=[phase | {"local_steps": 4}]))
+    once = forecast_of(draft)
+    assert several is not None
+    assert once is not None
+    assert several.expected == once.expected
+    assert several.noise == pytest.approx(4 * once.noise)
+
+
+def test_a_forecast_counts_the_columns_values() -> None:
+    """Of a one-hot table: three and two values are three features."""
+    few = forecast_of(drafted(epsilon=0.5))
+    many = forecast_of(
+        drafted(epsilon=0.5, columns=[Column.parse(f"c{i}: 1, 2, 3, 4, 5") for i in range(20)])
+    )
+    assert few is not None
+    assert many is not None
+    assert few.expected > many.expected + 0.1
+    text = forecast_of(drafted(epsilon=0.5, **TEXT))
+    assert text is not None
+    assert text.expected < many.expected
+
+
+def test_a_longer_plan_says_which_phase_is_meant() -> None:
+    draft = drafted()
+    phase = draft.phases[0].model_dump(mode="json", exclude_none=True) | {"rule": None}
+    two = draft.changed(phases=[phase | {"budget_share": 0.5}] * 2)
+    assert "the model of this plan's first phase" in forecast_sentences(two)[0]
+    assert "the model of this plan is" in forecast_sentences(draft)[0]
 
 
 def test_the_commands_say_it(tmp_path: Path, run: Callable[..., Ran]) -> None:

@@ -262,6 +262,13 @@ def test_epsilon_is_withheld_without_delta_or_accountant(
         assert "8.00" not in text
 
 
+def test_a_site_has_the_budget_of_its_own(result: dict[str, Any]) -> None:
+    result["privacy"]["sites"][0] |= {"epsilon": 1.99, "budget": 2.0}
+    text = Page(render(result)).text
+    assert "Cleveland 1.99 2.00 1e-4 RDP record" in text
+    assert "Long Beach 7.99 8.00 1e-4 RDP record" in text
+
+
 def test_a_site_without_its_delta_shows_no_epsilon(result: dict[str, Any]) -> None:
     result["privacy"]["sites"][0]["delta"] = None
     assert "Cleveland – – – RDP record" in Page(render(result)).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from silotune import Contract
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.drafting import Answers, Column, draft
 from silotune.common.errors import ContractError, DataError, UsageError
+from silotune.simulations.execution.roster_keys import with_secure_aggregation
 
 HEADER = ["age", "home", "branch", "status"]
 ANSWERS: dict[str, Any] = {
@@ -54,6 +56,17 @@ def test_draft_is_what_the_command_drafts() -> None:
     assert found == contracts.parse(draft(answers))
     numbers = Contract.draft(HEADER, **ANSWERS | {"labels": [0, 1]})
     assert numbers.task.labels[1].values == ("1",)  # type: ignore[union-attr]
+
+
+def test_a_draft_is_masked_when_its_sites_keys_are_known() -> None:
+    """It has no keys, so `Contract.draft` cannot ask for secure aggregation itself."""
+    found = Contract.draft(HEADER, **ANSWERS | {"sites": ["a", "b", "c"]})
+    assert found.secure_aggregation is None
+    masked, keys = with_secure_aggregation(found, 1)
+    assert masked.secure_aggregation is not None
+    assert set(keys) == {"a", "b", "c"}
+    arguments = set(inspect.signature(Contract.draft).parameters) - {"header"}
+    assert arguments == set(Answers.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,33 @@ def test_one_is_no_plural(table_contract: Contract, capsys: pytest.CaptureFixtur
     assert "1 run to compare 1 variant, 1 at a time" in capsys.readouterr().out
 
 
+def test_no_figure_of_a_site_with_a_target_of_its_own_exceeds_what_is_said(
+    table_contract: Contract, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head and the column of ε: "11.90 of 8" would contradict itself."""
+    sites = [{"name": "north"}, {"name": "south", "epsilon": 12.0}]
+    contract = table_contract.changed(sites=sites)
+    assert contract.largest_target == (12.0, 1e-4)
+    shown = Progress(recipe_config("x"), contract)
+    shown.start([], [job_of(contract)], 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each site ε ≤ 8.00, δ = 0.0001 (exact composition)" in said
+    assert "but south ε ≤ 12, δ = 0.0001 (exact composition)" in said
+    assert "ε of 12.00" in said
+
+
+def test_the_head_says_what_the_plan_can_learn(
+    table_contract: Contract, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase = {"trains": "head", "rounds": 3, "sampling_rate": 1.0, "head_lr": 0.5}
+    contract = table_contract.changed(privacy={"epsilon": 0.5}, phases=[phase])
+    shown = Progress(recipe_config("x"), contract)
+    shown.start([], [job_of(contract)], 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert " ! too few records for a medium signal at this ε (n = 50 records per site" in said
+    assert "the noise alone moves a score by" in said
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_pipe_says_at_once_what_takes_time(
     table_contract: Contract, capsys: pytest.CaptureFixture[str], quiet: bool

@@ -113,6 +113,10 @@ def test_an_epsilon_is_never_without_delta_unit_and_accountant(table_contract: C
     for line in found["lines"]:
         if "ε" in line:
             assert all(word in line for word in ("δ", "per record", "exact composition"))
+    assert "ε 7.90 of 8.00 per record at each site" in " ".join(found["lines"])
+    own = table_contract.changed(sites=[{"name": "north", "epsilon": 7.95}, {"name": "south"}])
+    found = words([row("majority", 0.5), row("federated-lora", 0.8)], own)
+    assert "of 8.00 per record at the site that spends most" in " ".join(found["lines"])
 
 
 def test_noise_from_a_known_seed_has_no_epsilon_and_a_warning(table_contract: Contract) -> None:

@@ -22,6 +22,7 @@ from silotune.simulations.datasets.partition import Partition
 from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution.variants import Job
 from silotune.simulations.study import report
+from silotune.simulations.study import study as studies
 from silotune.simulations.study.config import Study, load_study, rates_of, study_file
 from silotune.simulations.study.store import StudyStore
 from silotune.simulations.study.study import cells_of, compare
@@ -65,6 +66,19 @@ def recipe(tmp_path: Path) -> Recipe:
         {},
         lambda _: Split([], source),
     )
+
+
+def test_cells_with_the_noise_of_another_account_are_asked_for_anew(
+    study: Study, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those without noise are what they were."""
+    cells = list(cells_of(study, recipe))
+    now = [studies.request_digest(cell, study, "rows") for cell in cells]
+    monkeypatch.setattr(studies, "EXACT", "RDP")
+    before = [studies.request_digest(cell, study, "rows") for cell in cells]
+    assert [a == b for a, b in zip(now, before, strict=True)] == [
+        math.isinf(cell.epsilon) for cell in cells
+    ]
 
 
 def test_a_study_runs_each_cell_once_and_goes_on_where_it_was_stopped(
