@@ -24,8 +24,8 @@ from silotune.common.contract import contract as contracts
 from silotune.common.contract.head_facts import facts_of
 from silotune.common.contract.privacy import delta_for
 from silotune.common.errors import DataError, ErrorCode, UsageError, did_you_mean
-from silotune.common.planning import head_rule
-from silotune.common.planning.adapter_rule import LEAST_RATIO, AdapterPlan
+from silotune.common.planning import adapter_rule, head_rule
+from silotune.common.planning.adapter_rule import AdapterPlan
 from silotune.common.planning.public_sentences import NORM, SENTENCES
 
 ENCODER = ("all-MiniLM-L6-v2", "2c480fd3485a7edef6de859618fa2bfc41ae2b8a5d9aa18307d10e5a1430535d")
@@ -170,7 +170,10 @@ def _rendered(answers: Answers, adapter: AdapterPlan | None) -> str:
         quorum=max(1, -(-2 * len(answers.sites) // 3)),
         adapter=adapter,
         adapts=room and not answers.columns,
-        least_ratio=LEAST_RATIO,
+        least_ratio=adapter_rule.LEAST_RATIO,
+        head_share=adapter_rule.HEAD_SHARE,
+        joint_rounds=adapter_rule.ROUNDS,
+        joint_sampling_rate=adapter_rule.SAMPLING_RATE,
         sentences=SENTENCES,
         norm=NORM,
     )

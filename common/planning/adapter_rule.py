@@ -29,6 +29,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The phase that trains head and adapter, after one of the head alone, which is cheap in budget.
+HEAD_SHARE = 0.25  # of the budget, of the phase before
+ROUNDS, SAMPLING_RATE = 20, 0.25  # five passes over the records
 LEAST_RATIO = 3.0
 
 
