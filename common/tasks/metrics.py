@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 from silotune.common.contract.task import (
@@ -77,7 +78,11 @@ def constant(task: Task, targets: Sequence[Any]) -> list[Any] | None:
         shares = np.bincount(targets, minlength=task.outputs) / n
         return [np.log(np.maximum(shares, 1e-9)).astype(np.float32)] * n
     if isinstance(task, Tokens):
-        return [(0.0, np.zeros(len(tags), dtype=np.int64)) for tags in targets]
+        tags = [tag for row in targets for tag in row]
+        shares = np.bincount(tags, minlength=task.outputs) / max(len(tags), 1)
+        shares[0] = shares.max()  # O, of equal ones the first
+        row = np.log(np.maximum(shares, 1e-9)).astype(np.float32)
+        return [np.tile(row, (len(own), 1)) for own in targets]
     if isinstance(task, Language):
         return None
     mean = np.atleast_1d(np.mean(np.asarray(targets, dtype=np.float64), axis=0))
@@ -87,9 +92,7 @@ def constant(task: Task, targets: Sequence[Any]) -> list[Any] | None:
 
 
 def _classes(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scores:
-    z = logits.astype(np.float64)
-    z = z - z.max(axis=1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
     predicted = logits.argmax(axis=1)
     binary = logits.shape[1] == 2 and len(set(labels.tolist())) == 2
     right = predicted == labels
@@ -138,20 +141,28 @@ def _labels(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Scores:
 
 
 def _tokens(task: Tokens, outputs: Sequence[Any], targets: Sequence[NDArray[np.int64]]) -> Scores:
-    """outputs: a (loss, [W] predicted tags) for each sentence, fewer tags than words where a model
-    reads no further: those count as O."""
+    """outputs: of each sentence the logits [W, L] of its words, of fewer than it has where a model
+    reads no further: those behind count as O, and in no loss."""
     truth = [[task.tags[t] for t in tags] for tags in targets]
     found = [
-        [task.tags[t] for t in tags] + [task.tags[0]] * (len(true) - len(tags))
-        for (_, tags), true in zip(outputs, truth, strict=True)
+        [task.tags[t] for t in logits.argmax(axis=1)] + [task.tags[0]] * (len(true) - len(logits))
+        for logits, true in zip(outputs, truth, strict=True)
     ]
     pairs = [(a, b) for t, f in zip(truth, found, strict=True) for a, b in zip(t, f, strict=True)]
     return {
-        "loss": float(np.mean([loss for loss, _ in outputs])),
+        "loss": float(np.mean([_tag_loss(z, t) for z, t in zip(outputs, targets, strict=True)])),
         "accuracy": float(np.mean([a == b for a, b in pairs])) if pairs else None,
         **tag_schemes.scores(truth, found),
         "predicted_classes": len({b for _, b in pairs}),
     }
+
+
+def _tag_loss(logits: NDArray[np.float32], tags: Any) -> float:
+    """The mean cross entropy of a sentence's words that are read; 0 where none is. Each word counts
+    as much, also where a contract weighs tags."""
+    read = len(logits)
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
+    return float(-log_p[np.arange(read), list(tags[:read])].mean()) if read else 0.0
 
 
 def _regression(

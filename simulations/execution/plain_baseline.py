@@ -119,8 +119,8 @@ def _outputs(contract: Contract, features: tuple[Any, Any], labels: NDArray[Any]
 
 def _tagged(
     task: Tokens, known: Records, texts: Sequence[str], tags: Sequence[Sequence[int]]
-) -> list[tuple[float, NDArray[np.int64]]]:
-    """Of each text the mean loss of its words and their tags."""
+) -> list[NDArray[Any]]:
+    """Of each text the log probabilities [W, L] of its words' tags."""
     from sklearn.feature_extraction import DictVectorizer
 
     vectorizer = DictVectorizer(dtype=np.float32)
@@ -130,11 +130,7 @@ def _tagged(
     model = _fitted(features, labels, task.class_weights, boosting=False)
     words = [word for text in texts for word in of_words(text)]
     log_p = _log_probabilities(model, vectorizer.transform(words), task.outputs)
-    ends = np.cumsum([len(row) for row in tags])[:-1]
-    return [
-        (float(-own[np.arange(len(true)), list(true)].mean()) if true else 0.0, own.argmax(axis=1))
-        for own, true in zip(np.split(log_p, ends), tags, strict=True)
-    ]
+    return np.split(log_p, np.cumsum([len(row) for row in tags])[:-1])
 
 
 def _fitted(
