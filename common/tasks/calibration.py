@@ -1,0 +1,200 @@
+"""Outputs that say how sure they are: one temperature of the logits, or a line for numbers.
+
+Noise in the weights makes a model overconfident. A temperature is a single number that does not
+change which answer is given (Guo, Pleiss, Sun and Weinberger 2017), so that few labelled rows are
+enough for it. Where the rows are public, it costs no ε.
+
+classification, multi-label, tokens, ranking   logits / temperature, of the lowest log loss
+regression                                     offset + slope x output, of the least squares
+language                                       none: evaluation keeps no logits of a vocabulary
+
+Shapes: N rows, W words of a row, L outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.optimize import brentq
+from scipy.special import expit, log_softmax, softmax
+
+from silotune.common.contract.task import (
+    Classification,
+    Language,
+    Regression,
+    Task,
+    Tokens,
+)
+
+FILE = "calibration.json"  # beside the adapter that it belongs to
+COLDEST, HOTTEST = 0.05, 20.0  # temperatures; rows that a model has all right ask for 0
+
+
+# Of each row a loss, and its first and second derivative by the scale of the logits.
+Derivatives = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+
+class Calibration(BaseModel):
+    """How outputs become calibrated ones: logits / temperature, or offset + slope x output.
+
+    Attributes:
+        kind: "temperature" of logits, or "affine" of a regression's outputs.
+        temperature: What logits are divided by; 1 of a regression.
+        slope: What a regression's outputs, places between the bounds, are multiplied by.
+        offset: What is added to them then.
+        rows: How many public rows it was fitted to.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["temperature", "affine"]
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    slope: float = Field(default=1.0, allow_inf_nan=False)
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    rows: int = Field(ge=1)
+
+    def apply(self, outputs: Sequence[Any]) -> list[Any]:
+        """The calibrated outputs of N rows, in the form that common/tasks/metrics.py scores."""
+        if self.kind == "affine":
+            return [self.offset + self.slope * np.asarray(row) for row in outputs]
+        return [np.asarray(row) / self.temperature for row in outputs]
+
+    def write(self, folder: Path) -> None:
+        """Write it beside the adapter in `folder`."""
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def fit(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> Calibration | None:
+    """The calibration of the lowest loss on these rows.
+
+    Args:
+        task: Which loss that is.
+        outputs: What evaluation keeps of N rows.
+        targets: Their targets.
+
+    Returns:
+        The calibration; None for language, and where there are no rows.
+    """
+    if isinstance(task, Language) or not len(targets):
+        return None
+    if isinstance(task, Regression):
+        slope, offset = _line(np.asarray(outputs)[:, 0], np.asarray(targets))
+        return Calibration(kind="affine", slope=slope, offset=offset, rows=len(targets))
+    return Calibration(
+        kind="temperature",
+        temperature=1 / _scale(_losses(task, outputs, targets)),
+        rows=len(targets),
+    )
+
+
+def slope(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[float, float] | None:
+    """The calibration slope on N rows and its standard error: what the logits (of a regression the
+    outputs) would have to be multiplied by for the lowest loss on these rows. 1 is calibrated, less
+    is overconfident (Cox 1958; Van Calster et al. 2019).
+
+    The error is the sandwich estimate, which holds also where the model is wrong: rows are
+    independent, the words of one are not.
+
+    Returns:
+        Slope and standard error; None where the rows do not define them: for language, or where all
+        outputs say the same.
+    """
+    if isinstance(task, Language) or not len(targets):
+        return None
+    if isinstance(task, Regression):
+        predicted, true = np.asarray(outputs, np.float64)[:, 0], np.asarray(targets, np.float64)
+        spread = predicted - predicted.mean()
+        if not np.sum(spread**2) > 0:
+            return None
+        by, offset = _line(predicted, true)
+        off = true - offset - by * predicted
+        return by, float(np.sqrt(np.sum((spread * off) ** 2)) / np.sum(spread**2))
+    calibration = fit(task, outputs, targets)
+    assert calibration is not None
+    by = 1 / calibration.temperature
+    _, first, second = _losses(task, outputs, targets)(by)
+    curvature = float(second.sum())
+    if not curvature > 0:
+        return None
+    return by, float(np.sqrt(np.sum(first**2)) / curvature)
+
+
+def _scale(losses: Callable[[float], Derivatives]) -> float:
+    """The scale of the lowest mean loss, which is convex in it: where its derivative is 0, or the
+    nearest bound. 1 where the scale changes nothing."""
+
+    def derivative(scale: float) -> float:
+        return float(losses(scale)[1].sum())
+
+    least, most = 1 / HOTTEST, 1 / COLDEST
+    falls, rises = derivative(most) <= 0, derivative(least) >= 0
+    if falls or rises:
+        return 1.0 if falls and rises else most if falls else least
+    return float(brentq(derivative, least, most))
+
+
+def _line(predicted: NDArray[Any], true: NDArray[Any]) -> tuple[float, float]:
+    """Slope and offset of least squares; the mean where all outputs are the same."""
+    x, y = predicted.astype(np.float64), true.astype(np.float64)
+    spread = x - x.mean()
+    squares = float(np.sum(spread**2))
+    by = float(np.sum(spread * (y - y.mean())) / squares) if squares > 0 else 0.0
+    return by, float(y.mean() - by * x.mean())
+
+
+def _losses(
+    task: Task, outputs: Sequence[Any], targets: Sequence[Any]
+) -> Callable[[float], Derivatives]:
+    """Of each row the log loss of its logits times a scale, and its first and second derivative by
+    the scale: a function of the scale that gives three arrays [N]."""
+    if isinstance(task, Tokens):
+        read = [len(row) for row in outputs]
+        z = np.concatenate(outputs).astype(np.float64)
+        tags = [tag for own, n in zip(targets, read, strict=True) for tag in own[:n]]
+        of_words = _softmax_losses(z, np.array(tags, dtype=np.int64))
+        row = np.repeat(np.arange(len(read)), read)
+        share = 1 / np.maximum(read, 1)
+
+        def of_rows(scale: float) -> Derivatives:
+            first, second, third = (
+                np.bincount(row, words, len(read)) * share for words in of_words(scale)
+            )
+            return first, second, third
+
+        return of_rows
+    z = np.asarray(outputs, dtype=np.float64)
+    if isinstance(task, Classification):
+        return _softmax_losses(z, np.asarray(targets))
+    y = np.asarray(targets, dtype=np.float64).reshape(z.shape)
+
+    def of_labels(scale: float) -> Derivatives:
+        p = expit(scale * z)
+        return (
+            (np.logaddexp(0, scale * z) - scale * z * y).mean(axis=1),
+            (z * (p - y)).mean(axis=1),
+            (z**2 * p * (1 - p)).mean(axis=1),
+        )
+
+    return of_labels
+
+
+def _softmax_losses(z: NDArray[np.float64], labels: NDArray[Any]) -> Callable[[float], Derivatives]:
+    """The same of a softmax of logits [N, L] with one label each."""
+    row = np.arange(len(z))
+    true = z[row, labels]
+
+    def of_rows(scale: float) -> Derivatives:
+        p = softmax(scale * z, axis=1)
+        mean = (p * z).sum(axis=1)
+        return (
+            -log_softmax(scale * z, axis=1)[row, labels],
+            mean - true,
+            (p * (z - mean[:, None]) ** 2).sum(axis=1),
+        )
+
+    return of_rows
