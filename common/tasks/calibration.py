@@ -30,6 +30,7 @@ from silotune.common.contract.task import (
     Task,
     Tokens,
 )
+from silotune.common.tasks import metrics
 
 FILE = "calibration.json"  # beside the adapter that it belongs to
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures; rows that a model has all right ask for 0
@@ -198,3 +199,24 @@ def _softmax_losses(z: NDArray[np.float64], labels: NDArray[Any]) -> Callable[[f
         )
 
     return of_rows
+
+
+def expected_error(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> float | None:
+    """The expected calibration error (`metrics.calibration_error`) of each answer: a record's
+    class, each of its labels, each word's tag, whether a pair belongs together. None of numbers and
+    of language."""
+    if isinstance(task, (Language, Regression)):
+        return None
+    if isinstance(task, Tokens):
+        z = np.concatenate(outputs).astype(np.float64)
+        true = np.array(
+            [t for own, row in zip(targets, outputs, strict=True) for t in own[: len(row)]]
+        )
+    else:
+        z, true = np.asarray(outputs, dtype=np.float64), np.asarray(targets)
+    if isinstance(task, (Classification, Tokens)):
+        confidence, right = softmax(z, axis=1).max(axis=1), z.argmax(axis=1) == true
+    else:
+        p = expit(z).ravel()
+        confidence, right = np.maximum(p, 1 - p), (p > 0.5) == (true.ravel() > 0.5)
+    return metrics.calibration_error(confidence, right)

@@ -12,6 +12,7 @@ from silotune.common.data import records
 from silotune.common.data.text_decoding import Reading
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
+from silotune.common.tasks.calibration import Calibration, fit
 from silotune.common.tasks.metrics import Scores, score
 
 
@@ -45,8 +46,15 @@ class PublicTest:
 
     def scores(self, adapter: Arrays, *, adapter_active: bool) -> dict[str, Scores]:
         """Scores of all rows under "", and of each group under its name."""
-        outputs = self.outputs(adapter, adapter_active=adapter_active)
+        return self.scores_of(self.outputs(adapter, adapter_active=adapter_active))
+
+    def scores_of(self, outputs: Sequence[Any]) -> dict[str, Scores]:
+        """The same from outputs that are known."""
         return scores_by_group(self.task, outputs, self.labels, self.queries, self.groups)
+
+    def calibration(self, adapter: Arrays, *, adapter_active: bool) -> Calibration | None:
+        """The calibration that fits these rows: none of them may be one that it is judged by."""
+        return fit(self.task, self.outputs(adapter, adapter_active=adapter_active), self.labels)
 
     def metrics(self, adapter: Arrays, adapter_active: bool) -> Scores:
         """The overall scores, for the curve of a run."""

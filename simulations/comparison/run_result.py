@@ -60,6 +60,7 @@ class _Metric(BaseModel):
 
 class _Verdict(BaseModel):
     word: str
+    headline: str
     warnings: list[str]
 
 
@@ -242,7 +243,7 @@ class RunResult:
             for variant in self.content["variants"]
         )
         verdict = self.content["verdict"]
-        lines = [f"{self.contract.name}: {verdict['word']}", *verdict["warnings"]]
+        lines = [f"{self.contract.name}: {verdict['headline']}", *verdict["warnings"]]
         return (
             "".join(f"<p>{escape(line)}</p>" for line in lines)
             + f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,14 +1,17 @@
-"""A table as files: each site's training rows, and its public test rows beside them."""
+"""A table as files: each site's training rows, and its public test rows beside them, of which some
+can be set aside to calibrate by."""
 
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Classification, Ranking, Regression
 from silotune.common.data import records
 from silotune.common.data.file_source import Problems
 from silotune.common.data.records import Table
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 Counts = list[dict[str, int | str]]
 SEED = 2026
 LEAST = 8  # rows of a site: a quarter of them is for tests
+TEST, CALIBRATION = "test", "calibration"  # folders of public rows
+# Of the public rows to calibrate by: this share, but never fewer than these, and none at all where
+# they would be more than the largest share. Rows of one person or query are one.
+CALIBRATION_SHARE, LEAST_CALIBRATION, LARGEST_SHARE = 0.2, 40, 1 / 3
 
 
 class Split(NamedTuple):
@@ -156,6 +163,94 @@ def validation(source: Path, contract: Contract, folder: Path) -> Path:
     site = pd.Series([name for name, part in own.items() for _ in range(len(part))])
     _write(rows, site, folder, units(rows, contract))
     return folder
+
+
+def public_files(folder: Path, part: str) -> dict[str, Path]:
+    """The public rows of each site: those for tests, or those to calibrate by, of which there may
+    be none. All who put them behind one another do so in this order."""
+    return {file.stem: file for file in sorted((folder / part).glob("*.csv"))}
+
+
+def calibration(source: Path, contract: Contract, folder: Path) -> Split:
+    """Divide the public rows of a split into those for tests and those to calibrate by.
+
+    The rows to calibrate by are drawn by a fixed seed, in proportion to each site and, within a
+    site, to each label (of a regression over the range of its numbers). A person's rows, or a
+    query's candidates, stay together.
+
+    Args:
+        source: A split; it stays as it is.
+        contract: Whose rows these are.
+        folder: Where `test/` and `calibration/` are written.
+
+    Returns:
+        The rows of each site in both parts, and the folder. Where there are too few rows for two
+        parts all are for tests, and a note says so.
+    """
+    import pandas as pd
+
+    tables = {
+        site: pd.read_csv(file, dtype=str, keep_default_na=False)
+        for site, file in public_files(source, TEST).items()
+    }
+    rows = pd.concat(tables.values(), ignore_index=True)
+    site = pd.Series([name for name, own in tables.items() for _ in range(len(own))])
+    who = site + "\0" + _together(rows, contract).astype(str)
+    chosen = who.isin(_calibrating(rows, site, who, contract))
+    counts: Counts = []
+    for name in tables:
+        own = site == name
+        for part, of_part in ((TEST, ~chosen), (CALIBRATION, chosen)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            if part == TEST or (own & of_part).any():
+                _put(rows[own & of_part], folder / part / f"{name}.csv")
+        counts.append(
+            {
+                "site": name,
+                TEST: int((own & ~chosen).sum()),
+                CALIBRATION: int((own & chosen).sum()),
+            }
+        )
+    if chosen.any():
+        return Split(counts, folder)
+    needed = math.ceil(LEAST_CALIBRATION / LARGEST_SHARE)
+    note = (
+        f"no calibration: it needs {needed} test rows, of different persons or queries, and there "
+        f"are {who.nunique()}"
+    )
+    return Split(counts, folder, (note,))
+
+
+def _together(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:
+    """What stays in one part: the candidates of a query, the rows of a person, or each row."""
+    task = contract.task
+    return rows[task.query_column] if isinstance(task, Ranking) else units(rows, contract)
+
+
+def _calibrating(
+    rows: pd.DataFrame, site: pd.Series[str], who: pd.Series[str], contract: Contract
+) -> set[str]:
+    """Of whom the rows are to calibrate by: every so-manieth in the order of site and label, equal
+    ones in an order that is drawn. None where there are too few."""
+    import pandas as pd
+
+    task, n = contract.task, who.nunique()
+    count = max(math.ceil(CALIBRATION_SHARE * n), LEAST_CALIBRATION)
+    if count > LARGEST_SHARE * n:
+        return set()
+    label = rows[task.label_column]
+    if isinstance(task, Regression):
+        label = pd.to_numeric(label, errors="coerce")
+    elif not isinstance(task, Classification):
+        label = site  # of lists, tags and answers there are too many
+    rng = np.random.default_rng(SEED)
+    order = (
+        pd.DataFrame({"who": who, "site": site, "label": label, "drawn": rng.random(len(rows))})
+        .drop_duplicates("who")
+        .sort_values(["site", "label", "drawn"])
+    )
+    places = ((np.arange(count) + rng.random()) * n / count).astype(int)
+    return set(order["who"].iloc[places])
 
 
 def units(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:

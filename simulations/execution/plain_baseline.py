@@ -37,7 +37,9 @@ from silotune.common.contract.task import (
 )
 from silotune.common.data import records
 from silotune.common.data.records import Records
+from silotune.common.tasks.calibration import fit
 from silotune.server.rounds.evaluation import scores_by_group
+from silotune.simulations.datasets.split import CALIBRATION, TEST
 from silotune.simulations.execution import plain_features
 from silotune.simulations.execution.variants import POOLED, Job, JobResult
 
@@ -48,10 +50,16 @@ def run_plain(job: Job) -> JobResult:
     """Train the baseline on the job's pooled rows and score it on the public ones of each site."""
     began = time.perf_counter()
     train = job.data / "pooled.csv"
-    tests = sorted((job.data / "test").glob("*.csv"))
     known = records.read(train, job.contract)
-    public = {file.stem: records.read(file, job.contract) for file in tests}
-    outputs = predict(job.contract, (train, known), (tests, list(public.values())))
+    tests, others = job.public_files(TEST), job.public_files(CALIBRATION)
+    public, calibrating = (
+        {site: records.read(file, job.contract) for site, file in files.items()}
+        for files in (tests, others)
+    )
+    both = [*public.values(), *calibrating.values()]
+    found = predict(job.contract, (train, known), ([*tests.values(), *others.values()], both))
+    count = sum(map(len, public.values()))
+    outputs = found[:count]
     scores = scores_by_group(
         job.contract.task,
         outputs,
@@ -68,6 +76,12 @@ def run_plain(job: Job) -> JobResult:
         time.perf_counter() - began,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         os.getpid(),
+        outputs=outputs if job.keeps_outputs else (),
+        calibration=fit(
+            job.contract.task,
+            found[count:],
+            [label for rows in calibrating.values() for label in rows.labels],
+        ),
     )
 
 
