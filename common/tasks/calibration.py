@@ -13,7 +13,7 @@ Shapes: N rows, W words of a row, L outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from silotune.common.contract.task import (
     Task,
     Tokens,
 )
+from silotune.common.errors import DataError, ErrorCode
+from silotune.common.runtime.atomic_files import write_durably
 from silotune.common.tasks import metrics
 
 FILE = "calibration.json"  # beside the adapter that it belongs to
@@ -59,7 +61,7 @@ class Calibration(BaseModel):
     offset: float = Field(default=0.0, allow_inf_nan=False)
     rows: int = Field(ge=1)
 
-    def apply(self, outputs: Sequence[Any]) -> list[Any]:
+    def apply(self, outputs: Iterable[Any]) -> list[Any]:
         """The calibrated outputs of N rows, in the form that common/tasks/metrics.py scores."""
         if self.kind == "affine":
             return [self.offset + self.slope * np.asarray(row) for row in outputs]
@@ -67,7 +69,40 @@ class Calibration(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write it beside the adapter in `folder`."""
-        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_durably(folder / FILE, self.model_dump_json(indent=1).encode() + b"\n")
+
+    @classmethod
+    def read(cls, folder: Path, task: Task) -> Calibration | None:
+        """The calibration of the adapter in `folder`.
+
+        Args:
+            folder: A run's folder.
+            task: What the adapter was trained for.
+
+        Returns:
+            The calibration; None where the folder has none.
+
+        Raises:
+            DataError: If the file is damaged, or is of another task.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return None
+        try:
+            found = cls.model_validate_json(file.read_bytes())
+        except (OSError, ValueError):
+            raise DataError(
+                f"{file} is damaged. Copy it again from the run, or delete it: predictions are not "
+                "calibrated then.",
+                code=ErrorCode.HASH_MISMATCH,
+            ) from None
+        if (found.kind == "affine") != isinstance(task, Regression):
+            raise DataError(
+                f"{file} is of another task than the contract beside it ({task.kind}). Delete it: "
+                "predictions are not calibrated then.",
+                code=ErrorCode.HASH_MISMATCH,
+            )
+        return found
 
 
 def fit(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> Calibration | None:
