@@ -90,7 +90,8 @@ def metric_of(
 def _ratio(above: Any, below: Any) -> Floats:
     """NaN where there is nothing to divide by."""
     above, below = np.broadcast_arrays(above, below)
-    found: Floats = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+    out = np.full(above.shape, np.nan)
+    found: Floats = np.divide(above, below, out=out, where=below > 0)
     return found
 
 
@@ -228,22 +229,25 @@ def _by_order(metric: str, scores: Floats, positive: NDArray[np.bool_]) -> OfWei
     """AUC, or average precision as scikit-learn has it: steps, and equal scores are one."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    positives = positive[order]
+    last = slice(None) if len(ends) == len(scores) else ends
+    positives = positive[order].astype(np.float32)
 
     def of(weights: Floats) -> Floats:
-        own = weights[:, order]
-        hits = np.cumsum(own * positives, axis=1)[:, ends]
-        misses = np.cumsum(own * ~positives, axis=1)[:, ends]
-        steps = np.diff(hits, axis=1, prepend=0)
+        # Counts of rows are exact in single precision, and take a third of the time.
+        own = np.take(weights.astype(np.float32), order, axis=1)
+        drawn = np.cumsum(own, axis=1)[:, last]
+        hits = np.cumsum(own * positives, axis=1)[:, last]
+        steps = np.diff(hits, axis=1, prepend=np.float32(0))
+        found, rows = hits[:, -1].astype(np.float64), drawn[:, -1].astype(np.float64)
         if metric == "auprc":
-            with np.errstate(invalid="ignore"):
-                precision = np.nan_to_num(hits / (hits + misses))
-            above, below = (steps * precision).sum(axis=1), hits[:, -1]
+            precision = np.nan_to_num(_ratio(hits.astype(np.float64), drawn))
+            figure = _ratio(np.einsum("bn,bn->b", steps, precision), found)
         else:
-            before = misses - np.diff(misses, axis=1, prepend=0) / 2
-            above = (steps * (misses[:, -1:] - before)).sum(axis=1)
-            below = hits[:, -1] * misses[:, -1]
+            misses = drawn - hits
+            before = np.einsum("bn,bn->b", steps, misses, dtype=np.float64)
+            before += np.einsum("bn,bn->b", steps[:, 1:], misses[:, :-1], dtype=np.float64)
+            figure = 1 - _ratio(before / 2, found * (rows - found))
         # Rows of one class define neither.
-        return np.where((hits[:, -1] > 0) & (misses[:, -1] > 0), _ratio(above, below), np.nan)
+        return np.where((found > 0) & (found < rows), figure, np.nan)
 
     return of
