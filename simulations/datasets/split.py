@@ -4,15 +4,15 @@ can be set aside to calibrate by."""
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.task import Classification, Ranking, Regression
+from silotune.common.contract.task import Classification, Ranking, Regression, Task
 from silotune.common.data import records
+from silotune.common.data.calibration_rows import NEEDED, calibration_rows
 from silotune.common.data.file_source import Problems
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
@@ -29,9 +29,6 @@ Counts = list[dict[str, int | str]]
 SEED = 2026
 LEAST = 8  # rows of a site: a quarter of them is for tests
 TEST, CALIBRATION = "test", "calibration"  # folders of public rows
-# Of the public rows to calibrate by: this share, but never fewer than these, and none at all where
-# they would be more than the largest share. Rows of one person or query are one.
-CALIBRATION_SHARE, LEAST_CALIBRATION, LARGEST_SHARE = 0.2, 40, 1 / 3
 
 
 class Split(NamedTuple):
@@ -196,7 +193,7 @@ def calibration(source: Path, contract: Contract, folder: Path) -> Split:
     rows = pd.concat(tables.values(), ignore_index=True)
     site = pd.Series([name for name, own in tables.items() for _ in range(len(own))])
     who = site + "\0" + _together(rows, contract).astype(str)
-    chosen = who.isin(_calibrating(rows, site, who, contract))
+    chosen = pd.Series(calibration_rows(_strata(rows, site, contract.task), list(who)))
     counts: Counts = []
     for name in tables:
         own = site == name
@@ -213,9 +210,8 @@ def calibration(source: Path, contract: Contract, folder: Path) -> Split:
         )
     if chosen.any():
         return Split(counts, folder)
-    needed = math.ceil(LEAST_CALIBRATION / LARGEST_SHARE)
     note = (
-        f"no calibration: it needs {needed} test rows, of different persons or queries, and there "
+        f"no calibration: it needs {NEEDED} test rows, of different persons or queries, and there "
         f"are {who.nunique()}"
     )
     return Split(counts, folder, (note,))
@@ -227,30 +223,16 @@ def _together(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:
     return rows[task.query_column] if isinstance(task, Ranking) else units(rows, contract)
 
 
-def _calibrating(
-    rows: pd.DataFrame, site: pd.Series[str], who: pd.Series[str], contract: Contract
-) -> set[str]:
-    """Of whom the rows are to calibrate by: every so-manieth in the order of site and label, equal
-    ones in an order that is drawn. None where there are too few."""
+def _strata(rows: pd.DataFrame, site: pd.Series[str], task: Task) -> list[tuple[Any, ...]]:
+    """Of each row its site and, where there are few, its label, or its number."""
     import pandas as pd
 
-    task, n = contract.task, who.nunique()
-    count = max(math.ceil(CALIBRATION_SHARE * n), LEAST_CALIBRATION)
-    if count > LARGEST_SHARE * n:
-        return set()
+    if not isinstance(task, (Classification, Regression)):
+        return list(zip(site, strict=True))
     label = rows[task.label_column]
     if isinstance(task, Regression):
-        label = pd.to_numeric(label, errors="coerce")
-    elif not isinstance(task, Classification):
-        label = site  # of lists, tags and answers there are too many
-    rng = np.random.default_rng(SEED)
-    order = (
-        pd.DataFrame({"who": who, "site": site, "label": label, "drawn": rng.random(len(rows))})
-        .drop_duplicates("who")
-        .sort_values(["site", "label", "drawn"])
-    )
-    places = ((np.arange(count) + rng.random()) * n / count).astype(int)
-    return set(order["who"].iloc[places])
+        label = pd.to_numeric(label)
+    return list(zip(site, label, strict=True))
 
 
 def units(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:

@@ -8,13 +8,9 @@ from typing import Any
 import pytest
 
 from silotune.common.contract.contract import Contract
+from silotune.common.data.calibration_rows import LARGEST_SHARE, LEAST, SHARE
 from silotune.common.tasks.resampling import RESAMPLES
 from silotune.server.report.formatting import MARKS
-from silotune.simulations.datasets.split import (
-    CALIBRATION_SHARE,
-    LARGEST_SHARE,
-    LEAST_CALIBRATION,
-)
 from silotune.simulations.verdict.calibration import HIGHEST_SLOPE, LOWEST_SLOPE
 from silotune.simulations.verdict.checklist import LABELS
 from silotune.simulations.verdict.differences import ERRORS, LEAST_GAIN
@@ -202,8 +198,8 @@ def test_the_page_shows_the_table_and_the_limits_by_which_it_is_made() -> None:
     assert f"less than {LEAST_GAIN}," in page
     assert f"between {LOWEST_SLOPE} and {HIGHEST_SLOPE} by two" in page
     assert ERRORS == 2
-    assert f"A fifth of the public rows, and at least {LEAST_CALIBRATION}," in page
-    assert (CALIBRATION_SHARE, LARGEST_SHARE) == (1 / 5, 1 / 3)
+    assert f"A fifth of the public rows, and at least {LEAST}," in page
+    assert (SHARE, LARGEST_SHARE) == (1 / 5, 1 / 3)
 
 
 def test_all_of_it_is_json(lora_contract: Contract) -> None:
