@@ -60,7 +60,7 @@ def simulate(
     """Run a contract on this machine, with other methods beside it.
 
     Sites, server and boundary are those of a deployment, in one process for each run; a quarter of
-    each site's rows is held back for tests. Runs work side by side in processes of their own, which
+    each site's rows is held back for tests and calibration. Runs work side by side in processes of their own, which
     do not import the calling script: it needs no `__main__` guard.
 
     Args:

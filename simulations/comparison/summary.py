@@ -11,7 +11,7 @@ import numpy as np
 
 from silotune.client.privacy.accountant import EXACT
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.task import LOWER_IS_BETTER, Ranking
+from silotune.common.contract.task import LOWER_IS_BETTER, Language, Ranking
 from silotune.common.errors import counted
 from silotune.common.tasks.metrics import METRICS, constant
 from silotune.common.tokenization.token_lengths import Lengths
@@ -49,7 +49,7 @@ def summarise(
     metric = config.metric
     sites = [site.name for site in contract.sites]
     held_out = HeldOut.read(public, contract)
-    same_outputs = _same_outputs(contract, held_out)
+    same_outputs = _same_outputs(contract, held_out, results)
     main = main_of(variants)
     rows = [
         _variant_row(
@@ -203,10 +203,14 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
     return values
 
 
-def _same_outputs(contract: Contract, rows: HeldOut) -> list[Any] | None:
-    """The outputs of always giving the best same answer (common/tasks/metrics.py); None where there
-    is none. For a ranking it is a random order: with equal scores the relevant candidates count as
-    the last."""
+def _same_outputs(
+    contract: Contract, rows: HeldOut, results: Sequence[JobResult]
+) -> list[Any] | None:
+    """The outputs of always giving the best same answer (common/tasks/metrics.py). For a ranking it
+    is a random order: with equal scores the relevant candidates count as the last. For language
+    the base model as it is; None where no run has its outputs."""
+    if isinstance(contract.task, Language):
+        return next((list(run.untrained) for run in results if len(run.untrained)), None)
     if isinstance(contract.task, Ranking):
         drawn = np.random.default_rng(0).random((len(rows.labels), 1)).astype(np.float32)
         return list(drawn)
@@ -222,7 +226,11 @@ def _same_answer(
     by_site = {site: spread([own.get(metric)]) for site, own in scores.items() if site}
     known = [v["mean"] for v in by_site.values() if v]
     overall = scores[""]
-    labels_of = {"classification": "Always the majority class", "ranking": "A random order"}
+    labels_of = {
+        "classification": "Always the majority class",
+        "ranking": "A random order",
+        "language": "The base model as it is",
+    }
     return {
         "name": "majority",
         "label": labels_of.get(task.kind, "Always the same"),

@@ -20,6 +20,7 @@ from silotune.client.relay.client_app import relay_app
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Language
 from silotune.common.errors import ErrorCode, RunError
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
@@ -95,7 +96,11 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
     scores: dict[str, Scores] = {}
     own: dict[str, dict[str, Scores]] = {}
     outputs: Sequence[Any] = ()
+    untrained: Sequence[Any] = ()
     calibration = None
+    if isinstance(contract.task, Language) and job.keeps_outputs and not job.optional:
+        # Of an answer in words there is no constant one to compare with.
+        untrained = test.outputs(model.initial_arrays(), adapter_active=False)
     if stopped is None:
         adapter_active = contract.adapter is not None
         released = run.registry.adapter()
@@ -129,6 +134,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
         stopped,
         outputs,
         calibration,
+        untrained,
     )
 
 

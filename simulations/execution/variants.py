@@ -122,7 +122,8 @@ class JobResult:
     own, the same of that model, by site. gpu: its name, where one computed. stopped: None where
     the run ended as planned; otherwise there are no scores, and the rounds until then. outputs:
     what evaluation keeps of each test row, by file, if the job keeps it. calibration: of the
-    model's outputs, where there are rows for it."""
+    model's outputs, where there are rows for it. untrained: of a language task the outputs of the
+    base model as it is, from the main variant's jobs whose outputs are kept."""
 
     variant: str
     repeat: int
@@ -137,6 +138,7 @@ class JobResult:
     stopped: Stopped | None = None
     outputs: Sequence[Any] = ()
     calibration: Calibration | None = None
+    untrained: Sequence[Any] = ()
 
 
 def scale_learning_rates(contract: Contract, factor: float) -> Contract:

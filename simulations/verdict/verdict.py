@@ -83,8 +83,9 @@ def verdict(
     warnings = [INSECURE] if insecure else []
     warnings += _warnings(main, baselines, runs, comparison, lengths)
     if word(items) == "learns nothing":
-        ranking = contract.task.kind == "ranking"
-        answer = "a random order" if ranking else "always giving the same answer"
+        answer = {"ranking": "a random order", "language": "the base model as it is"}.get(
+            contract.task.kind, "always giving the same answer"
+        )
         warnings.append(f"{METRICS[metric]} is not better than {answer}.")
     return {
         "verdict": {
@@ -194,7 +195,11 @@ def _figures(
     """The figure of the variant that is judged, and those of the others, in one line."""
     spread = f" ±{main['metrics'][metric]['sd']:.3f}" if main["repeats"] > 1 else ""
     parts = [f"{METRICS[metric]} {means[main['name']]:.3f}{spread}"]
-    constant = {"classification": "always-majority", "ranking": "a random order"}
+    constant = {
+        "classification": "always-majority",
+        "ranking": "a random order",
+        "language": "base model",
+    }
     words = {"majority": constant.get(contract.task.kind, "always the same")} | OTHERS
     parts += [
         f"{words[variant]} {means[variant]:.3f}"

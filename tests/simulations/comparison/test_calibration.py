@@ -99,7 +99,13 @@ def test_without_calibration_it_is_said_and_the_checklist_is_there(
     found = {item["name"]: item for item in result["verdict"]["checklist"]}
     assert set(found) >= {"constant", "alone", "calibrated", "budget"}
     if kind == "language":
-        assert found["constant"]["status"] == found["calibrated"]["status"] == "cannot tell"
+        assert found["calibrated"]["status"] == "cannot tell"
+        base, main = result["variants"]
+        assert (base["label"], base["epsilon"]) == ("The base model as it is", None)
+        metric = result["metric"]["name"]
+        assert found["constant"]["figures"]["second"] == base["metrics"][metric]["mean"]
+        assert base["metrics"]["loss"]["mean"] != main["metrics"]["loss"]["mean"]
+        assert f"base model {base['metrics'][metric]['mean']:.3f}" in result["verdict"]["lines"][0]
     assert "None was fitted" in (tmp_path / "run" / "report.html").read_text()
 
 
