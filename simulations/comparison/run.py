@@ -57,7 +57,7 @@ from silotune.simulations.execution.variants import (
 )
 
 QUICK = (MAIN, "federated-head", "pooled-no-dp")  # variants of the quick form, as far as there are
-PUBLIC = "public"  # of a run's folder: rows for tests, and those to calibrate by
+PUBLIC = "public-rows"  # of a run's folder: rows for tests, and those to calibrate by
 OF_A_RUN = (
     "result.json",
     "variants",
@@ -134,15 +134,16 @@ def run(
     if not any(r.stopped for r in results):  # what stopped early has not taken its time
         today = datetime.now(UTC).date().isoformat()
         Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    result = summarise(
-        contract,
-        variants,
-        results,
-        recipe.config,
-        public,
-        measured,
-        insecure=options.insecure_seed is not None,
-    )
+    with progress.busy("checking which differences the test rows can tell"):
+        result = summarise(
+            contract,
+            variants,
+            results,
+            recipe.config,
+            public,
+            measured,
+            insecure=options.insecure_seed is not None,
+        )
     result |= {
         "format": 1,
         "recipe": recipe.name,

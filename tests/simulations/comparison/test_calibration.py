@@ -14,6 +14,7 @@ from silotune.common.tasks.calibration import FILE, Calibration
 from silotune.simulations.comparison.options import Options
 from silotune.simulations.comparison.recipe import recipe_of
 from silotune.simulations.comparison.run import run
+from silotune.simulations.comparison.run_result import RunResult
 from silotune.simulations.datasets.split import CALIBRATION, TEST, public_files
 from tests import tiny
 
@@ -52,7 +53,7 @@ def test_each_task_is_calibrated_by_rows_that_no_figure_uses(
     tmp_path: Path, kind: str, model: str
 ) -> None:
     result = ran(tmp_path, kind, model, repeats=2)
-    public, counts = tmp_path / "run" / "public", result["data"]["sites"]
+    public, counts = tmp_path / "run" / "public-rows", result["data"]["sites"]
     parts = {
         part: [
             row for file in public_files(public, part).values() for row in pd.read_csv(file)["id"]
@@ -72,6 +73,7 @@ def test_each_task_is_calibrated_by_rows_that_no_figure_uses(
     assert fitted.rows == 40
     beside = (tmp_path / "run" / "variants" / "federated-lora-0" / FILE).read_bytes()
     assert Calibration.model_validate_json(beside) == fitted
+    assert RunResult.load(tmp_path / "run").calibration == fitted
     main = next(variant for variant in result["variants"] if variant["main"])
     for name, found in main["metrics"].items():  # of the first run, and on the test rows alone
         before = content["before"]["metrics"][name]
@@ -92,6 +94,7 @@ def test_without_calibration_it_is_said_and_the_checklist_is_there(
     result = ran(tmp_path, kind, model, rows=300 if kind == "bi" else 600)
     assert result["calibration"]["fitted"] is None
     assert result["calibration"]["after"] is None
+    assert RunResult.load(tmp_path / "run").calibration is None
     assert any("no calibration: it needs 120" in n for n in result["data"]["notes"]) == (
         kind == "bi"
     )
