@@ -39,8 +39,8 @@ FOLDERS = {
     ],
     "server": ["storage", "aggregation", "rounds", "operations", "flower", "report", "cli"],
     "simulations": [
-        "recipes", "datasets", "attacks", "execution", "comparison", "flower_app", "study",
-        "benchmarks", "cli", "api",
+        "recipes", "datasets", "attacks", "execution", "verdict", "comparison", "flower_app",
+        "study", "benchmarks", "cli", "api",
     ],
 }  # fmt: skip
 MOST_MODULES = 13  # of a folder

@@ -371,7 +371,7 @@ def simulated(scene: Scene, table_contract: Contract, capsys: pytest.CaptureFixt
     progress.start([], [main], 1)
     progress.finish(
         {
-            "verdict": {"word": "usable", "lines": [], "warnings": []},
+            "verdict": {"headline": "learns", "checklist": [], "lines": [], "warnings": []},
             "variants": [],
             "seconds": 1.0,
             "metric": {"name": "auc", "label": "AUC"},

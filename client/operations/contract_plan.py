@@ -49,9 +49,7 @@ def planned(contract: Contract, folder: Path | None) -> Contract | None:
     return _with_phases(contract, head, (rates.head_lr, rates.adapter_lr))
 
 
-def _with_phases(
-    contract: Contract, head: HeadPlan, joint: tuple[float, float] | None
-) -> Contract:
+def _with_phases(contract: Contract, head: HeadPlan, joint: tuple[float, float] | None) -> Contract:
     """joint: the rates of head and adapter in the phase that trains both; the head alone if it is
     None."""
     raw = contract.model_dump(mode="json", exclude_none=True)

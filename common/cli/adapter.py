@@ -90,6 +90,7 @@ def watch(
     from silotune.common.data import records
     from silotune.common.inference import drift, label_monitor
     from silotune.common.models import factory as models
+    from silotune.common.tasks.calibration import Calibration
 
     contract = _contract(run)
     label_monitor.check_task(contract)
@@ -98,7 +99,10 @@ def watch(
         table = label_monitor.ordered(table, column)
     inputs = records.unlabelled(table, contract)
     network = models.build(contract, required(contract, model, MODEL))
-    values = label_monitor.scores_by_tag(contract, network, _arrays(run, network), inputs)
+    calibration = Calibration.read(run, contract.task)
+    values = label_monitor.scores_by_tag(
+        contract, network, _arrays(run, network), inputs, calibration
+    )
     alerts = drift.alerts(values, false_alarms)
     out.mkdir(parents=True, exist_ok=True)
     shares = {label: sum(own) / len(own) for label, own in values.items()}
@@ -170,16 +174,18 @@ def search(
     from silotune.common.data import records
     from silotune.common.inference.retrieval import Index, check_contract
     from silotune.common.models import factory as models
+    from silotune.common.tasks.calibration import Calibration
 
     contract = _contract(run)
     column = check_contract(contract).second
     items = list(dict.fromkeys(records.column(records.table(data, reading), column)))
+    calibration = Calibration.read(run, contract.task)
     network = models.build(contract, required(contract, model, MODEL))
     found = Index(contract, network, _arrays(run, network))
     found.read(items, index)
     results: list[dict[str, Any]] = [
         {"query": query, "items": [{"text": items[f.item], "score": f.score} for f in best]}
-        for query, best in zip(queries, found.search(queries, k), strict=True)
+        for query, best in zip(queries, found.search(queries, k, calibration), strict=True)
     ]
     lines = []
     for result in results:

@@ -127,6 +127,18 @@ def scheme_of(tags: Sequence[str]) -> str:
     )
 
 
+def counts(
+    truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> list[tuple[int, int, int]]:
+    """Of each of N sentences how many entities it has, how many are predicted, and how many of
+    these are right: what `scores` divides, by sentence."""
+    from seqeval.scheme import IOB2 as STRICT
+    from seqeval.scheme import Entities
+
+    there, told = (Entities(list(map(list, tags)), STRICT).entities for tags in (truth, predicted))
+    return [(len(a), len(b), len(set(a) & set(b))) for a, b in zip(there, told, strict=True)]
+
+
 def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Precision, recall and F1 over the entities of N sentences, strict: found means with its kind
     and both ends. Both are judged as IOB2, so that an entity which a model does not begin with B-x

@@ -24,6 +24,7 @@ from silotune.common.data.records import Inputs, Table
 from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.common.inference.drift import Alert
 from silotune.common.models.base import Network
+from silotune.common.tasks.calibration import Calibration
 
 WIDTH, HEIGHT = 9.0, 1.15  # inches, of each label's panel
 SMOOTHED = 100  # rows that a point of a curve is the mean of
@@ -65,10 +66,14 @@ def _keys(cells: Sequence[str]) -> list[Any] | None:
 
 
 def scores_by_tag(
-    contract: Contract, model: Network, arrays: Any, inputs: Inputs
+    contract: Contract,
+    model: Network,
+    arrays: Any,
+    inputs: Inputs,
+    calibration: Calibration | None = None,
 ) -> dict[str, list[float]]:
     """Of each label [N]: 1 where it is predicted, else 0; of a regression the share between
-    bounds."""
+    bounds. calibration: what outputs are calibrated by."""
     task = contract.task
     encoded = model.encode(inputs)
     # What is kept of a row of these tasks does not depend on its target.
@@ -80,6 +85,8 @@ def scores_by_tag(
                 encoded, model.objective.tensor(blank), adapter=contract.adapter is not None
             )
         )
+    if calibration is not None:
+        outputs = np.asarray(calibration.apply(outputs))
     if isinstance(task, Regression):
         return {task.label_column: np.clip(outputs[:, 0], 0, 1).tolist()}
     assert isinstance(task, (Classification, MultiLabel))

@@ -27,6 +27,7 @@ from silotune.common.errors import DataError, ErrorCode, UsageError
 from silotune.common.models.base import Network
 from silotune.common.protocol.messages import Arrays
 from silotune.common.runtime.atomic_files import write_durably
+from silotune.common.tasks.calibration import Calibration
 
 
 class Found(NamedTuple):
@@ -69,11 +70,15 @@ class Index:
             write_durably(file, save({"items": self.vectors}, metadata={"made_from": made_from}))
         return False
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(
+        self, queries: Sequence[str], k: int, calibration: Calibration | None = None
+    ) -> list[list[Found]]:
         """The k best items of each query, best first, of equal ones the first; fewer if there are
-        fewer."""
+        fewer. calibration: what scores are calibrated by; it changes no order."""
         weight, bias = self.arrays["head.weight"][0], float(self.arrays["head.bias"][0])
         scores = (self._features(queries) * weight) @ self.vectors.T + bias
+        if calibration is not None:
+            scores = np.asarray(calibration.apply(scores))
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [
             [Found(int(item), float(row[item])) for item in order]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 from silotune.common.contract.task import (
@@ -77,7 +78,11 @@ def constant(task: Task, targets: Sequence[Any]) -> list[Any] | None:
         shares = np.bincount(targets, minlength=task.outputs) / n
         return [np.log(np.maximum(shares, 1e-9)).astype(np.float32)] * n
     if isinstance(task, Tokens):
-        return [(0.0, np.zeros(len(tags), dtype=np.int64)) for tags in targets]
+        tags = [tag for row in targets for tag in row]
+        shares = np.bincount(tags, minlength=task.outputs) / max(len(tags), 1)
+        shares[0] = shares.max()  # O, of equal ones the first
+        row = np.log(np.maximum(shares, 1e-9)).astype(np.float32)
+        return [np.tile(row, (len(own), 1)) for own in targets]
     if isinstance(task, Language):
         return None
     mean = np.atleast_1d(np.mean(np.asarray(targets, dtype=np.float64), axis=0))
@@ -87,9 +92,7 @@ def constant(task: Task, targets: Sequence[Any]) -> list[Any] | None:
 
 
 def _classes(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scores:
-    z = logits.astype(np.float64)
-    z = z - z.max(axis=1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
     predicted = logits.argmax(axis=1)
     binary = logits.shape[1] == 2 and len(set(labels.tolist())) == 2
     right = predicted == labels
@@ -111,12 +114,18 @@ def _classes(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scores:
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Expected calibration error: |share right - mean confidence| by bins of equal width, weighted
     by their rows (Naeini, Cooper and Hauskrecht 2015). confidence [N] in [0, 1]; right [N]."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = bins_of(confidence)
     found = [
         abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
         for b in np.unique(bins)
     ]
     return float(sum(found))
+
+
+def bins_of(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which bin of the calibration error each is in."""
+    found: NDArray[np.int64] = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    return found
 
 
 def _labels(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Scores:
@@ -138,20 +147,37 @@ def _labels(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Scores:
 
 
 def _tokens(task: Tokens, outputs: Sequence[Any], targets: Sequence[NDArray[np.int64]]) -> Scores:
-    """outputs: a (loss, [W] predicted tags) for each sentence, fewer tags than words where a model
-    reads no further: those count as O."""
-    truth = [[task.tags[t] for t in tags] for tags in targets]
-    found = [
-        [task.tags[t] for t in tags] + [task.tags[0]] * (len(true) - len(tags))
-        for (_, tags), true in zip(outputs, truth, strict=True)
-    ]
+    truth, found = tags_of(task, outputs, targets)
     pairs = [(a, b) for t, f in zip(truth, found, strict=True) for a, b in zip(t, f, strict=True)]
     return {
-        "loss": float(np.mean([loss for loss, _ in outputs])),
+        "loss": float(np.mean([tag_loss(z, t) for z, t in zip(outputs, targets, strict=True)])),
         "accuracy": float(np.mean([a == b for a, b in pairs])) if pairs else None,
         **tag_schemes.scores(truth, found),
         "predicted_classes": len({b for _, b in pairs}),
     }
+
+
+def tags_of(
+    task: Tokens, outputs: Sequence[Any], targets: Sequence[Any]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """The tags of N sentences, and those that are predicted.
+
+    outputs: of each sentence the logits [W, L] of its words, of fewer than it has where a model
+    reads no further: those behind count as O, and in no loss.
+    """
+    truth = [[task.tags[t] for t in tags] for tags in targets]
+    return truth, [
+        [task.tags[t] for t in logits.argmax(axis=1)] + [task.tags[0]] * (len(true) - len(logits))
+        for logits, true in zip(outputs, truth, strict=True)
+    ]
+
+
+def tag_loss(logits: NDArray[np.float32], tags: Any) -> float:
+    """The mean cross entropy of a sentence's words that are read; 0 where none is. Each word counts
+    as much, also where a contract weighs tags."""
+    read = len(logits)
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
+    return float(-log_p[np.arange(read), list(tags[:read])].mean()) if read else 0.0
 
 
 def _regression(
@@ -176,13 +202,30 @@ def _regression(
 def _ranking(
     outputs: NDArray[np.float32], targets: NDArray[np.int64], queries: Sequence[str]
 ) -> Scores:
-    """Means over the queries that have a relevant candidate and another one. Ties count as if the
-    relevant ones came last: a model that gives all the same score finds nothing."""
+    """Means over the queries of `of_queries`."""
     z = outputs[:, 0].astype(np.float64)
+    figures = [own for _, own in of_queries(z, targets, queries)]
+    both = len(set(targets.tolist())) == 2
+    return {
+        "loss": float((np.logaddexp(0, z) - z * targets).mean()),
+        "auc": float(sk.roc_auc_score(targets, z)) if both else None,
+        "predicted_classes": len(set((z > 0).tolist())),
+        **{
+            name: float(np.mean([own[name] for own in figures])) if figures else None
+            for name in ("mrr", "ndcg", "recall_at_10")
+        },
+    }
+
+
+def of_queries(
+    z: NDArray[np.float64], targets: NDArray[np.int64], queries: Sequence[str]
+) -> list[tuple[list[int], dict[str, float]]]:
+    """The rows and figures of each query that has a relevant candidate and another one. Ties count
+    as if the relevant ones came last: a model that gives all the same score finds nothing."""
     of_query: dict[str, list[int]] = {}
     for row, query in enumerate(queries):
         of_query.setdefault(query, []).append(row)
-    figures: list[tuple[float, float, float]] = []
+    figures: list[tuple[list[int], dict[str, float]]] = []
     for rows in of_query.values():
         true = targets[rows]
         relevant = int(true.sum())
@@ -192,22 +235,13 @@ def _ranking(
         ranked = true[order]
         discounts = 1 / np.log2(np.arange(2, min(len(rows), CUTOFF) + 2))
         ideal = discounts[:relevant].sum()
-        figures.append(
-            (
-                1 / (1 + int(ranked.argmax())),
-                float((ranked[:CUTOFF] * discounts).sum() / ideal),
-                float(ranked[:CUTOFF].sum() / min(relevant, CUTOFF)),
-            )
-        )
-    both = len(set(targets.tolist())) == 2
-    means = np.mean(figures, axis=0) if figures else (None, None, None)
-    names = ("mrr", "ndcg", "recall_at_10")
-    return {
-        "loss": float((np.logaddexp(0, z) - z * targets).mean()),
-        "auc": float(sk.roc_auc_score(targets, z)) if both else None,
-        "predicted_classes": len(set((z > 0).tolist())),
-        **{n: None if m is None else float(m) for n, m in zip(names, means, strict=True)},
-    }
+        own = {
+            "mrr": 1 / (1 + int(ranked.argmax())),
+            "ndcg": float((ranked[:CUTOFF] * discounts).sum() / ideal),
+            "recall_at_10": float(ranked[:CUTOFF].sum() / min(relevant, CUTOFF)),
+        }
+        figures.append((rows, own))
+    return figures
 
 
 def _language(outputs: NDArray[np.float64], targets: Any) -> Scores:

@@ -74,9 +74,6 @@ class TokenClassificationObjective(Objective):
         return share_right(outputs, targets)
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> Sequence[Any]:
-        """(loss by which each word counts as much, the words' predicted tags)"""
-        losses, tags = per_example_loss(outputs, targets).tolist(), outputs.argmax(dim=2)
-        return [
-            (loss, row[own != IGNORED].numpy(force=True))
-            for loss, row, own in zip(losses, tags, targets, strict=True)
-        ]
+        """Of each example [W, L], the logits of the words that the model reads."""
+        found, counted = outputs.float().numpy(force=True), (targets != IGNORED).numpy(force=True)
+        return [row[own] for row, own in zip(found, counted, strict=True)]

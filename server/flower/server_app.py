@@ -29,9 +29,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run config: `contract` (TOML file), `model` (folder or ""), `run` (id), `runs` (folder),
-    `test` (a file of public rows, or "") and its `encoding` and `delimiter`; `resume`: go on with
-    the run that is there, or "skip": and without its next round; `token`: what its own events of
-    this process carry."""
+    `test` (a file of public rows, some of which calibrate the adapter, or "") and its `encoding`
+    and `delimiter`; `resume`: go on with the run that is there, or "skip": and without its next
+    round; `token`: what its own events of this process carry."""
     config = {key: str(value) for key, value in context.run_config.items()}
     folder, begun, own = Path(config["runs"]) / config["run"], False, {"token": config["token"]}
     if threading.current_thread() is threading.main_thread():
@@ -41,14 +41,16 @@ def main(grid: Grid, context: Context) -> None:
         events.append(folder, "starting", **own)
         contract = contracts.load(Path(config["contract"]))
         model = build(contract, Path(config["model"]) if config["model"] else None)
-        evaluate = None
+        evaluate = calibrating = None
         if config["test"]:
             from silotune.server.rounds.evaluation import PublicTest
 
             reading = Reading.of(
                 config["encoding"], config["delimiter"] or None, "--{key} '{value}'"
             )
-            evaluate = PublicTest(contract, model, {"": Path(config["test"])}, reading).metrics
+            public = PublicTest(contract, model, {"": Path(config["test"])}, reading)
+            test, calibrating = public.divided()
+            evaluate = test.metrics
         begin = RunStore.open if config["resume"] else RunStore.create
         registry = begin(folder, contract, folder.parent / ".receipts")
         begun = True
@@ -62,6 +64,12 @@ def main(grid: Grid, context: Context) -> None:
         if config["resume"] == "skip" and not run.done:
             run.skip()
         SilotuneStrategy(run).start(grid)
+        if calibrating is not None and (
+            found := calibrating.calibration(
+                registry.adapter(), adapter_active=contract.adapter is not None
+            )
+        ):
+            found.write(folder)
     except (Exception, RunNotRunningException) as error:
         code, why = _code_and_reason(error, folder)
         with contextlib.suppress(OSError):  # on a full disk `server run` sees it by itself

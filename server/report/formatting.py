@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Undefined
 
 DASH = "–"
+MARKS = {"yes": "✓", "no": "✗", "cannot tell": "?"}  # of an item of the checklist
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -40,7 +40,7 @@ def main_variant(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def metric_of(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Key and label of the metric the verdict rests on."""
+    """Key and label of the metric that models are compared by."""
     metric = result.get("metric") or {}
     name = str(metric.get("name") or "metric")
     return name, str(metric.get("label") or name)

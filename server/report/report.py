@@ -19,7 +19,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 
 from silotune.common.errors import DataError
 from silotune.common.tasks.metrics import METRICS
-from silotune.server.report.formatting import DASH, duration, number, size, small
+from silotune.server.report.formatting import DASH, MARKS, duration, number, size, small
 from silotune.server.report.plots import (
     draw,
     main_variant,
@@ -76,10 +76,22 @@ def render(result: Mapping[str, Any]) -> str:
             "repeated": any((variant.get("repeats") or 1) > 1 for variant in variants),
             "train": total(result, "train"),
             "test": total(result, "test"),
+            "calibrating": total(result, "calibration"),
+            "marks": MARKS,
+            "tone": _tone(result),
             # A deployment does not know how many records a site has.
             "simulated": any(s.get("train") is not None for s in rows_of(result, "data", "sites")),
         }
     )
+
+
+def _tone(result: Mapping[str, Any]) -> str:
+    """The colour of the headline: that of a good result is for one of which nothing is against."""
+    if (result.get("privacy") or {}).get("insecure"):
+        return "bad"
+    verdict = result.get("verdict") or {}
+    against = any(item.get("status") == "no" for item in verdict.get("checklist") or [])
+    return "good" if verdict.get("word") == "learns" and not against else "poor"
 
 
 def guarantee(result: Mapping[str, Any], epsilon: Any, delta: Any) -> str:

@@ -31,8 +31,10 @@ from silotune.common.model_files.model_source import folder_of
 from silotune.common.runtime.terminal import escaped
 from silotune.common.tasks.metrics import METRICS
 from silotune.common.tokenization.token_lengths import Lengths
+from silotune.server.report.formatting import MARKS
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.comparison.duration import Duration, clock
+from silotune.simulations.datasets.split import TEST
 from silotune.simulations.execution.variants import PLAIN, Job, JobResult
 from silotune.simulations.recipes.recipe_config import RecipeConfig
 
@@ -121,7 +123,7 @@ class Progress:
         the last comparison like it."""
         c, say, entry = self.contract, self.console.print, self._entry
         self._insecure = jobs[0].insecure_seed is not None
-        records = sum(int(k["train"]) + int(k["test"]) for k in counts)
+        records = sum(n for own in counts for n in own.values() if isinstance(n, int))
         where = f"{os.cpu_count()} cores, device {jobs[0].performance.device}"
         entry("", f"Silotune · {where} · nothing keeps running afterwards")
         model = "one-hot public bins"
@@ -240,8 +242,11 @@ class Progress:
             self._live.stop()
         say = self.console.print
         say("")
-        say(f"RESULT  {result['verdict']['word']}")
-        for line in result["verdict"]["lines"]:
+        verdict = result["verdict"]
+        self._entry("RESULT  ", verdict["headline"])
+        for item in verdict["checklist"]:
+            self._entry(f"  {MARKS[item['status']]} ", f"{item['label']}: {item['detail']}")
+        for line in verdict["lines"]:
             self._entry("  ", line)
         for line in result["verdict"]["warnings"]:
             self._entry("  Warning: ", line)
@@ -327,7 +332,7 @@ def adapter_step(job: Job) -> str:
     """The line that uses a run's adapter on rows that it was tested by; "" if no command does."""
     if job.variant == PLAIN:
         return ""
-    contract, files = job.contract, sorted((job.data / "test").glob("*.csv"))
+    contract, files = job.contract, list(job.public_files(TEST).values())
     verb, package, extra = USES.get(contract.task.kind, ("", "", ""))
     more: list[object] = []
     if verb == "search":

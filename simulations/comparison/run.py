@@ -41,7 +41,8 @@ from silotune.simulations.comparison.progress import Progress
 from silotune.simulations.comparison.provenance import _processor, commit
 from silotune.simulations.comparison.recipe import Recipe
 from silotune.simulations.comparison.summary import summarise
-from silotune.simulations.datasets import catalog
+from silotune.simulations.datasets import catalog, split
+from silotune.simulations.datasets.split import Split
 from silotune.simulations.execution import worker_pool
 from silotune.simulations.execution.pool_context import PoolContext
 from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_aggregation
@@ -56,7 +57,14 @@ from silotune.simulations.execution.variants import (
 )
 
 QUICK = (MAIN, "federated-head", "pooled-no-dp")  # variants of the quick form, as far as there are
-OF_A_RUN = ("result.json", "variants", "split", "contract.json")  # one of them is in a run's folder
+PUBLIC = "public-rows"  # of a run's folder: rows for tests, and those to calibrate by
+OF_A_RUN = (
+    "result.json",
+    "variants",
+    "split",
+    PUBLIC,
+    "contract.json",
+)  # one of them is in a run's folder
 
 
 def run(
@@ -93,15 +101,8 @@ def run(
     progress = Progress(recipe.config, main.contracts[0], quiet=quiet, stderr=stderr)
     with _instead_of_older(folder) as older:
         with progress.busy(f"fetching and checking data {recipe.config.title}"):
-            counts, rows, notes = recipe.rows(folder)
-        sites = {str(c["site"]) for c in counts}
-        unknown = set(contract.weights()) - sites
-        if unknown:
-            raise RunError(
-                f"The data has no rows of: {', '.join(sorted(unknown))}.",
-                code=ErrorCode.TOO_FEW_ROWS,
-            )
-        _check_figure(recipe.config.metric, contract, rows)
+            (counts, rows, notes), public = _rows(recipe, folder)
+        _check_figure(recipe.config.metric, contract, public)
         model_folder = None
         if not isinstance(contract.model, OneHotModel):
             with progress.busy(f"fetching and checking model {contract.model.name}"):
@@ -109,7 +110,7 @@ def run(
         measured = lengths_of(contract, model_folder, rows)
     notes = (*notes, *([quick] if quick else []), *older)
     processes = options.processes or os.cpu_count() or 1
-    jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, keys))
+    jobs = list(_jobs(recipe, options, variants, folder, model_folder, rows, public, keys))
     last_time = file_of(whole, options.performance)
     results, seconds = _results(
         jobs,
@@ -133,15 +134,16 @@ def run(
     if not any(r.stopped for r in results):  # what stopped early has not taken its time
         today = datetime.now(UTC).date().isoformat()
         Duration.of(jobs, processes, seconds, memory, today).keep(last_time)
-    result = summarise(
-        contract,
-        variants,
-        results,
-        recipe.config,
-        rows,
-        measured,
-        insecure=options.insecure_seed is not None,
-    )
+    with progress.busy("checking which differences the test rows can tell"):
+        result = summarise(
+            contract,
+            variants,
+            results,
+            recipe.config,
+            public,
+            measured,
+            insecure=options.insecure_seed is not None,
+        )
     result |= {
         "format": 1,
         "recipe": recipe.name,
@@ -182,6 +184,21 @@ def run(
     write_report(result, folder / "report.html")
     progress.finish(result, folder)
     return result
+
+
+def _rows(recipe: Recipe, folder: Path) -> tuple[Split, Path]:
+    """The recipe's rows, with counts of all parts, and the folder of the public ones."""
+    found = recipe.rows(folder)
+    unknown = set(recipe.contract.weights()) - {str(own["site"]) for own in found.counts}
+    if unknown:
+        raise RunError(
+            f"The data has no rows of: {', '.join(sorted(unknown))}.",
+            code=ErrorCode.TOO_FEW_ROWS,
+        )
+    public = split.calibration(found.folder, recipe.contract, folder / PUBLIC)
+    of_site = {own["site"]: own for own in public.counts}
+    counts = [own | of_site[own["site"]] for own in found.counts]
+    return Split(counts, found.folder, (*found.notes, *public.notes)), public.folder
 
 
 def _results(
@@ -249,10 +266,11 @@ def _chosen(variants: list[Variant], names: Sequence[str], quick: bool) -> list[
     return [variant for variant in variants if not names or variant.name in names]
 
 
-def _check_figure(metric: str, contract: Contract, split: Path) -> None:
+def _check_figure(metric: str, contract: Contract, public: Path) -> None:
     """DataError where the rows for tests do not define the figure of the run: an AUC, say, of rows
     that all have the same label."""
-    test = [records.read(split / "test" / f"{site}.csv", contract) for site in contract.weights()]
+    files = split.public_files(public, split.TEST)
+    test = [records.read(files[site], contract) for site in contract.weights()]
     labels = [label for found in test for label in found.labels]
     outputs = constant(contract.task, labels)
     if outputs is None:
@@ -267,9 +285,9 @@ def _check_figure(metric: str, contract: Contract, split: Path) -> None:
         )
 
 
-def lengths_of(contract: Contract, model: Path | None, split: Path) -> Lengths:
+def lengths_of(contract: Contract, model: Path | None, rows: Path) -> Lengths:
     """Of the texts of all rows, those for tests as well."""
-    files = [split / "pooled.csv", *sorted((split / "test").glob("*.csv"))]
+    files = [rows / "pooled.csv", *split.public_files(rows, split.TEST).values()]
     if isinstance(contract.model, OneHotModel):
         return Lengths()
     return token_lengths.measure(
@@ -286,6 +304,7 @@ def _jobs(
     folder: Path,
     model_folder: Path | None,
     rows: Path,
+    public: Path,
     keys: SigningKeys,
 ) -> Iterator[Job]:
     """The main variant's first run first, so that it can be watched; then the costly ones."""
@@ -321,6 +340,8 @@ def _jobs(
                         performance=options.performance,
                         keys=keys,
                         optional=variant is not main,
+                        public=public,
+                        keeps_outputs=True,
                     )
                 )
     yield from sorted(

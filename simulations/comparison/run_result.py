@@ -20,6 +20,8 @@ from silotune.simulations.execution.variants import PLAIN
 if TYPE_CHECKING:
     import pandas as pd  # takes a while to import
 
+    from silotune.common.tasks.calibration import Calibration
+
 FORMAT = 1  # of result.json
 SHOWN = 3  # metrics in a notebook; `table` has all
 
@@ -60,6 +62,7 @@ class _Metric(BaseModel):
 
 class _Verdict(BaseModel):
     word: str
+    headline: str
     warnings: list[str]
 
 
@@ -140,6 +143,15 @@ class RunResult:
         """The main method (the contract's own, if it was run) on the public test rows: each
         metric's mean over its runs; None where the rows do not define it, or it diverged."""
         return {name: found and found["mean"] for name, found in self._main["metrics"].items()}
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the outputs of `adapter` are calibrated by: public rows that no metric uses. None
+        where there were too few, or the task has none."""
+        from silotune.common.tasks.calibration import Calibration
+
+        found = (self.content.get("calibration") or {}).get("fitted")
+        return Calibration.model_validate(found) if found else None
 
     @property
     def adapter(self) -> Path:
@@ -242,7 +254,7 @@ class RunResult:
             for variant in self.content["variants"]
         )
         verdict = self.content["verdict"]
-        lines = [f"{self.contract.name}: {verdict['word']}", *verdict["warnings"]]
+        lines = [f"{self.contract.name}: {verdict['headline']}", *verdict["warnings"]]
         return (
             "".join(f"<p>{escape(line)}</p>" for line in lines)
             + f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -60,8 +60,8 @@ def simulate(
     """Run a contract on this machine, with other methods beside it.
 
     Sites, server and boundary are those of a deployment, in one process for each run; a quarter of
-    each site's rows is held back for tests. Runs work side by side in processes of their own, which
-    do not import the calling script: it needs no `__main__` guard.
+    each site's rows is held back for tests and calibration. Runs work side by side in processes of
+    their own, which do not import the calling script: it needs no `__main__` guard.
 
     Args:
         contract: A contract, a recipe, or the name of a shipped recipe, which has its own data.

@@ -11,15 +11,15 @@ import numpy as np
 
 from silotune.client.privacy.accountant import EXACT
 from silotune.common.contract.contract import Contract
-from silotune.common.contract.task import LOWER_IS_BETTER, Ranking
-from silotune.common.data import records
-from silotune.common.data.records import Records
+from silotune.common.contract.task import LOWER_IS_BETTER, Language, Ranking
 from silotune.common.errors import counted
-from silotune.common.tasks.metrics import METRICS, Scores, constant, score
+from silotune.common.tasks.metrics import METRICS, constant
 from silotune.common.tokenization.token_lengths import Lengths
-from silotune.simulations.comparison.verdict import verdict
+from silotune.server.rounds.evaluation import scores_by_group
 from silotune.simulations.execution.variants import JobResult, Variant, main_of
 from silotune.simulations.recipes.recipe_config import RecipeConfig
+from silotune.simulations.verdict.differences import HeldOut
+from silotune.simulations.verdict.verdict import verdict
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -39,18 +39,17 @@ def summarise(
     variants: list[Variant],
     results: list[JobResult],
     config: RecipeConfig,
-    split: Path,
+    public: Path,
     lengths: Lengths,
     *,
     insecure: bool = False,
 ) -> dict[str, Any]:
-    """The parts of result.json that come from the runs. lengths: of the texts of all rows;
-    insecure: the noise is from a seed that is known."""
+    """The parts of result.json that come from the runs. public: where the test rows are; lengths:
+    of the texts of all rows; insecure: the noise is from a seed that is known."""
     metric = config.metric
     sites = [site.name for site in contract.sites]
-    public = {  # the test rows of each site
-        site: records.read(split / "test" / f"{site}.csv", contract) for site in sites
-    }
+    held_out = HeldOut.read(public, contract)
+    same_outputs = _same_outputs(contract, held_out, results)
     main = main_of(variants)
     rows = [
         _variant_row(
@@ -59,8 +58,8 @@ def summarise(
         | {"main": variant is main}
         for variant in variants
     ]
-    same = _same_answer(public, contract, metric)
-    rows = [same, *rows] if same else rows
+    if same_outputs is not None:
+        rows = [_same_answer(held_out, same_outputs, contract, metric), *rows]
     own = main.contracts[0]
     first_runs = [r for r in results if r.variant == main.name and r.repeat == 0]
     spent = {
@@ -91,7 +90,9 @@ def summarise(
             "label": METRICS[metric],
             "higher_is_better": metric not in LOWER_IS_BETTER,
         },
-        "verdict": _verdict(rows, results, metric, contract, public, lengths, insecure=insecure),
+        **_verdict(
+            rows, results, metric, contract, held_out, same_outputs, lengths, insecure=insecure
+        ),
         "variants": rows,
         "curve": [
             {
@@ -113,13 +114,14 @@ def _verdict(
     results: list[JobResult],
     metric: str,
     contract: Contract,
-    public: dict[str, Records],
+    held_out: HeldOut,
+    same: list[Any] | None,
     lengths: Lengths,
     *,
     insecure: bool,
 ) -> dict[str, Any]:
-    """Of the variants that have figures. Those without are warnings; where the main one has none
-    the word says so."""
+    """Verdict and calibration, of the variants that have figures. Those without are warnings; where
+    the main one has none the word says so."""
     warnings = [
         f"{row['label']} {stopped['word']} in {stopped['runs']} of "
         f"{counted(row['repeats'], 'repeat')} ({stopped['code']}). {stopped['why']}"
@@ -128,18 +130,21 @@ def _verdict(
     ]
     main = next(row for row in rows if row["main"])
     if main["stopped"]:
-        return {"word": main["stopped"]["word"], "lines": [], "warnings": warnings}
+        word = main["stopped"]["word"]
+        stopped = {"word": word, "headline": word, "checklist": [], "lines": []}
+        return {"verdict": stopped | {"warnings": warnings}, "calibration": None}
     found = verdict(
         [row for row in rows if not row["stopped"]],
         results,
         metric,
         contract,
-        [label for found in public.values() for label in found.labels],
-        len({query for found in public.values() for query in found.queries}),
+        held_out,
+        same,
         lengths,
         insecure=insecure,
     )
-    return found | {"warnings": [*found["warnings"], *warnings]}
+    found["verdict"]["warnings"] += warnings
+    return found
 
 
 def _variant_row(
@@ -203,32 +208,34 @@ def _overall(runs: list[JobResult], repeats: list[int], name: str) -> list[float
     return values
 
 
+def _same_outputs(
+    contract: Contract, rows: HeldOut, results: Sequence[JobResult]
+) -> list[Any] | None:
+    """The outputs of always giving the best same answer (common/tasks/metrics.py). For a ranking it
+    is a random order: with equal scores the relevant candidates count as the last. For language
+    the base model as it is; None where no run has its outputs."""
+    if isinstance(contract.task, Language):
+        return next((list(run.untrained) for run in results if len(run.untrained)), None)
+    if isinstance(contract.task, Ranking):
+        drawn = np.random.default_rng(0).random((len(rows.labels), 1)).astype(np.float32)
+        return list(drawn)
+    return constant(contract.task, rows.labels)
+
+
 def _same_answer(
-    public: dict[str, Records], contract: Contract, metric: str
-) -> dict[str, Any] | None:
-    """Always giving the best same answer (common/tasks/metrics.py); None where there is none. For a
-    ranking it is a random order: with equal scores the relevant candidates count as the last."""
+    rows: HeldOut, outputs: list[Any], contract: Contract, metric: str
+) -> dict[str, Any]:
+    """The row of `_same_outputs` in the table of variants."""
     task = contract.task
-    labels = [label for found in public.values() for label in found.labels]
-    if isinstance(task, Ranking):
-        drawn = np.random.default_rng(0).random((len(labels), 1)).astype(np.float32)
-        outputs: list[Any] | None = list(drawn)
-    else:
-        outputs = constant(task, labels)
-    if outputs is None:
-        return None
-
-    def of(rows: Sequence[Records], outputs: list[Any]) -> Scores:
-        labels = [label for found in rows for label in found.labels]
-        return score(task, outputs, labels, [q for found in rows for q in found.queries])
-
-    first, by_site = 0, {}
-    for site, found in public.items():
-        own = outputs[first : first + len(found)]
-        by_site[site], first = spread([of([found], own).get(metric)]), first + len(found)
+    scores = scores_by_group(task, outputs, rows.labels, rows.queries, rows.sites)
+    by_site = {site: spread([own.get(metric)]) for site, own in scores.items() if site}
     known = [v["mean"] for v in by_site.values() if v]
-    overall = of(list(public.values()), outputs)
-    labels_of = {"classification": "Always the majority class", "ranking": "A random order"}
+    overall = scores[""]
+    labels_of = {
+        "classification": "Always the majority class",
+        "ranking": "A random order",
+        "language": "The base model as it is",
+    }
     return {
         "name": "majority",
         "label": labels_of.get(task.kind, "Always the same"),

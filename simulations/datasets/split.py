@@ -1,4 +1,5 @@
-"""A table as files: each site's training rows, and its public test rows beside them."""
+"""A table as files: each site's training rows, and its public test rows beside them, of which some
+can be set aside to calibrate by."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Classification, Ranking, Regression, Task
 from silotune.common.data import records
+from silotune.common.data.calibration_rows import NEEDED, calibration_rows
 from silotune.common.data.file_source import Problems
 from silotune.common.data.records import Table
 from silotune.common.data.text_decoding import Reading
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 Counts = list[dict[str, int | str]]
 SEED = 2026
 LEAST = 8  # rows of a site: a quarter of them is for tests
+TEST, CALIBRATION = "test", "calibration"  # folders of public rows
 
 
 class Split(NamedTuple):
@@ -156,6 +160,79 @@ def validation(source: Path, contract: Contract, folder: Path) -> Path:
     site = pd.Series([name for name, part in own.items() for _ in range(len(part))])
     _write(rows, site, folder, units(rows, contract))
     return folder
+
+
+def public_files(folder: Path, part: str) -> dict[str, Path]:
+    """The public rows of each site: those for tests, or those to calibrate by, of which there may
+    be none. All who put them behind one another do so in this order."""
+    return {file.stem: file for file in sorted((folder / part).glob("*.csv"))}
+
+
+def calibration(source: Path, contract: Contract, folder: Path) -> Split:
+    """Divide the public rows of a split into those for tests and those to calibrate by.
+
+    The rows to calibrate by are drawn by a fixed seed, in proportion to each site and, within a
+    site, to each label (of a regression over the range of its numbers). A person's rows, or a
+    query's candidates, stay together.
+
+    Args:
+        source: A split; it stays as it is.
+        contract: Whose rows these are.
+        folder: Where `test/` and `calibration/` are written.
+
+    Returns:
+        The rows of each site in both parts, and the folder. Where there are too few rows for two
+        parts all are for tests, and a note says so.
+    """
+    import pandas as pd
+
+    tables = {
+        site: pd.read_csv(file, dtype=str, keep_default_na=False)
+        for site, file in public_files(source, TEST).items()
+    }
+    rows = pd.concat(tables.values(), ignore_index=True)
+    site = pd.Series([name for name, own in tables.items() for _ in range(len(own))])
+    who = site + "\0" + _together(rows, contract).astype(str)
+    chosen = pd.Series(calibration_rows(_strata(rows, site, contract.task), list(who)))
+    counts: Counts = []
+    for name in tables:
+        own = site == name
+        for part, of_part in ((TEST, ~chosen), (CALIBRATION, chosen)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            if part == TEST or (own & of_part).any():
+                _put(rows[own & of_part], folder / part / f"{name}.csv")
+        counts.append(
+            {
+                "site": name,
+                TEST: int((own & ~chosen).sum()),
+                CALIBRATION: int((own & chosen).sum()),
+            }
+        )
+    if chosen.any():
+        return Split(counts, folder)
+    note = (
+        f"no calibration: it needs {NEEDED} test rows, of different persons or queries, and there "
+        f"are {who.nunique()}"
+    )
+    return Split(counts, folder, (note,))
+
+
+def _together(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:
+    """What stays in one part: the candidates of a query, the rows of a person, or each row."""
+    task = contract.task
+    return rows[task.query_column] if isinstance(task, Ranking) else units(rows, contract)
+
+
+def _strata(rows: pd.DataFrame, site: pd.Series[str], task: Task) -> list[tuple[Any, ...]]:
+    """Of each row its site and, where there are few, its label, or its number."""
+    import pandas as pd
+
+    if not isinstance(task, (Classification, Regression)):
+        return list(zip(site, strict=True))
+    label = rows[task.label_column]
+    if isinstance(task, Regression):
+        label = pd.to_numeric(label)
+    return list(zip(site, label, strict=True))
 
 
 def units(rows: pd.DataFrame, contract: Contract) -> pd.Series[Any]:

@@ -7,9 +7,10 @@ import ctypes.util
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from silotune.client.relay.client_app import relay_app
 from silotune.client.site.policy import permissive_policy
 from silotune.client.worker.worker import Worker
 from silotune.common.contract.contract import Contract
+from silotune.common.contract.task import Language
 from silotune.common.errors import ErrorCode, RunError
 from silotune.common.models.base import Network
 from silotune.common.models.factory import build
@@ -34,6 +36,7 @@ from silotune.simulations.attacks.poisoning import (
     masking_of,
     poisoned_client,
 )
+from silotune.simulations.datasets.split import CALIBRATION, TEST, public_files
 from silotune.simulations.execution.flower_engine import simulate
 from silotune.simulations.execution.site_threads import SiteThreadPool
 from silotune.simulations.execution.variants import POOLED, Job, JobResult, Stopped
@@ -64,7 +67,7 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
             masking=masking_of(site, contract, job.poison),
         )
         _give_back_freed_memory()
-    test = _public_test(model, contract, job.data / "test")
+    test = _public_test(model, contract, job.public_files(TEST))
     rounds: list[RoundRecord] = []
     began = time.perf_counter()
 
@@ -92,16 +95,30 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
     seconds = time.perf_counter() - began
     scores: dict[str, Scores] = {}
     own: dict[str, dict[str, Scores]] = {}
+    outputs: Sequence[Any] = ()
+    untrained: Sequence[Any] = ()
+    calibration = None
+    if isinstance(contract.task, Language) and job.keeps_outputs and not job.optional:
+        # Of an answer in words there is no constant one to compare with.
+        untrained = test.outputs(model.initial_arrays(), adapter_active=False)
     if stopped is None:
         adapter_active = contract.adapter is not None
         released = run.registry.adapter()
-        scores = test.scores(released, adapter_active=adapter_active)
+        found = test.outputs(released, adapter_active=adapter_active)
+        scores, outputs = test.scores_of(found), found if job.keeps_outputs else ()
+        if files := job.public_files(CALIBRATION):
+            calibration = _public_test(model, contract, files).calibration(
+                released, adapter_active=adapter_active
+            )
+        if calibration is not None:
+            calibration.write(job.folder)
         if contract.personal:
             for site, worker in workers.items():
                 model_of_site = worker.local_state(run.run_id, contract.rounds + 1).model(released)
                 own[site] = test.scores(model_of_site, adapter_active=adapter_active)
         if (job.data / TRIGGERED).is_dir():
-            triggered = _public_test(model, contract, job.data / TRIGGERED)
+            files = public_files(job.data, TRIGGERED)
+            triggered = _public_test(model, contract, files)
             scores[TRIGGERED] = triggered.scores(released, adapter_active=adapter_active)[""]
     return JobResult(
         job.variant,
@@ -115,6 +132,9 @@ def run_job(job: Job, on_round: Callable[[Job, RoundRecord], None]) -> JobResult
         own,
         torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
         stopped,
+        outputs,
+        calibration,
+        untrained,
     )
 
 
@@ -161,14 +181,13 @@ def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(name) if name else None
 
 
-_tests: dict[tuple[int, Path], PublicTest] = {}
+_tests: dict[tuple[int, tuple[Path, ...]], PublicTest] = {}
 
 
-def _public_test(model: Network, contract: Contract, folder: Path) -> PublicTest:
+def _public_test(model: Network, contract: Contract, files: Mapping[str, Path]) -> PublicTest:
     """The public rows, encoded once a process for each model."""
-    key = (id(model), folder)
+    key = (id(model), tuple(files.values()))
     if key not in _tests:
-        files = {path.stem: path for path in sorted(folder.glob("*.csv"))}
         _tests[key] = PublicTest(contract, model, files)
     return _tests[key]
 

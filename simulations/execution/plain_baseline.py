@@ -37,7 +37,9 @@ from silotune.common.contract.task import (
 )
 from silotune.common.data import records
 from silotune.common.data.records import Records
+from silotune.common.tasks.calibration import fit
 from silotune.server.rounds.evaluation import scores_by_group
+from silotune.simulations.datasets.split import CALIBRATION, TEST
 from silotune.simulations.execution import plain_features
 from silotune.simulations.execution.variants import POOLED, Job, JobResult
 
@@ -48,10 +50,16 @@ def run_plain(job: Job) -> JobResult:
     """Train the baseline on the job's pooled rows and score it on the public ones of each site."""
     began = time.perf_counter()
     train = job.data / "pooled.csv"
-    tests = sorted((job.data / "test").glob("*.csv"))
     known = records.read(train, job.contract)
-    public = {file.stem: records.read(file, job.contract) for file in tests}
-    outputs = predict(job.contract, (train, known), (tests, list(public.values())))
+    tests, others = job.public_files(TEST), job.public_files(CALIBRATION)
+    public, calibrating = (
+        {site: records.read(file, job.contract) for site, file in files.items()}
+        for files in (tests, others)
+    )
+    both = [*public.values(), *calibrating.values()]
+    found = predict(job.contract, (train, known), ([*tests.values(), *others.values()], both))
+    count = sum(map(len, public.values()))
+    outputs = found[:count]
     scores = scores_by_group(
         job.contract.task,
         outputs,
@@ -68,6 +76,12 @@ def run_plain(job: Job) -> JobResult:
         time.perf_counter() - began,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         os.getpid(),
+        outputs=outputs if job.keeps_outputs else (),
+        calibration=fit(
+            job.contract.task,
+            found[count:],
+            [label for rows in calibrating.values() for label in rows.labels],
+        ),
     )
 
 
@@ -119,8 +133,8 @@ def _outputs(contract: Contract, features: tuple[Any, Any], labels: NDArray[Any]
 
 def _tagged(
     task: Tokens, known: Records, texts: Sequence[str], tags: Sequence[Sequence[int]]
-) -> list[tuple[float, NDArray[np.int64]]]:
-    """Of each text the mean loss of its words and their tags."""
+) -> list[NDArray[Any]]:
+    """Of each text the log probabilities [W, L] of its words' tags."""
     from sklearn.feature_extraction import DictVectorizer
 
     vectorizer = DictVectorizer(dtype=np.float32)
@@ -130,11 +144,7 @@ def _tagged(
     model = _fitted(features, labels, task.class_weights, boosting=False)
     words = [word for text in texts for word in of_words(text)]
     log_p = _log_probabilities(model, vectorizer.transform(words), task.outputs)
-    ends = np.cumsum([len(row) for row in tags])[:-1]
-    return [
-        (float(-own[np.arange(len(true)), list(true)].mean()) if true else 0.0, own.argmax(axis=1))
-        for own, true in zip(np.split(log_p, ends), tags, strict=True)
-    ]
+    return np.split(log_p, np.cumsum([len(row) for row in tags])[:-1])
 
 
 def _fitted(

@@ -27,8 +27,10 @@ from silotune.common.contract.contract import Contract
 from silotune.common.contract.inputs import TableInput
 from silotune.common.contract.model import OneHotModel
 from silotune.common.errors import ErrorCode
+from silotune.common.tasks.calibration import Calibration
 from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.attacks.poisoning import Poison
+from silotune.simulations.datasets import split
 
 MAIN = "federated-lora"
 PLAIN = "plain"
@@ -61,7 +63,9 @@ def main_of(variants: Sequence[Variant]) -> Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one contract of a variant. optional: where it fails, the others go on."""
+    """One run of one contract of a variant. public: the folder with its rows for tests and those to
+    calibrate by, if these are not in `data`. keeps_outputs: whether the result has the outputs of
+    each test row. optional: where it fails, the others go on."""
 
     variant: str
     repeat: int
@@ -76,6 +80,12 @@ class Job:
     keys: Mapping[str, bytes] = field(default_factory=dict)  # of the roster's sites, if it has any
     poison: Poison | None = None  # goes with federated = False
     optional: bool = False
+    public: Path | None = None
+    keeps_outputs: bool = False
+
+    def public_files(self, part: str) -> dict[str, Path]:
+        """The public rows of each site (simulations/datasets/split.py)."""
+        return split.public_files(self.public or self.data, part)
 
     @property
     def cost(self) -> float:
@@ -110,7 +120,10 @@ class JobResult:
     """scores: "" is all public test rows, then each test group -> metric -> value; poison.TRIGGERED
     is the rows with a backdoor's trigger, where there are some. own: where each site's model is its
     own, the same of that model, by site. gpu: its name, where one computed. stopped: None where
-    the run ended as planned; otherwise there are no scores, and the rounds until then."""
+    the run ended as planned; otherwise there are no scores, and the rounds until then. outputs:
+    what evaluation keeps of each test row, by file, if the job keeps it. calibration: of the
+    model's outputs, where there are rows for it. untrained: of a language task the outputs of the
+    base model as it is, from the main variant's jobs whose outputs are kept."""
 
     variant: str
     repeat: int
@@ -123,6 +136,9 @@ class JobResult:
     own: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     gpu: str = ""
     stopped: Stopped | None = None
+    outputs: Sequence[Any] = ()
+    calibration: Calibration | None = None
+    untrained: Sequence[Any] = ()
 
 
 def scale_learning_rates(contract: Contract, factor: float) -> Contract:

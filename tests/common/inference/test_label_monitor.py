@@ -16,6 +16,7 @@ from silotune.common.cli.adapter import adapter
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import DataError, UsageError
 from silotune.common.models import factory as models
+from silotune.common.tasks.calibration import Calibration
 from tests import tiny
 
 
@@ -102,6 +103,25 @@ def test_rows_out_of_order_are_put_in_order_and_the_change_is_told(tmp_path: Pat
     assert f"{alert['before']:.0%} → {alert['after']:.0%}" in picture
     shuffled = json.loads(call(run, file, "--out", tmp_path / "out", "--json").output)
     assert shuffled["alerts"] == []
+
+
+def test_numbers_are_calibrated_by_what_lies_beside_the_adapter(tmp_path: Path) -> None:
+    cost = {"kind": "regression", "label_column": "cost", "lowest": 0.0, "highest": 9.0}
+    run = run_of(tmp_path / "run", contract(cost))
+    file = rows(tmp_path / "stream.csv", [(str(day), "yes") for day in range(50)])
+    shares = []
+    for offset in (None, 0.25):
+        if offset is not None:
+            Calibration(kind="affine", slope=0.0, offset=offset, rows=40).write(run)
+        found = json.loads(call(run, file, "--out", tmp_path, "--json").output)
+        shares.append(found["shares"]["cost"])
+    assert shares == pytest.approx([1.0, 0.25])
+    (run / "calibration.json").write_text("{}")
+    error = call(run, file, "--out", tmp_path).exception
+    assert isinstance(error, DataError)
+    assert "calibration.json is damaged. Copy it again from the run, or delete it" in str(error)
+    Calibration(kind="temperature", temperature=2.0, rows=40).write(run)
+    assert "is of another task" in str(call(run, file, "--out", tmp_path).exception)
 
 
 def test_dates_sort_as_they_are_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from silotune.common.errors import DataError, UsageError
 from silotune.common.inference import retrieval
 from silotune.common.inference.retrieval import Index
 from silotune.common.models import factory as models
+from silotune.common.tasks.calibration import Calibration
 from tests import tiny
 
 ITEMS = [
@@ -103,27 +105,22 @@ def test_the_command_ranks_each_text_once(tmp_path: Path) -> None:
     column = retrieval.check_contract(contract).second
     items = tmp_path / "items.csv"
     items.write_text("\n".join([f"id,{column}", *(f"{k},{t}" for k, t in enumerate(ITEMS * 2))]))
-    done = CliRunner().invoke(
-        adapter,
-        [
-            "search",
-            str(run),
-            str(items),
-            "chest pain",
-            "arm",
-            "--model",
-            str(folder),
-            "-k",
-            "2",
-            "--index",
-            str(tmp_path / "kept"),
-            "--json",
-        ],
-        standalone_mode=False,
-    )
-    assert done.exception is None, done.exception
-    found = json.loads(done.output)
+
+    def search() -> Any:
+        words = ["search", str(run), str(items), "chest pain", "arm", "--model", str(folder)]
+        words += ["-k", "2", "--index", str(tmp_path / "kept"), "--json"]
+        done = CliRunner().invoke(adapter, words, standalone_mode=False)
+        assert done.exception is None, done.exception
+        return json.loads(done.output)
+
+    found = search()
     assert [one["query"] for one in found] == ["chest pain", "arm"]
     for one in found:
         assert len({item["text"] for item in one["items"]}) == 2
     assert (tmp_path / "kept").is_file()
+    Calibration(kind="temperature", temperature=4.0, rows=40).write(run)
+    for before, after in zip(found, search(), strict=True):
+        assert [item["text"] for item in after["items"]] == [i["text"] for i in before["items"]]
+        assert [item["score"] for item in after["items"]] == pytest.approx(
+            [item["score"] / 4 for item in before["items"]]
+        )

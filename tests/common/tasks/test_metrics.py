@@ -143,6 +143,11 @@ def task_of(kind: str, **more: Any) -> Any:
     return TypeAdapter(Task).validate_python(tiny.task_of(kind) | more)
 
 
+def logits_of(tags: Any, certain: float = 40.0) -> NDArray[np.float32]:
+    """[W, 5], of a model that says these tags."""
+    return certain * np.eye(5, dtype=np.float32)[np.asarray(tags, dtype=np.int64)]
+
+
 def rows_of(
     kind: str, seed: int = 0, n: int = 40
 ) -> tuple[list[Any], list[Any], list[str], list[Any]]:
@@ -152,7 +157,7 @@ def rows_of(
     if kind == "tokens":
         targets: list[Any] = [rng.integers(5, size=k % 7 + 1).tolist() for k in range(n)]
         tags = [rng.integers(5, size=len(own)) for own in targets]
-        return [(1.0, own) for own in tags], targets, [], [(0.0, np.array(own)) for own in targets]
+        return [logits_of(own, 2.0) for own in tags], targets, [], [logits_of(o) for o in targets]
     if kind == "language":
         counts = rng.integers(1, 9, size=n)
         outputs = [np.array([2.0 * c, c, rng.integers(c + 1)]) for c in counts]
@@ -220,8 +225,8 @@ def test_the_truth_is_best_and_always_the_same_is_worse(kind: str) -> None:
     assert outputs is not None
     same = score(task, outputs, targets, queries)
     for name in task.metrics:
-        if same[name] is None or name == "calibration" or (kind, name) == ("tokens", "loss"):
-            continue  # always the same can be as well calibrated; of tags it has no loss
+        if same[name] is None or name == "calibration":
+            continue  # always the same can be as well calibrated
         sign = -1 if name in LOWER_IS_BETTER else 1
         assert sign * same[name] < sign * best[name], name
     wanted = {"ranking": ("auc", 0.5), "regression": ("r2", 0.0), "tokens": ("f1", 0.0)}
@@ -368,7 +373,7 @@ def test_entities_are_found_whole_or_not(told: str, precision: float, recall: fl
     truth = ["O", "B-site", "I-site", "O", "B-sign"]
     found = score(
         task_of("tokens"),
-        [(0.25, np.array(entities(told.split()), np.int64)), (0.75, np.zeros(2, np.int64))],
+        [logits_of(entities(told.split())), np.zeros((2, 5), np.float32)],
         [entities(truth), [0, 0]],
     )
     f1 = 2 * precision * recall / (precision + recall) if precision else 0
@@ -378,20 +383,21 @@ def test_entities_are_found_whole_or_not(told: str, precision: float, recall: fl
     filled = [*told.split(), *["O"] * 5][:5]
     right = sum(a == b for a, b in zip(filled, truth, strict=True)) + 2
     assert found["accuracy"] == pytest.approx(right / 7)
-    assert found["loss"] == 0.5
+    wrong = 40 * np.mean([a != b for a, b in zip(told.split(), truth, strict=False)] or [0])
+    assert found["loss"] == pytest.approx((wrong + math.log(5)) / 2)  # of the words that are read
 
 
 def test_an_entity_ends_with_its_sentence() -> None:
     task = task_of("tokens")
-    split = score(task, [(0.0, np.array([1])), (0.0, np.array([2]))], [[1], [2]])
-    whole = score(task, [(0.0, np.array([1, 2]))], [[1, 2]])
+    split = score(task, [logits_of([1]), logits_of([2])], [[1], [2]])
+    whole = score(task, [logits_of([1, 2])], [[1, 2]])
     assert (whole["f1"], whole["recall"]) == (1.0, 1.0)
     assert split["precision"] == 1.0  # one entity, of one word; I-site alone is none
 
 
 @pytest.mark.parametrize("sentences", [[[0, 0]], [[]], [[], [0]]])
 def test_sentences_without_entities_or_words(sentences: list[list[int]]) -> None:
-    found = score(task_of("tokens"), [(0.0, np.array(s, np.int64)) for s in sentences], sentences)
+    found = score(task_of("tokens"), [logits_of(s) for s in sentences], sentences)
     assert (found["f1"], found["precision"], found["recall"]) == (0.0, 0.0, 0.0)
     assert found["accuracy"] == (1.0 if any(sentences) else None)
     json.dumps(found, allow_nan=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from silotune.common.contract.task import Task
 from silotune.common.errors import UsageError
 from silotune.common.tasks import objective_of
+from silotune.common.tasks.metrics import score
 from silotune.common.tasks.objective import Objective
 from silotune.common.tasks.token_classification import IGNORED
 from tests import tiny
@@ -42,9 +43,13 @@ WEIGHED: dict[str, tuple[str, dict[str, Any]]] = {
 Floats = NDArray[np.float64]
 
 
-def objective(kind: str) -> Objective:
+def task_of(kind: str) -> Any:
     plain, more = WEIGHED.get(kind, (kind, {}))
-    return objective_of(TypeAdapter(Task).validate_python(tiny.task_of(plain) | more))
+    return TypeAdapter(Task).validate_python(tiny.task_of(plain) | more)
+
+
+def objective(kind: str) -> Objective:
+    return objective_of(task_of(kind))
 
 
 def batch(kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -261,13 +266,16 @@ def test_outputs_are_kept_as_they_are(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokens", "weighed tokens"])
-def test_of_tokens_the_unweighed_loss_and_each_words_tag_are_kept(kind: str) -> None:
+def test_of_tokens_the_words_logits_are_kept_and_scored_by_the_unweighed_loss(kind: str) -> None:
     outputs, targets = batch("tokens")
     losses = objective("tokens").losses(outputs, targets)
-    for row, (loss, tags) in enumerate(objective(kind).predictions(outputs, targets)):
+    kept = objective(kind).predictions(outputs.bfloat16(), targets)
+    assert {row.dtype for row in kept} == {np.dtype(np.float32)}
+    for row, logits in enumerate(objective(kind).predictions(outputs, targets)):
         counted = [t for t in range(T) if targets[row, t] != IGNORED]
-        assert loss == pytest.approx(float(losses[row]))
-        assert tags.tolist() == [int(outputs[row, t].argmax()) for t in counted]
+        assert np.array_equal(logits, outputs[row, counted].numpy())
+        found = score(task_of(kind), [logits], [targets[row, counted].tolist()])
+        assert found["loss"] == pytest.approx(float(losses[row]), rel=1e-4)
 
 
 def test_of_answers_three_sums_are_kept() -> None:

@@ -41,6 +41,15 @@ def variant(name: str, *, private: bool, main: bool = False, repeats: int = 3) -
     }
 
 
+def figures_of(loss: float) -> dict[str, Any]:
+    """Of one half of `calibration`."""
+    return {
+        "metrics": {"auc": 0.9, "loss": loss},
+        "expected_error": loss / 10,
+        "slope": {"value": 0.5, "standard_error": 0.1},
+    }
+
+
 @pytest.fixture
 def result() -> dict[str, Any]:
     return {
@@ -75,7 +84,22 @@ def result() -> dict[str, Any]:
             "sites": [{"site": site, "epsilon": 7.987, "delta": 1e-4} for site in SITES],
         },
         "metric": {"name": "auc", "label": "AUC", "higher_is_better": True},
-        "verdict": {"word": "usable", "lines": ["AUC 0.89"], "warnings": ["Few test rows."]},
+        "verdict": {
+            "word": "learns",
+            "headline": "learns; better than the DP head",
+            "checklist": [
+                {"name": "constant", "label": "better than", "status": "yes", "detail": "0.9"},
+                {"name": "budget", "label": "within", "status": "cannot tell", "detail": "7.9"},
+            ],
+            "lines": ["AUC 0.89"],
+            "warnings": ["Few test rows."],
+        },
+        "calibration": {
+            "fitted": {"kind": "temperature", "temperature": 1.4, "rows": 46},
+            "before": figures_of(0.7),
+            "after": figures_of(0.6),
+            "constant_loss": 0.69,
+        },
         "variants": [
             variant("majority", private=False, repeats=1),
             variant("federated-lora", private=True, main=True),
@@ -147,7 +171,9 @@ def test_the_verdict_comes_first(result: dict[str, Any]) -> None:
     text = Page(render(result)).text
     order = [
         "Verdict",
-        "usable",
+        "learns; better than the DP head",
+        "✓ better than 0.9",
+        "? within 7.9",
         "AUC 0.89",
         "1 warning",
         "Few test rows.",
@@ -166,6 +192,36 @@ def test_the_verdict_comes_first(result: dict[str, Any]) -> None:
     ]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
+
+
+def test_calibration_is_shown_before_and_after(result: dict[str, Any]) -> None:
+    text = Page(render(result)).text
+    assert "Fitted to 46 public rows that no figure of this report uses: the logits are" in text
+    assert "divided by 1.400" in text
+    assert " loss 0.700 0.600" in text
+    assert "Expected calibration error of each answer 0.070 0.060" in text
+    result["calibration"] |= {"fitted": None, "after": None}
+    text = Page(render(result)).text
+    assert "None was fitted" in text
+    assert " loss 0.700 Exp" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "tone"),
+    [
+        ("learns", "yes", "good"),
+        ("learns", "cannot tell", "good"),
+        ("learns", "no", "poor"),
+        ("learns nothing", "yes", "poor"),
+        ("diverged", "yes", "poor"),
+    ],
+)
+def test_the_colour_of_a_good_result_is_for_one_of_which_nothing_is_against(
+    result: dict[str, Any], word: str, status: str, tone: str
+) -> None:
+    result["verdict"]["word"] = word
+    result["verdict"]["checklist"][1]["status"] = status
+    assert f'<section class="verdict {tone}"' in render(result)
 
 
 def hostile(value: Any, key: str = "") -> Any:

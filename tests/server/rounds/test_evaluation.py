@@ -16,10 +16,12 @@ from silotune.common.data.text_decoding import Reading
 from silotune.common.errors import DataError
 from silotune.common.models.factory import build
 from silotune.common.protocol.messages import Arrays
+from silotune.common.tasks.calibration import fit
 from silotune.common.tasks.metrics import score
 from silotune.server.flower.app_bundle import write_app
 from silotune.server.operations.server_folder import ServerFolder, ServerSettings
 from silotune.server.rounds.evaluation import PublicTest
+from tests import tiny
 from tests.server.operations.test_server_folder import admitted
 
 HEADER = "age,smoker,outcome\n"
@@ -112,6 +114,62 @@ def test_metrics_are_the_overall_scores(public_test: Callable[..., PublicTest]) 
     assert found == overall
     found["auc"] = None
     assert test.metrics(by_smoking(), False)["auc"] is not None
+
+
+def test_some_rows_calibrate_and_no_figure_uses_them(
+    public_test: Callable[..., PublicTest],
+) -> None:
+    rng = np.random.default_rng(0)
+    smokers = rng.random(300) < 0.5
+    ill = rng.random(300) < np.where(smokers, 0.7, 0.3)
+    rows = "".join(
+        f"30,{'yes' if smokes else 'no'},{int(sick)}\n"
+        for smokes, sick in zip(smokers, ill, strict=True)
+    )
+    whole = public_test(north=rows)
+    test, calibrating = whole.divided()
+    assert calibrating is not None
+    assert (len(test.labels), len(calibrating.labels)) == (240, 60)
+    assert abs(np.mean(calibrating.labels) - ill.mean()) < 1 / 60  # in proportion to the labels
+    sure = {name: 3 * array for name, array in by_smoking().items()}
+    for part in (test, calibrating):
+        outputs = part.outputs(sure, adapter_active=False)
+        assert part.scores(sure, adapter_active=False)["north"] == score(
+            part.task, outputs, part.labels
+        )
+    found = calibrating.calibration(sure, adapter_active=False)
+    assert found is not None
+    assert found == fit(
+        whole.task, calibrating.outputs(sure, adapter_active=False), calibrating.labels
+    )
+    assert found.temperature > 2
+    outputs = test.outputs(sure, adapter_active=False)
+    after = score(test.task, found.apply(outputs), test.labels)
+    before = test.metrics(sure, False)
+    assert after["loss"] < before["loss"]  # type: ignore[operator]
+    assert after["calibration"] < before["calibration"]  # type: ignore[operator]
+    assert len(whole.labels) == 300  # it stays as it is
+
+
+def test_of_few_public_rows_none_calibrates(public_test: Callable[..., PublicTest]) -> None:
+    whole = public_test(north="70,yes,1\n30,no,0\n" * 59)
+    assert whole.divided() == (whole, None)
+    test, calibrating = public_test(north="70,yes,1\n30,no,0\n" * 60).divided()
+    assert calibrating is not None
+    assert (len(test.labels), len(calibrating.labels)) == (80, 40)
+
+
+def test_candidates_of_a_query_are_for_figures_or_calibrate(tmp_path: Path) -> None:
+    contract, folder = tiny.contract_of("bi", "bert"), tiny.folder_of("bert")
+    rows = tiny.rows_of("bi", 600)
+    for place, row in enumerate(rows):
+        row["query"] = f"q{place // 3}"
+    file = tiny.write(tmp_path / "pairs.csv", rows)
+    test, calibrating = PublicTest(contract, build(contract, folder), {"": file}).divided()
+    assert calibrating is not None
+    assert not set(test.queries) & set(calibrating.queries)
+    assert len(set(calibrating.queries)) == 40
+    assert len(calibrating.queries) == len(calibrating.encoded) == len(calibrating.targets) == 120
 
 
 def test_public_rows_must_fit_too(public_test: Callable[..., PublicTest]) -> None:

@@ -413,7 +413,7 @@ CONTENT: dict[str, Any] = {
         _variant("federated-lora", "Federated <LoRA>", [0.6, 0.7, 0.8], 8.0),
         _variant("federated-no-dp", "Without DP", [0.9], None),
     ],
-    "verdict": {"word": "usable", "warnings": []},
+    "verdict": {"word": "learns", "headline": "learns; calibrated", "warnings": []},
     "privacy": {
         "unit": "record",
         "adjacency": "add or remove one record",

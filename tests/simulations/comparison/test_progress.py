@@ -338,12 +338,14 @@ def test_all_that_a_run_prints_fits_on_80_columns(
     metrics = {"loss": 0.5, "auc": 0.9}
     shown.round("federated-lora", 0, 1.0, RoundRecord(1, HOSPITALS, failed, {}, 0, 0, 0.0, metrics))
     shown.done(JobResult("federated-lora", 0, HOSPITALS, {}, (), 99.0, 1, 1))
-    verdict = {"word": "usable", "lines": [note * 3], "warnings": [note]}
+    item = {"status": "yes", "label": "calibrated", "detail": note}
+    verdict = {"headline": note, "checklist": [item], "lines": [note * 3], "warnings": [note]}
     result = result_of(HOSPITALS, 8, 3) | {"verdict": verdict, "seconds": 9.0}
     shown.finish(result | {"peak_memory_bytes": 2**31}, Path("runs") / "demo" / ("x" * 40))
     said = capsys.readouterr().out
     assert max(map(cell_len, said.splitlines())) <= 80
     assert note in " ".join(said.split())
+    assert f"RESULT {note} ✓ calibrated: {note}" in " ".join(said.split())
     assert f"without {', '.join(HOSPITALS)}" in said
     step = re.search(r"^next:   (silotune contract show .*)\Z", said, re.M | re.S)
     assert step

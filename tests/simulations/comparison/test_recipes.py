@@ -432,7 +432,17 @@ def test_make_demo_ends_in_a_verdict_a_result_and_a_report(
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     main = next(variant for variant in result["variants"] if variant["main"])
-    assert main["metrics"]["auc"]["mean"] >= 0.88
+    # On all 229 public rows it was 0.88; without the 46 that calibrate, all variants are .01 lower.
+    assert main["metrics"]["auc"]["mean"] >= 0.87
+    assert [
+        sum(site[part] for site in result["data"]["sites"]) for part in ("test", "calibration")
+    ] == [
+        183,
+        46,
+    ]
+    after, before = (result["calibration"][when]["metrics"]["loss"] for when in ("after", "before"))
+    assert after < before  # the noise makes it overconfident
+    assert after < result["calibration"]["constant_loss"]
     assert len(result["curve"]) == 20 + 3
     assert "23/23" in done.stdout
     assert "23 of 30 rounds" in result["verdict"]["warnings"][0]

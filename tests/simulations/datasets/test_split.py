@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from silotune.simulations.datasets.split import split, validation
+from silotune.simulations.datasets.split import calibration, public_files, split, validation
 from silotune.simulations.datasets.tables import TABLES, Table
+from tests import tiny
 from tests.simulations.datasets.test_partition import contract_of, split_of
 
 
@@ -73,6 +76,97 @@ def test_rows_to_choose_by_are_training_rows_of_nobody_who_is_trained_on(
     assert sorted(rows) == sorted(
         row for site in "ab" for row in pd.read_csv(found / "train" / f"{site}.csv")["id"]
     )
+
+
+def public_split(folder: Path, rows: pd.DataFrame) -> Path:
+    """A split with these public rows, whose column `site` says where each is."""
+    (folder / "test").mkdir(parents=True)
+    for site, own in rows.groupby("site"):
+        own.drop(columns="site").to_csv(folder / "test" / f"{site}.csv", index=False)
+    return folder
+
+
+def rows_to_calibrate(n: int, **columns: Any) -> pd.DataFrame:
+    """n rows at two sites, of which `a` has a fifth; a fourth of each has label c, the others b."""
+    rows = tiny.rows_of("classification", n)
+    return pd.DataFrame(rows).assign(
+        site=["a" if row % 5 == 0 else "b" for row in range(n)],
+        label=["c" if row % 20 < 5 else "b" for row in range(n)],
+        **columns,
+    )
+
+
+def ids(folder: Path, part: str) -> dict[str, list[str]]:
+    files = public_files(folder, part)
+    return {site: list(pd.read_csv(file, dtype=str)["id"]) for site, file in files.items()}
+
+
+def test_rows_to_calibrate_by_are_no_test_rows_and_in_proportion_to_site_and_label(
+    tmp_path: Path,
+) -> None:
+    rows, contract = rows_to_calibrate(400), tiny.contract_of("classification", "bert")
+    source = public_split(tmp_path / "rows", rows)
+    counts, folder, notes = calibration(source, contract, tmp_path / "public")
+    assert not notes
+    assert counts == [
+        {"site": "a", "test": 64, "calibration": 16},
+        {"site": "b", "test": 256, "calibration": 64},
+    ]
+    test, held = ids(folder, "test"), ids(folder, "calibration")
+    for site in "ab":
+        assert not set(test[site]) & set(held[site])
+        whole = rows[rows["site"] == site]["id"]
+        assert sorted([*test[site], *held[site]]) == sorted(whole)
+        labels = pd.read_csv(folder / "calibration" / f"{site}.csv")["label"]
+        assert (labels == "c").sum() == len(labels) / 4
+    again = calibration(source, contract, tmp_path / "again").folder
+    for file in folder.rglob("*.csv"):
+        assert file.read_bytes() == (again / file.relative_to(folder)).read_bytes()
+
+
+@pytest.mark.parametrize(("n", "held"), [(119, 0), (120, 40), (200, 40), (201, 41)])
+def test_a_fifth_is_to_calibrate_by_but_never_too_few_rows(
+    tmp_path: Path, n: int, held: int
+) -> None:
+    source = public_split(tmp_path / "rows", rows_to_calibrate(n))
+    contract = tiny.contract_of("classification", "bert")
+    counts, _, notes = calibration(source, contract, tmp_path / "public")
+    assert sum(int(own["calibration"]) for own in counts) == held
+    assert sum(int(own["test"]) for own in counts) == n - held
+    few = "no calibration: it needs 120 test rows, of different persons or queries, and there are"
+    assert notes == (() if held else (f"{few} {n}",))
+
+
+@pytest.mark.parametrize("kind", ["bi", "classification"])
+def test_candidates_of_a_query_and_rows_of_a_person_stay_together(
+    tmp_path: Path, kind: str
+) -> None:
+    column = "query" if kind == "bi" else "person"
+    rows = rows_to_calibrate(600, **{column: [f"p{row // 3}" for row in range(600)]})
+    rows["site"] = ["a" if row < 150 else "b" for row in range(600)]
+    one = {"key": ["person"], "max_records_per_entity": 3}
+    contract = tiny.contract_of(kind, "bert")
+    if kind == "classification":
+        contract = contract.changed(privacy={"unit": "entity", "entity": one})
+    counts, folder, _ = calibration(
+        public_split(tmp_path / "rows", rows), contract, tmp_path / "public"
+    )
+    assert sum(int(own["calibration"]) for own in counts) == 3 * 40
+    test, held = (
+        {who for file in public_files(folder, part).values() for who in pd.read_csv(file)[column]}
+        for part in ("test", "calibration")
+    )
+    assert not test & held
+    assert len(held) == 40
+
+
+def test_of_numbers_the_whole_range_is_to_calibrate_by(tmp_path: Path) -> None:
+    """In order of the text 9 would stand behind 80."""
+    rows = rows_to_calibrate(400).assign(label=[str(row) for row in range(400)])
+    contract = tiny.contract_of("regression", "bert")
+    _, folder, _ = calibration(public_split(tmp_path / "rows", rows), contract, tmp_path / "public")
+    numbers = np.sort(pd.read_csv(folder / "calibration" / "b.csv")["label"])
+    assert (np.diff(numbers) <= 10).all()  # of every fifth row one in five
 
 
 def test_the_split_of_the_source_is_taken(
