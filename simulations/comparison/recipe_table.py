@@ -1,15 +1,18 @@
 """`make recipes`: what each recipe reaches, pooled, alone, federated, and federated under DP.
 
-    python -m silotune.simulations.comparison.recipe_table [RECIPE …] [KEY=VALUE …]
+    python -m silotune.simulations.comparison.recipe_table [RECIPE …] [--columns …] [KEY=VALUE …]
 
-All recipes if none is named; settings say how to compute, as those of `silotune sim compare` do.
+All recipes and columns if none is named; settings say how to compute, as those of `silotune sim
+compare` do.
 
-Columns, each with the recipe's own contract and the phases that recipe.toml has for it: pooled (all
-rows in one place, no DP), alone (each site by itself, no DP, at the federation's rates, on
-everybody's public rows), federated (no DP), and federated with DP at ε 8 and 3, updates masked
-where there are three sites. Each figure is the mean over runs with fresh noise, with its spread. A
-recipe's row is written as soon as it is done; a column is run again when what it asks for has
-changed, and says of which commit and machine it is.
+Columns without DP, with the recipe's own contract and the phases that recipe.toml has for it:
+pooled (all rows in one place), alone (each site by itself, at the federation's rates, on
+everybody's public rows) and federated. Columns with DP at ε 8, 3 and 1, federated, updates masked
+where there are three sites: `epsilon-…` with the plan that somebody chose for the recipe,
+`computed-…` with the plan that the rules compute from its public facts
+(client/operations/contract_plan.py); "–" where no rule applies. Each figure is the mean over runs with fresh noise, with its spread. A column is written as
+soon as its runs are done; it is run again when what it asks for has changed, and says of which
+commit and machine it is.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from silotune.client.operations.contract_plan import planned
 from silotune.client.privacy.accountant import EXACT
 from silotune.common.cli.failure import Failure
 from silotune.common.contract.compute import Performance
@@ -42,20 +48,42 @@ from silotune.simulations.execution.roster_keys import SigningKeys, with_secure_
 from silotune.simulations.execution.variants import Job, JobResult, Variant, alone, variants_of
 
 RESULTS = Path("simulations/studies")
-EPSILONS = (8.0, 3.0)
-COLUMNS = ("pooled", "alone", "federated", *(f"epsilon-{e:g}" for e in EPSILONS))
+EPSILONS = (8.0, 3.0, 1.0)
+COLUMNS = (
+    "pooled",
+    "alone",
+    "federated",
+    *(f"{plan}-{e:g}" for e in EPSILONS for plan in ("epsilon", "computed")),
+)
 
 
-class TableRows:
-    """A line for each run that ends."""
+@dataclass
+class ColumnRuns:
+    """A line for each run that ends, and a call once all of a column have.
+
+    Attributes:
+        jobs: How many runs each column has.
+        written: Called with a column's name and its results.
+        results: The results of each column so far.
+    """
+
+    jobs: Mapping[str, int]
+    written: Callable[[str, list[JobResult]], None]
+    results: dict[str, list[JobResult]] = field(default_factory=dict)
 
     def round(self, *_: object) -> None:
         pass
 
     def done(self, result: JobResult) -> None:
+        if result.stopped:
+            raise RunError(f"{result.variant}: {result.stopped.why}", code=result.stopped.code)
         found = result.scores.get("", {})
         scores = {k: round(v, 3) for k, v in found.items() if v is not None}
         echo(f"  {result.variant} {result.repeat} ({result.seconds:.0f} s) {scores}")
+        own = self.results.setdefault(result.variant, [])
+        own.append(result)
+        if len(own) == self.jobs[result.variant]:
+            self.written(result.variant, own)
 
 
 def with_baseline(recipe: Recipe) -> list[Recipe]:
@@ -105,96 +133,118 @@ class Column(NamedTuple):
         return cls(Variant(name, name, private, False, contracts), keys, asked)
 
 
-def columns_of(recipe: Recipe) -> list[Column]:
+def columns_of(recipe: Recipe, names: Collection[str], folder: Path | None) -> list[Column]:
+    """Those of a recipe that are named, as far as there are plans for them.
+
+    Args:
+        recipe: The recipe.
+        names: Of COLUMNS.
+        folder: Of its base model; None if it has none.
+    """
     found = {
         variant.name: variant for variant in variants_of(recipe.contract, recipe.config.variants)
     }
     plain = found["federated-no-dp"].contracts[0]
-    private = [
-        Column.of(
-            f"epsilon-{epsilon:g}",
-            (recipe.at(epsilon).contract,),
-            recipe.config.bound,
-        )
-        for epsilon in EPSILONS
-    ]
-    return [
+    columns = [
         Column.of("pooled", found["pooled-no-dp"].contracts),
         Column.of("alone", alone(plain)),
         Column.of("federated", (plain,)),
-        *private,
     ]
+    for epsilon in EPSILONS:
+        chosen = recipe.at(epsilon).contract
+        columns.append(Column.of(f"epsilon-{epsilon:g}", (chosen,), recipe.config.bound))
+        name = f"computed-{epsilon:g}"
+        computed = planned(chosen, folder) if name in names else None
+        if computed is not None:
+            columns.append(Column.of(name, (computed,)))
+    return [column for column in columns if column.variant.name in names]
 
 
 def row(
-    recipe: Recipe, processes: int, performance: Performance, known: dict[str, Any]
-) -> dict[str, Any]:
-    """One recipe's figures: column -> metric -> mean, sd and values. `known`, the row of before,
-    keeps its columns where the same was asked for and as many runs."""
+    recipe: Recipe,
+    columns: Collection[str],
+    processes: int,
+    performance: Performance,
+    known: Mapping[str, Any],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """One recipe's figures: column -> metric -> mean, sd and values.
+
+    Args:
+        recipe: The recipe.
+        columns: Which columns of it.
+        processes: How many runs at once.
+        performance: How to compute.
+        known: The row of before, or nothing. Its columns are kept where the same was asked for and
+            as many runs, and where they are not named.
+        write: Called with the row after each column that is made.
+    """
     contract, repeats = recipe.contract, recipe.config.repeats
-    columns = columns_of(recipe)
-    kept = {
-        column.variant.name: before
-        for column in columns
-        if (before := known.get("columns", {}).get(column.variant.name))
-        and (before["asked"], before["repeats"]) == (column.asked, repeats)
-    }
-    missing = [column for column in columns if column.variant.name not in kept]
     model = None if isinstance(contract.model, OneHotModel) else catalog.fetch(contract.model.name)
+    made = dict(known.get("columns", {}))
+    missing = {
+        column.variant.name: column
+        for column in columns_of(recipe, columns, model)
+        if (before := made.get(column.variant.name)) is None
+        or (before["asked"], before["repeats"]) != (column.asked, repeats)
+    }
     with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
         counts, table, _ = recipe.rows(Path(folder))
+
+        def finished(name: str, results: list[JobResult]) -> None:
+            made[name] = {
+                "asked": missing[name].asked,
+                "repeats": repeats,
+                "commit": commit(),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(sum(result.seconds for result in results)),
+                "metrics": _figures(contract, results),
+                "machine": machine(results[0].gpu),
+            }
+            write(
+                {
+                    "recipe": recipe.name,
+                    "title": recipe.config.title,
+                    "metric": recipe.config.metric,
+                    "unit": contract.privacy.unit,
+                    "delta": contract.privacy.delta,
+                    "rows": counts,
+                    "columns": {column: made[column] for column in COLUMNS if column in made},
+                }
+            )
+
         jobs = [
             Job(
-                variant.name,
+                name,
                 repeat,
                 own,
-                Path(folder) / f"{variant.name}-{repeat}-{at}",
+                Path(folder) / f"{name}-{repeat}-{at}",
                 model,
                 table,
                 federated=len(own.sites) > 1,
                 evaluate_every=own.rounds,
-                keys=keys,
+                keys=column.keys,
                 performance=performance,
             )
-            for variant, keys, _ in missing
+            for name, column in missing.items()
             for repeat in range(repeats)
-            for at, own in enumerate(variant.contracts)
+            for at, own in enumerate(column.variant.contracts)
         ]
-        results = run_jobs(sorted(jobs, key=lambda job: -job.cost), processes, TableRows())
-    for result in results:
-        if result.stopped:
-            raise RunError(f"{result.variant}: {result.stopped.why}", code=result.stopped.code)
-    made = {
-        column.variant.name: {
-            "asked": column.asked,
-            "repeats": repeats,
-            "commit": commit(),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(sum(r.seconds for r in results if r.variant == column.variant.name)),
-            "metrics": _figures(contract, results, column.variant.name),
-            "machine": machine(results[0].gpu),
-        }
-        for column in missing
-    }
-    return {
-        "recipe": recipe.name,
-        "title": recipe.config.title,
-        "metric": recipe.config.metric,
-        "unit": contract.privacy.unit,
-        "delta": contract.privacy.delta,
-        "rows": counts,
-        "columns": {name: (kept | made)[name] for name in COLUMNS},
-    }
+        if jobs:
+            counted = Counter(job.variant for job in jobs)
+            run_jobs(
+                sorted(jobs, key=lambda job: -job.cost), processes, ColumnRuns(counted, finished)
+            )
 
 
-def _figures(contract: Contract, results: list[JobResult], column: str) -> dict[str, Any]:
+def _figures(contract: Contract, results: list[JobResult]) -> dict[str, Any]:
     """Of sites alone one run's value is the mean over the sites' models."""
     found: dict[str, Any] = {}
     for metric in contract.task.metrics:
         of_repeat: dict[int, list[float]] = {}
         for result in results:
             value = result.scores[""].get(metric)
-            if result.variant == column and value is not None:
+            if value is not None:
                 of_repeat.setdefault(result.repeat, []).append(value)
         values = [statistics.fmean(own) for _, own in sorted(of_repeat.items())]
         if values:
@@ -206,15 +256,17 @@ def _figures(contract: Contract, results: list[JobResult], column: str) -> dict[
 def markdown(found: dict[str, Any]) -> str:
     """The table for a README."""
     lines = [
-        "| recipe | metric | pooled | alone, same rates | federated | ε 8 | ε 3 |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | metric | pooled | alone, same rates | federated | "
+        + " | ".join(f"ε {e:g}, chosen | ε {e:g}, computed" for e in EPSILONS)
+        + " |",
+        "|" + "---|" * (2 + len(COLUMNS)),
     ]
     for one in found["recipes"]:
         metric = one["metric"]
         cells = []
         for column in COLUMNS:
-            own = one["columns"][column]
-            figure = own["metrics"].get(metric)
+            own = one["columns"].get(column)
+            figure = own and own["metrics"].get(metric)
             spread = f" ± {figure['sd']:.3f}" if figure and own["repeats"] > 1 else ""
             cells.append(f"{figure['mean']:.3f}{spread}" if figure else "–")
         lines.append(f"| {one['recipe']} | {METRICS[metric]} | {' | '.join(cells)} |")
@@ -228,34 +280,42 @@ def main() -> int:
     parser.add_argument(
         "words", nargs="*", metavar="RECIPE|KEY=VALUE", help="recipes, and how to compute"
     )
-    words = parser.parse_args().words
-    names = [word for word in words if "=" not in word]
-    performance = computing(tuple(word for word in words if "=" in word))
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        choices=COLUMNS,
+        default=COLUMNS,
+        help="which columns; all if absent",
+    )
+    given = parser.parse_args()
+    names = [word for word in given.words if "=" not in word]
+    performance = computing(tuple(word for word in given.words if "=" in word))
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "recipes.json"
-    known = json.loads(file.read_text()) if file.exists() else {"recipes": []}
-    rows = {one["recipe"]: one for one in known["recipes"]}
-    for column in [column for one in rows.values() for column in one["columns"].values()]:
-        column.setdefault("machine", known["machine"])
+    rows = {}
+    if file.exists():
+        rows = {one["recipe"]: one for one in json.loads(file.read_text("utf-8"))["recipes"]}
+
+    def write(made: dict[str, Any]) -> None:
+        rows[made["recipe"]] = made
+        result = {"command": "make recipes", "recipes": [rows[key] for key in sorted(rows)]}
+        file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
+
     missed = 0
     found = [load_recipe(name) for name in names or recipe_names()]
     for recipe in [one for each in found for one in with_baseline(each)]:
         echo(f"{recipe.name}: {recipe.config.title}")
-        made = row(recipe, os.cpu_count() or 1, performance, rows.get(recipe.name, {}))
-        rows[recipe.name] = made
-        result = {
-            "machine": machine(""),
-            "command": "make recipes",
-            "recipes": [rows[key] for key in sorted(rows)],
-        }
-        file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (RESULTS / "recipes.md").write_text(markdown(result), encoding="utf-8")
+        known = rows.get(recipe.name, {})
+        row(recipe, given.columns, os.cpu_count() or 1, performance, known, write)
         metric, expect = recipe.config.metric, recipe.config.expect
-        pooled = made["columns"]["pooled"]["metrics"][metric]["mean"]
-        if expect and pooled < expect - recipe.config.within:
+        if not expect or "pooled" not in given.columns:
+            continue
+        pooled = rows[recipe.name]["columns"]["pooled"]["metrics"][metric]["mean"]
+        if pooled < expect - recipe.config.within:
             echo(f"✗ {recipe.name}: pooled {METRICS[metric]} {pooled:.3f}, expected {expect:.3f}")
             missed += 1
-    echo(markdown(result))
+    echo(markdown({"recipes": [rows[key] for key in sorted(rows)]}))
     return int(missed > 0)
 
 
