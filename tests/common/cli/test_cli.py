@@ -358,7 +358,7 @@ def test_show_says_where_a_site_has_a_target_of_its_own(
 def test_show_says_what_the_plan_can_learn(run: Callable[..., Ran], tmp_path: Path) -> None:
     text, path = HEART.read_text(), tmp_path / "plan.toml"
     shown = {}
-    for epsilon in (8.0, 1.0, 2.1):
+    for epsilon in (8.0, 0.1, 0.29):
         path.write_text(text.replace("epsilon = 8.0", f"epsilon = {epsilon}"))
         shown[epsilon] = run("contract", "show", path)[1]
     assert (
@@ -366,11 +366,11 @@ def test_show_says_what_the_plan_can_learn(run: Callable[..., Ran], tmp_path: Pa
     )
     assert (
         "\n  forecast ! too few records for a medium signal at this ε (n = 200 records per site, "
-        "ε = 1): n ≥ 380 or ε ≥ 2.1 would do\n"
-    ) in shown[1.0]
-    assert "too few records" not in shown[2.1]
-    path.write_text(text.replace("expected_units = 200", "expected_units = 380"))
-    path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 1.0"))
+        "ε = 0.1): n ≥ 500 or ε ≥ 0.29 would do\n"
+    ) in shown[0.1]
+    assert "too few records" not in shown[0.29]
+    path.write_text(text.replace("expected_units = 200", "expected_units = 500"))
+    path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 0.1"))
     assert "too few records" not in run("contract", "show", path)[1]
 
 
