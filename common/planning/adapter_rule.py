@@ -14,7 +14,8 @@ With many records the noise vanishes and that rate grows without bound. The rule
 at which the step r C of a round whose clipped gradients are all alike, in the direction that moves
 the features most, is the largest that the adapter bears: beyond it learning overshoots.
 
-The head beside the adapter has the rate of common/planning/head_rule.py with the phase's own noise.
+The head beside the adapter has the rate of common/planning/head_rule.py with the phase's own noise,
+and at most the rate by which the phase before has trained it.
 
 Whether there is room for an adapter: were the gradients of all units alike and as large as the clip
 norm, they would move the adapter by r C sum(weights), and the noise by v sqrt(D) for D trained
@@ -88,8 +89,8 @@ class AdapterPlan:
 
     Attributes:
         adapter_lr: phases.adapter_lr.
-        head_lr: phases.head_lr; None where no head is trained, or the rule for heads does not know
-            its features' norm.
+        head_lr: phases.head_lr of the same phase; None where no head is trained, or the rule for
+            heads does not know its features' norm.
         cosine: The least mean cosine that the noise alone leaves between a text's features with
             and without the adapter.
         signal_ratio: The largest movement by gradients over the movement by noise.
