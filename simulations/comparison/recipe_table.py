@@ -10,9 +10,9 @@ pooled (all rows in one place), alone (each site by itself, at the federation's 
 everybody's public rows) and federated. Columns with DP at ε 8, 3 and 1, federated, updates masked
 where there are three sites: `epsilon-…` with the plan that somebody chose for the recipe,
 `computed-…` with the plan that the rules compute from its public facts
-(client/operations/contract_plan.py); "–" where no rule applies. Each figure is the mean over runs with fresh noise, with its spread. A column is written as
-soon as its runs are done; it is run again when what it asks for has changed, and says of which
-commit and machine it is.
+(client/operations/contract_plan.py); "–" where no rule applies. Each figure is the mean over runs
+with fresh noise, with its spread. A column is written as soon as its runs are done; it is run again
+when what it asks for has changed, and says of which commit and machine it is.
 """
 
 from __future__ import annotations
