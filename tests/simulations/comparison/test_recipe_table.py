@@ -16,11 +16,7 @@ from silotune.simulations.comparison.recipe_table import COLUMNS, ColumnRuns, co
 from silotune.simulations.execution.variants import JobResult, Stopped
 from tests import tiny
 
-HEADS = [
-    name
-    for name in recipe_names()
-    if load_recipe(name).contract.adapter is None and name != "recommend"
-]
+HEADS = [name for name in recipe_names() if load_recipe(name).contract.adapter is None]
 KEPT = ("task", "input", "model", "sites", "quorum", "name")
 
 
