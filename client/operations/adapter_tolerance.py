@@ -2,7 +2,7 @@
 
 Noise is known before any record is read, and so is what it does to a model: Gaussian noise in an
 adapter turns the features of every text. Where it turns them to a cosine of COSINE of what they
-were, about half of a feature is left for the head to read; at twice that noise almost nothing is.
+were, most of a feature is left for the head to read; at twice that noise little is.
 The same is asked of one round's step: were all clipped gradients alike and in the direction that
 moves the features most, they would keep that cosine. Longer steps overshoot whatever is learnt,
 however little noise there is. common/planning/adapter_rule.py makes rates of both. No record is
@@ -33,7 +33,7 @@ from silotune.common.models.base import Encoded
 from silotune.common.protocol.messages import Arrays
 from silotune.common.protocol.tensors import trained_names
 
-COSINE = 0.5
+COSINE = 0.6
 INPUTS = 24
 # Draws of the noise, whose effects are averaged: as many as have DRAWN entries together.
 DRAWN, LEAST_DRAWS, MOST_DRAWS = 1 << 13, 2, 8
