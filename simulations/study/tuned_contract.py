@@ -34,7 +34,10 @@ def tuned_text(text: str, factor: float, *, is_json: bool = False) -> str:
             own = float(phase[key])
             rate = tomlkit.item(own * factor)
             if not isinstance(phase, InlineTable):
-                rate.comment(f"{factor:g} times {own:g}: `silotune contract tune`, public rows")
+                rate.comment(
+                    f"{factor:g} times {own:g}, by `silotune contract tune` on public rows; other "
+                    f"comments describe {own:g}"
+                )
             phase[key] = rate
     return tomlkit.dumps(document)
 

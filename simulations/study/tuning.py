@@ -1,9 +1,9 @@
 """Learning rates for a contract, found by simulation on labelled public rows: `contract tune`.
 
 The rows are split once (simulations/datasets/split.py): in each simulated site a quarter is held
-back, and of the others a quarter is to choose by, and the rest to train. Each factor of the
-contract's learning rates is run on the rows to train and scored on those to choose by. The best one
-and the contract's own are then run on all rows that were not held back, and scored once on the
+back, and of the others a quarter is for validation, and the rest for training. Each factor of the
+contract's learning rates is run on the training rows and scored on the validation rows. The best
+one and the contract's own are then run on all rows that were not held back, and scored once on the
 held-back ones: those figures, and their difference, had no part in the choice.
 
 The noise is the plan's. A step divides its noised sum by `expected_units`, and public rows are
@@ -55,15 +55,15 @@ from silotune.simulations.execution.variants import Job, JobResult, scale_learni
 from silotune.simulations.verdict.differences import Difference, HeldOut, difference, figures
 
 OWN = 1.0  # the factor of the contract's own rates
-# Of the rows a quarter is held back and 3/16 are to choose by, of which there are to be this many.
-LEAST_TO_CHOOSE = 30
+# Of the rows a quarter is held back and 3/16 are for validation, which must be this many.
+LEAST_VALIDATION = 30
 LEAST_OF_SITE = 16
 FIRST_ESTIMATE = 2.0  # seconds of rounds, after which these say how long it takes
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A factor of the learning rates, and its means over runs on the rows to choose by; None where
+    """A factor of the learning rates, and its means over runs on the validation rows; None where
     a run diverged."""
 
     factor: float
@@ -76,14 +76,14 @@ class Rows:
     """How many public rows, or entities, each part has, and for how many a site's stand."""
 
     train: int
-    choose: int
+    validation: int
     held_back: int
     of_site: int
     expected: int
 
     @property
     def count(self) -> int:
-        return self.train + self.choose + self.held_back
+        return self.train + self.validation + self.held_back
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Tuning:
             "metric": self.metric,
             "rows": {
                 "train": self.rows.train,
-                "choose": self.rows.choose,
+                "validation": self.rows.validation,
                 "held_back": self.rows.held_back,
                 "of_site": self.rows.of_site,
                 "expected_units": self.rows.expected,
@@ -161,8 +161,8 @@ class Tuning:
             for at, own in enumerate(self.rates, 1)
         )
         return [
-            f"{rows.count:,} public {what}: {rows.train:,} to train, {rows.choose:,} to choose by, "
-            f"{rows.held_back:,} held back",
+            f"{rows.count:,} public {what}: {rows.train:,} for training, "
+            f"{rows.validation:,} for validation, {rows.held_back:,} held back",
             f"Each simulated site has the {rows.expected:,} {what} that the contract expects, with "
             "the noise of its plan"
             + (
@@ -281,7 +281,7 @@ def _words(result: JobResult, metric: str) -> str:
 
 def needed(contract: Contract) -> int:
     """How many public rows, or entities, a search needs."""
-    return max(LEAST_TO_CHOOSE * 16 // 3, LEAST_OF_SITE * len(contract.sites))
+    return max(LEAST_VALIDATION * 16 // 3, LEAST_OF_SITE * len(contract.sites))
 
 
 def refuse_private(public: Path, contract: Path) -> None:

@@ -22,6 +22,7 @@ from silotune.simulations.study import tuning
 from silotune.simulations.study.tuned_contract import tuned_text
 from silotune.simulations.study.tuning import Rows, Tuning, tune
 from silotune.simulations.verdict.differences import Difference
+from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 
 # A regression, at rates with which it learns nothing.
@@ -76,7 +77,7 @@ def test_better_rates_are_found_and_written(
     words += ["--factors", "1000", "--out", tmp_path / "tuned.toml"]
     code, said, meanwhile = run(*words)
     assert code == 0, meanwhile
-    assert "200 public rows: 114 to train, 36 to choose by, 50 held back\n" in said
+    assert "200 public rows: 114 for training, 36 for validation, 50 held back\n" in said
     assert (
         "Each simulated site has the 400 rows that the contract expects, with the noise of its "
         "plan: 57 different ones, repeated.\n"
@@ -101,7 +102,10 @@ def test_better_rates_are_found_and_written(
     )
     written = (tmp_path / "tuned.toml").read_text()
     assert "# how fast\nhead_lr = 1.0" in written
-    assert "1000 times 0.001: `silotune contract tune`, public rows" in written
+    assert "  # a guess" not in written
+    assert (
+        "# 1000 times 0.001, by `silotune contract tune` on public rows; other comments describe "
+    ) in written
     assert contracts.parse(written) == scale_learning_rates(contracts.load(contract), 1000)
     code, _, wrong = run(*words)
     assert (code, "tuned.toml is there already; name a new file" in wrong) == (2, True)
@@ -161,6 +165,32 @@ def test_no_row_that_is_held_back_has_a_part_in_the_choice(
     assert final["train"] == search["train"] | search["test"]
     again = tune(plan, public, [1000.0], repeats=1, processes=1, insecure_seed=1)
     assert again == found
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("kind", "model", "unit"),
+    [
+        ("classification", "bert", "entity"),
+        ("language", "llama", "record"),
+    ],
+)
+def test_rates_of_layers_are_searched_too(kind: str, model: str, unit: str, tmp_path: Path) -> None:
+    """Of entities, a repeated one is another one."""
+    folder = tiny.folder_of(model)
+    sites = [{"name": "north"}, {"name": "south"}]
+    contract = tiny.contract_of(kind, model, folder, unit, sites=sites, quorum=2)
+    contract = contract.changed(privacy={"expected_units": 60.0})
+    of_people = [
+        row | {"person": f"p{number // 2}", "query": f"q{number // 4}"}
+        for number, row in enumerate(tiny.rows_of(kind, 320))
+    ]
+    public = tiny.write(tmp_path / "public.csv", of_people)
+    found = tune(contract, public, [0.5], repeats=1, processes=1, model=folder, insecure_seed=1)
+    assert found.rows.count == (160 if unit == "entity" else 320)
+    assert all(c.metric is not None and c.loss is not None for c in found.candidates)
+    assert None not in found.held_back
+    assert (found.difference is None) == (found.best == 1.0)
 
 
 def rows(file: Path) -> list[str]:
