@@ -287,8 +287,8 @@ def needed(contract: Contract) -> int:
 def refuse_private(public: Path, contract: Path) -> None:
     """Refuse a file that a site.toml names as its records.
 
-    Looked for in the working folder, in those of the two files, and in all around these; it cannot
-    be known of a copy elsewhere.
+    Looked for in the working folder, in those of the two files, in what lies in these, and in all
+    folders around them; it cannot be known of a copy elsewhere.
 
     Args:
         public: The file that is said to be public.
@@ -297,21 +297,20 @@ def refuse_private(public: Path, contract: Path) -> None:
     Raises:
         UsageError: If it is a site's file of records.
     """
-    around = {
-        folder
-        for start in (public, contract, Path(POLICY))
-        for folder in start.resolve().parents
-        if os.access(folder / POLICY, os.R_OK)
-    }
-    for folder in sorted(around):
+    policies = set[Path]()
+    for start in (public, contract, Path(POLICY)):
+        nearest, *around = start.resolve().parents
+        policies |= {nearest / POLICY, *nearest.glob(f"*/{POLICY}")}
+        policies |= {folder / POLICY for folder in around}
+    for policy in sorted(policies):
         try:
-            data = tomllib.loads((folder / POLICY).read_text(encoding="utf-8")).get("data")
+            data = tomllib.loads(policy.read_text(encoding="utf-8")).get("data")
         except (OSError, ValueError):
-            continue  # what is no policy names no records
+            continue  # what is not there, or no policy, names no records
         file = data.get("file") if isinstance(data, dict) else None
-        if isinstance(file, str) and (folder / file).resolve() == public.resolve():
+        if isinstance(file, str) and (policy.parent / file).resolve() == public.resolve():
             raise UsageError(
-                f"--public {public} is the file of private records in {folder / POLICY}, [data]. "
+                f"--public {public} is the file of private records in {policy}, [data]. "
                 "Rates that are chosen by private records cost privacy that no ε includes: name a "
                 "file of labelled public rows."
             )
@@ -359,7 +358,12 @@ def tune(
         )
     performance = performance or Performance()
     _check_count(len(records.table(public, reading).rows), contract, public)
-    plan = contract.changed(secure_aggregation=None, aggregation={"early_stop": None, "gate": None})
+    plan = contract.changed(
+        secure_aggregation=None,
+        aggregation={"early_stop": None, "gate": None},
+        # Nobody here has the private halves of the sites' keys.
+        sites=[site.model_dump(mode="json") | {"public_key": None} for site in contract.sites],
+    )
     all_factors = sorted({*factors, OWN})
     plans = [_scaled(plan, factor) for factor in all_factors]
     folder = model

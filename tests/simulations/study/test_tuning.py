@@ -16,8 +16,10 @@ import pytest
 from silotune.common.contract import contract as contracts
 from silotune.common.contract.contract import Contract
 from silotune.common.errors import UsageError
+from silotune.server.rounds.run import RoundRecord
 from silotune.simulations.datasets import catalog
-from silotune.simulations.execution.variants import Job, scale_learning_rates
+from silotune.simulations.execution.roster_keys import with_secure_aggregation
+from silotune.simulations.execution.variants import Job, JobResult, scale_learning_rates
 from silotune.simulations.study import tuning
 from silotune.simulations.study.tuned_contract import tuned_text
 from silotune.simulations.study.tuning import Rows, Tuning, tune
@@ -141,12 +143,25 @@ def test_no_row_that_is_held_back_has_a_part_in_the_choice(
     """And a site has as many records as the plan expects, with the plan's own noise."""
     seen: list[dict[str, set[str]]] = []
     original, plan = tuning.run_jobs, contracts.load(contract)
+    names = "north", "south", "east"
+    plan, _ = with_secure_aggregation(
+        plan.changed(
+            sites=[{"name": name} for name in names],
+            aggregation={
+                "early_stop": {"metric": "r2"},
+                "gate": {"metric": "r2", "max_degradation": 0.1},
+            },
+        ),
+        1,
+    )
 
     def looked_at(jobs: list[Job], *words: Any, **more: Any) -> Any:
         for job in jobs:
             assert job.contract.privacy == plan.privacy
+            own = job.contract.aggregation
+            assert (own.early_stop, own.gate, job.contract.secure_aggregation) == (None,) * 3
             trains = [rows(job.data / "train" / f"{site}.csv") for site in plan.weights()]
-            assert [len(own) for own in trains] == [400, 400]
+            assert [len(own) for own in trains] == [400] * 3
             times = [Counter(own).values() for own in trains]
             assert all(max(own) - min(own) <= 1 for own in times)
             tests = [row for file in job.public_files("test").values() for row in rows(file)]
@@ -216,6 +231,22 @@ def test_too_few_rows_are_refused_with_the_number_that_is_needed(
     assert (code, "few.csv has 2 entities, and a search" in wrong) == (1, True), wrong
 
 
+def test_the_first_rounds_say_how_long_a_search_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without what passed before them, while models were loaded."""
+    now = 0.0
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now)
+    progress = tuning._Progress("auc", [0.5, 1.0], of_run=4.0, runs=3)
+    progress.start(2, None, 2)
+    for now in (50.0, 51.0, 53.0):  # noqa: B007 - the clock; there are 12 in all
+        progress.round("0", 0, 1.0, RoundRecord.__new__(RoundRecord))
+    assert capsys.readouterr().err.splitlines()[1:] == ["  about 14s left, by the first rounds"]
+    result = JobResult("0", 0, (), {"": {"auc": 0.75}}, (), 3.0, 0, 0)
+    progress.done(result)
+    assert capsys.readouterr().err == ("  1/3  factor 0.5, run 1: AUC 0.750 (3 s), about 8s left\n")
+
+
 @pytest.mark.usefixtures("in_process")
 def test_rates_that_diverge_are_marked_and_smaller_ones_named_where_all_do(
     run: Callable[..., Ran], contract: Path, public: Path
@@ -249,6 +280,9 @@ def test_a_file_of_private_records_is_refused(
     tuning.refuse_private(private, contract)
     (site / "site.toml").write_text('[data]\nfile = "other.csv"\n')
     tuning.refuse_private(private, contract)
+    (site / "site.toml").write_text('[data]\nfile = "../rows.csv"\n')  # of the folder around it
+    with pytest.raises(UsageError, match="is the file of private records in"):
+        tuning.refuse_private(tmp_path / "rows.csv", contract)
 
 
 @pytest.mark.parametrize(
