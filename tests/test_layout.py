@@ -57,6 +57,8 @@ NAMED = {
     ("common/cli/contract.py", "silotune.server.operations.server_folder"): "`… schema server`",
     ("common/cli/contract.py", "silotune.simulations.recipes.recipe_config"): "`… schema recipe`",
     ("common/cli/contract.py", "silotune.simulations.study.config"): "`contract schema study`",
+    ("common/cli/contract.py", "silotune.simulations.study.tuned_contract"): "`contract tune`",
+    ("common/cli/contract.py", "silotune.simulations.study.tuning"): "`contract tune`",
     ("common/model_files/model_source.py", "silotune.simulations.datasets.catalog"): "the cache",
     ("server/flower/app_bundle.py", "silotune.client.relay.client_app"): "a site's half of the app",
 }

@@ -11,13 +11,14 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from silotune.client.operations import supervisor
-from silotune.common.contract.contract import Contract
+from silotune.common.contract.contract import Contract, parse
 from silotune.common.errors import RunError
 from silotune.common.models.factory import build
 from silotune.server import cli as server_cli
@@ -27,6 +28,9 @@ from silotune.server.storage.run_store import RunStore
 from silotune.simulations.comparison import run as simulation
 from silotune.simulations.comparison.progress import Progress, adapter_step
 from silotune.simulations.execution.variants import Job
+from silotune.simulations.study import tuning
+from silotune.simulations.study.tuning import Rows, Tuning
+from silotune.simulations.verdict.differences import Difference
 from tests import tiny
 from tests.conftest import TABLE_CONTRACT, Ran
 from tests.test_layout import PACKAGES, ROOT
@@ -253,6 +257,36 @@ def contract_new(scene: Scene) -> None:
             "200",
         )
     )
+
+
+def contract_tune(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that are better and written, better and not written, and not better."""
+    scene.write_rows(scene.folder / "public rows.csv", 200)
+    draft = parse(TABLE_CONTRACT)
+    figure = {"examples_error": 0.01, "examples_interval": (0.0, 0.2), "seeds_error": None}
+    lead = Difference(0.9, 0.8, 0.1, seeds_interval=None, **figure)  # type: ignore[arg-type]
+    found = Tuning(draft, "auc", Rows(1, 1, 1, 1, 1), (), 2.0, (0.9, 0.8), lead)
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: found)
+    words = ["contract", "tune", "draft.toml", "--public", "public rows.csv"]
+    said = scene.says(*words, "--out", "tuned rates.toml")
+    assert "tuned rates.toml is valid" in scene.follow(said)
+    said = scene.says(*words)
+    rate = re.search(r"^best    factor 2; phase 1: (head_lr) (1)$", said, re.M)
+    assert rate is not None
+    text = TABLE_CONTRACT.replace("head_lr = 0.5", " = ".join(rate.groups()) + ".0")
+    (scene.folder / "draft.toml").write_text(text)
+    assert "next:   set these rates in draft.toml, then: silotune contract validate" in said
+    assert draft.changed(phases=[draft.phases[0].model_dump() | found.rates[0]]).hash in (
+        scene.follow(said)
+    )
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: replace(found, difference=None))
+    said = scene.says(*words)
+    ran: list[Any] = []
+    monkeypatch.setattr(
+        simulation, "run", lambda *given, **_: ran.append(given) or {"variants": []}
+    )
+    scene.follow(said)
+    assert ran[0][1].data == Path("public rows.csv")
 
 
 def server_init(scene: Scene) -> None:
@@ -582,6 +616,7 @@ CASES: dict[str, Callable[..., None]] = {
     "client/cli/prepare.py:_prepare": site_prepare,
     "client/cli/privacy.py:export": privacy_export,
     "common/cli/contract.py:new": contract_new,
+    "common/cli/contract.py:tune": contract_tune,
     "server/cli.py:init": server_init,
     "server/cli.py:add": server_add,
     "server/cli.py:contract_": server_contract,

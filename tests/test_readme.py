@@ -30,7 +30,12 @@ PAGES = sorted(
     if path.relative_to(ROOT).as_posix() not in GENERATED | NOTES
 )
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
-HEAVY = ("silotune sim run", "silotune sim compare", "silotune server start")
+HEAVY = (
+    "silotune sim run",
+    "silotune sim compare",
+    "silotune contract tune",
+    "silotune server start",
+)
 
 
 class Block(NamedTuple):

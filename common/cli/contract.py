@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shlex
 import sys
 from importlib import resources
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 # Named, not imported: what it loads takes seconds.
 ADAPTER_PLAN = "silotune.client.operations.adapter_plan"
+FACTORS = "0.25,0.5,1,2,4"  # of the learning rates, that a search tries unless told otherwise
+TUNING = "silotune.simulations.study.tuning"
+TUNED_CONTRACT = "silotune.simulations.study.tuned_contract"
 # The model of each other file, and the title of its schema. Named, not imported: a side loads only
 # when its file's schema is asked for.
 SCHEMAS = {
@@ -65,7 +69,7 @@ SCHEMAS = {
 
 @click.group()
 def contract() -> None:
-    """Draft, show or validate a contract."""
+    """Draft, show, validate or tune a contract."""
 
 
 CONTRACT = click.argument(
@@ -176,6 +180,136 @@ def schema(file: str) -> None:
         module, name, title = SCHEMAS[file]
         model = getattr(importlib.import_module(module), name)
     echo(json.dumps(types.json_schema(model, title), indent=1))
+
+
+def _factors(_: click.Context, __: click.Parameter, value: str) -> list[float]:
+    try:
+        found = [float(word) for word in value.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < factor < math.inf for factor in found):
+        raise UsageError(
+            f"--factors must be numbers above 0 with commas between them, got '{value}'. For "
+            f"instance: --factors {FACTORS}."
+        )
+    return found
+
+
+@contract.command()
+@click.argument(
+    "contract",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A contract's file, whose learning rates are the start of the search.",
+)
+@click.option(
+    "--public",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file of labelled public rows with the contract's columns; never private records.",
+)
+@click.option(
+    "--factors",
+    default=FACTORS,
+    show_default=True,
+    callback=_factors,
+    help="What all learning rates of the contract are multiplied by, with commas between; 1 is "
+    "always tried.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Runs of each factor, each with noise of its own.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Number of processes at a time (default: the number of cores).",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The folder of a base model that is not packaged.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The .toml file for the contract with the best rates, which must not exist.",
+)
+@reading_options
+@JSON
+def tune(
+    contract: Path,
+    public: Path,
+    factors: list[float],
+    repeats: int,
+    processes: int | None,
+    model: Path | None,
+    out: Path | None,
+    reading: Reading,
+    as_json: bool,
+) -> None:
+    """Search learning rates by simulation on labelled public rows.
+
+    Public rows only: rates that are chosen by private records cost privacy that no ε includes. A
+    file that a site.toml around here names as its records is refused; otherwise it cannot be known
+    whether rows are public.
+
+    A quarter of the rows is held back. With the others the contract is simulated at each factor of
+    its learning rates, with the noise of its plan; the best one and the contract's own are then
+    scored once on the rows that were held back. Their difference is shown with its standard
+    errors.
+
+    In the simulation each site's public rows are repeated until it has the contract's
+    expected_units of them, so that records and noise are in the plan's proportion. It takes as long
+    as a run with such sites, times factors and repeats.
+
+    \b
+    $ silotune contract tune loans.toml --public public-loans.csv --out tuned.toml
+    $ silotune contract tune loans.toml --public public-loans.csv --factors 0.1,0.3,3,10
+    """
+    if out is not None:
+        _new_file(out)
+    found = contracts.load(contract)
+    if not public.is_file():
+        raise UsageError(f"--public {public} is no file. Name a file of labelled public rows.")
+    echo(f"tuning {found.name} on the public rows of {public.name}", err=True)
+    tuning = importlib.import_module(TUNING)
+    tuning.refuse_private(public, contract)
+    result = tuning.tune(
+        found,
+        public,
+        factors,
+        repeats=repeats,
+        processes=processes or 0,
+        reading=reading,
+        model=model,
+    )
+    lines, written = result.lines, None
+    following = next_step("contract", "validate", out or contract)
+    if out and result.best != tuning.OWN:
+        written = str(out)
+        text = importlib.import_module(TUNED_CONTRACT).tuned_text(
+            contract.read_text(encoding="utf-8"), result.best, is_json=contract.suffix == ".json"
+        )
+        write_durably(out, text.encode())
+        lines += [f"✓ {out} has the rates of factor {result.best:g}"]
+    elif result.better:
+        following = next_step(
+            "contract", "validate", contract, first=f"set these rates in {contract}, then: "
+        )
+    else:
+        lines += [f"{out} is not written."] if out else []
+        more = [f"data={public}", *shlex.split(reading_words(reading, "{key}={value}"))]
+        more += [f"model={model}"] if model else []
+        following = next_step("sim", "run", contract, *more)
+    emit(
+        result.content() | {"file": written},
+        as_json,
+        "\n".join([*lines, following]),
+    )
 
 
 def recipe_files() -> dict[str, Traversable]:

@@ -39,7 +39,7 @@ NOUNS = {
         "silotune.common.cli.completion",
         "Print a script by which a shell completes commands, options and values.",
     ),
-    "contract": ("silotune.common.cli.contract", "Draft, show or validate a contract."),
+    "contract": ("silotune.common.cli.contract", "Draft, show, validate or tune a contract."),
     "data": ("silotune.simulations.cli", "List and fetch public data and models."),
     "doctor": ("silotune.common.cli.doctor", "Check this machine and this installation."),
     "model": ("silotune.common.cli.model", "Check the folder of a base model."),

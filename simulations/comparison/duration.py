@@ -59,10 +59,11 @@ class Duration:
         return self.seconds_per_cost * sum(job.cost for job in jobs) / min(processes, len(jobs))
 
 
-def file_of(contract: Contract, performance: Performance) -> Path:
+def file_of(contract: Contract, performance: Performance, kind: str = "") -> Path:
     """Where the duration of a contract's last comparison lies: in the cache. Other variants,
-    repeats, rounds or another ε are the same comparison, another way to compute is not."""
-    asked = hashlib.sha256(f"{contract.hash} {performance.model_dump_json()}".encode())
+    repeats, rounds or another ε are the same comparison, another way to compute or another kind of
+    comparison is not."""
+    asked = hashlib.sha256(f"{contract.hash} {performance.model_dump_json()}{kind}".encode())
     return catalog.home() / "durations" / f"{asked.hexdigest()[:16]}.json"
 
 

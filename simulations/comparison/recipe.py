@@ -162,7 +162,7 @@ def recipe_of(
     phases = contract.model_dump(mode="json", exclude_none=True)["phases"]
     config = RecipeConfig(
         title=table.name,
-        metric=_metric(contract.task),
+        metric=metric_of(contract.task),
         evaluate_every=1,
         repeats=OWN_REPEATS,
         baseline_repeats=OWN_REPEATS,
@@ -223,7 +223,7 @@ def _valid(contract: Contract, **sections: Any) -> bool:
     return True
 
 
-def _metric(task: Task) -> str:
+def metric_of(task: Task) -> str:
     """The first of the task's; the areas under curves are of two classes only."""
     areas = ("auc", "auprc") if task.kind == "classification" and task.outputs > 2 else ()
     return next(name for name in task.metrics if name not in areas)

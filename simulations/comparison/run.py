@@ -102,7 +102,7 @@ def run(
     with _instead_of_older(folder) as older:
         with progress.busy(f"fetching and checking data {recipe.config.title}"):
             (counts, rows, notes), public = _rows(recipe, folder)
-        _check_figure(recipe.config.metric, contract, public)
+        check_figure(recipe.config.metric, contract, public)
         model_folder = None
         if not isinstance(contract.model, OneHotModel):
             with progress.busy(f"fetching and checking model {contract.model.name}"):
@@ -266,7 +266,7 @@ def _chosen(variants: list[Variant], names: Sequence[str], quick: bool) -> list[
     return [variant for variant in variants if not names or variant.name in names]
 
 
-def _check_figure(metric: str, contract: Contract, public: Path) -> None:
+def check_figure(metric: str, contract: Contract, public: Path) -> None:
     """DataError where the rows for tests do not define the figure of the run: an AUC, say, of rows
     that all have the same label."""
     files = split.public_files(public, split.TEST)

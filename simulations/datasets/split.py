@@ -162,6 +162,42 @@ def validation(source: Path, contract: Contract, folder: Path) -> Path:
     return folder
 
 
+def filled(source: Path, contract: Contract, folder: Path) -> Path:
+    """The training rows of a split, repeated until each site has as many as the contract expects.
+
+    A site's records, or entities, in an order that is drawn by a fixed seed, are taken one after
+    the other, and over again, until there are `privacy.expected_units` of them; where there are
+    more, the rest is left out. A repeated entity is one of its own, with a key of its own.
+
+    Args:
+        source: A split; it stays as it is.
+        contract: Whose rows these are.
+        folder: Where `train/` is written.
+
+    Returns:
+        The folder.
+    """
+    import pandas as pd
+
+    rng, entity = np.random.default_rng(SEED), contract.privacy.entity
+    expected = max(1, round(contract.privacy.expected_units))
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    for site in contract.weights():
+        file = Path("train") / f"{site}.csv"
+        rows = pd.read_csv(source / file, dtype=str, keep_default_na=False)
+        who = units(rows, contract)
+        people = rng.permutation(who.unique())
+        parts = []
+        for copy, taken in enumerate(range(0, expected, len(people))):
+            part = rows[who.isin(people[: expected - taken])]
+            if entity and copy:
+                key = entity.key[0]
+                part = part.assign(**{key: part[key] + f" (copy {copy})"})
+            parts.append(part)
+        _put(pd.concat(parts), folder / file)
+    return folder
+
+
 def public_files(folder: Path, part: str) -> dict[str, Path]:
     """The public rows of each site: those for tests, or those to calibrate by, of which there may
     be none. All who put them behind one another do so in this order."""

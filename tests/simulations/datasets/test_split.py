@@ -9,7 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from silotune.simulations.datasets.split import calibration, public_files, split, validation
+from silotune.simulations.datasets.split import (
+    calibration,
+    filled,
+    public_files,
+    split,
+    validation,
+)
 from silotune.simulations.datasets.tables import TABLES, Table
 from tests import tiny
 from tests.simulations.datasets.test_partition import contract_of, split_of
@@ -207,3 +213,33 @@ def test_another_process_never_reads_half_a_file(
         with stream:
             assert stream.read() == before[file]  # what was open stays what it was
             assert file.stat().st_ino != Path(f"/proc/self/fd/{stream.fileno()}").stat().st_ino
+
+
+@pytest.mark.parametrize("unit", ["record", "entity"])
+def test_sites_are_filled_to_what_the_contract_expects(tmp_path: Path, unit: str) -> None:
+    """Each record, or entity with all its rows, as often as the others, or once more."""
+    contract = tiny.contract_of("classification", "one-hot", unit=unit)
+    rows = tiny.rows_of("classification", 12)  # of 6 people, two rows each
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    tiny.write(tmp_path / "split" / "train" / "north.csv", rows)
+    place = filled(tmp_path / "split", contract, tmp_path / "filled")
+    found = pd.read_csv(place / "train" / "north.csv", dtype=str)
+    times = [1, 2] if unit == "record" else [2, 3]
+    assert sorted(set(found["id"].value_counts())) == times
+    who = found["person"] if unit == "entity" else found.index
+    assert who.nunique() == 16
+    assert len(found) == (32 if unit == "entity" else 16)
+    first = {name.split(" (copy")[0] for name in found["person"]}
+    assert first == {row["person"] for row in rows}
+
+
+def test_more_rows_than_a_contract_expects_are_left_out(tmp_path: Path) -> None:
+    contract = tiny.contract_of("classification", "one-hot")
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    tiny.write(tmp_path / "split" / "train" / "north.csv", tiny.rows_of("classification", 40))
+    files = [
+        filled(tmp_path / "split", contract, tmp_path / place) / "train" / "north.csv"
+        for place in ("one", "two")
+    ]
+    assert pd.read_csv(files[0], dtype=str)["id"].nunique() == 16
+    assert files[0].read_bytes() == files[1].read_bytes()
