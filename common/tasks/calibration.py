@@ -4,7 +4,8 @@ Noise in the weights makes a model overconfident. A temperature is a single numb
 change which answer is given (Guo, Pleiss, Sun and Weinberger 2017), so that few labelled rows are
 enough for it. Where the rows are public, it costs no ε.
 
-classification, multi-label, tokens, ranking   logits / temperature, of the lowest log loss
+classification, multi-label, tokens, ranking   logits / temperature, of the lowest log loss with
+                                               a prior that keeps it near 1 where rows are few
 regression                                     offset + slope x output, of the least squares
 language                                       none: evaluation keeps no logits of a vocabulary
 
@@ -13,6 +14,7 @@ Shapes: N rows, W words of a row, L outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
 from silotune.common.contract.task import (
@@ -36,6 +38,7 @@ from silotune.common.tasks import metrics
 
 FILE = "calibration.json"  # beside the adapter that it belongs to
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures; rows that a model has all right ask for 0
+PRIOR = 0.5  # the standard deviation of a temperature's logarithm before rows are seen
 
 
 # Of each row a loss, and its first and second derivative by the scale of the logits.
@@ -123,7 +126,7 @@ def fit(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> Calibrati
         return Calibration(kind="affine", slope=slope, offset=offset, rows=len(targets))
     return Calibration(
         kind="temperature",
-        temperature=1 / _scale(_losses(task, outputs, targets)),
+        temperature=1 / _likely_scale(_losses(task, outputs, targets)),
         rows=len(targets),
     )
 
@@ -137,8 +140,9 @@ def slope(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[f
     independent, the words of one are not.
 
     Returns:
-        Slope and standard error; None where the rows do not define them: for language, or where all
-        outputs say the same.
+        Slope and standard error; None where the rows do not define them: for language, where all
+        outputs say the same, or where the loss has no minimum within the bounds, as where every row
+        is right.
     """
     if isinstance(task, Language) or not len(targets):
         return None
@@ -150,9 +154,9 @@ def slope(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[f
         by, offset = _line(predicted, true)
         off = true - offset - by * predicted
         return by, float(np.sqrt(np.sum((spread * off) ** 2)) / np.sum(spread**2))
-    calibration = fit(task, outputs, targets)
-    assert calibration is not None
-    by = 1 / calibration.temperature
+    by = _scale(_losses(task, outputs, targets))
+    if by is None:
+        return None
     _, first, second = _losses(task, outputs, targets)(by)
     curvature = float(second.sum())
     if not curvature > 0:
@@ -160,17 +164,28 @@ def slope(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[f
     return by, float(np.sqrt(np.sum(first**2)) / curvature)
 
 
-def _scale(losses: Callable[[float], Derivatives]) -> float:
-    """The scale of the lowest mean loss, which is convex in it: where its derivative is 0, or the
-    nearest bound. 1 where the scale changes nothing."""
+def _likely_scale(losses: Callable[[float], Derivatives]) -> float:
+    """The scale of the lowest loss of all rows together with a prior of its logarithm, normal with
+    mean 0 and standard deviation PRIOR. Few rows with no errors would else ask for scales without
+    bound, and new rows would pay for it."""
+
+    def cost(log: float) -> float:
+        return float(losses(math.exp(log))[0].sum()) + (log / PRIOR) ** 2 / 2
+
+    bounds = (-math.log(HOTTEST), -math.log(COLDEST))
+    return math.exp(float(minimize_scalar(cost, bounds=bounds, method="bounded").x))
+
+
+def _scale(losses: Callable[[float], Derivatives]) -> float | None:
+    """The scale of the lowest mean loss, which is convex in it: where its derivative is 0. None
+    where that is not within the bounds, or everywhere."""
 
     def derivative(scale: float) -> float:
         return float(losses(scale)[1].sum())
 
     least, most = 1 / HOTTEST, 1 / COLDEST
-    falls, rises = derivative(most) <= 0, derivative(least) >= 0
-    if falls or rises:
-        return 1.0 if falls and rises else most if falls else least
+    if derivative(most) <= 0 or derivative(least) >= 0:
+        return None
     return float(brentq(derivative, least, most))
 
 
