@@ -23,15 +23,18 @@ def planned(contract: Contract, folder: Path | None) -> Contract | None:
 
     Returns:
         The contract: a phase for the head and, where it has an adapter and there is room, one for
-        both. Without room it has no adapter. None where the rules do not apply: a language model,
-        or a head whose features' norm the contract does not say.
+        both, without local steps. Without room it has no adapter. None where the rules do not apply:
+        a language model, a head whose features' norm the contract does not say, a personal part, or
+        an aggregation method other than ffa, of most of which the iterates are not averaged.
 
     Raises:
         DataError: If the folder does not hold the contract's model.
         UsageError: E103, if no noise reaches the contract's epsilon.
     """
     facts = facts_of(contract, contract.phases[0].model_copy(update={"budget_share": 1.0}))
-    if facts is None or isinstance(contract.task, Language):
+    if facts is None or isinstance(contract.task, Language) or contract.personal:
+        return None
+    if contract.aggregation.method != "ffa":
         return None
     alone = _with_phases(contract, head_rule.plan_head(facts), None)
     if contract.adapter is None:

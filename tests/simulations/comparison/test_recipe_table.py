@@ -70,6 +70,13 @@ def test_no_rule_plans_a_language_model() -> None:
     assert planned(tiny.contract_of("language", "llama", folder), folder) is None
 
 
+def test_no_rule_plans_methods_whose_iterates_are_not_averaged() -> None:
+    folder = tiny.folder_of("bert")
+    contract = tiny.contract_of("classification", "bert", folder)
+    assert planned(contract, folder) is not None
+    assert planned(contract.changed(aggregation={"method": "fedavg"}), folder) is None
+
+
 def test_a_recipe_s_columns_are_those_that_are_named() -> None:
     recipe = load_recipe("credit-scoring")
     names = ["pooled", "epsilon-3", "computed-3", "computed-1"]
