@@ -23,9 +23,10 @@ def planned(contract: Contract, folder: Path | None) -> Contract | None:
 
     Returns:
         The contract: a phase for the head and, where it has an adapter and there is room, one for
-        both, without local steps. Without room it has no adapter. None where the rules do not apply:
-        a language model, a head whose features' norm the contract does not say, a personal part, or
-        an aggregation method other than ffa, of most of which the iterates are not averaged.
+        both, without local steps. Without room it has no adapter. None where the rules do not
+        apply: a language model, a head whose features' norm the contract does not say, a personal
+        part, or an aggregation method other than ffa, of most of which the iterates are not
+        averaged.
 
     Raises:
         DataError: If the folder does not hold the contract's model.
