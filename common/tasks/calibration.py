@@ -154,14 +154,15 @@ def slope(task: Task, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[f
         by, offset = _line(predicted, true)
         off = true - offset - by * predicted
         return by, float(np.sqrt(np.sum((spread * off) ** 2)) / np.sum(spread**2))
-    by = _scale(_losses(task, outputs, targets))
-    if by is None:
+    losses = _losses(task, outputs, targets)
+    scale = _scale(losses)
+    if scale is None:
         return None
-    _, first, second = _losses(task, outputs, targets)(by)
+    _, first, second = losses(scale)
     curvature = float(second.sum())
     if not curvature > 0:
         return None
-    return by, float(np.sqrt(np.sum(first**2)) / curvature)
+    return scale, float(np.sqrt(np.sum(first**2)) / curvature)
 
 
 def _likely_scale(losses: Callable[[float], Derivatives]) -> float:
