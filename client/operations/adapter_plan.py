@@ -68,13 +68,8 @@ def plan_adapter(contract: Contract, folder: Path) -> AdapterPlan:
         by_noise = head_rule.head_rate(head, facts.noise_at_unit_rate, p.clip_norm)
         head_lr = min(by_noise, contract.phases[0].head_lr or math.inf)
     return AdapterPlan(
-        adapter_lr=_two_digits(adapter_rate(facts)),
-        head_lr=None if head_lr is None else _two_digits(head_lr),
+        adapter_lr=head_rule.two_digits(adapter_rate(facts)),
+        head_lr=None if head_lr is None else head_rule.two_digits(head_lr),
         cosine=adapter_tolerance.COSINE,
         signal_ratio=signal_ratio(facts),
     )
-
-
-def _two_digits(value: float) -> float:
-    assert math.isfinite(value)
-    return float(f"{value:.2g}")

@@ -8,7 +8,6 @@ from typing import Any
 from silotune.client.operations.adapter_plan import plan_adapter
 from silotune.common.contract.contract import Contract
 from silotune.common.contract.head_facts import facts_of
-from silotune.common.contract.task import Language
 from silotune.common.planning import adapter_rule, head_rule
 from silotune.common.planning.head_rule import HeadPlan
 
@@ -33,7 +32,7 @@ def planned(contract: Contract, folder: Path | None) -> Contract | None:
         UsageError: E103, if no noise reaches the contract's epsilon.
     """
     facts = facts_of(contract, contract.phases[0].model_copy(update={"budget_share": 1.0}))
-    if facts is None or isinstance(contract.task, Language) or contract.personal:
+    if facts is None or contract.personal:
         return None
     if contract.aggregation.method != "ffa":
         return None

@@ -114,11 +114,11 @@ def plan_head(facts: HeadFacts, clip_norm: float | None = None) -> HeadPlan:
         The plan. Equal facts give the same one everywhere.
     """
     rounds = ROUNDS_OF_NUMBER if facts.task == "regression" else ROUNDS
-    clip_norm = clip_norm or _two_digits(_clip_share(facts) * first_gradient_norm(facts))
+    clip_norm = clip_norm or two_digits(_clip_share(facts) * first_gradient_norm(facts))
     return HeadPlan(
         rounds=rounds,
         sampling_rate=1.0,
-        head_lr=_two_digits(head_rate(facts, weight_noise(facts, rounds, clip_norm), clip_norm)),
+        head_lr=two_digits(head_rate(facts, weight_noise(facts, rounds, clip_norm), clip_norm)),
         clip_norm=clip_norm,
         server_momentum=SERVER_MOMENTUM,
         averaging_start=AVERAGING_START,
@@ -254,5 +254,6 @@ def _free_share(facts: HeadFacts) -> float:
     return 1 - 1 / facts.outputs if facts.task in ("classification", "tokens") else 1.0
 
 
-def _two_digits(value: float) -> float:
+def two_digits(value: float) -> float:
+    """The nearest number with two digits."""
     return float(f"{value:.2g}")

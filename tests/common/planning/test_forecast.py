@@ -21,6 +21,21 @@ RIGHT = 17
 TESTED = 10_000  # records, so that what is compared with the margin is the model, not the test
 
 
+def facts_by_rule(head: HeadFacts, features: int) -> PlanFacts:
+    """The rule's plan for a head whose features have mean 0."""
+    plan = plan_head(head)
+    return PlanFacts(
+        head=head,
+        rounds=plan.rounds,
+        rate=plan.head_lr,
+        clip_norm=plan.clip_norm,
+        server_momentum=plan.server_momentum,
+        averaging_start=plan.averaging_start,
+        features=features,
+        spread=head.feature_norm,
+    )
+
+
 def planned(
     classes: int,
     features: int,
@@ -34,17 +49,7 @@ def planned(
     head = HeadFacts(
         "classification", classes, norm, units, sites, epsilon, 1e-4, class_weights=weights
     )
-    plan = plan_head(head)
-    return PlanFacts(
-        head=head,
-        rounds=plan.rounds,
-        rate=plan.head_lr,
-        clip_norm=plan.clip_norm,
-        server_momentum=plan.server_momentum,
-        averaging_start=plan.averaging_start,
-        features=features,
-        spread=norm,
-    )
+    return facts_by_rule(head, features)
 
 
 def forecast_of(facts: PlanFacts) -> Forecast:
@@ -149,17 +154,7 @@ def planned_number(
 ) -> PlanFacts:
     """The rule's plan for a regression."""
     head = HeadFacts("regression", 1, norm, units, sites, epsilon, 1e-4)
-    plan = plan_head(head)
-    return PlanFacts(
-        head=head,
-        rounds=plan.rounds,
-        rate=plan.head_lr,
-        clip_norm=plan.clip_norm,
-        server_momentum=plan.server_momentum,
-        averaging_start=plan.averaging_start,
-        features=features,
-        spread=norm,
-    )
+    return facts_by_rule(head, features)
 
 
 def explained(facts: PlanFacts, signal: float, seed: int) -> tuple[float, float]:
